@@ -1,0 +1,50 @@
+"""vlprompt: adapts frozen CLIP models to your own classes with a few labelled images, or none."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public names and the modules they live in; a module is imported when one of its names is first used, so that
+# ``import vlprompt`` is quick.
+_HOMES = {
+    "Backbone": "vlprompt.backbone",
+    "FewShotData": "vlprompt.data",
+    "Head": "vlprompt.io.head",
+    "PromptMethod": "vlprompt.methods",
+    "PromptModule": "vlprompt.engine.module",
+    "Run": "vlprompt.evaluation.run",
+    "VlpromptError": "vlprompt.errors",
+    "create_method": "vlprompt.methods",
+    "list_backbones": "vlprompt.backbone",
+    "list_datasets": "vlprompt.data",
+    "list_methods": "vlprompt.methods",
+    "load_backbone": "vlprompt.backbone",
+    "load_dataset": "vlprompt.data",
+    "load_head": "vlprompt.io.head",
+    "register": "vlprompt.methods",
+    "train": "vlprompt.evaluation.run",
+}
+
+__all__ = sorted([*_HOMES, "__version__"])
+
+if TYPE_CHECKING:
+    from vlprompt.backbone import Backbone, list_backbones, load_backbone
+    from vlprompt.data import FewShotData, list_datasets, load_dataset
+    from vlprompt.engine.module import PromptModule
+    from vlprompt.errors import VlpromptError
+    from vlprompt.evaluation.run import Run, train
+    from vlprompt.io.head import Head, load_head
+    from vlprompt.methods import PromptMethod, create_method, list_methods, register
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vlprompt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

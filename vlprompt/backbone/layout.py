@@ -1,0 +1,213 @@
+"""Token layouts: everything a method may do to text, said in one form.
+
+A row is the sequence of slots of one class in one group (expert, template or image): start-of-text, fixed tokens and
+context slots, up to and with the position that is pooled (end-of-text). Slots are integers: a token id when not
+negative, and context vector ``m`` as ``-1 - m``. Nothing behind the pooled position is kept, because a causal
+transformer cannot let it matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vlprompt.errors import ClassNameError, bulleted
+
+Row = Sequence[int]
+
+
+def context_slot(index: int) -> int:
+    """Return the slot that stands for context vector ``index`` (0, 1, ...)."""
+    return -1 - index
+
+
+@dataclass(eq=False)
+class TokenLayout:
+    """The slots of C classes in G groups.
+
+    Attributes:
+        slots: ``[G, C, L]`` int64 on the CPU: token ids, context slots, and 0 behind the end of a row.
+        lengths: ``[G, C]`` int64: slots per row, the pooled position being the last.
+        class_specific: Whether context vectors belong to one class (``[G, C, M, W]``) or to all (``[G, M, W]``).
+    """
+
+    slots: Tensor
+    lengths: Tensor
+    class_specific: bool = False
+    plans: dict[torch.device, PackPlan] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_rows(cls, groups: Sequence[Sequence[Row]], *, class_specific: bool = False) -> TokenLayout:
+        """Return the layout of ``groups[g][c]``, one row per class in every group.
+
+        Raises:
+            ValueError: No groups, no classes, groups of unequal size, or a row of fewer than two slots.
+        """
+        counts = {len(rows) for rows in groups}
+        if len(counts) != 1 or 0 in counts:
+            raise ValueError(f"every group needs the same number of classes, at least one; got {sorted(counts)}")
+        lengths = torch.tensor([[len(row) for row in rows] for rows in groups])
+        if int(lengths.min()) < 2:
+            raise ValueError("a row needs at least start-of-text and end-of-text")
+        slots = torch.zeros(len(groups), counts.pop(), int(lengths.max()), dtype=torch.int64)
+        for g, rows in enumerate(groups):
+            for c, row in enumerate(rows):
+                slots[g, c, : len(row)] = torch.tensor(row)
+        return cls(slots, lengths, class_specific)
+
+    @property
+    def groups(self) -> int:
+        """G: experts, templates or images."""
+        return self.slots.shape[0]
+
+    @property
+    def classes(self) -> int:
+        """C: classes."""
+        return self.slots.shape[1]
+
+    @property
+    def context_length(self) -> int:
+        """M: context vectors that the rows refer to; 0 when there are none."""
+        return max(0, -int(self.slots.min()))
+
+    def select(self, start: int, stop: int) -> TokenLayout:
+        """Return the layout of classes ``start`` to ``stop - 1`` alone."""
+        return TokenLayout(self.slots[:, start:stop], self.lengths[:, start:stop], self.class_specific)
+
+    def repeat_groups(self, count: int) -> TokenLayout:
+        """Return ``count`` copies of a one-group layout: the same words with a context per image."""
+        expand = (count, -1, -1)
+        return TokenLayout(self.slots.expand(expand), self.lengths.expand(count, -1), self.class_specific)
+
+    def prefix_lengths(self) -> list[int]:
+        """Return for each group how many leading slots all its classes share; the pooled slot is never among them."""
+        same = (self.slots == self.slots[:, :1]).all(dim=1)  # [G, L]
+        if self.class_specific:
+            same &= (self.slots >= 0).all(dim=1)
+        shared = same.long().cumprod(dim=1).sum(dim=1)
+        return torch.minimum(shared, self.lengths.min(dim=1).values - 1).tolist()
+
+    def plan(self, device: torch.device) -> PackPlan:
+        """Return the packing of this layout on ``device``, made once."""
+        if device not in self.plans:
+            self.plans[device] = PackPlan(self, device)
+        return self.plans[device]
+
+    def token_counts(self) -> tuple[int, int]:
+        """Return ``(packed, padded)``: tokens that the packed algorithm runs, and rows times the longest row."""
+        prefix = torch.tensor(self.prefix_lengths())
+        packed = int(prefix.sum() + (self.lengths - prefix[:, None]).sum())
+        return packed, self.lengths.numel() * self.slots.shape[2]
+
+
+class PackPlan:
+    """Index tensors that lay a :class:`TokenLayout` out as one packed ``[P + T, W]`` tensor.
+
+    First the shared prefixes of all groups (P tokens), then the suffixes of all rows (T tokens). Rows are ordered by
+    suffix length, so that rows of one length form a block without padding, then by group and class.
+    """
+
+    def __init__(self, layout: TokenLayout, device: torch.device) -> None:
+        groups, classes, longest = layout.slots.shape
+        prefix = torch.tensor(layout.prefix_lengths())
+        suffix_lengths = (layout.lengths - prefix[:, None]).reshape(-1)  # [G * C]
+        order = torch.argsort(suffix_lengths, stable=True)
+        row_group = torch.arange(groups).repeat_interleave(classes)[order]
+        row_class = torch.arange(classes).repeat(groups)[order]
+        row_length = suffix_lengths[order]
+
+        # Prefix tokens, then suffix tokens: group, class (0 stands for all classes in a prefix) and position of each.
+        token_row = torch.arange(len(order)).repeat_interleave(row_length)
+        start = row_length.cumsum(0) - row_length
+        offset = torch.arange(len(token_row)) - start[token_row]
+        prefix_group = torch.arange(groups).repeat_interleave(prefix)
+        prefix_start = prefix.cumsum(0) - prefix
+        prefix_position = torch.arange(int(prefix.sum())) - prefix_start[prefix_group]
+        suffix_group = row_group[token_row]
+        group = torch.cat([prefix_group, suffix_group])
+        class_ = torch.cat([torch.zeros_like(prefix_group), row_class[token_row]])
+        position = torch.cat([prefix_position, prefix[suffix_group] + offset])
+        slots = layout.slots[group, class_, position]
+
+        self.prefix_tokens = int(prefix.sum())
+        self.rows = len(order)
+        self.position = position.to(device)
+        self.token_ids = slots.clamp(min=0).to(device)
+        self.context_at = (slots < 0).nonzero().squeeze(1).to(device)
+        vector = -1 - slots[slots < 0]
+        owner = group[slots < 0]
+        if layout.class_specific:
+            owner = owner * classes + class_[slots < 0]
+        self.context_owner, self.context_vector = owner.to(device), vector.to(device)
+
+        # Blocks of rows of one suffix length: (length, rows), in order; token ranges follow from them.
+        lengths, counts = torch.unique_consecutive(row_length, return_counts=True)
+        self.blocks: list[tuple[int, int]] = list(zip(lengths.tolist(), counts.tolist(), strict=True))
+        self.pooled_at = (row_length.cumsum(0) - 1).to(device)  # among suffix tokens
+        self.restore = torch.argsort(order).to(device)  # rows back into [G, C] order
+
+        # Prefix tokens padded per group [G, Pmax], and which of those are real.
+        self.prefix_lengths = prefix.tolist()
+        self.prefix_grid, self.prefix_real = _grid(prefix_group, groups, device)
+        # Suffix queries that look at their group's prefix: all of them, and in the last layer only the pooled ones.
+        self.suffix_by_group = _ByGroup(suffix_group, groups, device)
+        self.pooled_by_group = _ByGroup(row_group, groups, device)
+
+
+class _ByGroup:
+    """Deals ``[T, ...]`` tensors out into ``[G, Tmax, ...]`` by group, and back."""
+
+    def __init__(self, group: Tensor, groups: int, device: torch.device) -> None:
+        self.groups = groups
+        grid, real = _grid(group, groups, device)
+        back = torch.empty(len(group), dtype=torch.int64, device=device)
+        flat = real.reshape(-1).nonzero().squeeze(1)
+        back[grid.reshape(-1)[flat]] = flat
+        self.grid, self.back = grid.reshape(-1), back
+        self.straight = groups == 1
+
+    def deal(self, x: Tensor) -> Tensor:
+        """``[T, ...]`` to ``[G, Tmax, ...]``; places without a token repeat token 0 and are never read back."""
+        if self.straight:
+            return x.unsqueeze(0)
+        return x.index_select(0, self.grid).unflatten(0, (self.groups, -1))
+
+    def collect(self, x: Tensor) -> Tensor:
+        """``[G, Tmax, ...]`` back to ``[T, ...]``."""
+        if self.straight:
+            return x.squeeze(0)
+        return x.flatten(0, 1).index_select(0, self.back)
+
+
+def _grid(group: Tensor, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ``[G, N]`` indices of the members of each group (0 where there is none) and which of them are real."""
+    counts = torch.bincount(group, minlength=groups)
+    widest = int(counts.max())
+    real = torch.arange(widest)[None] < counts[:, None]
+    grid = torch.zeros(groups, widest, dtype=torch.int64)
+    grid[real] = torch.argsort(group, stable=True)
+    return grid.to(device), real.to(device)
+
+
+def check_row_lengths(names: Sequence[str], lengths: Sequence[int], limit: int, what: str) -> None:
+    """Raise ClassNameError that lists every name whose prompt does not fit.
+
+    Args:
+        names: Class names, C of them.
+        lengths: Tokens of each class's whole prompt, with start- and end-of-text.
+        limit: Tokens that the text tower takes (77 in CLIP).
+        what: The prompt in words, for the message.
+
+    Raises:
+        ClassNameError: At least one prompt is longer than ``limit``.
+    """
+    over = [(name, count) for name, count in zip(names, lengths, strict=True) if count > limit]
+    if over:
+        lines = bulleted((f"{name[:80]!r}: {count} tokens" for name, count in over), limit=10)
+        raise ClassNameError(
+            f"{len(over)} of {len(names)} class prompts are longer than the {limit} tokens of the text tower "
+            f"({what}):\n{lines}\nShorten these names, or use fewer context tokens or a shorter template."
+        )

@@ -1,0 +1,307 @@
+"""CLIP's text tower with context vectors inserted: packed, and padded as its yardstick.
+
+CLIP's text transformer is causal, so (1) tokens behind end-of-text cannot change the feature, and (2) what stands before
+the class name is encoded once per group instead of once per class. The packed algorithm runs exactly the tokens that
+matter, back to back in one ``[P + T, W]`` tensor; see ``../shared/design.md``. The padded algorithm is the published
+one: every row filled up to the tower's 77 tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vlprompt.backbone.layout import PackPlan, TokenLayout
+from vlprompt.errors import BackboneError
+
+Algorithm = Literal["packed", "padded", "cut"]
+
+# Activations that one packed token keeps for the backward pass, in widths per layer: layer-norm inputs, q, k, v,
+# attention output, and the MLP's hidden state before and after the activation.
+_KEPT_WIDTHS = 18
+
+
+class TextTower:
+    """Runs a frozen CLIP text transformer over token layouts; knows nothing about methods.
+
+    Args:
+        model: An open_clip model with ``transformer``, ``token_embedding``, ``positional_embedding``, ``ln_final`` and
+            ``text_projection``; its pooling is that of the last slot of each row.
+        tokenizer: open_clip's tokenizer of the model; ``encode`` gives byte-pair ids without special tokens.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.algorithm: Algorithm = "packed" if self._can_pack() else "padded"
+        self.classes_per_chunk: int | None = None
+        """Classes encoded at a time, with activations recomputed in the backward pass; None chooses by memory."""
+
+    # -- facts ----------------------------------------------------------------------------------------------------
+    @property
+    def width(self) -> int:
+        """W, the width of context vectors."""
+        return int(self.model.token_embedding.weight.shape[1])
+
+    @property
+    def layers(self) -> int:
+        """Number of transformer layers; deep context may be given for layers 1 to ``layers - 1``."""
+        return len(self.model.transformer.resblocks)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a prompt may have, with start- and end-of-text (77 in CLIP)."""
+        return int(self.model.positional_embedding.shape[0])
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees only what stands before it."""
+        return self.model.attn_mask is not None
+
+    def _can_pack(self) -> bool:
+        # The packed path applies the parts of open_clip's plain block itself; any other block takes the padded path.
+        from open_clip.transformer import ResidualAttentionBlock
+
+        blocks = self.model.transformer.resblocks
+        return self.causal and all(type(b) is ResidualAttentionBlock and b.attn._qkv_same_embed_dim for b in blocks)
+
+    # -- words ----------------------------------------------------------------------------------------------------
+    def tokens(self, text: str) -> list[int]:
+        """Return the byte-pair ids of ``text`` with start- and end-of-text, however many there are."""
+        cleaned = self.tokenizer.clean_fn(text)
+        return [self.tokenizer.sot_token_id, *self.tokenizer.encode(cleaned), self.tokenizer.eot_token_id]
+
+    def embed(self, tokens: list[int]) -> Tensor:
+        """Return the token embeddings ``[len(tokens), W]``, float32 copies, without positions."""
+        weight = self.model.token_embedding.weight
+        return weight[torch.tensor(tokens, dtype=torch.int64, device=weight.device)].detach().float().clone()
+
+    # -- encoding -------------------------------------------------------------------------------------------------
+    def encode(
+        self,
+        layout: TokenLayout,
+        context: Tensor | None = None,
+        deep: Mapping[int, Tensor] | None = None,
+        *,
+        algorithm: Algorithm | None = None,
+    ) -> Tensor:
+        """Return raw text features ``[G, C, D]`` in float32 (float64 for a float64 backbone).
+
+        Args:
+            layout: Slots of C classes in G groups.
+            context: ``[G, M, W]``, or ``[G, C, M, W]`` for a class-specific layout (``G`` may be left out when it is
+                one). With a one-group layout, G contexts (one per image) repeat the layout.
+            deep: For chosen layers (1 ... layers - 1), vectors of the same kind that overwrite the context slots at the
+                input of that layer; fewer than M vectors overwrite the first slots. They get no position embedding.
+            algorithm: ``packed``, ``padded`` (to 77), or ``cut`` (padded to the longest row); default: packed where the
+                tower allows it.
+
+        Raises:
+            BackboneError: The packed algorithm was asked of a tower that is not causal, or context and layout differ.
+        """
+        algorithm = algorithm or self.algorithm
+        if algorithm != "padded" and not self._can_pack():
+            raise BackboneError(f"this text tower is not CLIP's causal one; {algorithm!r} text needs it, use 'padded'")
+        context, deep = self._checked(layout, context, dict(deep or {}))
+        if context is not None and layout.groups == 1 and len(context) > 1:
+            layout = layout.repeat_groups(len(context))
+        run = self._packed if algorithm == "packed" else self._padded
+        size = layout.classes
+        if algorithm == "packed":
+            size = min(size, self.classes_per_chunk or self._fitting_classes(layout))
+        if size >= layout.classes:
+            return run(layout, context, deep, algorithm)
+        parts = []
+        for start in range(0, layout.classes, size):
+            stop = min(start + size, layout.classes)
+            piece = layout.select(start, stop)
+            own = context[:, start:stop] if context is not None and layout.class_specific else context
+            own_deep = {k: v[:, start:stop] if layout.class_specific else v for k, v in deep.items()}
+            if torch.is_grad_enabled():
+                parts.append(checkpoint(run, piece, own, own_deep, algorithm, use_reentrant=False))
+            else:
+                parts.append(run(piece, own, own_deep, algorithm))
+        return torch.cat(parts, dim=1)
+
+    def _checked(
+        self, layout: TokenLayout, context: Tensor | None, deep: dict[int, Tensor]
+    ) -> tuple[Tensor | None, dict[int, Tensor]]:
+        kind = "[G, C, M, W]" if layout.class_specific else "[G, M, W]"
+        rank = 4 if layout.class_specific else 3
+
+        def shaped(x: Tensor, what: str, slots: int) -> Tensor:
+            if x.ndim == rank - 1:
+                x = x.unsqueeze(0)
+            fits = x.ndim == rank and x.shape[-1] == self.width and (x.shape[0] == layout.groups or layout.groups == 1)
+            fits = fits and (not layout.class_specific or x.shape[1] == layout.classes) and x.shape[-2] >= slots
+            if not fits:
+                raise BackboneError(
+                    f"{what} has shape {list(x.shape)}; expected {kind} with G={layout.groups}, C={layout.classes}, "
+                    f"M={layout.context_length}, W={self.width}"
+                )
+            return x
+
+        if layout.context_length:
+            if context is None:
+                raise BackboneError(f"the layout has {layout.context_length} context slots but no context was given")
+            context = shaped(context, "context", layout.context_length)
+        else:
+            context = None
+        wrong = [layer for layer in deep if not 1 <= layer < self.layers]
+        if wrong:
+            raise BackboneError(f"deep context at layer {wrong[0]}; accepted: 1 to {self.layers - 1}")
+        return context, {layer: shaped(x, f"deep context of layer {layer}", 0) for layer, x in sorted(deep.items())}
+
+    def _fitting_classes(self, layout: TokenLayout) -> int:
+        # Decided by the machine's total memory, not by what is free now, so that a repeated run adds up the same way.
+        device = self.model.positional_embedding.device
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+        else:
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        tokens = max(1, layout.token_counts()[0] // layout.classes)  # of one class in all groups
+        kept = self.layers * _KEPT_WIDTHS if torch.is_grad_enabled() else 2 * _KEPT_WIDTHS
+        return max(1, int(total / 4 / (tokens * self.width * 4 * kept)))
+
+    def _finish(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """Last layer norm and projection of pooled tokens ``[G * C, W]``; float32 (or wider) ``[G, C, D]``."""
+        x = self.model.ln_final(x)
+        projection = self.model.text_projection
+        if isinstance(projection, nn.Linear):
+            x = projection(x)
+        elif projection is not None:
+            x = x @ projection
+        return x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(0, (layout.groups, layout.classes))
+
+    # -- padded: the yardstick --------------------------------------------------------------------------------------
+    def _padded(
+        self, layout: TokenLayout, context: Tensor | None, deep: dict[int, Tensor], algorithm: Algorithm
+    ) -> Tensor:
+        model, dtype = self.model, self.model.transformer.get_cast_dtype()
+        device = model.positional_embedding.device
+        length = self.context_length if algorithm == "padded" else layout.slots.shape[2]
+        slots = F.pad(layout.slots, (0, length - layout.slots.shape[2])).flatten(0, 1).to(device)  # [G * C, length]
+        rows, places = (slots < 0).nonzero(as_tuple=True)
+        vectors = -1 - slots[rows, places]
+        owners = rows if layout.class_specific else rows // layout.classes
+
+        def insert(x: Tensor, vectors_in: Tensor, positions: Tensor | None) -> Tensor:
+            flat = vectors_in.flatten(0, -3).to(dtype)  # [owners, M, W]
+            chosen = vectors < flat.shape[1]
+            new = flat[owners[chosen], vectors[chosen]]
+            if positions is not None:
+                new = new + positions[places[chosen]]
+            return x.index_put((rows[chosen], places[chosen]), new)
+
+        positions = model.positional_embedding[:length].to(dtype)
+        x = model.token_embedding(slots.clamp(min=0)).to(dtype) + positions
+        if context is not None:
+            x = insert(x, context, positions)
+        mask = model.attn_mask[:length, :length] if self.causal else None
+        batch_first = getattr(model.transformer, "batch_first", True)
+        for layer, block in enumerate(model.transformer.resblocks):
+            if layer in deep:
+                x = insert(x, deep[layer], None)
+            x = block(x, attn_mask=mask) if batch_first else block(x.transpose(0, 1), attn_mask=mask).transpose(0, 1)
+        pooled = x[torch.arange(len(x), device=device), layout.lengths.reshape(-1).to(device) - 1]
+        return self._finish(pooled, layout)
+
+    # -- packed ---------------------------------------------------------------------------------------------------
+    def _packed(
+        self, layout: TokenLayout, context: Tensor | None, deep: dict[int, Tensor], algorithm: Algorithm
+    ) -> Tensor:
+        model, dtype = self.model, self.model.transformer.get_cast_dtype()
+        plan = layout.plan(model.positional_embedding.device)
+
+        def insert(x: Tensor, vectors: Tensor, positions: Tensor | None) -> Tensor:
+            flat = vectors.flatten(0, -3).to(dtype)
+            at, owner, vector = plan.context_at, plan.context_owner, plan.context_vector
+            if flat.shape[1] <= int(vector.max()):
+                chosen = vector < flat.shape[1]
+                at, owner, vector = at[chosen], owner[chosen], vector[chosen]
+            new = flat.flatten(0, 1).index_select(0, owner * flat.shape[1] + vector)
+            if positions is not None:
+                new = new + positions.index_select(0, plan.position[at])
+            return x.index_copy(0, at, new.to(x.dtype))
+
+        positions = model.positional_embedding.to(dtype)
+        x = model.token_embedding(plan.token_ids).to(dtype) + positions[plan.position]
+        if context is not None:
+            x = insert(x, context, positions)
+        for layer, block in enumerate(model.transformer.resblocks):
+            if layer in deep:
+                x = insert(x, deep[layer], None)
+            last = layer == self.layers - 1
+            x = _packed_block(block, x, plan, last)
+        return self._finish(x.index_select(0, plan.restore), layout)
+
+
+def _packed_block(block: Any, x: Tensor, plan: PackPlan, last: bool) -> Tensor:
+    """One transformer block over packed tokens ``[P + T, W]``; the last one keeps the pooled tokens ``[R, W]`` only."""
+    attention, prefix = block.attn, plan.prefix_tokens
+    heads = attention.num_heads
+    normed = block.ln_1(x)
+    if not last:
+        qkv = F.linear(normed, attention.in_proj_weight, attention.in_proj_bias).unflatten(-1, (3, heads, -1))
+        q, k, v = qkv.unbind(1)  # [P + T, H, d]
+        seen = torch.cat([_prefix_attention(q, k, v, plan), _suffix_attention(q[prefix:], k, v, plan, pooled=False)])
+    else:
+        # Only pooled tokens are read from here on, so only they ask; every token still answers.
+        width = x.shape[-1]
+        weight, bias = attention.in_proj_weight, attention.in_proj_bias
+        at = plan.pooled_at + prefix
+        x = x.index_select(0, at)
+        q = F.linear(normed.index_select(0, at), weight[:width], bias[:width]).unflatten(-1, (heads, -1))
+        k, v = F.linear(normed, weight[width:], bias[width:]).unflatten(-1, (2, heads, -1)).unbind(1)
+        seen = _suffix_attention(q, k, v, plan, pooled=True)
+    x = x + block.ls_1(attention.out_proj(seen.flatten(1)))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+def _prefix_attention(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan) -> Tensor:
+    """Causal attention inside each group's prefix: ``[P, H, d]``. Padding stands behind, where no real token looks."""
+    q, k, v = (t[: plan.prefix_tokens][plan.prefix_grid].transpose(1, 2) for t in (q, k, v))  # [G, H, Pmax, d]
+    seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return seen.transpose(1, 2)[plan.prefix_real]
+
+
+def _suffix_attention(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan, *, pooled: bool) -> Tensor:
+    """Attention of suffix queries ``[N, H, d]`` to their group's prefix and to their own row's earlier tokens.
+
+    The scores of both parts share one softmax. Rows of one length are a block without padding.
+    """
+    prefix = plan.prefix_tokens
+    by_group = plan.pooled_by_group if pooled else plan.suffix_by_group
+    q = q * q.shape[-1] ** -0.5
+    prefix_k, prefix_v = k[:prefix][plan.prefix_grid], v[:prefix][plan.prefix_grid]  # [G, Pmax, H, d]
+    to_prefix = torch.einsum("gthd,gphd->gthp", by_group.deal(q), prefix_k)
+    if len(set(plan.prefix_lengths)) > 1:
+        to_prefix = to_prefix.masked_fill(~plan.prefix_real[:, None, None], float("-inf"))
+    to_prefix = by_group.collect(to_prefix)  # [N, H, Pmax]
+    own_k, own_v = k[prefix:], v[prefix:]
+    shares, outs = [], []
+    query_start = key_start = 0
+    for length, rows in plan.blocks:
+        asked = 1 if pooled else length
+        queries = slice(query_start, query_start := query_start + rows * asked)
+        keys = slice(key_start, key_start := key_start + rows * length)
+        block_q = q[queries].unflatten(0, (rows, asked)).transpose(1, 2)  # [R, H, asked, d]
+        block_k = own_k[keys].unflatten(0, (rows, length)).permute(0, 2, 3, 1)  # [R, H, d, length]
+        block_v = own_v[keys].unflatten(0, (rows, length)).transpose(1, 2)  # [R, H, length, d]
+        scores = block_q @ block_k
+        if asked > 1:
+            future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(future, float("-inf"))
+        outside = to_prefix[queries].unflatten(0, (rows, asked)).transpose(1, 2)  # [R, H, asked, Pmax]
+        weights = torch.cat([outside, scores], dim=-1).softmax(dim=-1)
+        share, own = weights.split([outside.shape[-1], length], dim=-1)
+        shares.append(share.transpose(1, 2).flatten(0, 1))
+        outs.append((own.to(block_v.dtype) @ block_v).transpose(1, 2).flatten(0, 1))
+    share = by_group.deal(torch.cat(shares))  # [G, Tmax, H, Pmax]
+    return by_group.collect(torch.einsum("gthp,gphd->gthd", share.to(prefix_v.dtype), prefix_v)) + torch.cat(outs)

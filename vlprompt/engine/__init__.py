@@ -1,0 +1,1 @@
+"""Training: the LightningModule, the recipe, callbacks and the Trainer of a run."""

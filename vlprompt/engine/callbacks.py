@@ -1,0 +1,107 @@
+"""What happens beside the training steps: the metrics file and checkpoints that survive being killed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from vlprompt.errors import HeadError
+
+LAST_CHECKPOINT = "last.ckpt"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to a temporary name beside ``path``, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints written to a temporary name and renamed, and read as tensors only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write ``checkpoint``; a process killed meanwhile leaves the previous file whole."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a checkpoint without unpickling anything but tensors and plain values.
+
+        Raises:
+            HeadError: The file is damaged or not one of ours.
+        """
+        try:
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise HeadError(
+                f"the checkpoint {path} cannot be read ({type(error).__name__}); it is damaged or not vlprompt's. "
+                "Start this run anew with --force."
+            ) from error
+        return checkpoint
+
+
+def last_checkpoint_callback(folder: Path) -> ModelCheckpoint:
+    """Return the callback that keeps ``folder/last.ckpt``, renewed at the end of every epoch."""
+    return ModelCheckpoint(
+        dirpath=folder,
+        filename=Path(LAST_CHECKPOINT).stem,
+        save_top_k=1,
+        every_n_epochs=1,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+
+
+class MetricsFile(pl.Callback):
+    """One JSON line per epoch in ``metrics.jsonl``: epoch, learning rate and every ``train/`` term.
+
+    A resumed run drops the lines of epochs that it trains again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: list[dict[str, Any]] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the lines of finished epochs."""
+        known = read_metrics(self.path)
+        self.lines = [line for line in known if line["epoch"] < trainer.current_epoch]
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the rate that this epoch is trained with; the scheduler moves on before the epoch's end."""
+        self.lr = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add this epoch's line."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+        self.lines.append({"epoch": trainer.current_epoch, "lr": self.lr, **metrics})
+        if trainer.is_global_zero:
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a ``metrics.jsonl``; none when there is no file."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

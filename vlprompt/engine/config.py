@@ -1,0 +1,129 @@
+"""What a run is told: plain, typed dataclasses that a YAML file, the command line and Python fill alike.
+
+Field names are the keys of ``configs/<method>/<dataset>.yaml`` and of ``--a.b value`` overrides. ``problems()`` of each
+part lists every value that is not accepted, in words, so that all of them can be reported at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Classes = Literal["all", "base", "new"]
+
+
+@dataclass
+class BackboneConfig:
+    """Which frozen CLIP: ``name`` and ``pretrained`` as in :func:`vlprompt.load_backbone`."""
+
+    name: str = "ViT-B-16"
+    pretrained: str | None = "openai"
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with these values, in words."""
+        return [] if self.name else ["backbone.name is empty; accepted: what `vlprompt list backbones` shows"]
+
+
+@dataclass
+class DataConfig:
+    """Which images: data set, where it lies, shots per class, class subset and training view."""
+
+    name: str = "demo"
+    root: str | None = None
+    shots: int = 16
+    classes: Classes = "all"
+    view: Literal["random", "center"] = "random"
+    template: str | None = None
+    workers: int = 0
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with these values, in words."""
+        found = []
+        if self.shots < 1 and self.shots != -1:
+            found.append(f"data.shots is {self.shots}; accepted: 1 or more images per class, or -1 for all of them")
+        if self.workers < 0:
+            found.append(f"data.workers is {self.workers}; accepted: 0 or more loader processes")
+        if self.template is not None and self.template.count("{}") != 1:
+            found.append(f"data.template is {self.template!r}; accepted: a text with {{}} once, for the class name")
+        return found
+
+
+@dataclass
+class RecipeConfig:
+    """How the learnables are trained: SGD with Dassl's per-epoch cosine and constant warm-up (prompt_learners 2.4, 2.5)."""
+
+    epochs: int = 50
+    batch_size: int = 32
+    lr: float = 0.002
+    warmup_epochs: int = 1
+    warmup_lr: float = 1e-5
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    gradient_clip: float | None = None
+    test_batch_size: int = 100
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with these values, in words."""
+        found = []
+        for name in ("epochs", "batch_size", "test_batch_size"):
+            if getattr(self, name) < 1:
+                found.append(f"recipe.{name} is {getattr(self, name)}; accepted: 1 or more")
+        for name in ("lr", "warmup_lr"):
+            if not 0 < getattr(self, name) < float("inf"):
+                found.append(f"recipe.{name} is {getattr(self, name)}; accepted: a number above 0")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            found.append(f"recipe.warmup_epochs is {self.warmup_epochs}; accepted: 0 to recipe.epochs ({self.epochs})")
+        if not 0 <= self.momentum < 1:
+            found.append(f"recipe.momentum is {self.momentum}; accepted: 0 to below 1")
+        if not 0 <= self.weight_decay < float("inf"):
+            found.append(f"recipe.weight_decay is {self.weight_decay}; accepted: 0 or more")
+        if self.gradient_clip is not None and not 0 < self.gradient_clip < float("inf"):
+            found.append(f"recipe.gradient_clip is {self.gradient_clip}; accepted: a norm above 0, or null for none")
+        return found
+
+
+@dataclass
+class TrainerConfig:
+    """What is handed to ``pytorch_lightning.Trainer``."""
+
+    devices: int = 1
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    accumulate: int = 1
+    progress: bool = True
+    loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with these values, in words."""
+        return [
+            f"trainer.{name} is {getattr(self, name)}; accepted: 1 or more"
+            for name in ("devices", "accumulate")
+            if getattr(self, name) < 1
+        ]
+
+
+@dataclass
+class RunConfig:
+    """One training run: method and its settings, backbone, data, recipe, trainer, seed and the folder for results."""
+
+    method: str = "mocoop"
+    settings: dict[str, Any] = field(default_factory=dict)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    seed: int = 1
+    output: str = "runs"
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with all values that do not need the method, backbone or data to be known."""
+        found = [text for part in (self.backbone, self.data, self.recipe, self.trainer) for text in part.problems()]
+        if not 0 <= self.seed < 2**32:
+            found.append(f"seed is {self.seed}; accepted: 0 to {2**32 - 1}")
+        if self.recipe.batch_size % self.trainer.devices:
+            found.append(
+                f"recipe.batch_size is {self.recipe.batch_size} (the global batch), which {self.trainer.devices} "
+                "processes (trainer.devices) cannot share evenly; accepted: a multiple of trainer.devices"
+            )
+        return found

@@ -1,0 +1,120 @@
+"""Builds the Trainer of a run and fits or tests with it; loops, processes, precision and loggers are Lightning's."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.strategies import DDPStrategy
+
+from vlprompt.engine.callbacks import LAST_CHECKPOINT, AtomicCheckpointIO, MetricsFile, last_checkpoint_callback
+from vlprompt.engine.config import RecipeConfig, TrainerConfig
+from vlprompt.engine.module import PromptModule
+from vlprompt.errors import ConfigError
+
+METRICS = "metrics.jsonl"
+
+
+def make_trainer(config: TrainerConfig, folder: Path, epochs: int) -> pl.Trainer:
+    """Return the Trainer that writes into ``folder``.
+
+    Raises:
+        ConfigError: A logger that is not installed, or more devices than there are.
+    """
+    check_devices(config)
+    strategy: Any = "auto"
+    if config.devices > 1:
+        # Every learnable is used in every step, and the frozen backbone has no buffers to send around.
+        strategy = DDPStrategy(find_unused_parameters=False, broadcast_buffers=False)
+    callbacks: list[pl.Callback] = [last_checkpoint_callback(folder), MetricsFile(folder / METRICS)]
+    if config.progress:
+        callbacks.append(RichProgressBar(leave=False))
+    with quiet():
+        return pl.Trainer(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            strategy=strategy,
+            precision=config.precision,
+            accumulate_grad_batches=config.accumulate,
+            max_epochs=epochs,
+            logger=_loggers(config, folder) or False,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            enable_progress_bar=config.progress,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+            log_every_n_steps=1,
+            default_root_dir=folder,
+        )
+
+
+def check_devices(config: TrainerConfig) -> None:
+    """Raise ConfigError when ``config`` asks for an accelerator or a number of GPUs that the machine lacks."""
+    gpus = torch.cuda.device_count()
+    if config.accelerator == "gpu" and not gpus:
+        raise ConfigError("trainer.accelerator is 'gpu' but torch sees no GPU here; use --trainer.accelerator cpu")
+    if config.accelerator != "cpu" and 0 < gpus < config.devices:
+        raise ConfigError(f"trainer.devices is {config.devices} but torch sees {gpus} GPU(s); accepted: 1 to {gpus}")
+
+
+def _loggers(config: TrainerConfig, folder: Path) -> list[Logger]:
+    loggers: list[Logger] = []
+    for name in config.loggers:
+        package = {"tensorboard": "tensorboard", "wandb": "wandb"}[name]
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"trainer.loggers asks for {name!r}, which is not installed; run: pip install {package}")
+        if name == "tensorboard":
+            from pytorch_lightning.loggers import TensorBoardLogger
+
+            loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
+        else:
+            from pytorch_lightning.loggers import WandbLogger
+
+            loggers.append(WandbLogger(project="vlprompt", save_dir=folder))
+    return loggers
+
+
+def fit(trainer: pl.Trainer, module: PromptModule, data: pl.LightningDataModule, folder: Path) -> None:
+    """Fit ``module``, going on from ``folder``'s last checkpoint where there is one."""
+    last = folder / LAST_CHECKPOINT
+    with quiet():
+        trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+
+
+def test(trainer: pl.Trainer, module: PromptModule, data: pl.LightningDataModule) -> dict[str, float | int]:
+    """Return ``{"accuracy": percent, "correct": n, "total": n}`` of the test images, each counted once."""
+    with quiet():
+        (scores,) = trainer.test(module, datamodule=data, verbose=False)
+    correct, total = round(scores["test/correct"]), round(scores["test/total"])
+    return {"accuracy": 100 * correct / total, "correct": correct, "total": total}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence Lightning's advice: hardware listings, worker counts, checkpoint folders that exist on purpose."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(pytorch_lightning|lightning_fabric|lightning_utilities)\b.*")
+            warnings.filterwarnings("ignore", message=r".*(num_workers|pin_memory|LeafSpec|isinstance\(treespec).*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+__all__ = ["METRICS", "RecipeConfig", "check_devices", "fit", "make_trainer", "quiet", "test"]

@@ -1,0 +1,152 @@
+"""The LightningModule over any method: what is logged, stepped and kept, and nothing about any one method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torchmetrics.classification import MulticlassStatScores
+
+from vlprompt.engine.config import RecipeConfig
+from vlprompt.engine.recipe import learning_rate
+from vlprompt.errors import ConfigError, HeadError
+from vlprompt.methods import PromptMethod
+
+FROZEN = "method.backbone."
+
+
+class PromptModule(pl.LightningModule):
+    """Trains the learnables of a method; usable with any ``pytorch_lightning.Trainer``.
+
+    ``trainer.fit(vlprompt.PromptModule(method), datamodule)``. Batches are dictionaries with ``images`` ``[B, 3, H, W]`` or
+    raw ``features`` ``[B, D]``, ``labels`` ``[B]`` and, optionally, ``scale`` (see :class:`vlprompt.data.FewShotData`), or
+    plain ``(images or features, labels)`` pairs. Checkpoints hold the learnables, never the frozen backbone.
+
+    Args:
+        method: Any method.
+        recipe: Optimiser and schedule; ``recipe.epochs`` shapes the cosine and should equal the trainer's.
+
+    Raises:
+        ConfigError: The recipe holds values that are not accepted.
+    """
+
+    def __init__(self, method: PromptMethod, recipe: RecipeConfig | None = None) -> None:
+        super().__init__()
+        self.method = method
+        self.recipe = recipe or RecipeConfig()
+        if problems := self.recipe.problems():
+            raise ConfigError("\n".join(problems))
+        # Micro-averaged counts: correct is the true positives, total the support; exact integers over all processes.
+        self.counts = MulticlassStatScores(num_classes=max(2, len(method.class_names)), average="micro")
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return logits ``[B, C]`` of images ``[B, 3, H, W]`` or raw features ``[B, D]``."""
+        logits: Tensor = self.method(inputs)
+        return logits
+
+    # -- training -----------------------------------------------------------------------------------------------
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of one batch; each named term is logged per epoch as ``train/<term>``."""
+        inputs, labels, scale = _unpack(batch)
+        features = self.method.image_features(inputs) if inputs.ndim == 4 else inputs
+        terms = self.method.losses(features, labels)
+        loss = torch.stack(list(terms.values())).sum()
+        if not torch.isfinite(loss):
+            values = ", ".join(f"{name} {float(term):g}" for name, term in terms.items())
+            raise ConfigError(
+                f"the loss is not finite in epoch {self.current_epoch} ({values}). "
+                "Lower the learning rate (--recipe.lr) or train in full precision (--trainer.precision 32-true)."
+            )
+        shown = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
+        # ``scale`` makes the mean over processes the mean over the global batch, for the gradient and for the log.
+        shown = {name: value.detach() * scale for name, value in shown.items()}
+        self.log_dict(shown, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        self.log("loss", shown["train/loss"], prog_bar=True, logger=False)
+        return loss * scale
+
+    def configure_optimizers(self) -> Any:
+        """Return SGD over the method's parameter groups and the per-epoch schedule."""
+        groups = self.method.parameter_groups(self.recipe.lr)
+        if not groups:
+            raise ConfigError(f"method {self.method.name!r} has nothing to train; evaluate it without fit")
+        momentum, decay = self.recipe.momentum, self.recipe.weight_decay
+        optimizer = torch.optim.SGD(groups, lr=self.recipe.lr, momentum=momentum, weight_decay=decay)
+        factors = [partial(_factor, lr=group["lr"], recipe=self.recipe) for group in groups]
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factors)}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm over all learnables at ``recipe.gradient_clip`` unless the trainer brings its own value."""
+        self.clip_gradients(optimizer, gradient_clip_val or self.recipe.gradient_clip, gradient_clip_algorithm)
+
+    # -- evaluation ---------------------------------------------------------------------------------------------
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Count correct predictions of one validation batch."""
+        self._count(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Count correct predictions of one test batch."""
+        self._count(batch, "test")
+
+    def _count(self, batch: Any, stage: str) -> None:
+        inputs, labels, _ = _unpack(batch)
+        self.counts.update(self(inputs).argmax(dim=-1), labels)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/accuracy`` in percent."""
+        self._finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/accuracy`` in percent, ``test/correct`` and ``test/total``."""
+        self._finish("test")
+
+    def _finish(self, stage: str) -> None:
+        scores = self.counts.compute().double()
+        correct, total = scores[0], scores[4]
+        self.counts.reset()
+        logged = {"accuracy": 100 * correct / total, "correct": correct, "total": total}
+        # Already the sum over all processes: torchmetrics gathers the counts.
+        self.log_dict({f"{stage}/{name}": value for name, value in logged.items()}, rank_zero_only=False)
+
+    # -- keeping ------------------------------------------------------------------------------------------------
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the learnables only."""
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if not _frozen(name)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load learnables; the frozen backbone stays.
+
+        Raises:
+            HeadError: Names are missing or unknown.
+        """
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [name for name in result.missing_keys if not _frozen(name)]
+        if strict and (missing or result.unexpected_keys):
+            raise HeadError(f"the checkpoint does not fit: missing {missing}, unknown {result.unexpected_keys}")
+        return result
+
+
+def _frozen(name: str) -> bool:
+    return name.startswith(FROZEN)
+
+
+def _factor(epoch: int, *, lr: float, recipe: RecipeConfig) -> float:
+    # LambdaLR multiplies; a group with rate 0 (a factor setting of 0) stays there.
+    return learning_rate(epoch, lr, recipe) / lr if lr else 0.0
+
+
+def _unpack(batch: Any) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Return inputs, labels and the loss scale of a batch."""
+    if isinstance(batch, Mapping):
+        inputs = batch["features"] if "features" in batch else batch["images"]
+        return inputs, batch["labels"], batch.get("scale", 1.0)
+    inputs, labels = batch
+    return inputs, labels, 1.0

@@ -1,0 +1,67 @@
+"""What a user did wrong, said so that the user can put it right.
+
+Every error that vlprompt raises on purpose is a :class:`VlpromptError`. Its text is complete: what was wrong, the
+value, what is accepted, and the command or edit that fixes it. The command line prints the text alone and ends with
+status 2; only a bug ends in a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VlpromptError(Exception):
+    """Base of all errors that a user can put right."""
+
+
+class ConfigError(VlpromptError):
+    """A configuration key or value that is not accepted."""
+
+
+class DataError(VlpromptError):
+    """A data set, split file, image or card that cannot be used."""
+
+
+class BackboneError(VlpromptError):
+    """A backbone that cannot be loaded, or that cannot do what was asked of it."""
+
+
+class ClassNameError(VlpromptError):
+    """Class names or templates that cannot be turned into prompts."""
+
+
+class HeadError(VlpromptError):
+    """A saved head that cannot be read or does not fit."""
+
+
+def nearest(value: str, accepted: Iterable[str], count: int = 3) -> list[str]:
+    """Return the ``count`` accepted spellings nearest to ``value``, best first (case and ``-``/``_`` do not count)."""
+
+    def plain(text: str) -> str:
+        return text.lower().replace("_", "-")
+
+    by_plain: dict[str, str] = {}
+    for name in accepted:
+        by_plain.setdefault(plain(name), name)
+    found = difflib.get_close_matches(plain(value), list(by_plain), n=count, cutoff=0.5)
+    return [by_plain[name] for name in found]
+
+
+def did_you_mean(value: str, accepted: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"``, or, where nothing is near, the accepted values themselves."""
+    accepted = list(accepted)
+    found = nearest(value, accepted)
+    if found:
+        return " Did you mean " + " or ".join(repr(name) for name in found) + "?"
+    shown = ", ".join(accepted[:12]) + (", ..." if len(accepted) > 12 else "")
+    return f" Accepted: {shown}." if shown else ""
+
+
+def bulleted(lines: Iterable[str], limit: int = 20) -> str:
+    """Return ``lines`` as an indented list, at most ``limit`` of them, with the count of those left out."""
+    lines = list(lines)
+    shown = [f"  - {line}" for line in lines[:limit]]
+    if len(lines) > limit:
+        shown.append(f"  ... and {len(lines) - limit} more")
+    return "\n".join(shown)

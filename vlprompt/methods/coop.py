@@ -1,0 +1,77 @@
+"""CoOp: learned context vectors in place of prompt words (Zhou et al., IJCV 2022; arXiv 2109.01134).
+
+The prompt of class c is ``[v_1] ... [v_M] [class c] .`` (equation 2; the class token may also stand in the middle or in
+front), its classifier row is the unit text feature, and the vectors are trained by cross-entropy alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlprompt.errors import ClassNameError, ConfigError
+from vlprompt.methods.base import PromptMethod
+from vlprompt.methods.registry import register
+from vlprompt.prompts import TextContext
+from vlprompt.prompts.context import Position
+
+
+@dataclass(frozen=True)
+class CoOpSettings:
+    """Settings of CoOp.
+
+    Attributes:
+        context_length: M, when no words are given.
+        context_init: Words to start from, such as "a photo of a"; M is then their number and class_specific is without
+            effect. Empty: normal noise of deviation 0.02.
+        class_specific: A set of vectors for every class (CSC) instead of one for all.
+        class_token_position: Where the class name stands: behind the vectors (end), amid, or in front of them.
+    """
+
+    context_length: int = 16
+    context_init: str = ""
+    class_specific: bool = False
+    class_token_position: Position = "end"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.context_length <= 74:
+            raise ConfigError(f"settings.context_length is {self.context_length}; accepted: 1 to 74 vectors")
+        if self.class_token_position not in ("end", "middle", "front"):
+            raise ConfigError(
+                f"settings.class_token_position is {self.class_token_position!r}; accepted: end, middle, front"
+            )
+
+
+@register("coop")
+class CoOp(PromptMethod):
+    """One set of context vectors, or one per class, trained by cross-entropy."""
+
+    Settings = CoOpSettings
+    settings: CoOpSettings
+
+    def build(self) -> None:
+        """Create ``prompt.ctx``: ``[M, W]``, or ``[C, M, W]`` when class-specific."""
+        own = self.settings
+        classes = len(self.class_names) if own.class_specific else None
+        self.prompt = TextContext(self.backbone.text, own.context_length, own.context_init, classes)
+        self.layout = self.prompt.layout(self.backbone.text, self.class_names, own.class_token_position)
+
+    def class_weights(self, features: Tensor | None = None) -> Tensor:
+        """Return the unit text features of the learned prompts ``[C, D]``."""
+        return F.normalize(self.backbone.text.encode(self.layout, self.prompt.ctx)[0], dim=-1)
+
+    def with_classes(self, class_names: Sequence[str]) -> PromptMethod:
+        """Return CoOp with the same generic context for other classes.
+
+        Raises:
+            ClassNameError: The context is class-specific; it says nothing about other classes.
+        """
+        if self.prompt.class_specific and list(class_names) != self.class_names:
+            raise ClassNameError(
+                "this CoOp was trained with settings.class_specific, so it has context for its own "
+                f"{len(self.class_names)} classes only; other classes need generic context (class_specific: false)"
+            )
+        return super().with_classes(class_names)

@@ -1,0 +1,182 @@
+"""MoCoOp: a mixture of soft prompts with a router (arXiv 2409.12011; official code dyabel/mocoop, specs in seed_methods 1).
+
+Templates come in semantic groups. Each group has an expert: context vectors started from the group's first template. A
+linear router on the image feature picks the top experts; an image's class weights are the gate-weighted sum of their
+unit text features. The loss is cross-entropy, plus text supervision of each expert by its group's hand-written
+prototypes, plus supervision of the router by the image's affinity to those prototypes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlprompt.errors import ConfigError
+from vlprompt.methods.base import PromptMethod
+from vlprompt.methods.registry import register
+from vlprompt.objectives import routing_loss, routing_target, text_to_text_loss
+from vlprompt.prompts import ExpertContexts, TunedLayerNorms, check_templates, template_layout
+
+
+@dataclass(frozen=True)
+class MoCoOpSettings:
+    """Settings of MoCoOp; the defaults are the official code's, the templates those of its common groups.
+
+    Attributes:
+        templates: Hand-written templates, group by group; final periods are ignored.
+        groups: Sizes of the groups, in order; they add up to the number of templates.
+        top_k: Experts per image.
+        text_loss_weight: Weight of the text-to-text term (its temperature is ``text_temperature``).
+        gate_loss_weight: Weight of the router's supervision.
+        text_correction: Learn one vector ``w`` that is added to all text features of the experts.
+        tune_layer_norms: Train the image blocks' layer norms, at ``layer_norm_lr_factor`` times the learning rate.
+        text_temperature: 1 as in the official code, or 100 as in LASP.
+        context_counting: "words", the official rule, or "tokens", which never touches name, period or end-of-text.
+        drop_unused_experts: Give experts that no image of the batch selects zero features, in both text branches. The
+            official code does so at batch sizes below 4.
+    """
+
+    templates: Sequence[str] = (
+        "a photo of a {}.",
+        "a photo of many {}.",
+        "a low resolution photo of the {}.",
+        "a low resolution photo of a {}.",
+        "a pixelated photo of the {}.",
+        "a pixelated photo of a {}.",
+        "a good photo of the {}.",
+        "a good photo of a {}.",
+    )
+    groups: Sequence[int] = (1, 1, 4, 2)
+    top_k: int = 2
+    text_loss_weight: float = 5.0
+    gate_loss_weight: float = 1.0
+    text_correction: bool = True
+    tune_layer_norms: bool = True
+    layer_norm_lr_factor: float = 0.1
+    text_temperature: float = 1.0
+    context_counting: Literal["words", "tokens"] = "words"
+    drop_unused_experts: bool = False
+
+    def __post_init__(self) -> None:
+        check_templates(self.templates, "settings.templates")
+        if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in self.groups):
+            raise ConfigError(f"settings.groups is {list(self.groups)}; accepted: sizes of 1 or more")
+        if sum(self.groups) != len(self.templates):
+            raise ConfigError(
+                f"settings.groups {list(self.groups)} adds up to {sum(self.groups)}, "
+                f"but settings.templates holds {len(self.templates)}"
+            )
+        if not 1 <= self.top_k <= len(self.groups):
+            raise ConfigError(f"settings.top_k is {self.top_k}; accepted: 1 to {len(self.groups)}, the number of groups")
+        for name in ("text_loss_weight", "gate_loss_weight", "layer_norm_lr_factor", "text_temperature"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"settings.{name} is {getattr(self, name)}; accepted: 0 or more")
+
+
+@register("mocoop")
+class MoCoOp(PromptMethod):
+    """G experts, a router, and what they are supervised with."""
+
+    Settings = MoCoOpSettings
+    settings: MoCoOpSettings
+
+    def build(self) -> None:
+        """Create experts, ``gate`` (D to G), ``w`` ``[1, D]`` and layer norms; encode the prototypes ``[G, C_all, D]``."""
+        own, text, dim = self.settings, self.backbone.text, self.backbone.embed_dim
+        templates = [template.replace(".", "") for template in own.templates]
+        first = [templates[sum(own.groups[:g])] for g in range(len(own.groups))]
+        self.experts = ExpertContexts(text, first, own.context_counting)
+        self.gate = nn.Linear(dim, len(own.groups))
+        self.w = nn.Parameter(torch.zeros(1, dim)) if own.text_correction else None
+        self.norms = TunedLayerNorms(self.backbone.image) if own.tune_layer_norms else None
+        self.learns_image_side = own.tune_layer_norms
+        self.layout = self.experts.layout(text, self.class_names, period=False)
+        # Virtual classes: on a base split the text term covers new names too, in prompts that end in a period.
+        self.virtual = self.all_class_names != self.class_names
+        if self.virtual:
+            self.virtual_layout = self.experts.layout(text, self.all_class_names, period=True)
+        hard = template_layout(text, self.all_class_names, [template + "." for template in templates])
+        with torch.no_grad():
+            features = F.normalize(text.encode(hard), dim=-1).split(list(own.groups))
+        prototypes = torch.stack([F.normalize(group.mean(dim=0), dim=-1) for group in features])
+        self.register_buffer("prototypes", prototypes, persistent=False)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return raw image features ``[B, D]``, through the tuned layer norms where there are any."""
+        return self.backbone.image.encode(images, overrides=self.norms.overrides() if self.norms else None)
+
+    # -- scoring ------------------------------------------------------------------------------------------------
+    def expert_weights(self, *, virtual: bool = False) -> Tensor:
+        """Return unit text features ``[G, C, D]`` of the experts' prompts, ``w`` added before normalisation."""
+        layout = self.virtual_layout if virtual else self.layout
+        features = self.backbone.text.encode(layout, self.experts.vectors())
+        return F.normalize(features if self.w is None else features + self.w, dim=-1)
+
+    def route(self, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """Return routing logits and gates, both ``[B, G]``; gates are a softmax over the top experts, zero elsewhere."""
+        logits = self.gate(unit)
+        top, chosen = logits.topk(self.settings.top_k, dim=-1)
+        return logits, torch.zeros_like(logits).scatter(-1, chosen, top.softmax(dim=-1))
+
+    def class_weights(self, features: Tensor | None = None) -> Tensor:
+        """Return the mixtures ``[B, C, D]`` of raw image ``features`` ``[B, D]``: the exact classifier of each image.
+
+        Without features, return ``[C, D]``: the mean expert, an approximation for code that takes one matrix only; a
+        warning says so. Mixtures are sums of unit vectors and are not normalised again (official code).
+        """
+        if features is None:
+            warnings.warn(
+                "a mixture of prompts has class weights per image; class_weights(features) gives them exactly "
+                "[B, C, D], this [C, D] is the mean of the experts",
+                stacklevel=2,
+            )
+            return F.normalize(self.expert_weights().mean(dim=0), dim=-1)
+        gates = self.route(F.normalize(features, dim=-1))[1]
+        return torch.einsum("bg,gcd->bcd", gates, self.expert_weights())
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return ``[B, C]``: the gate-weighted sum of the experts' logits for raw ``features`` ``[B, D]``."""
+        unit = F.normalize(features, dim=-1)
+        return self._mix(unit, self.route(unit)[1], self.expert_weights())
+
+    def _mix(self, unit: Tensor, gates: Tensor, expert_weights: Tensor) -> Tensor:
+        # <v, sum_g a_g t_gc> = sum_g a_g <v, t_gc>: no [B, C, D] mixture is formed.
+        cosines = torch.einsum("bd,gcd->bgc", unit, expert_weights)
+        return self.backbone.logit_scale * torch.einsum("bg,bgc->bc", gates, cosines)
+
+    # -- training -----------------------------------------------------------------------------------------------
+    def losses(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return the terms ``ce``, ``text`` and ``gate``, weighted; a weight of zero leaves its term out."""
+        own = self.settings
+        unit = F.normalize(features, dim=-1)
+        routing, gates = self.route(unit)
+        used = (gates > 0).any(dim=0)[:, None, None] if own.drop_unused_experts else None
+        experts = self._drop(self.expert_weights(), used)
+        terms = {"ce": F.cross_entropy(self._mix(unit, gates, experts), labels)}
+        prototypes = self.get_buffer("prototypes")
+        if own.text_loss_weight:
+            whole = self._drop(self.expert_weights(virtual=True), used) if self.virtual else experts
+            terms["text"] = own.text_loss_weight * text_to_text_loss(whole, prototypes, own.text_temperature)
+        if own.gate_loss_weight:
+            affinity = torch.einsum("bd,gbd->bg", unit, prototypes[:, labels])
+            terms["gate"] = own.gate_loss_weight * routing_loss(routing, routing_target(affinity, own.top_k))
+        return terms
+
+    @staticmethod
+    def _drop(experts: Tensor, used: Tensor | None) -> Tensor:
+        return experts if used is None else torch.where(used, experts, torch.zeros_like(experts))
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return the prompts' and the router's group, and the layer norms' with its smaller rate."""
+        norms = list(self.norms.parameters()) if self.norms else []
+        others = [p for _, p in self.learnables() if not any(p is norm for norm in norms)]
+        groups: list[dict[str, Any]] = [{"params": others, "lr": lr}]
+        if norms:
+            groups.append({"params": norms, "lr": lr * self.settings.layer_norm_lr_factor})
+        return groups

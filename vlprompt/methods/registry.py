@@ -1,0 +1,70 @@
+"""The registry: a decorator on a class is the whole enrolment of a method."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from vlprompt.backbone import Backbone
+from vlprompt.errors import ConfigError, did_you_mean
+from vlprompt.methods.base import PromptMethod
+
+_METHODS: dict[str, type[PromptMethod]] = {}
+M = TypeVar("M", bound=type[PromptMethod])
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Enrol a :class:`PromptMethod` under ``name``: in ``list_methods``, the command line and the shared test suite.
+
+    Raises:
+        ValueError: Another class holds the name.
+    """
+
+    def enrol(method: M) -> M:
+        if name in _METHODS and _METHODS[name] is not method:
+            raise ValueError(f"method name {name!r} is taken by {_METHODS[name].__qualname__}")
+        method.name = name
+        _METHODS[name] = method
+        return method
+
+    return enrol
+
+
+def list_methods(pattern: str = "*") -> list[str]:
+    """Return the names of all methods that match a wildcard ``pattern``, sorted: ``list_methods("*coop*")``."""
+    return sorted(fnmatch.filter(_METHODS, pattern))
+
+
+def get_method_class(name: str) -> type[PromptMethod]:
+    """Return the class registered as ``name``.
+
+    Raises:
+        ConfigError: No such method; the text names the nearest ones.
+    """
+    if name not in _METHODS:
+        raise ConfigError(f"there is no method {name!r}.{did_you_mean(name, list_methods())} See `vlprompt list methods`.")
+    return _METHODS[name]
+
+
+def create_method(
+    name: str,
+    backbone: Backbone,
+    class_names: Sequence[str],
+    *,
+    all_class_names: Sequence[str] | None = None,
+    **settings: Any,
+) -> PromptMethod:
+    """Return the method ``name`` around ``backbone`` for ``class_names``; ``settings`` are fields of its ``Settings``.
+
+    Raises:
+        ConfigError: Unknown method or setting, or a value that is not accepted.
+        ClassNameError: Class names that cannot be turned into prompts.
+    """
+    method = get_method_class(name)
+    known = [entry.name for entry in dataclasses.fields(method.Settings)]
+    wrong = [f"{key!r}.{did_you_mean(key, known)}" for key in settings if key not in known]
+    if wrong:
+        raise ConfigError(f"method {name!r} has no setting " + "; nor ".join(wrong))
+    return method(backbone, class_names, method.Settings(**settings), all_class_names)

@@ -1,0 +1,65 @@
+"""Zero-shot CLIP: one hand-written template, or the normalised ensemble of several (CoOp: trainers/zsclip.py).
+
+Each template's text feature is brought to unit length, the templates are averaged, and the mean is brought to unit
+length again. Nothing is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlprompt.methods.base import PromptMethod
+from vlprompt.methods.registry import register
+from vlprompt.prompts import check_templates, template_layout
+
+SELECTED_TEMPLATES = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+"""The seven templates of CoOp's ensemble; it appends the data set's own, except on ImageNet."""
+
+
+@dataclass(frozen=True)
+class ZeroShotSettings:
+    """Settings of zero-shot CLIP.
+
+    Attributes:
+        templates: The hand-written templates; each holds ``{}`` once.
+        ensemble: Add the seven selected templates in front.
+    """
+
+    templates: Sequence[str] = ("a photo of a {}.",)
+    ensemble: bool = False
+
+    def __post_init__(self) -> None:
+        check_templates(self.templates, "settings.templates")
+
+
+@register("zeroshot")
+class ZeroShot(PromptMethod):
+    """Frozen CLIP with hand-written prompts."""
+
+    Settings = ZeroShotSettings
+    settings: ZeroShotSettings
+
+    def build(self) -> None:
+        """Encode the templates once; there are no learnables."""
+        templates = [*SELECTED_TEMPLATES, *self.settings.templates] if self.settings.ensemble else self.settings.templates
+        with torch.no_grad():
+            features = self.backbone.text.encode(template_layout(self.backbone.text, self.class_names, templates))
+        mean = F.normalize(features, dim=-1).mean(dim=0)
+        self.register_buffer("weights", F.normalize(mean, dim=-1), persistent=False)
+
+    def class_weights(self, features: Tensor | None = None) -> Tensor:
+        """Return the ensembled unit text features ``[C, D]``."""
+        return self.get_buffer("weights")

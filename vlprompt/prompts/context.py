@@ -1,0 +1,102 @@
+"""Text context as CoOp has it: one set of vectors around, before or behind every class name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from vlprompt.backbone.layout import TokenLayout, check_row_lengths, context_slot
+from vlprompt.backbone.text_tower import TextTower
+from vlprompt.errors import ConfigError
+from vlprompt.prompts.words import words_of
+
+Position = Literal["end", "middle", "front"]
+CONTEXT_STD = 0.02
+"""Standard deviation of randomly initialised context vectors (CoOp: trainers/coop.py)."""
+
+
+def template_layout(tower: TextTower, class_names: Sequence[str], templates: Sequence[str]) -> TokenLayout:
+    """Return the layout of hand-written prompts: one group per template, no context slots.
+
+    Raises:
+        ClassNameError: Prompts longer than the text tower takes, all of them listed.
+    """
+    groups = []
+    for template in templates:
+        rows = [tower.tokens(template.replace("{}", words_of(name))) for name in class_names]
+        check_row_lengths(class_names, [len(row) for row in rows], tower.context_length, f"template {template!r}")
+        groups.append(rows)
+    return TokenLayout.from_rows(groups)
+
+
+def context_layout(
+    tower: TextTower,
+    class_names: Sequence[str],
+    placeholder: str,
+    length: int,
+    position: Position,
+    *,
+    class_specific: bool = False,
+) -> TokenLayout:
+    """Return the layout of ``length`` context vectors and ``NAME.``, after CoOp's prompt assembly (prompt_learners 1.5).
+
+    The prompt ``placeholder + " NAME."`` is tokenised whole; its first ``length`` tokens become context slots, which then
+    stand before (end), around (middle, ``length // 2`` of them before) or behind (front) the tokens of the bare name.
+
+    Raises:
+        ClassNameError: Prompts longer than the text tower takes, all of them listed.
+    """
+    rows = []
+    slots = [context_slot(m) for m in range(length)]
+    for name in class_names:
+        start, *tokens = tower.tokens(f"{placeholder} {words_of(name)}.")
+        name_length = len(tower.tokens(words_of(name))) - 2
+        rest = tokens[length:]
+        before = {"end": length, "middle": length // 2, "front": 0}[position]
+        inside = 0 if position == "end" else name_length
+        rows.append([start, *slots[:before], *rest[:inside], *slots[before:], *rest[inside:]])
+    what = f"{length} context tokens, the name and a period"
+    check_row_lengths(class_names, [len(row) for row in rows], tower.context_length, what)
+    return TokenLayout.from_rows([rows], class_specific=class_specific)
+
+
+class TextContext(nn.Module):
+    """Context vectors ``ctx``: ``[M, W]`` for all classes, or ``[C, M, W]`` class-specific; float32.
+
+    Args:
+        tower: The text tower whose width W and word embeddings are used.
+        length: M, where no ``words`` are given.
+        words: Initial words; M is then their number counted by spaces, and the vectors start as the embeddings of the
+            first M tokens. Words make class-specific context generic (CoOp: trainers/coop.py 72-110).
+        classes: C for class-specific context, None for generic.
+    """
+
+    def __init__(self, tower: TextTower, length: int, words: str = "", classes: int | None = None) -> None:
+        super().__init__()
+        words = words_of(words)
+        if words:
+            tokens = tower.tokens(words)[1:-1]
+            self.length = len(words.split(" "))
+            if len(tokens) < self.length:
+                raise ConfigError(
+                    f"context_init {words!r} counts {self.length} words by its spaces but has {len(tokens)} tokens; "
+                    "accepted: words parted by single spaces, none at the ends"
+                )
+            vectors = tower.embed(tokens[: self.length])
+            self.class_specific = False
+        else:
+            self.length = length
+            shape = (length, tower.width) if classes is None else (classes, length, tower.width)
+            vectors = torch.randn(shape) * CONTEXT_STD
+            self.class_specific = classes is not None
+        self.placeholder = words or " ".join(["X"] * self.length)
+        self.ctx = nn.Parameter(vectors)
+
+    def layout(self, tower: TextTower, class_names: Sequence[str], position: Position) -> TokenLayout:
+        """Return where the vectors stand in the prompts of ``class_names``."""
+        return context_layout(
+            tower, class_names, self.placeholder, self.length, position, class_specific=self.class_specific
+        )

@@ -1,0 +1,42 @@
+"""Class names and templates: what is accepted, and how a name stands in a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vlprompt.errors import ClassNameError, ConfigError, bulleted
+
+
+def check_class_names(class_names: Sequence[str]) -> list[str]:
+    """Return ``class_names`` as a list of usable names (underscores kept; prompts replace them by spaces).
+
+    Raises:
+        ClassNameError: A plain string, no names at all, or entries that are not texts or hold no letters.
+    """
+    if isinstance(class_names, str):
+        raise ClassNameError(f"class_names is one text, {class_names!r}; expected a list of names, [{class_names!r}]")
+    names = list(class_names)
+    if not names:
+        raise ClassNameError("class_names is empty; at least one class name is needed")
+    wrong = [f"class {i}: {name!r}" for i, name in enumerate(names) if not isinstance(name, str) or not _printable(name)]
+    if wrong:
+        raise ClassNameError("class names must be texts of printable characters:\n" + bulleted(wrong))
+    return names
+
+
+def _printable(name: str) -> bool:
+    return bool(name.replace("_", " ").strip()) and all(ch.isprintable() for ch in name)
+
+
+def words_of(name: str) -> str:
+    """Return a class name as it stands in a prompt: underscores become spaces (prompt_learners 1.5)."""
+    return name.replace("_", " ")
+
+
+def check_templates(templates: Sequence[str], where: str) -> None:
+    """Raise ConfigError unless ``templates`` is a list of texts that hold ``{}`` exactly once."""
+    if isinstance(templates, str) or not templates:
+        raise ConfigError(f"{where} is {templates!r}; accepted: a list of templates such as ['a photo of a {{}}.']")
+    wrong = [repr(text) for text in templates if not isinstance(text, str) or text.count("{}") != 1]
+    if wrong:
+        raise ConfigError(f"{where}: {', '.join(wrong)}; a template holds {{}} exactly once, for the class name")
