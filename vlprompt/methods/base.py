@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.backbone import Backbone
-from vlprompt.errors import ClassNameError, HeadError
+from vlprompt.errors import ClassNameError, HeadError, bulleted
 from vlprompt.prompts.words import check_class_names
 
 
@@ -56,16 +57,31 @@ class PromptMethod(nn.Module):
                 f"got {self.all_class_names[:3]}... against {self.class_names[:3]}..."
             )
         self.settings = settings
+        self._warn_of_untrained_words()
         self.build()
 
     def build(self) -> None:
         """Create learnables (float32 ``nn.Parameter``) and the token layouts of the classes."""
         raise NotImplementedError
 
+    def _warn_of_untrained_words(self) -> None:
+        words = {name: self.backbone.untrained_tokens(name) for name in self.class_names}
+        lines = [f"{name!r}: {', '.join(unknown)}" for name, unknown in words.items() if unknown]
+        if lines:
+            warnings.warn(
+                f"the backbone {self.backbone.name!r} never saw words of {len(lines)} of {len(words)} class names; "
+                "expect little of these classes:\n" + bulleted(lines, limit=5),
+                stacklevel=3,
+            )
+
     # -- scoring ------------------------------------------------------------------------------------------------
     def image_features(self, images: Tensor) -> Tensor:
         """Return raw image features ``[B, D]`` of normalised ``images`` ``[B, 3, H, W]``."""
         return self.backbone.encode_image(images)
+
+    def image_overrides(self) -> dict[str, Tensor]:
+        """Return learned values of the image tower's own parameters, by their open_clip names; usually none."""
+        return {}
 
     def class_weights(self, features: Tensor | None = None) -> Tensor:
         """Return the classifier: unit rows ``[C, D]``, the ``open_clip`` zero-shot weights (transposed)."""
@@ -124,7 +140,8 @@ class PromptMethod(nn.Module):
         Raises:
             ClassNameError: The learnables belong to the old classes (class-specific context).
         """
-        other = type(self)(self.backbone, class_names, self.settings)
+        with torch.random.fork_rng(devices=[]):  # its fresh learnables are replaced at once
+            other = type(self)(self.backbone, class_names, self.settings)
         other.load_learnable_state(self.learnable_state())
         return other.to(self.backbone.device).train(self.training)
 

@@ -109,7 +109,11 @@ class MoCoOp(PromptMethod):
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return raw image features ``[B, D]``, through the tuned layer norms where there are any."""
-        return self.backbone.image.encode(images, overrides=self.norms.overrides() if self.norms else None)
+        return self.backbone.image.encode(images, overrides=self.image_overrides() or None)
+
+    def image_overrides(self) -> dict[str, Tensor]:
+        """Return the tuned layer norms by their open_clip names."""
+        return self.norms.overrides() if self.norms else {}
 
     # -- scoring ------------------------------------------------------------------------------------------------
     def expert_weights(self, *, virtual: bool = False) -> Tensor:

@@ -1,0 +1,196 @@
+"""Reading weight files without running anything in them, and fitting them to a network exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlprompt.backbone.architecture import ARCHIVE_FIELDS, same_shapes_as
+from vlprompt.errors import BackboneError, bulleted
+
+_CONVERT = (
+    'If you trust the file, convert it once: python -c "import torch, safetensors.torch as s; '
+    "s.save_file({{k: v.contiguous() for k, v in {load}.items()}}, 'weights.safetensors')\""
+)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors or torch file, by name, on the CPU; the file's kind is read off its bytes.
+
+    Wrappers of training checkpoints (``state_dict``, ``model``, a ``module.`` prefix) are taken off. Torch files are
+    read with ``weights_only=True``; TorchScript archives only where their SHA-256 is that of an OpenAI release.
+
+    Raises:
+        BackboneError: No such file, a folder, a cut or foreign file, objects other than tensors, values that are not
+            finite.
+    """
+    if path.is_dir():
+        raise BackboneError(
+            f"{path} is a folder, not a weight file. For a folder with open_clip_config.json and weights use "
+            f"--backbone.name local-dir:{path}"
+        )
+    if not path.is_file():
+        raise BackboneError(f"there is no weight file {path}; give the path of a .safetensors, .pt, .pth or .bin file")
+    kind = _kind(path)
+    if kind == "safetensors":
+        state: Any = _read_safetensors(path)
+    elif kind == "torchscript":
+        state = _read_openai_archive(path)
+    else:
+        state = _read_torch(path)
+    return _checked(_unwrapped(state), path)
+
+
+def _kind(path: Path) -> str:
+    with open(path, "rb") as file:
+        head = file.read(64)
+    size = path.stat().st_size
+    if head.startswith(b"version https://git-lfs"):
+        raise BackboneError(f"{path} is a Git LFS pointer of {size} bytes, not the weights; run `git lfs pull` there")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise BackboneError(f"{path} is a web page, not weights; download the file itself (the page's `resolve` link)")
+    if head.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except zipfile.BadZipFile:
+            raise BackboneError(_cut(path, "the archive's directory is missing")) from None
+        if any("/code/" in name or name.endswith("constants.pkl") for name in names):
+            return "torchscript"
+        if not any(name.endswith("data.pkl") for name in names):
+            raise BackboneError(f"{path} is an archive of something else ({', '.join(names[:3])}), not torch weights")
+        return "torch"
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        return "safetensors"
+    if not head.startswith((b"\x80", b"(")):
+        raise BackboneError(f"{path} ({size} bytes) is neither a safetensors nor a torch file; download it again")
+    return "torch"
+
+
+def _cut(path: Path, reason: str) -> str:
+    return f"{path} ({path.stat().st_size} bytes) is cut short or damaged: {reason}. Download it again."
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(str(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BackboneError(_cut(path, str(error).splitlines()[0])) from None
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the reader of tensor lists raises a dozen kinds
+        if not ("Unsupported" in str(error) or "GLOBAL" in str(error)):
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise BackboneError(_cut(path, reason[:200])) from None
+        raise BackboneError(
+            f"{path} holds Python objects, not only tensors; loading them could run code, so it is refused.\n"
+            + _CONVERT.format(load=f"torch.load('{path}', map_location='cpu', weights_only=False)")
+        ) from None
+
+
+def openai_archives() -> dict[str, str]:
+    """Return SHA-256 to file name of OpenAI's TorchScript releases, read off the addresses that open_clip lists."""
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_models_by_tag
+
+    urls = [get_pretrained_cfg(name, "openai").get("url", "") for name in list_pretrained_models_by_tag("openai")]
+    return {url.split("/")[-2]: url.split("/")[-1] for url in urls if "openaipublic" in url}
+
+
+def _read_openai_archive(path: Path) -> dict[str, Tensor]:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() not in openai_archives():
+        raise BackboneError(
+            f"{path} is a TorchScript archive: a program as well as weights. Only OpenAI's releases are opened, and "
+            f"its SHA-256 ({digest.hexdigest()[:12]}...) is none of theirs.\n"
+            "For OpenAI's weights use --backbone.pretrained openai, which takes the safetensors release.\n"
+            + _CONVERT.format(load=f"torch.jit.load('{path}', map_location='cpu').state_dict()")
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program: Any = torch.jit.load(str(path), map_location="cpu")
+    # The fields mark the dict as OpenAI's, which decides the activation; some archives keep them as attributes.
+    state = {name: tensor.detach() for name, tensor in program.state_dict().items()}
+    return {name: torch.zeros(()) for name in ARCHIVE_FIELDS} | state
+
+
+def _unwrapped(state: Any) -> Any:
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if isinstance(state, Mapping) and state and all(str(name).startswith("module.") for name in state):
+        state = {name[len("module.") :]: value for name, value in state.items()}
+    return state
+
+
+def _checked(state: Any, path: Path) -> dict[str, Tensor]:
+    if not isinstance(state, Mapping):
+        raise BackboneError(f"{path} holds a {type(state).__name__}, not a state dict of named tensors")
+    state = {name: value for name, value in state.items() if name not in ARCHIVE_FIELDS or isinstance(value, Tensor)}
+    foreign = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if foreign or not state:
+        found = f"entries that are not tensors: {', '.join(foreign[:5])}" if foreign else "no tensors"
+        raise BackboneError(f"{path} is not a state dict of named tensors: it holds {found}")
+    broken = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if broken:
+        raise BackboneError(f"{path} holds values that are not finite (NaN or infinity), first in {broken[0]!r}")
+    return {str(name): value for name, value in state.items()}
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, name: str, source: str) -> None:
+    """Copy ``state`` into ``model``; every tensor must find its place, and every place its tensor.
+
+    Raises:
+        BackboneError: Missing or unexpected names, or other shapes; the network has not been changed then.
+    """
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    fitted = {key: value for key, value in state.items() if key not in ARCHIVE_FIELDS}
+    fitted = dict(convert_state_dict(model, fitted))  # MobileCLIP's own names
+    if "positional_embedding" in fitted and hasattr(model, "text"):
+        fitted = dict(convert_to_custom_text_state_dict(fitted))
+    own = model.state_dict()
+    for scalar in ("logit_scale", "logit_bias"):  # stored as [] or as [1]
+        if scalar in fitted and scalar in own and fitted[scalar].numel() == own[scalar].numel():
+            fitted[scalar] = fitted[scalar].reshape(own[scalar].shape)
+    missing = [key for key in own if key not in fitted]
+    unexpected = [key for key in fitted if key not in own]
+    shapes = [key for key in own if key in fitted and own[key].shape != fitted[key].shape]
+    if missing or unexpected or shapes:
+        lines = [f"missing: {key}" for key in missing[:4]] + [f"unexpected: {key}" for key in unexpected[:4]]
+        lines += [f"{key}: shape {list(fitted[key].shape)}, expected {list(own[key].shape)}" for key in shapes[:4]]
+        raise BackboneError(
+            f"{source} does not fit {name}: {len(missing)} tensors missing, {len(unexpected)} unexpected, "
+            f"{len(shapes)} of another shape.\n{bulleted(lines)}\n{_remedy(state, name, source)}"
+        )
+    model.load_state_dict(fitted)
+
+
+def _remedy(state: Mapping[str, Tensor], name: str, source: str) -> str:
+    twin = same_shapes_as(state, source)
+    if twin and twin != name.removesuffix("-quickgelu"):
+        return f"Its sizes are those of {twin}: use --backbone.name {twin}"
+    if name == "from-file":
+        return "The file is incomplete; download it again."
+    return (
+        "Name the architecture of the file (`vlprompt list backbones`), or use --backbone.name from-file, which takes "
+        "the architecture from the shapes of an OpenAI-format file."
+    )

@@ -1,0 +1,366 @@
+"""The command line: ``vlprompt train | base-to-new | eval | predict | list``; every command is a few lines of Python.
+
+What a user can put right is printed as plain text with status 2; an interrupted command ends with 130; anything else
+is a bug and shows itself as one. Heavy imports (torch, lightning, open_clip) stay inside the commands.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlprompt.errors import ConfigError, HeadError, VlpromptError, did_you_mean
+from vlprompt.parsing import COMMAND_LINE, CommandLine, check_run, key_table, read_command_line, refuse, to_yaml
+
+RUN_CONFIG = "config.yaml"
+HEAD_FOLDER, HEAD_CONFIG = "head", "config.json"
+KINDS = ("methods", "datasets", "backbones")
+
+TRAIN_HELP = """\
+vlprompt train --config FILE [--a.b VALUE ...] [--print-config] [--dry-run] [--force]
+
+Trains a method, evaluates it, and keeps config, head and results in a run folder. The same command resumes an
+unfinished run and shows a finished one.
+
+  --config FILE     a path, or one of vlprompt's own such as mocoop/demo; several files: later ones win
+  --a.b VALUE       overrides a key of the files, wherever it stands; lists as '[1, 2]', nothing as null
+  --print-config    print the resolved configuration and stop
+  --dry-run         print shapes, learnables, memory and steps and stop
+  --force           train again although the run is finished
+
+Example: vlprompt train --config mocoop/demo --data.shots 4 --recipe.epochs 5
+"""
+BASE_TO_NEW_HELP = """\
+vlprompt base-to-new --config FILE [--config FILE2 ...] [--seeds 1,2,3] [--a.b VALUE ...] [--print-config]
+
+Trains on the base classes with each seed, evaluates base and new classes, and prints accuracies, their harmonic mean
+and zero-shot. Several --config files are compared side by side; the overrides apply to all of them.
+
+  --config FILE     a path, or one of vlprompt's own such as mocoop/demo
+  --seeds 1,2,3     the seeds (default 1,2,3)
+  --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
+  --print-config    print the resolved configurations and stop
+"""
+EVAL_HELP = """\
+vlprompt eval RUN [--data.name NAME] [--data.root DIR] [--data.classes all|base|new] [--data.* VALUE] [--seed N]
+
+Evaluates a saved head on the test images of a data set: the run's own, unless --data.* says otherwise.
+
+  RUN               a run folder, or a head folder (then --data.name is needed)
+
+Example: vlprompt eval RUN --data.classes new
+"""
+PREDICT_HELP = """\
+vlprompt predict RUN IMAGE... [--top 5] [--json]
+
+Prints the most probable classes of image files, or of all images in folders.
+
+  RUN               a run folder or a head folder
+  IMAGE...          image files or folders
+  --top K           classes to show per image (default 5)
+  --json            print [{"path": ..., "classes": [{"name": ..., "probability": ...}]}]
+"""
+LIST_HELP = """\
+vlprompt list methods|datasets|backbones [PATTERN]
+
+Prints names, one per line; PATTERN is a wildcard such as '*coop*'.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command of ``argv`` (default: the process's) and return its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except VlpromptError as error:
+        print(f"vlprompt: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        resumes = words[:1] and words[0] in ("train", "base-to-new")
+        print("vlprompt: stopped" + ("; the same command resumes it" if resumes else ""), file=sys.stderr)
+        return 130
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(_version())
+        return 0
+    if words[0] not in COMMANDS:
+        raise ConfigError(
+            f"there is no command {words[0]!r}.{did_you_mean(words[0], COMMANDS)} See `vlprompt --help`."
+            if not words[0].startswith("-")
+            else f"a command comes first, not {words[0]!r}; commands: {', '.join(COMMANDS)}."
+        )
+    command = COMMANDS[words[0]]
+    if "-h" in words[1:] or "--help" in words[1:]:
+        print(command.help + (_keys_help(words[1:]) if words[0] == "train" else ""), end="")
+        return 0
+    return command.call(words[1:])
+
+
+def _overview() -> str:
+    rows = "\n".join(f"  {name:<13} {command.line}" for name, command in COMMANDS.items())
+    return (
+        f"vlprompt: adapt a frozen CLIP to your classes.\n\n{rows}\n\n"
+        "`vlprompt COMMAND --help` tells more. Start with: vlprompt train --config mocoop/demo"
+    )
+
+
+def _version() -> str:
+    try:
+        return f"vlprompt {importlib.metadata.version('vlprompt')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "vlprompt (run from a clone, not installed)"
+
+
+def _keys_help(words: list[str]) -> str:
+    """Return the accepted keys; the settings too, if the command names a method or a configuration that can be read."""
+    text = f"\nKeys, defaults and what they accept:\n{key_table()}\n"
+    line = read_command_line([word for word in words if word not in ("-h", "--help")], flags=TRAIN_FLAGS)
+    if not line.configs and not line.overrides:
+        return text + "\nWith --method NAME or --config FILE this help also lists the method's --settings.* keys.\n"
+    config, problems = check_run(line)
+    if config is None or problems:
+        refuse(problems, "train")
+    from vlprompt.methods.registry import get_method_class
+
+    settings = get_method_class(config.method).Settings
+    return f"{text}\nSettings of {config.method}:\n{key_table(settings)}\n"
+
+
+def _first_process() -> bool:
+    """Return whether this process speaks for all: Lightning starts the others with the same command line."""
+    ranks = (os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return not any(rank.isdigit() and int(rank) > 0 for rank in ranks)
+
+
+def _say(text: str) -> None:
+    if _first_process():
+        print(text)
+
+
+def _no_config(line: CommandLine) -> None:
+    if not line.configs and "method" not in line.overrides:
+        line.problems.append(f"{COMMAND_LINE}: no --config FILE; for a first run: --config mocoop/demo")
+
+
+# -- training -----------------------------------------------------------------------------------------------------
+TRAIN_FLAGS = ("print-config", "dry-run", "force")
+
+
+def _train(words: list[str]) -> int:
+    line = read_command_line(words, "train", flags=TRAIN_FLAGS)
+    _no_config(line)
+    config, problems = check_run(line)
+    if config is None or problems:
+        refuse(problems, "train")
+    if "print-config" in line.flags:
+        print(to_yaml(config), end="")
+        return 0
+    from vlprompt.evaluation import run as running
+
+    if "dry-run" in line.flags:
+        print(running.dry_run(config))
+        return 0
+    result = running.run(config, force="force" in line.flags)
+    _say(f"{result.table()}\nhead:       {result.head_dir}\nrun folder: {result.folder}")
+    return 0
+
+
+def _base_to_new(words: list[str]) -> int:
+    line = read_command_line(words, "base-to-new", flags=("print-config",), options=("seeds",))
+    _no_config(line)
+    seeds = _seeds(line)
+    for key, why in (("seed", "--seeds says which"), ("data.classes", "base and new classes are both run")):
+        if key in line.overrides:
+            line.problems.append(f"{COMMAND_LINE}: --{key} has no meaning for `vlprompt base-to-new`: {why}")
+    configs, problems = [], []
+    for files in [[name] for name in line.configs] or [[]]:
+        config, found = check_run(line, files)
+        problems += found
+        if config is not None:
+            configs.append(config)
+    if problems:
+        refuse(problems, "base-to-new")
+    if "print-config" in line.flags:
+        print("---\n".join(to_yaml(config) for config in configs), end="")
+        return 0
+    from vlprompt.evaluation.base_to_new import base_to_new
+
+    _, table = base_to_new(configs, seeds)
+    _say(table)
+    return 0
+
+
+def _seeds(line: CommandLine) -> list[int]:
+    text = line.options.get("seeds", "1,2,3")
+    parts = [part.strip() for part in text.split(",")]
+    accepted = f"accepted: different whole numbers from 0 to {2**32 - 1} with commas, such as 1,2,3"
+    if not all(re.fullmatch(r"[0-9]{1,10}", part) and int(part) < 2**32 for part in parts):
+        line.problems.append(f"{COMMAND_LINE}: --seeds is {text!r}; {accepted}")
+        return []
+    seeds = [int(part) for part in parts]
+    if len(set(seeds)) < len(seeds):
+        line.problems.append(f"{COMMAND_LINE}: --seeds is {text!r}, which names a seed twice; {accepted}")
+    return seeds
+
+
+# -- saved heads --------------------------------------------------------------------------------------------------
+def head_folder(text: str) -> Path:
+    """Return the head folder that RUN means: a run folder's ``head``, or the folder itself.
+
+    Raises:
+        HeadError: Neither; the text says what is there instead.
+    """
+    folder = Path(text)
+    if (folder / HEAD_FOLDER / HEAD_CONFIG).is_file():
+        return folder / HEAD_FOLDER
+    if (folder / HEAD_CONFIG).is_file():
+        return folder
+    if not folder.exists():
+        raise HeadError(f"RUN {text!r}: there is no such folder; give a run folder or a head folder")
+    if not folder.is_dir():
+        raise HeadError(f"RUN {text!r} is a file; give a run folder or a head folder")
+    if (folder / RUN_CONFIG).is_file():
+        raise HeadError(
+            f"RUN {text!r} holds no head yet: the run is not finished. Resume it with: "
+            f"vlprompt train --config {folder / RUN_CONFIG}"
+        )
+    raise HeadError(f"RUN {text!r} holds neither {HEAD_FOLDER}/{HEAD_CONFIG} (a run) nor {HEAD_CONFIG} (a head)")
+
+
+def _eval(words: list[str]) -> int:
+    line = read_command_line(words, "eval", operands=True)
+    head, files = None, []
+    if len(line.operands) != 1:
+        line.problems.append(f"{COMMAND_LINE}: eval takes one RUN folder, got {len(line.operands)}")
+    else:
+        head = _head_or_problem(line)
+        files = [str(path) for path in _run_config(Path(line.operands[0]))]
+    if line.configs:
+        line.problems.append(f"{COMMAND_LINE}: --config has no meaning for `vlprompt eval`: the head says what it is")
+    if head is not None and not files and "data.name" not in line.overrides:
+        line.problems.append(f"{COMMAND_LINE}: {str(head)!r} is a head without its run; say --data.name NAME")
+    config, problems = check_run(line, files, within=("data.", "seed"))
+    if config is None or problems or head is None:
+        refuse(problems, "eval")
+    from vlprompt.evaluation.run import evaluate_head
+
+    scores = evaluate_head(head, config.data, config.seed)
+    percent = 100 * scores["correct"] / scores["total"]
+    print(f"{config.data.name}, {config.data.classes} classes: {percent:.2f} % ({scores['correct']}/{scores['total']} images)")
+    return 0
+
+
+def _head_or_problem(line: CommandLine) -> Path | None:
+    try:
+        return head_folder(line.operands[0])
+    except HeadError as error:
+        line.problems.append(f"{COMMAND_LINE}: {error}")
+        return None
+
+
+def _run_config(folder: Path) -> list[Path]:
+    """Return the resolved configuration of the run that ``folder`` (or its head folder) belongs to, if it is there."""
+    places = (folder / RUN_CONFIG, folder.resolve().parent / RUN_CONFIG if folder.resolve().name == HEAD_FOLDER else None)
+    return [path for path in places if path is not None and path.is_file()][:1]
+
+
+def _predict(words: list[str]) -> int:
+    line = read_command_line(words, "predict", flags=("json",), options=("top",), operands=True)
+    for key in (*line.overrides, *(["config"] if line.configs else [])):
+        line.refuse(key, ())
+    top = line.options.get("top", "5")
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", top):
+        line.problems.append(f"{COMMAND_LINE}: --top is {top!r}; accepted: a whole number of classes, 1 or more")
+    head = _head_or_problem(line) if line.operands else None
+    if len(line.operands) < 2:
+        missing = "IMAGE, at least one file or folder" if line.operands else "RUN and IMAGE"
+        line.problems.append(f"{COMMAND_LINE}: missing {missing}: vlprompt predict RUN IMAGE...")
+    if line.problems or head is None:
+        refuse(line.problems, "predict")
+    from vlprompt.evaluation.predict import predict
+
+    found = predict(head, [Path(name) for name in line.operands[1:]], int(top))
+    if "json" in line.flags:
+        print(json.dumps(found, indent=2, ensure_ascii=False, default=str))
+    else:
+        _print_predictions(found)
+    return 0
+
+
+def _print_predictions(found: Sequence[Mapping[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("image", "class", box=None, pad_edge=False)
+    table.add_column("probability", justify="right")
+    for entry in found:
+        for rank, guess in enumerate(entry["classes"]):
+            table.add_row("" if rank else str(entry["path"]), guess["name"], f"{100 * guess['probability']:.1f} %")
+    # File and class names are texts, whatever brackets or colons they hold.
+    console = Console(markup=False, emoji=False, highlight=False)
+    console.print(table, width=None if console.is_terminal else 10_000)
+
+
+# -- lists --------------------------------------------------------------------------------------------------------
+def _list(words: list[str]) -> int:
+    line = read_command_line(words, "list", operands=True)
+    for key in (*line.overrides, *(["config"] if line.configs else [])):
+        line.refuse(key, ())
+    kind, pattern = ([*line.operands, "", ""])[:2]
+    if not kind:
+        line.problems.append(f"{COMMAND_LINE}: list what? Accepted: {', '.join(KINDS)}")
+    elif kind not in KINDS:
+        line.problems.append(f"{COMMAND_LINE}: there is no list {kind!r}.{did_you_mean(kind, KINDS)}")
+    line.problems += [f"{COMMAND_LINE}: {extra!r} is one word too many (quote the pattern)" for extra in line.operands[2:]]
+    if line.problems:
+        refuse(line.problems, "list")
+    names = _names(kind)
+    found = names(pattern or "*")
+    if not found:
+        raise ConfigError(f"none of the {kind} matches {pattern!r}.{did_you_mean(pattern.strip('*'), names('*'))}")
+    print("\n".join(found))
+    return 0
+
+
+def _names(kind: str) -> Callable[[str], list[str]]:
+    if kind == "methods":
+        from vlprompt.methods import list_methods
+
+        return list_methods
+    if kind == "datasets":
+        from vlprompt.data import list_datasets
+
+        return list_datasets
+    from vlprompt.backbone import list_backbones
+
+    return list_backbones
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it does in a line, its help, and the function that runs it."""
+
+    line: str
+    help: str
+    call: Callable[[list[str]], int]
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command("train and evaluate a method, keep its head", TRAIN_HELP, _train),
+    "base-to-new": Command("train on base classes, compare base and new classes over seeds", BASE_TO_NEW_HELP, _base_to_new),
+    "eval": Command("evaluate a saved head", EVAL_HELP, _eval),
+    "predict": Command("classify images with a saved head", PREDICT_HELP, _predict),
+    "list": Command("list methods, data sets or backbones", LIST_HELP, _list),
+}

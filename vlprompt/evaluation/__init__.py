@@ -1,0 +1,1 @@
+"""Protocols: one run, base-to-new over seeds, evaluation of saved heads, predictions."""

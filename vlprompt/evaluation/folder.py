@@ -1,0 +1,164 @@
+"""A run's folder: where it is, what it was made from, and whether it is finished, unfinished or in use."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from vlprompt.engine.callbacks import LAST_CHECKPOINT, write_text
+from vlprompt.engine.config import RunConfig
+from vlprompt.errors import ConfigError
+
+CONFIG, ENVIRONMENT, RESULTS, HEAD = "config.yaml", "env.json", "results.json", "head"
+_PACKAGES = ("vlprompt", "torch", "torchvision", "open_clip_torch", "timm", "pytorch-lightning", "torchmetrics", "numpy")
+# What cannot change a result: where things lie, how many processes share the work, what is shown meanwhile.
+_INDIFFERENT = {"output": None, "data": ("root", "workers"), "trainer": ("devices", "accelerator", "progress", "loggers")}
+
+
+def sha256_of(value: Any) -> str:
+    """Return the SHA-256 of plain values, as canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def config_sha256(config: RunConfig) -> str:
+    """Return the SHA-256 of everything in ``config`` that can change a result."""
+    plain = dataclasses.asdict(config)
+    for part, names in _INDIFFERENT.items():
+        for name in names or ():
+            del plain[part][name]
+        if names is None:
+            del plain[part]
+    return sha256_of(plain)
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Return ``output/method/dataset/<classes>-<shots>shot-seed<seed>-<hash>``; the same settings give the same folder."""
+    data = config.data
+    shots = "all" if data.shots == -1 else f"{data.shots}shot"
+    name = f"{data.classes}-{shots}-seed{config.seed}-{config_sha256(config)[:8]}"
+    return Path(config.output) / config.method / data.name / name
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes (Lightning starts the others with a rank in the environment)."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+
+
+def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """Return the SHA-256 over names and bytes of ``tensors``."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def opened(folder: Path, config: RunConfig, inputs: dict[str, str], *, force: bool) -> Iterator[None]:
+    """Hold ``folder`` for this run; write its configuration and environment, or check that they are this run's.
+
+    Args:
+        folder: The run's folder.
+        config: The resolved configuration.
+        inputs: Checksums of what the run starts from (split, weights, initial learnables).
+        force: Remove what an earlier run left.
+
+    Raises:
+        ConfigError: Another process is running there, or the folder was made from other inputs.
+    """
+    if not is_main_process():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder.parent / f".{folder.name}.lock").open("w")
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"another process is running in {folder}; wait for it, or stop it first") from None
+        if force:
+            _clear(folder)
+        _check_inputs(folder, inputs)
+        write_text(folder / CONFIG, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+        if not (folder / ENVIRONMENT).is_file():
+            write_text(folder / ENVIRONMENT, json.dumps(environment(config) | {"inputs": inputs}, indent=1) + "\n")
+        yield
+    finally:
+        lock.close()
+
+
+def _check_inputs(folder: Path, inputs: dict[str, str]) -> None:
+    known = read_json(folder / ENVIRONMENT)
+    if known is None:
+        return
+    changed = [name for name, value in inputs.items() if known.get("inputs", {}).get(name) != value]
+    if changed:
+        raise ConfigError(
+            f"{folder} was started from another {', '.join(changed)}; its results would not be this run's. "
+            "Add --force to remove it and start anew, or choose another --output."
+        )
+
+
+def _clear(folder: Path) -> None:
+    for name in (CONFIG, ENVIRONMENT, RESULTS, LAST_CHECKPOINT, "metrics.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    for name in (HEAD, "tensorboard", "wandb"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in ``path``; None when there is no such file.
+
+    Raises:
+        ConfigError: The file is not a JSON object.
+    """
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); remove it, or start the run anew with --force") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds no JSON object; remove it, or start the run anew with --force")
+    return value
+
+
+def environment(config: RunConfig) -> dict[str, Any]:
+    """Return what a result may depend on beside its configuration: versions, git state, seed, machine, command."""
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "command": sys.argv,
+        "git": _git(),
+        "versions": versions | {"python": platform.python_version()},
+        "seeds": {"run": config.seed, "shots": config.seed},
+        "machine": {"platform": platform.platform(), "gpus": torch.cuda.device_count(), "threads": torch.get_num_threads()},
+    }
+
+
+def _git() -> dict[str, Any] | None:
+    def ask(*words: str) -> str:
+        here = Path(__file__).resolve().parent
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,291 @@
+"""One run: from a configuration to a trained, saved head, its results and a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from vlprompt.backbone import Backbone, load_backbone
+from vlprompt.data import FewShotData, FewShotTask, load_dataset
+from vlprompt.engine.callbacks import LAST_CHECKPOINT, read_metrics, write_text
+from vlprompt.engine.config import BackboneConfig, DataConfig, RecipeConfig, RunConfig, TrainerConfig
+from vlprompt.engine.fit import METRICS, check_devices, fit, make_trainer, test
+from vlprompt.engine.module import PromptModule
+from vlprompt.errors import ConfigError, VlpromptError
+from vlprompt.evaluation.folder import (
+    HEAD,
+    RESULTS,
+    config_sha256,
+    is_main_process,
+    opened,
+    read_json,
+    run_folder,
+    tensors_sha256,
+)
+from vlprompt.evaluation.tables import results_table
+from vlprompt.io.head import Head, backbone_facts, load_head
+from vlprompt.methods import PromptMethod, create_method, get_method_class
+
+SCHEMA = 1
+
+
+@dataclass
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: Where everything is: config.yaml, env.json, metrics.jsonl, last.ckpt, head/, results.json.
+        results: The content of ``results.json``.
+        reused: Whether it was finished before and nothing had to be done.
+    """
+
+    folder: Path
+    results: dict[str, Any]
+    reused: bool = False
+
+    @property
+    def head_dir(self) -> Path:
+        """The folder of the saved head."""
+        return self.folder / HEAD
+
+    def head(self, backbone: Backbone | None = None) -> Head:
+        """Return the trained head."""
+        return load_head(self.head_dir, backbone)
+
+    def table(self) -> str:
+        """Return the accuracies beside zero-shot's, ready to print."""
+        return results_table([self.results])
+
+
+def run(config: RunConfig, *, force: bool = False) -> Run:
+    """Train and evaluate what ``config`` says; go on with an unfinished run, reuse a finished one.
+
+    Args:
+        config: The resolved configuration.
+        force: Start anew even if the run is there.
+
+    Raises:
+        VlpromptError: Data, weights, settings or values that cannot be used; everything that is missing is reported at
+            once.
+    """
+    if problems := config.problems():
+        raise ConfigError("\n".join(problems))
+    check_devices(config.trainer)
+    task, backbone = _load_both(config)
+    pl.seed_everything(config.seed, verbose=False)
+    method = build_method(config, backbone, task)
+    return _run(config, method, task, force=force)
+
+
+def train(
+    method: PromptMethod,
+    data: FewShotTask,
+    *,
+    output: str = "runs",
+    view: str = "random",
+    seed: int = 1,
+    trainer: TrainerConfig | None = None,
+    force: bool = False,
+    **recipe: Any,
+) -> Run:
+    """Train ``method`` on a task, evaluate it and keep everything in a run folder: the Python twin of ``vlprompt train``.
+
+    Args:
+        method: A method made with :func:`vlprompt.create_method` for ``data.class_names``; it is trained in place.
+        data: What :func:`vlprompt.load_dataset` gives.
+        output: Folder under which the run's folder is made.
+        view: ``random`` crops and flips, or ``center``, which lets text-only methods train from cached features.
+        seed: Order of the images and their random views.
+        trainer: Devices, precision and the like.
+        force: Start anew even if the run is there.
+        **recipe: Fields of the recipe: ``epochs``, ``batch_size``, ``lr``, ...
+
+    Raises:
+        VlpromptError: Classes that differ between method and data, or values that are not accepted.
+    """
+    if method.class_names != data.class_names:
+        raise ConfigError(
+            f"the method was made for {len(method.class_names)} classes ({method.class_names[0]!r}, ...), the data has "
+            f"{len(data.class_names)} ({data.class_names[0]!r}, ...); create it with data.class_names"
+        )
+    known = {entry.name for entry in dataclasses.fields(RecipeConfig)}
+    if unknown := [name for name in recipe if name not in known]:
+        raise ConfigError(f"the recipe has no field {', '.join(unknown)}; accepted: {', '.join(sorted(known))}")
+    config = RunConfig(
+        method=method.name,
+        settings=method.settings_dict(),
+        backbone=BackboneConfig(method.backbone.name, method.backbone.pretrained, method.backbone.precision),  # type: ignore[arg-type]
+        data=DataConfig(data.name, data.root, data.shots, data.classes, view, data.template),  # type: ignore[arg-type]
+        recipe=RecipeConfig(**recipe),
+        trainer=trainer or TrainerConfig(progress=False),
+        seed=seed,
+        output=output,
+    )
+    if problems := config.problems():
+        raise ConfigError("\n".join(problems))
+    return _run(config, method, data, force=force)
+
+
+def _load_both(config: RunConfig) -> tuple[FewShotTask, Backbone]:
+    """Load data and backbone; when both are missing, one error says so."""
+    missing: list[VlpromptError] = []
+    task: FewShotTask | None = None
+    backbone: Backbone | None = None
+    try:
+        task = load_task(config.data, config.seed)
+    except VlpromptError as error:
+        missing.append(error)
+    try:
+        backbone = load_backbone(
+            config.backbone.name,
+            config.backbone.pretrained,
+            precision=config.backbone.precision,
+            device=device_of(config.trainer),
+        )
+    except VlpromptError as error:
+        missing.append(error)
+    if len(missing) == 1:
+        raise missing[0]
+    if task is None or backbone is None:
+        raise ConfigError("two things are missing.\n\n1. " + str(missing[0]) + "\n\n2. " + str(missing[1]))
+    return task, backbone
+
+
+def device_of(config: TrainerConfig) -> str:
+    """Return the device of this process: its own GPU where GPUs are used, else the CPU."""
+    if config.accelerator != "cpu" and torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return "cpu"
+
+
+def load_task(data: DataConfig, seed: int, classes: str | None = None) -> FewShotTask:
+    """Return the task that ``data`` names, or its counterpart with other ``classes``."""
+    return load_dataset(
+        data.name,
+        root=data.root,
+        shots=data.shots,
+        seed=seed,
+        classes=classes or data.classes,  # type: ignore[arg-type]
+        template=data.template,
+    )
+
+
+def build_method(config: RunConfig, backbone: Backbone, task: FewShotTask) -> PromptMethod:
+    """Return the configured method for the task's classes; templates left open are the data set's own."""
+    settings = dict(config.settings)
+    fields = {entry.name for entry in dataclasses.fields(get_method_class(config.method).Settings)}
+    if config.method == "zeroshot" and "templates" in fields and not settings.get("templates"):
+        settings["templates"] = [task.template]
+    method = create_method(
+        config.method, backbone, task.class_names, all_class_names=task.all_class_names, **settings
+    )
+    return method.to(backbone.device)
+
+
+def _run(config: RunConfig, method: PromptMethod, task: FewShotTask, *, force: bool) -> Run:
+    folder = run_folder(config)
+    inputs = {
+        "split": task.split_sha256,
+        "choice of shots": task.shots_sha256,
+        "backbone": method.backbone.fingerprint,
+        "initial prompts": tensors_sha256(method.learnable_state()),
+    }
+    with opened(folder, config, inputs, force=force):
+        known = read_json(folder / RESULTS)
+        if known is not None and not force:
+            method.load_learnable_state(load_head(folder / HEAD, method.backbone).method.learnable_state())
+            return Run(folder, known, reused=True)
+        started = time.monotonic()
+        trainer = make_trainer(config.trainer, folder, config.recipe.epochs)
+        if method.parameter_groups(config.recipe.lr):
+            fit(trainer, PromptModule(method, config.recipe), _data(config, method, task), folder)
+        method.eval()
+        results = {
+            "schema": SCHEMA,
+            "method": config.method,
+            "config": dataclasses.asdict(config),
+            "config_sha256": config_sha256(config),
+            "backbone": backbone_facts(method.backbone),
+            "data": task.describe(),
+            "results": _evaluate(config, trainer, method, task),
+            "zeroshot": _evaluate(config, trainer, _zeroshot(method, task), task),
+            "train": {"epochs": len(read_metrics(folder / METRICS)), "seconds": round(time.monotonic() - started, 1)},
+        }
+        if is_main_process():
+            Head(method, {"run": folder.name, "data": task.describe()}).save_pretrained(folder / HEAD)
+            write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")  # last: it marks the run as finished
+        return Run(folder, results)
+
+
+def _zeroshot(method: PromptMethod, task: FewShotTask) -> PromptMethod:
+    zeroshot = create_method("zeroshot", method.backbone, task.class_names, templates=[task.template])
+    return zeroshot.to(method.backbone.device).eval()
+
+
+def _data(config: RunConfig, method: PromptMethod, task: FewShotTask) -> FewShotData:
+    backbone = method.backbone
+    return FewShotData(
+        task,
+        backbone.preprocess,
+        batch_size=config.recipe.batch_size,
+        test_batch_size=config.recipe.test_batch_size,
+        view=config.data.view,
+        seed=config.seed,
+        workers=config.data.workers,
+        encode=None if method.learns_image_side else backbone.encode_image,
+        fingerprint=backbone.fingerprint,
+        device=backbone.device,
+    )
+
+
+def _evaluate(config: RunConfig, trainer: pl.Trainer, method: PromptMethod, task: FewShotTask) -> dict[str, Any]:
+    """Return correct, total and accuracy on the task's test images; after a base task, on the new classes too."""
+    found: dict[str, Any] = {task.classes: test(trainer, PromptModule(method), _data(config, method, task))}
+    if task.classes == "base":
+        other = task.counterpart()
+        try:
+            moved = method.with_classes(other.class_names)
+        except VlpromptError as error:  # class-specific context has nothing to say about new classes
+            return found | {"new": None, "why_no_new": str(error)}
+        found["new"] = test(trainer, PromptModule(moved), _data(config, moved, other))
+        found["harmonic_mean"] = harmonic_mean(found["base"]["accuracy"], found["new"]["accuracy"])
+    return found
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    """Return ``2 * base * new / (base + new)``, in the unit of its arguments; 0 when both are 0."""
+    return 2 * base * new / (base + new) if base + new else 0.0
+
+
+def evaluate_head(folder: str | Path, data: DataConfig, seed: int = 1, trainer: TrainerConfig | None = None) -> dict[str, Any]:
+    """Return correct, total and accuracy of a saved head on the test images of ``data``, with the classes it names.
+
+    Raises:
+        VlpromptError: The head or the data cannot be used.
+    """
+    if problems := data.problems():
+        raise ConfigError("\n".join(problems))
+    trainer_config = trainer or TrainerConfig(progress=False)
+    head = load_head(folder, device=device_of(trainer_config))
+    task = load_task(data, seed)
+    method = head.method if task.class_names == head.class_names else head.method.with_classes(task.class_names)
+    config = RunConfig(method=method.name, data=data, trainer=trainer_config, seed=seed)
+    quiet_trainer = make_trainer(trainer_config, Path(folder), 1)
+    return test(quiet_trainer, PromptModule(method.eval()), _data(config, method, task)) | {"data": task.describe()}
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """Return where a run keeps its last checkpoint."""
+    return folder / LAST_CHECKPOINT
+
+
+__all__: Sequence[str] = ["Run", "build_method", "evaluate_head", "harmonic_mean", "load_task", "run", "train"]
