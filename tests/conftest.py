@@ -35,7 +35,7 @@ def tiny_clip() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def tiny_state_dict(tiny_clip: ModuleType) -> Callable[..., dict[str, torch.Tensor]]:
-    """``tiny_state_dict(seed=0, archive_fields=False, **dims)``: a fresh OpenAI-format dict by the golden weight rule."""
+    """``tiny_state_dict(seed=0, archive_fields=False, **dims)``: fresh OpenAI-format tensors by the golden rule."""
     kept: dict[Any, dict[str, torch.Tensor]] = {}
 
     def build(seed: int = 0, archive_fields: bool = False, **dims: int) -> dict[str, torch.Tensor]:

@@ -28,7 +28,25 @@ _HOMES = {
     "train": "vlprompt.evaluation.run",
 }
 
-__all__ = sorted([*_HOMES, "__version__"])
+__all__ = [
+    "Backbone",
+    "FewShotData",
+    "Head",
+    "PromptMethod",
+    "PromptModule",
+    "Run",
+    "VlpromptError",
+    "__version__",
+    "create_method",
+    "list_backbones",
+    "list_datasets",
+    "list_methods",
+    "load_backbone",
+    "load_dataset",
+    "load_head",
+    "register",
+    "train",
+]
 
 if TYPE_CHECKING:
     from vlprompt.backbone import Backbone, list_backbones, load_backbone

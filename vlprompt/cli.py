@@ -6,9 +6,7 @@ is a bug and shows itself as one. Heavy imports (torch, lightning, open_clip) st
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import vlprompt
 from vlprompt.errors import ConfigError, HeadError, VlpromptError, did_you_mean
 from vlprompt.parsing import COMMAND_LINE, CommandLine, check_run, key_table, read_command_line, refuse, to_yaml
 
@@ -38,7 +37,7 @@ unfinished run and shows a finished one.
 Example: vlprompt train --config mocoop/demo --data.shots 4 --recipe.epochs 5
 """
 BASE_TO_NEW_HELP = """\
-vlprompt base-to-new --config FILE [--config FILE2 ...] [--seeds 1,2,3] [--a.b VALUE ...] [--print-config]
+vlprompt base-to-new --config FILE [--config FILE2 ...] [--seeds 1,2,3] [--a.b VALUE ...] [--print-config] [--force]
 
 Trains on the base classes with each seed, evaluates base and new classes, and prints accuracies, their harmonic mean
 and zero-shot. Several --config files are compared side by side; the overrides apply to all of them.
@@ -47,6 +46,7 @@ and zero-shot. Several --config files are compared side by side; the overrides a
   --seeds 1,2,3     the seeds (default 1,2,3)
   --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
   --print-config    print the resolved configurations and stop
+  --force           run again what is finished
 """
 EVAL_HELP = """\
 vlprompt eval RUN [--data.name NAME] [--data.root DIR] [--data.classes all|base|new] [--data.* VALUE] [--seed N]
@@ -93,7 +93,7 @@ def _dispatch(words: list[str]) -> int:
         print(_overview())
         return 0 if words else 2
     if words[0] == "--version":
-        print(_version())
+        print(f"vlprompt {vlprompt.__version__}")
         return 0
     if words[0] not in COMMANDS:
         raise ConfigError(
@@ -116,13 +116,6 @@ def _overview() -> str:
     )
 
 
-def _version() -> str:
-    try:
-        return f"vlprompt {importlib.metadata.version('vlprompt')}"
-    except importlib.metadata.PackageNotFoundError:
-        return "vlprompt (run from a clone, not installed)"
-
-
 def _keys_help(words: list[str]) -> str:
     """Return the accepted keys; the settings too, if the command names a method or a configuration that can be read."""
     text = f"\nKeys, defaults and what they accept:\n{key_table()}\n"
@@ -138,14 +131,11 @@ def _keys_help(words: list[str]) -> str:
     return f"{text}\nSettings of {config.method}:\n{key_table(settings)}\n"
 
 
-def _first_process() -> bool:
-    """Return whether this process speaks for all: Lightning starts the others with the same command line."""
-    ranks = (os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-    return not any(rank.isdigit() and int(rank) > 0 for rank in ranks)
-
-
 def _say(text: str) -> None:
-    if _first_process():
+    """Print ``text`` once: Lightning starts the processes beside the first with the same command line."""
+    from vlprompt.evaluation.folder import is_main_process
+
+    if is_main_process():
         print(text)
 
 
@@ -167,18 +157,20 @@ def _train(words: list[str]) -> int:
     if "print-config" in line.flags:
         print(to_yaml(config), end="")
         return 0
-    from vlprompt.evaluation import run as running
-
     if "dry-run" in line.flags:
-        print(running.dry_run(config))
+        from vlprompt.evaluation.dry_run import dry_run
+
+        print(dry_run(config))
         return 0
-    result = running.run(config, force="force" in line.flags)
+    from vlprompt.evaluation.run import run
+
+    result = run(config, force="force" in line.flags)
     _say(f"{result.table()}\nhead:       {result.head_dir}\nrun folder: {result.folder}")
     return 0
 
 
 def _base_to_new(words: list[str]) -> int:
-    line = read_command_line(words, "base-to-new", flags=("print-config",), options=("seeds",))
+    line = read_command_line(words, "base-to-new", flags=("print-config", "force"), options=("seeds",))
     _no_config(line)
     seeds = _seeds(line)
     for key, why in (("seed", "--seeds says which"), ("data.classes", "base and new classes are both run")):
@@ -197,7 +189,8 @@ def _base_to_new(words: list[str]) -> int:
         return 0
     from vlprompt.evaluation.base_to_new import base_to_new
 
-    _, table = base_to_new(configs, seeds)
+    force = "force" in line.flags
+    _, table = base_to_new(configs, seeds, force=force, report=lambda run: print(f"run folder: {run.folder}"))
     _say(table)
     return 0
 
@@ -258,7 +251,8 @@ def _eval(words: list[str]) -> int:
 
     scores = evaluate_head(head, config.data, config.seed)
     percent = 100 * scores["correct"] / scores["total"]
-    print(f"{config.data.name}, {config.data.classes} classes: {percent:.2f} % ({scores['correct']}/{scores['total']} images)")
+    images = f"{scores['correct']}/{scores['total']} images"
+    print(f"{config.data.name}, {config.data.classes} classes: {percent:.2f} % ({images})")
     return 0
 
 
@@ -271,9 +265,9 @@ def _head_or_problem(line: CommandLine) -> Path | None:
 
 
 def _run_config(folder: Path) -> list[Path]:
-    """Return the resolved configuration of the run that ``folder`` (or its head folder) belongs to, if it is there."""
-    places = (folder / RUN_CONFIG, folder.resolve().parent / RUN_CONFIG if folder.resolve().name == HEAD_FOLDER else None)
-    return [path for path in places if path is not None and path.is_file()][:1]
+    """Return the resolved configuration of the run that ``folder`` is, or is the head folder of, if it is there."""
+    own = folder.resolve().parent if folder.resolve().name == HEAD_FOLDER else folder
+    return [own / RUN_CONFIG] if (own / RUN_CONFIG).is_file() else []
 
 
 def _predict(words: list[str]) -> int:
@@ -323,7 +317,8 @@ def _list(words: list[str]) -> int:
         line.problems.append(f"{COMMAND_LINE}: list what? Accepted: {', '.join(KINDS)}")
     elif kind not in KINDS:
         line.problems.append(f"{COMMAND_LINE}: there is no list {kind!r}.{did_you_mean(kind, KINDS)}")
-    line.problems += [f"{COMMAND_LINE}: {extra!r} is one word too many (quote the pattern)" for extra in line.operands[2:]]
+    for extra in line.operands[2:]:
+        line.problems.append(f"{COMMAND_LINE}: {extra!r} is one word too many (quote the pattern)")
     if line.problems:
         refuse(line.problems, "list")
     names = _names(kind)
@@ -359,7 +354,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "train": Command("train and evaluate a method, keep its head", TRAIN_HELP, _train),
-    "base-to-new": Command("train on base classes, compare base and new classes over seeds", BASE_TO_NEW_HELP, _base_to_new),
+    "base-to-new": Command("train on base classes, score base and new ones over seeds", BASE_TO_NEW_HELP, _base_to_new),
     "eval": Command("evaluate a saved head", EVAL_HELP, _eval),
     "predict": Command("classify images with a saved head", PREDICT_HELP, _predict),
     "list": Command("list methods, data sets or backbones", LIST_HELP, _list),

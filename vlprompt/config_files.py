@@ -45,9 +45,10 @@ for _tag, _pattern, _first in (
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what this reader, or any YAML 1.1 reader, would take for something else than a text."""
+    """Lists on one line; quotes for what this reader, or any YAML 1.1 reader, would not take for a text."""
 
 
+_Dumper.add_representer(list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
@@ -177,7 +178,7 @@ def yaml_text(value: Any, *, flow: bool = False) -> str:
     """Return plain values, lists, tuples and mappings as YAML that this module reads back; ``flow``: on one line."""
     text: str = yaml.dump(
         _plain(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6 if flow else 116,
-        default_flow_style=flow or None,
+        default_flow_style=flow,
     )  # fmt: skip
     return text.removesuffix("...\n").rstrip("\n") if flow else text
 

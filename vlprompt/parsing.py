@@ -103,7 +103,8 @@ class CommandLine:
 
     def refuse(self, key: str, accepted: Iterable[str]) -> None:
         """Note that ``--key`` is not one of the command's ``accepted`` keys or own options."""
-        near = _near(key, [*self.names, *accepted], "--")
+        names = [*self.names, *accepted]
+        near = _near(key, names, "--") or " Accepted: " + (", ".join("--" + name for name in names) or "none") + "."
         self.problems.append(f"{COMMAND_LINE}: '--{key}' is not an option of `vlprompt {self.command}`.{near}")
 
 
@@ -166,7 +167,8 @@ def _take_value(line: CommandLine, key: str, value: str | None, into: dict[str, 
 def parse_run(argv: Sequence[str]) -> RunConfig:
     """Return the configuration that ``argv`` (``--config FILE`` and ``--a.b value``, in any order) describes.
 
-    ``settings`` of the result holds every setting of the method, defaults included.
+    ``settings`` of the result holds every setting of the method, defaults included; only the one that a data set's own
+    template fills (``PromptMethod.template_setting``) is there only if it was given.
 
     Raises:
         ConfigError: One text with every problem: its place, key, value, what is accepted, and the nearest spelling.
@@ -180,7 +182,7 @@ def refuse(problems: Sequence[str], command: str) -> NoReturn:
     """Raise ConfigError with all ``problems``."""
     lines = [text if len(text) <= 600 else f"{text[:400]} ... {text[-150:]}" for text in dict.fromkeys(problems)]
     count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-    raise ConfigError(f"{count}; nothing has been run:\n{bulleted(lines)}\nSee `vlprompt {command} --help`.")
+    raise ConfigError(f"{count}:\n{bulleted(lines)}\nSee `vlprompt {command} --help`.")
 
 
 def check_run(
@@ -205,17 +207,18 @@ def check_run(
     for key in outside:
         line.refuse(key, [name for name in RUN_KEYS if name.startswith(tuple(within))])
         del given[key]
-    config = _Judge(given, problems).run()
+    config = _Judge(given, problems, line.names).run()
     return config, [*line.problems, *problems]
 
 
 class _Judge:
     """Types the given values and asks every part what it does not accept."""
 
-    def __init__(self, given: Mapping[str, Given], problems: list[str]) -> None:
-        self.given, self.problems = given, problems
+    def __init__(self, given: Mapping[str, Given], problems: list[str], names: Iterable[str] = ()) -> None:
+        self.given, self.problems, self.names = given, problems, tuple(names)
         self.values: dict[str, Any] = {}
         self.failed: set[str] = set()
+        self.left_open: str | None = None
 
     def run(self) -> RunConfig | None:
         """Return the configuration, or None; ``problems`` grows by what is wrong."""
@@ -254,8 +257,8 @@ class _Judge:
         except ValueError as error:
             why = f" ({error})" if str(error) else ""
             near = nearest(str(given.value)[:100], [str(name) for name in literals(hint)], 1)
-            meant = f" Did you mean {near[0]!r}?" if near else ""
-            self._fail(key, f"{given.source}: {dashes}{key} is {shown(given.value)}{why}; accepted: {accepted}.{meant}")
+            meant = f". Did you mean {near[0]!r}?" if near else ""
+            self._fail(key, f"{given.source}: {dashes}{key} is {shown(given.value)}{why}; accepted: {accepted}{meant}")
             return
         if value == "" and key in RUN_KEYS:
             self._fail(key, f"{given.source}: {dashes}{key} is an empty text; accepted: {accepted}")
@@ -273,7 +276,8 @@ class _Judge:
         if key in SECTIONS:
             text = f"{dashes}{key} is a section; its keys are " + ", ".join(dashes + name for name in inner)
         else:
-            text = f"there is no key {shown(dashes + key)}.{_near(key, known, dashes)}"
+            own = () if given.typed else (*self.names, "config")
+            text = f"there is no key {shown(dashes + key)}.{_near(key, [*own, *known], dashes)}"
         self.problems.append(f"{given.source}: {text}")
 
     def _settings_class(self) -> type | None:
@@ -283,10 +287,12 @@ class _Judge:
         from vlprompt.methods.registry import get_method_class  # torch: imported when a configuration is judged
 
         try:
-            return get_method_class(self.values.get("method", RunConfig.method)).Settings
+            method = get_method_class(self.values.get("method", RunConfig.method))
         except ConfigError as error:
             self._fail("method", f"{self._sources(['method'])}: method: {error}")
             return None
+        self.left_open = method.template_setting
+        return method.Settings
 
     def _data_name(self) -> None:
         if "data.name" in self.failed:
@@ -310,12 +316,14 @@ class _Judge:
         return part(**filled)
 
     def _settings(self, settings: type) -> dict[str, Any]:
-        """Return all settings, defaults filled in, after the dataclass has checked what contradicts."""
+        """Return the settings, defaults filled in, after the dataclass has checked what contradicts."""
         complete: dict[str, Any] = {}
         hints = settings_keys(settings)
         for entry in (entry for entry in dataclasses.fields(settings) if entry.init):
             key = f"settings.{entry.name}"
             value = self.values.get(key, _default(entry))
+            if entry.name == self.left_open and key not in self.values:
+                continue  # the data set's own template fills it
             if value is MISSING:
                 if key not in self.failed:
                     accepted = accepted_values(hints[key])

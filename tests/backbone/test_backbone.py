@@ -210,14 +210,12 @@ def test_activation_is_openais_unless_told_otherwise(tiny_state_dict):
         (lambda s: s.update({"visual.proj": torch.zeros(64, 63)}), "visual.proj: shape [64, 63], expected [64, 64]"),
         (lambda s: s.update({"visual.positional_embedding": torch.zeros(16, 64)}), "square grid"),
         (lambda s: s.update({"ln_final.weight": torch.zeros(60)}), "multiples of 64"),
-        (lambda s: [s.pop(k) for k in list(s) if ".resblocks.0." in k], "1 layers"),
+        (lambda s: [s.pop(k) for k in list(s) if ".resblocks.0." in k], "0 layers"),
     ],
 )
 def test_state_dicts_that_do_not_fit_are_refused(tiny_state_dict, change, words):
     state = tiny_state_dict(**SMALL)
     change(state)
-    if words == "1 layers":
-        words = "0 layers"
     with pytest.raises(BackboneError) as caught:
         Backbone.from_state_dict(state, pretrained="given.pt")
     assert words in str(caught.value) and "given.pt" in str(caught.value)

@@ -186,7 +186,7 @@ class ImageTower:
         wrong = sorted(layer for layer in tokens.deep if not 1 <= layer < self.layers)
         if wrong:
             raise BackboneError(f"deep visual tokens at layer {wrong[0]}; accepted: 1 to {self.layers - 1}")
-        if tokens.deep and not tokens.count:
+        if tokens.deep and tokens.input is None:
             raise BackboneError(
                 "deep visual tokens replace input tokens, and there are none: give VisualTokens.input [V, W] as well"
             )

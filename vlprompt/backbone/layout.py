@@ -88,7 +88,8 @@ class TokenLayout:
         if self.class_specific:
             same &= (self.slots >= 0).all(dim=1)
         shared = same.long().cumprod(dim=1).sum(dim=1)
-        return torch.minimum(shared, self.lengths.min(dim=1).values - 1).tolist()
+        lengths: list[int] = torch.minimum(shared, self.lengths.min(dim=1).values - 1).tolist()
+        return lengths
 
     def plan(self, device: torch.device) -> PackPlan:
         """Return the packing of this layout on ``device``, made once."""

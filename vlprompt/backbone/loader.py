@@ -160,10 +160,10 @@ def _tag_and_path(name: str, pretrained: str) -> tuple[str | None, Path | None]:
     """
     pair = re.fullmatch(r"([\w.-]+)=(.+)", pretrained)
     if pair and _entry(name, pair[1]):
-        return pair[1], Path(pair[2]).expanduser()
+        return _clean(pair[1]), Path(pair[2]).expanduser()
     tag = pair[1] if pair and not Path(pretrained).exists() else pretrained
     if _entry(name, pretrained):
-        return pretrained, None
+        return _clean(pretrained), None
     path = Path(pretrained).expanduser()
     if tag == pretrained and (path.exists() or os.sep in pretrained or path.suffix in _WEIGHT_ENDINGS):
         return None, None
@@ -189,6 +189,10 @@ def _entry(name: str, tag: str) -> dict[str, Any] | None:
     from open_clip.pretrained import get_pretrained_cfg
 
     return get_pretrained_cfg(name, tag) or None
+
+
+def _clean(tag: str) -> str:
+    return tag.lower().replace("-", "_")  # open_clip's own spelling of tags
 
 
 def _tags_of(name: str) -> str:

@@ -1,9 +1,9 @@
 """CLIP's text tower with context vectors inserted: packed, and padded as its yardstick.
 
-CLIP's text transformer is causal, so (1) tokens behind end-of-text cannot change the feature, and (2) what stands before
-the class name is encoded once per group instead of once per class. The packed algorithm runs exactly the tokens that
-matter, back to back in one ``[P + T, W]`` tensor; see ``../shared/design.md``. The padded algorithm is the published
-one: every row filled up to the tower's 77 tokens.
+CLIP's text transformer is causal, so (1) tokens behind end-of-text cannot change the feature, and (2) what stands
+before the class name is encoded once per group instead of once per class. The packed algorithm runs exactly the tokens
+that matter, back to back in one ``[P + T, W]`` tensor: layer norms, projections and MLPs do no padded work, and the
+last layer runs for pooled tokens alone. The padded algorithm is the published one: every row filled up to 77 tokens.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class TextTower:
     def embed(self, tokens: list[int]) -> Tensor:
         """Return the token embeddings ``[len(tokens), W]``, float32 copies, without positions."""
         weight = self.model.token_embedding.weight
-        return weight[torch.tensor(tokens, dtype=torch.int64, device=weight.device)].detach().float().clone()
+        ids = torch.tensor(tokens, dtype=torch.int64, device=weight.device)
+        vectors: Tensor = weight[ids].detach().float().clone()
+        return vectors
 
     # -- encoding -------------------------------------------------------------------------------------------------
     def encode(
@@ -109,8 +111,9 @@ class TextTower:
         if algorithm != "padded" and not self._can_pack():
             raise BackboneError(f"this text tower is not CLIP's causal one; {algorithm!r} text needs it, use 'padded'")
         context, deep = self._checked(layout, context, dict(deep or {}))
-        if context is not None and layout.groups == 1 and len(context) > 1:
-            layout = layout.repeat_groups(len(context))
+        given = [x for x in (context, *deep.values()) if x is not None]
+        if given and len(given[0]) > layout.groups:  # one group, and a context per image
+            layout = layout.repeat_groups(len(given[0]))
         run = self._packed if algorithm == "packed" else self._padded
         size = layout.classes
         if algorithm == "packed":
@@ -134,29 +137,39 @@ class TextTower:
     ) -> tuple[Tensor | None, dict[int, Tensor]]:
         kind = "[G, C, M, W]" if layout.class_specific else "[G, M, W]"
         rank = 4 if layout.class_specific else 3
-
-        def shaped(x: Tensor, what: str, slots: int) -> Tensor:
-            if x.ndim == rank - 1:
-                x = x.unsqueeze(0)
-            fits = x.ndim == rank and x.shape[-1] == self.width and (x.shape[0] == layout.groups or layout.groups == 1)
-            fits = fits and (not layout.class_specific or x.shape[1] == layout.classes) and x.shape[-2] >= slots
-            if not fits:
-                raise BackboneError(
-                    f"{what} has shape {list(x.shape)}; expected {kind} with G={layout.groups}, C={layout.classes}, "
-                    f"M={layout.context_length}, W={self.width}"
-                )
-            return x
-
-        if layout.context_length:
-            if context is None:
-                raise BackboneError(f"the layout has {layout.context_length} context slots but no context was given")
-            context = shaped(context, "context", layout.context_length)
-        else:
-            context = None
+        longest, slots = layout.slots.shape[2], layout.context_length
+        if longest > self.context_length:
+            raise BackboneError(f"a row of {longest} slots; this text tower takes {self.context_length}")
+        if slots and context is None:
+            raise BackboneError(f"the layout has {slots} context slots but no context was given")
+        if not slots and context is not None and context.numel():
+            raise BackboneError(f"context of shape {list(context.shape)} was given, but the layout has no context slots")
         wrong = [layer for layer in deep if not 1 <= layer < self.layers]
         if wrong:
             raise BackboneError(f"deep context at layer {wrong[0]}; accepted: 1 to {self.layers - 1}")
-        return context, {layer: shaped(x, f"deep context of layer {layer}", 0) for layer, x in sorted(deep.items())}
+        if deep and not slots:
+            raise BackboneError("deep context was given, but the layout has no context slots that it could overwrite")
+        whats = {"context": context} if context is not None and slots else {}
+        whats |= {f"deep context of layer {layer}": x for layer, x in sorted(deep.items())}
+        given_groups = [0, *(len(x) for x in whats.values() if x.ndim == rank)]
+        groups = max(1, *given_groups) if layout.groups == 1 else layout.groups
+
+        def shaped(what: str, x: Tensor) -> Tensor:
+            fits = x.ndim in (rank - 1, rank) and x.shape[-1] == self.width
+            fits = fits and (what != "context" or x.shape[-2] >= slots)
+            fits = fits and (not layout.class_specific or x.shape[-3] == layout.classes)
+            if fits and x.ndim == rank - 1:
+                x = x.unsqueeze(0)
+            if not fits or len(x) not in {groups, layout.groups}:
+                raise BackboneError(
+                    f"{what} has shape {list(x.shape)}; expected {kind} with G={groups}, C={layout.classes}, "
+                    f"M={slots}, W={self.width}"
+                )
+            return x.expand(groups, *x.shape[1:])
+
+        checked = {what: shaped(what, x) for what, x in whats.items()}
+        at_input = checked.pop("context", None)
+        return at_input, dict(zip(sorted(deep), checked.values(), strict=True))
 
     def _fitting_classes(self, layout: TokenLayout) -> int:
         # Decided by the machine's total memory, not by what is free now, so that a repeated run adds up the same way.
@@ -177,7 +190,8 @@ class TextTower:
             x = projection(x)
         elif projection is not None:
             x = x @ projection
-        return x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(0, (layout.groups, layout.classes))
+        features: Tensor = x.to(torch.promote_types(x.dtype, torch.float32))
+        return features.reshape(layout.groups, layout.classes, -1)
 
     # -- padded: the yardstick --------------------------------------------------------------------------------------
     def _padded(
@@ -261,7 +275,8 @@ def _packed_block(block: Any, x: Tensor, plan: PackPlan, last: bool) -> Tensor:
         k, v = F.linear(normed, weight[width:], bias[width:]).unflatten(-1, (2, heads, -1)).unbind(1)
         seen = _suffix_attention(q, k, v, plan, pooled=True)
     x = x + block.ls_1(attention.out_proj(seen.flatten(1)))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+    out: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
+    return out
 
 
 def _prefix_attention(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan) -> Tensor:

@@ -94,8 +94,11 @@ def _read_torch(path: Path) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader of tensor lists raises a dozen kinds
-        if not ("Unsupported" in str(error) or "GLOBAL" in str(error)):
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = str(error).replace("operand 149", "object")  # the frame that every pickle since Python 3.4 opens with
+        if not any(
+            word in said for word in ("Unsupported object", "Unsupported global", "Unsupported class", "GLOBAL")
+        ):
+            reason = (said.strip().splitlines() or [type(error).__name__])[0]
             raise BackboneError(_cut(path, reason[:200])) from None
         raise BackboneError(
             f"{path} holds Python objects, not only tensors; loading them could run code, so it is refused.\n"

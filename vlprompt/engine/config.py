@@ -51,7 +51,7 @@ class DataConfig:
 
 @dataclass
 class RecipeConfig:
-    """How the learnables are trained: SGD with Dassl's per-epoch cosine and constant warm-up (prompt_learners 2.4, 2.5)."""
+    """How learnables are trained: SGD with Dassl's per-epoch cosine and constant warm-up (prompt_learners 2.4, 2.5)."""
 
     epochs: int = 50
     batch_size: int = 32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,10 @@ FROZEN = "method.backbone."
 class PromptModule(pl.LightningModule):
     """Trains the learnables of a method; usable with any ``pytorch_lightning.Trainer``.
 
-    ``trainer.fit(vlprompt.PromptModule(method), datamodule)``. Batches are dictionaries with ``images`` ``[B, 3, H, W]`` or
-    raw ``features`` ``[B, D]``, ``labels`` ``[B]`` and, optionally, ``scale`` (see :class:`vlprompt.data.FewShotData`), or
-    plain ``(images or features, labels)`` pairs. Checkpoints hold the learnables, never the frozen backbone.
+    ``trainer.fit(vlprompt.PromptModule(method), datamodule)``. Batches are dictionaries with ``images``
+    ``[B, 3, H, W]`` or raw ``features`` ``[B, D]``, ``labels`` ``[B]`` and, optionally, ``scale`` (see
+    :class:`vlprompt.data.FewShotData`), or plain ``(images or features, labels)`` pairs. Checkpoints hold the
+    learnables, never the frozen backbone.
 
     Args:
         method: Any method.
@@ -75,7 +76,8 @@ class PromptModule(pl.LightningModule):
             raise ConfigError(f"method {self.method.name!r} has nothing to train; evaluate it without fit")
         momentum, decay = self.recipe.momentum, self.recipe.weight_decay
         optimizer = torch.optim.SGD(groups, lr=self.recipe.lr, momentum=momentum, weight_decay=decay)
-        factors = [partial(_factor, lr=group["lr"], recipe=self.recipe) for group in groups]
+        recipe = self.recipe
+        factors: list[Callable[[int], float]] = [partial(_factor, lr=group["lr"], recipe=recipe) for group in groups]
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factors)}
 
     def configure_gradient_clipping(
@@ -117,7 +119,7 @@ class PromptModule(pl.LightningModule):
         self.log_dict({f"{stage}/{name}": value for name, value in logged.items()}, rank_zero_only=False)
 
     # -- keeping ------------------------------------------------------------------------------------------------
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the learnables only."""
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if not _frozen(name)}
 

@@ -25,9 +25,16 @@ from vlprompt.engine.config import RunConfig
 from vlprompt.errors import ConfigError
 
 CONFIG, ENVIRONMENT, RESULTS, HEAD = "config.yaml", "env.json", "results.json", "head"
-_PACKAGES = ("vlprompt", "torch", "torchvision", "open_clip_torch", "timm", "pytorch-lightning", "torchmetrics", "numpy")
+_PACKAGES = (
+    *("vlprompt", "torch", "torchvision", "open_clip_torch", "timm"),
+    *("pytorch-lightning", "torchmetrics", "numpy", "pillow"),
+)
 # What cannot change a result: where things lie, how many processes share the work, what is shown meanwhile.
-_INDIFFERENT = {"output": None, "data": ("root", "workers"), "trainer": ("devices", "accelerator", "progress", "loggers")}
+_INDIFFERENT: dict[str, tuple[str, ...] | None] = {
+    "output": None,
+    "data": ("root", "workers"),
+    "trainer": ("devices", "accelerator", "progress", "loggers"),
+}
 
 
 def sha256_of(value: Any) -> str:
@@ -47,7 +54,7 @@ def config_sha256(config: RunConfig) -> str:
 
 
 def run_folder(config: RunConfig) -> Path:
-    """Return ``output/method/dataset/<classes>-<shots>shot-seed<seed>-<hash>``; the same settings give the same folder."""
+    """Return ``output/method/dataset/<classes>-<shots>shot-seed<seed>-<hash>``; equal settings, equal folder."""
     data = config.data
     shots = "all" if data.shots == -1 else f"{data.shots}shot"
     name = f"{data.classes}-{shots}-seed{config.seed}-{config_sha256(config)[:8]}"
@@ -149,7 +156,11 @@ def environment(config: RunConfig) -> dict[str, Any]:
         "git": _git(),
         "versions": versions | {"python": platform.python_version()},
         "seeds": {"run": config.seed, "shots": config.seed},
-        "machine": {"platform": platform.platform(), "gpus": torch.cuda.device_count(), "threads": torch.get_num_threads()},
+        "machine": {
+            "platform": platform.platform(),
+            "gpus": torch.cuda.device_count(),
+            "threads": torch.get_num_threads(),
+        },
     }
 
 

@@ -97,13 +97,13 @@ def train(
     force: bool = False,
     **recipe: Any,
 ) -> Run:
-    """Train ``method`` on a task, evaluate it and keep everything in a run folder: the Python twin of ``vlprompt train``.
+    """Train ``method`` on a task, evaluate it and keep everything in a run folder, as ``vlprompt train`` does.
 
     Args:
         method: A method made with :func:`vlprompt.create_method` for ``data.class_names``; it is trained in place.
         data: What :func:`vlprompt.load_dataset` gives.
         output: Folder under which the run's folder is made.
-        view: ``random`` crops and flips, or ``center``, which lets text-only methods train from cached features.
+        view: ``random`` crops and flips, or ``center``; then text-only methods train from cached features.
         seed: Order of the images and their random views.
         trainer: Devices, precision and the like.
         force: Start anew even if the run is there.
@@ -174,21 +174,27 @@ def load_task(data: DataConfig, seed: int, classes: str | None = None) -> FewSho
         root=data.root,
         shots=data.shots,
         seed=seed,
-        classes=classes or data.classes,  # type: ignore[arg-type]
+        classes=classes or data.classes,
         template=data.template,
     )
 
 
 def build_method(config: RunConfig, backbone: Backbone, task: FewShotTask) -> PromptMethod:
     """Return the configured method for the task's classes; templates left open are the data set's own."""
-    settings = dict(config.settings)
-    fields = {entry.name for entry in dataclasses.fields(get_method_class(config.method).Settings)}
-    if config.method == "zeroshot" and "templates" in fields and not settings.get("templates"):
-        settings["templates"] = [task.template]
-    method = create_method(
-        config.method, backbone, task.class_names, all_class_names=task.all_class_names, **settings
+    settings = with_own_template(get_method_class(config.method), config.settings, task.template)
+    others = [name for name in task.all_class_names if name not in set(task.class_names)]
+    everything = [*task.class_names, *others]
+    return create_method(config.method, backbone, task.class_names, all_class_names=everything, **settings).to(
+        backbone.device
     )
-    return method.to(backbone.device)
+
+
+def with_own_template(kind: type[PromptMethod], settings: dict[str, Any], template: str) -> dict[str, Any]:
+    """Return ``settings`` with the data set's ``template`` where the method takes one and none is given."""
+    name = kind.template_setting
+    if name is None or settings.get(name):
+        return dict(settings)
+    return {**settings, name: [template]}
 
 
 def _run(config: RunConfig, method: PromptMethod, task: FewShotTask, *, force: bool) -> Run:
@@ -266,7 +272,9 @@ def harmonic_mean(base: float, new: float) -> float:
     return 2 * base * new / (base + new) if base + new else 0.0
 
 
-def evaluate_head(folder: str | Path, data: DataConfig, seed: int = 1, trainer: TrainerConfig | None = None) -> dict[str, Any]:
+def evaluate_head(
+    folder: str | Path, data: DataConfig, seed: int = 1, trainer: TrainerConfig | None = None
+) -> dict[str, Any]:
     """Return correct, total and accuracy of a saved head on the test images of ``data``, with the classes it names.
 
     Raises:

@@ -22,7 +22,8 @@ def results_table(runs: Sequence[dict[str, Any]]) -> str:
     first = runs[0]
     data = first["data"]
     columns = [name for name in ("all", "base", "new") if name in first["results"]]
-    table = Table(title=f"{data['name']}: accuracy in %, {data['shots']} shots, seed {data['seed']}", title_justify="left")
+    title = f"{data['name']}: accuracy in %, {data['shots']} shots, seed {data['seed']}"
+    table = Table(title=title, title_justify="left")
     table.add_column("method")
     for name in columns:
         table.add_column(f"{name} (correct/total)", justify="right")

@@ -1,7 +1,7 @@
 """Trained heads: a method with its learned tensors, saved so that any CLIP project can use them.
 
-A head's folder holds ``head.safetensors`` (every learnable as ``learnable.<name>``, and ``class_weights`` ``[C, D]``) and
-``config.json`` (method, settings, class names, backbone, preprocessing, versions, how it was trained).
+A head's folder holds ``head.safetensors`` (every learnable as ``learnable.<name>``, and ``class_weights`` ``[C, D]``)
+and ``config.json`` (method, settings, class names, backbone, preprocessing, versions, how it was trained).
 """
 
 from __future__ import annotations
@@ -98,15 +98,16 @@ class Head(nn.Module):
         Raises:
             HeadError: The model's image tower is not the one the head was trained on.
         """
-        other = copy.deepcopy(model)
+        other: Any = copy.deepcopy(model)
         own = self.backbone.model.visual.state_dict()
         theirs = other.visual.state_dict()
         if own.keys() != theirs.keys() or any(own[name].shape != theirs[name].shape for name in own):
-            raise HeadError(f"the model is not a {self.backbone.name}; give the open_clip model the head was trained on")
+            raise HeadError(f"the model is no {self.backbone.name}; give the open_clip model the head was trained on")
         with torch.no_grad():
             for name, value in self.method.image_overrides().items():
                 other.visual.get_parameter(name).copy_(value)
-        return other
+        attached: nn.Module = other
+        return attached
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the head into ``folder`` (created; an older head in it is replaced whole) and return the folder.
@@ -115,7 +116,8 @@ class Head(nn.Module):
             HeadError: The folder holds something else.
         """
         folder = Path(folder)
-        strange = [p.name for p in folder.iterdir() if p.name not in (CONFIG_FILE, TENSOR_FILE)] if folder.is_dir() else []
+        inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        strange = inside - {CONFIG_FILE, TENSOR_FILE}
         if folder.is_file() or strange:
             what = "is a file" if folder.is_file() else f"holds {', '.join(sorted(strange)[:3])}"
             raise HeadError(f"{folder} {what}; a head is saved into a new folder or over another head")
@@ -150,7 +152,7 @@ class Head(nn.Module):
             "class_names": method.class_names,
             "all_class_names": method.all_class_names,
             "backbone": backbone_facts(backbone),
-            "preprocess": {name: list(value) if isinstance(value, tuple) else value for name, value in preprocess.items()},
+            "preprocess": preprocess,
             "training": self.training_facts,
             "versions": {name: _version(name) for name in shown},
         }
@@ -248,7 +250,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     facts = config.get("backbone")
     expected = {"name": str, "pretrained": str, "precision": str, "embed_dim": int, "fingerprint": str}
     if isinstance(facts, dict):
-        wrong += [f"backbone.{k} is missing or no {t.__name__}" for k, t in expected.items() if not isinstance(facts.get(k), t)]
+        missing = [(key, kind) for key, kind in expected.items() if not isinstance(facts.get(key), kind)]
+        wrong += [f"backbone.{key} is missing or no {kind.__name__}" for key, kind in missing]
     if wrong:
         raise HeadError(f"{path} is not a head's configuration:\n  " + "\n  ".join(wrong[:20]))
     return config

@@ -37,6 +37,8 @@ class PromptMethod(nn.Module):
 
     name: ClassVar[str]
     Settings: ClassVar[type]
+    template_setting: ClassVar[str | None] = None
+    """Name of the setting that the data set's own template fills when it is left open; None: the method takes none."""
     learns_image_side: bool = False
     """True when image features depend on learnables, so that features cannot be computed once and kept."""
 
@@ -97,7 +99,7 @@ class PromptMethod(nn.Module):
 
     # -- training -----------------------------------------------------------------------------------------------
     def losses(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return the weighted, named loss terms of raw ``features`` ``[B, D]`` and ``labels`` ``[B]``; the loss is their sum."""
+        """Return the weighted, named loss terms of raw ``features`` ``[B, D]`` and ``labels`` ``[B]``; they add up."""
         return {"ce": F.cross_entropy(self.logits(features), labels)}
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""MoCoOp: a mixture of soft prompts with a router (arXiv 2409.12011; official code dyabel/mocoop, specs in seed_methods 1).
+"""MoCoOp: a mixture of soft prompts with a router (arXiv 2409.12011; official code: dyabel/mocoop; seed_methods 1).
 
 Templates come in semantic groups. Each group has an expert: context vectors started from the group's first template. A
 linear router on the image feature picks the top experts; an image's class weights are the gate-weighted sum of their
@@ -73,7 +73,7 @@ class MoCoOpSettings:
                 f"but settings.templates holds {len(self.templates)}"
             )
         if not 1 <= self.top_k <= len(self.groups):
-            raise ConfigError(f"settings.top_k is {self.top_k}; accepted: 1 to {len(self.groups)}, the number of groups")
+            raise ConfigError(f"settings.top_k is {self.top_k}; accepted: 1 to {len(self.groups)}, the count of groups")
         for name in ("text_loss_weight", "gate_loss_weight", "layer_norm_lr_factor", "text_temperature"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"settings.{name} is {getattr(self, name)}; accepted: 0 or more")
@@ -85,9 +85,10 @@ class MoCoOp(PromptMethod):
 
     Settings = MoCoOpSettings
     settings: MoCoOpSettings
+    _prototypes: Tensor | None
 
     def build(self) -> None:
-        """Create experts, ``gate`` (D to G), ``w`` ``[1, D]`` and layer norms; encode the prototypes ``[G, C_all, D]``."""
+        """Create experts, ``gate`` (D to G), ``w`` ``[1, D]`` and copies of the image layer norms."""
         own, text, dim = self.settings, self.backbone.text, self.backbone.embed_dim
         templates = [template.replace(".", "") for template in own.templates]
         first = [templates[sum(own.groups[:g])] for g in range(len(own.groups))]
@@ -101,11 +102,18 @@ class MoCoOp(PromptMethod):
         self.virtual = self.all_class_names != self.class_names
         if self.virtual:
             self.virtual_layout = self.experts.layout(text, self.all_class_names, period=True)
-        hard = template_layout(text, self.all_class_names, [template + "." for template in templates])
-        with torch.no_grad():
-            features = F.normalize(text.encode(hard), dim=-1).split(list(own.groups))
-        prototypes = torch.stack([F.normalize(group.mean(dim=0), dim=-1) for group in features])
-        self.register_buffer("prototypes", prototypes, persistent=False)
+        self.hard_templates = [template + "." for template in templates]
+        self.register_buffer("_prototypes", None, persistent=False)
+
+    @property
+    def prototypes(self) -> Tensor:
+        """Frozen unit prototypes ``[G, C_all, D]`` of the groups' hand-written templates; only training needs them."""
+        if self._prototypes is None:
+            layout = template_layout(self.backbone.text, self.all_class_names, self.hard_templates)
+            with torch.no_grad(), torch.autocast(self.backbone.device.type, enabled=False):
+                features = F.normalize(self.backbone.text.encode(layout), dim=-1).split(list(self.settings.groups))
+                self._prototypes = torch.stack([F.normalize(group.mean(dim=0), dim=-1) for group in features])
+        return self._prototypes
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return raw image features ``[B, D]``, through the tuned layer norms where there are any."""
@@ -123,7 +131,7 @@ class MoCoOp(PromptMethod):
         return F.normalize(features if self.w is None else features + self.w, dim=-1)
 
     def route(self, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """Return routing logits and gates, both ``[B, G]``; gates are a softmax over the top experts, zero elsewhere."""
+        """Return routing logits and gates, both ``[B, G]``: gates are a softmax over the top experts, else zero."""
         logits = self.gate(unit)
         top, chosen = logits.topk(self.settings.top_k, dim=-1)
         return logits, torch.zeros_like(logits).scatter(-1, chosen, top.softmax(dim=-1))
@@ -163,12 +171,11 @@ class MoCoOp(PromptMethod):
         used = (gates > 0).any(dim=0)[:, None, None] if own.drop_unused_experts else None
         experts = self._drop(self.expert_weights(), used)
         terms = {"ce": F.cross_entropy(self._mix(unit, gates, experts), labels)}
-        prototypes = self.get_buffer("prototypes")
         if own.text_loss_weight:
             whole = self._drop(self.expert_weights(virtual=True), used) if self.virtual else experts
-            terms["text"] = own.text_loss_weight * text_to_text_loss(whole, prototypes, own.text_temperature)
+            terms["text"] = own.text_loss_weight * text_to_text_loss(whole, self.prototypes, own.text_temperature)
         if own.gate_loss_weight:
-            affinity = torch.einsum("bd,gbd->bg", unit, prototypes[:, labels])
+            affinity = torch.einsum("bd,gbd->bg", unit, self.prototypes[:, labels])
             terms["gate"] = own.gate_loss_weight * routing_loss(routing, routing_target(affinity, own.top_k))
         return terms
 

@@ -44,7 +44,8 @@ def get_method_class(name: str) -> type[PromptMethod]:
         ConfigError: No such method; the text names the nearest ones.
     """
     if name not in _METHODS:
-        raise ConfigError(f"there is no method {name!r}.{did_you_mean(name, list_methods())} See `vlprompt list methods`.")
+        near = did_you_mean(name, list_methods())
+        raise ConfigError(f"there is no method {name!r}.{near} See `vlprompt list methods`.")
     return _METHODS[name]
 
 

@@ -50,11 +50,13 @@ class ZeroShot(PromptMethod):
     """Frozen CLIP with hand-written prompts."""
 
     Settings = ZeroShotSettings
+    template_setting = "templates"
     settings: ZeroShotSettings
 
     def build(self) -> None:
         """Encode the templates once; there are no learnables."""
-        templates = [*SELECTED_TEMPLATES, *self.settings.templates] if self.settings.ensemble else self.settings.templates
+        selected = SELECTED_TEMPLATES if self.settings.ensemble else ()
+        templates = [*selected, *self.settings.templates]
         with torch.no_grad():
             features = self.backbone.text.encode(template_layout(self.backbone.text, self.class_names, templates))
         mean = F.normalize(features, dim=-1).mean(dim=0)

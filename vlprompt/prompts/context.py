@@ -41,10 +41,10 @@ def context_layout(
     *,
     class_specific: bool = False,
 ) -> TokenLayout:
-    """Return the layout of ``length`` context vectors and ``NAME.``, after CoOp's prompt assembly (prompt_learners 1.5).
+    """Return the layout of ``length`` context vectors and ``NAME.`` after CoOp's prompt assembly (prompt_learners 1.5).
 
-    The prompt ``placeholder + " NAME."`` is tokenised whole; its first ``length`` tokens become context slots, which then
-    stand before (end), around (middle, ``length // 2`` of them before) or behind (front) the tokens of the bare name.
+    The prompt ``placeholder + " NAME."`` is tokenised whole; its first ``length`` tokens become context slots, which
+    then stand before (end), around (middle, ``length // 2`` before) or behind (front) the tokens of the bare name.
 
     Raises:
         ClassNameError: Prompts longer than the text tower takes, all of them listed.

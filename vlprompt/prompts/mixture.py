@@ -1,4 +1,4 @@
-"""Context of a mixture of prompts: every expert has vectors before and after the class name, started from a template."""
+"""Context of a mixture of prompts: every expert has vectors before and after the name, started from a template."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Counting = Literal["words", "tokens"]
 
 
 class ExpertContexts(nn.Module):
-    """Vectors ``before[g]`` ``[b_g, W]`` and ``after[g]`` ``[a_g, W]`` of G experts; float32 (MoCoOp, seed_methods 1.a).
+    """Vectors ``before[g]`` ``[b_g, W]`` and ``after[g]`` ``[a_g, W]`` of G experts; float32 (seed_methods 1.a).
 
-    ``counting`` says how long an expert's parts are. ``words``, the official rule, counts by spaces, and therefore lets a
-    text behind the name claim the period or the pooled end-of-text token, and a doubled space claim the first token of
-    the name (seed_methods 1.d, 3 and 4). ``tokens`` counts byte-pair tokens and leaves those alone (1.f).
+    ``counting`` says how long an expert's parts are. ``words``, the official rule, counts by spaces, and therefore lets
+    a text behind the name claim the period or the pooled end-of-text token, and a doubled space claim the first token
+    of the name (seed_methods 1.d, 3 and 4). ``tokens`` counts byte-pair tokens and leaves those alone (1.f).
 
     Args:
         tower: The text tower whose word embeddings start the vectors.

@@ -18,13 +18,15 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
     names = list(class_names)
     if not names:
         raise ClassNameError("class_names is empty; at least one class name is needed")
-    wrong = [f"class {i}: {name!r}" for i, name in enumerate(names) if not isinstance(name, str) or not _printable(name)]
+    wrong = [f"class {i}: {name!r}" for i, name in enumerate(names) if not _printable(name)]
     if wrong:
         raise ClassNameError("class names must be texts of printable characters:\n" + bulleted(wrong))
     return names
 
 
-def _printable(name: str) -> bool:
+def _printable(name: object) -> bool:
+    if not isinstance(name, str):
+        return False
     return bool(name.replace("_", " ").strip()) and all(ch.isprintable() for ch in name)
 
 

@@ -1,0 +1,184 @@
+"""Weight files: every kind that is read, every way a file can be wrong, and nothing in a file is ever run."""
+
+from __future__ import annotations
+
+import os
+import pickle  # noqa: TID251 - to build the files that must be refused
+import zipfile
+
+import pytest
+import torch
+from open_clip import CLIP, trace_model
+from safetensors.torch import save_file
+
+from vlprompt.backbone import load_backbone, weights
+from vlprompt.backbone.weights import read_weights
+from vlprompt.errors import BackboneError
+
+SMALL = {"text_width": 64, "vision_width": 64, "text_layers": 1, "vision_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def state(tiny_state_dict):
+    return tiny_state_dict(**SMALL)
+
+
+def refusal(path):
+    with pytest.raises(BackboneError) as caught:
+        read_weights(path)
+    text = str(caught.value)
+    assert str(path) in text and len(text.splitlines()) < 10
+    return text
+
+
+# -- kinds that are read -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("file", "wrap"),
+    [
+        ("a.pt", lambda s: s),
+        ("a.bin", lambda s: {"state_dict": s, "epoch": 3, "optimizer": {"lr": 0.1}}),
+        ("a.pth", lambda s: {"model": {f"module.{name}": value for name, value in s.items()}}),
+    ],
+)
+def test_torch_files_are_read_and_unwrapped(tmp_path, state, file, wrap):
+    torch.save(wrap(state), tmp_path / file)
+    found = read_weights(tmp_path / file)
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_old_torch_files_and_safetensors_under_any_ending_are_read(tmp_path, state):
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    save_file(state, tmp_path / "named.safetensors")
+    save_file(state, tmp_path / "unnamed.weights")
+    for file in ("old.pt", "named.safetensors", "unnamed.weights"):
+        assert torch.equal(read_weights(tmp_path / file)["visual.proj"], state["visual.proj"])
+
+
+def test_half_precision_files_fill_float32_networks(tmp_path, state):
+    save_file(
+        {name: value.half() if value.ndim else value for name, value in state.items()}, tmp_path / "half.safetensors"
+    )
+    backbone = load_backbone("from-file", tmp_path / "half.safetensors")
+    assert backbone.model.visual.proj.dtype == torch.float32
+    assert torch.equal(
+        backbone.model.visual.proj, state["visual.proj"]
+    )  # the rule's values are exact in half precision
+
+
+# -- what is wrong with a file -----------------------------------------------------------------------------------------
+def test_missing_files_and_folders(tmp_path):
+    assert "there is no weight file" in refusal(tmp_path / "none.pt")
+    assert f"local-dir:{tmp_path}" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "0 bytes"),
+        (b"hello, this is a readme", "neither a safetensors nor a torch file"),
+        (b"<!DOCTYPE html><html>Sign in</html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
+        (b"PK\x03\x04 and then nothing", "cut short"),
+        (b"\x80\x02 not really", "cut short"),
+    ],
+)
+def test_foreign_files(tmp_path, content, words):
+    (tmp_path / "w.pt").write_bytes(content)
+    assert words in refusal(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("part", [0.3, 0.9, 0.999])
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "old.pt"])
+def test_files_cut_short(tmp_path, state, kind, part):
+    whole = tmp_path / f"whole.{kind}"
+    if kind == "safetensors":
+        save_file(state, whole)
+    else:
+        torch.save(state, whole, _use_new_zipfile_serialization=kind == "pt")
+    content = whole.read_bytes()
+    cut = tmp_path / f"cut.{kind}"
+    cut.write_bytes(content[: int(part * len(content))])
+    text = refusal(cut)
+    assert "cut short or damaged" in text and f"{int(part * len(content))} bytes" in text
+
+
+def test_archive_of_something_else(tmp_path):
+    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+        archive.writestr("photo.jpg", b"...")
+    assert "photo.jpg" in refusal(tmp_path / "w.pt")
+
+
+class Trap:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+@pytest.mark.parametrize("kind", ["torch", "plain"])
+def test_files_with_code_are_refused_and_not_run(tmp_path, state, kind):
+    path, mark = tmp_path / "w.pt", tmp_path / "was-run"
+    if kind == "torch":
+        torch.save({"state_dict": state, "hook": Trap(mark)}, path)
+    else:
+        path.write_bytes(pickle.dumps({"state_dict": Trap(mark)}))
+    text = refusal(path)
+    assert "could run code" in text and "save_file" in text and not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([1, 2, 3], "a list, not a state dict"),
+        ({}, "no tensors"),
+        ({"a": torch.ones(1), "note": "text", "epoch": 3}, "note, epoch"),
+        ({"a": torch.ones(1), "b": torch.tensor([1.0, float("nan")])}, "not finite (NaN or infinity), first in 'b'"),
+        (torch.ones(3), "a Tensor, not a state dict"),
+    ],
+)
+def test_contents_that_are_no_state_dict(tmp_path, content, words):
+    torch.save(content, tmp_path / "w.pt")
+    assert words in refusal(tmp_path / "w.pt")
+
+
+# -- OpenAI's archives -------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """A TorchScript archive like OpenAI's releases: a traced network, its weights inside."""
+    vision = {"layers": 1, "width": 64, "patch_size": 16, "image_size": 32}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
+    model = CLIP(64, vision, text, quick_gelu=True).eval()
+    model.visual.image_size = 32
+    model._buffers["attn_mask"] = None  # OpenAI's archives hold no mask
+    path = tmp_path_factory.mktemp("archive") / "ViT-T.pt"
+    torch.jit.save(trace_model(model, batch_size=1), path)
+    return path, model
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_of_unknown_origin_is_refused_with_the_conversion(archive):
+    text = refusal(archive[0])
+    assert "TorchScript" in text and "--backbone.pretrained openai" in text and "torch.jit.load" in text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_of_openai_is_known_by_its_checksum(archive, monkeypatch):
+    import hashlib
+
+    path, model = archive
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(weights, "openai_archives", lambda: {digest: "ViT-T.pt"})
+    backbone = load_backbone("from-file", path)
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(backbone.encode_image(x), model.visual(x))
+    with pytest.raises(BackboneError, match="QuickGELU"):
+        load_backbone("from-file", path, quick_gelu=False)
+
+
+def test_checksums_of_openais_releases_are_those_open_clip_lists():
+    known = weights.openai_archives()
+    assert known["5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"] == "ViT-B-16.pt"
+    assert len(known) >= 9 and all(len(digest) == 64 for digest in known)

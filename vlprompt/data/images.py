@@ -1,0 +1,147 @@
+"""Where an image comes from, and how its bytes become RGB pixels."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from vlprompt.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+#: File name endings (compared in lower case) that folder readers take for images.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+#: Decoders that may run. Others (EPS starts Ghostscript) have no business with a stranger's file.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+#: Largest image that is decoded, in pixels: Pillow's own bound, about 89 million.
+MAX_PIXELS = 89_478_485
+
+
+class ImageSource(Protocol):
+    """Anything an image can be read from."""
+
+    def open(self) -> Image:
+        """Return the decoded RGB image."""
+
+    def stamp(self) -> str:
+        """Return a short text that changes when the bytes change (cheap: nothing is read)."""
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """An image file on disk."""
+
+    path: str
+
+    def open(self) -> Image:
+        """Decode the file. Raises :class:`~vlprompt.errors.DataError` that names it."""
+        try:
+            with open(self.path, "rb") as stream:
+                return decode_rgb(stream.read(), self.path)
+        except OSError as error:
+            raise DataError(f"Image {self.path} cannot be read: {error.strerror or error}.") from error
+
+    def stamp(self) -> str:
+        """Return size and modification time."""
+        try:
+            status = os.stat(self.path)
+        except OSError as error:
+            raise DataError(f"Image {self.path} cannot be read: {error.strerror or error}.") from error
+        return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+@dataclass(frozen=True)
+class ZipSource:
+    """An image inside a zip archive."""
+
+    archive: str
+    member: str
+
+    def open(self) -> Image:
+        """Decode the member. Raises :class:`~vlprompt.errors.DataError` that names it."""
+        name = f"{self.archive}:{self.member}"
+        try:
+            data = _archive(self.archive, os.getpid()).read(self.member)
+        except (OSError, KeyError, zipfile.BadZipFile, ValueError) as error:
+            raise DataError(f"Image {name} cannot be read: {error}.") from error
+        return decode_rgb(data, name)
+
+    def stamp(self) -> str:
+        """Return size and checksum from the archive's table of contents."""
+        info = _archive(self.archive, os.getpid()).getinfo(self.member)
+        return f"{info.file_size}-{info.CRC:08x}"
+
+
+@functools.lru_cache(maxsize=4)
+def _archive(path: str, process: int) -> zipfile.ZipFile:
+    # Keyed by process: a forked worker shares the file position of an archive opened before the fork.
+    return zipfile.ZipFile(path)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters is refused below
+        yield
+
+
+def decode_rgb(data: bytes, name: str) -> Image:
+    """Decode image bytes to 8-bit RGB, converting before anything else is done to the picture.
+
+    Converting first (as Dassl does, datasets.md section 4) matters: a palette or RGBA image resized before conversion
+    has other pixels. EXIF orientation is ignored, as in all published protocols.
+
+    Args:
+        data: The whole file.
+        name: What error messages call the image.
+
+    Returns:
+        A loaded PIL image of mode ``RGB``.
+
+    Raises:
+        DataError: If the bytes are not an image of a known format, are cut short, hold more than ``MAX_PIXELS``
+            pixels, or more than 8 bits per channel. The text gives name, size and first bytes.
+    """
+    from PIL import Image
+
+    described = f"{len(data):,} bytes, beginning {data[:8].hex(' ') or '(nothing)'}"
+    try:
+        with _quiet():
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+            width, height = picture.size
+            if width * height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{width} x {height} pixels")
+            mode = picture.mode
+            converted = picture.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"Image {name} is too large to decode safely ({error}; at most {MAX_PIXELS:,} pixels are accepted). "
+            "Scale it down first."
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly every type on a damaged file
+        raise DataError(
+            f"Image {name} cannot be decoded ({described}): {_first_line(error)}. Replace or remove the file; accepted "
+            f"formats: {', '.join(FORMATS)}."
+        ) from error
+    if mode.startswith(("I", "F")):
+        raise DataError(
+            f"Image {name} has more than 8 bits per channel (Pillow mode {mode}). Converting it would cut the "
+            "brightness off silently: scale it to 8 bits per channel first."
+        )
+    return converted
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    first = (text[0] if text else type(error).__name__).rstrip(".")
+    return "unknown image format" if first.startswith("cannot identify") else first[:200]

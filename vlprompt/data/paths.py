@@ -1,0 +1,74 @@
+"""Paths that come out of files: nothing they name may lie outside the image folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+_DRIVE = re.compile(r"^[A-Za-z]:")
+
+
+def path_problem(path: object) -> str | None:
+    """Return why ``path`` cannot be a relative image path in a split file, or ``None`` if it can (rule S04)."""
+    if not isinstance(path, str):
+        return f"path {_short(path)} is not text"
+    if not path:
+        return "the path is empty"
+    try:
+        encoded = path.encode()
+    except UnicodeEncodeError:
+        return f"path {_short(path)} is not valid Unicode"
+    if len(encoded) > 1024:
+        return f"path {_short(path)} has {len(encoded)} bytes; at most 1,024 are accepted"
+    if any(character in path for character in "\0\r\n\t"):
+        return f"path {_short(path)} has control characters"
+    if "\\" in path:
+        return f"path {_short(path)} has a backslash; write / between folders"
+    if path.startswith("/") or _DRIVE.match(path):
+        return f"path {_short(path)} is absolute; paths are relative to the image folder"
+    if ".." in path.split("/"):
+        return f"path {_short(path)} leaves the image folder"
+    if PurePosixPath(path).as_posix() != path or path == ".":
+        return f"path {_short(path)} is not in its simplest form ({PurePosixPath(path).as_posix()!r})"
+    return None
+
+
+def check_files(root: Path, paths: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Look for ``paths`` (already free of :func:`path_problem`) under ``root`` (rules S05 and S15).
+
+    Returns:
+        The paths that are no regular files, and the paths that links lead out of ``root``.
+    """
+    real_root = os.path.realpath(root)
+    inside_folder: dict[str, bool] = {}
+    missing, outside = [], []
+    for path in paths:
+        full = os.path.join(root, path)
+        try:
+            status = os.lstat(full)
+        except OSError:
+            missing.append(path)
+            continue
+        folder = os.path.dirname(full)
+        if folder not in inside_folder:
+            inside_folder[folder] = is_inside(folder, real_root)
+        is_link = stat.S_ISLNK(status.st_mode)
+        if not inside_folder[folder] or (is_link and not is_inside(full, real_root)):
+            outside.append(path)
+        elif not (os.path.isfile(full) if is_link else stat.S_ISREG(status.st_mode)):
+            missing.append(path)
+    return missing, outside
+
+
+def is_inside(path: str | Path, real_root: str) -> bool:
+    """Return whether ``path``, its links followed, is ``real_root`` or lies under it."""
+    real = os.path.realpath(path)
+    return real == real_root or real.startswith(real_root.rstrip(os.sep) + os.sep)
+
+
+def _short(value: object) -> str:
+    text = repr(value) if not isinstance(value, str) else '"' + value.encode("unicode_escape").decode() + '"'
+    return text if len(text) <= 90 else text[:60] + "..." + text[-20:]

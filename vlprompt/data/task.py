@@ -1,0 +1,147 @@
+"""A few-shot task: the samples, names and hashes that one run works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vlprompt.data.cards import Card, find_card
+from vlprompt.data.readers import read_dataset
+from vlprompt.data.records import Sample, lines_sha256
+from vlprompt.data.shots import check_draw, class_labels, fewshot, keep_labels
+from vlprompt.errors import ClassNameError, ConfigError
+
+
+@dataclass(frozen=True)
+class FewShotTask:
+    """What :func:`load_dataset` returns.
+
+    Attributes:
+        name: Name of the data set.
+        class_names: Names of the classes in play, by label.
+        all_class_names: Names of all classes of the data set in its own label order (base classes come first).
+        template: Prompt with ``{}`` for the class name.
+        train: Few-shot training samples, labels from 0 within ``class_names``.
+        val: Validation samples (at most 4 per class, except with ``shots=-1`` and on ImageNet); may be empty.
+        test: All test samples of the classes in play.
+        shots: Training images per class, or -1 for all.
+        seed: Seed of the draw.
+        classes: ``all``, ``base`` or ``new``.
+        split_sha256: Content hash of the whole split, before any draw.
+        shots_sha256: SHA-256 of the ids in ``train``, joined by LF.
+        card: The data set's card.
+        sampler: Name of the few-shot rule, ``dassl-v1`` or ``sorted-v1``.
+        root: The data root as it was given to :func:`load_dataset`.
+    """
+
+    name: str
+    class_names: list[str]
+    all_class_names: list[str]
+    template: str
+    train: list[Sample] = field(repr=False)
+    val: list[Sample] = field(repr=False)
+    test: list[Sample] = field(repr=False)
+    shots: int
+    seed: int
+    classes: Literal["all", "base", "new"]
+    split_sha256: str
+    shots_sha256: str
+    card: Card = field(repr=False)
+    sampler: str = "dassl-v1"
+    root: str | None = None
+
+    def counterpart(self) -> FewShotTask:
+        """Return the task of the other half of the classes: ``new`` for ``base`` and the reverse, from the same draw.
+
+        Raises:
+            ConfigError: If this task has all classes.
+        """
+        if self.classes == "all":
+            raise ConfigError("A task over all classes has no other half; load it with data.classes base or new.")
+        other = "new" if self.classes == "base" else "base"
+        return load_dataset(
+            self.name, root=self.root, shots=self.shots, seed=self.seed, classes=other, template=self.template
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a results file records of the data, as plain JSON values."""
+        published = self.card.split_content_sha256
+        return {
+            "name": self.name,
+            "classes": self.classes,
+            "class_count": len(self.class_names),
+            "class_names_sha256": lines_sha256(self.class_names),
+            "template": self.template,
+            "shots": self.shots,
+            "seed": self.seed,
+            "sampler": self.sampler,
+            "train": len(self.train),
+            "val": len(self.val),
+            "test": len(self.test),
+            "split_sha256": self.split_sha256,
+            "split_published": None if published is None else published == self.split_sha256,
+            "shots_sha256": self.shots_sha256,
+            "val_sha256": lines_sha256(sample.id for sample in self.val),
+        }
+
+
+def load_dataset(
+    name: str,
+    *,
+    root: str | Path | None = None,
+    shots: int = 16,
+    seed: int = 1,
+    classes: str = "all",
+    template: str | None = None,
+) -> FewShotTask:
+    """Read a data set and draw its few-shot task.
+
+    The draw is made over all classes and filtered afterwards, so base and new of one seed come from one draw
+    (datasets.md 2.1).
+
+    Args:
+        name: Name or alias of a data set (:func:`~vlprompt.data.list_datasets`); ``folder`` for your own images.
+        root: Folder that holds the data sets; for ``folder``, the folder of images itself. ``None`` takes the
+            environment's ``VLPROMPT_DATA``, else ``data``. The packaged demo needs none.
+        shots: Training images per class, or -1 for the complete lists.
+        seed: Seed of the draw, 0 or more.
+        classes: ``all``, or the ``base`` or ``new`` half of the classes, with labels from 0.
+        template: A prompt instead of the card's; it holds ``{}`` once.
+
+    Raises:
+        ConfigError: If the name is unknown or a value is out of range.
+        ClassNameError: If the template does not hold ``{}`` exactly once.
+        DataError: If the data are missing or cannot be used.
+    """
+    card = find_card(name)
+    check_draw(shots, seed)
+    if classes not in ("all", "base", "new"):
+        raise ConfigError(f"data.classes is {classes!r}; accepted: all, base, new.")
+    if template is not None and (template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1):
+        raise ClassNameError(f"data.template is {template!r}; it must hold {{}} exactly once, for the class name.")
+    lists = read_dataset(card, root)
+    train, val = fewshot(lists.train, lists.val, shots, seed, sample_val=lists.sample_val)
+    test = lists.test
+    class_names = list(lists.class_names)
+    if classes != "all":
+        labels = class_labels([sample.label for sample in train], classes)
+        train, val, test = (keep_labels(part, labels) for part in (train, val, test))
+        class_names = [lists.class_names[label] for label in labels]
+    return FewShotTask(
+        name=card.name,
+        class_names=class_names,
+        all_class_names=list(lists.class_names),
+        template=card.template if template is None else template,
+        train=train,
+        val=val,
+        test=list(test),
+        shots=shots,
+        seed=seed,
+        classes=classes,  # type: ignore[arg-type]
+        split_sha256=lists.content_sha256(),
+        shots_sha256=lines_sha256(sample.id for sample in train),
+        card=card,
+        sampler=lists.sampler,
+        root=None if root is None else str(root),
+    )
