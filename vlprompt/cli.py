@@ -7,6 +7,7 @@ is a bug and shows itself as one. Heavy imports (torch, lightning, open_clip) st
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import vlprompt
+from vlprompt.config_files import shown
 from vlprompt.errors import ConfigError, HeadError, VlpromptError, did_you_mean
 from vlprompt.parsing import COMMAND_LINE, CommandLine, check_run, key_table, read_command_line, refuse, to_yaml
 
@@ -216,15 +218,15 @@ def head_folder(text: str) -> Path:
         HeadError: Neither; the text says what is there instead.
     """
     folder = Path(text)
-    if (folder / HEAD_FOLDER / HEAD_CONFIG).is_file():
+    if os.path.isfile(folder / HEAD_FOLDER / HEAD_CONFIG):
         return folder / HEAD_FOLDER
-    if (folder / HEAD_CONFIG).is_file():
+    if os.path.isfile(folder / HEAD_CONFIG):
         return folder
-    if not folder.exists():
-        raise HeadError(f"RUN {text!r}: there is no such folder; give a run folder or a head folder")
-    if not folder.is_dir():
-        raise HeadError(f"RUN {text!r} is a file; give a run folder or a head folder")
-    if (folder / RUN_CONFIG).is_file():
+    if os.path.isfile(folder):
+        raise HeadError(f"RUN {shown(text)} is a file; give a run folder or a head folder")
+    if not os.path.isdir(folder):
+        raise HeadError(f"RUN {shown(text)}: there is no such folder; give a run folder or a head folder")
+    if os.path.isfile(folder / RUN_CONFIG):
         raise HeadError(
             f"RUN {text!r} holds no head yet: the run is not finished. Resume it with: "
             f"vlprompt train --config {folder / RUN_CONFIG}"
@@ -267,7 +269,7 @@ def _head_or_problem(line: CommandLine) -> Path | None:
 def _run_config(folder: Path) -> list[Path]:
     """Return the resolved configuration of the run that ``folder`` is, or is the head folder of, if it is there."""
     own = folder.resolve().parent if folder.resolve().name == HEAD_FOLDER else folder
-    return [own / RUN_CONFIG] if (own / RUN_CONFIG).is_file() else []
+    return [own / RUN_CONFIG] if os.path.isfile(own / RUN_CONFIG) else []
 
 
 def _predict(words: list[str]) -> int:

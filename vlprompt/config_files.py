@@ -6,6 +6,7 @@ nothing is executed.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -45,10 +46,14 @@ for _tag, _pattern, _first in (
 
 
 class _Dumper(yaml.SafeDumper):
-    """Lists on one line; quotes for what this reader, or any YAML 1.1 reader, would not take for a text."""
+    """Short lists on one line; quotes for what this reader, or any YAML 1.1 reader, would not take for a text."""
 
 
-_Dumper.add_representer(list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True))
+def _represent_list(dumper: yaml.SafeDumper, value: list[Any]) -> yaml.Node:
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=len(str(value)) <= 100)
+
+
+_Dumper.add_representer(list, _represent_list)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
@@ -176,10 +181,10 @@ class _Leaves:
 
 def yaml_text(value: Any, *, flow: bool = False) -> str:
     """Return plain values, lists, tuples and mappings as YAML that this module reads back; ``flow``: on one line."""
+    plain = _plain(value)
     text: str = yaml.dump(
-        _plain(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6 if flow else 116,
-        default_flow_style=flow,
-    )  # fmt: skip
+        plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow
+    )
     return text.removesuffix("...\n").rstrip("\n") if flow else text
 
 
@@ -211,12 +216,9 @@ def find_config(name: str) -> Path:
     if root is not None and ".." not in Path(own).parts and not Path(own).is_absolute():
         candidates += [root / own, root / (own + ".yaml")]
     for path in candidates:
-        try:
-            if path.is_file():
-                return path
-        except OSError:  # a name too long for the file system
-            continue
-    if Path(name).is_dir():
+        if os.path.isfile(path):  # unlike Path.is_file, False for a name that is too long
+            return path
+    if os.path.isdir(name):
         example = f"{name.rstrip('/')}/demo.yaml"
         raise ConfigError(f"--config {shown(name)}: this is a folder; name one file in it, such as {example}")
     known = [path.relative_to(root).with_suffix("").as_posix() for path in sorted(root.rglob("*.yaml"))] if root else []

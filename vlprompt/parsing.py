@@ -202,11 +202,11 @@ def check_run(
             given.update(read_config(find_config(name), SECTIONS, problems))
         except ConfigError as error:
             problems.append(str(error))
-    given.update({key: Given(text, COMMAND_LINE, False) for key, text in line.overrides.items()})
-    outside = [key for key in line.overrides if not key.startswith(tuple(within))]
-    for key in outside:
-        line.refuse(key, [name for name in RUN_KEYS if name.startswith(tuple(within))])
-        del given[key]
+    for key, text in line.overrides.items():
+        if key.startswith(tuple(within)):
+            given[key] = Given(text, COMMAND_LINE, False)
+        else:
+            line.refuse(key, [name for name in RUN_KEYS if name.startswith(tuple(within))])
     config = _Judge(given, problems, line.names).run()
     return config, [*line.problems, *problems]
 

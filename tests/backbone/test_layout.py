@@ -100,7 +100,10 @@ def test_repeat_groups_says_the_same_words_once_per_image() -> None:
 
 
 def test_plan_covers_every_token_once_and_is_made_once() -> None:
-    rows = [[[SOT, C0, 5, EOT], [SOT, C0, 6, 7, EOT], [SOT, C0, 8, EOT]], [[SOT, 5, EOT], [SOT, 6, 7, C1, EOT], [SOT, EOT]]]
+    rows = [
+        [[SOT, C0, 5, EOT], [SOT, C0, 6, 7, EOT], [SOT, C0, 8, EOT]],
+        [[SOT, 5, EOT], [SOT, 6, 7, C1, EOT], [SOT, EOT]],
+    ]
     layout = TokenLayout.from_rows(rows)
     plan = layout.plan(torch.device("cpu"))
     assert plan is layout.plan(torch.device("cpu"))

@@ -28,9 +28,7 @@ def samples(part: str) -> list[Sample]:
     ]
 
 
-CALTECH = SplitLists(
-    [row[1] for row in GOLDEN["classes"]], samples("train"), samples("val"), samples("test")
-)
+CALTECH = SplitLists([row[1] for row in GOLDEN["classes"]], samples("train"), samples("val"), samples("test"))
 
 
 def ids_hash(part: list[Sample]) -> str:

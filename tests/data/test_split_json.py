@@ -12,14 +12,40 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toys import TOY_CARD, TOY_SPLIT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vlprompt.data.cards import Card
 from vlprompt.data.readers import read_dataset
 from vlprompt.errors import DataError
 
 Toy = Callable[..., Path]
+TOY_SPLIT: dict[str, list[list[Any]]] = {
+    part: [[f"{name}/{n}.png", label, name] for label, name in enumerate(("cat", "dog", "eel")) for n in numbers]
+    for part, numbers in (("train", range(4)), ("val", range(4, 5)), ("test", range(5, 7)))
+}
+TOY_CARD = Card(
+    name="toy", folder="toy", image_dir="images", reader="split_json", template="a photo of a {}.", licence="none",
+    home="toy.example", notes="Unpack toy.zip into toy/.", split_file="split.json",
+)  # fmt: skip
+
+
+@pytest.fixture
+def toy(tmp_path: Path, paint: Callable[..., Path]) -> Callable[..., Path]:
+    """``toy(split)`` writes the toy data set with ``split`` (text, bytes or JSON values) and returns the data root."""
+
+    def build(split: Any = None, images: bool = True) -> Path:
+        split = TOY_SPLIT if split is None else split
+        base = tmp_path / "root" / "toy"
+        base.mkdir(parents=True, exist_ok=True)
+        data = split if isinstance(split, bytes) else (split if isinstance(split, str) else json.dumps(split)).encode()
+        (base / "split.json").write_bytes(data)
+        if images:
+            for number, item in enumerate(item for part in TOY_SPLIT.values() for item in part):
+                paint(base / "images" / item[0], number)
+        return tmp_path / "root"
+
+    return build
 
 
 def changed(**parts: Any) -> dict[str, Any]:
@@ -56,7 +82,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "S02 missing key": ({"train": TOY_SPLIT["train"], "val": []}, "key 'test' is missing"),
     "S02 empty test": (changed(test=[]), "'test' is empty"),
     "S02 not a list": (changed(val={}), "'val' is a dict"),
-    "S03 two values": (with_item("test", 2, ["dog/5.png", 1]), r"test\[2\]: expected \[path, label, class name\], got 2"),
+    "S03 two values": (
+        with_item("test", 2, ["dog/5.png", 1]),
+        r"test\[2\]: expected \[path, label, class name\], got 2",
+    ),
     "S03 no list": (with_item("val", 0, "cat/4.png"), r"val\[0\]: expected .* got a str"),
     "S04 parent": (with_item("train", 3, ["../../etc/x.png", 0, "cat"]), r'train\[3\]: path "../../etc/x.png" leaves'),
     "S04 parent inside": (with_item("train", 3, ["cat/../cat/3.png", 0, "cat"]), "leaves the image folder"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,8 @@ class TokenLayout:
     def plan(self, device: torch.device) -> PackPlan:
         """Return the packing of this layout on ``device``, made once."""
         if device not in self.plans:
-            self.plans[device] = PackPlan(self, device)
+            with torch.inference_mode(False):  # what evaluation makes first, training must be able to use
+                self.plans[device] = PackPlan(self, device)
         return self.plans[device]
 
     def token_counts(self) -> tuple[int, int]:
@@ -154,12 +156,12 @@ class PackPlan:
         self.prefix_lengths = prefix.tolist()
         self.prefix_grid, self.prefix_real = _grid(prefix_group, groups, device)
         # Suffix queries that look at their group's prefix: all of them, and in the last layer only the pooled ones.
-        self.suffix_by_group = _ByGroup(suffix_group, groups, device)
-        self.pooled_by_group = _ByGroup(row_group, groups, device)
+        self.suffix_by_group = ByGroup(suffix_group, groups, device)
+        self.pooled_by_group = ByGroup(row_group, groups, device)
 
 
-class _ByGroup:
-    """Deals ``[T, ...]`` tensors out into ``[G, Tmax, ...]`` by group, and back."""
+class ByGroup:
+    """Deals ``[T, ...]`` tensors out into ``[G, Tmax, ...]`` by group, and collects them again."""
 
     def __init__(self, group: Tensor, groups: int, device: torch.device) -> None:
         self.groups = groups
@@ -168,19 +170,51 @@ class _ByGroup:
         flat = real.reshape(-1).nonzero().squeeze(1)
         back[grid.reshape(-1)[flat]] = flat
         self.grid, self.back = grid.reshape(-1), back
+        self.padding = None if bool(real.all()) else (~real.reshape(-1)).nonzero().squeeze(1)
         self.straight = groups == 1
 
     def deal(self, x: Tensor) -> Tensor:
         """``[T, ...]`` to ``[G, Tmax, ...]``; places without a token repeat token 0 and are never read back."""
         if self.straight:
             return x.unsqueeze(0)
-        return x.index_select(0, self.grid).unflatten(0, (self.groups, -1))
+        dealt: Tensor = _Deal.apply(x, self)
+        return dealt.unflatten(0, (self.groups, -1))
 
     def collect(self, x: Tensor) -> Tensor:
         """``[G, Tmax, ...]`` back to ``[T, ...]``."""
         if self.straight:
             return x.squeeze(0)
-        return x.flatten(0, 1).index_select(0, self.back)
+        collected: Tensor = _Collect.apply(x.flatten(0, 1), self)
+        return collected
+
+
+class _Deal(torch.autograd.Function):
+    """Gather by ``grid``; the gradient of a permutation is a gather too, many times quicker than scattered sums."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: ByGroup) -> Tensor:
+        ctx.by = by
+        return x.index_select(0, by.grid)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.index_select(0, ctx.by.back), None
+
+
+class _Collect(torch.autograd.Function):
+    """Gather by ``back``; padded places get no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: ByGroup) -> Tensor:
+        ctx.by = by
+        return x.index_select(0, by.back)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        dealt = gradient.index_select(0, ctx.by.grid)
+        if ctx.by.padding is not None:
+            dealt.index_fill_(0, ctx.by.padding, 0)
+        return dealt, None
 
 
 def _grid(group: Tensor, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -143,7 +143,7 @@ class TextTower:
         if slots and context is None:
             raise BackboneError(f"the layout has {slots} context slots but no context was given")
         if not slots and context is not None and context.numel():
-            raise BackboneError(f"context of shape {list(context.shape)} was given, but the layout has no context slots")
+            raise BackboneError(f"context of shape {list(context.shape)} was given to a layout that has no context slots")
         wrong = [layer for layer in deep if not 1 <= layer < self.layers]
         if wrong:
             raise BackboneError(f"deep context at layer {wrong[0]}; accepted: 1 to {self.layers - 1}")
@@ -258,62 +258,63 @@ class TextTower:
 
 def _packed_block(block: Any, x: Tensor, plan: PackPlan, last: bool) -> Tensor:
     """One transformer block over packed tokens ``[P + T, W]``; the last one keeps the pooled tokens ``[R, W]`` only."""
-    attention, prefix = block.attn, plan.prefix_tokens
-    heads = attention.num_heads
+    attention = block.attn
+    heads, sizes = attention.num_heads, [plan.prefix_tokens, len(x) - plan.prefix_tokens]
     normed = block.ln_1(x)
     if not last:
         qkv = F.linear(normed, attention.in_proj_weight, attention.in_proj_bias).unflatten(-1, (3, heads, -1))
-        q, k, v = qkv.unbind(1)  # [P + T, H, d]
-        seen = torch.cat([_prefix_attention(q, k, v, plan), _suffix_attention(q[prefix:], k, v, plan, pooled=False)])
+        inside, suffix = qkv.split(sizes)  # [P, 3, H, d] and [T, 3, H, d]
+        seen = torch.cat([_prefix_attention(inside, plan), _suffix_attention(suffix[:, 0], inside, suffix, plan)])
     else:
         # Only pooled tokens are read from here on, so only they ask; every token still answers.
         width = x.shape[-1]
         weight, bias = attention.in_proj_weight, attention.in_proj_bias
-        at = plan.pooled_at + prefix
+        at = plan.pooled_at + plan.prefix_tokens
         x = x.index_select(0, at)
         q = F.linear(normed.index_select(0, at), weight[:width], bias[:width]).unflatten(-1, (heads, -1))
-        k, v = F.linear(normed, weight[width:], bias[width:]).unflatten(-1, (2, heads, -1)).unbind(1)
-        seen = _suffix_attention(q, k, v, plan, pooled=True)
+        inside, suffix = F.linear(normed, weight[width:], bias[width:]).unflatten(-1, (2, heads, -1)).split(sizes)
+        seen = _suffix_attention(q, inside, suffix, plan, pooled=True)
     x = x + block.ls_1(attention.out_proj(seen.flatten(1)))
     out: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
     return out
 
 
-def _prefix_attention(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan) -> Tensor:
-    """Causal attention inside each group's prefix: ``[P, H, d]``. Padding stands behind, where no real token looks."""
-    q, k, v = (t[: plan.prefix_tokens][plan.prefix_grid].transpose(1, 2) for t in (q, k, v))  # [G, H, Pmax, d]
+def _prefix_attention(inside: Tensor, plan: PackPlan) -> Tensor:
+    """Causal attention inside each group's prefix, ``[P, 3, H, d]`` to ``[P, H, d]``.
+
+    Padding stands behind, where no real token looks.
+    """
+    q, k, v = inside[plan.prefix_grid].permute(2, 0, 3, 1, 4).unbind(0)  # [G, H, Pmax, d] each
     seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return seen.transpose(1, 2)[plan.prefix_real]
 
 
-def _suffix_attention(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan, *, pooled: bool) -> Tensor:
+def _suffix_attention(q: Tensor, inside: Tensor, suffix: Tensor, plan: PackPlan, *, pooled: bool = False) -> Tensor:
     """Attention of suffix queries ``[N, H, d]`` to their group's prefix and to their own row's earlier tokens.
 
-    The scores of both parts share one softmax. Rows of one length are a block without padding.
+    The scores of both parts share one softmax. Rows of one length are a block without padding. The last two entries of
+    ``inside`` ``[P, 2 or 3, H, d]`` and ``suffix`` ``[T, 2 or 3, H, d]`` are the keys and values.
     """
-    prefix = plan.prefix_tokens
     by_group = plan.pooled_by_group if pooled else plan.suffix_by_group
     q = q * q.shape[-1] ** -0.5
-    prefix_k, prefix_v = k[:prefix][plan.prefix_grid], v[:prefix][plan.prefix_grid]  # [G, Pmax, H, d]
+    prefix_k, prefix_v = inside[:, -2:][plan.prefix_grid].unbind(2)  # [G, Pmax, H, d]
     to_prefix = torch.einsum("gthd,gphd->gthp", by_group.deal(q), prefix_k)
     if len(set(plan.prefix_lengths)) > 1:
         to_prefix = to_prefix.masked_fill(~plan.prefix_real[:, None, None], float("-inf"))
     to_prefix = by_group.collect(to_prefix)  # [N, H, Pmax]
-    own_k, own_v = k[prefix:], v[prefix:]
+    # Split once, not sliced block by block: the gradient of a split is one concatenation.
+    asked = [(1 if pooled else length) for length, _ in plan.blocks]
+    query_sizes = [rows * n for (_, rows), n in zip(plan.blocks, asked, strict=True)]
+    key_sizes = [rows * length for length, rows in plan.blocks]
+    parts = zip(q.split(query_sizes), to_prefix.split(query_sizes), suffix[:, -2:].split(key_sizes), strict=True)
     shares, outs = [], []
-    query_start = key_start = 0
-    for length, rows in plan.blocks:
-        asked = 1 if pooled else length
-        queries = slice(query_start, query_start := query_start + rows * asked)
-        keys = slice(key_start, key_start := key_start + rows * length)
-        block_q = q[queries].unflatten(0, (rows, asked)).transpose(1, 2)  # [R, H, asked, d]
-        block_k = own_k[keys].unflatten(0, (rows, length)).permute(0, 2, 3, 1)  # [R, H, d, length]
-        block_v = own_v[keys].unflatten(0, (rows, length)).transpose(1, 2)  # [R, H, length, d]
-        scores = block_q @ block_k
-        if asked > 1:
+    for (length, rows), n, (block_q, outside, keys_values) in zip(plan.blocks, asked, parts, strict=True):
+        block_k, block_v = keys_values.unflatten(0, (rows, length)).permute(2, 0, 3, 1, 4).unbind(0)  # [R, H, length, d]
+        scores = block_q.unflatten(0, (rows, n)).transpose(1, 2) @ block_k.transpose(2, 3)  # [R, H, n, length]
+        if n > 1:
             future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(future, float("-inf"))
-        outside = to_prefix[queries].unflatten(0, (rows, asked)).transpose(1, 2)  # [R, H, asked, Pmax]
+        outside = outside.unflatten(0, (rows, n)).transpose(1, 2)  # [R, H, n, Pmax]
         weights = torch.cat([outside, scores], dim=-1).softmax(dim=-1)
         share, own = weights.split([outside.shape[-1], length], dim=-1)
         shares.append(share.transpose(1, 2).flatten(0, 1))

@@ -100,7 +100,7 @@ def find_card(name: str) -> Card:
     cards = _cards()
     spellings = {_plain(spelling): card for card in cards.values() for spelling in (card.name, *card.aliases)}
     if _plain(name) not in spellings:
-        known = sorted({spelling for card in cards.values() for spelling in (card.name, *card.aliases)})
+        known = [*cards, *(alias for card in cards.values() for alias in card.aliases)]
         raise ConfigError(
             f"Unknown data set {name!r}.{did_you_mean(name, known)} All of them: {', '.join(sorted(cards))}. Your own "
             "folder of images: --data.name folder --data.root FOLDER"

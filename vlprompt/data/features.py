@@ -126,8 +126,8 @@ def extract(
         raise DataError("There are no images to compute features of.")
     dataset = _Pictures(list(samples), view)
     loader: DataLoader[Tensor] = DataLoader(dataset, batch_size=batch_size, num_workers=workers)  # type: ignore[arg-type]
-    with named_errors(), torch.inference_mode():
-        return torch.cat([encode(images.to(device)).float().cpu() for images in loader]).clone()
+    with named_errors(), torch.no_grad():
+        return torch.cat([encode(images.to(device)).float().cpu() for images in loader])
 
 
 class _Pictures:

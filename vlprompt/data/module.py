@@ -77,7 +77,7 @@ class FewShotData(pl.LightningDataModule):
             ("seed", seed, 0),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"data.{name} is {value!r}; accepted: whole numbers from {least}.")
+                raise ConfigError(f"{name} is {value!r}; accepted: whole numbers from {least}.")
         if encode is not None and not fingerprint:
             raise ConfigError("Cached features need the backbone's fingerprint: pass fingerprint=backbone.fingerprint")
         self.task, self.preprocess, self.view = task, preprocess, check_kind(view)

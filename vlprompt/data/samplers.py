@@ -52,12 +52,12 @@ class TrainSampler(_KeySampler):
     def __init__(self, length: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(length, rank=rank, world_size=world_size)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"data.batch_size is {batch_size!r}; accepted: whole numbers from 1.")
+            raise ConfigError(f"batch_size is {batch_size!r}; accepted: whole numbers from 1.")
         if batch_size % world_size:
             lower = max(batch_size - batch_size % world_size, world_size)
             raise ConfigError(
-                f"data.batch_size is {batch_size}, the global batch, which {world_size} processes cannot share "
-                f"equally. Use --data.batch_size {lower}, or another number of --trainer.devices."
+                f"batch_size is {batch_size}, the global batch, which {world_size} processes cannot share "
+                f"equally. Use --recipe.batch_size {lower}, or another number of --trainer.devices."
             )
         if length < world_size:
             raise ConfigError(

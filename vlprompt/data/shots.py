@@ -21,7 +21,7 @@ def check_draw(shots: int, seed: int) -> None:
     if isinstance(shots, bool) or not isinstance(shots, int) or (shots < 1 and shots != -1):
         raise ConfigError(
             f"data.shots is {shots!r}; accepted: 1 or more images per class, or -1 for the complete training list. "
-            "For zero-shot use no training at all: --method.name zeroshot"
+            "For zero-shot use no training at all: --method zeroshot"
         )
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"seed is {seed!r}; accepted: a whole number from 0 (0 is a seed like any other).")

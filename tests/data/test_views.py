@@ -1,0 +1,71 @@
+"""The views against the recipe of datasets.md section 4, written out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlprompt.data import describe_view, train_view
+from vlprompt.data import test_view as clip_view
+from vlprompt.errors import ConfigError
+
+
+class Preprocess:
+    size, mean, std, interpolation = 32, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), "bicubic"
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(width * 1000 + height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode).convert("RGB")
+
+
+@pytest.mark.parametrize("size", [(32, 32), (50, 33), (33, 50), (20, 90), (7, 5), (301, 128)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_the_test_view_is_clips(size: tuple[int, int], mode: str) -> None:
+    picture, side = noise(*size, mode), Preprocess.size
+    width, height = picture.size
+    short = min(width, height)
+    new = (side, int(side * height / width)) if width == short else (int(side * width / height), side)
+    resized = picture.resize(new, Image.Resampling.BICUBIC)
+    left, top = round((new[0] - side) / 2), round((new[1] - side) / 2)
+    pixels = np.asarray(resized.crop((left, top, left + side, top + side)), dtype=np.float32) / 255
+    mean, std = np.float32(Preprocess.mean), np.float32(Preprocess.std)
+    expected = torch.from_numpy(((pixels - mean) / std).transpose(2, 0, 1).copy())
+    got = clip_view(Preprocess())(picture)
+    assert got.shape == (3, side, side) and got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_random_view_uses_the_cpu_generator() -> None:
+    view, picture = train_view(Preprocess(), "random"), noise(64, 48)
+    torch.manual_seed(3)
+    first, second = view(picture), view(picture)
+    torch.manual_seed(3)
+    assert torch.equal(view(picture), first) and not torch.equal(first, second)
+    assert first.shape == (3, 32, 32)
+
+
+def test_center_view_is_the_test_view() -> None:
+    picture = noise(40, 60)
+    assert torch.equal(train_view(Preprocess(), "center")(picture), clip_view(Preprocess())(picture))
+
+
+def test_refused() -> None:
+    with pytest.raises(ConfigError, match="data.view is 'centre'. Did you mean 'center'"):
+        train_view(Preprocess(), "centre")
+
+    class Odd(Preprocess):
+        interpolation = "bicubical"
+
+    with pytest.raises(ConfigError, match="'bicubical'. Did you mean 'bicubic'"):
+        clip_view(Odd())
+
+
+def test_descriptions_tell_views_apart() -> None:
+    class Larger(Preprocess):
+        size = 48
+
+    texts = {describe_view(pre, kind) for pre in (Preprocess(), Larger()) for kind in ("random", "center")}
+    assert len(texts) == 4 and all("\n" not in text and "bicubic" in text for text in texts)
