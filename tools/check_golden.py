@@ -203,11 +203,11 @@ def _mocoop_parts(method: Any, golden: Golden, options: Any, images: torch.Tenso
     yield "gate_logits", routing
     yield "topk_indices", chosen
     yield "topk_weights", weights
-    drop = (gates > 0).any(dim=0)[:, None, None] if method.settings.drop_unused_experts else None
-    experts = method._drop(method.expert_weights(), drop)
+    used = (gates > 0).any(dim=0) if method.settings.drop_unused_experts else None
+    experts = method.expert_weights(used)
     yield "expert_text_features", experts
     yield "mixed_text_features", torch.einsum("bg,gcd->bcd", gates, experts)
-    whole = method._drop(method.expert_weights(virtual=True), drop) if method.virtual else experts
+    whole = method.expert_weights(used, virtual=True) if method.virtual else experts
     yield "text_loss_logits", (whole @ prototypes.transpose(1, 2)).flatten(0, 1)
     affinity = torch.einsum("bd,gbd->bg", unit, prototypes[:, labels])
     yield "group_affinity", affinity

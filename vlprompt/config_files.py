@@ -1,7 +1,7 @@
 """Configuration files: found by path or by name, read without guessing, every leaf with the line it came from.
 
-YAML is read by PyYAML's safe loader with the plain scalars of YAML 1.2, repeated keys and aliases are refused, and
-nothing is executed.
+YAML is read by PyYAML's safe loader with the plain scalars of YAML 1.2; repeated keys, aliases and tags are refused,
+and nothing is executed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Refuse aliases: a configuration says each thing once, and nested aliases can grow without bound."""
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not accepted", problem_mark=event.start_mark)
+        """Refuse aliases (a configuration says each thing once; nested ones grow without bound) and explicit tags."""
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        mark, tag = event.start_mark, getattr(event, "tag", None)
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not accepted", problem_mark=mark)
+        if tag is not None:
+            raise yaml.MarkedYAMLError(problem=f"tags ({tag}) are not accepted", problem_mark=mark)
         return super().compose_node(parent, index)
 
 
@@ -82,11 +85,11 @@ def yaml_node(text: str) -> tuple[_Loader, yaml.Node | None]:
 
 
 def yaml_value(loader: _Loader, node: yaml.Node) -> Any:
-    """Return the value of ``node``; raises ConfigError for repeated keys, unknown tags and unreadable scalars."""
+    """Return the value of ``node``; raises ConfigError for repeated keys, keys that are lists, and endless numbers."""
     try:
         _refuse_repeats(node)
         return loader.construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"line {node.start_mark.line + 1}: not usable: {problem}") from None
     except RecursionError:

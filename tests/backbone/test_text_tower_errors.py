@@ -57,7 +57,7 @@ def test_context_and_layout_must_both_have_context_or_neither(text: Any) -> None
     with pytest.raises(BackboneError, match="2 context slots but no context was given"):
         text.encode(layout)
     words = template_layout(text, ["cat"], ["a {}"])
-    with pytest.raises(BackboneError, match="that has no context slots"):
+    with pytest.raises(BackboneError, match="has no slots for it"):
         text.encode(words, torch.zeros(2, text.width))
     with pytest.raises(BackboneError, match="no context slots that it could overwrite"):
         text.encode(words, deep={1: torch.zeros(2, text.width)})

@@ -15,15 +15,25 @@ from typing import Any
 
 import pytest
 
+import vlprompt.data
 from vlprompt.data import Card, card_class_names, data_root, find_card, list_datasets, load_dataset
 from vlprompt.data.cards import read_card
 from vlprompt.data.readers import read_dataset
 from vlprompt.errors import ClassNameError, ConfigError, DataError
 
 ELEVEN = {
-    "imagenet": 1000, "caltech101": 100, "oxford_pets": 37, "stanford_cars": 196, "oxford_flowers": 102, "food101": 101,
-    "fgvc_aircraft": 100, "sun397": 397, "dtd": 47, "eurosat": 10, "ucf101": 101,
-}  # fmt: skip
+    "imagenet": 1000,
+    "caltech101": 100,
+    "oxford_pets": 37,
+    "stanford_cars": 196,
+    "oxford_flowers": 102,
+    "food101": 101,
+    "fgvc_aircraft": 100,
+    "sun397": 397,
+    "dtd": 47,
+    "eurosat": 10,
+    "ucf101": 101,
+}
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -39,10 +49,20 @@ def test_all_cards_load() -> None:
 
 @pytest.mark.parametrize(
     ("alias", "name"),
-    [("OxfordFlowers", "oxford_flowers"), ("flowers102", "oxford_flowers"), ("DTD", "dtd"), ("cars", "stanford_cars"),
-     ("DescribableTextures", "dtd"), ("caltech-101", "caltech101"), ("oxford-pets", "oxford_pets"), ("food-101", "food101"),
-     ("Aircraft", "fgvc_aircraft"), ("eurosat_clip", "eurosat"), ("ImageNet", "imagenet")],
-)  # fmt: skip  # noqa: E501
+    [
+        ("OxfordFlowers", "oxford_flowers"),
+        ("flowers102", "oxford_flowers"),
+        ("DTD", "dtd"),
+        ("cars", "stanford_cars"),
+        ("DescribableTextures", "dtd"),
+        ("caltech-101", "caltech101"),
+        ("oxford-pets", "oxford_pets"),
+        ("food-101", "food101"),
+        ("Aircraft", "fgvc_aircraft"),
+        ("eurosat_clip", "eurosat"),
+        ("ImageNet", "imagenet"),
+    ],
+)
 def test_aliases(alias: str, name: str) -> None:
     assert find_card(alias).name == name
 
@@ -210,10 +230,15 @@ def test_describe_names_what_a_run_depends_on() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "error", "match"),
-    [({"shots": 0}, ConfigError, "shots is 0"), ({"seed": -1}, ConfigError, "seed is -1"),
-     ({"classes": "old"}, ConfigError, "classes is 'old'.*all, base, new"), ({"template": "a photo"}, ClassNameError, "exactly once"),
-     ({"template": "{} and {}"}, ClassNameError, "exactly once"), ({"template": "{} {0}"}, ClassNameError, "exactly once")],
-)  # fmt: skip  # noqa: E501
+    [
+        ({"shots": 0}, ConfigError, "shots is 0"),
+        ({"seed": -1}, ConfigError, "seed is -1"),
+        ({"classes": "old"}, ConfigError, "classes is 'old'.*all, base, new"),
+        ({"template": "a photo"}, ClassNameError, "exactly once"),
+        ({"template": "{} and {}"}, ClassNameError, "exactly once"),
+        ({"template": "{} {0}"}, ClassNameError, "exactly once"),
+    ],
+)
 def test_bad_settings(settings: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         load_dataset("demo", **settings)
@@ -224,15 +249,23 @@ GOOD = (REPOSITORY / "datasets" / "dtd.yaml").read_text()
 
 @pytest.mark.parametrize(
     ("text", "match"),
-    [("a: [", "cannot be read"), ("- 1", "not a table"), ("!!python/object/apply:os.getcwd []", "cannot be read"),
-     (GOOD.replace("schema: 1", "schema: 2"), "schema is 2"), (GOOD.replace("licence:", "license:"), "Did you mean 'licence'"),
-     (GOOD.replace("reader: split_json", "reader: splitjson"), "Did you mean 'split_json'"),
-     (GOOD.replace("split_file: split_zhou", "notes2: split_zhou"), "needs the field 'split_file'"),
-     (GOOD.replace("folder: dtd", "folder: ../dtd"), "inside the data root"), (GOOD.replace('"{} texture."', '"texture"'), "exactly once"),
-     (GOOD.replace("classes: 47", "classes: many"), "classes is 'many'"), (GOOD.replace("val: 1128", "val: -1"), "sizes is"),
-     (GOOD.replace("home: ", "home: 7 #"), "home is 7"), (GOOD + "packaged: 3\n", "packaged is 3"),
-     (GOOD.replace("aliases: [", "aliases: [1, "), "aliases is")],
-)  # fmt: skip  # noqa: E501
+    [
+        ("a: [", "cannot be read"),
+        ("- 1", "not a table"),
+        ("!!python/object/apply:os.getcwd []", "cannot be read"),
+        (GOOD.replace("schema: 1", "schema: 2"), "schema is 2"),
+        (GOOD.replace("licence:", "license:"), "Did you mean 'licence'"),
+        (GOOD.replace("reader: split_json", "reader: splitjson"), "Did you mean 'split_json'"),
+        (GOOD.replace("split_file: split_zhou", "notes2: split_zhou"), "needs the field 'split_file'"),
+        (GOOD.replace("folder: dtd", "folder: ../dtd"), "inside the data root"),
+        (GOOD.replace('"{} texture."', '"texture"'), "exactly once"),
+        (GOOD.replace("classes: 47", "classes: many"), "classes is 'many'"),
+        (GOOD.replace("val: 1128", "val: -1"), "sizes is"),
+        (GOOD.replace("home: ", "home: 7 #"), "home is 7"),
+        (GOOD + "packaged: 3\n", "packaged is 3"),
+        (GOOD.replace("aliases: [", "aliases: [1, "), "aliases is"),
+    ],
+)
 def test_malformed_cards(text: str, match: str, tmp_path: Path) -> None:
     path = tmp_path / "card.yaml"
     path.write_text(text)
@@ -246,10 +279,18 @@ def test_card_fields_are_all_documented() -> None:
 
 
 def test_import_is_quick_and_lazy() -> None:
-    code = "import sys, vlprompt.data as d; d.list_datasets(); d.load_dataset('demo')\n" \
-           "print([m for m in ('torch', 'torchvision', 'pytorch_lightning', 'PIL') if m in sys.modules])\n" \
-           "assert all(getattr(d, name) is not None for name in d.__all__)"  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=REPOSITORY,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    code = (
+        "import sys, vlprompt.data as d; d.list_datasets(); d.load_dataset('demo')\n"
+        "print([m for m in ('torch', 'torchvision', 'pytorch_lightning', 'PIL') if m in sys.modules])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_every_exported_name_is_there() -> None:
+    assert all(getattr(vlprompt.data, name) is not None for name in vlprompt.data.__all__)
+    assert set(vlprompt.data.__all__) == set(dir(vlprompt.data))
+    with pytest.raises(AttributeError, match="load_datasets"):
+        vlprompt.data.load_datasets  # noqa: B018

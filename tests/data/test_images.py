@@ -15,7 +15,9 @@ from vlprompt.data import FileSource, ZipSource, decode_rgb
 from vlprompt.errors import DataError
 
 
-@pytest.mark.parametrize(("mode", "suffix"), [("L", "png"), ("P", "png"), ("RGBA", "png"), ("1", "png"), ("CMYK", "jpg"), ("LA", "png")])  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("L", "png"), ("P", "png"), ("RGBA", "png"), ("1", "png"), ("CMYK", "jpg"), ("LA", "png")]
+)
 def test_every_mode_becomes_rgb_at_once(mode: str, suffix: str, tmp_path: Path, paint: Callable[..., Path]) -> None:
     path = paint(tmp_path / f"picture.{suffix}", 5, mode)
     decoded = FileSource(str(path)).open()

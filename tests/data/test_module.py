@@ -36,8 +36,19 @@ def task(tmp_path: Path, paint: Callable[..., Path]) -> FewShotTask:
         ]
         for part, count, start in (("train", 11, 0), ("val", 3, 20), ("test", 7, 30))
     }
-    return FewShotTask("toy", ["a", "b"], ["a", "b"], "a {}.", **parts, shots=6, seed=1, classes="all",
-                       split_sha256="s", shots_sha256="t", card=find_card("folder"))  # fmt: skip
+    return FewShotTask(
+        "toy",
+        ["a", "b"],
+        ["a", "b"],
+        "a {}.",
+        **parts,
+        shots=6,
+        seed=1,
+        classes="all",
+        split_sha256="s",
+        shots_sha256="t",
+        card=find_card("folder"),
+    )
 
 
 def epoch(data: FewShotData, number: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -47,7 +58,7 @@ def epoch(data: FewShotData, number: int = 0) -> list[dict[str, torch.Tensor]]:
 
 
 def images_by_index(batches: list[dict[str, torch.Tensor]]) -> dict[int, torch.Tensor]:
-    return {int(i): image for batch in batches for i, image in zip(batch["index"], batch["images"])}
+    return {int(i): image for batch in batches for i, image in zip(batch["index"], batch["images"], strict=True)}
 
 
 def test_batches(task: FewShotTask, preprocess: Any) -> None:
@@ -118,7 +129,7 @@ def test_cached_features(task: FewShotTask, preprocess: Any, tmp_path: Path) -> 
     batches = epoch(data)
     assert "images" not in batches[0] and batches[0]["features"].shape == (4, 8)
     center = FewShotData(task, preprocess, batch_size=4, view="center")
-    for cached, live in zip(batches, epoch(center)):
+    for cached, live in zip(batches, epoch(center), strict=True):
         assert torch.equal(cached["index"], live["index"])
         torch.testing.assert_close(cached["features"], live["images"].flatten(1)[:, ::97])
     again = build()
@@ -144,7 +155,10 @@ def test_features_need_a_fingerprint_and_an_encoder(task: FewShotTask, preproces
         FewShotData(task, preprocess, encode=lambda images: images, fingerprint="f").features("dev")
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"test_batch_size": 0}, {"workers": -1}, {"seed": -1}, {"seed": None}, {"view": "left"}])  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize(
+    "settings",
+    [{"batch_size": 0}, {"test_batch_size": 0}, {"workers": -1}, {"seed": -1}, {"seed": None}, {"view": "left"}],
+)
 def test_bad_settings(settings: dict[str, Any], task: FewShotTask, preprocess: Any) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         FewShotData(task, preprocess, **settings)
@@ -192,8 +206,16 @@ def _rank(rank: int, port: int, task: FewShotTask, preprocess: Any, batch_size: 
 
 def _fit_and_test(task: FewShotTask, preprocess: Any, batch_size: int, devices: int) -> dict[str, list[Any]]:
     settings: dict[str, Any] = {"strategy": "ddp", "devices": 2} if devices == 2 else {"devices": 1}
-    trainer = pl.Trainer(accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False,
-                         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, **settings)  # fmt: skip
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **settings,
+    )
     module = Recorder()
     data = FewShotData(task, preprocess, batch_size=batch_size, test_batch_size=2)
     trainer.fit(module, datamodule=data)

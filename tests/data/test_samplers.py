@@ -54,7 +54,11 @@ def test_processes_share_the_batches_of_one(length: int, share: int, world: int,
         # the mean over ranks of scale * local mean is the global mean
         scales = [sampler.scale() for sampler in many]
         mean = (
-            sum(scale * sum(i for _, i in part[step]) / len(part[step]) for scale, part in zip(scales, parts)) / world
+            sum(
+                scale * sum(i for _, i in part[step]) / len(part[step])
+                for scale, part in zip(scales, parts, strict=True)
+            )
+            / world
         )
         assert mean == pytest.approx(sum(index for _, index in expected) / len(expected))
     used = [index for step in whole for _, index in step]
@@ -87,9 +91,14 @@ def test_lightning_leaves_them_alone() -> None:
 
 @pytest.mark.parametrize(
     ("length", "batch", "world", "match"),
-    [(100, 32, 3, "batch_size is 32.*3 processes cannot share.*--recipe.batch_size 30"), (1, 4, 2, "1 training images for 2"),
-     (10, 0, 1, "batch_size is 0"), (0, 4, 1, "0 training images"), (10, 1, 2, "--recipe.batch_size 2")],
-)  # fmt: skip  # noqa: E501
+    [
+        (100, 32, 3, "batch_size is 32.*3 processes cannot share.*--recipe.batch_size 30"),
+        (1, 4, 2, "1 training images for 2"),
+        (10, 0, 1, "batch_size is 0"),
+        (0, 4, 1, "0 training images"),
+        (10, 1, 2, "--recipe.batch_size 2"),
+    ],
+)
 def test_refused(length: int, batch: int, world: int, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         TrainSampler(length, batch, seed=0, world_size=world)

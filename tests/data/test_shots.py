@@ -103,7 +103,10 @@ def test_seed_zero_is_a_seed() -> None:
     assert fewshot(everything, [], 5, 0) == fewshot(everything, [], 5, 0) != fewshot(everything, [], 5, 1)
 
 
-@pytest.mark.parametrize(("shots", "seed", "word"), [(0, 1, "shots"), (-2, 1, "shots"), (True, 1, "shots"), (1, -1, "seed"), (1, None, "seed"), (1.0, 1, "shots")])  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize(
+    ("shots", "seed", "word"),
+    [(0, 1, "shots"), (-2, 1, "shots"), (True, 1, "shots"), (1, -1, "seed"), (1, None, "seed"), (1.0, 1, "shots")],
+)
 def test_refused_draws(shots: Any, seed: Any, word: str) -> None:
     with pytest.raises(ConfigError, match=f"{word} is .*accepted"):
         fewshot(listed([0]), [], shots, seed)

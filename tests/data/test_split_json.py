@@ -25,9 +25,16 @@ TOY_SPLIT: dict[str, list[list[Any]]] = {
     for part, numbers in (("train", range(4)), ("val", range(4, 5)), ("test", range(5, 7)))
 }
 TOY_CARD = Card(
-    name="toy", folder="toy", image_dir="images", reader="split_json", template="a photo of a {}.", licence="none",
-    home="toy.example", notes="Unpack toy.zip into toy/.", split_file="split.json",
-)  # fmt: skip
+    name="toy",
+    folder="toy",
+    image_dir="images",
+    reader="split_json",
+    template="a photo of a {}.",
+    licence="none",
+    home="toy.example",
+    notes="Unpack toy.zip into toy/.",
+    split_file="split.json",
+)
 
 
 @pytest.fixture

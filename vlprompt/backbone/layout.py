@@ -39,6 +39,7 @@ class TokenLayout:
     lengths: Tensor
     class_specific: bool = False
     plans: dict[torch.device, PackPlan] = field(default_factory=dict, repr=False)
+    choices: dict[tuple[int, ...], TokenLayout] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_rows(cls, groups: Sequence[Sequence[Row]], *, class_specific: bool = False) -> TokenLayout:
@@ -77,6 +78,14 @@ class TokenLayout:
     def select(self, start: int, stop: int) -> TokenLayout:
         """Return the layout of classes ``start`` to ``stop - 1`` alone."""
         return TokenLayout(self.slots[:, start:stop], self.lengths[:, start:stop], self.class_specific)
+
+    def select_groups(self, groups: Sequence[int]) -> TokenLayout:
+        """Return the layout of these groups alone, made once for every choice."""
+        key = tuple(groups)
+        if key not in self.choices:
+            chosen = torch.tensor(key, dtype=torch.int64)
+            self.choices[key] = TokenLayout(self.slots[chosen], self.lengths[chosen], self.class_specific)
+        return self.choices[key]
 
     def repeat_groups(self, count: int) -> TokenLayout:
         """Return ``count`` copies of a one-group layout: the same words with a context per image."""
@@ -178,7 +187,7 @@ class ByGroup:
         if self.straight:
             return x.unsqueeze(0)
         dealt: Tensor = _Deal.apply(x, self)
-        return dealt.unflatten(0, (self.groups, -1))
+        return dealt.reshape(self.groups, -1, *dealt.shape[1:])
 
     def collect(self, x: Tensor) -> Tensor:
         """``[G, Tmax, ...]`` back to ``[T, ...]``."""

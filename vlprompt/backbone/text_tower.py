@@ -24,7 +24,7 @@ Algorithm = Literal["packed", "padded", "cut"]
 
 # Activations that one packed token keeps for the backward pass, in widths per layer: layer-norm inputs, q, k, v,
 # attention output, and the MLP's hidden state before and after the activation.
-_KEPT_WIDTHS = 18
+KEPT_WIDTHS = 18
 
 
 class TextTower:
@@ -143,7 +143,7 @@ class TextTower:
         if slots and context is None:
             raise BackboneError(f"the layout has {slots} context slots but no context was given")
         if not slots and context is not None and context.numel():
-            raise BackboneError(f"context of shape {list(context.shape)} was given to a layout that has no context slots")
+            raise BackboneError(f"context of shape {list(context.shape)} was given, but the layout has no slots for it")
         wrong = [layer for layer in deep if not 1 <= layer < self.layers]
         if wrong:
             raise BackboneError(f"deep context at layer {wrong[0]}; accepted: 1 to {self.layers - 1}")
@@ -179,7 +179,7 @@ class TextTower:
         else:
             total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         tokens = max(1, layout.token_counts()[0] // layout.classes)  # of one class in all groups
-        kept = self.layers * _KEPT_WIDTHS if torch.is_grad_enabled() else 2 * _KEPT_WIDTHS
+        kept = self.layers * KEPT_WIDTHS if torch.is_grad_enabled() else 2 * KEPT_WIDTHS
         return max(1, int(total / 4 / (tokens * self.width * 4 * kept)))
 
     def _finish(self, x: Tensor, layout: TokenLayout) -> Tensor:
@@ -309,7 +309,8 @@ def _suffix_attention(q: Tensor, inside: Tensor, suffix: Tensor, plan: PackPlan,
     parts = zip(q.split(query_sizes), to_prefix.split(query_sizes), suffix[:, -2:].split(key_sizes), strict=True)
     shares, outs = [], []
     for (length, rows), n, (block_q, outside, keys_values) in zip(plan.blocks, asked, parts, strict=True):
-        block_k, block_v = keys_values.unflatten(0, (rows, length)).permute(2, 0, 3, 1, 4).unbind(0)  # [R, H, length, d]
+        # Keys and values of the block: [R, H, length, d].
+        block_k, block_v = keys_values.unflatten(0, (rows, length)).permute(2, 0, 3, 1, 4).unbind(0)
         scores = block_q.unflatten(0, (rows, n)).transpose(1, 2) @ block_k.transpose(2, 3)  # [R, H, n, length]
         if n > 1:
             future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)

@@ -7,6 +7,7 @@ import math
 import torch
 
 from vlprompt.backbone import Backbone, load_backbone
+from vlprompt.backbone.text_tower import KEPT_WIDTHS
 from vlprompt.data import FewShotTask
 from vlprompt.data.cards import Card, card_class_names, find_card
 from vlprompt.engine.config import RunConfig
@@ -14,8 +15,6 @@ from vlprompt.errors import BackboneError, ConfigError, DataError
 from vlprompt.evaluation.folder import run_folder
 from vlprompt.evaluation.run import load_task, with_own_template
 from vlprompt.methods import PromptMethod, create_method, get_method_class
-
-_KEPT_WIDTHS_TEXT, _KEPT_WIDTHS_IMAGE = 18, 18
 
 
 def dry_run(config: RunConfig) -> str:
@@ -117,24 +116,24 @@ def _shapes(learnables: list[tuple[str, torch.nn.Parameter]], limit: int = 12) -
 
 
 def _text_cost(method: PromptMethod) -> list[str]:
-    layout = getattr(method, "layout", None)
-    if layout is None:
-        return []
-    packed = layout.token_counts()[0]
-    padded = layout.lengths.numel() * method.backbone.text.context_length
+    layouts = method.training_layouts()
+    packed = sum(layout.token_counts()[0] for layout in layouts)
+    padded = sum(layout.lengths.numel() for layout in layouts) * method.backbone.text.context_length
     return [f"text        {packed:,} tokens a step (packed), {padded:,} if every prompt were padded"]
 
 
 def _memory(method: PromptMethod, batch: int) -> float:
-    """Return bytes: weights, text activations of a step, and image activations where the image side is trained."""
+    """Return bytes: weights, text activations of a step, and image activations where the image side is trained.
+
+    Text beyond a quarter of the machine's memory is encoded in chunks and computed again in the backward pass.
+    """
     text, visual = method.backbone.text, method.backbone.model.visual
-    total = sum(p.numel() * p.element_size() for p in method.parameters())
-    if (layout := getattr(method, "layout", None)) is not None:
-        total += layout.token_counts()[0] * text.width * text.layers * _KEPT_WIDTHS_TEXT * 4
+    total = float(sum(p.numel() * p.element_size() for p in method.parameters()))
+    tokens = sum(layout.token_counts()[0] for layout in method.training_layouts())
+    total += tokens * text.width * text.layers * KEPT_WIDTHS * 4
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
     if blocks is not None:
-        tokens, width = visual.positional_embedding.shape
+        patches, width = visual.positional_embedding.shape
         layers = len(blocks) if method.learns_image_side else 1
-        total += batch * tokens * width * layers * _KEPT_WIDTHS_IMAGE * 4
-    return float(total)
-
+        total += batch * patches * width * layers * KEPT_WIDTHS * 4
+    return total

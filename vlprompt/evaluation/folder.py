@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from vlprompt.config_files import yaml_text
 from vlprompt.engine.callbacks import LAST_CHECKPOINT, write_text
 from vlprompt.engine.config import RunConfig
 from vlprompt.errors import ConfigError
@@ -101,7 +101,7 @@ def opened(folder: Path, config: RunConfig, inputs: dict[str, str], *, force: bo
         if force:
             _clear(folder)
         _check_inputs(folder, inputs)
-        write_text(folder / CONFIG, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+        write_text(folder / CONFIG, yaml_text(dataclasses.asdict(config)))
         if not (folder / ENVIRONMENT).is_file():
             write_text(folder / ENVIRONMENT, json.dumps(environment(config) | {"inputs": inputs}, indent=1) + "\n")
         yield

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlprompt.backbone import Backbone
+from vlprompt.backbone import Backbone, TokenLayout
 from vlprompt.errors import ClassNameError, HeadError, bulleted
 from vlprompt.prompts.words import check_class_names
 
@@ -59,6 +59,7 @@ class PromptMethod(nn.Module):
                 f"got {self.all_class_names[:3]}... against {self.class_names[:3]}..."
             )
         self.settings = settings
+        self._remembered: dict[str, tuple[tuple[object, ...], Tensor]] = {}
         self._warn_of_untrained_words()
         self.build()
 
@@ -107,9 +108,27 @@ class PromptMethod(nn.Module):
         learnables = [parameter for _, parameter in self.learnables()]
         return [{"params": learnables, "lr": lr}] if learnables else []
 
+    def training_layouts(self) -> list[TokenLayout]:
+        """Return the layouts that one training step encodes: what its text costs."""
+        return []
+
     def learnables(self) -> list[tuple[str, nn.Parameter]]:
         """Return the named learnable parameters; the backbone's are never among them."""
         return [(name, parameter) for name, parameter in self.named_parameters() if not name.startswith("backbone.")]
+
+    def once(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Return ``compute()``; without gradients, what it gave last time if no learnable has changed since.
+
+        Evaluation so encodes its classes once, not once per batch.
+        """
+        if torch.is_grad_enabled():
+            return compute()
+        device = self.backbone.device
+        autocast = torch.is_autocast_enabled(device.type)
+        state = (device, autocast, *((id(p), p._version) for _, p in self.learnables()))
+        if key not in self._remembered or self._remembered[key][0] != state:
+            self._remembered[key] = (state, compute())
+        return self._remembered[key][1]
 
     # -- keeping ------------------------------------------------------------------------------------------------
     def learnable_state(self) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlprompt.backbone import TokenLayout
 from vlprompt.errors import ClassNameError, ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
@@ -61,7 +62,12 @@ class CoOp(PromptMethod):
 
     def class_weights(self, features: Tensor | None = None) -> Tensor:
         """Return the unit text features of the learned prompts ``[C, D]``."""
-        return F.normalize(self.backbone.text.encode(self.layout, self.prompt.ctx)[0], dim=-1)
+        text = self.backbone.text
+        return self.once("classes", lambda: F.normalize(text.encode(self.layout, self.prompt.ctx)[0], dim=-1))
+
+    def training_layouts(self) -> list[TokenLayout]:
+        """Return the layout of the class prompts."""
+        return [self.layout]
 
     def with_classes(self, class_names: Sequence[str]) -> PromptMethod:
         """Return CoOp with the same generic context for other classes.

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlprompt.backbone import TokenLayout
 from vlprompt.errors import ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
@@ -110,7 +111,8 @@ class MoCoOp(PromptMethod):
         """Frozen unit prototypes ``[G, C_all, D]`` of the groups' hand-written templates; only training needs them."""
         if self._prototypes is None:
             layout = template_layout(self.backbone.text, self.all_class_names, self.hard_templates)
-            with torch.no_grad(), torch.autocast(self.backbone.device.type, enabled=False):
+            autocast = torch.autocast(self.backbone.device.type, enabled=False)
+            with torch.inference_mode(False), torch.no_grad(), autocast:  # kept for training, whoever asks first
                 features = F.normalize(self.backbone.text.encode(layout), dim=-1).split(list(self.settings.groups))
                 self._prototypes = torch.stack([F.normalize(group.mean(dim=0), dim=-1) for group in features])
         return self._prototypes
@@ -124,10 +126,23 @@ class MoCoOp(PromptMethod):
         return self.norms.overrides() if self.norms else {}
 
     # -- scoring ------------------------------------------------------------------------------------------------
-    def expert_weights(self, *, virtual: bool = False) -> Tensor:
-        """Return unit text features ``[G, C, D]`` of the experts' prompts, ``w`` added before normalisation."""
+    def expert_weights(self, used: Tensor | None = None, *, virtual: bool = False) -> Tensor:
+        """Return unit text features ``[G, C, D]`` of the experts' prompts, ``w`` added before normalisation.
+
+        Args:
+            used: ``[G]`` booleans: experts left out are not encoded and get zero features; None: all are encoded.
+            virtual: Take all classes of the data set, in prompts that end in a period.
+        """
         layout = self.virtual_layout if virtual else self.layout
-        features = self.backbone.text.encode(layout, self.experts.vectors())
+        if used is None or bool(used.all()):
+            return self.once(f"virtual {virtual}", lambda: self._encode(layout, self.experts.vectors()))
+        chosen = used.nonzero().squeeze(1)
+        # Chosen by index, so that experts left out still get a gradient, of zero.
+        some = self._encode(layout.select_groups(chosen.tolist()), self.experts.vectors().index_select(0, chosen))
+        return some.new_zeros(len(used), *some.shape[1:]).index_copy(0, chosen, some)
+
+    def _encode(self, layout: TokenLayout, vectors: Tensor) -> Tensor:
+        features = self.backbone.text.encode(layout, vectors)
         return F.normalize(features if self.w is None else features + self.w, dim=-1)
 
     def route(self, unit: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,20 +183,20 @@ class MoCoOp(PromptMethod):
         own = self.settings
         unit = F.normalize(features, dim=-1)
         routing, gates = self.route(unit)
-        used = (gates > 0).any(dim=0)[:, None, None] if own.drop_unused_experts else None
-        experts = self._drop(self.expert_weights(), used)
+        used = (gates > 0).any(dim=0) if own.drop_unused_experts else None
+        experts = self.expert_weights(used)
         terms = {"ce": F.cross_entropy(self._mix(unit, gates, experts), labels)}
         if own.text_loss_weight:
-            whole = self._drop(self.expert_weights(virtual=True), used) if self.virtual else experts
+            whole = self.expert_weights(used, virtual=True) if self.virtual else experts
             terms["text"] = own.text_loss_weight * text_to_text_loss(whole, self.prototypes, own.text_temperature)
         if own.gate_loss_weight:
             affinity = torch.einsum("bd,gbd->bg", unit, self.prototypes[:, labels])
             terms["gate"] = own.gate_loss_weight * routing_loss(routing, routing_target(affinity, own.top_k))
         return terms
 
-    @staticmethod
-    def _drop(experts: Tensor, used: Tensor | None) -> Tensor:
-        return experts if used is None else torch.where(used, experts, torch.zeros_like(experts))
+    def training_layouts(self) -> list[TokenLayout]:
+        """Return the experts' layout and, with virtual classes, the text term's."""
+        return [self.layout, self.virtual_layout] if self.virtual and self.settings.text_loss_weight else [self.layout]
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """Return the prompts' and the router's group, and the layer norms' with its smaller rate."""

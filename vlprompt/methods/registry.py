@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from vlprompt.backbone import Backbone
 from vlprompt.errors import ConfigError, did_you_mean
 from vlprompt.methods.base import PromptMethod
+from vlprompt.methods.settings import check_types
 
 _METHODS: dict[str, type[PromptMethod]] = {}
 M = TypeVar("M", bound=type[PromptMethod])
@@ -68,4 +69,5 @@ def create_method(
     wrong = [f"{key!r}.{did_you_mean(key, known)}" for key in settings if key not in known]
     if wrong:
         raise ConfigError(f"method {name!r} has no setting " + "; nor ".join(wrong))
+    check_types(method.Settings, settings)
     return method(backbone, class_names, method.Settings(**settings), all_class_names)

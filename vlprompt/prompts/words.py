@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from vlprompt.errors import ClassNameError, ConfigError, bulleted
 
@@ -15,6 +15,8 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
     """
     if isinstance(class_names, str):
         raise ClassNameError(f"class_names is one text, {class_names!r}; expected a list of names, [{class_names!r}]")
+    if not isinstance(class_names, Iterable):
+        raise ClassNameError(f"class_names is {class_names!r}; expected a list of names")
     names = list(class_names)
     if not names:
         raise ClassNameError("class_names is empty; at least one class name is needed")
@@ -27,7 +29,9 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
 def _printable(name: object) -> bool:
     if not isinstance(name, str):
         return False
-    return bool(name.replace("_", " ").strip()) and all(ch.isprintable() for ch in name)
+    # Joiners hold emoji sequences and letters of Persian or Hindi together; alone they are no name.
+    shown = name.replace("\u200c", "").replace("\u200d", "")
+    return bool(shown.replace("_", " ").strip()) and shown.isprintable()
 
 
 def words_of(name: str) -> str:

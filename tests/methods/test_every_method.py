@@ -1,0 +1,352 @@
+"""What every method must do; a method is tested here by being registered, and its settings by a line in ``VARIANTS``."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlprompt import create_method, list_methods
+from vlprompt.backbone import Backbone
+from vlprompt.errors import ClassNameError, ConfigError, HeadError
+from vlprompt.methods import PromptMethod, get_method_class
+
+NAMES = ["golden_retriever", "jack-o'-lantern", "Boeing 737-200", "annual crop land", "cat"]
+NEW_NAMES = ["cat", "aeroplane", "sea_lake", "golden_retriever"]
+
+# Settings beside the defaults that every check runs with. A method that is not named runs with its defaults.
+VARIANTS: Mapping[str, list[dict[str, Any]]] = {
+    "zeroshot": [{"ensemble": True}],
+    "coop": [{"class_token_position": "middle", "context_length": 3}, {"context_init": "a photo of a"}],
+    "mocoop": [
+        {"tune_layer_norms": False, "context_counting": "tokens", "text_temperature": 100.0},
+        {"text_correction": False, "top_k": 1},
+    ],
+}
+CASES = [(name, own) for name in list_methods() for own in [{}, *VARIANTS.get(name, [])]]
+IDS = [f"{name}-{'-'.join(map(str, own)) or 'defaults'}" for name, own in CASES]
+every_method = pytest.mark.parametrize(("name", "own"), CASES, ids=IDS)
+trained_method = pytest.mark.parametrize(
+    ("name", "own"),
+    [case for case in CASES if case[0] != "zeroshot"],
+    ids=[case_id for case_id in IDS if not case_id.startswith("zeroshot")],
+)
+
+
+def make(backbone: Backbone, name: str, own: Mapping[str, Any], names: list[str] | None = None) -> PromptMethod:
+    torch.manual_seed(0)
+    return create_method(name, backbone, names or NAMES, **own)
+
+
+@pytest.fixture(scope="module")
+def images(tiny_clip: Any) -> Tensor:
+    return torch.from_numpy(tiny_clip.draw_images("every method", 6, 64))
+
+
+LABELS = torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+def steps(method: PromptMethod, images: Tensor, labels: Tensor, count: int, lr: float = 0.01) -> Iterator[float]:
+    """Train by SGD; yield the loss before each step."""
+    groups = method.parameter_groups(lr)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9) if groups else None
+    for _ in range(count):
+        loss = torch.stack(list(method.losses(method.image_features(images), labels).values())).sum()
+        if optimizer is not None:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        yield float(loss.detach())
+
+
+def digest(backbone: Backbone) -> str:
+    state = backbone.state_dict()
+    return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
+
+
+# -- learnables -----------------------------------------------------------------------------------------------------
+@every_method
+def test_training_changes_every_learnable_and_nothing_else(
+    tiny_backbone: Backbone, images: Tensor, name: str, own: Mapping[str, Any]
+) -> None:
+    method = make(tiny_backbone, name, own)
+    frozen, before = digest(tiny_backbone), method.learnable_state()
+    losses = list(steps(method.train(), images, LABELS, 3))
+    assert len(losses) == 3 and all(loss >= 0 for loss in losses)
+    after = method.learnable_state()
+    assert digest(tiny_backbone) == frozen
+    assert [key for key, value in after.items() if value.numel() and torch.equal(value, before[key])] == []
+
+
+@every_method
+def test_learnables_are_float32_and_none_is_the_backbones(
+    tiny_backbone: Backbone, name: str, own: Mapping[str, Any]
+) -> None:
+    method = make(tiny_backbone, name, own)
+    of_backbone = {id(parameter) for parameter in tiny_backbone.parameters()}
+    shared_memory = {parameter.data_ptr() for parameter in tiny_backbone.parameters()}
+    for _, parameter in method.learnables():
+        assert parameter.dtype == torch.float32 and parameter.requires_grad
+        assert id(parameter) not in of_backbone
+        assert not parameter.numel() or parameter.data_ptr() not in shared_memory
+    wants_gradient = {id(p) for p in method.parameters() if p.requires_grad}
+    assert wants_gradient == {id(parameter) for _, parameter in method.learnables()}
+
+
+@every_method
+def test_parameter_groups_hold_every_learnable_once(tiny_backbone: Backbone, name: str, own: Mapping[str, Any]) -> None:
+    method = make(tiny_backbone, name, own)
+    groups = method.parameter_groups(0.1)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(parameter) for _, parameter in method.learnables()}
+    assert all(0 <= group["lr"] <= 0.1 for group in groups)
+    assert bool(groups) == bool(method.learnables())
+
+
+@every_method
+def test_state_goes_round_and_misfits_change_nothing(
+    tiny_backbone: Backbone, images: Tensor, name: str, own: Mapping[str, Any]
+) -> None:
+    method = make(tiny_backbone, name, own)
+    list(steps(method, images, LABELS, 1))
+    state = method.learnable_state()
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in state.values())
+    torch.manual_seed(99)
+    other = create_method(name, tiny_backbone, NAMES, **own)
+    other.load_learnable_state(state)
+    assert torch.equal(other(images), method(images))
+    with pytest.raises(HeadError, match="no_such_tensor"):
+        other.load_learnable_state({**state, "no_such_tensor": torch.zeros(1)})
+    for key in list(state)[:2]:
+        with pytest.raises(HeadError, match=f"{key}: shape"):
+            other.load_learnable_state({**state, key: torch.zeros(1, 2, 3)})
+        with pytest.raises(HeadError, match=f"{key}: missing"):
+            other.load_learnable_state({k: v for k, v in state.items() if k != key})
+    assert all(torch.equal(value, state[key]) for key, value in other.learnable_state().items())
+    # The state is a copy: writing into it leaves the method as it was.
+    for value in state.values():
+        value.zero_()
+    assert torch.equal(other(images), method(images))
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+@every_method
+def test_images_and_their_features_give_the_same_logits(
+    tiny_backbone: Backbone, images: Tensor, name: str, own: Mapping[str, Any]
+) -> None:
+    method = make(tiny_backbone, name, own).eval()
+    with torch.no_grad():
+        features = method.image_features(images)
+        logits = method(images)
+        assert features.shape == (6, 64) and logits.shape == (6, 5)
+        assert features.dtype == logits.dtype == torch.float32 and bool(logits.isfinite().all())
+        assert torch.equal(method(features), logits) and torch.equal(method.logits(features), logits)
+        if not method.learns_image_side:
+            assert torch.equal(features, tiny_backbone.encode_image(images))
+
+
+@every_method
+def test_permuted_classes_permute_logits(
+    tiny_backbone: Backbone, images: Tensor, name: str, own: Mapping[str, Any]
+) -> None:
+    method = make(tiny_backbone, name, own).eval()
+    list(steps(method, images, LABELS, 2))
+    order = [3, 0, 4, 1, 2]
+    permuted = method.with_classes([NAMES[i] for i in order])
+    torch.testing.assert_close(permuted(images), method(images)[:, order], rtol=1e-4, atol=1e-4)
+
+
+@every_method
+def test_other_classes_keep_the_logits_of_shared_ones(
+    tiny_backbone: Backbone, images: Tensor, name: str, own: Mapping[str, Any]
+) -> None:
+    method = make(tiny_backbone, name, own).eval()
+    list(steps(method, images, LABELS, 2))
+    random_state = torch.random.get_rng_state()
+    other = method.with_classes(NEW_NAMES)
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    assert other.class_names == NEW_NAMES and method.class_names == NAMES
+    assert type(other) is type(method) and other.settings == method.settings and other.training == method.training
+    assert other.backbone is method.backbone
+    logits, new = method(images), other(images)
+    assert new.shape == (6, 4)
+    shared = [(NAMES.index(n), NEW_NAMES.index(n)) for n in NEW_NAMES if n in NAMES]
+    for old_at, new_at in shared:
+        torch.testing.assert_close(new[:, new_at], logits[:, old_at], rtol=1e-4, atol=1e-4)
+    # The learnables are copies: training one leaves the other as it was.
+    list(steps(other, images, LABELS % 4, 1))
+    assert torch.equal(method(images), logits)
+
+
+@every_method
+def test_an_image_does_not_see_the_rest_of_its_batch(
+    tiny_backbone: Backbone, images: Tensor, name: str, own: Mapping[str, Any]
+) -> None:
+    method = make(tiny_backbone, name, own).eval()
+    with torch.no_grad():
+        together = method(images)
+        alone = torch.cat([method(image[None]) for image in images])
+        assert method(images[:0]).shape == (0, 5)
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-4)
+
+
+@every_method
+def test_class_weights_are_unit_rows_that_give_the_logits(
+    tiny_backbone: Backbone, images: Tensor, name: str, own: Mapping[str, Any]
+) -> None:
+    method = make(tiny_backbone, name, own).eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        weights = method.class_weights()
+        features = method.image_features(images)
+        exact = method.class_weights(features)
+        logits = method.logits(features)
+    assert weights.shape == (5, 64)
+    torch.testing.assert_close(weights.norm(dim=-1), torch.ones(5))
+    scaled = tiny_backbone.logit_scale * F.normalize(features, dim=-1)
+    got = scaled @ exact.t() if exact.ndim == 2 else torch.einsum("bd,bcd->bc", scaled, exact)
+    torch.testing.assert_close(got, logits, rtol=1e-4, atol=1e-4)
+
+
+@every_method
+def test_one_class_and_repeated_classes_are_served(
+    tiny_backbone: Backbone, images: Tensor, name: str, own: Mapping[str, Any]
+) -> None:
+    single = make(tiny_backbone, name, own, ["cat"])
+    assert single(images).shape == (6, 1)
+    assert all(bool(term.isfinite()) for term in single.losses(single.image_features(images), LABELS * 0).values())
+    twice = make(
+        tiny_backbone, name, {**own, "class_specific": False} if "class_specific" in own else own, ["cat", "cat"]
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(twice(images)[:, 0], twice(images)[:, 1], rtol=1e-4, atol=1e-4)
+
+
+@every_method
+def test_bf16_backbone_stays_near_float32(
+    tiny_state_dict: Any, tiny_backbone: Backbone, images: Tensor, name: str, own: Mapping[str, Any]
+) -> None:
+    narrow = Backbone.from_state_dict(tiny_state_dict(), precision="bf16")
+    wide_method, method = make(tiny_backbone, name, own).eval(), make(narrow, name, own).eval()
+    method.load_learnable_state(wide_method.learnable_state())
+    logits = method(images)
+    assert logits.dtype == torch.float32
+    # Half a unit where logits have a scale of 100 (seed_methods 12.5, 6).
+    assert float((logits - wide_method(images)).abs().max()) < 0.5 * float(tiny_backbone.logit_scale) / 100
+    assert all(value.dtype == torch.float32 for value in method.learnable_state().values())
+    list(steps(method, images, LABELS, 1))
+    assert bool(method(images).isfinite().all())
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+@every_method
+def test_equal_seeds_give_equal_losses_and_weights(
+    tiny_backbone: Backbone, images: Tensor, name: str, own: Mapping[str, Any]
+) -> None:
+    first, again = make(tiny_backbone, name, own), make(tiny_backbone, name, own)
+    assert list(steps(first, images, LABELS, 3)) == list(steps(again, images, LABELS, 3))
+    state = again.learnable_state()
+    assert all(torch.equal(value, state[key]) for key, value in first.learnable_state().items())
+
+
+@trained_method
+def test_eight_images_of_two_classes_can_be_learned_by_heart(
+    tiny_backbone: Backbone, tiny_clip: Any, name: str, own: Mapping[str, Any]
+) -> None:
+    method = make(tiny_backbone, name, own, ["cat", "annual crop land"])
+    images = torch.from_numpy(tiny_clip.draw_images("by heart", 8, 64))
+    labels = torch.tensor([0, 1] * 4)
+    with torch.no_grad():
+        features = method.image_features(images)
+    # Features are computed once where the method says that it may.
+    inputs = images if method.learns_image_side else features
+    optimizer = torch.optim.SGD(method.parameter_groups(0.05), lr=0.05, momentum=0.9)
+    for step in range(200):
+        current = method.image_features(inputs) if inputs.ndim == 4 else inputs
+        if step % 5 == 0 and torch.equal(method.eval().logits(current).argmax(dim=-1), labels):
+            break
+        optimizer.zero_grad()
+        torch.stack(list(method.train().losses(current, labels).values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_([p for _, p in method.learnables()], 1.0)
+        optimizer.step()
+    assert torch.equal(method.eval()(images).argmax(dim=-1), labels)
+
+
+@every_method
+def test_training_can_follow_evaluation_in_inference_mode(
+    tiny_backbone: Backbone, images: Tensor, name: str, own: Mapping[str, Any]
+) -> None:
+    method = make(tiny_backbone, name, own)
+    with torch.inference_mode():
+        method(images)
+        method.losses(method.image_features(images), LABELS)
+    assert len(list(steps(method, images, LABELS, 1))) == 1
+
+
+@every_method
+def test_losses_are_named_finite_scalars(
+    tiny_backbone: Backbone, images: Tensor, name: str, own: Mapping[str, Any]
+) -> None:
+    method = make(tiny_backbone, name, own)
+    terms = method.losses(method.image_features(images), LABELS)
+    assert terms and all(isinstance(key, str) and term.shape == () and term.isfinite() for key, term in terms.items())
+    torch.testing.assert_close(terms["ce"], F.cross_entropy(method(images), LABELS), rtol=1e-4, atol=1e-5)
+
+
+# -- settings and names -----------------------------------------------------------------------------------------------
+@every_method
+def test_settings_can_be_written_down_and_read_back(tiny_backbone: Backbone, name: str, own: Mapping[str, Any]) -> None:
+    import json
+
+    method = make(tiny_backbone, name, own)
+    again = make(tiny_backbone, name, json.loads(json.dumps(method.settings_dict())))
+    assert [(key, value.shape) for key, value in again.learnables()] == [(k, v.shape) for k, v in method.learnables()]
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_an_unknown_setting_is_named_with_its_neighbour(tiny_backbone: Backbone, name: str) -> None:
+    known = list(get_method_class(name).Settings.__dataclass_fields__)
+    with pytest.raises(ConfigError, match=f"{known[0]}z") as caught:
+        create_method(name, tiny_backbone, NAMES, **{f"{known[0]}z": 1})
+    assert f"{known[0]!r}" in str(caught.value) and name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_values_of_a_wrong_type_are_refused_for_every_setting(tiny_backbone: Backbone, name: str) -> None:
+    for key in get_method_class(name).Settings.__dataclass_fields__:
+        for value in (object(), {"a": 1}, b"bytes", 1j, [[1]], float("nan")):
+            with pytest.raises(ConfigError, match=f"settings.{key}"):
+                create_method(name, tiny_backbone, NAMES, **{key: value})
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_all_wrong_types_are_reported_at_once(tiny_backbone: Backbone, name: str) -> None:
+    keys = list(get_method_class(name).Settings.__dataclass_fields__)
+    with pytest.raises(ConfigError) as caught:
+        create_method(name, tiny_backbone, NAMES, **dict.fromkeys(keys, object()))
+    assert all(f"settings.{key} " in str(caught.value) for key in keys)
+
+
+@pytest.mark.parametrize("name", list_methods())
+@pytest.mark.parametrize(
+    "names", ["cat", [], None, 5, ["cat", ""], ["cat", "  "], ["_"], ["cat", 3], ["a\nb"], ["cat", "x " * 90]], ids=repr
+)
+def test_names_that_make_no_prompt_are_refused(tiny_backbone: Backbone, name: str, names: Any) -> None:
+    with pytest.raises(ClassNameError) as caught:
+        create_method(name, tiny_backbone, names)
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_all_class_names_must_begin_with_the_classes(tiny_backbone: Backbone, name: str) -> None:
+    with pytest.raises(ClassNameError, match="must begin with class_names"):
+        create_method(name, tiny_backbone, ["cat", "dog"], all_class_names=["dog", "cat", "bird"])
+    method = create_method(name, tiny_backbone, ["cat", "dog"], all_class_names=["cat", "dog", "bird"])
+    assert method.all_class_names == ["cat", "dog", "bird"] and method.class_names == ["cat", "dog"]

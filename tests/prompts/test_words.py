@@ -1,0 +1,94 @@
+"""Class names and templates: what is accepted, and the text that names what is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlprompt.errors import ClassNameError, ConfigError
+from vlprompt.prompts import check_class_names, check_templates, words_of
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["cat"],
+        ("cat", "dog"),
+        ["sea_lake"],
+        ["犬", "🐶", "👩‍🚀", "می‌خواهم", "ß"],
+        ["cat", "cat"],
+        {"cat": 0, "dog": 1},
+        ["x" * 300],
+    ],
+)
+def test_usable_names_come_back_unchanged_as_a_list(names: Any) -> None:
+    assert check_class_names(names) == list(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ("cat", "one text, 'cat'"),
+        (None, "None; expected a list"),
+        (3, "3; expected a list"),
+        ([], "empty"),
+        ((), "empty"),
+        (["cat", ""], "class 1: ''"),
+        (["cat", "  "], "class 1: '  '"),
+        (["_", "cat"], "class 0: '_'"),
+        (["cat", None], "class 1: None"),
+        (["cat", 7], "class 1: 7"),
+        ([b"cat"], "class 0: b'cat'"),
+        (["cat\n"], r"class 0: 'cat\\n'"),
+        (["a\x00b"], r"class 0: 'a\\x00b'"),
+        (["\u200d"], "class 0"),
+    ],
+)
+def test_other_names_are_refused_and_named(names: Any, words: str) -> None:
+    with pytest.raises(ClassNameError, match=words):
+        check_class_names(names)
+
+
+def test_all_wrong_names_are_listed_at_once() -> None:
+    with pytest.raises(ClassNameError) as caught:
+        check_class_names(["", "cat", 5, "dog", "\t"])
+    assert all(f"class {i}" in str(caught.value) for i in (0, 2, 4))
+    assert "cat" not in str(caught.value)
+
+
+@given(names=st.lists(st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1), min_size=1))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_visible_characters_always_make_a_name(names: list[str]) -> None:
+    visible = [name for name in names if name.replace("_", "")]
+    assert not visible or check_class_names(visible) == visible
+
+
+def test_underscores_become_spaces_in_prompts_only() -> None:
+    assert words_of("sea_lake__big") == "sea lake  big"
+    assert check_class_names(["sea_lake"]) == ["sea_lake"]
+
+
+@pytest.mark.parametrize("templates", [["{}"], ("a photo of a {}.", "{} texture"), ["{{}}"]])
+def test_templates_with_one_place_are_accepted(templates: Any) -> None:
+    assert check_templates(templates, "settings.templates") is None
+
+
+@pytest.mark.parametrize(
+    ("templates", "words"),
+    [
+        ("a photo of a {}.", "a list of templates"),
+        ([], "a list of templates"),
+        (None, "a list of templates"),
+        (["a photo"], "'a photo'"),
+        (["{} and {}"], r"'{} and {}'"),
+        (["a {}", 3], "3"),
+        (["a {c}"], "'a {c}'"),
+    ],
+)
+def test_other_templates_are_refused_and_named(templates: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        check_templates(templates, "settings.templates")
+    assert "settings.templates" in str(caught.value) and "{{" not in str(caught.value)
