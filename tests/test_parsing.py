@@ -51,7 +51,7 @@ class NeedySettings:
 
 @pytest.fixture
 def toys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Two methods, ``toy`` and ``needy``, and the data sets ``demo``, ``folder``, ``caltech101``; a folder."""
+    """Two methods, ``toy`` and ``needy``; a folder to work in."""
     methods = {
         "toy": types.SimpleNamespace(Settings=ToySettings, template_setting=None),
         "needy": types.SimpleNamespace(Settings=NeedySettings, template_setting="templates"),
@@ -62,11 +62,9 @@ def toys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
             raise ConfigError(f"there is no method {name!r}.{did_you_mean(name, methods)}")
         return methods[name]
 
-    registry, data = types.ModuleType("vlprompt.methods.registry"), types.ModuleType("vlprompt.data")
+    registry = types.ModuleType("vlprompt.methods.registry")
     vars(registry)["get_method_class"] = get_method_class
-    vars(data)["list_datasets"] = lambda pattern="*": ["caltech101", "demo", "folder"]
     monkeypatch.setitem(sys.modules, registry.__name__, registry)
-    monkeypatch.setitem(sys.modules, data.__name__, data)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -90,6 +88,10 @@ def refused_file(folder: Path, content: str | bytes, *argv: str) -> list[str]:
 
 
 # -- what is accepted -----------------------------------------------------------------------------------------------
+def test_an_alias_becomes_the_data_sets_own_name(toys: Path) -> None:
+    assert parse_run(["--method", "toy", "--data.name", "DescribableTextures"]).data.name == "dtd"
+
+
 def test_defaults_are_the_dataclasses_with_the_methods_settings_filled_in(toys: Path) -> None:
     config = parse_run(["--method", "toy"])
     settings_given = dataclasses.asdict(ToySettings()) | {"texts": ["a {}."]}

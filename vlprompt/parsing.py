@@ -297,11 +297,13 @@ class _Judge:
     def _data_name(self) -> None:
         if "data.name" in self.failed:
             return
-        from vlprompt.data import list_datasets
+        from vlprompt.data import find_card, list_datasets
 
-        name, accepted = self.values.get("data.name", RunConfig().data.name), list_datasets()
-        if name not in accepted:
-            near = did_you_mean(name, accepted)
+        name = self.values.get("data.name", RunConfig().data.name)
+        try:
+            self.values["data.name"] = find_card(name).name  # an alias becomes the data set's own name
+        except ConfigError:
+            near = did_you_mean(name, list_datasets())
             text = f"data.name is {shown(name)}, which is no data set.{near} See `vlprompt list datasets`."
             self._fail("data.name", f"{self._sources(['data.name'])}: {text}")
 
