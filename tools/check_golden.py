@@ -221,7 +221,7 @@ CHECKS = {"clip_core": check_clip_core, "zeroshot": check_zeroshot, "coop": chec
 
 
 def relative_error(value: Any, reference: np.ndarray) -> float:
-    """Return max|value - reference| / max|reference|; integers are exact or infinitely wrong."""
+    """Return max|value - reference| / max|reference|; integers and what is not finite are exact or infinitely wrong."""
     got = value.detach().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
     if got.shape != reference.shape:
         return float("inf")
@@ -229,9 +229,13 @@ def relative_error(value: Any, reference: np.ndarray) -> float:
         return 0.0
     if np.issubdtype(reference.dtype, np.integer):
         return 0.0 if np.array_equal(got, reference) else float("inf")
-    difference = np.abs(got.astype(np.float64) - reference.astype(np.float64)).max()
-    scale = np.abs(reference).max()
-    return float(difference / scale) if scale > 0 else float(difference)
+    got, reference = got.astype(np.float64), reference.astype(np.float64)
+    finite = np.isfinite(reference)
+    if not np.array_equal(got[~finite], reference[~finite], equal_nan=True) or not np.isfinite(got[finite]).all():
+        return float("inf")
+    difference = float(np.abs(got[finite] - reference[finite]).max(initial=0.0))
+    scale = float(np.abs(reference[finite]).max(initial=0.0))
+    return difference / scale if scale > 0 else difference
 
 
 def check_file(path: Path) -> tuple[int, float, list[str]]:

@@ -1,0 +1,60 @@
+"""The benchmark runs as a user would run it, on the packaged demo CLIP, and its last line can be read by a program."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench" / "text_tower.py"
+
+
+def bench(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(BENCH), *options], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def report() -> tuple[str, dict[str, Any]]:
+    done = bench("--classes", "6", "--context", "2", "--repeats", "1", "--threads", "1", "--model", "demo", "--json")
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_last_line_is_one_json_object_with_the_ratios(report: tuple[str, dict[str, Any]]) -> None:
+    result = report[1]
+    assert result["ratio_seconds"] > 0 and result["ratio_memory"] > 0
+    assert 0 <= result["max_rel_diff"] <= 1e-5
+    assert (result["classes"], result["context"], result["model"]) == (6, 2, "demo")
+
+
+def test_every_algorithm_is_measured_and_agrees_with_padded(report: tuple[str, dict[str, Any]]) -> None:
+    rows = report[1]["algorithms"]
+    assert list(rows) == ["packed", "cut", "padded"]
+    assert rows["padded"]["tokens"] == 6 * 77
+    assert rows["packed"]["tokens"] < rows["cut"]["tokens"] < rows["padded"]["tokens"]
+    assert report[1]["ratio_tokens"] == pytest.approx(6 * 77 / rows["packed"]["tokens"])
+    assert report[1]["ratio_seconds"] == pytest.approx(rows["padded"]["seconds"] / rows["packed"]["seconds"])
+    for row in rows.values():
+        assert row["seconds"] > 0 and row["peak_mb"] > row["above_mb"] >= 0
+        assert max(row["rel_diff"].values()) <= 1e-5
+
+
+def test_the_table_ends_in_the_ratios(report: tuple[str, dict[str, Any]]) -> None:
+    lines = report[0].splitlines()
+    assert lines[-2].startswith("padded / packed: seconds ")
+    assert [line.split()[0] for line in lines[2:5]] == ["packed", "cut", "padded"]
+
+
+@pytest.mark.parametrize("option", ["--classes", "--context", "--repeats"])
+def test_counts_below_one_are_refused(option: str) -> None:
+    done = bench(option, "0")
+    assert done.returncode == 2 and "1 or more" in done.stderr
+
+
+def test_context_that_does_not_fit_is_one_screen_and_a_failure() -> None:
+    done = bench("--classes", "2", "--context", "80", "--model", "demo", "--repeats", "1")
+    assert done.returncode == 1 and "77 tokens" in done.stdout and len(done.stdout.splitlines()) < 10
