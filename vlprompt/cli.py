@@ -6,11 +6,13 @@ is a bug and shows itself as one. Heavy imports (torch, lightning, open_clip) st
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command of ``argv`` (default: the process's) and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(words)
+        with _notes():
+            return _dispatch(words)
     except VlpromptError as error:
         print(f"vlprompt: error: {error}", file=sys.stderr)
         return 2
@@ -88,6 +91,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         resumes = words[:1] and words[0] in ("train", "base-to-new")
         print("vlprompt: stopped" + ("; the same command resumes it" if resumes else ""), file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """Show vlprompt's own warnings as notes: the text alone, once, without the place in the code where it arose."""
+    told: set[str] = set()
+    usual, here = warnings.showwarning, str(Path(__file__).parent)
+
+    def tell(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
+        if not filename.startswith(here):
+            usual(message, category, filename, *rest, **more)
+        elif (text := str(message)) not in told:
+            told.add(text)
+            print(f"vlprompt: note: {text}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = tell
+        yield
 
 
 def _dispatch(words: list[str]) -> int:

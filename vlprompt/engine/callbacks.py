@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from vlprompt.errors import HeadError
+from vlprompt.errors import ConfigError, HeadError
 
 LAST_CHECKPOINT = "last.ckpt"
 
@@ -58,6 +58,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"the checkpoint {path} cannot be read ({type(error).__name__}); it is damaged or not vlprompt's. "
                 "Start this run anew with --force."
             ) from error
+        if not isinstance(checkpoint, dict) or not {"state_dict", "epoch", "loops"} <= checkpoint.keys():
+            raise HeadError(f"the checkpoint {path} is not one of a training run. Start this run anew with --force.")
         return checkpoint
 
 
@@ -101,7 +103,20 @@ class MetricsFile(pl.Callback):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a ``metrics.jsonl``; none when there is no file."""
+    """Return the lines of a ``metrics.jsonl``; none when there is no file.
+
+    Raises:
+        ConfigError: A line is not a JSON object with its epoch.
+    """
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict) or not isinstance(line.get("epoch"), int):
+            raise ConfigError(f"{path}, line {number}, is no epoch's metrics: {text[:60]!r}. Start anew with --force.")
+        lines.append(line)
+    return lines

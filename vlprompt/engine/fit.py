@@ -88,16 +88,27 @@ def _loggers(config: TrainerConfig, folder: Path) -> list[Logger]:
 def fit(trainer: pl.Trainer, module: PromptModule, data: pl.LightningDataModule, folder: Path) -> None:
     """Fit ``module``, going on from ``folder``'s last checkpoint where there is one."""
     last = folder / LAST_CHECKPOINT
-    with quiet():
+    with quiet(), _interruptible(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
 
 
 def test(trainer: pl.Trainer, module: PromptModule, data: pl.LightningDataModule) -> dict[str, float | int]:
     """Return ``{"accuracy": percent, "correct": n, "total": n}`` of the test images, each counted once."""
-    with quiet():
+    with quiet(), _interruptible(trainer):
         (scores,) = trainer.test(module, datamodule=data, verbose=False)
     correct, total = round(scores["test/correct"]), round(scores["test/total"])
     return {"accuracy": 100 * correct / total, "correct": correct, "total": total}
+
+
+@contextmanager
+def _interruptible(trainer: pl.Trainer) -> Iterator[None]:
+    """Hand on Ctrl-C as what it is: the Trainer turns it into an exit with status 1."""
+    try:
+        yield
+    except SystemExit:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
 
 
 @contextmanager

@@ -127,9 +127,12 @@ class PromptModule(pl.LightningModule):
         """Load learnables; the frozen backbone stays.
 
         Raises:
-            HeadError: Names are missing or unknown.
+            HeadError: Names are missing or unknown, or a shape differs.
         """
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        try:
+            result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        except RuntimeError as error:
+            raise HeadError(f"the checkpoint does not fit: {error}") from error
         missing = [name for name in result.missing_keys if not _frozen(name)]
         if strict and (missing or result.unexpected_keys):
             raise HeadError(f"the checkpoint does not fit: missing {missing}, unknown {result.unexpected_keys}")

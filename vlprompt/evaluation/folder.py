@@ -15,10 +15,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+import torch.distributed as dist
 
+import vlprompt
 from vlprompt.config_files import yaml_text
 from vlprompt.engine.callbacks import LAST_CHECKPOINT, write_text
 from vlprompt.engine.config import RunConfig
@@ -26,7 +28,7 @@ from vlprompt.errors import ConfigError
 
 CONFIG, ENVIRONMENT, RESULTS, HEAD = "config.yaml", "env.json", "results.json", "head"
 _PACKAGES = (
-    *("vlprompt", "torch", "torchvision", "open_clip_torch", "timm"),
+    *("torch", "torchvision", "open_clip_torch", "timm"),
     *("pytorch-lightning", "torchmetrics", "numpy", "pillow"),
 )
 # What cannot change a result: where things lie, how many processes share the work, what is shown meanwhile.
@@ -89,31 +91,74 @@ def opened(folder: Path, config: RunConfig, inputs: dict[str, str], *, force: bo
         ConfigError: Another process is running there, or the folder was made from other inputs.
     """
     if not is_main_process():
+        _agree()
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder.parent / f".{folder.name}.lock").open("w")
+    ready = False
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another process is running in {folder}; wait for it, or stop it first") from None
+        _hold(lock, folder)
         if force:
             _clear(folder)
         _check_inputs(folder, inputs)
+        _sweep(folder)
         write_text(folder / CONFIG, yaml_text(dataclasses.asdict(config)))
         if not (folder / ENVIRONMENT).is_file():
             write_text(folder / ENVIRONMENT, json.dumps(environment(config) | {"inputs": inputs}, indent=1) + "\n")
+        ready = True
+        _agree()
         yield
     finally:
+        if not ready:
+            _agree(refused=True)
         lock.close()
+
+
+def _hold(lock: IO[str], folder: Path) -> None:
+    # A record lock belongs to this process alone. One of flock would pass to forked loader processes, which outlive a
+    # killed run by some seconds and would keep it from being resumed.
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ConfigError(f"another process is running in {folder}; wait for it, or stop it first") from None
+
+
+def _agree(refused: bool = False) -> None:
+    """Let no process of this run go on before the first has prepared the folder; end the others where it refuses.
+
+    The first run of a command has one process as yet, its Trainer starts the others; later runs have them all.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    on_gpu = dist.get_backend() == "nccl"
+    flag = torch.tensor([int(refused)], device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu")
+    dist.broadcast(flag, src=0)
+    if flag.item() and not is_main_process():
+        sys.exit(2)  # the first process says why
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed writer left under temporary names; the folder is held, so nobody is writing."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+    for path in folder.glob(f".{HEAD}.*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_inputs(folder: Path, inputs: dict[str, str]) -> None:
     known = read_json(folder / ENVIRONMENT)
     if known is None:
+        if found := [name for name in (RESULTS, LAST_CHECKPOINT) if (folder / name).exists()]:
+            raise ConfigError(
+                f"{folder} holds {' and '.join(found)} but no {ENVIRONMENT}, which says what they were made from. "
+                "Add --force to remove them and start anew, or choose another --output."
+            )
         return
-    changed = [name for name, value in inputs.items() if known.get("inputs", {}).get(name) != value]
+    recorded = known.get("inputs")
+    if not isinstance(recorded, dict):
+        raise ConfigError(f"{folder / ENVIRONMENT} is damaged: it lacks 'inputs'; start the run anew with --force")
+    changed = [name for name, value in inputs.items() if recorded.get(name) != value]
     if changed:
         raise ConfigError(
             f"{folder} was started from another {', '.join(changed)}; its results would not be this run's. "
@@ -122,10 +167,13 @@ def _check_inputs(folder: Path, inputs: dict[str, str]) -> None:
 
 
 def _clear(folder: Path) -> None:
-    for name in (CONFIG, ENVIRONMENT, RESULTS, LAST_CHECKPOINT, "metrics.jsonl"):
+    # What marks the run as finished goes first and what says where it came from last, should this be interrupted.
+    for name in (RESULTS, LAST_CHECKPOINT, "metrics.jsonl"):
         (folder / name).unlink(missing_ok=True)
     for name in (HEAD, "tensorboard", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (CONFIG, ENVIRONMENT):
+        (folder / name).unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -139,15 +187,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); remove it, or start the run anew with --force") from error
+        raise ConfigError(f"{path} cannot be read ({error}); start the run anew with --force") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds no JSON object; remove it, or start the run anew with --force")
+        raise ConfigError(f"{path} holds no JSON object; start the run anew with --force")
     return value
 
 
 def environment(config: RunConfig) -> dict[str, Any]:
     """Return what a result may depend on beside its configuration: versions, git state, seed, machine, command."""
-    versions = {}
+    versions = {"vlprompt": vlprompt.__version__}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)

@@ -20,7 +20,7 @@ from vlprompt.engine.callbacks import LAST_CHECKPOINT, read_metrics, write_text
 from vlprompt.engine.config import BackboneConfig, DataConfig, RecipeConfig, RunConfig, TrainerConfig
 from vlprompt.engine.fit import METRICS, check_devices, fit, make_trainer, test
 from vlprompt.engine.module import PromptModule
-from vlprompt.errors import ConfigError, VlpromptError
+from vlprompt.errors import ConfigError, HeadError, VlpromptError
 from vlprompt.evaluation.folder import (
     HEAD,
     RESULTS,
@@ -36,6 +36,7 @@ from vlprompt.io.head import Head, backbone_facts, load_head
 from vlprompt.methods import PromptMethod, create_method, get_method_class
 
 SCHEMA = 1
+_RESULT_PARTS = {"method", "config", "backbone", "data", "results", "zeroshot", "train"}
 
 
 @dataclass
@@ -206,9 +207,9 @@ def _run(config: RunConfig, method: PromptMethod, task: FewShotTask, *, force: b
         "initial prompts": tensors_sha256(method.learnable_state()),
     }
     with opened(folder, config, inputs, force=force):
-        known = read_json(folder / RESULTS)
-        if known is not None and not force:
-            method.load_learnable_state(load_head(folder / HEAD, method.backbone).method.learnable_state())
+        known = None if force else _finished(folder)
+        if known is not None:
+            _load_trained(method, folder)
             return Run(folder, known, reused=True)
         started = time.monotonic()
         trainer = make_trainer(config.trainer, folder, config.recipe.epochs)
@@ -230,6 +231,22 @@ def _run(config: RunConfig, method: PromptMethod, task: FewShotTask, *, force: b
             Head(method, {"run": folder.name, "data": task.describe()}).save_pretrained(folder / HEAD)
             write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")  # last: it marks the run as finished
         return Run(folder, results)
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """Return the results of a finished run; None for an unfinished one."""
+    results = read_json(folder / RESULTS)
+    if results is not None and (results.get("schema") != SCHEMA or not _RESULT_PARTS <= results.keys()):
+        raise ConfigError(f"{folder / RESULTS} is damaged or of another version; start the run anew with --force")
+    return results
+
+
+def _load_trained(method: PromptMethod, folder: Path) -> None:
+    try:
+        trained = load_head(folder / HEAD, method.backbone)
+    except HeadError as error:
+        raise HeadError(f"the run is finished but its head cannot be used; redo it with --force.\n{error}") from error
+    method.load_learnable_state(trained.method.learnable_state())
 
 
 def _zeroshot(method: PromptMethod, task: FewShotTask) -> PromptMethod:

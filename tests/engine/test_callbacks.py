@@ -1,0 +1,78 @@
+"""Files that survive being killed: text, checkpoints, metrics."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vlprompt.engine.callbacks import AtomicCheckpointIO, read_metrics, write_text
+from vlprompt.errors import ConfigError, HeadError
+
+CHECKPOINT = {"state_dict": {"a": torch.arange(3.0)}, "epoch": 1, "loops": {}}
+
+
+def fail(*_: Any) -> None:
+    raise OSError("disk full")
+
+
+def test_text_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "a.json"
+    write_text(path, "one")
+    write_text(path, "two ä")
+    assert path.read_text(encoding="utf-8") == "two ä"
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_text(path, "three")
+    assert path.read_text(encoding="utf-8") == "two ä"
+    assert [entry.name for entry in path.parent.iterdir()] == ["a.json"]
+
+
+def test_checkpoint_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, io = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    io.save_checkpoint(CHECKPOINT, path)
+    monkeypatch.setattr(torch, "save", lambda _, file: (file.write(b"half"), fail()))
+    with pytest.raises(OSError, match="disk full"):
+        io.save_checkpoint({}, path)
+    assert torch.equal(io.load_checkpoint(path)["state_dict"]["a"], torch.arange(3.0))
+
+
+class Evil:
+    """Runs a command if it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("/tmp/vlprompt-was-unpickled",)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 100, "cut", "foreign", "list", "evil"])
+def test_checkpoint_that_cannot_be_used(content: bytes | str, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "cut":
+        torch.save(CHECKPOINT, path)
+        path.write_bytes(path.read_bytes()[:-200])
+    else:
+        torch.save({"foreign": {"weights": torch.ones(2)}, "list": [1], "evil": {**CHECKPOINT, "x": Evil()}}[content], path)
+    with pytest.raises(HeadError, match=r"the checkpoint .*last\.ckpt .*--force") as caught:
+        AtomicCheckpointIO().load_checkpoint(path)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not Path("/tmp/vlprompt-was-unpickled").exists()
+
+
+def test_metrics_are_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == []
+    lines = [{"epoch": 0, "lr": 1e-5}, {"epoch": 1, "lr": 2e-3}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_metrics(path) == lines
+
+
+@pytest.mark.parametrize("second", ['{"epoch": 1, "lr"', "[]", '{"lr": 1}', "\x00\x00", '{"epoch": "1"}'])
+def test_metrics_that_are_damaged(second: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 0}\n' + second + "\n")
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2, is no epoch's metrics.*--force"):
+        read_metrics(path)

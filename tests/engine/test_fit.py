@@ -1,0 +1,49 @@
+"""The Trainer of a run: devices, loggers, and Lightning kept quiet."""
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vlprompt.engine.config import TrainerConfig
+from vlprompt.engine.fit import check_devices, make_trainer, quiet
+from vlprompt.errors import ConfigError
+
+
+def test_trainer_is_what_the_configuration_says(tmp_path: Path) -> None:
+    config = TrainerConfig(accelerator="cpu", accumulate=3, progress=False)
+    trainer = make_trainer(config, tmp_path, 7)
+    assert (trainer.max_epochs, trainer.accumulate_grad_batches, trainer.num_devices) == (7, 3, 1)
+    assert trainer.precision == "32-true"
+    assert not trainer.loggers and trainer.progress_bar_callback is None
+    assert list(tmp_path.iterdir()) == []  # nothing is written before there is something to write
+    assert make_trainer(TrainerConfig(accelerator="cpu"), tmp_path, 1).progress_bar_callback is not None
+
+
+def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="no GPU here; use --trainer.accelerator cpu"):
+        check_devices(TrainerConfig(accelerator="gpu"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"trainer.devices is 3 but torch sees 2 GPU\(s\); accepted: 1 to 2"):
+        check_devices(TrainerConfig(devices=3))
+    check_devices(TrainerConfig(devices=3, accelerator="cpu"))
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_loggers_that_are_not_installed(name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=f"asks for '{name}', which is not installed; run: pip install {name}"):
+        make_trainer(TrainerConfig(accelerator="cpu", loggers=[name]), tmp_path, 1)
+
+
+def test_quiet_gives_the_levels_back() -> None:
+    logger = logging.getLogger("pytorch_lightning")
+    before = logger.level
+    with pytest.raises(ValueError, match="inside"), quiet():
+        assert logger.level == logging.ERROR
+        raise ValueError("inside")
+    assert logger.level == before

@@ -1,0 +1,221 @@
+"""PromptModule in a user's own Trainer: what it trains, logs, clips, refuses and keeps."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+import vlprompt
+from vlprompt.data import FewShotData, FewShotTask
+from vlprompt.engine.config import RecipeConfig
+from vlprompt.engine.recipe import learning_rate
+from vlprompt.errors import ConfigError, HeadError
+from vlprompt.methods import PromptMethod
+
+Make = Callable[..., PromptMethod]
+Trainers = Callable[..., pl.Trainer]
+
+
+class Rates(pl.Callback):
+    """Notes the rates of all groups at every epoch's first batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[float]] = []
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seen.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+
+def plain_loader(method: PromptMethod, task: FewShotTask, batch_size: int = 4) -> DataLoader[Any]:
+    """(images, labels) pairs, as any user's own data gives them."""
+    size = method.backbone.preprocess.size
+    images = torch.randn(len(task.train), 3, size, size, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([sample.label for sample in task.train])
+    return DataLoader(TensorDataset(images, labels), batch_size=batch_size)
+
+
+@pytest.mark.parametrize("name", ["coop", "mocoop"])
+def test_own_trainer_with_few_shot_data(
+    name: str, make_method: Make, own_trainer: Trainers, task: FewShotTask, tmp_path: Path
+) -> None:
+    method = make_method(name)
+    before = {key: value.clone() for key, value in method.backbone.state_dict().items()}
+    start = method.learnable_state()
+    data = FewShotData(task, method.backbone.preprocess, batch_size=4, test_batch_size=5)
+    trainer = own_trainer()
+    module = vlprompt.PromptModule(method, RecipeConfig(epochs=2))
+    trainer.fit(module, datamodule=data)
+    assert 0 <= trainer.callback_metrics["val/accuracy"] <= 100  # the task's validation images, as Lightning is used to
+    (scores,) = trainer.test(module, datamodule=data, verbose=False)
+    assert (scores["test/total"], scores["test/correct"]) == (17, round(scores["test/accuracy"] * 0.17))
+    after = method.backbone.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert all(parameter.grad is None for parameter in method.backbone.parameters())
+    assert not method.backbone.model.training
+    changed = {key for key, value in method.learnable_state().items() if not torch.equal(value, start[key])}
+    assert changed == {key for key, value in start.items() if value.numel()}
+
+
+def test_own_trainer_with_plain_pairs(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+    method = make_method("mocoop")
+    loader = plain_loader(method, task)
+    module = vlprompt.PromptModule(method, RecipeConfig(epochs=2))
+    trainer = own_trainer()
+    trainer.fit(module, loader)
+    assert trainer.global_step == 6
+    assert set(trainer.callback_metrics) >= {"train/loss", "train/ce", "train/text", "train/gate"}
+    (scores,) = trainer.test(module, loader, verbose=False)
+    assert scores["test/total"] == 12
+
+
+def test_features_in_place_of_images(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+    one, other = make_method("coop"), make_method("coop")
+    images = plain_loader(one, task)
+    pictures, labels = images.dataset.tensors  # type: ignore[attr-defined]
+    features = DataLoader(TensorDataset(one.backbone.encode_image(pictures), labels), batch_size=4)
+    for method, loader in ((one, images), (other, features)):
+        own_trainer().fit(vlprompt.PromptModule(method, RecipeConfig(epochs=2)), loader)
+    torch.testing.assert_close(one.learnable_state(), other.learnable_state(), rtol=1e-5, atol=1e-7)
+
+
+def test_loss_is_the_sum_of_its_terms(make_method: Make, task: FewShotTask) -> None:
+    method = make_method("mocoop")
+    module = vlprompt.PromptModule(method)
+    logged: dict[str, Tensor] = {}
+    module.log_dict = lambda values, **_: logged.update(values)  # type: ignore[assignment,method-assign]
+    module.log = lambda *_, **__: None  # type: ignore[assignment,method-assign]
+    images, labels = next(iter(plain_loader(method, task)))
+    loss = module.training_step({"images": images, "labels": labels, "scale": torch.tensor(0.5)}, 0)
+    assert set(logged) == {"train/loss", "train/ce", "train/text", "train/gate"}
+    terms = [value for name, value in logged.items() if name != "train/loss"]
+    assert float(logged["train/loss"]) == pytest.approx(float(sum(terms)), rel=1e-6)
+    assert float(loss) == pytest.approx(float(logged["train/loss"]), rel=1e-6)  # both are weighed by the scale
+    assert not any(value.requires_grad for value in logged.values())
+
+
+def test_rates_of_two_groups(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+    method = make_method("mocoop", tune_layer_norms=True, layer_norm_lr_factor=0.1)
+    recipe = RecipeConfig(epochs=4, lr=0.01)
+    rates = Rates()
+    own_trainer(max_epochs=4, callbacks=[rates]).fit(vlprompt.PromptModule(method, recipe), plain_loader(method, task))
+    expected = [[learning_rate(epoch, lr, recipe) for lr in (0.01, 0.001)] for epoch in range(4)]
+    for seen, wanted in zip(rates.seen, expected, strict=True):
+        assert seen == pytest.approx(wanted, rel=1e-12)
+    assert rates.seen[0] == pytest.approx([1e-5, 1e-5])  # the warm-up rate is the same for both
+    groups = method.parameter_groups(0.01)
+    both = [id(p) for group in groups for p in group["params"]]
+    assert sorted(both) == sorted(id(p) for _, p in method.learnables())
+
+
+def test_a_group_with_rate_zero_stays(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+    method = make_method("mocoop", tune_layer_norms=True, layer_norm_lr_factor=0.0)
+    norms = [value.clone() for value in method.image_overrides().values()]
+    own_trainer().fit(vlprompt.PromptModule(method, RecipeConfig(epochs=2)), plain_loader(method, task))
+    assert all(torch.equal(a, b) for a, b in zip(norms, method.image_overrides().values(), strict=True))
+
+
+def test_optimiser_is_the_published_one(make_method: Make) -> None:
+    optimizer = vlprompt.PromptModule(make_method("coop")).configure_optimizers()["optimizer"]
+    (group,) = optimizer.param_groups
+    found = {name: group[name] for name in ("momentum", "weight_decay", "dampening", "nesterov")}
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert found == {"momentum": 0.9, "weight_decay": 5e-4, "dampening": 0, "nesterov": False}
+
+
+@pytest.mark.parametrize("by_trainer", [False, True])
+def test_gradient_clip(by_trainer: bool, make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+    method, norm = make_method("mocoop"), 1e-3
+    start = method.learnable_state()
+    recipe = RecipeConfig(epochs=1, lr=1.0, warmup_epochs=0, momentum=0, weight_decay=0)
+    recipe.gradient_clip = 1e9 if by_trainer else norm
+    trainer = own_trainer(max_epochs=1, limit_train_batches=1, gradient_clip_val=norm if by_trainer else None)
+    trainer.fit(vlprompt.PromptModule(method, recipe), plain_loader(method, task))
+    scale = {name: 0.1 if "norms" in name else 1.0 for name in start}  # the groups' rates
+    steps = [(value - start[name]) / scale[name] for name, value in method.learnable_state().items()]
+    assert math.sqrt(sum(float(step.double().square().sum()) for step in steps)) == pytest.approx(norm, rel=1e-2)
+
+
+def test_loss_that_is_not_finite_says_what_to_do(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+    method = make_method("coop")
+    method.load_learnable_state({name: value * float("nan") for name, value in method.learnable_state().items()})
+    with pytest.raises(ConfigError, match=r"not finite in epoch 0 \(ce nan\).*--recipe.lr.*--trainer.precision 32-true"):
+        own_trainer().fit(vlprompt.PromptModule(method), plain_loader(method, task))
+
+
+def test_nothing_to_train(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+    method = make_method("zeroshot")
+    with pytest.raises(ConfigError, match="'zeroshot' has nothing to train"):
+        own_trainer().fit(vlprompt.PromptModule(method), plain_loader(method, task))
+
+
+def test_recipe_is_checked(make_method: Make) -> None:
+    with pytest.raises(ConfigError, match=r"recipe.lr is -1.*\n?.*") as caught:
+        vlprompt.PromptModule(make_method("coop"), RecipeConfig(lr=-1, momentum=2))
+    assert "recipe.momentum is 2" in str(caught.value)
+
+
+def test_checkpoint_holds_learnables_and_needs_no_unpickling(
+    make_method: Make, own_trainer: Trainers, task: FewShotTask, tmp_path: Path
+) -> None:
+    method = make_method("mocoop")
+    module = vlprompt.PromptModule(method, RecipeConfig(epochs=2))
+    trainer = own_trainer()
+    trainer.fit(module, plain_loader(method, task))
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    checkpoint = torch.load(tmp_path / "own.ckpt", weights_only=True)
+    names = {f"method.{name}" for name, _ in method.learnables()}
+    assert set(checkpoint["state_dict"]) == names == set(module.state_dict())
+    fresh = vlprompt.PromptModule(make_method("mocoop"))
+    fresh.load_state_dict(checkpoint["state_dict"])
+    torch.testing.assert_close(fresh.method.learnable_state(), method.learnable_state(), rtol=0, atol=0)
+    assert (tmp_path / "own.ckpt").stat().st_size < 20 * sum(p.numel() for _, p in method.learnables()) + 50_000
+
+
+def test_a_user_resumes_with_an_own_trainer(
+    make_method: Make, own_trainer: Trainers, task: FewShotTask, tmp_path: Path
+) -> None:
+    whole, parts = make_method("coop"), make_method("coop")
+    recipe = RecipeConfig(epochs=3)
+    data = FewShotData(task, whole.backbone.preprocess, batch_size=4)
+    own_trainer(max_epochs=3).fit(vlprompt.PromptModule(whole, recipe), datamodule=data)
+    first = own_trainer(max_epochs=2)
+    first.fit(vlprompt.PromptModule(parts, recipe), datamodule=data)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    again = make_method("coop")
+    own_trainer(max_epochs=3).fit(
+        vlprompt.PromptModule(again, recipe), datamodule=data, ckpt_path=str(tmp_path / "half.ckpt"), weights_only=True
+    )
+    torch.testing.assert_close(again.learnable_state(), whole.learnable_state(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_state_that_does_not_fit(change: str, make_method: Make) -> None:
+    module = vlprompt.PromptModule(make_method("coop"))
+    state = module.state_dict()
+    if change == "missing":
+        state.clear()
+    elif change == "unknown":
+        state["method.other"] = torch.zeros(1)
+    else:
+        state["method.prompt.ctx"] = torch.zeros(1, 2)
+    with pytest.raises(HeadError, match="the checkpoint does not fit.*(ctx|other)"):
+        module.load_state_dict(state)
+
+
+def test_accuracy_counts_exactly(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+    method = make_method("coop")
+    data = FewShotData(task, method.backbone.preprocess, test_batch_size=4)
+    (scores,) = own_trainer().test(vlprompt.PromptModule(method), datamodule=data, verbose=False)
+    data.setup("test")
+    with torch.no_grad():
+        hits = sum(int((method(b["images"]).argmax(-1) == b["labels"]).sum()) for b in data.test_dataloader())
+    assert (scores["test/correct"], scores["test/total"]) == (hits, 17)
+    assert scores["test/accuracy"] == pytest.approx(100 * hits / 17)
+
+

@@ -1,0 +1,42 @@
+"""The schedule against the tables of the specification (prompt_learners 2.5, seed_methods 12.5 item 8)."""
+
+import pytest
+
+from vlprompt.engine.config import RecipeConfig
+from vlprompt.engine.recipe import learning_rate
+
+# Epochs, full rate, and rates by epoch (counted from 0) as the specification prints them.
+TABLE = [
+    (2, 0.0026, {0: 1e-5, 1: 0.0026}),
+    (5, 0.0035, {0: 1e-5, 1: 0.0035, 2: 0.0031658, 3: 0.0022908, 4: 0.0012092}),
+    (
+        10,
+        0.002,
+        dict(
+            enumerate([1e-5, 0.002, 0.0019511, 0.001809, 0.0015878, 0.001309, 0.001, 0.00069098, 0.00041222, 0.00019098])
+        ),
+    ),
+    (20, 0.0025, {0: 1e-5, 1: 0.0025, 2: 0.0024846, 17: 0.00023873, 18: 0.00013624, 19: 0.000061179}),
+    (50, 0.002, {0: 1e-5, 49: 7.8853e-6}),
+    (200, 0.002, {0: 1e-5, 199: 4.9344e-7}),
+]
+
+
+@pytest.mark.parametrize(("epochs", "lr", "rates"), TABLE)
+def test_rates_are_the_published_ones(epochs: int, lr: float, rates: dict[int, float]) -> None:
+    recipe = RecipeConfig(epochs=epochs, lr=lr)
+    for epoch, rate in rates.items():
+        assert learning_rate(epoch, lr, recipe) == pytest.approx(rate, rel=5e-5), f"epoch {epoch}"
+
+
+@pytest.mark.parametrize(("epochs", "warmup", "last"), [(10, 1, 0.0955), (50, 1, 0.00394), (50, 5, 0.0351), (25, 3, 0.0618)])
+def test_closed_form_at_the_ends(epochs: int, warmup: int, last: float) -> None:
+    recipe = RecipeConfig(epochs=epochs, lr=1.0, warmup_epochs=warmup)
+    assert [learning_rate(epoch, 1.0, recipe) for epoch in range(warmup)] == [1e-5] * warmup
+    assert learning_rate(warmup, 1.0, recipe) == 1.0
+    assert learning_rate(epochs - 1, 1.0, recipe) == pytest.approx(last, abs=5e-5)
+
+
+def test_without_warmup_the_cosine_starts_at_once() -> None:
+    recipe = RecipeConfig(epochs=2, lr=1.0, warmup_epochs=0)
+    assert [learning_rate(epoch, 1.0, recipe) for epoch in range(2)] == [1.0, pytest.approx(0.5)]
