@@ -40,10 +40,13 @@ def test_checkpoint_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 class Evil:
-    """Runs a command if it is unpickled."""
+    """Makes a folder if it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
 
     def __reduce__(self) -> Any:
-        return os.mkdir, ("/tmp/vlprompt-was-unpickled",)
+        return os.mkdir, (str(self.trace),)
 
 
 @pytest.mark.parametrize("content", [b"", b"junk" * 100, "cut", "foreign", "list", "evil"])
@@ -55,11 +58,12 @@ def test_checkpoint_that_cannot_be_used(content: bytes | str, tmp_path: Path) ->
         torch.save(CHECKPOINT, path)
         path.write_bytes(path.read_bytes()[:-200])
     else:
-        torch.save({"foreign": {"weights": torch.ones(2)}, "list": [1], "evil": {**CHECKPOINT, "x": Evil()}}[content], path)
+        evil = {**CHECKPOINT, "x": Evil(tmp_path / "trace")}
+        torch.save({"foreign": {"weights": torch.ones(2)}, "list": [1], "evil": evil}[content], path)
     with pytest.raises(HeadError, match=r"the checkpoint .*last\.ckpt .*--force") as caught:
         AtomicCheckpointIO().load_checkpoint(path)
     assert len(str(caught.value).splitlines()) == 1
-    assert not Path("/tmp/vlprompt-was-unpickled").exists()
+    assert not (tmp_path / "trace").exists()
 
 
 def test_metrics_are_read_back(tmp_path: Path) -> None:

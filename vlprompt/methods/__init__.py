@@ -1,7 +1,12 @@
-"""One file per method; importing the package enrols them all."""
+"""One file per method; importing the package imports every file in it, which enrols the methods."""
 
-from vlprompt.methods import coop, mocoop, zeroshot  # noqa: F401  (importing registers)
+import importlib
+import pkgutil
+
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import create_method, get_method_class, list_methods, register
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = ["PromptMethod", "create_method", "get_method_class", "list_methods", "register"]
