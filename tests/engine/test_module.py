@@ -144,7 +144,9 @@ def test_gradient_clip(by_trainer: bool, make_method: Make, own_trainer: Trainer
 def test_loss_that_is_not_finite_says_what_to_do(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
     method = make_method("coop")
     method.load_learnable_state({name: value * float("nan") for name, value in method.learnable_state().items()})
-    with pytest.raises(ConfigError, match=r"not finite in epoch 0 \(ce nan\).*--recipe.lr.*--trainer.precision 32-true"):
+    with pytest.raises(
+        ConfigError, match=r"not finite in epoch 0 \(ce nan\).*--recipe.lr.*--trainer.precision 32-true"
+    ):
         own_trainer().fit(vlprompt.PromptModule(method), plain_loader(method, task))
 
 
@@ -217,5 +219,3 @@ def test_accuracy_counts_exactly(make_method: Make, own_trainer: Trainers, task:
         hits = sum(int((method(b["images"]).argmax(-1) == b["labels"]).sum()) for b in data.test_dataloader())
     assert (scores["test/correct"], scores["test/total"]) == (hits, 17)
     assert scores["test/accuracy"] == pytest.approx(100 * hits / 17)
-
-

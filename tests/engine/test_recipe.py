@@ -13,7 +13,9 @@ TABLE = [
         10,
         0.002,
         dict(
-            enumerate([1e-5, 0.002, 0.0019511, 0.001809, 0.0015878, 0.001309, 0.001, 0.00069098, 0.00041222, 0.00019098])
+            enumerate(
+                [1e-5, 0.002, 0.0019511, 0.001809, 0.0015878, 0.001309, 0.001, 0.00069098, 0.00041222, 0.00019098]
+            )
         ),
     ),
     (20, 0.0025, {0: 1e-5, 1: 0.0025, 2: 0.0024846, 17: 0.00023873, 18: 0.00013624, 19: 0.000061179}),
@@ -29,7 +31,9 @@ def test_rates_are_the_published_ones(epochs: int, lr: float, rates: dict[int, f
         assert learning_rate(epoch, lr, recipe) == pytest.approx(rate, rel=5e-5), f"epoch {epoch}"
 
 
-@pytest.mark.parametrize(("epochs", "warmup", "last"), [(10, 1, 0.0955), (50, 1, 0.00394), (50, 5, 0.0351), (25, 3, 0.0618)])
+@pytest.mark.parametrize(
+    ("epochs", "warmup", "last"), [(10, 1, 0.0955), (50, 1, 0.00394), (50, 5, 0.0351), (25, 3, 0.0618)]
+)
 def test_closed_form_at_the_ends(epochs: int, warmup: int, last: float) -> None:
     recipe = RecipeConfig(epochs=epochs, lr=1.0, warmup_epochs=warmup)
     assert [learning_rate(epoch, 1.0, recipe) for epoch in range(warmup)] == [1e-5] * warmup

@@ -15,6 +15,7 @@ import pytest
 from vlprompt.data import load_dataset
 from vlprompt.engine.config import BackboneConfig, DataConfig, RecipeConfig, RunConfig, TrainerConfig
 from vlprompt.evaluation.folder import run_folder
+from vlprompt.evaluation.run import complete
 
 ROOT = Path(__file__).parents[2]
 TRAIN, TEST = 4, (3, 2, 4, 3, 1)  # test images: base (3 classes) 9, new 4, all 13
@@ -77,7 +78,7 @@ def tiny(pictures: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 @pytest.fixture
 def folder_of() -> Callable[[RunConfig], Path]:
     """The run folder of a configuration."""
-    return run_folder
+    return lambda config: run_folder(complete(config))
 
 
 @pytest.fixture

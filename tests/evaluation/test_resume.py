@@ -23,6 +23,7 @@ from vlprompt.parsing import parse_run
 
 Tiny = Callable[..., RunConfig]
 FolderOf = Callable[[RunConfig], Path]
+ROOT = Path(__file__).parents[2]
 EPOCHS = 4  # of 2 steps each: 10 images in batches of 4
 KINDS: dict[str, dict[str, Any]] = {
     "coop": {"epochs": EPOCHS, "lr": 0.1},
@@ -100,13 +101,20 @@ def outcome(folder: Path) -> dict[str, Any]:
     results = json.loads((folder / "results.json").read_text())
     kept = {name: results[name] for name in ("results", "zeroshot", "config_sha256", "data", "backbone")}
     head = hashlib.sha256((folder / "head" / "head.safetensors").read_bytes()).hexdigest()
-    return {"head": head, "metrics": (folder / "metrics.jsonl").read_text(), "epochs": results["train"]["epochs"], **kept}
+    return {
+        "head": head,
+        "metrics": (folder / "metrics.jsonl").read_text(),
+        "epochs": results["train"]["epochs"],
+        **kept,
+    }
 
 
 def epochs_kept(folder: Path) -> tuple[int, int]:
     """Epochs that the metrics tell of, and epochs that the last checkpoint holds."""
     path = folder / "last.ckpt"
-    kept = torch.load(path, weights_only=True)["loops"]["fit_loop"]["epoch_progress"]["current"] if path.is_file() else {}
+    kept = (
+        torch.load(path, weights_only=True)["loops"]["fit_loop"]["epoch_progress"]["current"] if path.is_file() else {}
+    )
     return len(read_metrics(folder / "metrics.jsonl")), kept.get("processed", 0)
 
 
@@ -129,7 +137,8 @@ def expected(tiny: Tiny, folder_of: FolderOf, tmp_path: Path, uninterrupted: dic
 
 
 @pytest.mark.parametrize(
-    ("kind", "point"), [*(("mocoop", point) for point in POINTS), *(("coop", POINTS[i]) for i in (1, 5)), ("workers", POINTS[1])]
+    ("kind", "point"),
+    [*(("mocoop", point) for point in POINTS), *(("coop", POINTS[i]) for i in (1, 5)), ("workers", POINTS[1])],
 )
 def test_killed_and_run_again(
     kind: str,
@@ -193,21 +202,28 @@ def test_interrupted_and_run_again(
     assert outcome(folder_of(config)) == expected("coop")
 
 
+@pytest.mark.slow
 def test_the_command_killed_three_times(
     pictures: Path,
     tmp_path: Path,
     folder_of: FolderOf,
     command: Callable[..., subprocess.Popen[str]],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = ["--config", "configs/mocoop/demo.yaml", "--data.name", "folder", "--data.root", str(pictures)]
+    words = [
+        "--config",
+        str(ROOT / "configs" / "mocoop" / "demo.yaml"),
+        "--data.name",
+        "folder",
+        "--data.root",
+        str(pictures),
+    ]
     words += ["--data.view", "random", "--data.shots", "2", "--settings.tune_layer_norms", "true"]
     words += ["--recipe.epochs", "12", "--recipe.batch_size", "2", "--recipe.lr", "0.05", "--trainer.progress", "false"]
-    config, _ = parse_run([*words, "--output", str(tmp_path / "whole")])
+    config = parse_run([*words, "--output", str(tmp_path / "whole")])
     run(config)
     whole = outcome(folder_of(config))
 
-    config, _ = parse_run([*words, "--output", str(tmp_path / "runs")])
+    config = parse_run([*words, "--output", str(tmp_path / "runs")])
     folder = folder_of(config)
 
     def start() -> subprocess.Popen[str]:

@@ -23,7 +23,8 @@ from vlprompt.engine.config import RunConfig
 from vlprompt.engine.recipe import learning_rate
 from vlprompt.errors import BackboneError, ConfigError, DataError, HeadError, VlpromptError
 from vlprompt.evaluation.folder import config_sha256
-from vlprompt.evaluation.run import Run, evaluate_head, harmonic_mean, run
+from vlprompt.evaluation.run import Run, complete, evaluate_head, harmonic_mean, run
+from vlprompt.methods.mocoop import MoCoOpSettings
 from vlprompt.parsing import parse_run
 
 Tiny = Callable[..., RunConfig]
@@ -51,7 +52,7 @@ def test_folder_holds_what_is_promised(finished: tuple[RunConfig, Run], tmp_path
     config, done = finished
     folder = done.folder
     assert folder.parent == tmp_path / "runs" / "mocoop" / "folder"
-    assert folder.name == f"base-2shot-seed1-{config_sha256(config)[:8]}"
+    assert folder.name == f"base-2shot-seed1-{config_sha256(complete(config))[:8]}"
     assert {entry.name for entry in folder.iterdir()} == FILES and not done.reused
 
     environment = json.loads((folder / "env.json").read_text())
@@ -62,7 +63,7 @@ def test_folder_holds_what_is_promised(finished: tuple[RunConfig, Run], tmp_path
 
     results = json.loads((folder / "results.json").read_text())
     assert results == done.results and results["schema"] == 1
-    assert results["config_sha256"] == config_sha256(config) and results["method"] == "mocoop"
+    assert results["config_sha256"] == config_sha256(complete(config)) and results["method"] == "mocoop"
     task = load_dataset("folder", root=config.data.root, shots=2, classes="base")
     assert results["data"]["split_sha256"] == task.split_sha256 == environment["inputs"]["split"]
     assert results["backbone"]["fingerprint"] == environment["inputs"]["backbone"]
@@ -88,7 +89,7 @@ def test_kept_configuration_is_this_run(finished: tuple[RunConfig, Run]) -> None
     config, done = finished
     kept = yaml.safe_load((done.folder / "config.yaml").read_text(encoding="utf-8"))
     assert kept["recipe"]["epochs"] == 3 and kept["data"]["root"] == config.data.root
-    again, _ = parse_run(["--config", str(done.folder / "config.yaml")])
+    again = parse_run(["--config", str(done.folder / "config.yaml")])
     assert run(again).reused  # so that `vlprompt train --config RUN/config.yaml` resumes or shows it
 
 
@@ -141,6 +142,15 @@ def test_force_redoes(finished: tuple[RunConfig, Run]) -> None:
 @pytest.mark.parametrize("change", [{"epochs": 1}, {"shots": 1}, {"seed": 2}, {"lr": 0.2}, {"view": "random"}])
 def test_what_changes_a_result_makes_another_run(change: dict[str, Any], tiny: Tiny) -> None:
     assert config_sha256(tiny("coop", **change)) != config_sha256(tiny("coop"))
+
+
+def test_settings_left_out_are_the_defaults(tiny: Tiny) -> None:
+    short, long = tiny("mocoop"), tiny("mocoop", {"top_k": 2, "text_loss_weight": 5.0})
+    del short.settings["groups"], short.settings["templates"], long.settings["groups"]
+    long.settings["templates"] = list(MoCoOpSettings.templates)
+    assert config_sha256(complete(short)) == config_sha256(complete(long))
+    open_template = complete(tiny("zeroshot"))  # the data set's own is filled in by the run
+    assert not open_template.settings.get("templates")
 
 
 def test_other_pictures_are_refused(tiny: Tiny, pictures: Path, tmp_path: Path) -> None:
@@ -284,7 +294,9 @@ def test_settings_of_training_reach_the_trainer(tiny: Tiny) -> None:
     wide, narrow = tiny("coop", epochs=3, accumulate=2, lr=0.1), tiny("coop", epochs=3, accumulate=1, lr=0.1)
     steps = {}
     for config in (wide, narrow):
-        steps[config.trainer.accumulate] = torch.load(run(config).folder / "last.ckpt", weights_only=True)["global_step"]
+        steps[config.trainer.accumulate] = torch.load(run(config).folder / "last.ckpt", weights_only=True)[
+            "global_step"
+        ]
     assert steps == {1: 6, 2: 3}
 
 
@@ -331,7 +343,9 @@ def test_the_global_random_state_does_not_matter(tiny: Tiny, tmp_path: Path) -> 
     heads = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        config = tiny("coop", {"context_init": "", "context_length": 2}, view="random", output=str(tmp_path / str(seed)))
+        config = tiny(
+            "coop", {"context_init": "", "context_length": 2}, view="random", output=str(tmp_path / str(seed))
+        )
         heads.append((run(config).head_dir / "head.safetensors").read_bytes())
     assert heads[0] == heads[1]
 

@@ -13,7 +13,7 @@ from vlprompt.data.cards import Card, card_class_names, find_card
 from vlprompt.engine.config import RunConfig
 from vlprompt.errors import BackboneError, ConfigError, DataError
 from vlprompt.evaluation.folder import run_folder
-from vlprompt.evaluation.run import load_task, with_own_template
+from vlprompt.evaluation.run import complete, load_task, with_own_template
 from vlprompt.methods import PromptMethod, create_method, get_method_class
 
 
@@ -28,6 +28,7 @@ def dry_run(config: RunConfig) -> str:
     """
     if problems := config.problems():
         raise ConfigError("\n".join(problems))
+    config = complete(config)
     notes: list[str] = []
     names, everything, train_images, test_images, template = _facts(config, notes)
     backbone = _backbone(config, notes)

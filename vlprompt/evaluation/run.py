@@ -81,6 +81,7 @@ def run(config: RunConfig, *, force: bool = False) -> Run:
     if problems := config.problems():
         raise ConfigError("\n".join(problems))
     check_devices(config.trainer)
+    config = complete(config)
     task, backbone = _load_both(config)
     pl.seed_everything(config.seed, verbose=False)
     method = build_method(config, backbone, task)
@@ -188,6 +189,23 @@ def build_method(config: RunConfig, backbone: Backbone, task: FewShotTask) -> Pr
     return create_method(config.method, backbone, task.class_names, all_class_names=everything, **settings).to(
         backbone.device
     )
+
+
+def complete(config: RunConfig) -> RunConfig:
+    """Return ``config`` with the method's defaults for settings that are left out, as the command line has it.
+
+    Equal runs so have equal folders. Only a template that is the data set's own is left open.
+    """
+    kind = get_method_class(config.method)
+    defaults = {}
+    for entry in dataclasses.fields(kind.Settings):
+        if entry.name == kind.template_setting:
+            continue
+        if entry.default is not dataclasses.MISSING:
+            defaults[entry.name] = list(entry.default) if isinstance(entry.default, tuple) else entry.default
+        elif entry.default_factory is not dataclasses.MISSING:
+            defaults[entry.name] = entry.default_factory()
+    return dataclasses.replace(config, settings={**defaults, **config.settings})
 
 
 def with_own_template(kind: type[PromptMethod], settings: dict[str, Any], template: str) -> dict[str, Any]:
@@ -313,4 +331,13 @@ def last_checkpoint(folder: Path) -> Path:
     return folder / LAST_CHECKPOINT
 
 
-__all__: Sequence[str] = ["Run", "build_method", "evaluate_head", "harmonic_mean", "load_task", "run", "train"]
+__all__: Sequence[str] = [
+    "Run",
+    "build_method",
+    "complete",
+    "evaluate_head",
+    "harmonic_mean",
+    "load_task",
+    "run",
+    "train",
+]

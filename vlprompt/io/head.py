@@ -6,7 +6,10 @@ and ``config.json`` (method, settings, class names, backbone, preprocessing, ver
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -14,7 +17,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlprompt.backbone import Backbone, load_backbone
-from vlprompt.errors import HeadError, VlpromptError
+from vlprompt.errors import BackboneError, HeadError, VlpromptError
 from vlprompt.methods import PromptMethod, create_method
 
 SCHEMA = 1
@@ -100,9 +103,15 @@ class Head(nn.Module):
         """
         other: Any = copy.deepcopy(model)
         own = self.backbone.model.visual.state_dict()
-        theirs = other.visual.state_dict()
+        theirs = other.visual.state_dict() if isinstance(getattr(other, "visual", None), nn.Module) else {}
+        fix = "give the open_clip model the head was trained on"
         if own.keys() != theirs.keys() or any(own[name].shape != theirs[name].shape for name in own):
-            raise HeadError(f"the model is no {self.backbone.name}; give the open_clip model the head was trained on")
+            raise HeadError(f"the model is no {self.backbone.name}; {fix}")
+        if changed := [name for name in own if not _same_weights(own[name], theirs[name])]:
+            raise HeadError(
+                f"the model is a {self.backbone.name} with other weights ({len(changed)} of {len(own)} tensors differ, "
+                f"first {changed[0]}); {fix}"
+            )
         with torch.no_grad():
             for name, value in self.method.image_overrides().items():
                 other.visual.get_parameter(name).copy_(value)
@@ -115,36 +124,36 @@ class Head(nn.Module):
         Raises:
             HeadError: The folder holds something else.
         """
-        folder = Path(folder)
-        inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        # The real place: a link to a head's folder stays a link, and "." has a name.
+        folder = Path(os.path.realpath(folder))
+        with _writing(folder):
+            inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         strange = inside - {CONFIG_FILE, TENSOR_FILE}
         if folder.is_file() or strange:
             what = "is a file" if folder.is_file() else f"holds {', '.join(sorted(strange)[:3])}"
             raise HeadError(f"{folder} {what}; a head is saved into a new folder or over another head")
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             weights = self.method.class_weights()
         tensors = {_LEARNABLE + name: value for name, value in self.method.learnable_state().items()}
         tensors["class_weights"] = weights.detach().float().cpu().contiguous()
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            save_file(tensors, staging / TENSOR_FILE)
-            config = self._config() | {"tensors_sha256": _sha256(staging / TENSOR_FILE)}
-            text = json.dumps(config, indent=1, ensure_ascii=False)
-            (staging / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-            os.chmod(staging, 0o755)
-            if folder.is_dir():
-                shutil.rmtree(folder)
-            os.replace(staging, folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with _writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", dir=folder.parent))
+            try:
+                save_file(tensors, staging / TENSOR_FILE)
+                config = self._config() | {"tensors_sha256": _sha256(staging / TENSOR_FILE)}
+                text = json.dumps(config, indent=1, ensure_ascii=False)
+                (staging / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+                os.chmod(staging, 0o755)
+                _put(staging, folder)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
         return folder
 
     def _config(self) -> dict[str, Any]:
         method, backbone = self.method, self.backbone
         shown = ("vlprompt", "torch", "open_clip_torch", "pytorch-lightning", "safetensors")
-        preprocess = {name: getattr(backbone.preprocess, name) for name in ("size", "mean", "std", "interpolation")}
         return {
             "schema": SCHEMA,
             "method": method.name,
@@ -152,7 +161,7 @@ class Head(nn.Module):
             "class_names": method.class_names,
             "all_class_names": method.all_class_names,
             "backbone": backbone_facts(backbone),
-            "preprocess": preprocess,
+            "preprocess": preprocess_facts(backbone),
             "training": self.training_facts,
             "versions": {name: _version(name) for name in shown},
         }
@@ -169,6 +178,12 @@ def backbone_facts(backbone: Backbone) -> dict[str, Any]:
     }
 
 
+def preprocess_facts(backbone: Backbone) -> dict[str, Any]:
+    """Return the constants that a backbone's images need, as JSON has them."""
+    facts: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(backbone.preprocess)))
+    return facts
+
+
 def load_head(folder: str | Path, backbone: Backbone | None = None, *, device: str = "cpu") -> Head:
     """Load a head that :meth:`Head.save_pretrained` wrote.
 
@@ -178,32 +193,106 @@ def load_head(folder: str | Path, backbone: Backbone | None = None, *, device: s
         device: Where a backbone loaded here goes.
 
     Raises:
-        HeadError: No head there, damaged or foreign files, tensors that do not fit, or another backbone.
-        BackboneError: The backbone cannot be loaded.
+        HeadError: No head there, damaged or foreign files, tensors that do not fit, a backbone that cannot be loaded,
+            or another one.
     """
     folder = find_head(folder)
     config = read_config(folder)
     tensors = _read_tensors(folder, config)
     facts = config["backbone"]
     if backbone is None:
-        backbone = load_backbone(facts["name"], facts["pretrained"], precision=facts["precision"], device=device)
-    own = backbone_facts(backbone)
-    differing = [f"{key}: {facts[key]!r} in the head, {own[key]!r} given" for key in own if own[key] != facts.get(key)]
-    if own["fingerprint"] != facts["fingerprint"] or own["precision"] != facts["precision"]:
-        lines = "\n  ".join(differing)
-        raise HeadError(
-            f"{folder} was trained on another backbone:\n  {lines}\n"
-            f"Load it with load_backbone({facts['name']!r}, {facts['pretrained']!r}, precision={facts['precision']!r})."
-        )
+        try:
+            backbone = load_backbone(facts["name"], facts["pretrained"], precision=facts["precision"], device=device)
+        except BackboneError as error:
+            raise HeadError(
+                f"the backbone of {folder} cannot be loaded by its name: {error}\n"
+                "Where you hold it already, hand it over: load_head(folder, backbone)."
+            ) from error
+    _check_backbone(backbone, config, folder)
     try:
         names, everything = config["class_names"], config["all_class_names"]
         with torch.random.fork_rng(devices=[]):
             method = create_method(config["method"], backbone, names, all_class_names=everything, **config["settings"])
         learned = {name.removeprefix(_LEARNABLE): t for name, t in tensors.items() if name.startswith(_LEARNABLE)}
         method.load_learnable_state(learned)
-    except (VlpromptError, TypeError) as error:
+        _check_weights(tensors, method)
+    except (VlpromptError, TypeError) as error:  # TypeError: a setting called like an argument
         raise HeadError(f"the head in {folder} cannot be rebuilt: {error}") from error
     return Head(method.to(backbone.device), config["training"])
+
+
+def _check_backbone(backbone: Backbone, config: dict[str, Any], folder: Path) -> None:
+    """Raise HeadError unless ``backbone`` has the weights, precision and image constants that ``config`` records."""
+    facts, own = config["backbone"], backbone_facts(backbone)
+    decisive = ("precision", "embed_dim", "fingerprint")
+    names = own if any(own[key] != facts[key] for key in decisive) else ()
+    differing = [f"{key}: {facts[key]!r} in the head, {own[key]!r} given" for key in names if own[key] != facts[key]]
+    constants, recorded = preprocess_facts(backbone), config["preprocess"]
+    for key in dict.fromkeys([*constants, *recorded]):
+        if constants.get(key) != recorded.get(key):
+            text = f"{str(recorded.get(key))[:60]} in the head, {constants.get(key)} given"
+            differing.append(f"preprocess.{str(key)[:60]}: {text}")
+    if differing:
+        lines = "\n  ".join(differing[:12])
+        raise HeadError(
+            f"{folder} was trained on another backbone:\n  {lines}\nHand over the one it was trained on: "
+            f"load_backbone({facts['name']!r}, {facts['pretrained']!r}, precision={facts['precision']!r})."
+        )
+
+
+def _check_weights(tensors: dict[str, Tensor], method: PromptMethod) -> None:
+    """Raise HeadError unless ``tensors`` are float32, finite, and hold nothing but learnables and class weights."""
+    expected = [len(method.class_names), method.backbone.embed_dim]
+    wrong = [f"{name}: unknown" for name in tensors if name != "class_weights" and not name.startswith(_LEARNABLE)]
+    if "class_weights" not in tensors:
+        wrong.append("class_weights: missing")
+    elif list(tensors["class_weights"].shape) != expected:
+        wrong.append(f"class_weights: shape {list(tensors['class_weights'].shape)}, expected {expected}")
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            wrong.append(f"{name}: {tensor.dtype}, expected torch.float32")
+        elif not bool(tensor.isfinite().all()):
+            wrong.append(f"{name}: holds values that are not finite")
+    if wrong:
+        raise HeadError(f"{TENSOR_FILE} holds what no head has:\n  " + "\n  ".join(wrong[:12]))
+
+
+def _same_weights(own: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same weights, in whatever precision each is kept."""
+    return torch.allclose(own.float().cpu(), other.float().cpu(), rtol=2**-7, atol=1e-4)  # bfloat16 keeps 8 bits
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Say of what goes wrong with the disk which head was being saved."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise HeadError(f"the head cannot be saved in {folder}: {reason}; what was there is unchanged") from error
+
+
+def _put(staging: Path, folder: Path) -> None:
+    """Make ``staging`` the content of ``folder``; until the last step the older head stays whole."""
+    if not (folder / CONFIG_FILE).is_file():
+        # No older head. The folder may be somebody's current one, so it is filled rather than replaced.
+        folder.mkdir(exist_ok=True)
+        for name in (TENSOR_FILE, CONFIG_FILE):  # the configuration last: without it nothing is taken for a head
+            os.replace(staging / name, folder / name)
+        return
+    older = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.older-", dir=folder.parent))
+    try:
+        os.rename(folder, older)
+        try:
+            os.replace(staging, folder)
+        except BaseException:
+            os.rename(older, folder)
+            raise
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.rmdir(older)  # empty, unless the older head could not be put back: then it stays here
+        raise
+    shutil.rmtree(older, ignore_errors=True)
 
 
 def find_head(folder: str | Path) -> Path:
@@ -213,10 +302,16 @@ def find_head(folder: str | Path) -> Path:
         HeadError: Neither holds a head.
     """
     folder = Path(folder)
-    for place in (folder, folder / "head"):
-        if (place / CONFIG_FILE).is_file() and (place / TENSOR_FILE).is_file():
+    for place in (folder, folder / "head"):  # os.path: False for names that no file can have
+        if os.path.isfile(place / CONFIG_FILE) and os.path.isfile(place / TENSOR_FILE):
             return place
-    if not folder.exists():
+    if os.path.isfile(folder):
+        raise HeadError(f"{folder} is a file; give the folder that holds {CONFIG_FILE} and {TENSOR_FILE}, or its run")
+    if not os.path.exists(folder):
+        if kept := sorted(folder.parent.glob(f".{glob.escape(folder.name[:100])}.older-*/{CONFIG_FILE}")):
+            raise HeadError(
+                f"saving over {folder} was interrupted; bring the older head back: mv {kept[0].parent} {folder}"
+            )
         raise HeadError(f"there is no folder {folder}. Train a head first: vlprompt train --config mocoop/demo.yaml")
     raise HeadError(
         f"{folder} holds no head: looked for {CONFIG_FILE} and {TENSOR_FILE} in it and in {folder / 'head'}. "
@@ -240,10 +335,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise HeadError(f"{path} holds a {type(config).__name__}; expected an object")
     schema = config.get("schema")
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise HeadError(f"{path} has schema {schema}; this vlprompt reads up to {SCHEMA}. Run: pip install -U vlprompt")
+    if isinstance(schema, int) and not isinstance(schema, bool) and schema != SCHEMA:
+        fix = "Run: pip install -U vlprompt" if schema > SCHEMA else "Save the head again."
+        raise HeadError(f"{path} has schema {str(schema)[:20]}; this vlprompt reads schema {SCHEMA}. {fix}")
     wrong = [f"{key} is missing" for key in _KEYS if key not in config]
-    wrong += [f"{key} is unknown" for key in config if key not in _KEYS]
+    wrong += [f"{key[:60]!r} is unknown" for key in config if key not in _KEYS]
     for key, kind in _KEYS.items():
         if key in config and (not isinstance(config[key], kind) or isinstance(config[key], bool)):
             wrong.append(f"{key} is {str(config[key])[:40]!r}; expected {kind.__name__}")
@@ -252,6 +348,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if isinstance(facts, dict):
         missing = [(key, kind) for key, kind in expected.items() if not isinstance(facts.get(key), kind)]
         wrong += [f"backbone.{key} is missing or no {kind.__name__}" for key, kind in missing]
+        long = [key for key, value in facts.items() if len(str(value)) > 1024]
+        wrong += [f"backbone.{key[:60]} has more than 1,024 characters" for key in long]
     if wrong:
         raise HeadError(f"{path} is not a head's configuration:\n  " + "\n  ".join(wrong[:20]))
     return config
@@ -259,15 +357,19 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _read_tensors(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     path = folder / TENSOR_FILE
-    if (found := _sha256(path)) != config["tensors_sha256"]:
+    try:
+        found = _sha256(path)
+    except OSError as error:
+        raise HeadError(f"{path} cannot be read: {error.strerror or error}") from error
+    if found != config["tensors_sha256"]:
         raise HeadError(
             f"{path} is damaged or belongs to another head: its SHA-256 is {found[:12]}..., "
             f"{CONFIG_FILE} says {config['tensors_sha256'][:12]}... Save or copy the whole folder again."
         )
     try:
         tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise HeadError(f"{path} is not a safetensors file: {error}") from error
+    except Exception as error:  # the checksum is right, so this is not damage but another kind of file
+        raise HeadError(f"{path} is not a safetensors file: {str(error)[:200]}") from error
     return tensors
 
 

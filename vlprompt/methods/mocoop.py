@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -183,7 +184,7 @@ class MoCoOp(PromptMethod):
         own = self.settings
         unit = F.normalize(features, dim=-1)
         routing, gates = self.route(unit)
-        used = (gates > 0).any(dim=0) if own.drop_unused_experts else None
+        used = _by_any_process((gates > 0).any(dim=0)) if own.drop_unused_experts else None
         experts = self.expert_weights(used)
         terms = {"ce": F.cross_entropy(self._mix(unit, gates, experts), labels)}
         if own.text_loss_weight:
@@ -206,3 +207,12 @@ class MoCoOp(PromptMethod):
         if norms:
             groups.append({"params": norms, "lr": lr * self.settings.layer_norm_lr_factor})
         return groups
+
+
+def _by_any_process(used: Tensor) -> Tensor:
+    """Return ``used`` ``[G]`` over the whole batch, which several processes may share."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return used
+    counts = used.int()
+    dist.all_reduce(counts)
+    return counts > 0

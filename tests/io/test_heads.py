@@ -1,0 +1,158 @@
+"""Heads: the same bits in a new process, the same predictions in plain open_clip code, and nothing foreign accepted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import vlprompt
+from vlprompt.errors import ClassNameError, HeadError
+from vlprompt.io import Head, load_head
+
+NAMES = ["grinning face", "red apple", "hot_beverage"]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "zeroshot": {},
+    "coop": {"context_length": 4},
+    "mocoop": {"templates": ["an emoji of a {}.", "a photo of a {}.", "a {} cartoon."], "groups": [1, 1, 1]},
+}
+
+
+@pytest.fixture(scope="module")
+def demo() -> vlprompt.Backbone:
+    return vlprompt.load_backbone("demo")
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def trained(name: str, backbone: vlprompt.Backbone, **settings: Any) -> Head:
+    """A head whose learnables were moved away from where they start."""
+    torch.manual_seed(3)
+    method = vlprompt.create_method(name, backbone, NAMES, **{**SETTINGS.get(name, {}), **settings})
+    state = {key: value + 0.05 * torch.randn_like(value) for key, value in method.learnable_state().items()}
+    method.load_learnable_state(state)
+    return Head(method, {"epochs": 1})
+
+
+@pytest.mark.parametrize("name", vlprompt.list_methods())
+def test_a_new_process_gives_the_same_bits(
+    name: str, demo: vlprompt.Backbone, images: torch.Tensor, tmp_path: Path
+) -> None:
+    head = trained(name, demo)
+    head.save_pretrained(tmp_path / "head")
+    torch.save(images, tmp_path / "images.pt")
+    script = (
+        "import sys, torch, vlprompt; torch.set_num_threads(1); folder = sys.argv[1]\n"
+        "images = torch.load(folder + '/images.pt', weights_only=True)\n"
+        "torch.save(vlprompt.load_head(folder + '/head')(images), folder + '/logits.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=Path(__file__).parents[2])
+    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), head(images))
+
+
+@pytest.mark.parametrize("name", ["zeroshot", "coop"])
+def test_class_weights_serve_plain_open_clip_code(name: str, demo: vlprompt.Backbone, images: torch.Tensor) -> None:
+    head, model = trained(name, demo), demo.model
+    weights = head.class_weights()
+    assert weights.shape == (3, 192)
+    torch.testing.assert_close(weights.norm(dim=-1), torch.ones(3))
+    with torch.no_grad():
+        plain = model.logit_scale.exp() * model.encode_image(images, normalize=True) @ weights.T
+    torch.testing.assert_close(plain, head(images), rtol=1e-5, atol=1e-4)
+    assert torch.equal(plain.argmax(-1), head(images).argmax(-1))
+
+
+@pytest.mark.parametrize("tune", [False, True])
+def test_a_mixture_serves_plain_open_clip_code_image_by_image(
+    tune: bool, demo: vlprompt.Backbone, images: torch.Tensor
+) -> None:
+    head = trained("mocoop", demo, tune_layer_norms=tune)
+    before = {name: value.clone() for name, value in demo.model.visual.state_dict().items()}
+    model = head.attach(demo.model)
+    with torch.no_grad():
+        features = model.encode_image(images)
+        weights = head.class_weights(features)
+        plain = model.logit_scale.exp() * torch.einsum("bd,bcd->bc", F.normalize(features, dim=-1), weights)
+    assert weights.shape == (6, 3, 192)
+    torch.testing.assert_close(plain, head(images), rtol=1e-5, atol=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in demo.model.visual.state_dict().items())
+
+
+def test_one_matrix_of_a_mixture_comes_with_a_warning(demo: vlprompt.Backbone) -> None:
+    with pytest.warns(UserWarning, match=r"class_weights\(features\)"):
+        weights = trained("mocoop", demo).class_weights()
+    torch.testing.assert_close(weights.norm(dim=-1), torch.ones(3))
+
+
+@pytest.mark.parametrize("name", vlprompt.list_methods())
+def test_other_classes_keep_the_logits_of_shared_ones(
+    name: str, demo: vlprompt.Backbone, images: torch.Tensor
+) -> None:
+    head = trained(name, demo)
+    other = head.with_classes([NAMES[2], "blue heart", NAMES[0]])
+    torch.testing.assert_close(other(images)[:, [2, 0]], head(images)[:, [0, 2]], rtol=1e-5, atol=1e-4)
+
+
+def test_class_specific_context_refuses_other_classes(demo: vlprompt.Backbone) -> None:
+    with pytest.raises(ClassNameError, match="class_specific"):
+        trained("coop", demo, class_specific=True).with_classes(["blue heart"])
+
+
+def test_the_folder_holds_tensors_and_plain_facts_only(demo: vlprompt.Backbone, tmp_path: Path) -> None:
+    folder = trained("coop", demo).save_pretrained(tmp_path / "head")
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "head.safetensors"]
+    assert sorted(load_file(folder / "head.safetensors")) == ["class_weights", "learnable.prompt.ctx"]
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["method"], config["class_names"]) == ("coop", NAMES)
+    assert config["backbone"]["fingerprint"] == demo.fingerprint
+    assert config["preprocess"]["size"] == 64 and config["training"] == {"epochs": 1}
+
+
+def test_an_older_head_is_replaced_and_survives_a_failed_save(
+    demo: vlprompt.Backbone, images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = trained("coop", demo)
+    folder = old.save_pretrained(tmp_path / "head")
+    monkeypatch.setattr("vlprompt.io.head.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        trained("zeroshot", demo).save_pretrained(folder)
+    monkeypatch.undo()
+    assert torch.equal(load_head(folder, demo)(images), old(images))
+    assert [path.name for path in tmp_path.iterdir()] == ["head"]
+    trained("zeroshot", demo).save_pretrained(folder)
+    assert load_head(folder, demo).method.name == "zeroshot"
+
+
+def test_a_folder_with_other_things_is_left_alone(demo: vlprompt.Backbone, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(HeadError, match=r"thesis\.tex"):
+        trained("zeroshot", demo).save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_another_backbone_is_refused(demo: vlprompt.Backbone, tiny_backbone: vlprompt.Backbone, tmp_path: Path) -> None:
+    folder = trained("coop", demo).save_pretrained(tmp_path / "head")
+    with pytest.raises(HeadError, match=r"another backbone:\n(.|\n)*embed_dim: 192 in the head, 64 given"):
+        load_head(folder, tiny_backbone)
+
+
+def test_a_head_on_tensors_without_a_file_asks_for_its_backbone(
+    tiny_backbone: vlprompt.Backbone, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = trained("coop", tiny_backbone).save_pretrained(tmp_path / "head")
+    assert load_head(folder, tiny_backbone).class_names == NAMES
+    with pytest.raises(HeadError, match=r"load_head\(.*, backbone\)"):
+        load_head(folder)
