@@ -275,7 +275,7 @@ BAD_COMMAND_LINES = {
     "short option": (["-c", "x"], r"'-c' is not an option"),
     "two different values": (["--seed", "1", "--seed=2"], r"--seed is given twice, '1' and '2'$"),
     "two methods": (["--method", "tou"], r"--method is given twice"),
-    "unknown data set": (["--data.name", "Caltech-110"], r"data.name is 'Caltech-101', .*Did you mean 'caltech101'\?"),
+    "unknown data set": (["--data.name", "Caltech-110"], r"data.name is 'Caltech-110', .*Did you mean 'caltech101'\?"),
     "no shots": (["--data.shots", "0"], r"data.shots is 0; accepted: 1 or more images per class, or -1"),
     "template without a slot": (["--data.template", "photo"], r"data.template is 'photo'; accepted: a text with \{\}"),
     "batch that devices cannot share": (["--trainer.devices", "3"], r"line: recipe.batch_size is 32 .* 3 processes"),

@@ -48,8 +48,8 @@ POINTS = [
     ("before", "last.ckpt", 2),
     ("after", "last.ckpt", 2),
     ("after", "last.ckpt", EPOCHS),  # trained, but not evaluated
-    ("before", "head", 1),
-    ("after", "head", 1),
+    ("after", "head.safetensors", 1),  # half of a head
+    ("after", "config.json", 1),  # the whole head, no results
     ("before", "results.json", 1),
 ]
 

@@ -219,7 +219,6 @@ def _agreed(name: str, quick_gelu: bool | None) -> dict[str, Any] | None:
 
 # -- names that bring their own weights -------------------------------------------------------------------------------
 def _from_folder(name: str, pretrained: str | None, precision: str, quick_gelu: bool | None) -> Backbone:
-    _own_weights(name, pretrained, "random")
     kind, _, place = name.partition(":")
     if kind == "hf-hub":
         config_path, weights = find_or_fetch_repo(place)
@@ -229,6 +228,8 @@ def _from_folder(name: str, pretrained: str | None, precision: str, quick_gelu: 
         if not place or not folder.is_dir():
             raise BackboneError(f"{name}: there is no folder {str(folder)!r}; give one with {CONFIG_FILE} and weights")
         weights = _weights_in(folder) if pretrained != "random" else folder
+    if pretrained != weights.name:  # the file's name is how the backbone calls its weights, in saved heads too
+        _own_weights(name, pretrained, "random")
     settings = _folder_config(folder)
     config = settings["model_cfg"]
     check_text(config, name)

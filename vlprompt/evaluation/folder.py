@@ -88,14 +88,20 @@ def opened(folder: Path, config: RunConfig, inputs: dict[str, str], *, force: bo
         force: Remove what an earlier run left.
 
     Raises:
-        ConfigError: Another process is running there, or the folder was made from other inputs.
+        ConfigError: Another process is running there, the folder was made from other inputs, or it cannot be made.
     """
     if not is_main_process():
         _agree()
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder.parent / f".{folder.name}.lock").open("w")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder.parent / f".{folder.name}.lock").open("w")
+    except OSError as error:
+        _agree(refused=True)
+        raise ConfigError(
+            f"the run folder {folder} cannot be made: {error.strerror or error}. Choose another place: --output FOLDER"
+        ) from error
     ready = False
     try:
         _hold(lock, folder)

@@ -1,0 +1,290 @@
+"""The files of a head: replaced whole or not at all, tied to their backbone, wherever that came from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vlprompt
+from vlprompt.backbone import Backbone
+from vlprompt.errors import HeadError
+from vlprompt.io import Head, load_head
+
+NAMES = ["grinning face", "red apple", "hot_beverage"]
+MIXTURE = {"templates": ["an emoji of a {}.", "a photo of a {}.", "a {} cartoon."], "groups": [1, 1, 1]}
+
+
+@pytest.fixture(scope="module")
+def demo() -> Backbone:
+    return vlprompt.load_backbone("demo")
+
+
+def made(backbone: Backbone, method: str = "coop", seed: int = 1, **settings: Any) -> Head:
+    """A head whose learnables were moved away from where they start."""
+    torch.manual_seed(seed)
+    given = {"coop": {"context_length": 3}, "mocoop": MIXTURE, "zeroshot": {}}[method] | settings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = vlprompt.create_method(method, backbone, NAMES, **given)
+    made.load_learnable_state({k: v + 0.1 * torch.randn_like(v) for k, v in made.learnable_state().items()})
+    return Head(made)
+
+
+def pixels(backbone: Backbone, seed: int = 0) -> torch.Tensor:
+    size = backbone.preprocess.size
+    return torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+# -- plain open_clip code ---------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def plain_model(demo: Backbone) -> Any:
+    """An open_clip CLIP of its own that holds the demo's weights, made without vlprompt."""
+    from open_clip.model import CLIP
+
+    folder = Path(vlprompt.__file__).parent / "assets" / "demo_clip"
+    config = json.loads((folder / "config.json").read_text())["model_cfg"]
+    keep = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
+    model = CLIP(**{key: config[key] for key in keep if key in config})
+    model.load_state_dict(demo.model.state_dict())
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", ["zeroshot", "coop"])
+@torch.no_grad()
+def test_saved_class_weights_are_a_linear_classifier_of_another_model(
+    method: str, demo: Backbone, plain_model: Any, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    head = made(demo, method)
+    weights = load_file(head.save_pretrained(tmp_path / "head") / "head.safetensors")["class_weights"]
+    images = pixels(demo)
+    logits = plain_model.logit_scale.exp() * F.normalize(plain_model.encode_image(images), dim=-1) @ weights.T
+    expected = head(images)
+    assert float((logits - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+
+
+@torch.no_grad()
+def test_a_mixture_with_tuned_norms_serves_another_model_image_by_image(demo: Backbone, plain_model: Any) -> None:
+    head = made(demo, "mocoop", tune_layer_norms=True)
+    model, images = head.attach(plain_model), pixels(demo)
+    features = model.encode_image(images)  # type: ignore[operator]
+    assert not torch.allclose(features, plain_model.encode_image(images), rtol=1e-3)
+    logits = plain_model.logit_scale.exp() * torch.einsum(
+        "bd,bcd->bc", F.normalize(features, dim=-1), head.class_weights(features)
+    )
+    expected = head(images)
+    assert float((logits - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+
+
+def test_attach_refuses_other_weights_and_what_is_no_clip(demo: Backbone, plain_model: Any) -> None:
+    import copy
+
+    other = copy.deepcopy(plain_model)
+    with torch.no_grad():
+        other.visual.conv1.weight.add_(0.5)
+    with pytest.raises(HeadError, match=r"with other weights \(1 of .*conv1\.weight"):
+        made(demo).attach(other)
+    with pytest.raises(HeadError, match="the model is no demo"):
+        made(demo).attach(torch.nn.Linear(2, 2))
+
+
+# -- replaced whole or not at all -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("step", ["os.replace", "os.rename", "os.chmod", "json.dumps"])
+def test_a_save_that_fails_at_any_step_leaves_the_older_head_whole(
+    step: str, demo: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = made(demo)
+    folder = older.save_pretrained(tmp_path / "head")
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    newer = made(demo, seed=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"vlprompt.io.head.{step}", fail)
+        with pytest.raises(
+            HeadError, match=r"cannot be saved in .*head: Permission denied; what was there is unchanged"
+        ):
+            newer.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
+    assert [path.name for path in tmp_path.iterdir()] == ["head"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_an_interrupted_first_save_is_taken_for_no_head(
+    failing: int, demo: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, replace = [], os.replace
+
+    def interrupt(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == failing:
+            raise KeyboardInterrupt
+        replace(*args)
+
+    head = made(demo)
+    with monkeypatch.context() as patch:
+        patch.setattr("vlprompt.io.head.os.replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            head.save_pretrained(tmp_path / "head")
+    with pytest.raises(HeadError, match="holds no head"):
+        load_head(tmp_path / "head", demo)
+    head.save_pretrained(tmp_path / "head")
+    assert load_head(tmp_path / "head", demo).class_names == NAMES
+    assert [path.name for path in tmp_path.iterdir()] == ["head"]
+
+
+def test_a_save_killed_between_its_two_renames_says_where_the_older_head_is(
+    demo: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made(demo).save_pretrained(tmp_path / "head")
+    folder.rename(tmp_path / ".head.older-abc")
+    with pytest.raises(HeadError, match=r"interrupted; bring the older head back: mv .*\.head\.older-abc .*head$"):
+        load_head(folder, demo)
+
+
+def test_places_with_odd_names(demo: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, images = made(demo), pixels(demo)
+    expected = head(images)
+    for name in ("with blanks [and] *brackets*", "ü🦊", "-rf", "n" * 240, "a/b/c"):
+        folder = head.save_pretrained(tmp_path / "names" / name)
+        assert torch.equal(load_head(folder, demo)(images), expected)
+        head.save_pretrained(tmp_path / "names" / name)  # over itself
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    head.save_pretrained(".")
+    assert sorted(os.listdir()) == ["config.json", "head.safetensors"]
+    assert torch.equal(load_head(".", demo)(images), expected)
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    made(demo, seed=3).save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert not torch.equal(load_head(tmp_path / "here", demo)(images), expected)
+
+
+def test_places_where_no_head_can_be(demo: Backbone, tmp_path: Path) -> None:
+    head = made(demo)
+    (tmp_path / "file").write_text("precious")
+    for name, words in (("file", "is a file"), ("file/below", "cannot be saved"), ("n" * 300, "cannot be saved")):
+        with pytest.raises(HeadError, match=words):
+            head.save_pretrained(tmp_path / name)
+    for name, words in (("file", "is a file"), ("none", "there is no folder"), ("n" * 5000, "there is no folder")):
+        with pytest.raises(HeadError, match=words):
+            load_head(tmp_path / name, demo)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "precious"
+
+
+# -- its backbone -----------------------------------------------------------------------------------------------------
+def saved(kind: str, state: dict[str, torch.Tensor], folder: Path) -> tuple[str, str]:
+    """Put a small CLIP where ``load_backbone(name, pretrained)`` finds it."""
+    if kind == "from-file":
+        from safetensors.torch import save_file
+
+        save_file(state, folder / "tiny.safetensors")
+        return "from-file", str(folder / "tiny.safetensors")
+    from safetensors.torch import save_model
+
+    backbone = Backbone.from_state_dict(state)
+    place = folder / "own"
+    place.mkdir()
+    save_model(backbone.model, str(place / "open_clip_model.safetensors"))
+    visual, text = backbone.model.visual, backbone.model.transformer
+    vision = {
+        "image_size": int(backbone.preprocess.size),
+        "layers": len(visual.transformer.resblocks),
+        "width": visual.conv1.weight.shape[0],
+        "patch_size": visual.conv1.weight.shape[-1],
+        "head_width": visual.conv1.weight.shape[0] // visual.transformer.resblocks[0].attn.num_heads,
+    }
+    texts = {
+        "context_length": 77,
+        "vocab_size": backbone.model.vocab_size,
+        "width": backbone.text_width,
+        "heads": text.resblocks[0].attn.num_heads,
+        "layers": len(text.resblocks),
+    }
+    model = {"embed_dim": backbone.embed_dim, "quick_gelu": True, "vision_cfg": vision, "text_cfg": texts}
+    (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
+    return f"local-dir:{place}", "openai"
+
+
+@pytest.mark.parametrize("kind", ["from-file", "local-dir"])
+def test_a_head_on_own_weights_finds_them_again(
+    kind: str, tiny_state_dict: Callable[..., dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    name, pretrained = saved(kind, tiny_state_dict(), tmp_path)
+    backbone = vlprompt.load_backbone(name, pretrained)
+    head, images = made(backbone), pixels(backbone)
+    folder = head.save_pretrained(tmp_path / "head")
+    assert torch.equal(load_head(folder)(images), head(images))
+    if kind == "local-dir":
+        shutil.rmtree(tmp_path / "own")
+    else:
+        (tmp_path / "tiny.safetensors").unlink()
+    with pytest.raises(
+        HeadError, match=r"cannot be loaded by its name(.|\n)*hand it over: load_head\(folder, backbone\)"
+    ):
+        load_head(folder)
+    assert torch.equal(load_head(folder, backbone)(images), head(images))
+
+
+def test_other_weights_of_the_same_shape_are_refused(
+    tiny_backbone: Backbone, tiny_state_dict: Callable[..., dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    folder = made(tiny_backbone).save_pretrained(tmp_path / "head")
+    with pytest.raises(HeadError, match="another backbone:\n  fingerprint: ") as caught:
+        load_head(folder, Backbone.from_state_dict(tiny_state_dict(seed=1), name="tiny"))
+    assert tiny_backbone.fingerprint in str(caught.value)
+
+
+def test_another_precision_is_refused(demo: Backbone, tmp_path: Path) -> None:
+    folder = made(demo).save_pretrained(tmp_path / "head")
+    with pytest.raises(HeadError, match="precision: 'fp32' in the head, 'bf16' given"):
+        load_head(folder, vlprompt.load_backbone("demo", precision="bf16"))
+
+
+def test_a_head_in_bfloat16_loads_by_itself(tmp_path: Path) -> None:
+    backbone = vlprompt.load_backbone("demo", precision="bf16")
+    head, images = made(backbone), pixels(backbone)
+    folder = head.save_pretrained(tmp_path / "head")
+    again = load_head(folder)
+    assert again.backbone.precision == "bf16" and torch.equal(again(images), head(images))
+
+
+def test_other_image_constants_are_refused(
+    tiny_backbone: Backbone, tiny_state_dict: Callable[..., dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    import dataclasses
+
+    folder = made(tiny_backbone).save_pretrained(tmp_path / "head")
+    other = Backbone.from_state_dict(tiny_state_dict(), name="tiny")
+    other.preprocess = dataclasses.replace(other.preprocess, mean=(0.5, 0.5, 0.5))
+    with pytest.raises(HeadError, match=r"preprocess\.mean: \[0\.48.*\] in the head, \[0\.5, 0\.5, 0\.5\] given"):
+        load_head(folder, other)
+
+
+def test_loading_leaves_the_random_numbers_alone(demo: Backbone, tmp_path: Path) -> None:
+    folder = made(demo).save_pretrained(tmp_path / "head")
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    load_head(folder, demo)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_saving_the_same_head_twice_gives_the_same_bytes(demo: Backbone, tmp_path: Path) -> None:
+    first, second = made(demo).save_pretrained(tmp_path / "a"), made(demo).save_pretrained(tmp_path / "b")
+    for name in ("config.json", "head.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
