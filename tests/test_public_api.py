@@ -146,4 +146,7 @@ def test_five_lines_train_save_and_load(tmp_path: Path, monkeypatch: pytest.Monk
         assert torch.equal(head(images), method(images))
     assert head.class_names == data.class_names and "coop" in run.table()
     assert 0 <= run.results["results"]["new"]["accuracy"] <= 100
-    assert vlprompt.train(method, data, view="center", epochs=2, output=str(tmp_path / "runs")).reused
+    fresh = vlprompt.create_method("coop", backbone, data.class_names, context_init="a photo of a")
+    assert vlprompt.train(fresh, data, view="center", epochs=2, output=str(tmp_path / "runs")).reused
+    with torch.no_grad():
+        assert torch.equal(fresh(images), method(images))  # a finished run's learnables are taken over

@@ -1,4 +1,4 @@
-"""Predictions of a saved head: which images, in which order, as which pixels, and what is said of those that are none."""
+"""Predictions of a saved head: which images, in which order, as which pixels, and what is said of others."""
 
 from __future__ import annotations
 
