@@ -85,11 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _notes():
             return _dispatch(words)
     except VlpromptError as error:
-        print(f"vlprompt: error: {error}", file=sys.stderr)
+        rank = os.environ.get("LOCAL_RANK", "0")
+        who = "vlprompt" if rank == "0" else f"vlprompt (process {rank})"
+        print(f"{who}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         resumes = words[:1] and words[0] in ("train", "base-to-new")
-        print("vlprompt: stopped" + ("; the same command resumes it" if resumes else ""), file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("vlprompt: stopped" + ("; the same command resumes it" if resumes else ""), file=sys.stderr)
         return 130
 
 

@@ -16,6 +16,7 @@ class Preprocess:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
     interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from vlprompt.data import describe_view, train_view
@@ -14,6 +15,7 @@ from vlprompt.errors import ConfigError
 
 class Preprocess:
     size, mean, std, interpolation = 32, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), "bicubic"
+    resize_mode = "shortest"
 
 
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -52,6 +54,16 @@ def test_center_view_is_the_test_view() -> None:
     assert torch.equal(train_view(Preprocess(), "center")(picture), clip_view(Preprocess())(picture))
 
 
+@pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
+@pytest.mark.parametrize("size", [(50, 33), (20, 90), (32, 32)])
+def test_every_resize_mode_is_open_clips(mode: str, size: tuple[int, int]) -> None:
+    class Weights(Preprocess):
+        resize_mode = mode
+
+    config = PreprocessCfg(32, mean=Preprocess.mean, std=Preprocess.std, interpolation="bicubic", resize_mode=mode)
+    assert torch.equal(clip_view(Weights())(noise(*size)), image_transform_v2(config, is_train=False)(noise(*size)))
+
+
 def test_refused() -> None:
     with pytest.raises(ConfigError, match="data.view is 'centre'. Did you mean 'center'"):
         train_view(Preprocess(), "centre")
@@ -67,5 +79,9 @@ def test_descriptions_tell_views_apart() -> None:
     class Larger(Preprocess):
         size = 48
 
+    class Squashed(Preprocess):
+        resize_mode = "squash"
+
     texts = {describe_view(pre, kind) for pre in (Preprocess(), Larger()) for kind in ("random", "center")}
-    assert len(texts) == 4 and all("\n" not in text and "bicubic" in text for text in texts)
+    texts.add(describe_view(Squashed(), "center"))
+    assert len(texts) == 5 and all("\n" not in text and "bicubic" in text for text in texts)

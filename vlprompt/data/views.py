@@ -31,6 +31,10 @@ class PreprocessLike(Protocol):
     def interpolation(self) -> str:
         """Name of torchvision's interpolation, ``bicubic`` for CLIP."""
 
+    @property
+    def resize_mode(self) -> str:
+        """How a test image becomes square: ``shortest``, ``squash`` or ``longest``."""
+
 
 def check_kind(kind: str) -> Literal["random", "center"]:
     """Return ``kind`` or raise a :class:`~vlprompt.errors.ConfigError`."""
@@ -40,16 +44,23 @@ def check_kind(kind: str) -> Literal["random", "center"]:
 
 
 def test_view(preprocess: PreprocessLike) -> View:
-    """Shorter side to ``size``, centre crop, tensor, normalise: CLIP's own test view."""
+    """Return the weights' own test view; CLIP's is: shorter side to ``size``, centre crop, tensor, normalise.
+
+    Other weights were trained with ``squash`` (both sides to ``size``) or ``longest`` (longer side to ``size``, the
+    rest filled with black), as open_clip's ``image_transform`` has them.
+    """
     from torchvision import transforms
 
-    view: View = transforms.Compose(
-        [
-            transforms.Resize(preprocess.size, _mode(preprocess), antialias=True),
-            transforms.CenterCrop(preprocess.size),
-            *_to_tensor(preprocess),
-        ]
-    )
+    size, mode = preprocess.size, _mode(preprocess)
+    if preprocess.resize_mode == "squash":
+        square = [transforms.Resize((size, size), mode, antialias=True)]
+    elif preprocess.resize_mode == "longest":
+        from open_clip.transform import CenterCropOrPad, ResizeKeepRatio
+
+        square = [ResizeKeepRatio(size, longest=1, interpolation=mode), CenterCropOrPad(size, fill=0)]
+    else:
+        square = [transforms.Resize(size, mode, antialias=True), transforms.CenterCrop(size)]
+    view: View = transforms.Compose([*square, *_to_tensor(preprocess)])
     return view
 
 
@@ -86,7 +97,10 @@ def describe_view(preprocess: PreprocessLike, kind: str) -> str:
     """Return the view as one line of text: for results files and the feature store's keys."""
     size, mode = preprocess.size, preprocess.interpolation
     if check_kind(kind) == "center":
-        steps = f"resize shorter side to {size} {mode}; center crop {size}"
+        steps = {
+            "squash": f"resize to {size}x{size} {mode}",
+            "longest": f"resize longer side to {size} {mode}; center pad {size}",
+        }.get(preprocess.resize_mode, f"resize shorter side to {size} {mode}; center crop {size}")
     else:
         steps = f"random resized crop {size} scale 0.08-1 ratio 3/4-4/3 {mode}; mirror 0.5"
     mean, std = (", ".join(repr(float(value)) for value in part) for part in (preprocess.mean, preprocess.std))
