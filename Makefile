@@ -1,7 +1,8 @@
-# make demo    train MoCoOp on the packaged demo, compare it with zero-shot CLIP
-# make test    the whole test suite
-# make lint    ruff and mypy
-# make venv    what they share: .venv with vlprompt (editable) and the development tools
+# make demo      train MoCoOp on the packaged demo, compare it with zero-shot CLIP
+# make demo-all  zero-shot, CoOp and MoCoOp over the demo's three draws, with mean and deviation
+# make test      the whole test suite
+# make lint      ruff and mypy
+# make venv      what they share: .venv with vlprompt (editable) and the development tools
 # Another interpreter: make venv PYTHON=python3.12
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ STAMP := .venv/installed
 # A whole file goes to one process, so that what its fixtures trained is trained once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: venv demo test lint
+.PHONY: venv demo demo-all test lint
 
 venv: $(STAMP)
 
@@ -26,6 +27,10 @@ $(STAMP): pyproject.toml setup.cfg setup.py
 
 demo: $(STAMP)
 	$(BIN)/python tools/train.py --config configs/mocoop/demo.yaml
+
+demo-all: $(STAMP)
+	$(BIN)/python tools/base_to_new.py --config configs/coop/demo.yaml --config configs/mocoop/demo.yaml \
+		--datasets demo,demo-2,demo-3 --seeds 1
 
 test: $(STAMP)
 	$(PYTEST)

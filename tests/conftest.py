@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -54,6 +55,71 @@ def tiny_backbone(tiny_state_dict: Callable[..., dict[str, torch.Tensor]]) -> An
     from vlprompt.backbone import Backbone
 
     return Backbone.from_state_dict(tiny_state_dict(), name="tiny")
+
+
+# Test images of each class by domain; training images are 3 a class in a, b and c, validation images 1.
+TOY_TESTS = {"a": 3, "a+noise": 3, "a+blur": 3, "b": 1, "b+noise": 1, "c": 2, "c+noise": 2}
+TOY_CLASSES = 4
+
+
+@pytest.fixture(scope="session")
+def toy_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with the same small pictures as ``styles`` and as ``plain``: ``<domain>/<split>/<class>/<n>.png``."""
+    from PIL import Image, ImageOps
+
+    from vlprompt.data import load_dataset
+
+    # Domains are looks that the demo's CLIP finds unequally hard, so that their accuracies differ.
+    looks: dict[str, Callable[[Any], Any]] = {
+        "b": ImageOps.flip,
+        "c": ImageOps.grayscale,
+        "noise": ImageOps.invert,
+        "blur": lambda picture: picture.resize((5, 5)).resize(picture.size),
+    }
+    root = tmp_path_factory.mktemp("toys")
+    demo = load_dataset("demo", shots=1)
+    for label in range(TOY_CLASSES):
+        own = itertools.cycle([sample for sample in demo.test if sample.label == label])
+        for domain, tests in TOY_TESTS.items():
+            for split, count in ({"test": tests} if "+" in domain else {"train": 3, "val": 1, "test": tests}).items():
+                for number in range(count):
+                    picture: Image.Image = next(own).source.open()
+                    for look in domain.split("+"):
+                        picture = looks.get(look, lambda picture: picture)(picture)
+                    for data in ("styles", "plain"):
+                        place = root / data / domain / split / str(label) / f"{number}.png"
+                        place.parent.mkdir(parents=True, exist_ok=True)
+                        picture.save(place)
+    return root
+
+
+@pytest.fixture
+def toy_sets(toy_pictures: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The root of two data sets that are known in this test: ``toy-styles``, with domains, and ``toy-plain`` without.
+
+    ``toy-styles`` has the clean domains a, b and c, each with a noisy version and a with a blurred one too, and names
+    them in the order c, a, b. Both have 4 classes.
+    """
+    from vlprompt.data import Card, FileSource, Sample, SplitLists, cards, load_dataset, readers
+
+    names = load_dataset("demo", shots=1).class_names[:TOY_CLASSES]
+
+    def read(card: Card, base: Path) -> SplitLists:
+        lists: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
+        for path in sorted(base.rglob("*.png")):
+            domain, split, label, _ = path.relative_to(base).parts
+            own = domain if card.domains else ""
+            entry = path.relative_to(base).as_posix()
+            lists[split].append(Sample(entry, int(label), FileSource(str(path)), own))
+        return SplitLists(names, **lists)
+
+    facts = {"image_dir": ".", "reader": "toy", "template": "an emoji of a {}.", "licence": "", "home": "", "notes": ""}
+    styles = Card("toy-styles", folder="styles", domains=("c", "a", "b"), **facts)
+    plain = Card("toy-plain", folder="plain", aliases=("plainest",), **facts)
+    known = {**cards._cards(), styles.name: styles, plain.name: plain}
+    monkeypatch.setattr(cards, "_cards", lambda: known)
+    monkeypatch.setitem(readers.READERS, "toy", read)
+    return toy_pictures
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import vlprompt
 from vlprompt.cli import COMMANDS, head_folder, main
@@ -49,6 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     stub("vlprompt.evaluation.run", "evaluate_head", {"accuracy": 87.5, "correct": 7, "total": 8})
     stub("vlprompt.evaluation.dry_run", "dry_run", "the shapes")
     stub("vlprompt.evaluation.base_to_new", "base_to_new", ({}, "both tables"))
+    stub("vlprompt.evaluation.domains", "domain_generalisation", ({}, "the domains"))
     stub("vlprompt.evaluation.predict", "predict", predictions)
     ranks = types.ModuleType("vlprompt.evaluation.folder")
     vars(ranks)["is_main_process"] = lambda: True
@@ -168,6 +170,44 @@ def test_base_to_new_print_config_prints_every_configuration(calls: Calls, capsy
     assert main(["base-to-new", "--config", "coop/demo", "--config", "zeroshot/demo", "--print-config"]) == 0
     first, second = capsys.readouterr().out.split("---\n")
     assert first.startswith("method: coop\n") and second.startswith("method: zeroshot\n") and not calls
+
+
+def test_base_to_new_takes_data_sets(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["base-to-new", "--config", "coop/demo", "--config", "zeroshot/demo", "--datasets", "demo, dtd,Food-101"]
+    assert main(words) == 0
+    configs, _, options = calls.pop()[1]
+    assert [config.data.name for config in configs] == ["demo", "demo"]
+    assert options["datasets"] == ["demo", "dtd", "food101"]
+    assert main(words[:3]) == 0 and calls.pop()[1][-1]["datasets"] is None
+    capsys.readouterr()
+    assert main([*words, "--print-config"]) == 0
+    printed = [yaml.safe_load(text) for text in capsys.readouterr().out.split("---\n")]
+    assert [(one["method"], one["data"]["name"]) for one in printed] == [
+        (method, name) for method in ("coop", "zeroshot") for name in ("demo", "dtd", "food101")
+    ]
+
+
+# -- domains --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("protocol", ["leave-one-out", "single-source"])
+def test_domains_takes_a_protocol_configurations_and_seeds(
+    protocol: str, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", "coop/demo", "--protocol", protocol, "--config", "mocoop/demo", "--data.shots", "2"]
+    assert main(["domains", *words, "--seeds", "4,5", "--force"]) == 0
+    ((name, (configs, told, seeds, options)),) = calls
+    assert (name, told, seeds, options["force"]) == ("domain_generalisation", protocol, [4, 5], True)
+    assert [(config.method, config.data.shots) for config in configs] == [("coop", 2), ("mocoop", 2)]
+    assert capsys.readouterr().out == "the domains\n"
+    options["report"](types.SimpleNamespace(folder="runs/one"))
+    assert capsys.readouterr().out == "run folder: runs/one\n"
+    assert main(["domains", *words, "--print-config"]) == 0 and len(calls) == 1
+    assert len(capsys.readouterr().out.split("---\n")) == 2
+
+
+def test_domains_of_one_run_are_keys(calls: Calls) -> None:
+    assert main(["train", "--config", "coop/demo", "--data.source", "[a, b]", "--data.target", '["c", c+noise]']) == 0
+    data = calls[0][1][0].data
+    assert (data.source, data.target) == (["a", "b"], ["c", "c+noise"])
 
 
 # -- saved heads ----------------------------------------------------------------------------------------------------
@@ -298,6 +338,36 @@ BAD_COMMANDS = {
     "seed beside seeds": ("base-to-new --config coop/demo --seed 2", ["--seed has no meaning", "--seeds says which"]),
     "classes for both": ("base-to-new --config coop/demo --data.classes new", ["--data.classes has no meaning"]),
     "one of two files unknown": ("base-to-new --config coop/demo --config coop/dmo", ["--config 'coop/dmo'"]),
+    "an unknown data set": (
+        "base-to-new --config coop/demo --datasets demo,dtt",
+        ["command line: --datasets: 'dtt' is no data set. Did you mean 'dtd'"],
+    ),
+    "a data set twice": ("base-to-new --config coop/demo --datasets dtd,demo,dtd", ["datasets: 'dtd' is named twice"]),
+    "an empty data set": ("base-to-new --config coop/demo --datasets demo,", ["datasets: '' is no data set. Accept"]),
+    "data sets and a data set": (
+        "base-to-new --config coop/demo --datasets demo --data.name dtd",
+        ["--data.name has no meaning", "--datasets says which"],
+    ),
+    "data sets without a value": ("base-to-new --config coop/demo --datasets", ["--datasets has no value"]),
+    "domains without a protocol": (
+        "domains --config coop/demo",
+        ["command line: --protocol is ''; accepted: leave-one-out or single-source"],
+    ),
+    "domains with a misspelled protocol": (
+        "domains --config coop/demo --protocol leave-out",
+        ["--protocol is 'leave-out'; accepted: leave-one-out or", "Did you mean 'leave-one-out'"],
+    ),
+    "domains without anything": ("domains", ["no --config FILE", "--protocol is ''"]),
+    "domains with data sets": ("domains --config coop/demo --datasets demo", ["no key '--datasets'"]),
+    "what the protocol sets": (
+        "domains --config coop/demo --protocol single-source --data.source [a] --data.target [b] --seed 1",
+        ["--data.source has no meaning for `vlprompt domains`: the protocol", "--data.target has no", "--seed has no"],
+    ),
+    "domains of base classes": (
+        "domains --config coop/demo --protocol single-source --data.classes base",
+        ["--data.classes has no meaning", "all classes are run"],
+    ),
+    "domains that are no list": ("train --config coop/demo --data.source a", ["--data.source is 'a'", "a list, each"]),
     "eval of nothing": ("eval", ["eval takes one RUN folder, got 0"]),
     "eval of two": ("eval a b", ["eval takes one RUN folder, got 2"]),
     "eval of a folder that is not there": ("eval nowhere", ["RUN 'nowhere': there is no such folder"]),
@@ -354,11 +424,12 @@ def test_the_door_of_training_works_from_any_folder_without_a_traceback(tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_the_door_of_base_to_new_and_the_module_give_the_same_command(tmp_path: Path) -> None:
-    door = as_typed(str(ROOT / "tools" / "base_to_new.py"), "--help", cwd=tmp_path)
-    module = as_typed("-m", "vlprompt", "base-to-new", "--help", cwd=ROOT)
+@pytest.mark.parametrize(("file", "name"), [("base_to_new.py", "base-to-new"), ("domains.py", "domains")])
+def test_the_door_of_a_protocol_and_the_module_give_the_same_command(file: str, name: str, tmp_path: Path) -> None:
+    door = as_typed(str(ROOT / "tools" / file), "--help", cwd=tmp_path)
+    module = as_typed("-m", "vlprompt", name, "--help", cwd=ROOT)
     assert door.returncode == module.returncode == 0 and door.stderr == module.stderr == ""
-    assert door.stdout == module.stdout and door.stdout.startswith("vlprompt base-to-new ")
+    assert door.stdout == module.stdout and door.stdout.startswith(f"vlprompt {name} ")
 
 
 def test_help_loads_no_heavy_package(tmp_path: Path) -> None:

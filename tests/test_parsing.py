@@ -349,7 +349,7 @@ BAD_FILES: dict[str, tuple[str | bytes, str]] = {
     "inner duplicate in a value": ("settings: {pair: {a: 1, a: 2}}\n", r"line 1: not usable: the key 'a' stands twice"),
     "misspelled choice": ("data: {view: centre}\n", r"'centre'; accepted: 'random' or 'center'\. Did you mean 'cen"),
     "out of range": ("recipe:\n  epochs: 0\n", r"^bad.yaml, line 2: recipe.epochs is 0; accepted: 1 or more$"),
-    "unknown data set": ("data:\n  name: dmo\n", r"^bad.yaml, line 2: data.name is 'dmo', .*Did you mean 'demo'\?"),
+    "unknown data set": ("data:\n  name: dmo\n", r"^bad.yaml, line 2: data.name is 'dmo', .*Did you mean 'demo'"),
     "unknown setting": ("settings: {lenth: 3}\n", r"no key 'settings.lenth'\. Did you mean 'settings.length'"),
 }  # fmt: skip
 
@@ -500,6 +500,6 @@ def test_overrides_outside_of_what_a_command_takes_are_refused(toys: Path) -> No
     assert problems == [
         "command line: '--recipe.epochs' is not an option of `vlprompt eval`. "
         "Accepted: --data.name, --data.root, --data.shots, --data.classes, --data.view, --data.template, "
-        "--data.workers, --seed."
+        "--data.workers, --data.source, --data.target, --seed."
     ]
     assert config is not None and (config.recipe.epochs, config.data.shots) == (3, 2)

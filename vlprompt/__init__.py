@@ -24,6 +24,7 @@ _HOMES = {
     "load_backbone": "vlprompt.backbone",
     "load_dataset": "vlprompt.data",
     "load_head": "vlprompt.io.head",
+    "load_pairs": "vlprompt.data",
     "register": "vlprompt.methods",
     "train": "vlprompt.evaluation.run",
 }
@@ -44,13 +45,14 @@ __all__ = [
     "load_backbone",
     "load_dataset",
     "load_head",
+    "load_pairs",
     "register",
     "train",
 ]
 
 if TYPE_CHECKING:
     from vlprompt.backbone import Backbone, list_backbones, load_backbone
-    from vlprompt.data import FewShotData, list_datasets, load_dataset
+    from vlprompt.data import FewShotData, list_datasets, load_dataset, load_pairs
     from vlprompt.engine.module import PromptModule
     from vlprompt.errors import VlpromptError
     from vlprompt.evaluation.run import Run, train

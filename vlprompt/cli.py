@@ -1,4 +1,4 @@
-"""The command line: ``vlprompt train | base-to-new | eval | predict | list``; every command is a few lines of Python.
+"""The command line: ``vlprompt train | base-to-new | domains | eval | predict | list``; a few lines of Python each.
 
 What a user can put right is printed as plain text with status 2; an interrupted command ends with 130; anything else
 is a bug and shows itself as one. Heavy imports (torch, lightning, open_clip) stay inside the commands.
@@ -18,64 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import vlprompt
+from vlprompt.cli_help import BASE_TO_NEW_HELP, DOMAINS_HELP, EVAL_HELP, LIST_HELP, PREDICT_HELP, TRAIN_HELP
 from vlprompt.config_files import shown
+from vlprompt.engine.config import RunConfig
 from vlprompt.errors import ConfigError, HeadError, VlpromptError, did_you_mean
 from vlprompt.parsing import COMMAND_LINE, CommandLine, check_run, key_table, read_command_line, refuse, to_yaml
 
 RUN_CONFIG = "config.yaml"
 HEAD_FOLDER, HEAD_CONFIG = "head", "config.json"
 KINDS = ("methods", "datasets", "backbones")
-
-TRAIN_HELP = """\
-vlprompt train --config FILE [--a.b VALUE ...] [--print-config] [--dry-run] [--force]
-
-Trains a method, evaluates it, and keeps config, head and results in a run folder. The same command resumes an
-unfinished run and shows a finished one.
-
-  --config FILE     a path, or one of vlprompt's own such as mocoop/demo; several files: later ones win
-  --a.b VALUE       overrides a key of the files, wherever it stands; lists as '[1, 2]', nothing as null
-  --print-config    print the resolved configuration and stop
-  --dry-run         print shapes, learnables, memory and steps and stop
-  --force           train again although the run is finished
-
-Example: vlprompt train --config mocoop/demo --data.shots 4 --recipe.epochs 5
-"""
-BASE_TO_NEW_HELP = """\
-vlprompt base-to-new --config FILE [--config FILE2 ...] [--seeds 1,2,3] [--a.b VALUE ...] [--print-config] [--force]
-
-Trains on the base classes with each seed, evaluates base and new classes, and prints accuracies, their harmonic mean
-and zero-shot. Several --config files are compared side by side; the overrides apply to all of them.
-
-  --config FILE     a path, or one of vlprompt's own such as mocoop/demo
-  --seeds 1,2,3     the seeds (default 1,2,3)
-  --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
-  --print-config    print the resolved configurations and stop
-  --force           run again what is finished
-"""
-EVAL_HELP = """\
-vlprompt eval RUN [--data.name NAME] [--data.root DIR] [--data.classes all|base|new] [--data.* VALUE] [--seed N]
-
-Evaluates a saved head on the test images of a data set: the run's own, unless --data.* says otherwise.
-
-  RUN               a run folder, or a head folder (then --data.name is needed)
-
-Example: vlprompt eval RUN --data.classes new
-"""
-PREDICT_HELP = """\
-vlprompt predict RUN IMAGE... [--top 5] [--json]
-
-Prints the most probable classes of image files, or of all images in folders.
-
-  RUN               a run folder or a head folder
-  IMAGE...          image files or folders
-  --top K           classes to show per image (default 5)
-  --json            print [{"path": ..., "classes": [{"name": ..., "probability": ...}]}]
-"""
-LIST_HELP = """\
-vlprompt list methods|datasets|backbones [PATTERN]
-
-Prints names, one per line; PATTERN is a wildcard such as '*coop*'.
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{who}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumes = words[:1] and words[0] in ("train", "base-to-new")
+        resumes = words[:1] and words[0] in ("train", "base-to-new", "domains")
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("vlprompt: stopped" + ("; the same command resumes it" if resumes else ""), file=sys.stderr)
         return 130
@@ -172,6 +123,7 @@ def _no_config(line: CommandLine) -> None:
 
 # -- training -----------------------------------------------------------------------------------------------------
 TRAIN_FLAGS = ("print-config", "dry-run", "force")
+PROTOCOL_FLAGS = ("print-config", "force")
 
 
 def _train(words: list[str]) -> int:
@@ -195,13 +147,58 @@ def _train(words: list[str]) -> int:
     return 0
 
 
+# -- protocols of several runs ------------------------------------------------------------------------------------
 def _base_to_new(words: list[str]) -> int:
-    line = read_command_line(words, "base-to-new", flags=("print-config", "force"), options=("seeds",))
+    line = read_command_line(words, "base-to-new", flags=PROTOCOL_FLAGS, options=("seeds", "datasets"))
+    datasets = _datasets(line)
+    fixed = {"seed": "--seeds says which", "data.classes": "base and new classes are both run"}
+    if datasets is not None:
+        fixed["data.name"] = "--datasets says which, so leave one of the two away"
+    configs, seeds = _protocol_configs(line, fixed)
+    if "print-config" in line.flags:
+        on_each = [config.with_data(name=name) for config in configs for name in datasets or ()]
+        return _print_configs(on_each or configs)
+    from vlprompt.evaluation.base_to_new import base_to_new
+
+    force = "force" in line.flags
+    _, table = base_to_new(configs, seeds, datasets=datasets, force=force, report=_report)
+    _say(table)
+    return 0
+
+
+def _domains(words: list[str]) -> int:
+    from vlprompt.data.domains import check_protocol
+
+    line = read_command_line(words, "domains", flags=PROTOCOL_FLAGS, options=("seeds", "protocol"))
+    protocol: Any = line.options.get("protocol", "")
+    try:
+        check_protocol(protocol)
+    except ConfigError as error:
+        line.problems.append(f"{COMMAND_LINE}: --{error}")
+    by_protocol = "the protocol says which domains"
+    fixed = {"seed": "--seeds says which", "data.classes": "all classes are run"}
+    configs, seeds = _protocol_configs(line, fixed | {"data.source": by_protocol, "data.target": by_protocol})
+    if "print-config" in line.flags:
+        return _print_configs(configs)
+    from vlprompt.evaluation.domains import domain_generalisation
+
+    _, table = domain_generalisation(configs, protocol, seeds, force="force" in line.flags, report=_report)
+    _say(table)
+    return 0
+
+
+def _protocol_configs(line: CommandLine, fixed: Mapping[str, str]) -> tuple[list[RunConfig], list[int]]:
+    """Return the configuration of each file of ``line``, and the seeds; refuse the line if anything is wrong with it.
+
+    Args:
+        line: The command line, with the problems of the command's own options.
+        fixed: Keys that the protocol sets itself, with why they cannot be overridden.
+    """
     _no_config(line)
     seeds = _seeds(line)
-    for key, why in (("seed", "--seeds says which"), ("data.classes", "base and new classes are both run")):
+    for key, why in fixed.items():
         if key in line.overrides:
-            line.problems.append(f"{COMMAND_LINE}: --{key} has no meaning for `vlprompt base-to-new`: {why}")
+            line.problems.append(f"{COMMAND_LINE}: --{key} has no meaning for `vlprompt {line.command}`: {why}")
     configs, problems = [], []
     for files in [[name] for name in line.configs] or [[]]:
         config, found = check_run(line, files)
@@ -209,16 +206,29 @@ def _base_to_new(words: list[str]) -> int:
         if config is not None:
             configs.append(config)
     if problems:
-        refuse(problems, "base-to-new")
-    if "print-config" in line.flags:
-        print("---\n".join(to_yaml(config) for config in configs), end="")
-        return 0
-    from vlprompt.evaluation.base_to_new import base_to_new
+        refuse(problems, line.command)
+    return configs, seeds
 
-    force = "force" in line.flags
-    _, table = base_to_new(configs, seeds, force=force, report=lambda run: print(f"run folder: {run.folder}"))
-    _say(table)
+
+def _print_configs(configs: Sequence[RunConfig]) -> int:
+    print("---\n".join(to_yaml(config) for config in configs), end="")
     return 0
+
+
+def _report(run: Any) -> None:
+    print(f"run folder: {run.folder}")
+
+
+def _datasets(line: CommandLine) -> list[str] | None:
+    from vlprompt.data.task import dataset_names
+
+    if "datasets" not in line.options:
+        return None
+    try:
+        return dataset_names([name.strip() for name in line.options["datasets"].split(",")])
+    except ConfigError as error:
+        line.problems.append(f"{COMMAND_LINE}: --{error}")
+        return []
 
 
 def _seeds(line: CommandLine) -> list[int]:
@@ -381,6 +391,7 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "train": Command("train and evaluate a method, keep its head", TRAIN_HELP, _train),
     "base-to-new": Command("train on base classes, score base and new ones over seeds", BASE_TO_NEW_HELP, _base_to_new),
+    "domains": Command("train on some domains, score the others over seeds", DOMAINS_HELP, _domains),
     "eval": Command("evaluate a saved head", EVAL_HELP, _eval),
     "predict": Command("classify images with a saved head", PREDICT_HELP, _predict),
     "list": Command("list methods, data sets or backbones", LIST_HELP, _list),

@@ -1,4 +1,4 @@
-"""The CLIP inside the package: whole, genuine, and honest about the words it never saw."""
+"""The CLIPs inside the package: whole, genuine, and honest about the words they never saw."""
 
 from __future__ import annotations
 
@@ -6,30 +6,55 @@ import open_clip
 import pytest
 import torch
 
-from vlprompt.backbone import load_backbone
+from vlprompt import create_method
+from vlprompt.backbone import VisualTokens, load_backbone
 from vlprompt.errors import BackboneError
 
+NAMES = ("demo", "demo-rn")
 
-def test_demo_comes_with_the_package():
-    backbone = load_backbone("demo")
-    assert (backbone.name, backbone.pretrained, backbone.preprocess.size) == ("demo", "demo", 64)
+
+@pytest.mark.parametrize("name", NAMES)
+def test_demos_come_with_the_package(name):
+    backbone = load_backbone(name)
+    assert (backbone.name, backbone.pretrained, backbone.preprocess.size) == (name, name, 64)
     assert backbone.embed_dim == backbone.text_width == 192 and "QuickGELU" not in repr(backbone)
-    assert backbone.logit_scale.item() == pytest.approx(18.5, abs=0.1)
+    assert 10 < backbone.logit_scale.item() < 100
     table = backbone.model.token_embedding.weight
-    assert table.shape == (49408, 192) and int((table.abs().sum(1) > 0).sum()) == 4504
-    assert load_backbone("demo", None).fingerprint == load_backbone("demo", "demo").fingerprint == backbone.fingerprint
+    trained = int((table.abs().sum(1) > 0).sum())
+    assert table.shape == (49408, 192) and 5000 < trained < 10_000
+    assert load_backbone(name, None).fingerprint == load_backbone(name, name).fingerprint == backbone.fingerprint
 
 
-def test_demo_names_the_words_it_never_saw():
-    backbone = load_backbone("demo")
+def test_demos_share_their_texts_and_differ_in_what_they_take():
+    vit, resnet = (load_backbone(name) for name in NAMES)
+    words = open_clip.tokenize(["an emoji of a cat.", "a drawing of a red apple."])
+    assert torch.equal(vit.model.encode_text(words), resnet.model.encode_text(words))
+    assert vit.fingerprint != resnet.fingerprint
+    assert vit.capabilities.image_tokens and not resnet.capabilities.image_tokens
+    assert vit.capabilities.token_prompts and resnet.capabilities.token_prompts
+
+
+def test_the_resnet_refuses_prompts_among_image_tokens():
+    resnet = load_backbone("demo-rn")
+    tokens = VisualTokens(torch.zeros(2, 192))
+    with pytest.raises(BackboneError, match="demo-rn"):
+        resnet.encode_image(torch.zeros(1, 3, 64, 64), tokens)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_demos_name_the_words_they_never_saw(name):
+    backbone = load_backbone(name)
     assert backbone.untrained_tokens("a photo of a dog face.") == []
     assert backbone.untrained_tokens("dog_face") == []
-    assert backbone.untrained_tokens("a Quokka and a quokka, striped") == ["quokka", "striped"]
+    assert backbone.untrained_tokens("a Quokka and a quokka, isotropic") == ["quokka", "isotropic"]
+    with pytest.warns(UserWarning, match="never saw words of 1 of 2 class names.*\n.*'quokka': quokka"):
+        create_method("zeroshot", backbone, ["dog face", "quokka"])
 
 
-def test_demo_is_a_real_clip():
+@pytest.mark.parametrize("name", NAMES)
+def test_demos_are_real_clips(name):
     """Flat discs of a named colour: the demo knows colours that it was told by name only."""
-    backbone = load_backbone("demo")
+    backbone = load_backbone(name)
     colours = {"red": (0.87, 0.18, 0.27), "green": (0.47, 0.69, 0.35), "blue": (0.33, 0.67, 0.93)}
     grid = torch.linspace(-1, 1, 64)
     disc = (grid[:, None] ** 2 + grid[None] ** 2 < 0.8).float()
@@ -40,9 +65,10 @@ def test_demo_is_a_real_clip():
     assert (images @ texts.t()).argmax(1).tolist() == [0, 1, 2]
 
 
-def test_demo_refuses_other_weights():
+@pytest.mark.parametrize("name", NAMES)
+def test_demos_refuse_other_weights(name):
     for other in ("laion2b_x", "random"):
-        with pytest.raises(BackboneError, match="demo brings its own weights"):
-            load_backbone("demo", other)
+        with pytest.raises(BackboneError, match=f"{name} brings its own weights"):
+            load_backbone(name, other)
     with pytest.raises(BackboneError, match="use GELU"):
-        load_backbone("demo", quick_gelu=True)
+        load_backbone(name, quick_gelu=True)

@@ -337,7 +337,7 @@ def test_list_has_what_can_be_loaded_and_only_that():
     names = list_backbones()
     assert names[0] == "demo" and {"ViT-B-16/openai", "ViT-B-16/laion2b_s34b_b88k", "RN50/openai"} <= set(names)
     assert not [name for name in names if "SigLIP" in name or "coca" in name or "roberta" in name]
-    assert list_backbones("vit-b-16/OPENAI") == ["ViT-B-16/openai"] and list_backbones("d*") == ["demo"]
+    assert list_backbones("vit-b-16/OPENAI") == ["ViT-B-16/openai"] and list_backbones("d*") == ["demo", "demo-rn"]
     assert list_backbones("nothing-like-it") == []
 
 

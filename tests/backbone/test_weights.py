@@ -9,7 +9,7 @@ import zipfile
 import pytest
 import torch
 from open_clip import CLIP, trace_model
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from vlprompt.backbone import load_backbone, weights
 from vlprompt.backbone.weights import read_weights
@@ -182,3 +182,16 @@ def test_checksums_of_openais_releases_are_those_open_clip_lists():
     known = weights.openai_archives()
     assert known["5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"] == "ViT-B-16.pt"
     assert len(known) >= 9 and all(len(digest) == 64 for digest in known)
+
+
+def test_a_safetensors_file_that_begins_like_an_archive_is_read(tmp_path):
+    """The first 8 bytes are the header's length: 19,280 is written as "PK"."""
+    weights = {"a": torch.arange(3.0)}
+    bare = int.from_bytes(save(weights, {"pad": ""})[:8], "little")
+    for length in range(19_280 - bare - 8, 19_280 - bare + 8):
+        data = save(weights, {"pad": "x" * length})
+        if data.startswith(b"PK"):
+            break
+    assert data.startswith(b"PK\0\0")
+    (tmp_path / "odd.safetensors").write_bytes(data)
+    assert torch.equal(read_weights(tmp_path / "odd.safetensors")["a"], weights["a"])

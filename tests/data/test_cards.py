@@ -34,11 +34,12 @@ ELEVEN = {
     "eurosat": 10,
     "ucf101": 101,
 }
+DEMOS = ["demo", "demo-2", "demo-3", "demo-kinds", "demo-pairs", "demo-styles"]
 REPOSITORY = Path(__file__).parents[2]
 
 
 def test_all_cards_load() -> None:
-    assert list_datasets() == sorted([*ELEVEN, "demo", "folder"])
+    assert list_datasets() == sorted([*ELEVEN, *DEMOS, "folder"])
     assert list_datasets("oxford_*") == ["oxford_flowers", "oxford_pets"]
     for name, classes in ELEVEN.items():
         card = find_card(name)
@@ -199,25 +200,6 @@ def test_cards_without_images() -> None:
     assert len(card_class_names(find_card("imagenet")) or []) == 1000
     assert len(card_class_names(find_card("demo")) or []) == 100
     assert card_class_names(find_card("dtd")) is None
-
-
-def test_demo_is_in_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        task = load_dataset("demo", classes="base", shots=16)
-    assert (len(task.class_names), len(task.train), len(task.val), len(task.test)) == (50, 800, 200, 450)
-    assert task.describe()["split_published"] is True
-    assert task.train[0].source.open().size == (64, 64)
-    other = task.counterpart()
-    assert other.classes == "new" and task.class_names + other.class_names == task.all_class_names
-    assert not set(task.class_names) & set(other.class_names)
-    styles = {
-        part: {sample.id.rsplit("_", 1)[1] for sample in getattr(task, part)} for part in ("train", "val", "test")
-    }
-    assert not styles["train"] & styles["val"] and not (styles["train"] | styles["val"]) & styles["test"]
-    assert "CC BY-SA 4.0" in (REPOSITORY / "vlprompt" / "assets" / "demo" / "LICENCES.md").read_text()
-    json.dumps(task.describe())
 
 
 def test_describe_names_what_a_run_depends_on() -> None:

@@ -41,10 +41,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in the layout train/<class>/*.png, test/<class>/*.png."""
     folder = tmp_path_factory.mktemp("pictures")
     demo = load_dataset("demo", shots=1)
-    for label, tests in enumerate(TEST):
-        own = [sample for sample in demo.test if sample.label == label]
+    for name, tests in zip(sorted(demo.class_names[: len(TEST)]), TEST, strict=True):  # the folder reader sorts, too
+        own = [sample for sample in demo.test if demo.class_names[sample.label] == name]
         for number, sample in enumerate(own[: TRAIN + tests]):
-            place = folder / ("train" if number < TRAIN else "test") / demo.class_names[label]
+            place = folder / ("train" if number < TRAIN else "test") / name
             place.mkdir(parents=True, exist_ok=True)
             sample.source.open().save(place / f"{number}.png")
     return folder

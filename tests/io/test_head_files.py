@@ -51,7 +51,7 @@ def plain_model(demo: Backbone) -> Any:
     from open_clip.model import CLIP
 
     folder = Path(vlprompt.__file__).parent / "assets" / "demo_clip"
-    config = json.loads((folder / "config.json").read_text())["model_cfg"]
+    config = json.loads((folder / "demo.json").read_text())["model_cfg"]
     keep = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
     model = CLIP(**{key: config[key] for key in keep if key in config})
     model.load_state_dict(demo.model.state_dict())

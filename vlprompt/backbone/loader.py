@@ -7,7 +7,6 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,11 @@ from vlprompt.backbone.architecture import (
     text_problem,
 )
 from vlprompt.backbone.backbone import Backbone, Preprocess, checked_device, clip_tokenizer
+from vlprompt.backbone.demo import DEMOS, read_demo
 from vlprompt.backbone.fetch import CONFIG_FILE, WEIGHT_FILES, find_or_fetch, find_or_fetch_repo, published
 from vlprompt.backbone.weights import load_weights, read_weights
 from vlprompt.errors import BackboneError, bulleted, did_you_mean, nearest
 
-DEMO = "demo"
 FROM_FILE = "from-file"
 
 _CONSTANTS = ("mean", "std", "interpolation", "resize_mode")
@@ -49,7 +48,8 @@ def load_backbone(
     Args:
         name: An architecture of open_clip (``ViT-B-16``; ``list_backbones()`` shows all that can be served);
             ``local-dir:FOLDER`` with ``open_clip_config.json`` and weights; ``hf-hub:ORG/REPO``; ``from-file``: an
-            OpenAI-format file whose shapes tell the architecture; ``demo``: the small CLIP inside the package.
+            OpenAI-format file whose shapes tell the architecture; ``demo`` and ``demo-rn``: the small CLIPs inside
+            the package, with a ViT and with a ResNet.
         pretrained: A tag (``openai``, ``laion2b_s34b_b88k``); the path of a safetensors or torch file; ``TAG=PATH``, a
             file with the weights of that tag; ``random``: weights that a fixed seed determines. Names that bring their
             own weights (``demo``, ``local-dir:``, ``hf-hub:``) leave it at its default.
@@ -68,8 +68,8 @@ def load_backbone(
     check_precision(precision)
     where = checked_device(device)
     pretrained = os.fspath(pretrained) if pretrained is not None else None
-    if name == DEMO:
-        backbone = _demo(pretrained, precision, quick_gelu)
+    if name in DEMOS:
+        backbone = _demo(name, pretrained, precision, quick_gelu)
     elif name.startswith(("local-dir:", "hf-hub:")):
         backbone = _from_folder(name, pretrained, precision, quick_gelu)
     elif name == FROM_FILE:
@@ -80,11 +80,14 @@ def load_backbone(
 
 
 def list_backbones(pattern: str = "*") -> list[str]:
-    """Return ``demo`` and the ``NAME/TAG`` pairs that can be served and match ``pattern`` (``*``, ``?``, any case)."""
+    """Return the packaged ``demo`` networks and the ``NAME/TAG`` pairs that can be served and match ``pattern``.
+
+    ``*`` and ``?`` are wildcards; case makes no difference.
+    """
     from open_clip.pretrained import list_pretrained
 
     served = set(_served_names())
-    pairs = [DEMO, *(f"{name}/{tag}" for name, tag in list_pretrained() if name in served)]
+    pairs = [*DEMOS, *(f"{name}/{tag}" for name, tag in list_pretrained() if name in served)]
     return [pair for pair in pairs if fnmatch.fnmatchcase(pair.lower(), pattern.lower())]
 
 
@@ -179,7 +182,7 @@ def _tag_and_path(name: str, pretrained: str) -> tuple[str | None, Path | None]:
 
 def _unknown_name(name: str) -> str:
     return (
-        f"there is no backbone {name!r}.{did_you_mean(name, [DEMO, FROM_FILE, *_served_names()])}\n"
+        f"there is no backbone {name!r}.{did_you_mean(name, [*DEMOS, FROM_FILE, *_served_names()])}\n"
         "`vlprompt list backbones` shows all; local-dir:FOLDER, hf-hub:ORG/REPO and from-file (an OpenAI-format file "
         "given as pretrained) are names too."
     )
@@ -300,22 +303,15 @@ def _from_shapes(pretrained: str | None, precision: str, quick_gelu: bool | None
     return _assembled(config, state, {}, quick_gelu is not False, FROM_FILE, str(path), precision, source=str(path))
 
 
-def _demo(pretrained: str | None, precision: str, quick_gelu: bool | None) -> Backbone:
-    _own_weights(DEMO, pretrained, DEMO)
-    folder = resources.files("vlprompt") / "assets" / "demo_clip"
-    with resources.as_file(folder) as place:
-        file = place / "config.json"
-        settings = _checked_settings(json.loads(file.read_text(encoding="utf-8")), file)
-        state = read_weights(place / "demo_clip.safetensors")
+def _demo(name: str, pretrained: str | None, precision: str, quick_gelu: bool | None) -> Backbone:
+    _own_weights(name, pretrained, name)
+    settings, state, token_ids = read_demo(name)
+    settings = _checked_settings(settings, Path(f"{name}.json"))
     config = settings["model_cfg"]
-    _agree(quick_gelu, bool(config["quick_gelu"]), "the demo weights")
-    # Only the rows of tokens that were trained are stored; the others are zeros, and untrained_tokens() knows them.
-    token_ids = state.pop("token_ids").long()
-    rows = state["token_embedding.weight"]
-    table = torch.zeros(config["text_cfg"]["vocab_size"], rows.shape[1], dtype=rows.dtype)
-    state["token_embedding.weight"] = table.index_copy_(0, token_ids, rows)
-    active, trained = bool(config["quick_gelu"]), frozenset(token_ids.tolist())
-    return _assembled(config, state, settings["preprocess_cfg"], active, DEMO, DEMO, precision, trained_tokens=trained)
+    active = bool(config["quick_gelu"])
+    _agree(quick_gelu, active, "the demo weights")
+    constants, trained = settings["preprocess_cfg"], frozenset(token_ids.tolist())
+    return _assembled(config, state, constants, active, name, name, precision, trained_tokens=trained)
 
 
 def _own_weights(name: str, pretrained: str | None, other: str) -> None:

@@ -56,7 +56,8 @@ def _kind(path: Path) -> str:
         raise BackboneError(f"{path} is a Git LFS pointer of {size} bytes, not the weights; run `git lfs pull` there")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise BackboneError(f"{path} is a web page, not weights; download the file itself (the page's `resolve` link)")
-    if head.startswith(b"PK"):
+    # A safetensors file begins with "PK" too where its header has 19,280 bytes; JSON follows then.
+    if head.startswith(b"PK") and head[8:9] != b"{":
         try:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()

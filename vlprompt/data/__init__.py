@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vlprompt.data.features import FeatureStore, extract
     from vlprompt.data.images import FileSource, ZipSource, decode_rgb
     from vlprompt.data.module import FewShotData
+    from vlprompt.data.readers.pairs import Pair, load_pairs
     from vlprompt.data.records import Sample, SplitLists
     from vlprompt.data.samplers import EvalSampler, TrainSampler
     from vlprompt.data.shots import class_labels, fewshot, keep_labels
@@ -25,6 +26,7 @@ _HOMES = {
     "shots": ("class_labels", "fewshot", "keep_labels"),
     "images": ("FileSource", "ZipSource", "decode_rgb"),
     "module": ("FewShotData",),
+    "readers.pairs": ("Pair", "load_pairs"),
     "records": ("Sample", "SplitLists"),
     "samplers": ("EvalSampler", "TrainSampler"),
     "task": ("FewShotTask", "load_dataset"),
@@ -39,6 +41,7 @@ __all__ = [
     "FewShotData",
     "FewShotTask",
     "FileSource",
+    "Pair",
     "Sample",
     "SplitLists",
     "TrainSampler",
@@ -54,6 +57,7 @@ __all__ = [
     "keep_labels",
     "list_datasets",
     "load_dataset",
+    "load_pairs",
     "test_view",
     "train_view",
 ]

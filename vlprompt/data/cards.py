@@ -18,7 +18,7 @@ from vlprompt.errors import ConfigError, DataError, bulleted, did_you_mean
 _PACKAGE = Path(__file__).resolve().parent.parent
 #: Folder of the demo benchmark and of what else the wheel carries.
 ASSETS = _PACKAGE / "assets"
-READER_NAMES = ("split_json", "folder", "fgvc", "imagenet")
+READER_NAMES = ("split_json", "folder", "fgvc", "imagenet", "pairs")
 _LARGEST_CARD = 1_000_000
 
 
@@ -31,18 +31,23 @@ class Card:
         aliases: Other accepted spellings.
         folder: Folder under the data root; ``.`` for the data root itself.
         image_dir: Folder of the images under ``folder``; sample ids are relative to it.
-        reader: ``split_json``, ``folder``, ``fgvc`` or ``imagenet``.
+        reader: ``split_json``, ``folder``, ``fgvc`` or ``imagenet``; ``pairs`` for images with captions and no classes
+            (:func:`vlprompt.load_pairs`).
         template: The published prompt, with ``{}`` for the class name.
         licence: Licence of the images.
         home: Where the images come from.
         notes: How to get them and where to put them.
-        split_file: Split file under ``folder``, for the ``split_json`` reader.
+        split_file: Split file under ``folder``, for the ``split_json`` reader; the list of pairs for ``pairs``.
         split_file_sha256: SHA-256 of the published split file.
         split_content_sha256: SHA-256 of its content (:meth:`vlprompt.data.records.SplitLists.content_sha256`).
         classes: Number of classes; ``None`` where the user decides.
         sizes: Images in train, val and test; ``None`` where the user decides.
-        archive: Zip archive under ``folder`` that holds the images.
+        archive: Zip archive under ``folder`` that holds the images. ``{}`` in its name stands for the first folder of
+            an image's path: every such folder has an archive of its own.
         packaged: Whether the data lie inside the package, so that no data root is needed.
+        variants: Whether an image's path may end in ``#`` and a variant (:mod:`vlprompt.data.variants`).
+        domains: Names of its domains, for domain generalisation; a sample's domain is the first folder of its path,
+            with ``+noise`` or the like behind it for a corrupted variant.
     """
 
     name: str
@@ -61,6 +66,8 @@ class Card:
     sizes: Mapping[str, int] | None = None
     archive: str | None = None
     packaged: bool = False
+    variants: bool = False
+    domains: tuple[str, ...] = ()
 
     def base(self, root: str | Path | None = None) -> Path:
         """Return the absolute folder of this data set under ``root`` (see :func:`data_root`)."""
@@ -118,7 +125,7 @@ def card_class_names(card: Card) -> list[str] | None:
         from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 
         return list(IMAGENET_CLASSNAMES)
-    if card.packaged:
+    if card.packaged and card.reader != "pairs":
         from vlprompt.data.readers import read_dataset
 
         return list(read_dataset(card).class_names)
@@ -144,7 +151,8 @@ def read_card(path: Path) -> Card:
     if problems:
         raise DataError(f"Data set card {path} is not valid:\n{bulleted(problems)}")
     fields = {key: value for key, value in content.items() if key != "schema"}
-    fields["aliases"] = tuple(fields.get("aliases", ()))
+    for name in ("aliases", "domains"):
+        fields[name] = tuple(fields.get(name, ()))
     return Card(**fields)
 
 
@@ -163,8 +171,8 @@ def _card_problems(content: dict[Any, Any]) -> list[str]:
             problems.append(f"{name} is {content[name]!r}; text is expected")
     if content.get("reader") not in READER_NAMES:
         problems.append(f"reader is {content.get('reader')!r}.{did_you_mean(str(content.get('reader')), READER_NAMES)}")
-    if content.get("reader") == "split_json" and not content.get("split_file"):
-        problems.append("reader split_json needs the field 'split_file'")
+    if content.get("reader") in ("split_json", "pairs") and not content.get("split_file"):
+        problems.append(f"reader {content['reader']} needs the field 'split_file'")
     for name in ("folder", "image_dir", "split_file", "archive"):
         value = content.get(name, "")
         if isinstance(value, str) and (value.startswith(("/", "\\")) or ".." in value.split("/")):
@@ -181,11 +189,13 @@ def _card_problems(content: dict[Any, Any]) -> list[str]:
         or not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes.values())
     ):
         problems.append(f"sizes is {sizes!r}; {{train: N, val: N, test: N}} is expected")
-    aliases = content.get("aliases", [])
-    if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
-        problems.append(f"aliases is {aliases!r}; a list of names is expected")
-    if not isinstance(content.get("packaged", False), bool):
-        problems.append(f"packaged is {content['packaged']!r}; true or false is expected")
+    for name in ("aliases", "domains"):
+        names = content.get(name, [])
+        if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+            problems.append(f"{name} is {names!r}; a list of names is expected")
+    for name in ("packaged", "variants"):
+        if not isinstance(content.get(name, False), bool):
+            problems.append(f"{name} is {content[name]!r}; true or false is expected")
     return problems
 
 

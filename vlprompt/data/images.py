@@ -80,7 +80,7 @@ class ZipSource:
         return f"{info.file_size}-{info.CRC:08x}"
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def _archive(path: str, process: int) -> zipfile.ZipFile:
     # Keyed by process: a forked worker shares the file position of an archive opened before the fork.
     return zipfile.ZipFile(path)

@@ -20,11 +20,13 @@ class Sample:
         id: POSIX path relative to the data set's image folder; the sample's name in hashes and results.
         label: Class index from 0.
         source: Where the pixels come from; ``source.open()`` gives a PIL RGB image.
+        domain: The domain it belongs to, in data sets that have domains (:attr:`vlprompt.data.Card.domains`).
     """
 
     id: str
     label: int
     source: ImageSource
+    domain: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ with a private generator that nothing else in the process can disturb.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 
@@ -90,4 +91,5 @@ def class_labels(labels: Sequence[int], classes: str) -> list[int]:
 def keep_labels(samples: Sequence[Sample], labels: Sequence[int]) -> list[Sample]:
     """Return the samples whose label is among ``labels``, re-numbered by position in ``labels``, order kept."""
     position = {label: index for index, label in enumerate(labels)}
-    return [Sample(sample.id, position[sample.label], sample.source) for sample in samples if sample.label in position]
+    kept = [sample for sample in samples if sample.label in position]
+    return [dataclasses.replace(sample, label=position[sample.label]) for sample in kept]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vlprompt.data.cards import Card, find_card
+from vlprompt.data.cards import Card, find_card, list_datasets
+from vlprompt.data.domains import domains_of, keep_domains
 from vlprompt.data.readers import read_dataset
 from vlprompt.data.records import Sample, lines_sha256
 from vlprompt.data.shots import check_draw, class_labels, fewshot, keep_labels
-from vlprompt.errors import ClassNameError, ConfigError
+from vlprompt.errors import ClassNameError, ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class FewShotTask:
         template: Prompt with ``{}`` for the class name.
         train: Few-shot training samples, labels from 0 within ``class_names``.
         val: Validation samples (at most 4 per class, except with ``shots=-1`` and on ImageNet); may be empty.
-        test: All test samples of the classes in play.
+        test: All test samples of the classes in play, of the ``target`` domains.
         shots: Training images per class, or -1 for all.
         seed: Seed of the draw.
         classes: ``all``, ``base`` or ``new``.
@@ -33,6 +35,8 @@ class FewShotTask:
         card: The data set's card.
         sampler: Name of the few-shot rule, ``dassl-v1`` or ``sorted-v1``.
         root: The data root as it was given to :func:`load_dataset`.
+        source: Domains that ``train`` and ``val`` were drawn from; empty for all.
+        target: Domains of ``test``; empty for all.
     """
 
     name: str
@@ -50,6 +54,8 @@ class FewShotTask:
     card: Card = field(repr=False)
     sampler: str = "dassl-v1"
     root: str | None = None
+    source: tuple[str, ...] = ()
+    target: tuple[str, ...] = ()
 
     def counterpart(self) -> FewShotTask:
         """Return the task of the other half of the classes: ``new`` for ``base`` and the reverse, from the same draw.
@@ -61,12 +67,28 @@ class FewShotTask:
             raise ConfigError("A task over all classes has no other half; load it with data.classes base or new.")
         other = "new" if self.classes == "base" else "base"
         return load_dataset(
-            self.name, root=self.root, shots=self.shots, seed=self.seed, classes=other, template=self.template
+            self.name,
+            root=self.root,
+            shots=self.shots,
+            seed=self.seed,
+            classes=other,
+            template=self.template,
+            source=self.source,
+            target=self.target,
         )
+
+    def by_domain(self) -> dict[str, FewShotTask]:
+        """Return this task with the test samples of one domain alone, for each domain that is tested.
+
+        A data set without domains gives an empty dict.
+        """
+        names = domains_of(self.card, self.test) if self.card.domains else []
+        return {name: replace(self, test=[one for one in self.test if one.domain == name]) for name in names}
 
     def describe(self) -> dict[str, Any]:
         """Return what a results file records of the data, as plain JSON values."""
         published = self.card.split_content_sha256
+        domains = {"source": list(self.source), "target": list(self.target)} if self.card.domains else {}
         return {
             "name": self.name,
             "classes": self.classes,
@@ -83,6 +105,7 @@ class FewShotTask:
             "split_published": None if published is None else published == self.split_sha256,
             "shots_sha256": self.shots_sha256,
             "val_sha256": lines_sha256(sample.id for sample in self.val),
+            **domains,
         }
 
 
@@ -94,11 +117,13 @@ def load_dataset(
     seed: int = 1,
     classes: str = "all",
     template: str | None = None,
+    source: Sequence[str] = (),
+    target: Sequence[str] = (),
 ) -> FewShotTask:
     """Read a data set and draw its few-shot task.
 
     The draw is made over all classes and filtered afterwards, so base and new of one seed come from one draw
-    (datasets.md 2.1).
+    (datasets.md 2.1). Domains are chosen before the draw: ``shots`` images per class come from all of ``source``.
 
     Args:
         name: Name or alias of a data set (:func:`~vlprompt.data.list_datasets`); ``folder`` for your own images.
@@ -108,9 +133,11 @@ def load_dataset(
         seed: Seed of the draw, 0 or more.
         classes: ``all``, or the ``base`` or ``new`` half of the classes, with labels from 0.
         template: A prompt instead of the card's; it holds ``{}`` once.
+        source: Domains to train on, where the data set has domains; empty for all.
+        target: Domains to test on, where the data set has domains; empty for all.
 
     Raises:
-        ConfigError: If the name is unknown or a value is out of range.
+        ConfigError: If a name is unknown, a value is out of range, or the domains leave nothing to train or test on.
         ClassNameError: If the template does not hold ``{}`` exactly once.
         DataError: If the data are missing or cannot be used.
     """
@@ -120,7 +147,8 @@ def load_dataset(
         raise ConfigError(f"data.classes is {classes!r}; accepted: all, base, new.")
     if template is not None and (template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1):
         raise ClassNameError(f"data.template is {template!r}; it must hold {{}} exactly once, for the class name.")
-    lists = read_dataset(card, root)
+    whole = read_dataset(card, root)
+    lists = keep_domains(card, whole, source, target)
     train, val = fewshot(lists.train, lists.val, shots, seed, sample_val=lists.sample_val)
     test = lists.test
     class_names = list(lists.class_names)
@@ -128,6 +156,8 @@ def load_dataset(
         labels = class_labels([sample.label for sample in train], classes)
         train, val, test = (keep_labels(part, labels) for part in (train, val, test))
         class_names = [lists.class_names[label] for label in labels]
+    if target and not test:
+        raise ConfigError(f"data.target is {list(target)}, which has no test images of the {classes} classes.")
     return FewShotTask(
         name=card.name,
         class_names=class_names,
@@ -139,9 +169,29 @@ def load_dataset(
         shots=shots,
         seed=seed,
         classes=classes,  # type: ignore[arg-type]
-        split_sha256=lists.content_sha256(),
+        split_sha256=whole.content_sha256(),
         shots_sha256=lines_sha256(sample.id for sample in train),
         card=card,
         sampler=lists.sampler,
         root=None if root is None else str(root),
+        source=tuple(source),
+        target=tuple(target),
     )
+
+
+def dataset_names(names: Sequence[str]) -> list[str]:
+    """Return the data sets' own names for ``names``, which may be aliases.
+
+    Raises:
+        ConfigError: None is named, one is unknown, or one is named twice; all problems are listed.
+    """
+    found, problems = [], []
+    for name in names:
+        try:
+            found.append(find_card(name).name)
+        except ConfigError:
+            problems.append(f"{name!r} is no data set.{did_you_mean(str(name), list_datasets())}")
+    problems += [f"{name!r} is named twice." for name in dict.fromkeys(found) if found.count(name) > 1]
+    if problems or not found:
+        raise ConfigError("datasets: " + (" ".join(problems) or "none is named; accepted: names with commas, demo,dtd"))
+    return found

@@ -6,7 +6,7 @@ part lists every value that is not accepted, in words, so that all of them can b
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Classes = Literal["all", "base", "new"]
@@ -27,7 +27,10 @@ class BackboneConfig:
 
 @dataclass
 class DataConfig:
-    """Which images: data set, where it lies, shots per class, class subset and training view."""
+    """Which images: data set, where it lies, shots per class, class subset and training view.
+
+    ``source`` and ``target`` name domains to train and to test on, where the data set has domains; empty for all.
+    """
 
     name: str = "demo"
     root: str | None = None
@@ -36,6 +39,8 @@ class DataConfig:
     view: Literal["random", "center"] = "random"
     template: str | None = None
     workers: int = 0
+    source: list[str] = field(default_factory=list)
+    target: list[str] = field(default_factory=list)
 
     def problems(self) -> list[str]:
         """Return what is wrong with these values, in words."""
@@ -115,6 +120,10 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     seed: int = 1
     output: str = "runs"
+
+    def with_data(self, **values: Any) -> RunConfig:
+        """Return a copy with other ``values`` of the fields of ``data``."""
+        return replace(self, data=replace(self.data, **values))
 
     def problems(self) -> list[str]:
         """Return what is wrong with all values that do not need the method, backbone or data to be known."""

@@ -96,7 +96,11 @@ def test(trainer: pl.Trainer, module: PromptModule, data: pl.LightningDataModule
     """Return ``{"accuracy": percent, "correct": n, "total": n}`` of the test images, each counted once."""
     with quiet(), _interruptible(trainer):
         (scores,) = trainer.test(module, datamodule=data, verbose=False)
-    correct, total = round(scores["test/correct"]), round(scores["test/total"])
+    return score(round(scores["test/correct"]), round(scores["test/total"]))
+
+
+def score(correct: int, total: int) -> dict[str, float | int]:
+    """Return ``{"accuracy": percent, "correct": n, "total": n}`` of counts."""
     return {"accuracy": 100 * correct / total, "correct": correct, "total": total}
 
 
@@ -128,4 +132,4 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-__all__ = ["METRICS", "RecipeConfig", "check_devices", "fit", "make_trainer", "quiet", "test"]
+__all__ = ["METRICS", "RecipeConfig", "check_devices", "fit", "make_trainer", "quiet", "score", "test"]

@@ -1,34 +1,42 @@
 """The base-to-new protocol: train on the first half of the classes, test on both halves, over several seeds.
 
 Accuracies are averaged over seeds first and the harmonic mean is taken of the averages, as the published tables do
-(datasets.md 3); the spread is the population standard deviation. Counts stay exact until the last step.
+(datasets.md 3); the spread is the population standard deviation. Over several data sets it is the same once more: the
+average of the data sets' means, and the harmonic mean of these averages. Counts stay exact until the last step.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from vlprompt.engine.callbacks import write_text
+from vlprompt.data.task import dataset_names
 from vlprompt.engine.config import RunConfig
-from vlprompt.errors import ConfigError
-from vlprompt.evaluation.folder import config_sha256, is_main_process, sha256_of
-from vlprompt.evaluation.run import Run, harmonic_mean, run
+from vlprompt.evaluation.protocol import (
+    check_several,
+    keep,
+    over_seeds,
+    result_parts,
+    run_seeds,
+    spread,
+    spread_text,
+    table_rows,
+)
+from vlprompt.evaluation.run import Run, harmonic_mean
 from vlprompt.evaluation.tables import render
 
 SCHEMA = 1
+AVERAGE = "average"
+_HALVES = ("base", "new")
 
 
 def base_to_new(
     configs: Sequence[RunConfig],
     seeds: Sequence[int] = (1, 2, 3),
     *,
+    datasets: Sequence[str] | None = None,
     force: bool = False,
     report: Callable[[Run], None] | None = None,
 ) -> tuple[dict[str, Any], str]:
@@ -39,74 +47,89 @@ def base_to_new(
     Args:
         configs: What to compare; ``data.classes`` is set to ``base`` and ``seed`` to each seed.
         seeds: Seeds of the shots and of the training.
+        datasets: Names or aliases of data sets to run every configuration on, in place of its ``data.name``; results
+            and table then have their average. A ``data.template`` that a configuration has stays.
         force: Run everything anew.
         report: Called after every run.
 
     Raises:
-        ConfigError: No configurations, no seeds, or one of them twice.
+        ConfigError: No configurations, seeds or data sets, one of them twice, or an unknown data set.
         VlpromptError: Whatever a single run raises.
     """
-    if not configs or not seeds:
-        raise ConfigError("base-to-new needs at least one configuration and one seed, such as --seeds 1,2,3")
-    if len(set(seeds)) != len(seeds):
-        raise ConfigError(f"a seed stands twice in {list(seeds)}; each seed is one draw")
-    cells = []
-    for config in configs:
-        config = replace(config, data=replace(config.data, classes="base"))
-        runs = []
-        for seed in seeds:
-            done = run(replace(config, seed=seed), force=force)
-            if report is not None and is_main_process():
-                report(done)
-            runs.append(done)
-        cells.append(_cell(config, runs))
-    results = {"schema": SCHEMA, "protocol": "base2new", "seeds": list(seeds), "cells": cells}
-    if is_main_process():
-        keys = sha256_of([[config_sha256(config) for config in configs], list(seeds)])[:8]
-        write_text(Path(configs[0].output) / f"base_to_new-{keys}.json", json.dumps(results, indent=1) + "\n")
-    return results, base_to_new_table(cells, list(seeds))
+    check_several("base-to-new", configs, seeds)
+    names = None if datasets is None else dataset_names(datasets)
+    groups = [[config] if names is None else [config.with_data(name=name) for name in names] for config in configs]
+    cells, average = [], []
+    for group in groups:
+        own = []
+        for config in group:
+            runs = run_seeds(config.with_data(classes="base"), seeds, force=force, report=report)
+            own.append(_cell(config, runs))
+        cells += own
+        average.append(average_of(own))
+    results: dict[str, Any] = {"schema": SCHEMA, "protocol": "base2new", "seeds": list(seeds), "cells": cells}
+    if names is not None:
+        results[AVERAGE] = average
+    # The file with an average is another one, even where it is over the configurations' own data set.
+    more = [] if names is None else [names]
+    keep("base_to_new", results, [config for group in groups for config in group], list(seeds), *more)
+    return results, base_to_new_table(cells, list(seeds), results.get(AVERAGE, ()))
 
 
 def _cell(config: RunConfig, runs: Sequence[Run]) -> dict[str, Any]:
-    parts = {config.method: "results", "zero-shot": "zeroshot"}
-    rows = {label: summary([one.results[part] for one in runs]) for label, part in parts.items()}
+    rows = {label: summary([one.results[part] for one in runs]) for label, part in result_parts(config.method).items()}
     first = runs[0].results["data"]
     return {"method": config.method, "data": first["name"], "shots": first["shots"], "rows": rows}
 
 
+def average_of(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the average of one configuration's ``cells``, one per data set, in the form of a cell."""
+    first = cells[0]
+    rows = {}
+    for label in first["rows"]:
+        own = [cell["rows"][label] for cell in cells]
+        rows[label] = _halves([{half: row[half]["mean"] for half in _HALVES if half in row} for row in own])
+    names = [cell["data"] for cell in cells]
+    return {"method": first["method"], "data": AVERAGE, "datasets": names, "shots": first["shots"], "rows": rows}
+
+
 def summary(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return mean and population deviation of base and new accuracy over runs, and the harmonic mean of the means."""
-    found: dict[str, Any] = {"per_seed": list(scores)}
-    for part in ("base", "new"):
-        values = [score[part]["accuracy"] for score in scores if score.get(part)]
-        if len(values) == len(scores):
-            found[part] = {"mean": statistics.fmean(values), "deviation": statistics.pstdev(values)}
-    if "base" in found and "new" in found:
+    accuracies = [{half: score[half]["accuracy"] for half in _HALVES if score.get(half)} for score in scores]
+    return {"per_seed": list(scores), **_halves(accuracies)}
+
+
+def _halves(accuracies: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Return mean and deviation of the halves that all of ``accuracies`` have; with both, their harmonic mean."""
+    found: dict[str, Any] = {}
+    for half in _HALVES:
+        values = [one[half] for one in accuracies if half in one]
+        if len(values) == len(accuracies):
+            found[half] = spread(values)
+    if len(found) == len(_HALVES):
         found["harmonic_mean"] = harmonic_mean(found["base"]["mean"], found["new"]["mean"])
     return found
 
 
-def base_to_new_table(cells: Sequence[dict[str, Any]], seeds: Sequence[int]) -> str:
-    """Return the table of all cells: zero-shot once per data set, then the methods."""
-    many = f"mean and deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
-    table = Table(title=f"base-to-new accuracy in %, {many}; H is of the means", title_justify="left")
+def base_to_new_table(
+    cells: Sequence[dict[str, Any]], seeds: Sequence[int], average: Sequence[dict[str, Any]] = ()
+) -> str:
+    """Return the table of all cells, zero-shot once per data set before the methods, and of their averages."""
+    title = f"base-to-new accuracy in %, {over_seeds(seeds)}; H is of the means"
+    count = len(average[0]["datasets"]) if average else 0
+    caption = f"average: mean and deviation over {count} data sets; its H is the harmonic mean of these averages"
+    table = Table()
     for name, side in (("data", "left"), ("method", "left"), ("base", "right"), ("new", "right"), ("H", "right")):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
-    shown: set[str] = set()
-    for cell in sorted(cells, key=lambda one: str(one["data"])):
-        if cell["data"] not in shown:
-            shown.add(cell["data"])
-            table.add_row(cell["data"], "zero-shot", *_numbers(cell["rows"]["zero-shot"], len(seeds)))
-        if cell["method"] != "zeroshot":
-            table.add_row(cell["data"], cell["method"], *_numbers(cell["rows"][cell["method"]], len(seeds)))
-    return render(table)
+    for part, several in ((cells, len(seeds) > 1), (average, count > 1)):
+        for cell, label in table_rows(part):
+            table.add_row(cell["data"], label, *_numbers(cell["rows"][label], several))
+        if average:
+            table.add_section()
+    return render(table, title, caption if average else "")
 
 
-def _numbers(row: dict[str, Any], seeds: int) -> list[str]:
-    def one(part: dict[str, float] | None) -> str:
-        if part is None:
-            return "-"
-        return f"{part['mean']:.2f} ± {part['deviation']:.2f}" if seeds > 1 else f"{part['mean']:.2f}"
-
+def _numbers(row: dict[str, Any], several: bool) -> list[str]:
     mean = row.get("harmonic_mean")
-    return [one(row.get("base")), one(row.get("new")), "-" if mean is None else f"{mean:.2f}"]
+    halves = [spread_text(row.get(half), several) for half in _HALVES]
+    return [*halves, "-" if mean is None else f"{mean:.2f}"]

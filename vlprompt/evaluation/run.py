@@ -18,7 +18,7 @@ from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.data import FewShotData, FewShotTask, load_dataset
 from vlprompt.engine.callbacks import LAST_CHECKPOINT, read_metrics, write_text
 from vlprompt.engine.config import BackboneConfig, DataConfig, RecipeConfig, RunConfig, TrainerConfig
-from vlprompt.engine.fit import METRICS, check_devices, fit, make_trainer, test
+from vlprompt.engine.fit import METRICS, check_devices, fit, make_trainer, score, test
 from vlprompt.engine.module import PromptModule
 from vlprompt.errors import ConfigError, HeadError, VlpromptError
 from vlprompt.evaluation.folder import (
@@ -126,7 +126,16 @@ def train(
         method=method.name,
         settings=method.settings_dict(),
         backbone=BackboneConfig(method.backbone.name, method.backbone.pretrained, method.backbone.precision),  # type: ignore[arg-type]
-        data=DataConfig(data.name, data.root, data.shots, data.classes, view, data.template),  # type: ignore[arg-type]
+        data=DataConfig(
+            data.name,
+            data.root,
+            data.shots,
+            data.classes,
+            view,  # type: ignore[arg-type]
+            data.template,
+            source=list(data.source),
+            target=list(data.target),
+        ),
         recipe=RecipeConfig(**recipe),
         trainer=trainer or TrainerConfig(progress=False),
         seed=seed,
@@ -178,6 +187,8 @@ def load_task(data: DataConfig, seed: int, classes: str | None = None) -> FewSho
         seed=seed,
         classes=classes or data.classes,
         template=data.template,
+        source=data.source,
+        target=data.target,
     )
 
 
@@ -289,8 +300,20 @@ def _data(config: RunConfig, method: PromptMethod, task: FewShotTask) -> FewShot
 
 
 def _evaluate(config: RunConfig, trainer: pl.Trainer, method: PromptMethod, task: FewShotTask) -> dict[str, Any]:
-    """Return correct, total and accuracy on the task's test images; after a base task, on the new classes too."""
-    found: dict[str, Any] = {task.classes: test(trainer, PromptModule(method), _data(config, method, task))}
+    """Return correct, total and accuracy on the task's test images, pooled and by domain where there are domains.
+
+    After a base task the new classes are scored too, pooled.
+    """
+    found: dict[str, Any] = {}
+    if parts := task.by_domain():
+        # Every image is in one domain: the counts add up, and nothing has to be tested twice.
+        by_domain = {
+            name: test(trainer, PromptModule(method), _data(config, method, part)) for name, part in parts.items()
+        }
+        correct, total = (sum(int(one[key]) for one in by_domain.values()) for key in ("correct", "total"))
+        found |= {task.classes: score(correct, total), "domains": by_domain}
+    else:
+        found[task.classes] = test(trainer, PromptModule(method), _data(config, method, task))
     if task.classes == "base":
         other = task.counterpart()
         try:

@@ -10,11 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 
-def render(table: Table) -> str:
-    """Return a rich table as text of at most 120 columns."""
+def render(table: Table, title: str = "", caption: str = "") -> str:
+    """Return a rich table as text of at most 120 columns.
+
+    ``title`` and ``caption`` stand on lines of their own; a title of the table itself is broken at the table's width.
+    """
     out = io.StringIO()
     Console(file=out, width=120, force_terminal=False, color_system=None).print(table)
-    return out.getvalue().rstrip()
+    return "\n".join(text for text in (title, out.getvalue().rstrip(), caption) if text)
 
 
 def results_table(runs: Sequence[dict[str, Any]]) -> str:

@@ -10,6 +10,7 @@ from vlprompt.data.readers.fgvc import read_fgvc
 from vlprompt.data.readers.folder import read_folder
 from vlprompt.data.readers.imagenet import read_imagenet
 from vlprompt.data.readers.missing import missing_text
+from vlprompt.data.readers.pairs import refuse_pairs
 from vlprompt.data.readers.split_json import read_split_json
 from vlprompt.data.records import SplitLists
 from vlprompt.errors import DataError
@@ -19,6 +20,7 @@ READERS: dict[str, Callable[[Card, Path], SplitLists]] = {
     "folder": read_folder,
     "fgvc": read_fgvc,
     "imagenet": read_imagenet,
+    "pairs": refuse_pairs,
 }
 
 

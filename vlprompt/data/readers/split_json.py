@@ -20,6 +20,7 @@ from vlprompt.data.images import FileSource, ImageSource, ZipSource
 from vlprompt.data.paths import check_files, path_problem
 from vlprompt.data.readers.missing import missing_text
 from vlprompt.data.records import SPLITS, Sample, SplitLists, class_name_problem, counted, refuse
+from vlprompt.data.variants import CORRUPTIONS, VariantSource, split_variant, variant_problem
 from vlprompt.errors import DataError, did_you_mean
 
 _LARGEST_FILE = 64 * 2**20
@@ -43,14 +44,17 @@ def read_split_json(card: Card, base: Path) -> SplitLists:
         raise DataError(missing_text(card, base, f"{path} ({note})"))
     remedy = f"Correct the file, or fetch the published one: {card.home}; {card.notes.strip()}"
     raw = _read_bytes(path)
-    items = _items(_parse(raw, path, remedy), path, remedy)
+    items = _items(_parse(raw, path, remedy), path, remedy, card.variants)
     names = _class_names(items, path, remedy)
     _check_duplicates(items, path, remedy)
     if card.classes is not None and len(names) != card.classes:
         counts = f"{counted(len(names), 'class')}; {card.name} has {card.classes}"
         raise DataError(f"Split file {path} has {counts}.\n{remedy}")
-    sources = _sources(card, base, items)
-    train, val, test = ([Sample(entry, label, sources[entry]) for entry, label, _ in items[split]] for split in SPLITS)
+    sources = find_images(card, base, [entry for split in SPLITS for entry, _, _ in items[split]])
+    train, val, test = (
+        [Sample(entry, label, sources[entry], _domain(card, entry)) for entry, label, _ in items[split]]
+        for split in SPLITS
+    )
     lists = SplitLists(names, train, val, test)
     _compare_with_published(card, lists, raw, path)
     return lists
@@ -101,7 +105,7 @@ def _parse(raw: bytes, path: Path, remedy: str) -> dict[str, list[Any]]:
     return content
 
 
-def _items(content: dict[str, list[Any]], path: Path, remedy: str) -> Items:
+def _items(content: dict[str, list[Any]], path: Path, remedy: str, variants: bool) -> Items:
     """Rules S03, S04, S06 and S09: each item is ``[path, label, name]`` with safe and sensible parts."""
     problems: list[str] = []
     items: Items = {}
@@ -115,6 +119,8 @@ def _items(content: dict[str, list[Any]], path: Path, remedy: str) -> Items:
                 continue
             entry, label, name = item
             found = [path_problem(entry), _label_problem(label), class_name_problem(name)]
+            if variants and found[0] is None:
+                found[0] = variant_problem(entry)
             problems += [f"{where}: {text}" for text in found if text]
             items[split].append((entry, label, name))
     refuse(f"Split file {path} has items that cannot be used", problems, remedy)
@@ -172,22 +178,58 @@ def _check_duplicates(items: Items, path: Path, remedy: str) -> None:
     refuse(f"Split file {path} names images more than once", problems, remedy)
 
 
-def _sources(card: Card, base: Path, items: Items) -> dict[str, ImageSource]:
-    """Rules S05 and S15: every image exists and lies inside the image folder."""
-    entries = [entry for split in SPLITS for entry, _, _ in items[split]]
-    folder = base / (card.archive or card.image_dir)
+def _domain(card: Card, entry: str) -> str:
+    """Return the domain of an image: its first folder, and its corruption if it has one."""
+    if not card.domains:
+        return ""
+    variant = split_variant(entry)[1] if card.variants else ""
+    return entry.partition("/")[0] + (f"+{variant}" if variant in CORRUPTIONS else "")
+
+
+def find_images(card: Card, base: Path, entries: list[str]) -> dict[str, ImageSource]:
+    """Return where each of ``entries`` lies (rules S05 and S15: it exists, inside the image folder).
+
+    Raises:
+        DataError: Images are missing, or links lead out of the folder; all of them are listed.
+    """
+    # The path as it is stored, by the path in the split file: they differ where there are variants.
+    stored = {entry: split_variant(entry)[0] if card.variants else entry for entry in entries}
+    found: dict[str, ImageSource]
     if card.archive:
-        present = _archive_names(folder)
-        missing, outside = [entry for entry in entries if entry not in present], list[str]()
-    elif not folder.is_dir():
-        raise DataError(missing_text(card, base, f"{folder} (the image folder is missing)"))
+        found = _archived(card, base, sorted(set(stored.values())))
     else:
-        missing, outside = check_files(folder, entries)
-    refuse_links(outside, folder)
-    refuse_missing(missing, len(entries), folder, card)
-    if card.archive:
-        return {entry: ZipSource(str(folder), entry) for entry in entries}
-    return {entry: FileSource(os.path.join(folder, entry)) for entry in entries}
+        folder = base / card.image_dir
+        if not folder.is_dir():
+            raise DataError(missing_text(card, base, f"{folder} (the image folder is missing)"))
+        missing, outside = check_files(folder, dict.fromkeys(stored.values()))
+        refuse_links(outside, folder)
+        refuse_missing(missing, len(entries), folder, card)
+        found = {path: FileSource(os.path.join(folder, path)) for path in stored.values()}
+    sources = {}
+    for entry, path in stored.items():
+        variant = entry[len(path) + 1 :]
+        sources[entry] = VariantSource(found[path], variant, path) if variant else found[path]
+    return sources
+
+
+def _archived(card: Card, base: Path, paths: list[str]) -> dict[str, ImageSource]:
+    """Return the archive members that ``paths`` name; with an archive per folder, members lack that folder."""
+    found: dict[str, ImageSource] = {}
+    present: dict[str, set[str]] = {}
+    missing = []
+    for path in paths:
+        folder, _, rest = path.partition("/")
+        archive, member = str(base / str(card.archive).format(folder)), path
+        if "{}" in str(card.archive):
+            member = rest
+        if archive not in present:
+            present[archive] = _archive_names(Path(archive))
+        if member in present[archive]:
+            found[path] = ZipSource(archive, member)
+        else:
+            missing.append(path)
+    refuse_missing(missing, len(paths), base / str(card.archive), card)
+    return found
 
 
 def _archive_names(path: Path) -> set[str]:

@@ -1,0 +1,252 @@
+"""The two stages that make the demo's weights: a ResNet and the text tower by contrast, then a ViT from the ResNet.
+
+A small convolutional network learns from few drawings many times faster than a transformer; the transformer then
+learns its image features and keeps its text tower. Every random number of a step comes from (seed, stage, step), so
+that a run that was stopped goes on exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from captions import Vocabulary, caption, icon_caption, kind_caption, plain_prompt
+from drawings import load_style
+from models import Texts, build, optimisers
+from open_clip.model import CLIP
+from sources import ICONS, TRAINING, Emoji, Icon
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from views import Views
+
+EMOJI_A_BATCH, ICONS_A_BATCH, KIND_SHARE = 192, 64, 0.12
+WARMUP, KEEP_EVERY = 60, 200
+#: Optimiser steps of each stage.
+STEPS = {"contrast": 2000, "distil": 1400}
+_FLIP = ("animals-nature", "food-drink", "activities", "objects", "travel-places", "smileys-emotion")
+
+
+@dataclass
+class Batch:
+    """One step's images and texts.
+
+    ``same[i, j]`` says that image i fits caption j although the caption was written for another image. ``classes``
+    numbers the drawn thing among :attr:`Corpus.texts`.
+    """
+
+    images: Tensor
+    captions: list[str]
+    same: Tensor
+    classes: Tensor
+
+
+class Corpus:
+    """The drawings that may be trained on: seen emoji in the training styles, and icons."""
+
+    def __init__(self, folder: Path, emoji: list[Emoji], icons: list[Icon]) -> None:
+        by_key = {one.key: one for one in emoji if not one.novel}
+        words = {icon.words for icon in icons}
+        drawings: dict[str, list[int]] = {}
+        icon_drawings: dict[str, list[int]] = {}
+        pixels, count = [], 0
+        for style in (*TRAINING, *(style + ending for style, endings in ICONS.items() for ending in endings)):
+            keys, images = load_style(folder, style)
+            for index, key in enumerate(keys):
+                if key in by_key:
+                    drawings.setdefault(key, []).append(count + index)
+                elif key in words:
+                    icon_drawings.setdefault(key, []).append(count + index)
+            pixels.append(torch.from_numpy(images))
+            count += len(images)
+        self._pixels = torch.cat(pixels)
+        held_back = {one.label for one in emoji if one.novel}  # a novel name is not anybody's keyword either
+        self.emoji = [
+            replace(by_key[key], tags=[tag for tag in by_key[key].tags if tag not in held_back])
+            for key in sorted(drawings)
+        ]
+        self.icons = sorted(icon_drawings)
+        self._drawings = [drawings[one.key] for one in self.emoji] + [icon_drawings[name] for name in self.icons]
+        # Flags are many and alike.
+        weights = np.array([0.25 if one.subgroup == "country-flag" else 1.0 for one in self.emoji])
+        self._weights = weights / weights.sum()
+
+    def captions(self, generator: random.Random, plain: bool = False) -> list[str]:
+        """Return one caption of every thing: emoji first, then icons."""
+        if plain:
+            return [plain_prompt(one.label) for one in self.emoji] + [f"an icon of a {name}." for name in self.icons]
+        said = [caption(one, generator) for one in self.emoji]
+        return said + [icon_caption(name, generator) for name in self.icons]
+
+    def batch(self, key: str) -> Batch:
+        """Return the batch that ``key`` determines."""
+        generator = random.Random(key)
+        numbers = np.random.default_rng(generator.getrandbits(64))
+        chosen = numbers.choice(len(self.emoji), EMOJI_A_BATCH, replace=False, p=self._weights)
+        icons = numbers.choice(len(self.icons), ICONS_A_BATCH, replace=False)
+        classes = [*chosen.tolist(), *(icons + len(self.emoji)).tolist()]
+        captions, kinds, may_flip = [], [], []
+        for index in classes:
+            if index >= len(self.emoji):
+                captions.append(icon_caption(self.icons[index - len(self.emoji)], generator))
+                kinds.append(None)
+                may_flip.append(False)
+                continue
+            one = self.emoji[index]
+            by_kind = generator.random() < KIND_SHARE
+            captions.append(kind_caption(one, generator) if by_kind else caption(one, generator))
+            kinds.append(one.subgroup if by_kind else None)
+            may_flip.append(one.group in _FLIP and one.subgroup not in ("time", "writing"))
+        subgroups = [self.emoji[index].subgroup if index < len(self.emoji) else "" for index in classes]
+        same = torch.tensor([[kind == subgroup for kind in kinds] for subgroup in subgroups])
+        same.fill_diagonal_(True)
+        pixels = self._pixels[[generator.choice(self._drawings[index]) for index in classes]]
+        views = Views(torch.Generator().manual_seed(generator.getrandbits(63)))
+        return Batch(views(pixels, torch.tensor(may_flip)), captions, same, torch.tensor(classes))
+
+
+@dataclass
+class Stage:
+    """What the loop needs of a stage."""
+
+    learner: nn.Module
+    optimisers: list[torch.optim.Optimizer]
+    rates: tuple[float, float]
+    loss: Callable[[Batch, int], Tensor]
+    clip: float
+
+
+def contrast(texts: Texts) -> Stage:
+    """The ResNet and the text tower learn from each other, as CLIP's towers do.
+
+    A kind's caption fits many images of a batch: it must find them all, and no image is pushed away from it.
+    """
+    network = texts.network
+    network.visual = network.visual.to(memory_format=torch.channels_last)
+    texts.train()
+    diagonal = torch.eye(EMOJI_A_BATCH + ICONS_A_BATCH, dtype=torch.bool)
+
+    def loss(batch: Batch, step: int) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            images = network.visual(batch.images.contiguous(memory_format=torch.channels_last))
+            captions = texts(batch.captions)
+        with torch.no_grad():
+            network.logit_scale.clamp_(0, math.log(100))
+        logits = network.logit_scale.exp() * F.normalize(images.float(), dim=-1) @ captions.T
+        own = torch.arange(len(logits))
+        from_images = F.cross_entropy(logits.masked_fill(batch.same & ~diagonal, -1e4), own)
+        wanted = batch.same.float().T
+        from_texts = -(wanted / wanted.sum(1, keepdim=True) * F.log_softmax(logits.T, 1)).sum(1).mean()
+        return (from_images + from_texts) / 2
+
+    rates = 1.5e-3, 2.5e-3
+    return Stage(texts, optimisers(texts, *rates), rates, loss, 1.0)
+
+
+def distil(student: CLIP, texts: Texts, corpus: Corpus, seed: int, steps: int) -> Stage:
+    """The ViT learns the ResNet's image features and what they say about every name; texts stay as they are."""
+    teacher = texts.network
+    texts.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        said = [corpus.captions(random.Random(f"{seed} captions {index}"), index == 0) for index in range(8)]
+        known = torch.stack([torch.cat([texts(part) for part in chunks(each, 512)]) for each in said])
+    scale = teacher.logit_scale.exp().item()
+    visual = student.visual
+    visual.train()
+
+    def loss(batch: Batch, step: int) -> Tensor:
+        torch.manual_seed(hash_of(f"{seed} patches {step}"))  # patch dropout draws from the global generator
+        visual.patch_dropout.prob = 0.5 if step < 0.85 * steps else 0.0
+        chosen = torch.Generator().manual_seed(hash_of(f"{seed} choice {step}"))
+        classes = known[torch.randint(len(known), (known.shape[1],), generator=chosen), torch.arange(known.shape[1])]
+        # Short sequences: plain products are faster on a CPU than the fused attention.
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            images = torch.cat([visual(part) for part in batch.images.split(64)])
+            with torch.no_grad():
+                wanted = teacher.visual(batch.images.contiguous(memory_format=torch.channels_last))
+        images, wanted = F.normalize(images.float(), dim=-1), F.normalize(wanted.float(), dim=-1)
+        logits = scale * images @ classes.T
+        teaching = F.softmax(scale * wanted @ classes.T, 1)
+        names = 0.5 * F.cross_entropy(logits, batch.classes) - 0.5 * (teaching * F.log_softmax(logits, 1)).sum(1).mean()
+        pairs = F.cross_entropy(20 * images @ wanted.T, torch.arange(len(images)))
+        return names + pairs + 2 * (1 - (images * wanted).sum(1)).mean()
+
+    rates = 1.2e-3, 2.5e-3
+    return Stage(visual, optimisers(visual, *rates), rates, loss, 2.0)
+
+
+def hash_of(text: str) -> int:
+    """Return a 63-bit number for ``text``, the same in every process."""
+    return random.Random(text).getrandbits(63)
+
+
+def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    """Yield ``items`` in lists of ``size``."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def run(stage: Stage, name: str, corpus: Corpus, seed: int, steps: int, file: Path, tell: Callable[..., None]) -> None:
+    """Run ``stage`` to its end, going on from ``file`` where that holds an earlier state of it."""
+    start = 0
+    if file.is_file():
+        state = torch.load(file, weights_only=True)
+        stage.learner.load_state_dict(state["learner"])
+        for optimiser, saved in zip(stage.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        start = state["step"]
+    learned = [p for p in stage.learner.parameters() if p.requires_grad]
+    began, recent = time.monotonic(), []
+    for step in range(start, steps):
+        factor = min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for optimiser, rate in zip(stage.optimisers, stage.rates, strict=True):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * factor
+            optimiser.zero_grad(set_to_none=True)
+        loss = stage.loss(corpus.batch(f"{seed} {name} {step}"), step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, stage.clip)
+        for optimiser in stage.optimisers:
+            optimiser.step()
+        recent.append(loss.item())
+        if (step + 1) % 25 == 0:
+            left = (time.monotonic() - began) / (step + 1 - start) * (steps - step - 1)
+            tell(name, step + 1, steps, sum(recent) / len(recent), left)
+            recent = []
+        if (step + 1) % KEEP_EVERY == 0 or step + 1 == steps:
+            state = {
+                "step": step + 1,
+                "learner": stage.learner.state_dict(),
+                "optimisers": [optimiser.state_dict() for optimiser in stage.optimisers],
+            }
+            temporary = file.with_name(f".{file.name}.tmp")
+            torch.save(state, temporary)
+            os.replace(temporary, file)
+
+
+def train_contrast(
+    folder: Path, corpus: Corpus, vocabulary: Vocabulary, vectors: Tensor, seed: int, tell: Callable[..., None]
+) -> Texts:
+    """Train the ResNet and the text tower with ``seed``; a file in ``folder`` carries on what was begun."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    texts = Texts(build("demo-rn", len(vocabulary.ids)), vocabulary, vectors)
+    run(contrast(texts), "contrast", corpus, seed, STEPS["contrast"], folder / f"contrast-{seed}.pt", tell)
+    texts.requires_grad_(False)
+    return texts.eval()
+
+
+def train_distil(folder: Path, corpus: Corpus, texts: Texts, seed: int, tell: Callable[..., None]) -> CLIP:
+    """Train the ViT on what ``texts`` and its ResNet know; return the network whose image tower it is."""
+    torch.manual_seed(seed + 1000)
+    student = build("demo", len(texts.vectors))
+    stage = distil(student, texts, corpus, seed, STEPS["distil"])
+    run(stage, "distil", corpus, seed, STEPS["distil"], folder / f"distil-{seed}.pt", tell)
+    return student.eval()

@@ -1,0 +1,57 @@
+"""The small CLIPs inside the package: compact files back to whole state dicts.
+
+Two networks share one text tower: ``demo`` (a ViT, which takes prompts among its image tokens) and ``demo-rn`` (a
+ResNet, which does not). MODEL_CARD.md beside the files says how they were made and what they cannot do.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlprompt.backbone.weights import read_weights
+
+DEMOS = ("demo", "demo-rn")
+_SCALE, _VOCABULARY = ".scale", 49408
+
+
+def read_demo(name: str) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
+    """Return configuration, weights and trained token ids of a demo network.
+
+    Args:
+        name: ``demo`` or ``demo-rn``.
+
+    Raises:
+        BackboneError: The files inside the package are damaged.
+    """
+    with resources.as_file(resources.files("vlprompt") / "assets" / "demo_clip") as folder:
+        settings = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        stored = read_weights(folder / "demo.safetensors")
+        if name != "demo":  # the file holds an image tower only
+            texts = {key: value for key, value in stored.items() if not key.startswith("visual.")}
+            stored = texts | read_weights(folder / f"{name}.safetensors")
+    return settings, *full_state(stored)
+
+
+def full_state(stored: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """Return float32 weights and the trained token ids of a compact file.
+
+    Matrices are stored as 8-bit rows with their scales (``NAME.scale``, ``[rows]``), the token table without the rows
+    of tokens that were never trained; those become zeros.
+    """
+    state = {}
+    for name, tensor in stored.items():
+        scale = stored.get(name + _SCALE)
+        if scale is not None:
+            tensor = tensor.float() * scale.view(-1, *[1] * (tensor.ndim - 1))
+        if not name.endswith(_SCALE):
+            state[name] = tensor
+    token_ids = state.pop("token_ids").long()
+    rows = state["token_embedding.weight"]
+    table = torch.zeros(_VOCABULARY, rows.shape[1], dtype=rows.dtype)
+    state["token_embedding.weight"] = table.index_copy_(0, token_ids, rows)
+    return state, token_ids

@@ -1,0 +1,79 @@
+"""What the protocols of several runs share: running seeds, means and deviations, labelled rows, and the file kept."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vlprompt.engine.callbacks import write_text
+from vlprompt.engine.config import RunConfig
+from vlprompt.errors import ConfigError
+from vlprompt.evaluation.folder import config_sha256, is_main_process, sha256_of
+from vlprompt.evaluation.run import Run, run
+
+ZERO_SHOT = "zero-shot"
+
+
+def check_several(command: str, configs: Sequence[RunConfig], seeds: Sequence[int]) -> None:
+    """Raise ConfigError when ``command`` has no configurations, no seeds, or a seed twice."""
+    if not configs or not seeds:
+        raise ConfigError(f"{command} needs at least one configuration and one seed, such as --seeds 1,2,3")
+    if len(set(seeds)) != len(seeds):
+        raise ConfigError(f"a seed stands twice in {list(seeds)}; each seed is one draw")
+
+
+def run_seeds(
+    config: RunConfig, seeds: Sequence[int], *, force: bool, report: Callable[[Run], None] | None
+) -> list[Run]:
+    """Run ``config`` with each seed; finished runs are reused. ``report`` hears of every run, in the first process."""
+    runs = []
+    for seed in seeds:
+        done = run(replace(config, seed=seed), force=force)
+        if report is not None and is_main_process():
+            report(done)
+        runs.append(done)
+    return runs
+
+
+def keep(stem: str, results: dict[str, Any], configs: Sequence[RunConfig], *more: Any) -> None:
+    """Write ``results`` as ``<stem>-<hash>.json`` beside the runs; the hash is over ``configs`` and ``more``."""
+    if is_main_process():
+        key = sha256_of([[config_sha256(config) for config in configs], *more])[:8]
+        write_text(Path(configs[0].output) / f"{stem}-{key}.json", json.dumps(results, indent=1) + "\n")
+
+
+def result_parts(method: str) -> dict[str, str]:
+    """Return the labels of a cell's rows and the part of a run's results that each is made from."""
+    return {method: "results", ZERO_SHOT: "zeroshot"}
+
+
+def table_rows(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield cell and label of each row: zero-shot once per data set, then its methods.
+
+    Data sets stand in the order in which ``cells`` first have them.
+    """
+    for data in dict.fromkeys(cell["data"] for cell in cells):
+        own = [cell for cell in cells if cell["data"] == data]
+        yield own[0], ZERO_SHOT
+        yield from ((cell, cell["method"]) for cell in own if cell["method"] != "zeroshot")
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return mean and population deviation of ``values``."""
+    return {"mean": statistics.fmean(values), "deviation": statistics.pstdev(values)}
+
+
+def spread_text(part: dict[str, float] | None, several: bool) -> str:
+    """Return a mean, with its deviation where it is one of ``several`` values, and a dash for nothing."""
+    if part is None:
+        return "-"
+    return f"{part['mean']:.2f} ± {part['deviation']:.2f}" if several else f"{part['mean']:.2f}"
+
+
+def over_seeds(seeds: Sequence[int]) -> str:
+    """Return what a table's title says of its seeds."""
+    return f"mean and deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
