@@ -8,7 +8,7 @@
 
 Stages keep their results in FOLDER and go on where they were stopped. Needs npm, and pip install 'vlprompt[demo]'. The
 images come out byte for byte the same with the versions in tools/demo/. Training takes about an hour per seed, and one
-more for the ViT, on one core, and ends within 2 points of the shipped weights.
+more for the ViT, on one core; it is meant to end within 2 points of the shipped weights, which no second run has shown.
 """
 
 from __future__ import annotations
