@@ -101,10 +101,13 @@ def toy_sets(toy_pictures: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     them in the order c, a, b. Both have 4 classes.
     """
     from vlprompt.data import Card, FileSource, Sample, SplitLists, cards, load_dataset, readers
+    from vlprompt.data.cards import Classes, Templates
+    from vlprompt.data.options import FolderOptions
+    from vlprompt.data.report import Report
 
     names = load_dataset("demo", shots=1).class_names[:TOY_CLASSES]
 
-    def read(card: Card, base: Path) -> SplitLists:
+    def read(card: Card, base: Path, report: Report) -> SplitLists:
         lists: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
         for path in sorted(base.rglob("*.png")):
             domain, split, label, _ = path.relative_to(base).parts
@@ -113,12 +116,15 @@ def toy_sets(toy_pictures: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             lists[split].append(Sample(entry, int(label), FileSource(str(path)), own))
         return SplitLists(names, **lists)
 
-    facts = {"image_dir": ".", "reader": "toy", "template": "an emoji of a {}.", "licence": "", "home": "", "notes": ""}
-    styles = Card("toy-styles", folder="styles", domains=("c", "a", "b"), **facts)
-    plain = Card("toy-plain", folder="plain", aliases=("plainest",), **facts)
-    known = {**cards._cards(), styles.name: styles, plain.name: plain}
-    monkeypatch.setattr(cards, "_cards", lambda: known)
-    monkeypatch.setitem(readers.READERS, "toy", read)
+    def toy(name: str, folder: str, **facts: Any) -> Card:
+        templates = Templates("an emoji of a {}.")
+        return Card(name, "toy", FolderOptions(), Classes(), templates, folders=(folder,), **facts)
+
+    styles = toy("toy-styles", "styles", domains={name: name for name in "cab"})
+    plain = toy("toy-plain", "plain", aliases=("plainest",))
+    known, usual = {**cards.all_cards(), styles.name: styles, plain.name: plain}, readers.reader
+    monkeypatch.setattr(cards, "all_cards", lambda: known)
+    monkeypatch.setattr(readers, "reader", lambda name: read if name == "toy" else usual(name))
     return toy_pictures
 
 

@@ -58,3 +58,19 @@ def test_counts_below_one_are_refused(option: str) -> None:
 def test_context_that_does_not_fit_is_one_screen_and_a_failure() -> None:
     done = bench("--classes", "2", "--context", "80", "--model", "demo", "--repeats", "1")
     assert done.returncode == 1 and "77 tokens" in done.stdout and len(done.stdout.splitlines()) < 10
+
+
+def test_loading_images_is_timed_and_compared() -> None:
+    command = [sys.executable, str(BENCH.with_name("data.py")), "--images", "30", "--workers", "0,1", "--repeats", "1"]
+    done = subprocess.run([*command, "--threads", "1", "--json"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert [(row["view"], row["workers"]) for row in result["rows"]] == [
+        ("center", 0), ("center", 1), ("random", 0), ("random", 1),
+    ]  # fmt: skip
+    for row in result["rows"]:
+        assert row["ratio_first"] == pytest.approx(row["naive_first"] / row["first"])
+        assert row["ratio_second"] == pytest.approx(row["naive_second"] / row["second"])
+    assert [line.split()[:2] for line in done.stdout.splitlines()[2:6]] == [
+        ["center", "0"], ["center", "1"], ["random", "0"], ["random", "1"],
+    ]  # fmt: skip

@@ -15,6 +15,7 @@ import yaml
 import vlprompt
 from vlprompt.cli import COMMANDS, head_folder, main
 from vlprompt.errors import DataError, HeadError
+from vlprompt.methods import list_methods
 from vlprompt.parsing import parse_run, to_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -275,8 +276,9 @@ def test_head_folder_takes_a_run_or_a_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["methods"], ["coop", "mocoop", "zeroshot"]),
-        (["methods", "*coop*"], ["coop", "mocoop"]),
+        (["methods"], list_methods()),
+        (["methods", "zero*"], ["zeroshot"]),
+        (["protocols", "*shot"], ["few-shot"]),
         (["datasets", "caltech*"], ["caltech101"]),
         (["backbones", "demo"], ["demo"]),
     ],

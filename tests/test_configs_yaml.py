@@ -12,7 +12,10 @@ import yaml
 from vlprompt.engine.config import RunConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-METHODS = ("coop", "mocoop", "zeroshot")
+METHODS = (
+    *("zeroshot", "coop", "mocoop", "cocoop", "kgcoop", "prograd"),
+    *("vpt", "ivlp", "maple", "promptsrc", "restore"),
+)
 FEW_SHOT = (
     *("imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101"),
     *("fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"),
@@ -52,9 +55,7 @@ PUBLISHED_FIRST = {
 # seed_methods.md 1.c: epochs, batch, learning rate, warm-up epochs.
 PUBLISHED_RECIPES = {
     **dict.fromkeys(("caltech101", "dtd", "ucf101"), (50, 32, 0.032, 5)),
-    **dict.fromkeys(
-        ("fgvc_aircraft", "oxford_flowers", "oxford_pets", "stanford_cars", "sun397"), (25, 32, 0.032, 3)
-    ),
+    **dict.fromkeys(("fgvc_aircraft", "oxford_flowers", "oxford_pets", "stanford_cars", "sun397"), (25, 32, 0.032, 3)),
     "eurosat": (300, 32, 0.032, 7),
     "food101": (10, 32, 0.032, 1),
     "imagenet": (10, 1, 0.002, 1),
@@ -103,7 +104,7 @@ def run_config(content: dict[str, Any]) -> RunConfig:
 
 def test_every_method_has_every_data_set() -> None:
     expected = {f"{method}/{data}" for method in METHODS for data in (*FEW_SHOT, "demo", "folder")}
-    assert len(expected) == 39
+    assert len(expected) == 143
     assert expected <= {named(path) for path in FILES}
 
 
@@ -111,7 +112,7 @@ def test_every_method_has_every_data_set() -> None:
 def test_keys_and_values_are_accepted(path: Path) -> None:
     content = load(path)
     assert run_config(content).problems() == []
-    assert content["method"] == path.parent.name
+    assert content["method"] == path.relative_to(CONFIGS).parts[0]
     assert content["data"]["name"] == path.stem
     assert isinstance(content.get("settings", {}), dict)
 

@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vlprompt.cli import main
+from vlprompt.data import card_class_names, find_card
 
 ROOT = Path(__file__).parents[1]
 Prepare = Callable[[Path], list[str]]
@@ -77,6 +78,9 @@ for _name, (_content, _culprit) in CONFIGS.items():
     case(f"config: {_name}", _culprit)(_config)
 
 
+CALTECH_NAMES = card_class_names(find_card("caltech101")) or []
+
+
 # -- split files ------------------------------------------------------------------------------------------------------
 GOOD = {
     part: [[f"{name}/{part}{i}.jpg", label, name] for label, name in enumerate(("cup", "ant")) for i in range(2)]
@@ -85,7 +89,7 @@ GOOD = {
 
 
 FULL = {  # as many classes as the card says, for what is judged after the counts
-    part: [[f"{label}/{part}.jpg", label, f"thing {label}"] for label in range(100)]
+    part: [[f"{label}/{part}.jpg", label, CALTECH_NAMES[label]] for label in range(100)]
     for part in ("train", "val", "test")
 }
 
@@ -127,7 +131,7 @@ SPLITS: dict[str, tuple[Any, str]] = {
     "one-based": ({k: [[p, y + 1, n] for p, y, n in v] for k, v in GOOD.items()}, "1"),
     "two names": (changed("test", 0, ["cup/test0.jpg", 0, "mug"]), "mug"),
     "image in two parts": (changed("test", 0, ["cup/train0.jpg", 0, "cup"]), "cup/train0.jpg"),
-    "too few classes": (GOOD, "has 2 classes; caltech101 has 100"),
+    "too few classes": (GOOD, "S20 2 classes; caltech101 has 100"),
 }
 for _name, (_content, _culprit) in SPLITS.items():
     case(f"split: {_name}", _culprit)(with_split(_content))

@@ -23,6 +23,7 @@ from PIL import Image
 
 import vlprompt
 from vlprompt.cli import main
+from vlprompt.data import card_class_names, find_card
 from vlprompt.io import Head
 
 Prepare = Callable[[Path], list[str]]
@@ -87,8 +88,11 @@ for _name, (_content, _culprit) in CONFIGS.items():
 
     CASES[f"config: {_name}"] = (_config, _culprit)
 
+CALTECH_NAMES = card_class_names(find_card("caltech101")) or []
+
+
 # -- split files ------------------------------------------------------------------------------------------------------
-FULL = {part: [[f"{i}/{part}.jpg", i, f"thing {i}"] for i in range(100)] for part in ("train", "val", "test")}
+FULL = {part: [[f"{i}/{part}.jpg", i, CALTECH_NAMES[i]] for i in range(100)] for part in ("train", "val", "test")}
 
 
 def first(item: Any, part: str = "train") -> dict[str, Any]:
@@ -155,7 +159,7 @@ SPLITS: dict[str, tuple[Prepare, str]] = {
     "image twice": (with_split({**FULL, "val": [FULL["val"][0], *FULL["val"]]}), "0/val.jpg is twice in val"),
     "label only in test": (
         with_split({**FULL, "train": FULL["train"][:-1], "val": FULL["val"][:-1]}),
-        "label 99 ('thing 99') never occurs in train",
+        f"label 99 ({CALTECH_NAMES[99]!r}) never occurs in train",
     ),
     "a directory": (with_split(FULL, a_directory), "split_zhou_Caltech101.json"),
     "image is a directory": (with_split(FULL, image_as_directory), "7/train.jpg"),

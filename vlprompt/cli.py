@@ -1,4 +1,4 @@
-"""The command line: ``vlprompt train | base-to-new | domains | eval | predict | list``; a few lines of Python each.
+"""The command line: ``vlprompt train | eval | search | predict | list | ...``; a few lines of Python each.
 
 What a user can put right is printed as plain text with status 2; an interrupted command ends with 130; anything else
 is a bug and shows itself as one. Heavy imports (torch, lightning, open_clip) stay inside the commands.
@@ -18,15 +18,38 @@ from pathlib import Path
 from typing import Any
 
 import vlprompt
-from vlprompt.cli_help import BASE_TO_NEW_HELP, DOMAINS_HELP, EVAL_HELP, LIST_HELP, PREDICT_HELP, TRAIN_HELP
+from vlprompt.cli_cache import CACHE_HELP
+from vlprompt.cli_cache import cache as cache_command
+from vlprompt.cli_data import DATA_HELP
+from vlprompt.cli_data import data as data_command
+from vlprompt.cli_help import (
+    BASE_TO_NEW_HELP,
+    COMPARE_HELP,
+    DOMAINS_HELP,
+    EVAL_HELP,
+    LIST_HELP,
+    PREDICT_HELP,
+    SEARCH_HELP,
+    TRAIN_HELP,
+)
+from vlprompt.cli_protocols import (
+    base_to_new_command,
+    compare_command,
+    domains_command,
+    need_config,
+    need_no_config,
+    protocol_command,
+    say,
+    search_command,
+)
 from vlprompt.config_files import shown
-from vlprompt.engine.config import RunConfig
 from vlprompt.errors import ConfigError, HeadError, VlpromptError, did_you_mean
 from vlprompt.parsing import COMMAND_LINE, CommandLine, check_run, key_table, read_command_line, refuse, to_yaml
 
 RUN_CONFIG = "config.yaml"
+RESUMED = ("train", "base-to-new", "domains", "eval", "search")
 HEAD_FOLDER, HEAD_CONFIG = "head", "config.json"
-KINDS = ("methods", "datasets", "backbones")
+KINDS = ("methods", "datasets", "backbones", "protocols")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{who}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumes = words[:1] and words[0] in ("train", "base-to-new", "domains")
+        resumes = words[:1] and words[0] in RESUMED
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("vlprompt: stopped" + ("; the same command resumes it" if resumes else ""), file=sys.stderr)
         return 130
@@ -108,27 +131,13 @@ def _keys_help(words: list[str]) -> str:
     return f"{text}\nSettings of {config.method}:\n{key_table(settings)}\n"
 
 
-def _say(text: str) -> None:
-    """Print ``text`` once: Lightning starts the processes beside the first with the same command line."""
-    from vlprompt.evaluation.folder import is_main_process
-
-    if is_main_process():
-        print(text)
-
-
-def _no_config(line: CommandLine) -> None:
-    if not line.configs and "method" not in line.overrides:
-        line.problems.append(f"{COMMAND_LINE}: no --config FILE; for a first run: --config mocoop/demo")
-
-
 # -- training -----------------------------------------------------------------------------------------------------
 TRAIN_FLAGS = ("print-config", "dry-run", "force")
-PROTOCOL_FLAGS = ("print-config", "force")
 
 
 def _train(words: list[str]) -> int:
     line = read_command_line(words, "train", flags=TRAIN_FLAGS)
-    _no_config(line)
+    need_config(line)
     config, problems = check_run(line)
     if config is None or problems:
         refuse(problems, "train")
@@ -143,105 +152,8 @@ def _train(words: list[str]) -> int:
     from vlprompt.evaluation.run import run
 
     result = run(config, force="force" in line.flags)
-    _say(f"{result.table()}\nhead:       {result.head_dir}\nrun folder: {result.folder}")
+    say(f"{result.table()}\nhead:       {result.head_dir}\nrun folder: {result.folder}")
     return 0
-
-
-# -- protocols of several runs ------------------------------------------------------------------------------------
-def _base_to_new(words: list[str]) -> int:
-    line = read_command_line(words, "base-to-new", flags=PROTOCOL_FLAGS, options=("seeds", "datasets"))
-    datasets = _datasets(line)
-    fixed = {"seed": "--seeds says which", "data.classes": "base and new classes are both run"}
-    if datasets is not None:
-        fixed["data.name"] = "--datasets says which, so leave one of the two away"
-    configs, seeds = _protocol_configs(line, fixed)
-    if "print-config" in line.flags:
-        on_each = [config.with_data(name=name) for config in configs for name in datasets or ()]
-        return _print_configs(on_each or configs)
-    from vlprompt.evaluation.base_to_new import base_to_new
-
-    force = "force" in line.flags
-    _, table = base_to_new(configs, seeds, datasets=datasets, force=force, report=_report)
-    _say(table)
-    return 0
-
-
-def _domains(words: list[str]) -> int:
-    from vlprompt.data.domains import check_protocol
-
-    line = read_command_line(words, "domains", flags=PROTOCOL_FLAGS, options=("seeds", "protocol"))
-    protocol: Any = line.options.get("protocol", "")
-    try:
-        check_protocol(protocol)
-    except ConfigError as error:
-        line.problems.append(f"{COMMAND_LINE}: --{error}")
-    by_protocol = "the protocol says which domains"
-    fixed = {"seed": "--seeds says which", "data.classes": "all classes are run"}
-    configs, seeds = _protocol_configs(line, fixed | {"data.source": by_protocol, "data.target": by_protocol})
-    if "print-config" in line.flags:
-        return _print_configs(configs)
-    from vlprompt.evaluation.domains import domain_generalisation
-
-    _, table = domain_generalisation(configs, protocol, seeds, force="force" in line.flags, report=_report)
-    _say(table)
-    return 0
-
-
-def _protocol_configs(line: CommandLine, fixed: Mapping[str, str]) -> tuple[list[RunConfig], list[int]]:
-    """Return the configuration of each file of ``line``, and the seeds; refuse the line if anything is wrong with it.
-
-    Args:
-        line: The command line, with the problems of the command's own options.
-        fixed: Keys that the protocol sets itself, with why they cannot be overridden.
-    """
-    _no_config(line)
-    seeds = _seeds(line)
-    for key, why in fixed.items():
-        if key in line.overrides:
-            line.problems.append(f"{COMMAND_LINE}: --{key} has no meaning for `vlprompt {line.command}`: {why}")
-    configs, problems = [], []
-    for files in [[name] for name in line.configs] or [[]]:
-        config, found = check_run(line, files)
-        problems += found
-        if config is not None:
-            configs.append(config)
-    if problems:
-        refuse(problems, line.command)
-    return configs, seeds
-
-
-def _print_configs(configs: Sequence[RunConfig]) -> int:
-    print("---\n".join(to_yaml(config) for config in configs), end="")
-    return 0
-
-
-def _report(run: Any) -> None:
-    print(f"run folder: {run.folder}")
-
-
-def _datasets(line: CommandLine) -> list[str] | None:
-    from vlprompt.data.task import dataset_names
-
-    if "datasets" not in line.options:
-        return None
-    try:
-        return dataset_names([name.strip() for name in line.options["datasets"].split(",")])
-    except ConfigError as error:
-        line.problems.append(f"{COMMAND_LINE}: --{error}")
-        return []
-
-
-def _seeds(line: CommandLine) -> list[int]:
-    text = line.options.get("seeds", "1,2,3")
-    parts = [part.strip() for part in text.split(",")]
-    accepted = f"accepted: different whole numbers from 0 to {2**32 - 1} with commas, such as 1,2,3"
-    if not all(re.fullmatch(r"[0-9]{1,10}", part) and int(part) < 2**32 for part in parts):
-        line.problems.append(f"{COMMAND_LINE}: --seeds is {text!r}; {accepted}")
-        return []
-    seeds = [int(part) for part in parts]
-    if len(set(seeds)) < len(seeds):
-        line.problems.append(f"{COMMAND_LINE}: --seeds is {text!r}, which names a seed twice; {accepted}")
-    return seeds
 
 
 # -- saved heads --------------------------------------------------------------------------------------------------
@@ -269,6 +181,8 @@ def head_folder(text: str) -> Path:
 
 
 def _eval(words: list[str]) -> int:
+    if any(word.partition("=")[0] == "--protocol" for word in words):
+        return protocol_command(words)
     line = read_command_line(words, "eval", operands=True)
     head, files = None, []
     if len(line.operands) != 1:
@@ -286,10 +200,21 @@ def _eval(words: list[str]) -> int:
     from vlprompt.evaluation.run import evaluate_head
 
     scores = evaluate_head(head, config.data, config.seed)
-    percent = 100 * scores["correct"] / scores["total"]
-    images = f"{scores['correct']}/{scores['total']} images"
-    print(f"{config.data.name}, {config.data.classes} classes: {percent:.2f} % ({images})")
+    oracle = " (oracle: its hyperparameters were chosen on test images)" if scores.get("oracle") else ""
+    print(f"{config.data.name}, {config.data.classes} classes: {_in_words(scores)}{oracle}")
     return 0
+
+
+def _in_words(scores: Mapping[str, Any]) -> str:
+    """Return the headline number of a head's scores, and what else was measured."""
+    from vlprompt.engine.metrics import METRICS, headline
+
+    if "metric" not in scores:
+        return f"{headline(scores):.2f} % ({scores['correct']}/{scores['total']} images)"
+    named = {"accuracy": "accuracy", "cf1": "CF1", "of1": "OF1", **METRICS}
+    own = scores["metric"]
+    others = [f"{words} {scores[name]:.2f}" for name, words in named.items() if name in scores and name != own]
+    return f"{named[own]} {headline(scores):.2f} % ({', '.join(others)}; {scores['total']} images)"
 
 
 def _head_or_problem(line: CommandLine) -> Path | None:
@@ -308,8 +233,7 @@ def _run_config(folder: Path) -> list[Path]:
 
 def _predict(words: list[str]) -> int:
     line = read_command_line(words, "predict", flags=("json",), options=("top",), operands=True)
-    for key in (*line.overrides, *(["config"] if line.configs else [])):
-        line.refuse(key, ())
+    need_no_config(line)
     top = line.options.get("top", "5")
     if not re.fullmatch(r"[1-9][0-9]{0,5}", top):
         line.problems.append(f"{COMMAND_LINE}: --top is {top!r}; accepted: a whole number of classes, 1 or more")
@@ -346,8 +270,7 @@ def _print_predictions(found: Sequence[Mapping[str, Any]]) -> None:
 # -- lists --------------------------------------------------------------------------------------------------------
 def _list(words: list[str]) -> int:
     line = read_command_line(words, "list", operands=True)
-    for key in (*line.overrides, *(["config"] if line.configs else [])):
-        line.refuse(key, ())
+    need_no_config(line)
     kind, pattern = ([*line.operands, "", ""])[:2]
     if not kind:
         line.problems.append(f"{COMMAND_LINE}: list what? Accepted: {', '.join(KINDS)}")
@@ -374,6 +297,10 @@ def _names(kind: str) -> Callable[[str], list[str]]:
         from vlprompt.data import list_datasets
 
         return list_datasets
+    if kind == "protocols":
+        from vlprompt.evaluation.protocol_files import list_protocols
+
+        return list_protocols
     from vlprompt.backbone import list_backbones
 
     return list_backbones
@@ -390,9 +317,15 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "train": Command("train and evaluate a method, keep its head", TRAIN_HELP, _train),
-    "base-to-new": Command("train on base classes, score base and new ones over seeds", BASE_TO_NEW_HELP, _base_to_new),
-    "domains": Command("train on some domains, score the others over seeds", DOMAINS_HELP, _domains),
-    "eval": Command("evaluate a saved head", EVAL_HELP, _eval),
+    "eval": Command("evaluate a saved head, or a protocol over data sets and seeds", EVAL_HELP, _eval),
+    "base-to-new": Command(
+        "train on base classes, score base and new ones over seeds", BASE_TO_NEW_HELP, base_to_new_command
+    ),
+    "domains": Command("train on some domains, score the others over seeds", DOMAINS_HELP, domains_command),
+    "search": Command("choose hyperparameters on validation images", SEARCH_HELP, search_command),
+    "compare": Command("say why two runs differ", COMPARE_HELP, compare_command),
     "predict": Command("classify images with a saved head", PREDICT_HELP, _predict),
-    "list": Command("list methods, data sets or backbones", LIST_HELP, _list),
+    "cache": Command("list and prune stored image features", CACHE_HELP, cache_command),
+    "data": Command("list, check, draw from and make data sets", DATA_HELP, data_command),
+    "list": Command("list methods, data sets, backbones or protocols", LIST_HELP, _list),
 }

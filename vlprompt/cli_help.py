@@ -22,8 +22,8 @@ Trains on the base classes with each seed, evaluates base and new classes, and p
 and zero-shot. Several --config files are compared side by side; the overrides apply to all of them.
 
   --config FILE     a path, or one of vlprompt's own such as mocoop/demo
-  --datasets A,B    run every configuration on each of these data sets, and add the average over them: H of the
-                    average is the harmonic mean of the averages, as in published tables
+  --datasets A,B    run every configuration on each of these data sets (group:NAME for a group of them), and add the
+                    average: its H is the harmonic mean of the averages, as in published tables
   --seeds 1,2,3     the seeds (default 1,2,3)
   --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
   --print-config    print the resolved configurations and stop
@@ -50,12 +50,58 @@ side by side; the overrides apply to all of them. Chosen domains for one run: vl
 """
 EVAL_HELP = """\
 vlprompt eval RUN [--data.name NAME] [--data.root DIR] [--data.classes all|base|new] [--data.* VALUE] [--seed N]
+vlprompt eval --protocol NAME --config FILE [--config FILE2 ...] [--seeds 1,2,3] [--datasets A,B] [--targets C,D]
+              [--shots 1,2,4] [--a.b VALUE ...] [--print-config] [--force]
 
-Evaluates a saved head on the test images of a data set: the run's own, unless --data.* says otherwise.
+The first evaluates a saved head on the test images of a data set: the run's own, unless --data.* says otherwise.
 
   RUN               a run folder, or a head folder (then --data.name is needed)
 
+The second trains and tests as a protocol of the papers says, and ends in a table and a JSON file beside the runs.
+Finished runs are reused; the same command goes on where it stopped. Several --config files are compared side by side.
+
+  --protocol NAME   `vlprompt list protocols` shows them: few-shot, base-to-new, cross-dataset, imagenet-domains,
+                    leave-one-out, single-source; or a file of yours, my.yaml, with the same fields
+  --config FILE     a path, or one of vlprompt's own such as mocoop/demo
+  --datasets A,B    data sets to train on, in place of the protocol's; group:NAME for all that are in a group
+  --targets C,D     other data sets to test on (cross-dataset, imagenet-domains)
+  --shots 1,2,4     training images per class; several for few-shot alone
+  --seeds 1,2,3     the seeds (default: the protocol's)
+  --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
+  --print-config    print the resolved configurations and stop
+  --force           run again what is finished
+
 Example: vlprompt eval RUN --data.classes new
+Example: vlprompt eval --protocol cross-dataset --config coop/demo --targets demo-2,demo-3 --seeds 1
+"""
+SEARCH_HELP = """\
+vlprompt search --config FILE --grid KEY=VALUE,VALUE [--grid KEY2=VALUE,VALUE ...] [--on val|test] [--oracle]
+                [--a.b VALUE ...] [--print-config] [--force]
+
+Trains every candidate of a grid, chooses the best on the validation images (of equals the first), and tests that one
+alone. The same command goes on where it stopped. Runs, choice (selection.json) and the winner's configuration
+(best.yaml) lie in OUTPUT/search-...; other seeds and protocols go on from best.yaml.
+
+  --config FILE     a path, or one of vlprompt's own such as mocoop/demo
+  --grid KEY=A,B    values to try of recipe.*, settings.*, data.view or data.template; texts with commas in quotes
+  --on val|test     images to choose on (default val)
+  --oracle          accept a choice that sees test images, because of --on test or because validation and test images
+                    are the same, as on ImageNet; results and tables are then marked (oracle)
+  --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
+  --print-config    print the candidates' configurations and stop
+  --force           train again what is finished
+
+Example: vlprompt search --config coop/demo --grid recipe.lr=0.002,0.02 --grid recipe.epochs=5,20
+"""
+COMPARE_HELP = """\
+vlprompt compare A B
+
+Says in words what differs between two runs: split, class names, template, images drawn, transforms, and beside the data
+also method, recipe, backbone and versions. The status is 0 when the data protocol is the same and 1 when it differs.
+
+  A, B              run folders, or their results.json
+
+Example: vlprompt compare runs/coop/demo/RUN runs/mocoop/demo/RUN
 """
 PREDICT_HELP = """\
 vlprompt predict RUN IMAGE... [--top 5] [--json]
@@ -68,7 +114,7 @@ Prints the most probable classes of image files, or of all images in folders.
   --json            print [{"path": ..., "classes": [{"name": ..., "probability": ...}]}]
 """
 LIST_HELP = """\
-vlprompt list methods|datasets|backbones [PATTERN]
+vlprompt list methods|datasets|backbones|protocols [PATTERN]
 
 Prints names, one per line; PATTERN is a wildcard such as '*coop*'.
 """

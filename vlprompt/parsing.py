@@ -19,6 +19,7 @@ from vlprompt.config_files import Given, find_config, read_config, shown, yaml_t
 from vlprompt.config_values import accepted_values, convert, from_text, literals
 from vlprompt.engine.config import RunConfig
 from vlprompt.errors import ConfigError, bulleted, did_you_mean, nearest
+from vlprompt.parsing_objectives import judge_objectives
 
 COMMAND_LINE = "command line"
 
@@ -30,7 +31,7 @@ def _hints(part: type, prefix: str = "") -> dict[str, Any]:
     for name, hint in get_type_hints(part).items():
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             found.update(_hints(hint, f"{prefix}{name}."))
-        elif part is not RunConfig or name != "settings":
+        elif part is not RunConfig or name not in ("settings", "objectives"):
             found[prefix + name] = hint
     return found
 
@@ -38,7 +39,10 @@ def _hints(part: type, prefix: str = "") -> dict[str, Any]:
 RUN_KEYS: Mapping[str, Any] = types.MappingProxyType(_hints(RunConfig))
 """Every key of a configuration but the method's settings, with its type."""
 
-SECTIONS: tuple[str, ...] = (*dict.fromkeys(key.partition(".")[0] for key in RUN_KEYS if "." in key), "settings")
+SECTIONS: tuple[str, ...] = (
+    *dict.fromkeys(key.partition(".")[0] for key in RUN_KEYS if "." in key),
+    *("settings", "objectives"),
+)
 """The keys that hold keys."""
 
 
@@ -215,7 +219,7 @@ class _Judge:
     """Types the given values and asks every part what it does not accept."""
 
     def __init__(self, given: Mapping[str, Given], problems: list[str], names: Iterable[str] = ()) -> None:
-        self.given, self.problems, self.names = given, problems, tuple(names)
+        self.given, self.problems, self.names = dict(given), problems, tuple(names)
         self.values: dict[str, Any] = {}
         self.failed: set[str] = set()
         self.left_open: str | None = None
@@ -223,14 +227,15 @@ class _Judge:
     def run(self) -> RunConfig | None:
         """Return the configuration, or None; ``problems`` grows by what is wrong."""
         before = len(self.problems)
-        self._type("method", RUN_KEYS["method"])
+        self.type_value("method", RUN_KEYS["method"])
         settings = self._settings_class()
+        objectives = judge_objectives(self)
         known = {**RUN_KEYS, **(settings_keys(settings) if settings else {})}
         for key in self.given:
             if key in known:
-                self._type(key, known[key])
-            elif key.startswith("settings.") and settings is None:
-                continue  # the method is what is wrong
+                self.type_value(key, known[key])
+            elif (key.startswith("settings.") and settings is None) or key.startswith("objectives."):
+                continue  # the method is what is wrong; objectives are judged by themselves
             else:
                 self._unknown(key, known)
         self._data_name()
@@ -238,19 +243,20 @@ class _Judge:
         for text in config.problems():
             keys = self._keys_in(text)
             if not self.failed & set(keys):
-                self.problems.append(f"{self._sources(keys)}: {text}")
+                self.problems.append(f"{self.sources(keys)}: {text}")
         if settings is not None:
             config.settings = self._settings(settings)
+        config.objectives = objectives
         return config if len(self.problems) == before else None
 
-    def _type(self, key: str, hint: Any) -> None:
+    def type_value(self, key: str, hint: Any) -> None:
         given = self.given.get(key)
         if given is None or key in self.values or key in self.failed:
             return
         accepted = accepted_values(hint)
         dashes = "" if given.typed else "--"
         if not given.typed and given.value is None:
-            self._fail(key, f"{given.source}: --{key} has no value; accepted: {accepted}")
+            self.fail(key, f"{given.source}: --{key} has no value; accepted: {accepted}")
             return
         try:
             value = convert(hint, given.value) if given.typed else from_text(hint, given.value)
@@ -258,14 +264,14 @@ class _Judge:
             why = f" ({error})" if str(error) else ""
             near = nearest(str(given.value)[:100], [str(name) for name in literals(hint)], 1)
             meant = f". Did you mean {near[0]!r}?" if near else ""
-            self._fail(key, f"{given.source}: {dashes}{key} is {shown(given.value)}{why}; accepted: {accepted}{meant}")
+            self.fail(key, f"{given.source}: {dashes}{key} is {shown(given.value)}{why}; accepted: {accepted}{meant}")
             return
         if value == "" and key in RUN_KEYS:
-            self._fail(key, f"{given.source}: {dashes}{key} is an empty text; accepted: {accepted}")
+            self.fail(key, f"{given.source}: {dashes}{key} is an empty text; accepted: {accepted}")
             return
         self.values[key] = value
 
-    def _fail(self, key: str, text: str) -> None:
+    def fail(self, key: str, text: str) -> None:
         self.failed.add(key)
         self.problems.append(text)
 
@@ -289,7 +295,7 @@ class _Judge:
         try:
             method = get_method_class(self.values.get("method", RunConfig.method))
         except ConfigError as error:
-            self._fail("method", f"{self._sources(['method'])}: method: {error}")
+            self.fail("method", f"{self.sources(['method'])}: method: {error}")
             return None
         self.left_open = method.template_setting
         return method.Settings
@@ -305,7 +311,7 @@ class _Judge:
         except ConfigError:
             near = did_you_mean(name, list_datasets())
             text = f"data.name is {shown(name)}, which is no data set.{near} See `vlprompt list datasets`."
-            self._fail("data.name", f"{self._sources(['data.name'])}: {text}")
+            self.fail("data.name", f"{self.sources(['data.name'])}: {text}")
 
     def _build(self, part: type, prefix: str) -> Any:
         """Return ``part`` with the typed values; what failed keeps its default, only so that the rest can be judged."""
@@ -329,7 +335,7 @@ class _Judge:
             if value is MISSING:
                 if key not in self.failed:
                     accepted = accepted_values(hints[key])
-                    self._fail(key, f"defaults: {key} has no default; give it: --{key} VALUE; accepted: {accepted}")
+                    self.fail(key, f"defaults: {key} has no default; give it: --{key} VALUE; accepted: {accepted}")
                 continue
             as_list = isinstance(value, tuple) and get_origin(hints[key]) is not tuple
             complete[entry.name] = list(value) if as_list else value
@@ -338,7 +344,7 @@ class _Judge:
         try:
             settings(**complete)
         except ConfigError as error:
-            self.problems.append(f"{self._sources(self._keys_in(str(error), hints))}: {error}")
+            self.problems.append(f"{self.sources(self._keys_in(str(error), hints))}: {error}")
         return complete
 
     def _keys_in(self, text: str, known: Iterable[str] = RUN_KEYS) -> list[str]:
@@ -346,7 +352,7 @@ class _Judge:
         known = set(known)
         return [word for word in dict.fromkeys(re.findall(r"[a-z_]+(?:\.[a-z_]+)?", text)) if word in known]
 
-    def _sources(self, keys: Iterable[str]) -> str:
+    def sources(self, keys: Iterable[str]) -> str:
         places = dict.fromkeys(self.given[key].source for key in keys if key in self.given)
         return " and ".join(places) or "defaults"
 

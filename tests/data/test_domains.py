@@ -30,8 +30,8 @@ def counts(samples: list[Sample]) -> dict[str, int]:
 
 def replaced(monkeypatch: pytest.MonkeyPatch, change: Callable[[SplitLists], SplitLists]) -> None:
     """Let the reader of the toys give changed lists."""
-    read = readers.READERS["toy"]
-    monkeypatch.setitem(readers.READERS, "toy", lambda card, base: change(read(card, base)))
+    read = readers.reader("toy")
+    monkeypatch.setattr(readers, "reader", lambda name: lambda card, base, report: change(read(card, base, report)))
 
 
 # -- choosing -------------------------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,9 @@ import pytest
 import torch
 
 from vlprompt.data import FeatureStore, FileSource, Sample, extract
+from vlprompt.data import test_view as clip_view
+from vlprompt.data.features import Rows
+from vlprompt.data.tally import images_encoded, tally
 from vlprompt.errors import ConfigError, DataError
 
 KEY = {"backbone": "abc", "view": "center", "n": 3}
@@ -26,14 +27,42 @@ class Counter:
         return torch.full((4, 3), self.value)
 
 
+def entries(folder: Path) -> list[str]:
+    """Everything in a store but its locks."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".locks")
+
+
 def test_computed_once(tmp_path: Path) -> None:
     store, compute = FeatureStore(tmp_path / "store"), Counter()
     assert torch.equal(store.get(KEY, compute), torch.ones(4, 3))
     assert torch.equal(FeatureStore(tmp_path / "store").get(dict(reversed(KEY.items())), compute), torch.ones(4, 3))
     assert compute.calls == 1
-    assert [path.name for path in (tmp_path / "store").iterdir()] == [store.path(KEY).name]
+    assert entries(tmp_path / "store") == [store.path(KEY).name]
     store.get({**KEY, "n": 4}, compute)
     assert compute.calls == 2
+
+
+def test_encoded_images_are_counted(tmp_path: Path) -> None:
+    before, store = images_encoded(), FeatureStore(tmp_path)
+    with tally() as counts:
+        store.get(KEY, Counter())
+        store.get(KEY, Counter())
+        store.rows({"n": 1}, lambda: Rows(torch.zeros(5, 2), (1, 3)))
+    again = FeatureStore(tmp_path)
+    assert again.rows({"n": 1}, lambda: pytest.fail("computed again")).missing == (1, 3)
+    assert (store.encoded, again.encoded, counts.encoded, images_encoded() - before) == (7, 0, 7, 7)
+
+
+def test_what_is_read_is_a_map_of_the_file(tmp_path: Path) -> None:
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("maps are read from /proc")
+    tensor = FeatureStore(tmp_path).get(KEY, Counter())
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, stop = (int(end, 16) for end in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < stop:
+            assert line.endswith(FeatureStore(tmp_path).path(KEY).name)
+            return
+    pytest.fail("the tensor is in no mapping")
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other key"])
@@ -47,8 +76,10 @@ def test_a_damaged_entry_is_computed_again(damage: str, tmp_path: Path) -> None:
     elif damage == "other key":
         store.get({"n": 5}, Counter(2.0))
         data = bytearray(store.path({"n": 5}).read_bytes())
+    path.unlink()  # and written anew: a map of the old file must not see it change
     path.write_bytes(bytes(data[: {"cut": len(data) - 5, "empty": 0}.get(damage, len(data))]))
-    assert torch.equal(store.get(KEY, compute), torch.ones(4, 3))
+    with pytest.warns(UserWarning, match="damaged .* computed again"):
+        assert torch.equal(store.get(KEY, compute), torch.ones(4, 3))
     assert compute.calls == 2
     assert torch.equal(store.get(KEY, compute), torch.ones(4, 3)) and compute.calls == 2
 
@@ -59,7 +90,8 @@ def test_a_failing_computation_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match="no"):
         FeatureStore(tmp_path).get(KEY, fail)
-    assert list(tmp_path.iterdir()) == []
+    assert entries(tmp_path) == []
+    assert torch.equal(FeatureStore(tmp_path).get(KEY, Counter()), torch.ones(4, 3)), "its lock is free again"
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
@@ -73,47 +105,24 @@ def test_keys_are_json() -> None:
         FeatureStore("x").path({"a": object()})
 
 
-def _write_often(folder: str) -> None:
-    for _ in range(20):
-        store = FeatureStore(folder)
-        store._write(store.path(KEY), '{"backbone":"abc","n":3,"view":"center"}', torch.ones(4, 3))
-
-
-def test_concurrent_writers(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_write_often, args=(str(tmp_path),)) for _ in range(3)]
-    for writer in writers:
-        writer.start()
-    compute = Counter()
-    for _ in range(50):
-        assert torch.equal(FeatureStore(tmp_path).get(KEY, compute), torch.ones(4, 3))
-    for writer in writers:
-        writer.join()
-        assert writer.exitcode == 0
-    assert os.listdir(tmp_path) == [FeatureStore(tmp_path).path(KEY).name]
-
-
-def to_tensor(picture: Any) -> torch.Tensor:
-    return torch.tensor(picture.getpixel((3, 3)), dtype=torch.float32).view(3, 1, 1)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_extract(workers: int, tmp_path: Path, paint: Callable[..., Path]) -> None:
+def test_extract(workers: int, tmp_path: Path, paint: Callable[..., Path], preprocess: Any) -> None:
     samples = [Sample(f"{n}.png", 0, FileSource(str(paint(tmp_path / f"{n}.png", n)))) for n in range(7)]
-    features = extract(lambda images: images.flatten(1) * 2, samples, to_tensor, batch_size=3, workers=workers)
-    expected = torch.stack([to_tensor(sample.source.open()).flatten() * 2 for sample in samples])
+    view = clip_view(preprocess)
+    features = extract(lambda images: images.flatten(1) * 2, samples, view, batch_size=3, workers=workers)
+    expected = torch.stack([view(sample.source.open()).flatten() * 2 for sample in samples])
     assert torch.equal(features, expected) and not features.requires_grad and not features.is_inference()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_extract_names_a_bad_image_without_a_traceback(workers: int, tmp_path: Path) -> None:
+def test_extract_names_a_bad_image_without_a_traceback(workers: int, tmp_path: Path, preprocess: Any) -> None:
     (tmp_path / "bad.png").write_bytes(b"nothing")
     samples = [Sample("bad.png", 0, FileSource(str(tmp_path / "bad.png")))]
     with pytest.raises(DataError) as caught:
-        extract(lambda images: images.flatten(1), samples, to_tensor, workers=workers)
+        extract(lambda images: images.flatten(1), samples, clip_view(preprocess), workers=workers)
     assert "bad.png cannot be decoded (7 bytes" in str(caught.value) and "Traceback" not in str(caught.value)
 
 
-def test_extract_nothing() -> None:
+def test_extract_nothing(preprocess: Any) -> None:
     with pytest.raises(DataError, match="no images"):
-        extract(lambda images: images, [], to_tensor)
+        extract(lambda images: images, [], clip_view(preprocess))

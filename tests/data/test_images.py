@@ -95,3 +95,5 @@ def test_zip_sources(tmp_path: Path, paint: Callable[..., Path]) -> None:
         ZipSource(str(tmp_path / "all.zip"), "x/bad.png").open()
     with pytest.raises(DataError, match="x/none.png cannot be read"):
         ZipSource(str(tmp_path / "all.zip"), "x/none.png").open()
+    with pytest.raises(DataError, match="all.zip:x/none.png cannot be read"):
+        ZipSource(str(tmp_path / "all.zip"), "x/none.png").stamp()

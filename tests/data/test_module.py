@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 
 from vlprompt.data import FewShotData, FewShotTask, FileSource, Sample, find_card
+from vlprompt.data.tally import tally
 from vlprompt.errors import ConfigError, DataError
 
 
@@ -157,7 +158,18 @@ def test_features_need_a_fingerprint_and_an_encoder(task: FewShotTask, preproces
 
 @pytest.mark.parametrize(
     "settings",
-    [{"batch_size": 0}, {"test_batch_size": 0}, {"workers": -1}, {"seed": -1}, {"seed": None}, {"view": "left"}],
+    [
+        {"batch_size": 0},
+        {"test_batch_size": 0},
+        {"workers": -1},
+        {"seed": -1},
+        {"seed": None},
+        {"view": "left"},
+        {"on_bad_image": "skp"},
+        {"cached_views": -1},
+        {"cached_views": 2},
+        {"keep_bytes": -1},
+    ],
 )
 def test_bad_settings(settings: dict[str, Any], task: FewShotTask, preprocess: Any) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
@@ -171,6 +183,175 @@ def test_a_bad_image_names_the_file_without_a_traceback(workers: int, task: FewS
     with pytest.raises(DataError) as caught:
         epoch(FewShotData(task, preprocess, batch_size=11, workers=workers))
     assert f"{bad} cannot be decoded (60 bytes" in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def encode(images: torch.Tensor) -> torch.Tensor:
+    return images.flatten(1)[:, ::97]
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_cached_views_are_the_views_of_their_epochs(
+    views: int, task: FewShotTask, preprocess: Any, tmp_path: Path
+) -> None:
+    live = FewShotData(task, preprocess, batch_size=4, seed=3)
+
+    def build(seed: int = 3) -> FewShotData:
+        cached = {"encode": encode, "fingerprint": "f", "features": tmp_path / "store", "cached_views": views}
+        return FewShotData(task, preprocess, batch_size=4, seed=seed, **cached)
+
+    data, again, other = build(), build(), build(4)
+    for number in range(4):
+        batches, shown = epoch(data, number), images_by_index(epoch(live, number % views))
+        everything = images_by_index(epoch(FewShotData(task, preprocess, batch_size=11, seed=3), number % views))
+        assert [batch["index"].tolist() for batch in batches] == [b["index"].tolist() for b in epoch(live, number)]
+        for batch in batches:
+            assert "images" not in batch
+            expected = encode(torch.stack([everything[index] for index in batch["index"].tolist()]))
+            assert torch.equal(batch["features"], expected)
+        assert shown.keys() <= everything.keys()
+        for one, two in zip(batches, epoch(again, number), strict=True):
+            assert torch.equal(one["features"], two["features"])
+    assert data.store.encoded == 11 * views and again.store.encoded == 0
+    assert not torch.equal(epoch(other)[0]["features"], epoch(data)[0]["features"])
+    assert "features" in next(iter(data.test_dataloader()))
+
+
+def spoil(task: FewShotTask, part: str, *positions: int) -> set[str]:
+    """Cut an image short, and remove every second one."""
+    samples = getattr(task, part)
+    for number, position in enumerate(positions):
+        path = Path(samples[position].source.path)
+        path.unlink() if number % 2 else path.write_bytes(path.read_bytes()[:60])
+    return {samples[position].id for position in positions}
+
+
+@pytest.mark.parametrize("how", ["images", "center", "cached views", "workers"])
+def test_skipping(how: str, task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
+    bad = spoil(task, "train", 3, 8) | spoil(task, "test", 0, 1, 2, 5)
+    settings: dict[str, Any] = {"on_bad_image": "skip", "test_batch_size": 3, "features": tmp_path / "store"}
+    if how == "workers":
+        settings["workers"] = 2
+    if how in ("center", "cached views"):
+        settings |= {"encode": encode, "fingerprint": "f", "view": "center" if how == "center" else "random"}
+        settings |= {"cached_views": 2 if how == "cached views" else 0}
+    data = FewShotData(task, preprocess, batch_size=9, **settings)
+    with pytest.warns(UserWarning, match="left out: 6 .*on_bad_image"), tally() as counts:
+        for number in range(2):
+            (batch,) = epoch(data, number)
+            assert sorted(batch["index"].tolist()) == [0, 1, 2, 4, 5, 6, 7, 9, 10]
+            assert batch["labels"].tolist() == [task.train[index].label for index in batch["index"].tolist()]
+            assert all(torch.isfinite(value).all() and len(value) in (0, 9) for value in batch.values() if value.ndim)
+        batches = list(data.test_dataloader())
+    assert [index for batch in batches for index in batch["index"].tolist()] == [3, 4, 6]
+    assert all(len(batch["index"]) for batch in batches) and "skipped" not in batches[0]
+    skipped = counts.facts()["skipped"]
+    assert (skipped["train"], skipped["val"], skipped["test"]) == (2, 0, 4) and set(skipped["ids"]) == bad
+
+
+def test_skipping_gives_readable_images_the_views_they_have_anyway(task: FewShotTask, preprocess: Any) -> None:
+    whole = images_by_index(epoch(FewShotData(task, preprocess, batch_size=11), 2))
+    spoil(task, "train", 3)
+    rest = images_by_index(epoch(FewShotData(task, preprocess, batch_size=10, on_bad_image="skip"), 2))
+    assert rest.keys() == whole.keys() - {3}
+    assert all(torch.equal(image, whole[index]) for index, image in rest.items())
+
+
+def test_two_processes_that_skip_see_the_batches_of_one(task: FewShotTask, preprocess: Any) -> None:
+    spoil(task, "train", 3, 8, 9)
+    (whole,) = epoch(FewShotData(task, preprocess, batch_size=10, on_bad_image="skip"), 2)
+    parts = []
+    for rank in range(2):
+        data = World(task, preprocess, batch_size=10, on_bad_image="skip")
+        data.rank, data.world = rank, 2
+        parts += epoch(data, 2)
+    assert len(whole["index"]) == 8 and [len(part["index"]) for part in parts] == [4, 4]
+    assert torch.equal(torch.cat([part["images"] for part in parts]), whole["images"])
+    assert [float(part["scale"]) for part in parts] == [1.0, 1.0]
+
+
+def test_features_of_a_run_that_skipped_are_an_error_to_one_that_does_not(
+    task: FewShotTask, preprocess: Any, tmp_path: Path
+) -> None:
+    good = Path(task.test[2].source.path).read_bytes()  # type: ignore[attr-defined]
+    spoil(task, "test", 2)
+
+    def build(**more: Any) -> FewShotData:
+        settings = {"encode": encode, "fingerprint": "f", "features": tmp_path / "store", **more}
+        return FewShotData(task, preprocess, **settings)
+
+    assert not build(on_bad_image="skip").features("test")[2].any()
+    with pytest.raises(DataError, match="test/2.png cannot be decoded"):
+        build().features("test")
+    path = Path(task.test[2].source.path)  # type: ignore[attr-defined]
+    path.write_bytes(good)
+    assert build().features("test")[2].any()
+
+
+def test_nothing_readable(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
+    spoil(task, "train", *range(11))
+    with pytest.raises(DataError, match="None of the 11 training images can be read"):
+        FewShotData(task, preprocess, on_bad_image="skip").train_dataloader()
+    cached: dict[str, Any] = {"encode": encode, "fingerprint": "f", "features": tmp_path, "view": "center"}
+    with pytest.raises(DataError, match="None of the 11 images can be read"):
+        FewShotData(task, preprocess, on_bad_image="skip", **cached).train_dataloader()
+    spoil(task, "test", *range(7))
+    assert list(FewShotData(task, preprocess, on_bad_image="skip").test_dataloader()) == []
+
+
+def test_multi_label_tasks_have_rows_of_ones_and_zeros(task: FewShotTask, preprocess: Any) -> None:
+    several: tuple[Any, ...] = ((0,), (0, 1), ())
+    train = [dataclasses.replace(one, label=several[n % 3]) for n, one in enumerate(task.train)]
+
+    class Several(FewShotTask):
+        multilabel = True  # type: ignore[assignment]
+
+    fields = {one.name: getattr(task, one.name) for one in dataclasses.fields(task)}
+    (batch,) = epoch(FewShotData(Several(**{**fields, "train": train}), preprocess, batch_size=11))
+    rows = {0: [1.0, 0.0], 1: [1.0, 1.0], 2: [0.0, 0.0]}
+    assert batch["labels"].dtype == torch.float32
+    assert batch["labels"].tolist() == [rows[index % 3] for index in batch["index"].tolist()]
+
+
+class Kinds(pl.LightningModule):
+    """Writes down what travels to the device, and what the step is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.travelled: list[torch.dtype] = []
+        self.given: list[torch.Tensor] = []
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        self.travelled.append(batch["images"].dtype)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
+        self.given.append(batch["images"])
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_moves_bytes_and_normalises_after(task: FewShotTask, preprocess: Any) -> None:
+    data, module = FewShotData(task, preprocess, batch_size=4), Kinds()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=2, enable_model_summary=False, **quiet)  # type: ignore[arg-type]
+    trainer.fit(module, datamodule=data)
+    assert set(module.travelled) == {torch.uint8}
+    plain = FewShotData(task, preprocess, batch_size=4)
+    expected = [batch["images"] for number in range(2) for batch in epoch(plain, number)]
+    assert len(module.given) == 4 and all(map(torch.equal, module.given, expected))
+    # Once the Trainer is done, batches are finished where they are read.
+    assert torch.equal(epoch(data)[0]["images"], expected[0])
+
+
+def test_test_images_are_not_kept(task: FewShotTask, preprocess: Any) -> None:
+    data = FewShotData(task, preprocess, batch_size=11)
+    for loader, kept in ((data.train_dataloader(), 11), (data.val_dataloader(), 3), (data.test_dataloader(), 0)):
+        assert len(list(loader)) > 0
+        assert loader.dataset.pictures.kept() == kept  # type: ignore[union-attr]
 
 
 def test_no_validation_images(task: FewShotTask, preprocess: Any) -> None:
@@ -217,16 +398,20 @@ def _fit_and_test(task: FewShotTask, preprocess: Any, batch_size: int, devices: 
         **settings,
     )
     module = Recorder()
-    data = FewShotData(task, preprocess, batch_size=batch_size, test_batch_size=2)
-    trainer.fit(module, datamodule=data)
-    trainer.test(module, datamodule=data, verbose=False)
-    return module.seen
+    data = FewShotData(task, preprocess, batch_size=batch_size, test_batch_size=2, on_bad_image="skip")
+    with tally() as counts:
+        trainer.fit(module, datamodule=data)
+        trainer.test(module, datamodule=data, verbose=False)
+        return {**module.seen, "facts": [counts.facts()]}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("batch_size", "tests"), [(4, 7), (16, 1)])
-def test_lightning_on_two_processes(batch_size: int, tests: int, task: FewShotTask, preprocess: Any) -> None:
+@pytest.mark.parametrize(("batch_size", "tests", "bad"), [(4, 7, ()), (16, 1, ()), (16, 7, (1, 4))])
+def test_lightning_on_two_processes(
+    batch_size: int, tests: int, bad: tuple[int, ...], task: FewShotTask, preprocess: Any
+) -> None:
     task = dataclasses.replace(task, test=task.test[:tests])
+    ids = sorted(spoil(task, "train", *bad)) + sorted(spoil(task, "test", *bad))
     one = _fit_and_test(task, preprocess, batch_size, 1)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -244,4 +429,7 @@ def test_lightning_on_two_processes(batch_size: int, tests: int, task: FewShotTa
         assert seen[0]["train"][step][0] == seen[1]["train"][step][0] == number
         assert seen[0]["train"][step][1] + seen[1]["train"][step][1] == indices
     assert len(seen[0]["train"]) == len(seen[1]["train"]) == len(one["train"])
-    assert sorted(seen[0]["test"] + seen[1]["test"]) == sorted(one["test"]) == list(range(tests))
+    readable = [position for position in range(tests) if position not in bad]
+    assert sorted(seen[0]["test"] + seen[1]["test"]) == sorted(one["test"]) == readable
+    skipped = {"train": len(bad), "val": 0, "test": len(bad), "ids": ids}
+    assert seen[0]["facts"] == seen[1]["facts"] == one["facts"] == [{"encoded": 0, "skipped": skipped}]

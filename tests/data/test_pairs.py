@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from vlprompt.data import cards, load_pairs
-from vlprompt.data.cards import Card
+from vlprompt.data.cards import Card, Classes, Templates
+from vlprompt.data.options import PairsOptions
 from vlprompt.errors import DataError
 
 
@@ -17,8 +18,9 @@ def pairs_root(tmp_path, monkeypatch):
     (tmp_path / "pairs" / "images").mkdir(parents=True)
     for name in ("one", "two"):
         Image.new("RGB", (8, 8), "red").save(tmp_path / "pairs" / "images" / f"{name}.png")
-    card = Card("mine", "pairs", "images", "pairs", "{}", "own", "here", "Nothing.", split_file="pairs.jsonl")
-    monkeypatch.setattr(cards, "_cards", lambda: {"mine": card})
+    options = PairsOptions("pairs.jsonl", "images")
+    card = Card("mine", "pairs", options, Classes(), Templates("{}"), folders=("pairs",))
+    monkeypatch.setattr(cards, "all_cards", lambda: {"mine": card})
     return tmp_path
 
 

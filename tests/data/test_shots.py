@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +122,96 @@ def test_one_class_has_no_new_half() -> None:
         class_labels([3, 3], "new")
     with pytest.raises(ConfigError, match="'novel'.*all, base, new"):
         class_labels([3, 4], "novel")
+
+
+SAMPLED = json.loads((Path(__file__).parents[1] / "golden" / "samplers_caltech101.json").read_text())
+
+
+@pytest.mark.parametrize("row", sorted(set(SAMPLED) - {"about"}))
+def test_the_other_families_samplers(row: str) -> None:
+    name, _, seed, _, shots = row.split()
+    expected = SAMPLED[row]
+    train, val = fewshot(CALTECH.train, CALTECH.val, int(shots), int(seed), sampler=name)
+    assert ids_hash(train) == expected["train"]
+    assert ids_hash(val) == expected.get("val", ids_hash(CALTECH.val))
+    if "overlap_with_coop" in expected:
+        coop, _ = fewshot(CALTECH.train, CALTECH.val, int(shots), int(seed))
+        assert len({s.id for s in coop} & {s.id for s in train}) == expected["overlap_with_coop"]
+
+
+def test_clip_lora_draws_the_published_overlap() -> None:
+    """datasets.md 2.4: seed 1 shares 6 of 100, 68 of 400 and 902 of 1,600 images with CoOp's draw."""
+    overlaps = [SAMPLED[f"clip-lora-v1 seed 1 shots {shots}"]["overlap_with_coop"] for shots in (1, 4, 16)]
+    assert overlaps == [6, 68, 902]
+
+
+def test_samplers_on_short_classes() -> None:
+    few = [Sample(f"{label}/{n}", label, FileSource("")) for label in (1, 0) for n in range(3)]
+    filled, _ = fewshot(few, [], 5, 1, sampler="clip-lora-v1")
+    assert [s.label for s in filled] == [1] * 5 + [0] * 5 and len(set(filled)) < 10
+    assert len(fewshot(few, [], 5, 1)[0]) == 6
+    with pytest.raises(ConfigError, match="tpt-v1 needs as many"):
+        fewshot(few, [], 5, 1, sampler="tpt-v1")
+    with pytest.raises(ConfigError, match="clip-lora-v1 needs 4 training images"):
+        fewshot(few, few[:1], 2, 1, sampler="clip-lora-v1", sample_val=False)
+    learnt, judged = fewshot(few, few[:1], 1, 1, sampler="clip-lora-v1", sample_val=False)
+    assert [s.label for s in learnt] == [0, 1] == [s.label for s in judged] and not set(learnt) & set(judged)
+
+
+def test_unknown_samplers() -> None:
+    with pytest.raises(ConfigError, match="data.sampler is 'dassl'. Did you mean 'dassl-v1'"):
+        fewshot(CALTECH.train, [], 1, 1, sampler="dassl")
+
+
+def test_images_with_several_labels() -> None:
+    generator = random.Random(0)
+    many = [
+        Sample(str(n), tuple(sorted(generator.sample(range(6), generator.randrange(4)))), FileSource(""))
+        for n in range(200)
+    ]
+    with pytest.raises(ConfigError, match="several labels need elevater-v1"):
+        fewshot(many, [], 4, 1)
+    train, val = fewshot(many, [], 5, 1, sampler="elevater-v1")
+    assert not {s.id for s in train} & {s.id for s in val}
+    counts = [sum(label in s.label for s in [*train, *val]) for label in range(6)]  # type: ignore[operator]
+    assert min(counts) >= 5
+    assert all(any(label in s.label for s in val) for label in range(6))  # type: ignore[operator]
+    kept = keep_labels(many, [4, 5])
+    assert {label for s in kept for label in s.label} == {0, 1} and all(s.label for s in kept)  # type: ignore[union-attr]
+
+
+def interpreters() -> list[str]:
+    """This Python and, where they are installed, others that vlprompt supports."""
+    found = [sys.executable, *(shutil.which(f"python3.{minor}") or "" for minor in range(10, 15))]
+    found += [str(path) for path in sorted(Path("~/.pyenv/versions").expanduser().glob("3.1[0-9]*/bin/python"))]
+    # pyenv's shims exist for versions that cannot be started from here.
+    starts = [
+        path
+        for path in dict.fromkeys(found)
+        if path and not subprocess.run([path, "-c", ""], check=False, capture_output=True).returncode
+    ]
+    return starts
+
+
+DRAWN_BY_ALL = "4d436328348d80ecb60345c65847ae183c8bfc558151db340d3e40d1133e86f1"
+
+
+def test_the_draw_is_the_same_in_other_pythons() -> None:
+    """The draw needs no package, so any Python that is here can make it."""
+    code = """
+import json, random, sys
+from vlprompt.data.records import Sample, lines_sha256
+from vlprompt.data.shots import SAMPLERS, fewshot
+train = [Sample(f"{label}/{number}", label, None) for label in range(30) for number in range(20)]
+val = [Sample(f"{label}/v{number}", label, None) for label in range(30) for number in range(5)]
+random.seed(99)
+drawn = [fewshot(train, val, 16, 1, sampler=name) for name in sorted(SAMPLERS)]
+print(lines_sha256(sample.id for pair in drawn for part in pair for sample in part))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    found = {}
+    for python in interpreters():
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, f"{python}: {done.stderr}"
+        found[python] = done.stdout.strip()
+    assert set(found.values()) == {DRAWN_BY_ALL}, found

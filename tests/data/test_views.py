@@ -10,6 +10,7 @@ from PIL import Image
 
 from vlprompt.data import describe_view, train_view
 from vlprompt.data import test_view as clip_view
+from vlprompt.data.views import View
 from vlprompt.errors import ConfigError
 
 
@@ -85,3 +86,23 @@ def test_descriptions_tell_views_apart() -> None:
     texts = {describe_view(pre, kind) for pre in (Preprocess(), Larger()) for kind in ("random", "center")}
     texts.add(describe_view(Squashed(), "center"))
     assert len(texts) == 5 and all("\n" not in text and "bicubic" in text for text in texts)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+@pytest.mark.parametrize("size", [(300, 200), (40, 60), (17, 900)])
+def test_the_tensor_view_takes_the_same_crops_and_nearly_the_same_pixels(mode: str, size: tuple[int, int]) -> None:
+    """Within 8 of 255 levels of Pillow's resize, and within half a level on average."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 255, (size[1] // 8 + 2, size[0] // 8 + 2, 3), dtype=np.uint8))
+    picture = coarse.resize(size, Image.Resampling.BICUBIC).convert(mode).convert("RGB")
+    exact, quick = View(Preprocess(), "random"), View(Preprocess(), "random-tensor")
+    for seed in range(8):
+        torch.manual_seed(seed)
+        expected = exact.pixels(picture).astype(int)
+        after = torch.get_rng_state()
+        for source in (picture, np.asarray(picture)):
+            torch.manual_seed(seed)
+            got = quick.pixels(source).astype(int)
+            assert torch.equal(torch.get_rng_state(), after)
+            assert np.abs(got - expected).max() <= 8 and np.abs(got - expected).mean() < 0.5
+    assert "by tensor" in describe_view(Preprocess(), "random-tensor")

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import vlprompt
 from vlprompt.data import FewShotData, FewShotTask
 from vlprompt.engine.config import RecipeConfig
+from vlprompt.engine.metrics import MultilabelScores
 from vlprompt.engine.recipe import learning_rate
 from vlprompt.errors import ConfigError, HeadError
 from vlprompt.methods import PromptMethod
@@ -219,3 +220,44 @@ def test_accuracy_counts_exactly(make_method: Make, own_trainer: Trainers, task:
         hits = sum(int((method(b["images"]).argmax(-1) == b["labels"]).sum()) for b in data.test_dataloader())
     assert (scores["test/correct"], scores["test/total"]) == (hits, 17)
     assert scores["test/accuracy"] == pytest.approx(100 * hits / 17)
+
+
+# -- other metrics --------------------------------------------------------------------------------------------------
+def test_mean_per_class_counts_every_class_once(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+    method = make_method("coop")
+    data = FewShotData(task, method.backbone.preprocess, test_batch_size=4)
+    module = vlprompt.PromptModule(method, metric="mean_per_class")
+    (scores,) = own_trainer().test(module, datamodule=data, verbose=False)
+    assert sum(module.per_class["correct"]) == scores["test/correct"]
+    assert module.per_class["total"] == [3, 3, 3, 3, 3, 2]  # the last class has an image less
+    each = [a / b for a, b in zip(*module.per_class.values(), strict=True)]
+    assert scores["test/mean_per_class"] == pytest.approx(100 * sum(each) / 6)
+
+
+def several_labels(method: PromptMethod, task: FewShotTask) -> DataLoader[Any]:
+    """(images, multi-hot labels) pairs; every image has its own class and the next."""
+    images, labels = plain_loader(method, task).dataset.tensors  # type: ignore[attr-defined]
+    hot = torch.nn.functional.one_hot(labels, 6) + torch.nn.functional.one_hot((labels + 1) % 6, 6)
+    return DataLoader(TensorDataset(images, hot.float()), batch_size=5)
+
+
+def test_several_labels_are_ranked(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+    method = make_method("zeroshot")
+    loader = several_labels(method, task)
+    (scores,) = own_trainer().test(vlprompt.PromptModule(method, metric="map"), loader, verbose=False)
+    own = MultilabelScores(6)
+    images, labels = loader.dataset.tensors  # type: ignore[attr-defined]
+    with torch.no_grad():
+        own.update(method(images), labels)
+    assert {name.removeprefix("test/"): value for name, value in scores.items()} == pytest.approx(
+        {name: float(value) for name, value in own.score()[0].items()}
+    )
+    assert scores["test/total"] == 12
+
+
+def test_cross_entropy_is_not_trained_on_several_labels(
+    make_method: Make, own_trainer: Trainers, task: FewShotTask
+) -> None:
+    method = make_method("coop")
+    with pytest.raises(ConfigError, match="'coop' is trained by cross-entropy over one label.*--method zeroshot"):
+        own_trainer().fit(vlprompt.PromptModule(method, metric="map"), several_labels(method, task))

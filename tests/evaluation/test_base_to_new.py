@@ -124,12 +124,32 @@ def test_h_of_the_average_is_that_of_the_averages() -> None:
         "base": {"mean": 80, "deviation": 10},
         "new": {"mean": 40, "deviation": 10},
         "harmonic_mean": pytest.approx(2 * 80 * 40 / 120),
+        "mean_of_harmonic_means": pytest.approx((45 + 2 * 70 * 50 / 120) / 2),
     }
     table = base_to_new_table(cells, [1], [average])
     assert rows_of(table)[-1] == ["average", "coop", "80.00 ± 10.00", "40.00 ± 10.00", "53.33"]
     words = " ".join(table.split())
     assert "average: mean and deviation over 2 data sets; its H is the harmonic mean of these averages" in words
+    assert "not to be confused with the mean of the data sets' H: zero-shot 50.00, coop 51.67" in words
     assert "average" not in base_to_new_table(cells, [1])
+
+
+@pytest.mark.parametrize(
+    ("base", "new", "published"),
+    [
+        (69.34, 74.22, 71.70),  # CLIP
+        (82.69, 63.22, 71.66),  # CoOp
+        (80.47, 71.69, 75.83),  # CoCoOp
+        (82.28, 75.14, 78.55),  # MaPLe
+        (84.26, 76.10, 79.97),  # PromptSRC
+        (84.21, 71.79, 77.51),  # IVLP
+    ],
+)
+def test_published_average_rows_are_reproduced(base: float, new: float, published: float) -> None:
+    # Two data sets around the published averages: the mean of their own H is another number.
+    cells = [cell_of(name, (base + off, new - 2 * off)) for name, off in (("one", 5), ("two", -5))]
+    row = average_of(cells)["rows"]["coop"]
+    assert round(row["harmonic_mean"], 2) == published != round(row["mean_of_harmonic_means"], 2)
 
 
 def test_a_method_without_new_classes_on_one_data_set_has_no_average_of_them() -> None:

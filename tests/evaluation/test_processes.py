@@ -43,6 +43,11 @@ def watch(event, arguments):
             print(f"process {rank} touched {path}: {event}", file=sys.stderr)
             os._exit(3)
 
+def say(text):
+    # In one write: print() makes several of a line, and what two processes say would mix.
+    sys.stdout.flush()
+    os.write(1, f"{text}\\n".encode())
+
 if rank:
     sys.addaudithook(watch)
 
@@ -51,7 +56,7 @@ from vlprompt.parsing import parse_run
 
 for words, force in json.loads((folder / "runs.json").read_text()):
     done = run(parse_run(words), force=force)
-    print(f"process {rank}", "reused" if done.reused else "trained", done.folder.name, flush=True)
+    say(f"process {rank} {'reused' if done.reused else 'trained'} {done.folder.name}")
 
 import torch, vlprompt
 import pytorch_lightning as pl
@@ -70,7 +75,10 @@ trainer = pl.Trainer(
 trainer.fit(module, datamodule=data)
 (scores,) = trainer.test(module, datamodule=data, verbose=False)
 ctx = method.learnable_state()["prompt.ctx"]
-print("OWN", json.dumps({"rank": rank, "scores": scores, "ctx": ctx.tolist()}), flush=True)
+for turn in (0, 1):  # such a long line takes several writes
+    if rank == turn:
+        say("OWN " + json.dumps({"rank": rank, "scores": scores, "ctx": ctx.tolist()}))
+    torch.distributed.barrier()
 """
 
 

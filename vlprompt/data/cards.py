@@ -1,83 +1,251 @@
-"""Data set cards: one YAML file of facts per data set, found in the wheel and in a clone alike."""
+"""Data set cards: one YAML file of facts per data set, found in the wheel, in a clone and in the user's own folder."""
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import functools
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
-
-from vlprompt.errors import ConfigError, DataError, bulleted, did_you_mean
+from vlprompt.data.options import ReaderOptions
+from vlprompt.errors import ConfigError, DataError, did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 #: Folder of the demo benchmark and of what else the wheel carries.
 ASSETS = _PACKAGE / "assets"
-READER_NAMES = ("split_json", "folder", "fgvc", "imagenet", "pairs")
-_LARGEST_CARD = 1_000_000
+Metric = Literal["accuracy", "mean_per_class", "map", "map_11point"]
+NamesFrom = Literal["split", "folders", "file", "list", "wnids"]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What is known of the classes.
+
+    Attributes:
+        count: How many there are; ``None`` where the user decides.
+        names_from: ``split`` (the split file says), ``folders`` (the class folders' names), ``file`` (a list beside
+            the images), ``list`` (``names`` below), or ``wnids`` (WordNet folders named as OpenAI's CLIP names them).
+        names: The names by label, for ``list``.
+        keys: What the files call the classes, by label, where that is not the name: folders or words of a list.
+        names_sha256: SHA-256 of the names by label, joined by LF.
+        order: The rule of the order, in words.
+    """
+
+    count: int | None = None
+    names_from: NamesFrom = "split"
+    names: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    names_sha256: str | None = None
+    order: str = ""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One way to cut a data set into train, val and test.
+
+    Attributes:
+        train: Images to train on; ``None`` where it is not known or the user decides.
+        val: Validation images.
+        test: Test images.
+        content_sha256: Hash of the content (:meth:`vlprompt.data.records.SplitLists.content_sha256`).
+        file_sha256: Hash of the published split file.
+        reader: Another reader than the card's, for this split.
+        reader_options: Its options.
+    """
+
+    train: int | None = None
+    val: int | None = None
+    test: int | None = None
+    content_sha256: str | None = None
+    file_sha256: str | None = None
+    reader: str | None = None
+    reader_options: ReaderOptions | None = None
+
+
+@dataclass(frozen=True)
+class Templates:
+    """Prompts with ``{}`` for the class name: the ``single`` published one, and ``ensembles`` by name."""
+
+    single: str
+    ensembles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one part of the data comes from.
+
+    Attributes:
+        what: The file or the part.
+        page: Home page.
+        url: Address that ``vlprompt data get`` may fetch; ``None`` where it may not or cannot.
+        md5: MD5 of the file, as its publisher gives it.
+        sha256: SHA-256 of the file.
+        unpack: Folder under the data set's folder to unpack an archive into; ``None`` keeps the file as it is.
+        strip: Leading folders of the archive's members that are dropped.
+        inner: Archive inside the archive that is unpacked into the same folder, by its path after ``strip``.
+        to: Where the file goes, under the data set's folder, if it is not an archive; a file that ends in ``.gz`` is
+            decompressed unless this name ends so, too.
+    """
+
+    what: str
+    page: str = ""
+    url: str | None = None
+    md5: str | None = None
+    sha256: str | None = None
+    unpack: str | None = None
+    strip: str = ""
+    inner: str | None = None
+    to: str | None = None
+
+
+@dataclass(frozen=True)
+class Licence:
+    """The licence of the images: its ``text``, the ``page`` that has it, and whether they may be passed on."""
+
+    text: str
+    page: str = ""
+    redistribute: bool = False
 
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of a data set without having it.
+    """What is known of a data set without having it. The YAML file has the same fields; datasets.md 6.1 shows one.
 
     Attributes:
         name: The name it is asked for by.
-        aliases: Other accepted spellings.
-        folder: Folder under the data root; ``.`` for the data root itself.
-        image_dir: Folder of the images under ``folder``; sample ids are relative to it.
-        reader: ``split_json``, ``folder``, ``fgvc`` or ``imagenet``; ``pairs`` for images with captions and no classes
-            (:func:`vlprompt.load_pairs`).
-        template: The published prompt, with ``{}`` for the class name.
+        reader: ``split_json``, ``folder``, ``list_file``, ``torchvision`` or ``shards``; ``pairs`` for images with
+            captions and no classes (:func:`vlprompt.load_pairs`).
+        options: The reader's options (:mod:`vlprompt.data.options`); ``reader_options`` in the file.
+        classes: Count, names and order of the classes.
+        templates: Prompts.
+        metric: ``accuracy``, ``mean_per_class``, or, with several labels an image, ``map`` or ``map_11point``.
         licence: Licence of the images.
-        home: Where the images come from.
-        notes: How to get them and where to put them.
-        split_file: Split file under ``folder``, for the ``split_json`` reader; the list of pairs for ``pairs``.
-        split_file_sha256: SHA-256 of the published split file.
-        split_content_sha256: SHA-256 of its content (:meth:`vlprompt.data.records.SplitLists.content_sha256`).
-        classes: Number of classes; ``None`` where the user decides.
-        sizes: Images in train, val and test; ``None`` where the user decides.
-        archive: Zip archive under ``folder`` that holds the images. ``{}`` in its name stands for the first folder of
-            an image's path: every such folder has an archive of its own.
+        task: ``multiclass`` or ``multilabel``.
+        aliases: Other accepted spellings of the name.
+        group: Groups it belongs to, such as ``fewshot11``.
+        folders: Names of its folder under the data root, tried in order; ``.`` for the data root itself.
+        root: Absolute folder to look in, in a user's own card; the data root otherwise.
+        splits: Ways to cut it, by name; the first is the one that is used if none is asked for.
+        split: The name of the split in use.
+        domains: Its domains, for domain generalisation: each name with the folder or word that stands for it in files.
+        excluded: Images left out on purpose, by their id.
+        sources: Where the parts come from.
+        notes: How to get it and where to put what.
         packaged: Whether the data lie inside the package, so that no data root is needed.
-        variants: Whether an image's path may end in ``#`` and a variant (:mod:`vlprompt.data.variants`).
-        domains: Names of its domains, for domain generalisation; a sample's domain is the first folder of its path,
-            with ``+noise`` or the like behind it for a corrupted variant.
+        same_images: Whether train and test hold the same images on purpose: the protocol then parts them by domain.
+        file: The card's own file.
     """
 
     name: str
-    folder: str
-    image_dir: str
     reader: str
-    template: str
-    licence: str
-    home: str
-    notes: str
+    options: ReaderOptions
+    classes: Classes
+    templates: Templates
+    metric: Metric = "accuracy"
+    licence: Licence = field(default_factory=lambda: Licence("not stated"))
+    task: Literal["multiclass", "multilabel"] = "multiclass"
     aliases: tuple[str, ...] = ()
-    split_file: str | None = None
-    split_file_sha256: str | None = None
-    split_content_sha256: str | None = None
-    classes: int | None = None
-    sizes: Mapping[str, int] | None = None
-    archive: str | None = None
+    group: tuple[str, ...] = ()
+    folders: tuple[str, ...] = (".",)
+    root: str | None = None
+    splits: Mapping[str, Split] = field(default_factory=dict)
+    split: str = ""
+    domains: Mapping[str, str] = field(default_factory=dict)
+    excluded: tuple[str, ...] = ()
+    sources: tuple[Source, ...] = ()
+    notes: str = ""
     packaged: bool = False
-    variants: bool = False
-    domains: tuple[str, ...] = ()
+    same_images: bool = False
+    file: str = ""
+
+    @property
+    def template(self) -> str:
+        """The published prompt, with ``{}`` for the class name."""
+        return self.templates.single
+
+    @property
+    def facts(self) -> Split:
+        """Sizes and hashes of the split in use; empty where nothing is known of it."""
+        return self.splits.get(self.split, Split())
+
+    @property
+    def sizes(self) -> dict[str, int] | None:
+        """Images in train, val and test of the split in use, as far as they are known; ``None`` if none is."""
+        facts = self.facts
+        known = {part: getattr(facts, part) for part in ("train", "val", "test")}
+        return {part: size for part, size in known.items() if size is not None} or None
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether an image may have several labels."""
+        return self.task == "multilabel"
+
+    @property
+    def tests_only(self) -> bool:
+        """Whether there is nothing to train on: the reader is told of no training images."""
+        splits = getattr(self.options, "splits", {})
+        return bool(splits) and "train" not in splits
 
     def base(self, root: str | Path | None = None) -> Path:
-        """Return the absolute folder of this data set under ``root`` (see :func:`data_root`)."""
-        return (ASSETS if self.packaged else data_root(root)) / self.folder
+        """Return the folder of this data set under ``root`` (see :func:`data_root`): the first that exists."""
+        places = self.places(root)
+        return next((place for place in places if place.is_dir()), places[0])
+
+    def places(self, root: str | Path | None = None) -> list[Path]:
+        """Return the absolute folders that are looked in, in order."""
+        if self.packaged:
+            return [ASSETS / folder for folder in self.folders]
+        roots = [data_root(self.root)] if self.root is not None and root is None else data_roots(root)
+        return [place / folder for place in roots for folder in self.folders]
+
+    def with_split(self, name: str | None) -> Card:
+        """Return this card with another of its splits, or with a split file of the user's in the data set's folder.
+
+        Args:
+            name: A split's name, or the name of a file that ends in ``.json``; ``None`` for the default.
+
+        Raises:
+            ConfigError: The card has no such split, or takes no split file.
+        """
+        if name is None or name == self.split:
+            return self
+        if name.endswith(".json"):
+            from vlprompt.data.options import SplitJsonOptions
+            from vlprompt.data.paths import path_problem
+
+            if problem := path_problem(name):
+                raise ConfigError(f"data.split: {problem}")
+            if not isinstance(self.options, SplitJsonOptions):
+                options = SplitJsonOptions(split_file=name, image_dir=getattr(self.options, "image_dir", "."))
+            else:
+                options = replace(self.options, split_file=name)
+            return replace(self, reader="split_json", options=options, split=name, classes=Classes())
+        if name not in self.splits:
+            known = ", ".join(self.splits) or "none"
+            raise ConfigError(
+                f"data.split is {name!r}; {self.name} has: {known}, or a split file of your own that ends in .json."
+            )
+        chosen = self.splits[name]
+        if chosen.reader is None or chosen.reader_options is None:
+            return replace(self, split=name)
+        return replace(self, split=name, reader=chosen.reader, options=chosen.reader_options)
 
 
 def data_root(root: str | Path | None = None) -> Path:
-    """Return the absolute data root: ``root``, else the environment's ``VLPROMPT_DATA``, else ``data`` here."""
-    chosen = root if root is not None else os.environ.get("VLPROMPT_DATA") or "data"
-    return Path(os.path.abspath(Path(chosen).expanduser()))
+    """Return the absolute data root: ``root``, else the first of ``VLPROMPT_DATA``, else ``data`` here."""
+    return data_roots(root)[0]
+
+
+def data_roots(root: str | Path | None = None) -> list[Path]:
+    """Return all absolute data roots: ``root``, else the folders in ``VLPROMPT_DATA``, else ``data`` here."""
+    named = (
+        [root] if root is not None else [part for part in os.environ.get("VLPROMPT_DATA", "").split(os.pathsep) if part]
+    )
+    return [Path(os.path.abspath(Path(one).expanduser())) for one in named or ["data"]]
 
 
 def card_folder() -> Path:
@@ -91,9 +259,25 @@ def card_folder() -> Path:
     )
 
 
+def own_card_folder() -> Path:
+    """Return the folder of the user's own cards: ``$VLPROMPT_CARDS``, else ``~/.config/vlprompt/datasets``."""
+    home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    named = os.environ.get("VLPROMPT_CARDS")
+    return Path(os.path.abspath(Path(named or f"{home}/vlprompt/datasets").expanduser()))
+
+
 def list_datasets(pattern: str = "*") -> list[str]:
     """Return the names of the known data sets that match ``pattern`` (``*`` and ``?`` are wildcards), sorted."""
-    return [name for name in sorted(_cards()) if fnmatch.fnmatch(name, pattern.lower())]
+    return [name for name in sorted(all_cards()) if fnmatch.fnmatch(name, pattern.lower())]
+
+
+def list_groups() -> dict[str, list[str]]:
+    """Return the groups of data sets that the cards name, each with its members in order."""
+    groups: dict[str, list[str]] = {}
+    for name, card in sorted(all_cards().items()):
+        for group in card.group:
+            groups.setdefault(group, []).append(name)
+    return groups
 
 
 def find_card(name: str) -> Card:
@@ -104,13 +288,13 @@ def find_card(name: str) -> Card:
     """
     if not isinstance(name, str):
         raise ConfigError(f"A data set is asked for by its name, not by {name!r}.")
-    cards = _cards()
+    cards = all_cards()
     spellings = {_plain(spelling): card for card in cards.values() for spelling in (card.name, *card.aliases)}
     if _plain(name) not in spellings:
         known = [*cards, *(alias for card in cards.values() for alias in card.aliases)]
         raise ConfigError(
             f"Unknown data set {name!r}.{did_you_mean(name, known)} All of them: {', '.join(sorted(cards))}. Your own "
-            "folder of images: --data.name folder --data.root FOLDER"
+            f"folder of images: --data.name folder --data.root FOLDER. Your own cards go to {own_card_folder()}"
         )
     return spellings[_plain(name)]
 
@@ -118,13 +302,15 @@ def find_card(name: str) -> Card:
 def card_class_names(card: Card) -> list[str] | None:
     """Return class names by label where they are known without the images, else ``None``.
 
-    ImageNet's 1,000 names are those of OpenAI's CLIP as open_clip carries them (two occur twice: ``missile`` and
-    ``sunglasses``); a packaged data set brings its own.
+    A card may list them. ImageNet's are those of OpenAI's CLIP, as in CoOp's ``classnames.txt`` (two occur twice:
+    ``missile`` and ``sunglasses``). A packaged data set brings its own.
     """
-    if card.reader == "imagenet":
-        from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
-
-        return list(IMAGENET_CLASSNAMES)
+    if card.classes.names:
+        return list(card.classes.names)
+    if card.classes.names_from == "wnids":
+        names = imagenet_names()
+        keys = card.classes.keys or tuple(names)
+        return [names[key] for key in keys]
     if card.packaged and card.reader != "pairs":
         from vlprompt.data.readers import read_dataset
 
@@ -132,85 +318,66 @@ def card_class_names(card: Card) -> list[str] | None:
     return None
 
 
-def read_card(path: Path) -> Card:
-    """Read and check one card file.
-
-    Raises:
-        DataError: If the file is not YAML, or has missing, unknown or ill-typed fields; all are listed.
-    """
-    try:
-        if path.stat().st_size > _LARGEST_CARD:
-            raise DataError(f"Data set card {path} is larger than {_LARGEST_CARD:,} bytes.")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"Data set card {path} cannot be read: {first}.") from error
-    if not isinstance(content, dict):
-        raise DataError(f"Data set card {path} is not a table of fields.")
-    problems = _card_problems(content)
-    if problems:
-        raise DataError(f"Data set card {path} is not valid:\n{bulleted(problems)}")
-    fields = {key: value for key, value in content.items() if key != "schema"}
-    for name in ("aliases", "domains"):
-        fields[name] = tuple(fields.get(name, ()))
-    return Card(**fields)
-
-
-def _card_problems(content: dict[Any, Any]) -> list[str]:
-    fields = {field.name: field for field in dataclasses.fields(Card)}
-    problems = []
-    for key in content:
-        if key not in fields and key != "schema":
-            problems.append(f"unknown field {key!r}.{did_you_mean(str(key), fields)}")
-    if content.get("schema") != 1:
-        problems.append(f"schema is {content.get('schema')!r}; this version reads schema 1")
-    for name, field in fields.items():
-        if field.default is dataclasses.MISSING and name not in content:
-            problems.append(f"field {name!r} is missing")
-        elif name in content and field.type in ("str", "str | None") and not isinstance(content[name], str):
-            problems.append(f"{name} is {content[name]!r}; text is expected")
-    if content.get("reader") not in READER_NAMES:
-        problems.append(f"reader is {content.get('reader')!r}.{did_you_mean(str(content.get('reader')), READER_NAMES)}")
-    if content.get("reader") in ("split_json", "pairs") and not content.get("split_file"):
-        problems.append(f"reader {content['reader']} needs the field 'split_file'")
-    for name in ("folder", "image_dir", "split_file", "archive"):
-        value = content.get(name, "")
-        if isinstance(value, str) and (value.startswith(("/", "\\")) or ".." in value.split("/")):
-            problems.append(f"{name} is {value!r}; a path inside the data root is expected")
-    template = content.get("template")
-    if isinstance(template, str) and template.count("{}") != 1:
-        problems.append(f"template is {template!r}; it needs {{}} exactly once")
-    classes, sizes = content.get("classes"), content.get("sizes")
-    if classes is not None and (not isinstance(classes, int) or isinstance(classes, bool) or classes < 1):
-        problems.append(f"classes is {classes!r}; a count is expected")
-    if sizes is not None and (
-        not isinstance(sizes, dict)
-        or set(sizes) != {"train", "val", "test"}
-        or not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes.values())
-    ):
-        problems.append(f"sizes is {sizes!r}; {{train: N, val: N, test: N}} is expected")
-    for name in ("aliases", "domains"):
-        names = content.get(name, [])
-        if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
-            problems.append(f"{name} is {names!r}; a list of names is expected")
-    for name in ("packaged", "variants"):
-        if not isinstance(content.get(name, False), bool):
-            problems.append(f"{name} is {content[name]!r}; true or false is expected")
-    return problems
-
-
 @functools.lru_cache(maxsize=1)
-def _cards() -> dict[str, Card]:
+def imagenet_names() -> dict[str, str]:
+    """Return OpenAI's CLIP names of ImageNet's 1,000 classes by WordNet id, in the order of the ids."""
+    text = (ASSETS / "imagenet" / "classnames.txt").read_text(encoding="utf-8")
+    return dict(line.split(" ", 1) for line in text.splitlines())
+
+
+def all_cards() -> dict[str, Card]:
+    """Return every card by name: vlprompt's own and the user's (:func:`own_card_folder`).
+
+    A card of the user's that cannot be read, or that takes a name that is taken, is left out with a warning.
+    """
+    own = own_card_folder()
+    stamp = tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(own.glob("*.yaml")))
+    cards, problems = _cards(stamp)
+    for problem in problems:
+        warnings.warn(problem, stacklevel=2)
+    return cards
+
+
+@functools.lru_cache(maxsize=4)
+def _cards(own: tuple[tuple[str, int, int], ...]) -> tuple[dict[str, Card], list[str]]:
+    from vlprompt.data.card_files import read_card
+
     cards: dict[str, Card] = {}
     owners: dict[str, str] = {}
-    for path in sorted(card_folder().glob("*.yaml")):
-        card = read_card(path)
-        for spelling in {_plain(spelling) for spelling in (card.name, *card.aliases)}:
-            if owners.setdefault(spelling, card.name) != card.name:
-                raise DataError(f"Data set cards {owners[spelling]} and {card.name} both answer to {spelling!r}.")
+    problems: list[str] = []
+    shipped = [(path, False) for path in sorted(card_folder().glob("*.yaml"))]
+    for path, users in [*shipped, *((Path(one[0]), True) for one in own)]:
+        try:
+            card = read_card(path, own=users)
+            taken = {_plain(word): owners[_plain(word)] for word in _spellings(card) if _plain(word) in owners}
+            if taken:
+                owner = next(iter(taken.values()))
+                raise DataError(f"Data set cards {owner} and {path} both answer to {next(iter(taken))!r}.")
+        except DataError as error:
+            if not users:
+                raise
+            problems.append(f"your card is left out. {error}")
+            continue
+        owners |= {_plain(word): card.name for word in _spellings(card)}
         cards[card.name] = card
-    return cards
+    return cards, problems
+
+
+def _spellings(card: Card) -> Sequence[str]:
+    return (card.name, *card.aliases)
 
 
 def _plain(name: str) -> str:
     return name.lower().replace("_", "-")
+
+
+def describe(card: Card) -> dict[str, Any]:
+    """Return the card's facts as plain JSON values, what is empty left out."""
+    found: dict[str, Any] = _bare({key: value for key, value in asdict(card).items() if key != "file"})
+    return found
+
+
+def _bare(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _bare(inner) for key, inner in value.items() if inner not in (None, (), {}, "", [], False)}
+    return [_bare(inner) for inner in value] if isinstance(value, (list, tuple)) else value

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from vlprompt.data.cards import Card, find_card
 from vlprompt.data.readers import read_dataset
-from vlprompt.data.records import Sample, SplitLists
+from vlprompt.data.records import Sample, SplitLists, labels_of
 from vlprompt.errors import ConfigError, bulleted, did_you_mean, nearest
 
 DomainProtocol = Literal["leave-one-out", "single-source"]
@@ -81,10 +81,11 @@ def keep_domains(card: Card, lists: SplitLists, source: Sequence[str], target: S
     if problems:
         raise ConfigError("\n".join(problems))
     train, val = ([one for one in part if not source or one.domain in source] for part in (lists.train, lists.val))
-    present = {sample.label for sample in train}
-    lost = dict.fromkeys(lists.class_names[sample.label] for sample in lists.train if sample.label not in present)
+    present = {label for sample in train for label in labels_of(sample)}
+    every = dict.fromkeys(label for sample in lists.train for label in labels_of(sample))
+    lost = [lists.class_names[label] for label in every if label not in present]
     if lost:
-        shown = ", ".join(map(repr, list(lost)[:8])) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
+        shown = ", ".join(map(repr, lost[:8])) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
         raise ConfigError(
             f"data.source is {list(source)}, which leaves these classes without training images: {shown}. "
             "Name more domains to train on."

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlprompt.data.batches import ImageBatches, make_loader
+from vlprompt.data.pictures import Pictures
 from vlprompt.data.records import Sample
+from vlprompt.data.samplers import Key
+from vlprompt.data.tally import count_encoded
 from vlprompt.data.views import View
 from vlprompt.errors import ConfigError, DataError
 
-_SCHEMA = "vlprompt features 1"
+SCHEMA = "vlprompt features 2"
+LOCKS = ".locks"
+#: Entries whose checksum this process has compared: size, modification time and inode of the file that it read.
+_VERIFIED: dict[Path, tuple[int, int, int]] = {}
 
 
 def default_folder() -> Path:
@@ -28,16 +38,29 @@ def default_folder() -> Path:
     return Path(os.environ.get("VLPROMPT_CACHE") or "~/.cache/vlprompt").expanduser() / "features"
 
 
+class Rows(NamedTuple):
+    """Features ``[N, D]`` of N images, and the positions of those that could not be read, whose rows are zeros."""
+
+    features: Tensor
+    missing: tuple[int, ...] = ()
+
+
 class FeatureStore:
     """A folder of feature tensors, addressed by what they were computed from.
 
-    An entry is written to a temporary name and renamed, so that a killed or concurrent writer never leaves a partial
-    one; an entry that cannot be read, or whose checksum or key differs, is computed again.
+    An entry is written to a temporary name and renamed, so that a killed writer never leaves a partial one, under a
+    lock of its own, so that it is computed once whoever asks for it at the same time. It is memory-mapped when read;
+    where its checksum or key differs, it is computed again with a warning.
+
+    Attributes:
+        folder: Where the entries are.
+        encoded: Images encoded through this object, as opposed to found in the folder.
     """
 
     def __init__(self, folder: str | Path) -> None:
         """Keep features in ``folder``, which is made when the first entry is written."""
         self.folder = Path(folder).expanduser()
+        self.encoded = 0
 
     def path(self, key: Mapping[str, Any]) -> Path:
         """Return the file of ``key``: the SHA-256 of its canonical JSON."""
@@ -48,7 +71,7 @@ class FeatureStore:
 
         Args:
             key: Everything the tensor depends on, as JSON values.
-            compute: Called without arguments if there is no valid entry.
+            compute: Called without arguments if there is no valid entry; returns ``[N, D]``, a row for each image.
 
         Returns:
             The tensor, on the CPU.
@@ -56,44 +79,109 @@ class FeatureStore:
         Raises:
             DataError: If the folder cannot be written.
         """
-        path = self.path(key)
-        stored = self._read(path, _canonical(key))
+        return self.rows(key, lambda: Rows(compute())).features
+
+    def rows(self, key: Mapping[str, Any], compute: Callable[[], Rows], *, anew: bool = False) -> Rows:
+        """Return the features stored under ``key``, or compute and store them; see :meth:`get`.
+
+        Args:
+            key: Everything the features depend on, as JSON values.
+            compute: Called if there is no valid entry.
+            anew: Whether to compute them in any case.
+        """
+        path, text = self.path(key), _canonical(key)
+        stored = None if anew else read_entry(path, text)
         if stored is not None:
             return stored
-        tensor = compute().detach().cpu().contiguous()
-        self._write(path, _canonical(key), tensor)
-        return tensor
+        with self._locked(path):
+            # Another process may have written it while this one waited.
+            stored = None if anew else read_entry(path, text)
+            if stored is not None:
+                return stored
+            if path.is_file() and not anew:
+                warnings.warn(
+                    f"The stored features {path} are damaged (their checksum differs); they are computed again.",
+                    stacklevel=1,
+                )
+            computed = compute()
+            number = len(computed.features) - len(computed.missing)
+            self.encoded += number
+            count_encoded(number)
+            computed = computed._replace(features=computed.features.detach().cpu().contiguous())
+            self._write(path, text, computed)
+            return read_entry(path, text) or computed
 
-    def _read(self, path: Path, key: str) -> Tensor | None:
-        if not path.is_file():
-            return None
+    @contextlib.contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensor: Tensor = file.get_tensor("features")
-        except (SafetensorError, OSError):
-            return None
-        valid = metadata == {"schema": _SCHEMA, "key": key, "sha256": _tensor_sha256(tensor)}
-        return tensor if valid else None
+            (self.folder / LOCKS).mkdir(parents=True, exist_ok=True)
+            lock = FileLock(lock_of(path))
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            raise self._unwritable(error) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
-    def _write(self, path: Path, key: str, tensor: Tensor) -> None:
-        metadata = {"schema": _SCHEMA, "key": key, "sha256": _tensor_sha256(tensor)}
+    def _write(self, path: Path, key: str, rows: Rows) -> None:
+        """Write an entry. The caller holds its lock: temporary files of this name are of writers that were killed."""
+        tensors = {"features": rows.features, "missing": torch.tensor(rows.missing, dtype=torch.int64)}
+        metadata = {"schema": SCHEMA, "key": key, "sha256": _sha256(tensors)}
         temporary = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(prefix=".writing-", suffix=".tmp", dir=self.folder)
+            for stale in self.folder.glob(f".writing-{path.stem}-*.tmp"):
+                stale.unlink(missing_ok=True)
+            descriptor, temporary = tempfile.mkstemp(f"-{os.getpid()}.tmp", f".writing-{path.stem}-", self.folder)
             os.close(descriptor)
-            save_file({"features": tensor}, temporary, metadata=metadata)
+            save_file(tensors, temporary, metadata=metadata)
             os.replace(temporary, path)
             temporary = None
         except (OSError, SafetensorError) as error:
-            raise DataError(
-                f"Image features cannot be written to {self.folder}: {error}. Give another folder: "
-                "export VLPROMPT_CACHE=FOLDER"
-            ) from error
+            raise self._unwritable(error) from error
         finally:
             if temporary is not None:
                 Path(temporary).unlink(missing_ok=True)
+
+    def _unwritable(self, error: Exception) -> DataError:
+        return DataError(
+            f"Image features cannot be written to {self.folder}: {error}. Give another folder: "
+            "export VLPROMPT_CACHE=FOLDER"
+        )
+
+
+def lock_of(entry: Path) -> Path:
+    """Return the lock file of an entry."""
+    return entry.parent / LOCKS / f"{entry.stem}.lock"
+
+
+def read_entry(path: Path, key: str | None = None) -> Rows | None:
+    """Return an entry, memory-mapped; ``None`` if there is none, it is damaged, or its key is not ``key``.
+
+    The checksum is compared when this process first reads the file, and again whenever the file has changed. That it
+    was used is noted in its access time, for :func:`~vlprompt.data.eviction.prune`; without a ``key`` it is not.
+    """
+    try:
+        status = path.stat()
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError):
+        return None
+    stamp = (status.st_size, status.st_mtime_ns, status.st_ino)
+    if metadata.keys() != {"schema", "key", "sha256"} or metadata["schema"] != SCHEMA:
+        return None
+    if tensors.keys() != {"features", "missing"} or key not in (None, metadata["key"]):
+        return None
+    if _VERIFIED.get(path) != stamp:
+        if metadata["sha256"] != _sha256(tensors):
+            return None
+        _VERIFIED[path] = stamp
+    # The modification time stays: it is part of the stamp.
+    used = status.st_atime_ns if key is None else time.time_ns()
+    with contextlib.suppress(OSError):
+        os.utime(path, ns=(used, status.st_mtime_ns))
+    return Rows(tensors["features"], tuple(tensors["missing"].tolist()))
 
 
 def extract(
@@ -120,40 +208,41 @@ def extract(
     Raises:
         DataError: If an image cannot be decoded, or there are no samples.
     """
-    from torch.utils.data import DataLoader
-
-    if not samples:
-        raise DataError("There are no images to compute features of.")
-    dataset = _Pictures(list(samples), view)
-    loader: DataLoader[Tensor] = DataLoader(dataset, batch_size=batch_size, num_workers=workers)  # type: ignore[arg-type]
-    with named_errors(), torch.no_grad():
-        return torch.cat([encode(images.to(device)).float().cpu() for images in loader])
+    images = ImageBatches(Pictures(samples, view), torch.zeros(len(samples)))
+    return encode_all(encode, images, batch_size, device, workers).features
 
 
-class _Pictures:
-    """Views of samples by position."""
+def encode_all(
+    encode: Callable[[Tensor], Tensor],
+    images: ImageBatches,
+    batch_size: int,
+    device: str | torch.device,
+    workers: int,
+    epoch: int = 0,
+) -> Rows:
+    """Encode all of ``images`` in the views of ``epoch``; see :func:`extract`.
 
-    def __init__(self, samples: list[Sample], view: View) -> None:
-        self.samples, self.view = samples, view
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Tensor:
-        image: Tensor = self.view(self.samples[index].source.open())
-        return image
-
-
-@contextmanager
-def named_errors() -> Iterator[None]:
-    """Strip the traceback that a DataLoader's worker process puts into the text of our errors."""
-    marker = f"{DataError.__module__}.{DataError.__qualname__}: "
-    try:
-        yield
-    except DataError as error:
-        if marker not in str(error):
-            raise
-        raise DataError(str(error).rpartition(marker)[2].strip()) from None
+    Raises:
+        DataError: If an image cannot be decoded and ``images.skip`` does not say to leave it out, or none can.
+    """
+    keys: list[Key] = [(epoch, index) for index in range(len(images))]
+    found, read = [], []
+    with torch.no_grad():
+        for batch in make_loader(images, keys, batch_size, workers):
+            if len(batch["images"]):
+                numbers = images.pictures.view.finish(batch["images"].to(device))
+                found.append(encode(numbers).float().cpu())
+                read += batch["index"].tolist()
+    if not found:
+        raise DataError(
+            f"None of the {len(images)} images can be read." if keys else "There are no images to compute features of."
+        )
+    features = torch.cat(found)
+    if len(read) == len(images):
+        return Rows(features)
+    everything = features.new_zeros(len(images), *features.shape[1:])
+    everything[read] = features
+    return Rows(everything, tuple(sorted(set(range(len(images))) - set(read))))
 
 
 def _canonical(key: Mapping[str, Any]) -> str:
@@ -163,7 +252,11 @@ def _canonical(key: Mapping[str, Any]) -> str:
         raise ConfigError(f"A feature store key must consist of JSON values: {error}.") from error
 
 
-def _tensor_sha256(tensor: Tensor) -> str:
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            flat: Any = tensor.contiguous().reshape(-1)
+            digest.update(memoryview(flat.view(torch.uint8).numpy()))
     return digest.hexdigest()

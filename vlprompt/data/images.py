@@ -76,7 +76,10 @@ class ZipSource:
 
     def stamp(self) -> str:
         """Return size and checksum from the archive's table of contents."""
-        info = _archive(self.archive, os.getpid()).getinfo(self.member)
+        try:
+            info = _archive(self.archive, os.getpid()).getinfo(self.member)
+        except (OSError, KeyError, zipfile.BadZipFile) as error:
+            raise DataError(f"Image {self.archive}:{self.member} cannot be read: {error}.") from error
         return f"{info.file_size}-{info.CRC:08x}"
 
 

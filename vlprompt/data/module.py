@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,19 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from vlprompt.data.features import FeatureStore, default_folder, extract, named_errors
+from vlprompt.data.batches import Batch, FeatureBatches, ImageBatches, automatic_workers, labels_of, make_loader
+from vlprompt.data.features import FeatureStore, Rows, default_folder, encode_all
+from vlprompt.data.pictures import KEEP_BYTES, Pictures
 from vlprompt.data.records import SPLITS, Sample, lines_sha256
-from vlprompt.data.samplers import EvalSampler, Key, TrainSampler, derived_seed
+from vlprompt.data.samplers import EvalSampler, TrainSampler
+from vlprompt.data.tally import count_skipped, gathered
 from vlprompt.data.task import FewShotTask
-from vlprompt.data.views import PreprocessLike, View, check_kind, describe_view, test_view, train_view
-from vlprompt.errors import ConfigError
+from vlprompt.data.views import PreprocessLike, View, check_kind, describe_view
+from vlprompt.errors import ConfigError, DataError, did_you_mean
 
-Batch = dict[str, Tensor]
+ON_BAD_IMAGE = ("error", "skip")
 
 
 class FewShotData(pl.LightningDataModule):
@@ -28,12 +31,16 @@ class FewShotData(pl.LightningDataModule):
     A batch is a dict:
 
     - ``images`` ``[b, 3, H, W]`` normalised float32, or ``features`` ``[b, D]`` raw image features;
-    - ``labels`` ``[b]`` int64 and ``index`` ``[b]`` int64, the position in the task's list;
+    - ``labels`` ``[b]`` int64, or of a multi-label task ``[b, C]`` float32 of ones and zeros;
+    - ``index`` ``[b]`` int64, the position in the task's list;
     - ``scale``, a float32 scalar: ``local_count * world_size / global_count``, so that the mean over ranks of
       ``scale * mean loss`` is the mean over the global batch (1 but for a short batch shared unevenly).
 
     The randomness of a training image depends on ``(seed, epoch, index)`` alone, so resumed runs, other numbers of
     workers and other numbers of ranks give bit-identical images. Evaluation counts every image exactly once.
+
+    Training and validation images are decoded once and kept (:class:`~vlprompt.data.pictures.Pictures`); test images
+    are read once and are not. Under a Trainer, images travel to the device as uint8 and are normalised there.
 
     Args:
         task: The task.
@@ -42,13 +49,20 @@ class FewShotData(pl.LightningDataModule):
         test_batch_size: Evaluation batch per process.
         view: ``random`` (CoOp's training view) or ``center`` (the deterministic test view).
         seed: Seed of order and augmentation.
-        workers: Processes per DataLoader that decode images; 0 decodes in this one.
+        workers: Processes per DataLoader that decode images; 0 decodes in this one; ``None``: none for fewer than 256
+            images, else up to 8, the cores shared evenly with the other processes.
         features: Feature store, or its folder, for cached features; ``None`` takes
             :func:`~vlprompt.data.features.default_folder`. Used only with ``encode``.
         encode: Images ``[B, 3, H, W]`` to raw features ``[B, D]``. If given, every deterministic view is encoded once
-            and batches carry ``features``; under ``view="random"`` training batches still carry ``images``.
+            and batches carry ``features``; under a random view training batches still carry ``images``, unless
+            there are ``cached_views``.
         fingerprint: The backbone's fingerprint, part of the store's key; needed with ``encode``.
         device: Where ``encode`` wants its images.
+        cached_views: 0, or the number K of random views of each training image whose features are stored: then epoch
+            ``e`` trains on the features of view ``e % K``, computed when they are first needed.
+        on_bad_image: ``error`` stops at an image that cannot be read and names it; ``skip`` leaves it out, of every
+            process alike, and counts it (:mod:`vlprompt.data.tally`).
+        keep_bytes: Bytes of decoded pictures to keep per split, at most; what does not fit is decoded again.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -63,30 +77,44 @@ class FewShotData(pl.LightningDataModule):
         test_batch_size: int = 100,
         view: str = "random",
         seed: int = 1,
-        workers: int = 0,
+        workers: int | None = None,
         features: FeatureStore | str | Path | None = None,
         encode: Callable[[Tensor], Tensor] | None = None,
         fingerprint: str = "",
         device: str | torch.device = "cpu",
+        cached_views: int = 0,
+        on_bad_image: str = "error",
+        keep_bytes: int = KEEP_BYTES,
     ) -> None:
         super().__init__()
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("test_batch_size", test_batch_size, 1),
-            ("workers", workers, 0),
+            ("workers", 0 if workers is None else workers, 0),
             ("seed", seed, 0),
+            ("cached_views", cached_views, 0),
+            ("keep_bytes", keep_bytes, 0),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} is {value!r}; accepted: whole numbers from {least}.")
+        if on_bad_image not in ON_BAD_IMAGE:
+            raise ConfigError(f"on_bad_image is {on_bad_image!r}.{did_you_mean(str(on_bad_image), ON_BAD_IMAGE)}")
         if encode is not None and not fingerprint:
             raise ConfigError("Cached features need the backbone's fingerprint: pass fingerprint=backbone.fingerprint")
+        if cached_views and encode is None:
+            raise ConfigError("cached_views stores features, which need an encoder: pass encode= or cached_views=0.")
         self.task, self.preprocess, self.view = task, preprocess, check_kind(view)
         self.batch_size, self.test_batch_size, self.seed, self.workers = batch_size, test_batch_size, seed, workers
         self.encode, self.fingerprint, self.device = encode, fingerprint, device
+        self.cached_views = cached_views if view != "center" else 0
+        self.skip, self.keep_bytes = on_bad_image == "skip", keep_bytes
         self.store = features if isinstance(features, FeatureStore) else FeatureStore(features or default_folder())
         # With more ranks than test images some ranks have nothing to do; that is right and no reason to stop.
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        self._loaded: dict[str, Tensor] = {}
+        self._views: dict[str, View] = {kind: View(preprocess, kind) for kind in ("center", self.view)}
+        self._rows: dict[tuple[str, int | None], Rows] = {}
+        self._kept: dict[str, Pictures] = {}
+        self._stamps: dict[str, str] = {}
 
     def prepare_data(self) -> None:
         """Compute the features that are needed and not stored yet (Lightning calls this in one process a machine)."""
@@ -99,9 +127,18 @@ class FewShotData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return this process's training batches; raises ConfigError if processes cannot share the batch size."""
         rank, world_size = self._world()
-        sampler = TrainSampler(len(self.task.train), self.batch_size, seed=self.seed, rank=rank, world_size=world_size)
-        dataset = self._dataset("train", train_view(self.preprocess, self.view), random=self.view == "random")
-        return self._loader(dataset, sampler, sampler.local_batch_size, sampler.scale())
+        labels = self._labels("train")
+        dataset: FeatureBatches | ImageBatches
+        if self.encode is not None and (self.cached_views or self.view == "center"):
+            positions = self._readable(self._rows_of("train", self._view_number(0)).missing)
+            dataset = FeatureBatches(self._train_features, labels, positions)
+        else:
+            dataset = self._images("train", self.view)
+            if self.skip:
+                # Found before the first step, so that every process leaves out the same and batches stay whole.
+                dataset = self._images("train", self.view, self._readable(self._unreadable(dataset)))
+        sampler = TrainSampler(len(dataset), self.batch_size, seed=self.seed, rank=rank, world_size=world_size)
+        return self._loader("train", dataset, sampler, sampler.local_batch_size, sampler.scale())
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return this process's share of the validation images; an empty list if the task has none."""
@@ -111,29 +148,69 @@ class FewShotData(pl.LightningDataModule):
         """Return this process's share of the test images."""
         return self._evaluation("test")
 
-    def feature_key(self, split: str) -> dict[str, Any]:
-        """Return what the features of ``split`` depend on: the key in the feature store."""
-        samples = self._samples(split)
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Normalise a batch's images on the device."""
+        return self._finished(batch)
+
+    def feature_key(self, split: str, view: int | None = None) -> dict[str, Any]:
+        """Return what the features of ``split`` depend on: the key in the feature store.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+            view: Number of the random view; ``None`` for the deterministic one.
+        """
+        if split not in self._stamps:
+            lines = [f"{sample.id}\t{self._stamp(sample)}" for sample in self._samples(split)]
+            self._stamps[split] = lines_sha256(lines)
         return {
             "backbone": self.fingerprint,
-            "view": describe_view(self.preprocess, "center"),
+            "view": describe_view(self.preprocess, "center" if view is None else self.view),
             "dataset": self.task.name,
+            "split": split,
             "split_sha256": self.task.split_sha256,
-            "samples_sha256": lines_sha256(f"{sample.id}\t{sample.source.stamp()}" for sample in samples),
+            "samples_sha256": self._stamps[split],
+            **({} if view is None else {"seed": self.seed, "epoch": view}),
         }
 
     def features(self, split: str) -> Tensor:
-        """Return the raw features ``[N, D]`` of ``train``, ``val`` or ``test`` under the deterministic view."""
-        if split not in self._loaded:
-            encode = self.encode
-            if encode is None:
-                raise ConfigError("There are no features without encode=: pass the backbone's encode_image.")
-            view = test_view(self.preprocess)
-            self._loaded[split] = self.store.get(
-                self.feature_key(split),
-                lambda: extract(encode, self._samples(split), view, self.test_batch_size, self.device, self.workers),
-            )
-        return self._loaded[split]
+        """Return the raw features ``[N, D]`` of ``train``, ``val`` or ``test`` under the deterministic view.
+
+        The rows of images that were skipped are zeros.
+        """
+        return self._rows_of(split, None).features
+
+    # -- features -----------------------------------------------------------------------------------------------
+    def _rows_of(self, split: str, view: int | None) -> Rows:
+        samples = self._samples(split)
+        if (split, view) in self._rows:
+            return self._rows[split, view]
+        if self.encode is None:
+            raise ConfigError("There are no features without encode=: pass the backbone's encode_image.")
+        key = self.feature_key(split, view)
+        compute = partial(self._compute, split, view)
+        rows = self.store.rows(key, compute)
+        if rows.missing and not self.skip:
+            # Left out by a run that skips. Reading them again says what is wrong, or that they can be read by now.
+            for position in rows.missing:
+                samples[position].source.open()
+            rows = self.store.rows(key, compute, anew=True)
+        count_skipped(split, (samples[position].id for position in rows.missing))
+        if view is not None:  # one random view at a time: the next epoch brings the next
+            self._rows = {key: value for key, value in self._rows.items() if key[1] is None}
+        self._rows[split, view] = rows
+        return rows
+
+    def _compute(self, split: str, view: int | None) -> Rows:
+        assert self.encode is not None
+        images = self._images(split, "center" if view is None else self.view, keep=view is not None)
+        workers = self._workers(len(images))
+        return encode_all(self.encode, images, self.test_batch_size, self.device, workers, view or 0)
+
+    def _train_features(self, epoch: int) -> Tensor:
+        return self._rows_of("train", self._view_number(epoch)).features
+
+    def _view_number(self, epoch: int) -> int | None:
+        return epoch % self.cached_views if self.cached_views else None
 
     def _load(self, splits: Sequence[str]) -> None:
         for split in splits:
@@ -145,12 +222,41 @@ class FewShotData(pl.LightningDataModule):
             stage = self.trainer.state.fn.value
         return {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage or "", SPLITS)
 
+    # -- samples ------------------------------------------------------------------------------------------------
     def _samples(self, split: str) -> list[Sample]:
         if split not in SPLITS:
             raise ConfigError(f"Unknown split {split!r}; accepted: {', '.join(SPLITS)}.")
         samples: list[Sample] = getattr(self.task, split)
         return samples
 
+    def _stamp(self, sample: Sample) -> str:
+        try:
+            return sample.source.stamp()
+        except DataError:
+            if not self.skip:
+                raise
+            return "unreadable"
+
+    def _labels(self, split: str) -> Tensor:
+        return labels_of(self._samples(split), len(self.task.class_names), self.task.multilabel)
+
+    def _unreadable(self, images: ImageBatches) -> list[int]:
+        """Return the positions of training images that cannot be read; what can be is kept from then on."""
+        found: list[int] = []
+        keys = [(0, index) for index in range(len(images))]
+        for batch in make_loader(images, keys, self.test_batch_size, self._workers(len(images))):
+            found += batch["skipped"].tolist()
+        count_skipped("train", (self.task.train[position].id for position in found))
+        return found
+
+    def _readable(self, unreadable: Sequence[int]) -> list[int] | None:
+        """Return the positions of training images that every process can read; ``None`` for all."""
+        missing = {position for other in (gathered(unreadable) if self.skip else ()) for position in other}
+        if missing and len(missing) == len(self.task.train):
+            raise DataError(f"None of the {len(missing)} training images can be read.")
+        return [position for position in range(len(self.task.train)) if position not in missing] if missing else None
+
+    # -- loaders ------------------------------------------------------------------------------------------------
     def _world(self) -> tuple[int, int]:
         """Return this process's rank and the number of processes."""
         if self.trainer is not None:
@@ -159,73 +265,61 @@ class FewShotData(pl.LightningDataModule):
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
 
-    def _dataset(self, split: str, view: View, random: bool) -> _Batches:
-        cached = self.features(split) if self.encode is not None and not random else None
-        return _Batches(self._samples(split), view, self.seed if random else None, cached)
+    def _workers(self, images: int) -> int:
+        if self.workers is not None:
+            return self.workers
+        return automatic_workers(images, self._world()[1] if self.trainer is None else self.trainer.num_devices)
+
+    def _images(
+        self, split: str, kind: str, positions: Sequence[int] | None = None, *, keep: bool = True
+    ) -> ImageBatches:
+        samples = self._samples(split)
+        if not keep:
+            pictures = Pictures(samples, self._views[kind])
+        else:
+            room = self.keep_bytes // self._world()[1]
+            if split not in self._kept:
+                self._kept[split] = Pictures(samples, self._views[kind], room, self._workers(len(samples)))
+            pictures = self._kept[split]
+        seed = self.seed if kind != "center" else None
+        return ImageBatches(pictures, self._labels(split), positions, seed=seed, skip=self.skip)
 
     def _evaluation(self, split: str) -> DataLoader[Batch]:
         rank, world_size = self._world()
-        sampler = EvalSampler(len(self._samples(split)), rank=rank, world_size=world_size)
-        return self._loader(self._dataset(split, test_view(self.preprocess), False), sampler, self.test_batch_size, 1.0)
+        dataset: FeatureBatches | ImageBatches
+        if self.encode is not None:
+            missing = set(self._rows_of(split, None).missing)
+            positions = [position for position in range(len(self._samples(split))) if position not in missing]
+            dataset = FeatureBatches(lambda _: self.features(split), self._labels(split), positions)
+        else:
+            once = self.trainer is not None and self.trainer.state.fn != "fit"
+            dataset = self._images(split, "center", keep=split == "val" and not once)
+        sampler = EvalSampler(len(dataset), rank=rank, world_size=world_size)
+        return self._loader(split, dataset, sampler, self.test_batch_size, 1.0)
 
     def _loader(
-        self, dataset: _Batches, sampler: TrainSampler | EvalSampler, batch_size: int, scale: float
+        self,
+        split: str,
+        dataset: FeatureBatches | ImageBatches,
+        sampler: TrainSampler | EvalSampler,
+        batch_size: int,
+        scale: float,
     ) -> DataLoader[Batch]:
-        workers = 0 if dataset.features is not None else self.workers
-        return _Loader(
-            dataset,
-            batch_size=batch_size,
-            sampler=sampler,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            collate_fn=partial(_with_scale, scale=scale),
-            pin_memory=workers > 0 and torch.cuda.is_available(),
-        )
+        workers = 0 if isinstance(dataset, FeatureBatches) else self._workers(len(dataset))
+        loader = make_loader(dataset, sampler, batch_size, workers, scale=scale, persistent=True)
+        loader.arrived = partial(self._arrived, split)
+        return loader
 
+    def _arrived(self, split: str, batch: Batch) -> Batch | None:
+        """Note what was skipped; normalise unless a Trainer does so after the transfer; ``None`` for an empty batch."""
+        if (skipped := batch.pop("skipped", None)) is not None and len(skipped):
+            count_skipped(split, (self._samples(split)[position].id for position in skipped.tolist()))
+        if not len(batch["index"]):
+            return None
+        running = self.trainer is not None and self.trainer.state.stage is not None
+        return batch if running else self._finished(batch)
 
-class _Loader(DataLoader[Batch]):
-    """A DataLoader whose errors read the same whether they were raised here or in a worker process."""
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        with named_errors():
-            yield from super().__iter__()
-
-
-class _Batches(Dataset[Batch]):
-    """Whole batches by their keys: images seeded one by one, or rows of cached features."""
-
-    def __init__(self, samples: list[Sample], view: View, seed: int | None, features: Tensor | None) -> None:
-        self.samples, self.view, self.seed, self.features = samples, view, seed, features
-        self.labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, key: Key) -> Batch:
-        return {name: value[0] for name, value in self.__getitems__([key]).items()}
-
-    def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        index = torch.tensor([position for _, position in keys], dtype=torch.int64)
-        batch = {"labels": self.labels[index], "index": index}
-        if self.features is not None:
-            return {"features": self.features[index], **batch}
-        return {"images": torch.stack([self._image(*key) for key in keys]), **batch}
-
-    def _image(self, epoch: int, position: int) -> Tensor:
-        picture = self.samples[position].source.open()
-        if self.seed is None:
-            image: Tensor = self.view(picture)
-            return image
-        # Only the CPU generator is seeded and restored: torch.manual_seed would also disturb those of other devices.
-        generator = torch.default_generator
-        state = generator.get_state()
-        generator.manual_seed(derived_seed(self.seed, epoch, position))
-        try:
-            image = self.view(picture)
-        finally:
-            generator.set_state(state)
-        return image
-
-
-def _with_scale(batch: Batch, scale: float) -> Batch:
-    return {**batch, "scale": torch.tensor(scale)}
+    def _finished(self, batch: Any) -> Any:
+        if isinstance(batch, dict) and "images" in batch and batch["images"].dtype == torch.uint8:
+            return {**batch, "images": self._views[self.view].finish(batch["images"])}
+        return batch

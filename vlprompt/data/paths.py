@@ -40,11 +40,12 @@ def check_files(root: Path, paths: Iterable[str]) -> tuple[list[str], list[str]]
     """Look for ``paths`` (already free of :func:`path_problem`) under ``root`` (rules S05 and S15).
 
     Returns:
-        The paths that are no regular files, and the paths that links lead out of ``root``.
+        The paths that are no regular files, and the paths that links lead out of ``root``; none of these where the
+        user allows such links (:func:`links_allowed`).
     """
     real_root = os.path.realpath(root)
     inside_folder: dict[str, bool] = {}
-    missing, outside = [], []
+    missing, outside, allowed = [], [], links_allowed()
     for path in paths:
         full = os.path.join(root, path)
         try:
@@ -56,11 +57,16 @@ def check_files(root: Path, paths: Iterable[str]) -> tuple[list[str], list[str]]
         if folder not in inside_folder:
             inside_folder[folder] = is_inside(folder, real_root)
         is_link = stat.S_ISLNK(status.st_mode)
-        if not inside_folder[folder] or (is_link and not is_inside(full, real_root)):
+        if not allowed and (not inside_folder[folder] or (is_link and not is_inside(full, real_root))):
             outside.append(path)
         elif not (os.path.isfile(full) if is_link else stat.S_ISREG(status.st_mode)):
             missing.append(path)
     return missing, outside
+
+
+def links_allowed() -> bool:
+    """Return whether the user accepts links that lead out of an image folder: ``VLPROMPT_ALLOW_LINKS=1``."""
+    return os.environ.get("VLPROMPT_ALLOW_LINKS", "") not in ("", "0")
 
 
 def is_inside(path: str | Path, real_root: str) -> bool:

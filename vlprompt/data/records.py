@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vlprompt.data.images import ImageSource
-from vlprompt.errors import DataError, bulleted
 
 SPLITS = ("train", "val", "test")
+Label = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,13 @@ class Sample:
 
     Attributes:
         id: POSIX path relative to the data set's image folder; the sample's name in hashes and results.
-        label: Class index from 0.
+        label: Class index from 0; a tuple of them, in rising order, in a multi-label data set.
         source: Where the pixels come from; ``source.open()`` gives a PIL RGB image.
         domain: The domain it belongs to, in data sets that have domains (:attr:`vlprompt.data.Card.domains`).
     """
 
     id: str
-    label: int
+    label: Label
     source: ImageSource
     domain: str = ""
 
@@ -35,7 +35,7 @@ class SplitLists:
 
     Attributes:
         class_names: Names by label, spelled as on the card (underscores kept).
-        train: Training samples.
+        train: Training samples; empty in a data set that only tests.
         val: Validation samples; may be empty.
         test: Test samples.
         sampler: Name of the few-shot rule: ``dassl-v1`` on lists in file order, ``sorted-v1`` where the order is that
@@ -56,7 +56,9 @@ class SplitLists:
         digest, first = hashlib.sha256(), True
         for split in SPLITS:
             for sample in getattr(self, split):
-                line = f"{split}\t{sample.id}\t{sample.label}\t{self.class_names[sample.label]}"
+                own = labels_of(sample)
+                label, name = (",".join(words) for words in (map(str, own), (self.class_names[one] for one in own)))
+                line = f"{split}\t{sample.id}\t{label}\t{name}"
                 digest.update((line if first else "\n" + line).encode())
                 first = False
         return digest.hexdigest()
@@ -67,10 +69,9 @@ def lines_sha256(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def refuse(headline: str, problems: Sequence[str], remedy: str) -> None:
-    """Raise a :class:`~vlprompt.errors.DataError` that lists ``problems`` (20 are shown), if there are any."""
-    if problems:
-        raise DataError(f"{headline}: {counted(len(problems), 'problem')}.\n{bulleted(problems)}\n{remedy}")
+def labels_of(sample: Sample) -> tuple[int, ...]:
+    """Return the sample's labels: one, or all of them in a multi-label data set."""
+    return sample.label if isinstance(sample.label, tuple) else (sample.label,)
 
 
 def counted(count: int, noun: str) -> str:

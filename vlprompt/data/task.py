@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vlprompt.data.cards import Card, find_card, list_datasets
+from vlprompt.data.cards import Card, Metric, describe, find_card, list_datasets
 from vlprompt.data.domains import domains_of, keep_domains
 from vlprompt.data.readers import read_dataset
-from vlprompt.data.records import Sample, lines_sha256
-from vlprompt.data.shots import check_draw, class_labels, fewshot, keep_labels
+from vlprompt.data.records import Sample, SplitLists, labels_of, lines_sha256
+from vlprompt.data.shot_lists import read_shot_list, use_shot_list
+from vlprompt.data.shots import check_draw, class_labels, fewshot, find_sampler, keep_labels
 from vlprompt.errors import ClassNameError, ConfigError, did_you_mean
 
 
@@ -33,10 +35,11 @@ class FewShotTask:
         split_sha256: Content hash of the whole split, before any draw.
         shots_sha256: SHA-256 of the ids in ``train``, joined by LF.
         card: The data set's card.
-        sampler: Name of the few-shot rule, ``dassl-v1`` or ``sorted-v1``.
+        sampler: Name of the few-shot rule (:data:`vlprompt.data.shots.SAMPLERS`), or that of a list's.
         root: The data root as it was given to :func:`load_dataset`.
         source: Domains that ``train`` and ``val`` were drawn from; empty for all.
         target: Domains of ``test``; empty for all.
+        request: What :func:`load_dataset` was asked for besides the name.
     """
 
     name: str
@@ -56,6 +59,17 @@ class FewShotTask:
     root: str | None = None
     source: tuple[str, ...] = ()
     target: tuple[str, ...] = ()
+    request: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def metric(self) -> Metric:
+        """The data set's headline metric."""
+        return self.card.metric
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether labels are tuples: an image may have several."""
+        return self.card.multilabel
 
     def counterpart(self) -> FewShotTask:
         """Return the task of the other half of the classes: ``new`` for ``base`` and the reverse, from the same draw.
@@ -65,17 +79,7 @@ class FewShotTask:
         """
         if self.classes == "all":
             raise ConfigError("A task over all classes has no other half; load it with data.classes base or new.")
-        other = "new" if self.classes == "base" else "base"
-        return load_dataset(
-            self.name,
-            root=self.root,
-            shots=self.shots,
-            seed=self.seed,
-            classes=other,
-            template=self.template,
-            source=self.source,
-            target=self.target,
-        )
+        return load_dataset(self.name, **{**self.request, "classes": "new" if self.classes == "base" else "base"})
 
     def by_domain(self) -> dict[str, FewShotTask]:
         """Return this task with the test samples of one domain alone, for each domain that is tested.
@@ -87,10 +91,17 @@ class FewShotTask:
 
     def describe(self) -> dict[str, Any]:
         """Return what a results file records of the data, as plain JSON values."""
-        published = self.card.split_content_sha256
+        facts = self.card.facts
+        published = None if facts.content_sha256 is None else facts.content_sha256 == self.split_sha256
+        if self.card.split.endswith(".json"):
+            published = False  # a split file of the user's
         domains = {"source": list(self.source), "target": list(self.target)} if self.card.domains else {}
         return {
             "name": self.name,
+            "card_sha256": lines_sha256([json.dumps(describe(self.card), sort_keys=True)]),
+            "reader": self.card.reader,
+            "split": self.card.split,
+            "metric": self.metric,
             "classes": self.classes,
             "class_count": len(self.class_names),
             "class_names_sha256": lines_sha256(self.class_names),
@@ -102,7 +113,7 @@ class FewShotTask:
             "val": len(self.val),
             "test": len(self.test),
             "split_sha256": self.split_sha256,
-            "split_published": None if published is None else published == self.split_sha256,
+            "split_published": published,
             "shots_sha256": self.shots_sha256,
             "val_sha256": lines_sha256(sample.id for sample in self.val),
             **domains,
@@ -119,6 +130,9 @@ def load_dataset(
     template: str | None = None,
     source: Sequence[str] = (),
     target: Sequence[str] = (),
+    split: str | None = None,
+    sampler: str | None = None,
+    shots_file: str | Path | None = None,
 ) -> FewShotTask:
     """Read a data set and draw its few-shot task.
 
@@ -135,25 +149,42 @@ def load_dataset(
         template: A prompt instead of the card's; it holds ``{}`` once.
         source: Domains to train on, where the data set has domains; empty for all.
         target: Domains to test on, where the data set has domains; empty for all.
+        split: One of the card's splits, or a split file of your own in the data set's folder; ``None`` for the first.
+        sampler: How shots are drawn (:data:`vlprompt.data.shots.SAMPLERS`); ``None`` for what fits the data set.
+        shots_file: A few-shot list (:mod:`vlprompt.data.shot_lists`) instead of a draw; ``shots`` and ``seed`` are then
+            the list's.
 
     Raises:
         ConfigError: If a name is unknown, a value is out of range, or the domains leave nothing to train or test on.
         ClassNameError: If the template does not hold ``{}`` exactly once.
         DataError: If the data are missing or cannot be used.
     """
-    card = find_card(name)
+    request = {
+        "root": root, "shots": shots, "seed": seed, "classes": classes, "template": template, "source": source,
+        "target": target, "split": split, "sampler": sampler, "shots_file": shots_file,
+    }  # fmt: skip
+    card = find_card(name).with_split(split)
     check_draw(shots, seed)
     if classes not in ("all", "base", "new"):
         raise ConfigError(f"data.classes is {classes!r}; accepted: all, base, new.")
     if template is not None and (template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1):
         raise ClassNameError(f"data.template is {template!r}; it must hold {{}} exactly once, for the class name.")
+    if sampler is not None:
+        find_sampler(sampler)
     whole = read_dataset(card, root)
-    lists = keep_domains(card, whole, source, target)
-    train, val = fewshot(lists.train, lists.val, shots, seed, sample_val=lists.sample_val)
+    lists = _part(card, whole, source, target)
+    if shots_file is not None:
+        chosen = read_shot_list(Path(shots_file))
+        train, val = use_shot_list(chosen, lists, card.name, Path(shots_file))
+        sampler, shots, seed = (chosen.header[key] for key in ("sampler", "shots", "seed"))
+    else:
+        sampler = sampler or ("elevater-v1" if card.multilabel and lists.train else lists.sampler)
+        train, val = fewshot(lists.train, lists.val, shots, seed, sampler=sampler, sample_val=lists.sample_val)
     test = lists.test
     class_names = list(lists.class_names)
     if classes != "all":
-        labels = class_labels([sample.label for sample in train], classes)
+        # A data set that only tests has no training list that would say which classes there are.
+        labels = class_labels([label for sample in train or test for label in labels_of(sample)], classes)
         train, val, test = (keep_labels(part, labels) for part in (train, val, test))
         class_names = [lists.class_names[label] for label in labels]
     if target and not test:
@@ -172,11 +203,28 @@ def load_dataset(
         split_sha256=whole.content_sha256(),
         shots_sha256=lines_sha256(sample.id for sample in train),
         card=card,
-        sampler=lists.sampler,
+        sampler=str(sampler),
         root=None if root is None else str(root),
         source=tuple(source),
         target=tuple(target),
+        request=request,
     )
+
+
+def _part(card: Card, whole: SplitLists, source: Sequence[str], target: Sequence[str]) -> SplitLists:
+    """Return the domains that are asked for; where train and test hold the same images, domains have to part them."""
+    lists = keep_domains(card, whole, source, target)
+    if not card.same_images:
+        return lists
+    if not source and not target:
+        return replace(lists, train=[], val=[])  # nothing may be trained on what is tested
+    tested = {sample.id for sample in lists.test}
+    if shared := sum(sample.id in tested for sample in [*lists.train, *lists.val]):
+        raise ConfigError(
+            f"{shared:,} images of {card.name} would be trained on and tested: name data.source and data.target "
+            f"without a domain in common. Domains: {', '.join(card.domains)}"
+        )
+    return lists
 
 
 def dataset_names(names: Sequence[str]) -> list[str]:

@@ -30,25 +30,41 @@ class DataConfig:
     """Which images: data set, where it lies, shots per class, class subset and training view.
 
     ``source`` and ``target`` name domains to train and to test on, where the data set has domains; empty for all.
+    ``split``, ``sampler`` and ``shots_file`` are those of :func:`vlprompt.load_dataset`.
+    ``workers``: loader processes; None chooses (:class:`vlprompt.data.FewShotData`). ``on_bad_image``: an image that
+    cannot be read stops the run, or is left out and counted. ``cached_views``: random views per training image whose
+    features are kept, where the image side is frozen; 0 for none, None for one per epoch where that is exact and small.
     """
 
     name: str = "demo"
     root: str | None = None
     shots: int = 16
     classes: Classes = "all"
-    view: Literal["random", "center"] = "random"
+    view: Literal["random", "random-tensor", "center"] = "random"
     template: str | None = None
-    workers: int = 0
+    workers: int | None = None
     source: list[str] = field(default_factory=list)
     target: list[str] = field(default_factory=list)
+    split: str | None = None
+    sampler: str | None = None
+    shots_file: str | None = None
+    on_bad_image: Literal["error", "skip"] = "error"
+    cached_views: int | None = None
 
     def problems(self) -> list[str]:
         """Return what is wrong with these values, in words."""
         found = []
         if self.shots < 1 and self.shots != -1:
             found.append(f"data.shots is {self.shots}; accepted: 1 or more images per class, or -1 for all of them")
-        if self.workers < 0:
-            found.append(f"data.workers is {self.workers}; accepted: 0 or more loader processes")
+        for name, what in (("workers", "loader processes"), ("cached_views", "views per image")):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                found.append(f"data.{name} is {value}; accepted: 0 or more {what}, or null to leave the choice")
+        if self.cached_views and self.view == "center":
+            found.append(
+                f"data.cached_views is {self.cached_views} and data.view is 'center', which has no random views: its "
+                "features are always kept; accepted: 0 or null"
+            )
         if self.template is not None and self.template.count("{}") != 1:
             found.append(f"data.template is {self.template!r}; accepted: a text with {{}} once, for the class name")
         return found
@@ -110,7 +126,10 @@ class TrainerConfig:
 
 @dataclass
 class RunConfig:
-    """One training run: method and its settings, backbone, data, recipe, trainer, seed and the folder for results."""
+    """One training run: method and its settings, backbone, data, recipe, trainer, seed and the folder for results.
+
+    ``objectives`` names loss terms and regularisers beside the method's own, each with its settings.
+    """
 
     method: str = "mocoop"
     settings: dict[str, Any] = field(default_factory=dict)
@@ -120,6 +139,7 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     seed: int = 1
     output: str = "runs"
+    objectives: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def with_data(self, **values: Any) -> RunConfig:
         """Return a copy with other ``values`` of the fields of ``data``."""

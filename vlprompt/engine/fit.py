@@ -18,6 +18,7 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from vlprompt.engine.callbacks import LAST_CHECKPOINT, AtomicCheckpointIO, MetricsFile, last_checkpoint_callback
 from vlprompt.engine.config import RecipeConfig, TrainerConfig
+from vlprompt.engine.metrics import plain_score, score
 from vlprompt.engine.module import PromptModule
 from vlprompt.errors import ConfigError
 
@@ -92,16 +93,16 @@ def fit(trainer: pl.Trainer, module: PromptModule, data: pl.LightningDataModule,
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
 
 
-def test(trainer: pl.Trainer, module: PromptModule, data: pl.LightningDataModule) -> dict[str, float | int]:
-    """Return ``{"accuracy": percent, "correct": n, "total": n}`` of the test images, each counted once."""
+def test(trainer: pl.Trainer, module: PromptModule, data: pl.LightningDataModule) -> dict[str, Any]:
+    """Return what the test images give, each counted once.
+
+    ``{"accuracy": percent, "correct": n, "total": n}``. For another headline metric of ``module`` its name stands in
+    ``"metric"``, beside all that was measured (:func:`vlprompt.engine.metrics.plain_score`); ``module.per_class`` holds
+    the counts per class.
+    """
     with quiet(), _interruptible(trainer):
         (scores,) = trainer.test(module, datamodule=data, verbose=False)
-    return score(round(scores["test/correct"]), round(scores["test/total"]))
-
-
-def score(correct: int, total: int) -> dict[str, float | int]:
-    """Return ``{"accuracy": percent, "correct": n, "total": n}`` of counts."""
-    return {"accuracy": 100 * correct / total, "correct": correct, "total": total}
+    return plain_score(module.metric, {name.removeprefix("test/"): value for name, value in scores.items()})
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torchmetrics.classification import MulticlassStatScores
 
 from vlprompt.engine.config import RecipeConfig
+from vlprompt.engine.metrics import MULTILABEL, make_scores
 from vlprompt.engine.recipe import learning_rate
 from vlprompt.errors import ConfigError, HeadError
 from vlprompt.methods import PromptMethod
@@ -30,19 +30,21 @@ class PromptModule(pl.LightningModule):
     Args:
         method: Any method.
         recipe: Optimiser and schedule; ``recipe.epochs`` shapes the cosine and should equal the trainer's.
+        metric: What validation and test measure (:data:`vlprompt.engine.metrics.METRICS`): ``accuracy`` or
+            ``mean_per_class`` for labels ``[B]``, ``map`` or ``map_11point`` for multi-hot labels ``[B, C]``.
 
     Raises:
-        ConfigError: The recipe holds values that are not accepted.
+        ConfigError: The recipe holds values that are not accepted, or an unknown metric.
     """
 
-    def __init__(self, method: PromptMethod, recipe: RecipeConfig | None = None) -> None:
+    def __init__(self, method: PromptMethod, recipe: RecipeConfig | None = None, metric: str = "accuracy") -> None:
         super().__init__()
-        self.method = method
+        self.method, self.metric = method, metric
         self.recipe = recipe or RecipeConfig()
         if problems := self.recipe.problems():
             raise ConfigError("\n".join(problems))
-        # Micro-averaged counts: correct is the true positives, total the support; exact integers over all processes.
-        self.counts = MulticlassStatScores(num_classes=max(2, len(method.class_names)), average="micro")
+        self.scores = make_scores(metric, len(method.class_names))
+        self.per_class: dict[str, list[int]] = {}  # of the last evaluation: correct and total, [C] each
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits ``[B, C]`` of images ``[B, 3, H, W]`` or raw features ``[B, D]``."""
@@ -53,8 +55,7 @@ class PromptModule(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch; each named term is logged per epoch as ``train/<term>``."""
         inputs, labels, scale = _unpack(batch)
-        features = self.method.image_features(inputs) if inputs.ndim == 4 else inputs
-        terms = self.method.losses(features, labels)
+        terms = self.method.losses(inputs, labels)
         loss = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(loss):
             values = ", ".join(f"{name} {float(term):g}" for name, term in terms.items())
@@ -69,8 +70,17 @@ class PromptModule(pl.LightningModule):
         self.log("loss", shown["train/loss"], prog_bar=True, logger=False)
         return loss * scale
 
+    def on_train_epoch_end(self) -> None:
+        """Let the method's objectives act between epochs; the checkpoint of the epoch is written afterwards."""
+        self.method.epoch_end(self.current_epoch, self.trainer.max_epochs or self.recipe.epochs)
+
     def configure_optimizers(self) -> Any:
-        """Return SGD over the method's parameter groups and the per-epoch schedule."""
+        """Return SGD over the method's parameter groups and the per-epoch schedule.
+
+        Raises:
+            ConfigError: The method has nothing to train, or cannot be trained on several labels an image.
+        """
+        check_trainable(self.method, self.metric)
         groups = self.method.parameter_groups(self.recipe.lr)
         if not groups:
             raise ConfigError(f"method {self.method.name!r} has nothing to train; evaluate it without fit")
@@ -91,32 +101,33 @@ class PromptModule(pl.LightningModule):
 
     # -- evaluation ---------------------------------------------------------------------------------------------
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Count correct predictions of one validation batch."""
-        self._count(batch, "val")
+        """Score one validation batch."""
+        self._count(batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Count correct predictions of one test batch."""
-        self._count(batch, "test")
+        """Score one test batch."""
+        self._count(batch)
 
-    def _count(self, batch: Any, stage: str) -> None:
+    def _count(self, batch: Any) -> None:
         inputs, labels, _ = _unpack(batch)
-        self.counts.update(self(inputs).argmax(dim=-1), labels)
+        self.scores.update(self(inputs), labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/accuracy`` in percent."""
+        """Log ``val/accuracy`` in percent, and whatever else is measured."""
         self._finish("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log ``test/accuracy`` in percent, ``test/correct`` and ``test/total``."""
+        """Log ``test/accuracy`` in percent, ``test/correct``, ``test/total`` and ``test/mean_per_class``.
+
+        With several labels an image: ``test/map``, ``test/map_11point``, ``test/cf1``, ``test/of1``, ``test/total``.
+        """
         self._finish("test")
 
     def _finish(self, stage: str) -> None:
-        scores = self.counts.compute().double()
-        correct, total = scores[0], scores[4]
-        self.counts.reset()
-        logged = {"accuracy": 100 * correct / total, "correct": correct, "total": total}
-        # Already the sum over all processes: torchmetrics gathers the counts.
-        self.log_dict({f"{stage}/{name}": value for name, value in logged.items()}, rank_zero_only=False)
+        values, self.per_class = self.scores.score()
+        self.scores.reset()
+        # Already the value over all processes: torchmetrics gathers what it is made from.
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, rank_zero_only=False)
 
     # -- keeping ------------------------------------------------------------------------------------------------
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -137,6 +148,18 @@ class PromptModule(pl.LightningModule):
         if strict and (missing or result.unexpected_keys):
             raise HeadError(f"the checkpoint does not fit: missing {missing}, unknown {result.unexpected_keys}")
         return result
+
+
+def check_trainable(method: PromptMethod, metric: str) -> None:
+    """Raise ConfigError when ``method`` would be trained on several labels an image with an objective for one.
+
+    Cross-entropy takes a multi-hot row for a probability vector without a word, and learns something else.
+    """
+    if metric in MULTILABEL and method.learnables() and not getattr(method, "trains_multilabel", False):
+        raise ConfigError(
+            f"method {method.name!r} is trained by cross-entropy over one label an image, and these images have "
+            "several; evaluate them instead: --method zeroshot, or a trained head with `vlprompt eval RUN`"
+        )
 
 
 def _frozen(name: str) -> bool:

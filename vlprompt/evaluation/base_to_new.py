@@ -2,30 +2,35 @@
 
 Accuracies are averaged over seeds first and the harmonic mean is taken of the averages, as the published tables do
 (datasets.md 3); the spread is the population standard deviation. Over several data sets it is the same once more: the
-average of the data sets' means, and the harmonic mean of these averages. Counts stay exact until the last step.
+average of the data sets' means, and the harmonic mean of these averages; the mean of the data sets' own harmonic means
+is another number, kept and shown under its own name. Counts stay exact until the last step.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from vlprompt.data.task import dataset_names
 from vlprompt.engine.config import RunConfig
+from vlprompt.engine.metrics import headline
+from vlprompt.evaluation.groups import dataset_names
 from vlprompt.evaluation.protocol import (
     check_several,
     keep,
+    marks,
     over_seeds,
     result_parts,
+    row_name,
     run_seeds,
     spread,
     spread_text,
     table_rows,
 )
 from vlprompt.evaluation.run import Run, harmonic_mean
-from vlprompt.evaluation.tables import render
+from vlprompt.evaluation.tables import data_words, metric_words, render
 
 SCHEMA = 1
 AVERAGE = "average"
@@ -47,8 +52,9 @@ def base_to_new(
     Args:
         configs: What to compare; ``data.classes`` is set to ``base`` and ``seed`` to each seed.
         seeds: Seeds of the shots and of the training.
-        datasets: Names or aliases of data sets to run every configuration on, in place of its ``data.name``; results
-            and table then have their average. A ``data.template`` that a configuration has stays.
+        datasets: Names, aliases or groups (``group:fewshot11``) of data sets to run every configuration on, in place of
+            its ``data.name``; results and table then have their average. A ``data.template`` that a configuration has
+            stays.
         force: Run everything anew.
         report: Called after every run.
 
@@ -79,7 +85,7 @@ def base_to_new(
 def _cell(config: RunConfig, runs: Sequence[Run]) -> dict[str, Any]:
     rows = {label: summary([one.results[part] for one in runs]) for label, part in result_parts(config.method).items()}
     first = runs[0].results["data"]
-    return {"method": config.method, "data": first["name"], "shots": first["shots"], "rows": rows}
+    return {"method": config.method, "data": first["name"], "shots": first["shots"], "rows": rows, **marks(runs)}
 
 
 def average_of(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -89,13 +95,17 @@ def average_of(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for label in first["rows"]:
         own = [cell["rows"][label] for cell in cells]
         rows[label] = _halves([{half: row[half]["mean"] for half in _HALVES if half in row} for row in own])
+        if "harmonic_mean" in rows[label]:
+            rows[label]["mean_of_harmonic_means"] = statistics.fmean(row["harmonic_mean"] for row in own)
     names = [cell["data"] for cell in cells]
-    return {"method": first["method"], "data": AVERAGE, "datasets": names, "shots": first["shots"], "rows": rows}
+    oracle = {"oracle": True} if any(cell.get("oracle") for cell in cells) else {}
+    found = {"method": first["method"], "data": AVERAGE, "datasets": names, "shots": first["shots"], "rows": rows}
+    return found | oracle
 
 
 def summary(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return mean and population deviation of base and new accuracy over runs, and the harmonic mean of the means."""
-    accuracies = [{half: score[half]["accuracy"] for half in _HALVES if score.get(half)} for score in scores]
+    accuracies = [{half: headline(score[half]) for half in _HALVES if score.get(half)} for score in scores]
     return {"per_seed": list(scores), **_halves(accuracies)}
 
 
@@ -115,18 +125,32 @@ def base_to_new_table(
     cells: Sequence[dict[str, Any]], seeds: Sequence[int], average: Sequence[dict[str, Any]] = ()
 ) -> str:
     """Return the table of all cells, zero-shot once per data set before the methods, and of their averages."""
-    title = f"base-to-new accuracy in %, {over_seeds(seeds)}; H is of the means"
-    count = len(average[0]["datasets"]) if average else 0
-    caption = f"average: mean and deviation over {count} data sets; its H is the harmonic mean of these averages"
+    words = metric_words(cell.get("metric", "accuracy") for cell in cells)
+    title = f"base-to-new {words} in %, {over_seeds(seeds)}; H is of the means"
     table = Table()
     for name, side in (("data", "left"), ("method", "left"), ("base", "right"), ("new", "right"), ("H", "right")):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
+    count = len(average[0]["datasets"]) if average else 0
     for part, several in ((cells, len(seeds) > 1), (average, count > 1)):
         for cell, label in table_rows(part):
-            table.add_row(cell["data"], label, *_numbers(cell["rows"][label], several))
+            data = data_words(cell["data"], cell.get("metric", "accuracy"))
+            table.add_row(data, row_name(cell, label), *_numbers(cell["rows"][label], several))
         if average:
             table.add_section()
-    return render(table, title, caption if average else "")
+    return render(table, title, _caption(average, count) if average else "")
+
+
+def _caption(average: Sequence[dict[str, Any]], count: int) -> str:
+    """Return what the average is, and the other mean of H, which must not be taken for it."""
+    lines = [f"average: mean and deviation over {count} data sets; its H is the harmonic mean of these averages"]
+    means = [
+        f"{row_name(cell, label)} {cell['rows'][label]['mean_of_harmonic_means']:.2f}"
+        for cell, label in table_rows(average)
+        if "mean_of_harmonic_means" in cell["rows"][label]
+    ]
+    if means:
+        lines.append("not to be confused with the mean of the data sets' H: " + ", ".join(means))
+    return "\n".join(lines)
 
 
 def _numbers(row: dict[str, Any], several: bool) -> list[str]:

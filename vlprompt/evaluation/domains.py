@@ -16,11 +16,14 @@ from rich.table import Table
 
 from vlprompt.data.domains import CLEAN, DomainProtocol, DomainRound, domain_rounds, split_domain
 from vlprompt.engine.config import RunConfig
+from vlprompt.engine.metrics import METRICS, headline
 from vlprompt.evaluation.protocol import (
     check_several,
     keep,
+    marks,
     over_seeds,
     result_parts,
+    row_name,
     run_seeds,
     spread,
     spread_text,
@@ -108,15 +111,16 @@ def _cell(config: RunConfig, rounds: Sequence[DomainRound], runs: Sequence[Seque
             for one, of_round in zip(rounds, runs, strict=True)
             for done in of_round
         ],
+        **marks([done for of_round in runs for done in of_round]),
     }
 
 
 def _accuracies(runs: Sequence[Run], part: str) -> dict[str, float]:
-    """Return the accuracy in % on each domain, the mean over those of one seed's ``runs`` that tested it."""
+    """Return the headline number in % on each domain, the mean over those of one seed's ``runs`` that tested it."""
     found: dict[str, list[float]] = {}
     for done in runs:
         for domain, score in done.results[part]["domains"].items():
-            found.setdefault(domain, []).append(score["accuracy"])
+            found.setdefault(domain, []).append(headline(score))
     return {domain: statistics.fmean(values) for domain, values in found.items()}
 
 
@@ -149,7 +153,8 @@ def domains_tables(cells: Sequence[dict[str, Any]], protocol: str, seeds: Sequen
     tables = []
     for data in dict.fromkeys(cell["data"] for cell in cells):
         own = [cell for cell in cells if cell["data"] == data]
-        title = f"{data}, {protocol}: accuracy in % by target domain, {_TRAINED_ON[protocol]}; {over_seeds(seeds)}"
+        words = METRICS[own[0].get("metric", "accuracy")]
+        title = f"{data}, {protocol}: {words} in % by target domain, {_TRAINED_ON[protocol]}; {over_seeds(seeds)}"
         targets = own[0]["targets"]
         # Six domains over several seeds are as wide as a table may be.
         table = Table("method", "version", padding=(0, 1 if len(targets) < 6 else 0))
@@ -158,7 +163,7 @@ def domains_tables(cells: Sequence[dict[str, Any]], protocol: str, seeds: Sequen
         for cell, label in table_rows(own):
             for version, row in cell["rows"][label].items():
                 numbers = [*(row["targets"].get(target) for target in targets), row.get("mean")]
-                table.add_row(label, version, *(spread_text(one, len(seeds) > 1) for one in numbers))
+                table.add_row(row_name(cell, label), version, *(spread_text(one, len(seeds) > 1) for one in numbers))
             table.add_section()
         tables.append(render(table, title))
     return "\n\n".join(tables)

@@ -13,7 +13,7 @@ from vlprompt.data.cards import Card, card_class_names, find_card
 from vlprompt.engine.config import RunConfig
 from vlprompt.errors import BackboneError, ConfigError, DataError
 from vlprompt.evaluation.folder import run_folder
-from vlprompt.evaluation.run import complete, load_task, with_own_template
+from vlprompt.evaluation.prepare import complete, load_task, with_own_template
 from vlprompt.methods import PromptMethod, create_method, get_method_class
 
 
@@ -76,10 +76,10 @@ def _facts_of_card(
 ) -> tuple[list[str], list[str], int, int | None, str]:
     everything = card_class_names(card)
     if everything is None:
-        if not card.classes:
+        if not card.classes.count:
             raise error
         notes.append("the card knows how many classes there are but not their names; made-up names stand in")
-        everything = [f"class number {i}" for i in range(card.classes)]
+        everything = [f"class number {i}" for i in range(card.classes.count)]
     base = math.ceil(len(everything) / 2)
     part = {"all": slice(None), "base": slice(base), "new": slice(base, None)}[config.data.classes]
     names = everything[part]

@@ -27,6 +27,7 @@ from vlprompt.engine.config import RunConfig
 from vlprompt.errors import ConfigError
 
 CONFIG, ENVIRONMENT, RESULTS, HEAD = "config.yaml", "env.json", "results.json", "head"
+VALIDATION, TARGETS = "validation.json", "targets"
 _PACKAGES = (
     *("torch", "torchvision", "open_clip_torch", "timm"),
     *("pytorch-lightning", "torchmetrics", "numpy", "pillow"),
@@ -174,9 +175,9 @@ def _check_inputs(folder: Path, inputs: dict[str, str]) -> None:
 
 def _clear(folder: Path) -> None:
     # What marks the run as finished goes first and what says where it came from last, should this be interrupted.
-    for name in (RESULTS, LAST_CHECKPOINT, "metrics.jsonl"):
+    for name in (RESULTS, LAST_CHECKPOINT, "metrics.jsonl", VALIDATION):
         (folder / name).unlink(missing_ok=True)
-    for name in (HEAD, "tensorboard", "wandb"):
+    for name in (HEAD, TARGETS, "tensorboard", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in (CONFIG, ENVIRONMENT):
         (folder / name).unlink(missing_ok=True)
@@ -201,14 +202,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def environment(config: RunConfig) -> dict[str, Any]:
     """Return what a result may depend on beside its configuration: versions, git state, seed, machine, command."""
-    versions = {"vlprompt": vlprompt.__version__}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     return {
         "command": sys.argv,
         "git": _git(),
-        "versions": versions | {"python": platform.python_version()},
+        "versions": versions(),
         "seeds": {"run": config.seed, "shots": config.seed},
         "machine": {
             "platform": platform.platform(),
@@ -216,6 +213,15 @@ def environment(config: RunConfig) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of vlprompt, of what its numbers depend on, and of Python."""
+    found = {"vlprompt": vlprompt.__version__}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found | {"python": platform.python_version()}
 
 
 def _git() -> dict[str, Any] | None:

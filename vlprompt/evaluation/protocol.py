@@ -14,6 +14,7 @@ from vlprompt.engine.config import RunConfig
 from vlprompt.errors import ConfigError
 from vlprompt.evaluation.folder import config_sha256, is_main_process, sha256_of
 from vlprompt.evaluation.run import Run, run
+from vlprompt.evaluation.selection import is_oracle, stamped
 
 ZERO_SHOT = "zero-shot"
 
@@ -51,15 +52,27 @@ def result_parts(method: str) -> dict[str, str]:
     return {method: "results", ZERO_SHOT: "zeroshot"}
 
 
+def marks(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return what a cell keeps of its runs beside their scores: the metric if it is not accuracy, and an oracle."""
+    metric = runs[0].results["data"].get("metric", "accuracy")
+    found: dict[str, Any] = {} if metric == "accuracy" else {"metric": metric}
+    return found | ({"oracle": True} if is_oracle(one.results for one in runs) else {})
+
+
 def table_rows(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield cell and label of each row: zero-shot once per data set, then its methods.
 
-    Data sets stand in the order in which ``cells`` first have them.
+    Data sets stand in the order in which ``cells`` first have them. Zero-shot with chosen templates has its own row.
     """
     for data in dict.fromkeys(cell["data"] for cell in cells):
         own = [cell for cell in cells if cell["data"] == data]
         yield own[0], ZERO_SHOT
-        yield from ((cell, cell["method"]) for cell in own if cell["method"] != "zeroshot")
+        yield from ((cell, cell["method"]) for cell in own if cell["method"] != "zeroshot" or cell.get("oracle"))
+
+
+def row_name(cell: dict[str, Any], label: str) -> str:
+    """Return how a table calls the row ``label`` of ``cell``: marked where an oracle chose its hyperparameters."""
+    return stamped(label, label != ZERO_SHOT and bool(cell.get("oracle")))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

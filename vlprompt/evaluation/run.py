@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,28 +11,34 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 
-from vlprompt.backbone import Backbone, load_backbone
-from vlprompt.data import FewShotData, FewShotTask, load_dataset
+from vlprompt.backbone import Backbone
+from vlprompt.data import FewShotData, FewShotTask
+from vlprompt.data.tally import tally
 from vlprompt.engine.callbacks import LAST_CHECKPOINT, read_metrics, write_text
 from vlprompt.engine.config import BackboneConfig, DataConfig, RecipeConfig, RunConfig, TrainerConfig
 from vlprompt.engine.fit import METRICS, check_devices, fit, make_trainer, score, test
-from vlprompt.engine.module import PromptModule
+from vlprompt.engine.metrics import headline, metric_of
+from vlprompt.engine.module import PromptModule, check_trainable
 from vlprompt.errors import ConfigError, HeadError, VlpromptError
 from vlprompt.evaluation.folder import (
     HEAD,
     RESULTS,
+    VALIDATION,
     config_sha256,
     is_main_process,
     opened,
     read_json,
     run_folder,
     tensors_sha256,
+    versions,
 )
+from vlprompt.evaluation.prepare import build_method, complete, device_of, load_both, load_task, zeroshot_method
+from vlprompt.evaluation.record import data_record, shift_record
+from vlprompt.evaluation.selection import is_oracle, selection_of
 from vlprompt.evaluation.tables import results_table
 from vlprompt.io.head import Head, backbone_facts, load_head
-from vlprompt.methods import PromptMethod, create_method, get_method_class
+from vlprompt.methods import PromptMethod
 
 SCHEMA = 1
 _RESULT_PARTS = {"method", "config", "backbone", "data", "results", "zeroshot", "train"}
@@ -78,14 +83,19 @@ def run(config: RunConfig, *, force: bool = False) -> Run:
         VlpromptError: Data, weights, settings or values that cannot be used; everything that is missing is reported at
             once.
     """
+    config, task, backbone = _ready(config)
+    pl.seed_everything(config.seed, verbose=False)
+    method = build_method(config, backbone, task)
+    return _run(config, method, task, force=force)
+
+
+def _ready(config: RunConfig) -> tuple[RunConfig, FewShotTask, Backbone]:
+    """Return the checked and completed configuration, its task and its backbone."""
     if problems := config.problems():
         raise ConfigError("\n".join(problems))
     check_devices(config.trainer)
     config = complete(config)
-    task, backbone = _load_both(config)
-    pl.seed_everything(config.seed, verbose=False)
-    method = build_method(config, backbone, task)
-    return _run(config, method, task, force=force)
+    return config, *load_both(config)
 
 
 def train(
@@ -125,6 +135,7 @@ def train(
     config = RunConfig(
         method=method.name,
         settings=method.settings_dict(),
+        objectives=method.objective_settings,
         backbone=BackboneConfig(method.backbone.name, method.backbone.pretrained, method.backbone.precision),  # type: ignore[arg-type]
         data=DataConfig(
             data.name,
@@ -135,6 +146,9 @@ def train(
             data.template,
             source=list(data.source),
             target=list(data.target),
+            split=data.request.get("split"),
+            sampler=data.request.get("sampler"),
+            shots_file=None if data.request.get("shots_file") is None else str(data.request["shots_file"]),
         ),
         recipe=RecipeConfig(**recipe),
         trainer=trainer or TrainerConfig(progress=False),
@@ -146,120 +160,93 @@ def train(
     return _run(config, method, data, force=force)
 
 
-def _load_both(config: RunConfig) -> tuple[FewShotTask, Backbone]:
-    """Load data and backbone; when both are missing, one error says so."""
-    missing: list[VlpromptError] = []
-    task: FewShotTask | None = None
-    backbone: Backbone | None = None
-    try:
-        task = load_task(config.data, config.seed)
-    except VlpromptError as error:
-        missing.append(error)
-    try:
-        backbone = load_backbone(
-            config.backbone.name,
-            config.backbone.pretrained,
-            precision=config.backbone.precision,
-            device=device_of(config.trainer),
-        )
-    except VlpromptError as error:
-        missing.append(error)
-    if len(missing) == 1:
-        raise missing[0]
-    if task is None or backbone is None:
-        raise ConfigError("two things are missing.\n\n1. " + str(missing[0]) + "\n\n2. " + str(missing[1]))
-    return task, backbone
-
-
-def device_of(config: TrainerConfig) -> str:
-    """Return the device of this process: its own GPU where GPUs are used, else the CPU."""
-    if config.accelerator != "cpu" and torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return "cpu"
-
-
-def load_task(data: DataConfig, seed: int, classes: str | None = None) -> FewShotTask:
-    """Return the task that ``data`` names, or its counterpart with other ``classes``."""
-    return load_dataset(
-        data.name,
-        root=data.root,
-        shots=data.shots,
-        seed=seed,
-        classes=classes or data.classes,
-        template=data.template,
-        source=data.source,
-        target=data.target,
-    )
-
-
-def build_method(config: RunConfig, backbone: Backbone, task: FewShotTask) -> PromptMethod:
-    """Return the configured method for the task's classes; templates left open are the data set's own."""
-    settings = with_own_template(get_method_class(config.method), config.settings, task.template)
-    others = [name for name in task.all_class_names if name not in set(task.class_names)]
-    everything = [*task.class_names, *others]
-    return create_method(config.method, backbone, task.class_names, all_class_names=everything, **settings).to(
-        backbone.device
-    )
-
-
-def complete(config: RunConfig) -> RunConfig:
-    """Return ``config`` with the method's defaults for settings that are left out, as the command line has it.
-
-    Equal runs so have equal folders. Only a template that is the data set's own is left open.
-    """
-    kind = get_method_class(config.method)
-    defaults = {}
-    for entry in dataclasses.fields(kind.Settings):
-        if entry.name == kind.template_setting:
-            continue
-        if entry.default is not dataclasses.MISSING:
-            defaults[entry.name] = list(entry.default) if isinstance(entry.default, tuple) else entry.default
-        elif entry.default_factory is not dataclasses.MISSING:
-            defaults[entry.name] = entry.default_factory()
-    return dataclasses.replace(config, settings={**defaults, **config.settings})
-
-
-def with_own_template(kind: type[PromptMethod], settings: dict[str, Any], template: str) -> dict[str, Any]:
-    """Return ``settings`` with the data set's ``template`` where the method takes one and none is given."""
-    name = kind.template_setting
-    if name is None or settings.get(name):
-        return dict(settings)
-    return {**settings, name: [template]}
-
-
 def _run(config: RunConfig, method: PromptMethod, task: FewShotTask, *, force: bool) -> Run:
+    if method.parameter_groups(config.recipe.lr):
+        check_trainable(method, metric_of(task))
     folder = run_folder(config)
-    inputs = {
-        "split": task.split_sha256,
-        "choice of shots": task.shots_sha256,
-        "backbone": method.backbone.fingerprint,
-        "initial prompts": tensors_sha256(method.learnable_state()),
-    }
-    with opened(folder, config, inputs, force=force):
+    with opened(folder, config, _inputs(method, task), force=force), tally() as images:
         known = None if force else _finished(folder)
         if known is not None:
             _load_trained(method, folder)
             return Run(folder, known, reused=True)
         started = time.monotonic()
-        trainer = make_trainer(config.trainer, folder, config.recipe.epochs)
-        if method.parameter_groups(config.recipe.lr):
-            fit(trainer, PromptModule(method, config.recipe), _data(config, method, task), folder)
-        method.eval()
+        trainer = _trained(config, method, task, folder)
+        scores, per_class = _evaluate(config, trainer, method, task)
+        zeroshot, zeroshot_per_class = _evaluate(config, trainer, zeroshot_method(method.backbone, task), task)
         results = {
             "schema": SCHEMA,
             "method": config.method,
             "config": dataclasses.asdict(config),
             "config_sha256": config_sha256(config),
             "backbone": backbone_facts(method.backbone),
-            "data": task.describe(),
-            "results": _evaluate(config, trainer, method, task),
-            "zeroshot": _evaluate(config, trainer, _zeroshot(method, task), task),
+            "data": data_record(task, method.backbone, config.data.view),
+            "versions": versions(),
+            "results": scores,
+            "zeroshot": zeroshot,
+            "per_class": {"results": per_class, "zeroshot": zeroshot_per_class},
+            "images": images.facts(),
+            "feature_shift": shift_record(method, task),
             "train": {"epochs": len(read_metrics(folder / METRICS)), "seconds": round(time.monotonic() - started, 1)},
         }
+        facts = {"run": folder.name, "data": task.describe()}
+        if chosen := selection_of(config.output):
+            results["selection"] = chosen
+            facts["selection"] = {"on": chosen["on"], "oracle": chosen["oracle"]}  # a head may travel alone
         if is_main_process():
-            Head(method, {"run": folder.name, "data": task.describe()}).save_pretrained(folder / HEAD)
+            Head(method, facts).save_pretrained(folder / HEAD)
             write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")  # last: it marks the run as finished
         return Run(folder, results)
+
+
+def _inputs(method: PromptMethod, task: FewShotTask) -> dict[str, str]:
+    return {
+        "split": task.split_sha256,
+        "choice of shots": task.shots_sha256,
+        "backbone": method.backbone.fingerprint,
+        "initial prompts": tensors_sha256(method.learnable_state()),
+    }
+
+
+def _trained(config: RunConfig, method: PromptMethod, task: FewShotTask, folder: Path) -> pl.Trainer:
+    """Train ``method`` in place, as far as it is not trained yet; return the Trainer to test it with."""
+    trainer = make_trainer(config.trainer, folder, config.recipe.epochs)
+    if method.parameter_groups(config.recipe.lr):
+        fit(trainer, PromptModule(method, config.recipe), _data(config, method, task), folder)
+    method.eval()
+    return trainer
+
+
+def validate(config: RunConfig, *, force: bool = False) -> dict[str, Any]:
+    """Train what ``config`` says and return its score on the validation images; test images are not opened.
+
+    Everything is kept in the run's folder, so that :func:`run` of the same configuration only has to test.
+
+    Args:
+        config: The resolved configuration.
+        force: Start anew even if it has been scored.
+
+    Raises:
+        VlpromptError: As :func:`run`; or a data set without validation images.
+    """
+    config, task, backbone = _ready(config)
+    if not task.val:
+        raise ConfigError(f"{task.name} has no validation images to score on")
+    # In place of the test images, which so cannot be touched by what follows.
+    task = dataclasses.replace(task, test=task.val)
+    pl.seed_everything(config.seed, verbose=False)
+    method = build_method(config, backbone, task)
+    if method.parameter_groups(config.recipe.lr):
+        check_trainable(method, metric_of(task))
+    folder = run_folder(config)
+    with opened(folder, config, _inputs(method, task), force=force):
+        known = None if force else read_json(folder / VALIDATION)
+        if known is not None and known.get("val_sha256") == task.describe()["val_sha256"] and "val" in known:
+            return dict(known["val"])
+        found, _ = tested(config, _trained(config, method, task, folder), method, task)
+        if is_main_process():
+            kept = {"schema": SCHEMA, "val_sha256": task.describe()["val_sha256"], "val": found}
+            write_text(folder / VALIDATION, json.dumps(kept, indent=1) + "\n")
+        return found
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
@@ -278,11 +265,6 @@ def _load_trained(method: PromptMethod, folder: Path) -> None:
     method.load_learnable_state(trained.method.learnable_state())
 
 
-def _zeroshot(method: PromptMethod, task: FewShotTask) -> PromptMethod:
-    zeroshot = create_method("zeroshot", method.backbone, task.class_names, templates=[task.template])
-    return zeroshot.to(method.backbone.device).eval()
-
-
 def _data(config: RunConfig, method: PromptMethod, task: FewShotTask) -> FewShotData:
     backbone = method.backbone
     return FewShotData(
@@ -293,36 +275,72 @@ def _data(config: RunConfig, method: PromptMethod, task: FewShotTask) -> FewShot
         view=config.data.view,
         seed=config.seed,
         workers=config.data.workers,
+        on_bad_image=config.data.on_bad_image,
+        cached_views=_cached_views(config, method, task),
         encode=None if method.learns_image_side else backbone.encode_image,
         fingerprint=backbone.fingerprint,
         device=backbone.device,
     )
 
 
-def _evaluate(config: RunConfig, trainer: pl.Trainer, method: PromptMethod, task: FewShotTask) -> dict[str, Any]:
-    """Return correct, total and accuracy on the task's test images, pooled and by domain where there are domains.
+def _cached_views(config: RunConfig, method: PromptMethod, task: FewShotTask) -> int:
+    """Return the random views per training image whose features are kept: what was asked for, or one per epoch.
+
+    One per epoch where that changes nothing but rounding (one process, full precision) and takes at most 1 GiB.
+    """
+    asked = config.data.cached_views
+    if asked and method.learns_image_side:
+        raise ConfigError(
+            f"data.cached_views is {asked}, but {method.name} with these settings learns on the image side, so that "
+            "features cannot be kept; accepted: 0 or null"
+        )
+    if asked is not None or method.learns_image_side or config.data.view == "center":
+        return asked or 0
+    size = len(task.train) * config.recipe.epochs * method.backbone.embed_dim * 4
+    exact = config.trainer.devices == 1 and config.trainer.precision == "32-true"
+    return config.recipe.epochs if exact and size <= 2**30 else 0
+
+
+def tested(
+    config: RunConfig, trainer: pl.Trainer, method: PromptMethod, task: FewShotTask
+) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """Return the score of the task's test images, and the correct and total counts per class."""
+    module = PromptModule(method, metric=metric_of(task))
+    found = test(trainer, module, _data(config, method, task))
+    return found, module.per_class
+
+
+def _evaluate(
+    config: RunConfig, trainer: pl.Trainer, method: PromptMethod, task: FewShotTask
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the scores on the task's test images, pooled and by domain where there are domains, and the class counts.
 
     After a base task the new classes are scored too, pooled.
     """
     found: dict[str, Any] = {}
-    if parts := task.by_domain():
+    counts: dict[str, Any] = {}
+    parts = {name: tested(config, trainer, method, part) for name, part in task.by_domain().items()}
+    if parts and metric_of(task) == "accuracy":
         # Every image is in one domain: the counts add up, and nothing has to be tested twice.
-        by_domain = {
-            name: test(trainer, PromptModule(method), _data(config, method, part)) for name, part in parts.items()
+        correct, total = (sum(one[key] for one, _ in parts.values()) for key in ("correct", "total"))
+        found[task.classes] = score(correct, total)
+        counts[task.classes] = {
+            key: [sum(own) for own in zip(*(per_class[key] for _, per_class in parts.values()), strict=True)]
+            for key in ("correct", "total")
         }
-        correct, total = (sum(int(one[key]) for one in by_domain.values()) for key in ("correct", "total"))
-        found |= {task.classes: score(correct, total), "domains": by_domain}
     else:
-        found[task.classes] = test(trainer, PromptModule(method), _data(config, method, task))
+        found[task.classes], counts[task.classes] = tested(config, trainer, method, task)
+    if parts:
+        found["domains"] = {name: one for name, (one, _) in parts.items()}
     if task.classes == "base":
         other = task.counterpart()
         try:
             moved = method.with_classes(other.class_names)
         except VlpromptError as error:  # class-specific context has nothing to say about new classes
-            return found | {"new": None, "why_no_new": str(error)}
-        found["new"] = test(trainer, PromptModule(moved), _data(config, moved, other))
-        found["harmonic_mean"] = harmonic_mean(found["base"]["accuracy"], found["new"]["accuracy"])
-    return found
+            return found | {"new": None, "why_no_new": str(error)}, counts
+        found["new"], counts["new"] = tested(config, trainer, moved, other)
+        found["harmonic_mean"] = harmonic_mean(headline(found["base"]), headline(found["new"]))
+    return found, counts
 
 
 def harmonic_mean(base: float, new: float) -> float:
@@ -333,7 +351,9 @@ def harmonic_mean(base: float, new: float) -> float:
 def evaluate_head(
     folder: str | Path, data: DataConfig, seed: int = 1, trainer: TrainerConfig | None = None
 ) -> dict[str, Any]:
-    """Return correct, total and accuracy of a saved head on the test images of ``data``, with the classes it names.
+    """Return the score of a saved head on the test images of ``data``, with the classes it names.
+
+    ``oracle`` says whether its hyperparameters were chosen on test images.
 
     Raises:
         VlpromptError: The head or the data cannot be used.
@@ -346,7 +366,8 @@ def evaluate_head(
     method = head.method if task.class_names == head.class_names else head.method.with_classes(task.class_names)
     config = RunConfig(method=method.name, data=data, trainer=trainer_config, seed=seed)
     quiet_trainer = make_trainer(trainer_config, Path(folder), 1)
-    return test(quiet_trainer, PromptModule(method.eval()), _data(config, method, task)) | {"data": task.describe()}
+    found, _ = tested(config, quiet_trainer, method.eval(), task)
+    return found | {"data": task.describe(), "oracle": is_oracle([head.training_facts])}
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -362,5 +383,7 @@ __all__: Sequence[str] = [
     "harmonic_mean",
     "load_task",
     "run",
+    "tested",
     "train",
+    "validate",
 ]

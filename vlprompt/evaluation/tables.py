@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from vlprompt.engine.metrics import METRICS, headline
+from vlprompt.evaluation.selection import is_oracle, stamped
 
 
 def render(table: Table, title: str = "", caption: str = "") -> str:
@@ -25,22 +28,37 @@ def results_table(runs: Sequence[dict[str, Any]]) -> str:
     first = runs[0]
     data = first["data"]
     columns = [name for name in ("all", "base", "new") if name in first["results"]]
-    title = f"{data['name']}: accuracy in %, {data['shots']} shots, seed {data['seed']}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("method")
+    metric = str(first["results"][columns[0]].get("metric", "accuracy"))
+    title = f"{data['name']}: {METRICS[metric]} in %, {data['shots']} shots, seed {data['seed']}"
+    table = Table("method")
     for name in columns:
-        table.add_column(f"{name} (correct/total)", justify="right")
+        table.add_column(f"{name} (correct/total)" if metric == "accuracy" else name, justify="right")
     if "new" in columns:
         table.add_column("harmonic mean", justify="right")
     rows = [] if first["method"] == "zeroshot" else [("zero-shot", first["zeroshot"])]
-    for label, scores in [*rows, *((one["method"], one["results"]) for one in runs)]:
-        cells = [_score(scores.get(name)) for name in columns]
+    for label, scores in [*rows, *((stamped(one["method"], is_oracle([one])), one["results"]) for one in runs)]:
+        cells = [score_text(scores.get(name)) for name in columns]
         if "new" in columns:
             mean = scores.get("harmonic_mean")
             cells.append("-" if mean is None else f"{mean:.2f}")
         table.add_row(label, *cells)
-    return render(table)
+    return render(table, title)
 
 
-def _score(score: dict[str, Any] | None) -> str:
-    return "-" if score is None else f"{score['accuracy']:.2f} ({score['correct']}/{score['total']})"
+def score_text(score: Mapping[str, Any] | None) -> str:
+    """Return a score's headline number, with the exact counts of an accuracy; a dash for none."""
+    if score is None:
+        return "-"
+    counts = f" ({score['correct']}/{score['total']})" if "metric" not in score else ""
+    return f"{headline(score):.2f}{counts}"
+
+
+def metric_words(metrics: Iterable[str]) -> str:
+    """Return what a table over data sets with these headline ``metrics`` measures."""
+    found = list(dict.fromkeys(metrics))
+    return METRICS[found[0]] if len(found) == 1 else "score"
+
+
+def data_words(name: str, metric: str) -> str:
+    """Return a data set's name for a table; with the metric, where that is not accuracy."""
+    return name if metric == "accuracy" else f"{name} ({METRICS[metric]})"

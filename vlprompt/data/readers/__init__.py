@@ -2,38 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlprompt.data.cards import Card
-from vlprompt.data.readers.fgvc import read_fgvc
-from vlprompt.data.readers.folder import read_folder
-from vlprompt.data.readers.imagenet import read_imagenet
 from vlprompt.data.readers.missing import missing_text
-from vlprompt.data.readers.pairs import refuse_pairs
-from vlprompt.data.readers.split_json import read_split_json
 from vlprompt.data.records import SplitLists
+from vlprompt.data.report import Report
 from vlprompt.errors import DataError
 
-READERS: dict[str, Callable[[Card, Path], SplitLists]] = {
-    "split_json": read_split_json,
-    "folder": read_folder,
-    "fgvc": read_fgvc,
-    "imagenet": read_imagenet,
-    "pairs": refuse_pairs,
+if TYPE_CHECKING:
+    from vlprompt.data.readers.split_json import Reader
+
+#: Where each reader is; it is imported when a card asks for it, since torchvision's is heavy.
+_HOMES = {
+    "split_json": "split_json:read_split_json",
+    "folder": "folder:read_folder",
+    "list_file": "list_file:read_list_file",
+    "torchvision": "torchvision:read_torchvision",
+    "shards": "shards:read_shards",
+    "pairs": "pairs:refuse_pairs",
 }
+
+
+def reader(name: str) -> Reader:
+    """Return the reader that a card calls ``name``."""
+    module, _, function = _HOMES[name].partition(":")
+    found: Reader = getattr(import_module(f"vlprompt.data.readers.{module}"), function)
+    return found
 
 
 def read_dataset(card: Card, root: str | Path | None = None) -> SplitLists:
     """Read the whole data set of ``card`` under the data root ``root``.
 
     Raises:
-        DataError: If it is missing (the text says where it was looked for and how to get it) or cannot be used.
+        DataError: If it is missing (the text says where it was looked for and how to get it) or cannot be used; all
+            problems that reading survives are listed.
     """
+    report = new_report(card, card.base(root))
+    lists = read_into(card, root, report)
+    report.finish()
+    return lists
+
+
+def new_report(card: Card, base: Path) -> Report:
+    """Return an empty report of ``card`` under ``base``."""
+    pages = ", ".join(dict.fromkeys(source.page for source in card.sources if source.page))
+    remedy = f"Correct the files, or fetch the published ones: {pages or 'see the notes'}.\n{card.notes.strip()}"
+    return Report(f"Data set {card.name!r} under {base}", remedy)
+
+
+def read_into(card: Card, root: str | Path | None, report: Report) -> SplitLists:
+    """Read as :func:`read_dataset` does, but leave the problems that reading survives in ``report``."""
     base = card.base(root)
     if not base.is_dir():
         raise DataError(missing_text(card, base, f"{base} ({'not a folder' if base.exists() else 'does not exist'})"))
-    return READERS[card.reader](card, base)
+    return reader(card.reader)(card, base, report)
 
 
-__all__ = ["READERS", "missing_text", "read_dataset"]
+__all__ = ["missing_text", "new_report", "read_dataset", "read_into", "reader"]

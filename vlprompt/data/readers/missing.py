@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlprompt.data.cards import Card
+from vlprompt.data.options import FolderOptions
 
 
 def missing_text(card: Card, base: Path, looked_for: str) -> str:
@@ -20,31 +21,31 @@ def missing_text(card: Card, base: Path, looked_for: str) -> str:
             f"Data set {card.name!r} is part of vlprompt, but its files are missing.\n  missing:  {looked_for}\n"
             "Install vlprompt again: pip install --force-reinstall vlprompt"
         )
-    if card.reader == "folder":
+    if isinstance(card.options, FolderOptions) and not card.options.splits:
         return (
             f"The folder of images was not found.\n  looked for:  {looked_for}\n"
             "Give the folder that holds one folder of images per class: --data.root FOLDER"
         )
-    lines = [
-        f"Data set {card.name!r} is not there.",
-        f"  looked for:  {looked_for}",
-        f"  where from:  {card.home}",
-        f"  licence:     {card.licence}",
-        f"  how:         {card.notes.strip()}",
-    ]
-    if card.split_file:
+    lines = [f"Data set {card.name!r} is not there.", f"  looked for:  {looked_for}"]
+    pages = dict.fromkeys(source.page for source in card.sources if source.page)
+    lines += [f"  where from:  {page}" for page in pages]
+    lines += [f"  licence:     {card.licence.text}", f"  how:         {card.notes.strip()}"]
+    split_file, facts = getattr(card.options, "split_file", None), card.facts
+    if split_file:
         hashes = [
             f"{word} SHA-256 {value}"
-            for word, value in (("file", card.split_file_sha256), ("content", card.split_content_sha256))
+            for word, value in (("file", facts.file_sha256), ("content", facts.content_sha256))
             if value
         ]
         known = f" ({'; '.join(hashes)})" if hashes else ""
-        lines.append(f"  split file:  {base / card.split_file}{known}")
-    root = base.parent
-    if root.name == card.folder and not base.exists():
+        lines.append(f"  split file:  {base / split_file}{known}")
+    if any(source.url for source in card.sources):
+        lines.append(f"  fetch it:    vlprompt data get {card.name}")
+    root, folder = base.parent, card.folders[0]
+    if root.name == folder and not base.exists():
         lines.append(f"{root} looks like the data set itself; the data root is the folder above it:")
         lines.append(f"  --data.root {root.parent}")
     else:
-        lines.append(f"Then run again, or point to the folder that holds {card.folder}/:")
+        lines.append(f"Then run again, or point to the folder that holds {folder}/:")
         lines.append("  --data.root FOLDER      (or: export VLPROMPT_DATA=FOLDER)")
     return "\n".join(lines)

@@ -9,10 +9,11 @@ from typing import NoReturn
 
 from vlprompt.data.cards import Card, find_card, list_datasets
 from vlprompt.data.images import ImageSource
+from vlprompt.data.options import PairsOptions
 from vlprompt.data.paths import path_problem
+from vlprompt.data.readers.images import find_images
 from vlprompt.data.readers.missing import missing_text
-from vlprompt.data.readers.split_json import find_images
-from vlprompt.data.records import refuse
+from vlprompt.data.report import Report
 from vlprompt.errors import ConfigError, DataError, did_you_mean
 
 _LONGEST_CAPTION = 2000
@@ -53,20 +54,22 @@ def load_pairs(name: str = "demo-pairs", *, root: str | Path | None = None) -> l
             f"{card.name!r} has classes, not captions.{did_you_mean(name, known)} Data sets with captions: "
             f"{', '.join(known)}. For classes use vlprompt.load_dataset({card.name!r})"
         )
+    assert isinstance(card.options, PairsOptions)
     base = card.base(root)
-    path = base / str(card.split_file)
+    path = base / card.options.split_file
     if not path.is_file():
         raise DataError(missing_text(card, base, f"{path} (does not exist)"))
-    rows = _rows(path)
-    sources = find_images(card, base, [image for image, _ in rows])
+    report = Report(f"List of pairs {path}", "Correct the lines, or leave them out.")
+    rows = _rows(path, report)
+    sources = find_images(card, base, [image for image, _ in rows], report)
+    report.finish()
     return [
-        Pair(image, caption, sources[image], image.partition("/")[0] if card.domains else "")
-        for image, caption in rows
+        Pair(image, caption, sources[image], image.partition("/")[0] if card.domains else "") for image, caption in rows
     ]
 
 
-def _rows(path: Path) -> list[tuple[str, str]]:
-    rows, problems = [], []
+def _rows(path: Path, report: Report) -> list[tuple[str, str]]:
+    rows = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -77,25 +80,24 @@ def _rows(path: Path) -> list[tuple[str, str]]:
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or set(row) != {"image", "caption"}:
-            problems.append(f'line {number}: expected {{"image": PATH, "caption": TEXT}}, got {line[:60]!r}')
+            report.error("S03", f'line {number}: expected {{"image": PATH, "caption": TEXT}}, got {line[:60]!r}')
             continue
         image, caption = row["image"], row["caption"]
-        problem = path_problem(image)
-        if problem is None and (not isinstance(caption, str) or not 0 < len(caption.strip()) <= _LONGEST_CAPTION):
-            problem = f"the caption is {str(caption)[:40]!r}; expected a text of 1 to {_LONGEST_CAPTION:,} characters"
-        if problem:
-            problems.append(f"line {number}: {problem}")
+        if problem := path_problem(image):
+            report.error("S04", f"line {number}: {problem}")
+        elif not isinstance(caption, str) or not 0 < len(caption.strip()) <= _LONGEST_CAPTION:
+            accepted = f"expected a text of 1 to {_LONGEST_CAPTION:,} characters"
+            report.error("S03", f"line {number}: the caption is {str(caption)[:40]!r}; {accepted}")
         else:
             rows.append((image, caption))
     if not lines:
-        problems.append("there are no lines")
-    refuse(f"List of pairs {path} cannot be used", problems, "Correct the lines, or leave them out.")
+        report.error("S02", "there are no lines")
     return rows
 
 
-def refuse_pairs(card: Card, base: Path) -> NoReturn:
+def refuse_pairs(card: Card, base: Path, report: Report) -> NoReturn:
     """Say that ``card`` has no classes; :func:`vlprompt.load_dataset` asks for them."""
-    del base
+    del base, report
     raise ConfigError(
         f"{card.name!r} has captions, not classes: use vlprompt.load_pairs({card.name!r}). `vlprompt list datasets` "
         "shows all data sets."

@@ -1,0 +1,94 @@
+"""Whole runs and the feature store: what is encoded, what is skipped, and that kept views train as fresh ones do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vlprompt.engine.config import BackboneConfig, DataConfig, RecipeConfig, RunConfig, TrainerConfig
+from vlprompt.errors import ConfigError, DataError
+from vlprompt.evaluation.run import run
+
+CLASSES = ("cat", "dog", "owl")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, paint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VLPROMPT_CACHE", str(tmp_path / "cache"))
+    for label, name in enumerate(CLASSES):
+        for part, count in (("train", 4), ("test", 3)):
+            for number in range(count):
+                paint(tmp_path / "pictures" / part / name / f"{number}.png", 40 * label + number, size=(30, 40))
+    return tmp_path / "pictures"
+
+
+def config(pictures: Path, output: str, method: str = "coop", **data: Any) -> RunConfig:
+    return RunConfig(
+        method,
+        {"context_init": "an emoji of a"} if method == "coop" else {},
+        BackboneConfig("demo", None),
+        DataConfig("folder", str(pictures), 4, **data),
+        RecipeConfig(epochs=3, batch_size=4, lr=0.1),
+        TrainerConfig(accelerator="cpu", progress=False),
+        output=str(pictures.parent / output),
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "encoded"),
+    [("zeroshot", {}, 9), ("coop", {"view": "center"}, 21), ("coop", {}, 45), ("coop", {"cached_views": 2}, 33)],
+)
+def test_the_second_run_encodes_nothing(method: str, data: dict[str, Any], encoded: int, pictures: Path) -> None:
+    first, second = (run(config(pictures, output, method, **data)) for output in ("one", "two"))
+    assert first.results["images"]["encoded"] == encoded  # 9 to test, 12 to train in each view
+    assert second.results["images"] == {"encoded": 0, "skipped": {"train": 0, "val": 0, "test": 0, "ids": []}}
+    assert json.loads((second.folder / "results.json").read_text())["images"]["encoded"] == 0
+    assert first.results["results"] == second.results["results"]
+    assert torch.equal(first.head().class_weights(), second.head().class_weights())
+
+
+def test_kept_views_train_as_fresh_ones(pictures: Path) -> None:
+    kept, fresh = (run(config(pictures, "runs", cached_views=views)) for views in (None, 0))
+    assert (kept.results["images"]["encoded"], fresh.results["images"]["encoded"]) == (45, 0)
+    one, two = kept.head().class_weights(), fresh.head().class_weights()
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    assert kept.results["results"] == fresh.results["results"]
+    few = run(config(pictures, "runs", cached_views=1)).head().class_weights()
+    assert not torch.allclose(few, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("data", [{}, {"cached_views": 0}, {"view": "center"}])
+def test_a_run_that_skips_says_so(data: dict[str, Any], pictures: Path) -> None:
+    bad = [pictures / "train" / "cat" / "1.png", pictures / "test" / "owl" / "2.png"]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:70])
+    with pytest.raises(DataError, match="(cat/1|owl/2).png cannot be decoded"):
+        run(config(pictures, "runs", **data))
+    with pytest.warns(UserWarning, match="left out: 2"):
+        done = run(config(pictures, "runs", on_bad_image="skip", **data))
+    skipped = done.results["images"]["skipped"]
+    assert (skipped["train"], skipped["test"]) == (1, 1)
+    assert [Path(name).name for name in skipped["ids"]] == ["1.png", "2.png"]
+    assert done.results["results"]["all"]["total"] == done.results["zeroshot"]["all"]["total"] == 8
+    with pytest.raises(DataError, match="(cat/1|owl/2).png cannot be decoded"):
+        run(config(pictures, "runs", **data))
+
+
+def test_fields_are_checked() -> None:
+    problems = DataConfig(workers=-1, cached_views=-2).problems()
+    assert [text.split(";")[0] for text in problems] == ["data.workers is -1", "data.cached_views is -2"]
+    assert DataConfig(workers=None, cached_views=None).problems() == []
+    assert "no random views" in DataConfig(view="center", cached_views=2).problems()[0]
+
+
+def test_views_cannot_be_kept_where_the_image_side_learns(pictures: Path) -> None:
+    with pytest.raises(ConfigError, match="cached_views is 2, but mocoop .* learns on the image side"):
+        run(
+            dataclasses.replace(config(pictures, "runs", "mocoop", cached_views=2), settings={"tune_layer_norms": True})
+        )
