@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "golden")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests" / "golden")]
 
+import golden_prompt_learners  # noqa: E402
 import tiny_clip  # noqa: E402
 
 import vlprompt  # noqa: E402
@@ -217,7 +218,13 @@ def _mocoop_parts(method: Any, golden: Golden, options: Any, images: torch.Tenso
     yield from ((f"loss/{name}", term / scales.get(name, 1.0)) for name, term in terms.items())
 
 
-CHECKS = {"clip_core": check_clip_core, "zeroshot": check_zeroshot, "coop": check_coop, "mocoop": check_mocoop}
+CHECKS = {
+    "clip_core": check_clip_core,
+    "zeroshot": check_zeroshot,
+    "coop": check_coop,
+    "mocoop": check_mocoop,
+    **golden_prompt_learners.CHECKS,
+}
 
 
 def relative_error(value: Any, reference: np.ndarray) -> float:

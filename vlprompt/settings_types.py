@@ -10,19 +10,20 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from vlprompt.errors import ConfigError, did_you_mean
 
 
-def check_types(settings: type, given: Mapping[str, Any]) -> None:
+def check_types(settings: type, given: Mapping[str, Any], where: str = "settings") -> None:
     """Raise ConfigError that lists every value in ``given`` that is not of its field's type in ``settings``.
 
     Args:
-        settings: A method's ``Settings`` dataclass.
+        settings: The ``Settings`` dataclass of a method or an objective.
         given: Values by field name; names are those of fields.
+        where: The section they stand in, for messages.
     """
     hints = get_type_hints(settings)
     wrong = []
     for name, value in given.items():
         if not _fits(hints[name], value):
             near = did_you_mean(value, get_args(hints[name])) if _is_choice(hints[name], value) else ""
-            wrong.append(f"settings.{name} is {value!r}; accepted: {_in_words(hints[name])}.{near}")
+            wrong.append(f"{where}.{name} is {value!r}; accepted: {_in_words(hints[name])}.{near}")
     if wrong:
         raise ConfigError("\n".join(wrong))
 

@@ -222,7 +222,7 @@ class _Runner(nn.Module):
         self.visual = visual
 
     def forward(self, images: Tensor, tokens: VisualTokens | None) -> Tensor:
-        if tokens is not None:
+        if tokens is not None and tokens.count:
             return _with_tokens(self.visual, images, tokens)
         features = self.visual(images)
         return features[0] if isinstance(features, tuple) else features  # type: ignore[no-any-return]
@@ -241,9 +241,24 @@ def _with_tokens(visual: Any, images: Tensor, tokens: VisualTokens) -> Tensor:
     for layer, block in enumerate(visual.transformer.resblocks):
         if layer in tokens.deep:
             x = torch.cat([x[:, :start], _each(tokens.deep[layer], x), x[:, start + tokens.count :]], dim=1)
-        x = block(x)
+        x = block(x) if layer < len(visual.transformer.resblocks) - 1 else _class_token_alone(block, x)
     features: Tensor = visual.ln_post(x[:, 0])
     return features if visual.proj is None else features @ visual.proj
+
+
+def _class_token_alone(block: Any, x: Tensor) -> Tensor:
+    """Return what ``block`` makes of the class token, ``[B, 1, W]``: only it is read behind the last block.
+
+    Every token answers, only the class token asks and goes through the MLP; exact but for rounding.
+    """
+    from open_clip.transformer import ResidualAttentionBlock
+
+    if type(block) is not ResidualAttentionBlock or hasattr(block, "ln_1_kv"):
+        whole: Tensor = block(x)
+        return whole
+    normed, own = block.ln_1(x), x[:, :1]
+    own = own + block.ls_1(block.attention(q_x=normed[:, :1], k_x=normed, v_x=normed))
+    return own + block.ls_2(block.mlp(block.ln_2(own)))  # type: ignore[no-any-return]
 
 
 def _insert(x: Tensor, tokens: VisualTokens) -> Tensor:

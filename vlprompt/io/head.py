@@ -37,6 +37,7 @@ _KEYS = {
     "schema": int,
     "method": str,
     "settings": dict,
+    "objectives": dict,
     "class_names": list,
     "all_class_names": list,
     "backbone": dict,
@@ -158,6 +159,7 @@ class Head(nn.Module):
             "schema": SCHEMA,
             "method": method.name,
             "settings": method.settings_dict(),
+            "objectives": method.objective_settings,
             "class_names": method.class_names,
             "all_class_names": method.all_class_names,
             "backbone": backbone_facts(backbone),
@@ -212,7 +214,14 @@ def load_head(folder: str | Path, backbone: Backbone | None = None, *, device: s
     try:
         names, everything = config["class_names"], config["all_class_names"]
         with torch.random.fork_rng(devices=[]):
-            method = create_method(config["method"], backbone, names, all_class_names=everything, **config["settings"])
+            method = create_method(
+                config["method"],
+                backbone,
+                names,
+                all_class_names=everything,
+                objectives=config.get("objectives", {}),
+                **config["settings"],
+            )
         learned = {name.removeprefix(_LEARNABLE): t for name, t in tensors.items() if name.startswith(_LEARNABLE)}
         method.load_learnable_state(learned)
         _check_weights(tensors, method)
@@ -338,7 +347,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if isinstance(schema, int) and not isinstance(schema, bool) and schema != SCHEMA:
         fix = "Run: pip install -U vlprompt" if schema > SCHEMA else "Save the head again."
         raise HeadError(f"{path} has schema {str(schema)[:20]}; this vlprompt reads schema {SCHEMA}. {fix}")
-    wrong = [f"{key} is missing" for key in _KEYS if key not in config]
+    wrong = [f"{key} is missing" for key in _KEYS if key not in config and key != "objectives"]  # older heads have none
     wrong += [f"{key[:60]!r} is unknown" for key in config if key not in _KEYS]
     for key, kind in _KEYS.items():
         if key in config and (not isinstance(config[key], kind) or isinstance(config[key], bool)):

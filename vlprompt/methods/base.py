@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.backbone import Backbone, TokenLayout
-from vlprompt.errors import ClassNameError, HeadError, bulleted
+from vlprompt.errors import ClassNameError, ConfigError, HeadError, bulleted
+from vlprompt.objectives.base import Objective, Step, create_objective
 from vlprompt.prompts.words import check_class_names
 
 
@@ -27,6 +28,8 @@ class PromptMethod(nn.Module):
         backbone: The frozen CLIP.
         class_names: The C classes to tell apart, in label order; underscores become spaces in prompts.
         settings: An instance of :attr:`Settings`.
+        objectives: Names of further objectives with their settings, as the configuration has them; see
+            :mod:`vlprompt.objectives`.
         all_class_names: Every class of the data set, those of ``class_names`` first; methods with virtual classes
             (MoCoOp's text loss) use the rest during training. Default: ``class_names``.
 
@@ -39,6 +42,8 @@ class PromptMethod(nn.Module):
     Settings: ClassVar[type]
     template_setting: ClassVar[str | None] = None
     """Name of the setting that the data set's own template fills when it is left open; None: the method takes none."""
+    weights_per: ClassVar[Literal["class", "expert", "image"]] = "class"
+    """What :meth:`training_weights` has a set of text features for: ``[C, D]``, ``[G, C, D]`` or ``[B, C, D]``."""
     learns_image_side: bool = False
     """True when image features depend on learnables, so that features cannot be computed once and kept."""
 
@@ -48,6 +53,7 @@ class PromptMethod(nn.Module):
         class_names: Sequence[str],
         settings: Any,
         all_class_names: Sequence[str] | None = None,
+        objectives: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -61,7 +67,25 @@ class PromptMethod(nn.Module):
         self.settings = settings
         self._remembered: dict[str, tuple[tuple[object, ...], Tensor]] = {}
         self._warn_of_untrained_words()
+        for wanted_name, own in (objectives or {}).items():
+            if not isinstance(own, Mapping):
+                raise ConfigError(f"objectives.{wanted_name} is {own!r}; accepted: its settings, {{}} for the defaults")
+        self.objective_settings = {key: dict(own) for key, own in (objectives or {}).items()}
+        self.objectives = nn.ModuleList()
         self.build()
+        wanted = {**self.own_objectives(), **self.objective_settings}
+        self.objectives.extend(create_objective(name, self, own) for name, own in wanted.items())
+        for objective in self.active:
+            objective.prepare()
+
+    @property
+    def active(self) -> list[Objective]:
+        """The objectives: the method's own, then the configuration's."""
+        return [objective for objective in self.objectives if isinstance(objective, Objective)]
+
+    def own_objectives(self) -> dict[str, dict[str, Any]]:
+        """Return the objectives that belong to the method, with their settings; the configuration may change them."""
+        return {}
 
     def build(self) -> None:
         """Create learnables (float32 ``nn.Parameter``) and the token layouts of the classes."""
@@ -90,18 +114,97 @@ class PromptMethod(nn.Module):
         """Return the classifier: unit rows ``[C, D]``, the ``open_clip`` zero-shot weights (transposed)."""
         raise NotImplementedError
 
+    def unit_image(self, features: Tensor) -> Tensor:
+        """Return raw image ``features`` ``[B, D]`` as they are scored: adapted by objectives, of length 1."""
+        for objective in self.active:
+            features = objective.adapt_image(features)
+        return F.normalize(features, dim=-1)
+
+    def unit_text(self, features: Tensor) -> Tensor:
+        """Return raw text ``features`` ``[..., D]`` adapted by objectives that do so, of length 1."""
+        for objective in self.active:
+            features = objective.adapt_text(features)
+        return F.normalize(features, dim=-1)
+
     def logits(self, features: Tensor) -> Tensor:
         """Return ``[B, C]``: exp(logit scale) times the cosine of raw image ``features`` ``[B, D]`` and each class."""
-        return self.backbone.logit_scale * F.normalize(features, dim=-1) @ self.class_weights().t()
+        return self.score(self.unit_image(features), self.class_weights())
+
+    def score(self, unit_image: Tensor, class_weights: Tensor) -> Tensor:
+        """Return the logits ``[B, C]`` of unit features ``[B, D]`` and class weights ``[C, D]``."""
+        return self.backbone.logit_scale * unit_image @ class_weights.t()
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits ``[B, C]`` of images ``[B, 3, H, W]`` or of raw image features ``[B, D]``."""
         return self.logits(self.image_features(inputs) if inputs.ndim == 4 else inputs)
 
     # -- training -----------------------------------------------------------------------------------------------
-    def losses(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return the weighted, named loss terms of raw ``features`` ``[B, D]`` and ``labels`` ``[B]``; they add up."""
-        return {"ce": F.cross_entropy(self.logits(features), labels)}
+    def losses(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return the weighted, named loss terms of a batch; they add up.
+
+        Args:
+            inputs: Images ``[B, 3, H, W]``, or raw image features ``[B, D]`` where the image side learns nothing or no
+                objective compares with the frozen images.
+            labels: ``[B]``.
+        """
+        step = self.step(inputs, labels)
+        terms = self.terms(step)
+        for objective in self.active:
+            terms = objective.add(step, terms)
+        return terms
+
+    def step(self, inputs: Tensor, labels: Tensor) -> Step:
+        """Return what a training step computes before any loss."""
+        features = self.image_features(inputs) if inputs.ndim == 4 else inputs
+        unit_image = self.unit_image(features)
+        weights = self.training_weights(unit_image, features)
+        logits = self.training_logits(unit_image, weights)
+        return Step(labels, features, unit_image, weights, logits, lambda: self._frozen_features(inputs, features))
+
+    def training_weights(self, unit_image: Tensor, features: Tensor) -> Tensor:
+        """Return the unit text features that objectives see: ``[C, D]``, ``[G, C, D]`` or ``[B, C, D]``."""
+        return self.class_weights()
+
+    def training_logits(self, unit_image: Tensor, weights: Tensor) -> Tensor:
+        """Return the logits ``[B, C]`` of :meth:`training_weights`."""
+        return self.score(unit_image, weights)
+
+    def terms(self, step: Step) -> dict[str, Tensor]:
+        """Return the method's own terms: cross-entropy."""
+        return {"ce": F.cross_entropy(step.logits, step.labels)}
+
+    def _frozen_features(self, inputs: Tensor, features: Tensor) -> Tensor:
+        if not self.learns_image_side:
+            return features.detach()
+        if inputs.ndim != 4:
+            raise ConfigError(
+                f"{self.name} compares with frozen image features and needs the images, not their features"
+            )
+        with torch.no_grad():
+            return self.backbone.encode_image(inputs)
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether scores depend on more of an image than its frozen feature and fixed class weights."""
+        adapts = any(type(objective).adapt_image is not Objective.adapt_image for objective in self.active)
+        return self.learns_image_side or adapts or self.weights_per != "class"
+
+    def has_text_prompts(self) -> bool:
+        """Whether text features depend on learnables: whether a training step encodes text."""
+        return bool(self.training_layouts())
+
+    def deep_prompts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the deep prompts ``[M, W]`` of the text and of the image tower, layer by layer; usually none."""
+        return [], []
+
+    def deep_layers(self) -> int:
+        """Return how many deeper layers have prompts in both towers."""
+        return 0
+
+    def epoch_end(self, epoch: int, epochs: int) -> None:
+        """Act at the end of training epoch ``epoch`` (from 0) of ``epochs``: objectives do."""
+        for objective in self.active:
+            objective.epoch_end(epoch, epochs)
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """Return optimiser groups; an empty list says that there is nothing to train."""
@@ -133,7 +236,14 @@ class PromptMethod(nn.Module):
     # -- keeping ------------------------------------------------------------------------------------------------
     def learnable_state(self) -> dict[str, Tensor]:
         """Return copies of the learnables by name, float32 on the CPU."""
-        return {name: parameter.detach().cpu().clone() for name, parameter in self.learnables()}
+        return {name: value.detach().cpu().clone() for name, value in self._kept().items()}
+
+    def _kept(self) -> dict[str, Tensor]:
+        """Return what scoring depends on beside the backbone: learnables, and buffers that objectives keep."""
+        kept: dict[str, Tensor] = dict(self.learnables())
+        for index, objective in enumerate(self.active):
+            kept |= {f"objectives.{index}.{name}": getattr(objective, name) for name in objective.kept}
+        return kept
 
     def load_learnable_state(self, state: Mapping[str, Tensor]) -> None:
         """Set the learnables from ``state``.
@@ -141,7 +251,7 @@ class PromptMethod(nn.Module):
         Raises:
             HeadError: A name is missing or unknown, or a shape differs; nothing has been changed then.
         """
-        own = dict(self.learnables())
+        own = self._kept()
         wrong = [f"{name}: missing" for name in own if name not in state]
         wrong += [f"{name}: not a learnable of {self.name}" for name in state if name not in own]
         wrong += [
@@ -162,7 +272,7 @@ class PromptMethod(nn.Module):
             ClassNameError: The learnables belong to the old classes (class-specific context).
         """
         with torch.random.fork_rng(devices=[]):  # its fresh learnables are replaced at once
-            other = type(self)(self.backbone, class_names, self.settings)
+            other = type(self)(self.backbone, class_names, self.settings, objectives=self.objective_settings)
         other.load_learnable_state(self.learnable_state())
         return other.to(self.backbone.device).train(self.training)
 

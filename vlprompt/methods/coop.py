@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt.backbone import TokenLayout
@@ -63,7 +62,7 @@ class CoOp(PromptMethod):
     def class_weights(self, features: Tensor | None = None) -> Tensor:
         """Return the unit text features of the learned prompts ``[C, D]``."""
         text = self.backbone.text
-        return self.once("classes", lambda: F.normalize(text.encode(self.layout, self.prompt.ctx)[0], dim=-1))
+        return self.once("classes", lambda: self.unit_text(text.encode(self.layout, self.prompt.ctx)[0]))
 
     def training_layouts(self) -> list[TokenLayout]:
         """Return the layout of the class prompts."""

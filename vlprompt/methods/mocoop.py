@@ -22,7 +22,7 @@ from vlprompt.backbone import TokenLayout
 from vlprompt.errors import ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
-from vlprompt.objectives import routing_loss, routing_target, text_to_text_loss
+from vlprompt.objectives import Step, routing_loss, routing_target, text_to_text_loss
 from vlprompt.prompts import ExpertContexts, TunedLayerNorms, check_templates, template_layout
 
 
@@ -86,6 +86,7 @@ class MoCoOp(PromptMethod):
     """G experts, a router, and what they are supervised with."""
 
     Settings = MoCoOpSettings
+    weights_per = "expert"
     settings: MoCoOpSettings
     _prototypes: Tensor | None
 
@@ -144,7 +145,7 @@ class MoCoOp(PromptMethod):
 
     def _encode(self, layout: TokenLayout, vectors: Tensor) -> Tensor:
         features = self.backbone.text.encode(layout, vectors)
-        return F.normalize(features if self.w is None else features + self.w, dim=-1)
+        return self.unit_text(features if self.w is None else features + self.w)
 
     def route(self, unit: Tensor) -> tuple[Tensor, Tensor]:
         """Return routing logits and gates, both ``[B, G]``: gates are a softmax over the top experts, else zero."""
@@ -165,12 +166,12 @@ class MoCoOp(PromptMethod):
                 stacklevel=2,
             )
             return F.normalize(self.expert_weights().mean(dim=0), dim=-1)
-        gates = self.route(F.normalize(features, dim=-1))[1]
+        gates = self.route(self.unit_image(features))[1]
         return torch.einsum("bg,gcd->bcd", gates, self.expert_weights())
 
     def logits(self, features: Tensor) -> Tensor:
         """Return ``[B, C]``: the gate-weighted sum of the experts' logits for raw ``features`` ``[B, D]``."""
-        unit = F.normalize(features, dim=-1)
+        unit = self.unit_image(features)
         return self._mix(unit, self.route(unit)[1], self.expert_weights())
 
     def _mix(self, unit: Tensor, gates: Tensor, expert_weights: Tensor) -> Tensor:
@@ -179,19 +180,28 @@ class MoCoOp(PromptMethod):
         return self.backbone.logit_scale * torch.einsum("bg,bgc->bc", gates, cosines)
 
     # -- training -----------------------------------------------------------------------------------------------
-    def losses(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def training_weights(self, unit_image: Tensor, features: Tensor) -> Tensor:
+        """Return the experts' unit features ``[G, C, D]``; zero for experts that are left out."""
+        return self.expert_weights(self._used(self.route(unit_image)[1]))
+
+    def training_logits(self, unit_image: Tensor, weights: Tensor) -> Tensor:
+        """Return the mixed logits ``[B, C]``."""
+        return self._mix(unit_image, self.route(unit_image)[1], weights)
+
+    def _used(self, gates: Tensor) -> Tensor | None:
+        return _by_any_process((gates > 0).any(dim=0)) if self.settings.drop_unused_experts else None
+
+    def terms(self, step: Step) -> dict[str, Tensor]:
         """Return the terms ``ce``, ``text`` and ``gate``, weighted; a weight of zero leaves its term out."""
-        own = self.settings
-        unit = F.normalize(features, dim=-1)
-        routing, gates = self.route(unit)
-        used = _by_any_process((gates > 0).any(dim=0)) if own.drop_unused_experts else None
-        experts = self.expert_weights(used)
-        terms = {"ce": F.cross_entropy(self._mix(unit, gates, experts), labels)}
+        own, terms = self.settings, super().terms(step)
+        routing, gates = self.route(step.unit_image)
         if own.text_loss_weight:
-            whole = self.expert_weights(used, virtual=True) if self.virtual else experts
+            whole = step.class_weights
+            if self.virtual:
+                whole = self.expert_weights(self._used(gates), virtual=True)
             terms["text"] = own.text_loss_weight * text_to_text_loss(whole, self.prototypes, own.text_temperature)
         if own.gate_loss_weight:
-            affinity = torch.einsum("bd,gbd->bg", unit, self.prototypes[:, labels])
+            affinity = torch.einsum("bd,gbd->bg", step.unit_image, self.prototypes[:, step.labels])
             terms["gate"] = own.gate_loss_weight * routing_loss(routing, routing_target(affinity, own.top_k))
         return terms
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from vlprompt.backbone import Backbone
 from vlprompt.errors import ConfigError, did_you_mean
 from vlprompt.methods.base import PromptMethod
-from vlprompt.methods.settings import check_types
+from vlprompt.settings_types import check_types
 
 _METHODS: dict[str, type[PromptMethod]] = {}
 M = TypeVar("M", bound=type[PromptMethod])
@@ -56,9 +56,12 @@ def create_method(
     class_names: Sequence[str],
     *,
     all_class_names: Sequence[str] | None = None,
+    objectives: Mapping[str, Mapping[str, Any]] | None = None,
     **settings: Any,
 ) -> PromptMethod:
     """Return the method ``name`` around ``backbone`` for ``class_names``; ``settings`` are fields of its ``Settings``.
+
+    ``objectives`` names further loss terms and regularisers with their settings: ``{"knowledge": {"weight": 8.0}}``.
 
     Raises:
         ConfigError: Unknown method or setting, or a value that is not accepted.
@@ -70,4 +73,5 @@ def create_method(
     if wrong:
         raise ConfigError(f"method {name!r} has no setting " + "; nor ".join(wrong))
     check_types(method.Settings, settings)
-    return method(backbone, class_names, method.Settings(**settings), all_class_names)
+    made = method(backbone, class_names, method.Settings(**settings), all_class_names, objectives)
+    return made if backbone.device.type == "meta" else made.to(backbone.device)

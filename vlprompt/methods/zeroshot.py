@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
-from vlprompt.prompts import check_templates, template_layout
+from vlprompt.objectives.targets import template_features
+from vlprompt.prompts import check_templates
 
 SELECTED_TEMPLATES = (
     "itap of a {}.",
@@ -56,12 +55,9 @@ class ZeroShot(PromptMethod):
     def build(self) -> None:
         """Encode the templates once; there are no learnables."""
         selected = SELECTED_TEMPLATES if self.settings.ensemble else ()
-        templates = [*selected, *self.settings.templates]
-        with torch.no_grad():
-            features = self.backbone.text.encode(template_layout(self.backbone.text, self.class_names, templates))
-        mean = F.normalize(features, dim=-1).mean(dim=0)
-        self.register_buffer("weights", F.normalize(mean, dim=-1), persistent=False)
+        weights = template_features(self.backbone, self.class_names, [*selected, *self.settings.templates])
+        self.register_buffer("weights", weights, persistent=False)
 
     def class_weights(self, features: Tensor | None = None) -> Tensor:
         """Return the ensembled unit text features ``[C, D]``."""
-        return self.get_buffer("weights")
+        return self.unit_text(self.get_buffer("weights"))

@@ -1,0 +1,98 @@
+"""CoCoOp: context that every image shifts (Zhou et al., CVPR 2022; arXiv 2203.05557, equations 4 and 5).
+
+A small network turns the unit image feature into one vector, which is added to all context vectors; the prompts of an
+image are ``[v_1 + pi(x)] ... [v_M + pi(x)] [class c] .``. The official code encodes the classes once per image and
+takes batches of one; here the prompts of a batch are encoded together, and an image's classes share its context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from vlprompt.backbone import TokenLayout
+from vlprompt.errors import ConfigError
+from vlprompt.methods.base import PromptMethod
+from vlprompt.methods.registry import register
+from vlprompt.prompts import MetaNet, TextContext
+
+
+@dataclass(frozen=True)
+class CoCoOpSettings:
+    """Settings of CoCoOp.
+
+    Attributes:
+        context_length: M, when no words are given.
+        context_init: Words to start from; M is then their number. Empty: normal noise of deviation 0.02.
+        images_at_once: Images whose prompts are encoded together. More need more memory; the result is the same.
+    """
+
+    context_length: int = 4
+    context_init: str = "a photo of a"
+    images_at_once: int = 16
+
+    def __post_init__(self) -> None:
+        for name, most in (("context_length", 74), ("images_at_once", 10_000)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(f"settings.{name} is {getattr(self, name)}; accepted: 1 to {most}")
+
+
+@register("cocoop")
+class CoCoOp(PromptMethod):
+    """Context vectors and the meta-network that shifts them."""
+
+    Settings = CoCoOpSettings
+    weights_per = "image"
+    settings: CoCoOpSettings
+
+    def build(self) -> None:
+        """Create ``prompt.ctx`` ``[M, W]`` and ``meta_net``."""
+        own, text = self.settings, self.backbone.text
+        self.prompt = TextContext(text, own.context_length, own.context_init)
+        self.meta_net = MetaNet(self.backbone.embed_dim, text.width)
+        self.layout = self.prompt.layout(text, self.class_names, "end")
+
+    def contexts(self, unit_image: Tensor) -> Tensor:
+        """Return the shifted context ``[B, M, W]`` of unit image features ``[B, D]``."""
+        shifted: Tensor = self.prompt.ctx + self.meta_net(unit_image).unsqueeze(1)
+        return shifted
+
+    def class_weights(self, features: Tensor | None = None) -> Tensor:
+        """Return each image's classifier ``[B, C, D]`` of raw image ``features`` ``[B, D]``.
+
+        Without features, return ``[C, D]``: the classifier of the unshifted context, an approximation for code that
+        takes one matrix only.
+        """
+        if features is None:
+            return self.unit_text(self.backbone.text.encode(self.layout, self.prompt.ctx)[0])
+        return self._weights(self.unit_image(features))
+
+    def _weights(self, unit_image: Tensor) -> Tensor:
+        if not len(unit_image):
+            return unit_image.new_zeros(0, len(self.class_names), unit_image.shape[-1])
+        contexts = self.contexts(unit_image).split(self.settings.images_at_once)
+        encode: Callable[[Tensor], Tensor] = lambda own: self.unit_text(self.backbone.text.encode(self.layout, own))  # noqa: E731
+        if len(contexts) > 1 and torch.is_grad_enabled():
+            return torch.cat([checkpoint(encode, own, use_reentrant=False) for own in contexts])
+        return torch.cat([encode(own) for own in contexts])
+
+    def score(self, unit_image: Tensor, class_weights: Tensor) -> Tensor:
+        """Return the logits ``[B, C]`` of unit features ``[B, D]`` and each image's weights ``[B, C, D]``."""
+        return self.backbone.logit_scale * torch.einsum("bd,bcd->bc", unit_image, class_weights)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return ``[B, C]``: every image against the classes as its own prompts have them."""
+        unit_image = self.unit_image(features)
+        return self.score(unit_image, self._weights(unit_image))
+
+    def training_weights(self, unit_image: Tensor, features: Tensor) -> Tensor:
+        """Return each image's unit text features ``[B, C, D]``."""
+        return self._weights(unit_image)
+
+    def training_layouts(self) -> list[TokenLayout]:
+        """Return the layout of one image's class prompts."""
+        return [self.layout]

@@ -1,0 +1,80 @@
+"""IVLP: independent vision-language prompting, the baseline of MaPLe and PromptSRC (Khattak et al., ICCV 2023).
+
+Text context and image tokens, both deep, that do not know of each other; cross-entropy. Image depth 0 is the "deep
+language prompting" of MaPLe's tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlprompt.backbone import TokenLayout
+from vlprompt.errors import ConfigError
+from vlprompt.methods.base import PromptMethod
+from vlprompt.methods.registry import register
+from vlprompt.prompts import DeepContext, VisualPrompts
+
+
+@dataclass(frozen=True)
+class IVLPSettings:
+    """Settings of IVLP; the defaults are PromptSRC's (46,080 numbers on ViT-B/16), MaPLe's are 2 and 2 at depth 12.
+
+    Attributes:
+        context_length: M text vectors.
+        context_init: Words to start from; what exceeds M stays before the name as it is. Without effect above M = 4.
+        text_depth: Layers with text context of their own.
+        image_tokens: V image tokens.
+        image_depth: Layers with image tokens of their own; 0 learns nothing on the image side.
+    """
+
+    context_length: int = 4
+    context_init: str = "a photo of a"
+    text_depth: int = 9
+    image_tokens: int = 4
+    image_depth: int = 9
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("context_length", 1, 74), ("image_tokens", 1, 1000), ("image_depth", 0, 1000)):
+            if not least <= getattr(self, name) <= most:
+                raise ConfigError(f"settings.{name} is {getattr(self, name)}; accepted: {least} to {most}")
+
+
+@register("ivlp")
+class IVLP(PromptMethod):
+    """Deep text context and deep image tokens."""
+
+    Settings = IVLPSettings
+    settings: IVLPSettings
+
+    def build(self) -> None:
+        """Create ``context`` (``ctx`` and ``deep``) and ``visual`` (``input`` and ``deep``)."""
+        own, text = self.settings, self.backbone.text
+        self.context = DeepContext(text, own.context_length, own.context_init, own.text_depth)
+        self.layout = self.context.layout(text, self.class_names)
+        self.learns_image_side = own.image_depth > 0
+        self.visual = None
+        if self.learns_image_side:
+            self.visual = VisualPrompts(self.backbone.image, own.image_tokens, own.image_depth)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return raw image features ``[B, D]`` with the tokens, if there are any."""
+        return self.backbone.encode_image(images, self.visual.tokens() if self.visual else None)
+
+    def class_weights(self, features: Tensor | None = None) -> Tensor:
+        """Return the unit text features ``[C, D]`` of the learned prompts."""
+        text, own = self.backbone.text, self.context
+        return self.once("classes", lambda: self.unit_text(text.encode(self.layout, own.ctx, own.layers())[0]))
+
+    def training_layouts(self) -> list[TokenLayout]:
+        """Return the layout of the class prompts."""
+        return [self.layout]
+
+    def deep_prompts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the deep prompts of both towers."""
+        return list(self.context.deep), list(self.visual.deep) if self.visual else []
+
+    def deep_layers(self) -> int:
+        """Return how many deeper layers have prompts in both towers."""
+        return min(len(self.context.deep), len(self.visual.deep)) if self.visual else 0

@@ -1,0 +1,74 @@
+"""MaPLe: image prompts are linear maps of text prompts (Khattak et al., CVPR 2023; arXiv 2210.03117, equation 8).
+
+Deep text context of depth J; at every one of these layers the image tokens are a linear map of the text vectors, each
+layer with a map of its own. Cross-entropy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlprompt.backbone import TokenLayout
+from vlprompt.errors import ConfigError
+from vlprompt.methods.base import PromptMethod
+from vlprompt.methods.registry import register
+from vlprompt.prompts import CoupledPrompts
+
+
+@dataclass(frozen=True)
+class MaPLeSettings:
+    """Settings of MaPLe; the defaults are those of base-to-new (3,555,072 numbers on ViT-B/16).
+
+    Cross-data-set runs take depth 3.
+
+    Attributes:
+        context_length: M text vectors and image tokens.
+        context_init: Words to start from. With two vectors only "a photo" is learned, "of a" stays before the name.
+        depth: J layers of both towers; more than there are means all.
+    """
+
+    context_length: int = 2
+    context_init: str = "a photo of a"
+    depth: int = 9
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.context_length <= 74:
+            raise ConfigError(f"settings.context_length is {self.context_length}; accepted: 1 to 74")
+
+
+@register("maple")
+class MaPLe(PromptMethod):
+    """Coupled prompts of both towers."""
+
+    Settings = MaPLeSettings
+    learns_image_side = True
+    settings: MaPLeSettings
+
+    def build(self) -> None:
+        """Create ``prompts``: ``context.ctx``, ``context.deep``, ``proj`` and ``projections``."""
+        own, text = self.settings, self.backbone.text
+        self.prompts = CoupledPrompts(text, self.backbone.image, own.context_length, own.context_init, own.depth)
+        self.layout = self.prompts.context.layout(text, self.class_names)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return raw image features ``[B, D]`` with the mapped tokens."""
+        return self.backbone.encode_image(images, self.prompts.tokens())
+
+    def class_weights(self, features: Tensor | None = None) -> Tensor:
+        """Return the unit text features ``[C, D]`` of the learned prompts."""
+        text, own = self.backbone.text, self.prompts.context
+        return self.once("classes", lambda: self.unit_text(text.encode(self.layout, own.ctx, own.layers())[0]))
+
+    def training_layouts(self) -> list[TokenLayout]:
+        """Return the layout of the class prompts."""
+        return [self.layout]
+
+    def deep_prompts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the deep text prompts and what the maps make of them."""
+        return list(self.prompts.context.deep), self.prompts.image_prompts()[1:]
+
+    def deep_layers(self) -> int:
+        """Return how many deeper layers have prompts in both towers."""
+        return len(self.prompts.context.deep)

@@ -1,0 +1,65 @@
+"""VPT inside CLIP: learned image tokens, fixed text (Jia et al., ECCV 2022; as in MaPLe's trainers/vpt.py).
+
+V tokens stand behind the patches at the input; with depth J every one of the first J layers has tokens of its own. The
+text is "a photo of a NAME." for every data set in the official code; a template of one's own may take its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlprompt.errors import ConfigError
+from vlprompt.methods.base import PromptMethod
+from vlprompt.methods.registry import register
+from vlprompt.objectives.targets import template_features
+from vlprompt.prompts import VisualPrompts, check_templates
+
+
+@dataclass(frozen=True)
+class VPTSettings:
+    """Settings of VPT; the defaults are those of the shipped configuration (VPT-deep, 73,728 numbers on ViT-B/16).
+
+    Attributes:
+        image_tokens: V.
+        image_depth: J; 1 is VPT-shallow, more than there are layers means all.
+        template: The fixed prompt with {} for the class name.
+    """
+
+    image_tokens: int = 8
+    image_depth: int = 12
+    template: str = "a photo of a {}."
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.image_tokens <= 1000:
+            raise ConfigError(f"settings.image_tokens is {self.image_tokens}; accepted: 1 to 1000")
+        check_templates([self.template], "settings.template")
+
+
+@register("vpt")
+class VPT(PromptMethod):
+    """Learned image tokens; zero-shot text."""
+
+    Settings = VPTSettings
+    learns_image_side = True
+    settings: VPTSettings
+
+    def build(self) -> None:
+        """Create ``visual.input`` ``[V, W]`` and ``visual.deep``, and encode the text once."""
+        own = self.settings
+        self.visual = VisualPrompts(self.backbone.image, own.image_tokens, own.image_depth)
+        features = template_features(self.backbone, self.class_names, [own.template])
+        self.register_buffer("text_features", features, persistent=False)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return raw image features ``[B, D]`` with the tokens."""
+        return self.backbone.encode_image(images, self.visual.tokens())
+
+    def class_weights(self, features: Tensor | None = None) -> Tensor:
+        """Return the fixed unit text features ``[C, D]``."""
+        return self.unit_text(self.get_buffer("text_features"))
+
+    def deep_prompts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the image tokens of deeper layers."""
+        return [], list(self.visual.deep)

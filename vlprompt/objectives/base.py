@@ -1,0 +1,186 @@
+"""What an objective is: something that adds to a training step's loss, or changes features or learnables around it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlprompt.errors import ConfigError, did_you_mean
+
+Terms = dict[str, Tensor]
+
+
+@dataclass
+class Step:
+    """What one training step has computed.
+
+    Attributes:
+        labels: ``[B]``.
+        features: Raw image features ``[B, D]``, before any objective changed them.
+        unit_image: Unit image features ``[B, D]`` that were scored.
+        class_weights: Unit text features: ``[C, D]``, ``[G, C, D]`` for G experts, or ``[B, C, D]`` for each image.
+        logits: ``[B, C]``.
+        frozen_features: Computes raw features ``[B, D]`` of the same images without any learnable, without gradient.
+    """
+
+    labels: Tensor
+    features: Tensor
+    unit_image: Tensor
+    class_weights: Tensor
+    logits: Tensor
+    frozen_features: Callable[[], Tensor]
+
+
+class Host(Protocol):
+    """What an objective may ask of the method it is attached to."""
+
+    name: ClassVar[str]
+    backbone: Any
+    class_names: list[str]
+    learns_image_side: bool
+    weights_per: ClassVar[Literal["class", "expert", "image"]]
+
+    def learnables(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the named learnables."""
+
+    def deep_prompts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the prompts that replace others at deeper layers, ``[M, W]`` each: text's and image's."""
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return raw image features ``[B, D]``."""
+
+    def unit_image(self, features: Tensor) -> Tensor:
+        """Return image features as they are scored."""
+
+    def class_weights(self, features: Tensor | None = None) -> Tensor:
+        """Return the classifier."""
+
+    def deep_layers(self) -> int:
+        """Return how many deeper layers have prompts in both towers."""
+
+    def has_text_prompts(self) -> bool:
+        """Whether text features depend on learnables."""
+
+
+class Objective(nn.Module):
+    """A loss term, regulariser or adapter that works with every method that has what it needs.
+
+    A subclass names its :attr:`Settings` and overrides what it does; everything else does nothing. Tensors that it
+    computes once (frozen targets) are buffers that are not saved; what it learns are parameters like a method's own.
+
+    Args:
+        host: The method it is attached to.
+        settings: An instance of :attr:`Settings`.
+
+    Raises:
+        ConfigError: The method lacks what the objective needs; the text says what.
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type]
+    kept: ClassVar[tuple[str, ...]] = ()
+    """Buffers that scoring depends on: they are saved with a head, beside what is learned."""
+
+    def __init__(self, host: Host, settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+        self._host = [host]  # in a list, so that the method is no module of its own objective
+        self.build(host)
+
+    @property
+    def host(self) -> Host:
+        """The method it is attached to."""
+        return self._host[0]
+
+    def build(self, host: Host) -> None:
+        """Create learnables and buffers; refuse a method that lacks what is needed."""
+
+    def prepare(self) -> None:
+        """Called when the method and all its objectives are there."""
+
+    def adapt_image(self, features: Tensor) -> Tensor:
+        """Return raw image features ``[B, D]`` as they are to be scored."""
+        return features
+
+    def adapt_text(self, features: Tensor) -> Tensor:
+        """Return raw text features ``[..., D]`` as they are to be scored."""
+        return features
+
+    def add(self, step: Step, terms: Terms) -> Terms:
+        """Return the loss terms ``terms`` with those of this objective; weights are applied already."""
+        return terms
+
+    def epoch_end(self, epoch: int, epochs: int) -> None:
+        """Act at the end of training epoch ``epoch`` (from 0) of ``epochs``, after its last step."""
+
+    def refuse(self, why: str) -> None:
+        """Raise ConfigError: this objective cannot go with its method."""
+        raise ConfigError(f"objective {self.name!r} cannot go with method {self.host.name!r}: {why}")
+
+
+_OBJECTIVES: dict[str, type[Objective]] = {}
+O = TypeVar("O", bound=type[Objective])  # noqa: E741
+
+
+def register_objective(name: str) -> Callable[[O], O]:
+    """Enrol an :class:`Objective` under ``name``: usable from YAML with every method that has what it needs.
+
+    Raises:
+        ValueError: Another class holds the name.
+    """
+
+    def enrol(objective: O) -> O:
+        if name in _OBJECTIVES and _OBJECTIVES[name] is not objective:
+            raise ValueError(f"objective name {name!r} is taken by {_OBJECTIVES[name].__qualname__}")
+        objective.name = name
+        _OBJECTIVES[name] = objective
+        return objective
+
+    return enrol
+
+
+def list_objectives() -> list[str]:
+    """Return the names of all objectives, sorted."""
+    return sorted(_OBJECTIVES)
+
+
+def get_objective_class(name: str) -> type[Objective]:
+    """Return the class registered as ``name``; raises ConfigError with the nearest names."""
+    if name not in _OBJECTIVES:
+        raise ConfigError(f"there is no objective {name!r}.{did_you_mean(str(name), list_objectives())}")
+    return _OBJECTIVES[name]
+
+
+def create_objective(name: str, host: Host, given: Mapping[str, Any] | None = None) -> Objective:
+    """Return objective ``name`` for the method ``host``; ``given`` are fields of its ``Settings``.
+
+    Raises:
+        ConfigError: Unknown objective or setting, or a method that lacks what it needs.
+    """
+    kind = get_objective_class(name)
+    known = [entry.name for entry in dataclasses.fields(kind.Settings)]
+    given = dict(given or {})
+    wrong = [f"{key!r}.{did_you_mean(str(key), known)}" for key in given if key not in known]
+    if wrong:
+        raise ConfigError(f"objective {name!r} has no setting " + "; nor ".join(wrong))
+    from vlprompt.settings_types import check_types
+
+    check_types(kind.Settings, given, f"objectives.{name}")
+    return kind(host, kind.Settings(**given))
+
+
+def non_negative(settings: Any, *names: str, where: str) -> None:
+    """Raise ConfigError for the named fields of ``settings`` that are below 0 or not finite."""
+    for name in names:
+        if not 0 <= getattr(settings, name) < float("inf"):
+            raise ConfigError(f"objectives.{where}.{name} is {getattr(settings, name)}; accepted: 0 or more")
+
+
+def unit(features: Tensor) -> Tensor:
+    """Return features of length 1."""
+    return F.normalize(features, dim=-1)

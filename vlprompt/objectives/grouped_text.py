@@ -1,0 +1,73 @@
+"""Grouped text supervision: learned prompts are told from hand-written ones of other classes (MoCoOp, after LASP)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlprompt.errors import ConfigError
+from vlprompt.objectives.base import Host, Objective, Step, Terms, non_negative, register_objective
+from vlprompt.objectives.mixture import text_to_text_loss
+from vlprompt.objectives.targets import template_features
+from vlprompt.prompts.words import check_templates
+
+
+@dataclass(frozen=True)
+class GroupedTextSettings:
+    """Settings of the term.
+
+    Attributes:
+        weight: Factor of the term; 5 in MoCoOp.
+        templates: Hand-written templates, group by group.
+        groups: Sizes of the groups; they add up to the number of templates.
+        temperature: Factor on the cosines: 1 in MoCoOp's official code, 100 in LASP.
+    """
+
+    weight: float = 5.0
+    templates: Sequence[str] = ("a photo of a {}.", "a low resolution photo of a {}.", "a good photo of a {}.")
+    groups: Sequence[int] = (1, 1, 1)
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        non_negative(self, "weight", "temperature", where="grouped_text")
+        check_templates(self.templates, "objectives.grouped_text.templates")
+        if sum(self.groups) != len(self.templates) or any(size < 1 for size in self.groups):
+            raise ConfigError(
+                f"objectives.grouped_text.groups {list(self.groups)} does not cut {len(self.templates)} templates"
+            )
+
+
+@register_objective("grouped_text")
+class GroupedText(Objective):
+    """Adds ``weight`` times the cross-entropy of learned class features against each group's prototypes.
+
+    A method with as many experts as groups is supervised expert by expert, as MoCoOp is; any other by every group.
+    """
+
+    Settings = GroupedTextSettings
+    settings: GroupedTextSettings
+    prototypes: Tensor
+
+    def build(self, host: Host) -> None:
+        """Encode the templates once: unit prototypes ``[G, C, D]``."""
+        own = self.settings
+        if not host.has_text_prompts():
+            self.refuse("it learns nothing on the text side")
+        parts = torch.tensor(own.groups).cumsum(0).tolist()
+        groups = [own.templates[stop - size : stop] for stop, size in zip(parts, own.groups, strict=True)]
+        prototypes = torch.stack([template_features(host.backbone, host.class_names, group) for group in groups])
+        self.register_buffer("prototypes", prototypes, persistent=False)
+
+    def add(self, step: Step, terms: Terms) -> Terms:
+        """Add the term ``grouped_text``."""
+        weights, prototypes = step.class_weights, self.prototypes
+        sets = weights if weights.ndim == 3 else weights.unsqueeze(0)
+        if self.host.weights_per == "expert" and len(sets) == len(prototypes):
+            loss = text_to_text_loss(sets, prototypes, self.settings.temperature)
+        else:
+            every = [text_to_text_loss(sets, one.expand_as(sets), self.settings.temperature) for one in prototypes]
+            loss = torch.stack(every).mean()
+        return {**terms, "grouped_text": self.settings.weight * loss}

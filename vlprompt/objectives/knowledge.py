@@ -1,0 +1,49 @@
+"""Knowledge guidance: learned text features stay near a hand-written template's (KgCoOp; Yao et al., CVPR 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlprompt.objectives.base import Host, Objective, Step, Terms, non_negative, register_objective
+from vlprompt.objectives.targets import template_features
+
+
+@dataclass(frozen=True)
+class KnowledgeSettings:
+    """Settings of the knowledge term.
+
+    Attributes:
+        weight: Factor of the term; 8 in the official scripts. The paper writes a squared distance, of which a weight of
+            4 is the same for unit vectors.
+        template: The hand-written prompt with {} for the class name.
+    """
+
+    weight: float = 8.0
+    template: str = "a photo of a {}."
+
+    def __post_init__(self) -> None:
+        non_negative(self, "weight", where="knowledge")
+
+
+@register_objective("knowledge")
+class Knowledge(Objective):
+    """Adds ``weight * (1 - mean cosine)`` of learned and frozen text features (htyao89/KgCoOp: kgcoop.py 309)."""
+
+    Settings = KnowledgeSettings
+    settings: KnowledgeSettings
+    target: Tensor
+
+    def build(self, host: Host) -> None:
+        """Encode the template once."""
+        if not host.has_text_prompts():
+            self.refuse("it learns nothing on the text side")
+        target = template_features(host.backbone, host.class_names, [self.settings.template])
+        self.register_buffer("target", target, persistent=False)
+
+    def add(self, step: Step, terms: Terms) -> Terms:
+        """Add the term ``knowledge``; experts and images are averaged over."""
+        cosines = F.cosine_similarity(step.class_weights, self.target, dim=-1, eps=1e-7)
+        return {**terms, "knowledge": self.settings.weight * (1 - cosines.mean())}

@@ -1,0 +1,72 @@
+"""Self-regularisation: features and predictions stay near the frozen model's (PromptSRC; Khattak et al., ICCV 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlprompt.objectives.base import Host, Objective, Step, Terms, non_negative, register_objective, unit
+from vlprompt.objectives.targets import template_features
+from vlprompt.objectives.templates import PROMPTSRC_TEMPLATES
+from vlprompt.prompts.words import check_templates
+
+
+@dataclass(frozen=True)
+class SelfRegularisationSettings:
+    """Settings of the three terms; a weight of 0 leaves its term out.
+
+    Attributes:
+        text: Weight of the mean absolute difference of unit text features, over classes and dimensions.
+        image: Weight of the same for unit image features, over images and dimensions.
+        logits: Weight of the divergence of predictions, summed and divided by images times classes.
+        templates: Templates of the frozen text features, averaged before they are normalised; the default is the
+            official code's 60.
+    """
+
+    text: float = 25.0
+    image: float = 10.0
+    logits: float = 1.0
+    templates: Sequence[str] = PROMPTSRC_TEMPLATES
+
+    def __post_init__(self) -> None:
+        non_negative(self, "text", "image", "logits", where="self_regularisation")
+        check_templates(self.templates, "objectives.self_regularisation.templates")
+
+
+@register_objective("self_regularisation")
+class SelfRegularisation(Objective):
+    """Adds ``scl_text``, ``scl_image`` and ``scl_logits`` (muzairkhattak/PromptSRC: trainers/promptsrc.py 297-336)."""
+
+    Settings = SelfRegularisationSettings
+    settings: SelfRegularisationSettings
+    target: Tensor
+
+    def build(self, host: Host) -> None:
+        """Encode the templates once."""
+        own = self.settings
+        if own.text and not host.has_text_prompts():
+            self.refuse("it learns nothing on the text side; set objectives.self_regularisation.text to 0")
+        target = template_features(host.backbone, host.class_names, own.templates, "raw")
+        self.register_buffer("target", target, persistent=False)
+
+    def add(self, step: Step, terms: Terms) -> Terms:
+        """Add the terms whose weight is not 0. Image features that nothing is learned on differ by nothing."""
+        own, found = self.settings, dict(terms)
+        if own.text:
+            found["scl_text"] = own.text * (step.class_weights - self.target).abs().mean()
+        if own.image and self.host.learns_image_side:
+            found["scl_image"] = own.image * (step.unit_image - self._frozen(step)).abs().mean()
+        if own.logits:
+            with torch.no_grad():
+                frozen = (self.host.backbone.logit_scale * self._frozen(step) @ self.target.t()).log_softmax(-1)
+            learned = step.logits.log_softmax(-1)
+            divergence = F.kl_div(learned, frozen, reduction="sum", log_target=True)
+            found["scl_logits"] = own.logits * divergence / step.logits.numel()
+        return found
+
+    def _frozen(self, step: Step) -> Tensor:
+        return unit(step.frozen_features())

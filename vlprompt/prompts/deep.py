@@ -1,0 +1,147 @@
+"""Prompts of several layers: visual tokens, deep text context, and image prompts that are made from text prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vlprompt.backbone.image_tower import ImageTower, VisualTokens
+from vlprompt.backbone.layout import TokenLayout
+from vlprompt.backbone.text_tower import TextTower
+from vlprompt.errors import ConfigError
+from vlprompt.prompts.context import CONTEXT_STD, context_layout
+from vlprompt.prompts.words import words_of
+
+#: Initial words are used up to this many vectors; with more the official code takes noise (MaPLe, PromptSRC).
+MOST_WORDS = 4
+
+
+def fitting_depth(name: str, depth: int, layers: int) -> int:
+    """Return how many layers have prompts of their own: ``depth``, or all where the tower has fewer.
+
+    Raises:
+        ConfigError: A depth below 1.
+    """
+    if depth < 1:
+        raise ConfigError(f"settings.{name} is {depth}; accepted: 1 or more layers (this tower has {layers})")
+    return min(depth, layers)
+
+
+def _noise(count: int, *shape: int) -> nn.ParameterList:
+    return nn.ParameterList([nn.Parameter(torch.randn(shape) * CONTEXT_STD) for _ in range(count)])
+
+
+class VisualPrompts(nn.Module):
+    """Tokens for a vision transformer: ``input`` ``[V, W]`` and ``deep`` ``[V, W]`` for layers 1 to J - 1 (VPT).
+
+    Args:
+        tower: The image tower; it has to take tokens.
+        count: V tokens.
+        depth: J layers whose input carries tokens of their own, 1 is VPT-shallow; more than there are means all.
+
+    Raises:
+        BackboneError: The tower takes no tokens.
+        ConfigError: A depth below 1.
+    """
+
+    def __init__(self, tower: ImageTower, count: int, depth: int) -> None:
+        super().__init__()
+        tower.require_tokens()
+        depth = fitting_depth("image_depth", depth, tower.layers)
+        self.input = nn.Parameter(torch.randn(count, tower.width) * CONTEXT_STD)
+        self.deep = _noise(depth - 1, count, tower.width)
+
+    def tokens(self) -> VisualTokens:
+        """Return the tokens: behind the patches, before the first layer norm, without positions (VPT, 3.5)."""
+        return VisualTokens(self.input, dict(enumerate(self.deep, 1)))
+
+
+class DeepContext(nn.Module):
+    """Text context ``ctx`` ``[M, W]`` and ``deep`` ``[M, W]`` that replaces it at the input of layers 1 to J - 1.
+
+    Args:
+        tower: The text tower.
+        length: M.
+        words: Initial words, of which the first M tokens become learnable and the rest stays before the name as it is.
+            With more than four vectors noise takes their place, as in MaPLe's and PromptSRC's code.
+        depth: J layers with context of their own.
+
+    Raises:
+        ConfigError: Fewer tokens than vectors, or a depth below 1.
+    """
+
+    def __init__(self, tower: TextTower, length: int, words: str, depth: int) -> None:
+        super().__init__()
+        depth = fitting_depth("text_depth", depth, tower.layers)
+        words = words_of(words) if length <= MOST_WORDS else ""
+        self.length, self.placeholder = length, words or " ".join(["X"] * length)
+        tokens = tower.tokens(self.placeholder)[1:-1]
+        if len(tokens) < length:
+            raise ConfigError(
+                f"settings.context_init {words!r} has {len(tokens)} tokens for {length} vectors; use more words"
+            )
+        start = tower.embed(tokens[:length]) if words else torch.randn(length, tower.width) * CONTEXT_STD
+        self.ctx = nn.Parameter(start)
+        self.deep = _noise(depth - 1, length, tower.width)
+
+    def layout(self, tower: TextTower, class_names: Sequence[str]) -> TokenLayout:
+        """Return where the vectors stand in the prompts of ``class_names``."""
+        return context_layout(tower, class_names, self.placeholder, self.length, "end")
+
+    def layers(self) -> Mapping[int, Tensor]:
+        """Return the deep vectors by layer."""
+        return dict(enumerate(self.deep, 1))
+
+
+class CoupledPrompts(nn.Module):
+    """Deep text context, and image tokens that linear maps make of it: ``proj`` and ``projections`` (MaPLe, section 3).
+
+    Args:
+        text: The text tower.
+        image: The image tower; it has to take tokens.
+        length: M vectors, and as many image tokens.
+        words: As in :class:`DeepContext`.
+        depth: J layers of both towers.
+    """
+
+    def __init__(self, text: TextTower, image: ImageTower, length: int, words: str, depth: int) -> None:
+        super().__init__()
+        image.require_tokens()
+        depth = fitting_depth("depth", depth, min(text.layers, image.layers))
+        self.context = DeepContext(text, length, words, depth)
+        self.proj = nn.Linear(text.width, image.width)
+        # One map is drawn and copied: all deep maps start alike (maple.py 129-130).
+        one = nn.Linear(text.width, image.width)
+        self.projections = nn.ModuleList([nn.Linear(text.width, image.width) for _ in range(depth - 1)])
+        for own in self.projections:
+            own.load_state_dict(one.state_dict())
+
+    def image_prompts(self) -> list[Tensor]:
+        """Return the image tokens ``[M, W]`` of the input and of the deeper layers."""
+        deep = [project(vectors) for project, vectors in zip(self.projections, self.context.deep, strict=True)]
+        return [self.proj(self.context.ctx), *deep]
+
+    def tokens(self) -> VisualTokens:
+        """Return the image tokens, placed as VPT's."""
+        first, *deep = self.image_prompts()
+        return VisualTokens(first, dict(enumerate(deep, 1)))
+
+
+class MetaNet(nn.Module):
+    """CoCoOp's meta-network: unit image features ``[B, D]`` to one vector ``[B, W]`` that shifts the whole context.
+
+    ``linear1`` (D to D // 16), ReLU, ``linear2`` (to W).
+    """
+
+    def __init__(self, embed_dim: int, width: int, reduction: int = 16) -> None:
+        super().__init__()
+        hidden = max(1, embed_dim // reduction)
+        self.linear1 = nn.Linear(embed_dim, hidden)
+        self.linear2 = nn.Linear(hidden, width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the shifts ``[B, W]``."""
+        shift: Tensor = self.linear2(self.linear1(features).relu())
+        return shift
