@@ -65,12 +65,28 @@ def test_loading_images_is_timed_and_compared() -> None:
     done = subprocess.run([*command, "--threads", "1", "--json"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert [(row["view"], row["workers"]) for row in result["rows"]] == [
-        ("center", 0), ("center", 1), ("random", 0), ("random", 1),
-    ]  # fmt: skip
+    rows = [(view, workers) for view in ("center", "random", "random-tensor") for workers in (0, 1)]
+    assert [(row["view"], row["workers"]) for row in result["rows"]] == rows
     for row in result["rows"]:
         assert row["ratio_first"] == pytest.approx(row["naive_first"] / row["first"])
         assert row["ratio_second"] == pytest.approx(row["naive_second"] / row["second"])
-    assert [line.split()[:2] for line in done.stdout.splitlines()[2:6]] == [
-        ["center", "0"], ["center", "1"], ["random", "0"], ["random", "1"],
-    ]  # fmt: skip
+    assert [line.split()[:2] for line in done.stdout.splitlines()[2:8]] == [[view, str(count)] for view, count in rows]
+
+
+def test_methods_are_timed_and_compared() -> None:
+    command = [
+        sys.executable,
+        str(BENCH.with_name("methods.py")),
+        "--model",
+        "demo",
+        "--methods",
+        "cocoop,maple,mocoop",
+    ]
+    done = subprocess.run(
+        [*command, "--classes", "3", "--repeats", "1", "--json"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [(row["method"], row["classes"]) for row in rows] == [("cocoop", 3), ("maple", 3), ("mocoop", 3)]
+    for row in rows:
+        assert row["ratio_seconds"] > 0 and row["ratio_memory"] > 0 and row["max_rel_diff"] < 1e-3

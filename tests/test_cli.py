@@ -276,8 +276,9 @@ def test_head_folder_takes_a_run_or_a_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["methods"], list_methods()),
-        (["methods", "zero*"], ["zeroshot"]),
+        (["methods", "--names"], list_methods()),
+        (["methods", "zero*", "--names"], ["zeroshot"]),
+        (["objectives", "know*", "--names"], ["knowledge"]),
         (["protocols", "*shot"], ["few-shot"]),
         (["datasets", "caltech*"], ["caltech101"]),
         (["backbones", "demo"], ["demo"]),
@@ -383,11 +384,11 @@ BAD_COMMANDS = {
     "top without a value": ("predict . a.png --top", ["--top has no value"]),
     "predict with an override": ("predict . a.png --tap 3", ["'--tap' is not an option", "Did you mean '--top'"]),
     "predict with a configuration": ("predict . a.png --config x", ["'--config' is not an option"]),
-    "list nothing": ("list", ["list what? Accepted: methods, datasets, backbones"]),
+    "list nothing": ("list", ["list what? Accepted: methods, objectives, datasets, backbones"]),
     "list something else": ("list metods", ["there is no list 'metods'. Did you mean 'methods'"]),
     "list without a match": ("list methods *mocop*", ["none of the methods matches '*mocop*'. Did you mean 'mocoop'"]),
     "list with words expanded by the shell": ("list methods coop.py data", ["'data' is one word too many"]),
-    "list with an option": ("list methods --all", ["'--all' is not an option of `vlprompt list`. Accepted: none"]),
+    "list with an option": ("list methods --all", ["'--all' is not an option of `vlprompt list`."]),
 }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ from vlprompt.parsing import COMMAND_LINE, CommandLine, check_run, key_table, re
 RUN_CONFIG = "config.yaml"
 RESUMED = ("train", "base-to-new", "domains", "eval", "search")
 HEAD_FOLDER, HEAD_CONFIG = "head", "config.json"
-KINDS = ("methods", "datasets", "backbones", "protocols")
+KINDS = ("methods", "objectives", "datasets", "backbones", "protocols")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -269,7 +269,7 @@ def _print_predictions(found: Sequence[Mapping[str, Any]]) -> None:
 
 # -- lists --------------------------------------------------------------------------------------------------------
 def _list(words: list[str]) -> int:
-    line = read_command_line(words, "list", operands=True)
+    line = read_command_line(words, "list", flags=("names", "markdown"), operands=True)
     need_no_config(line)
     kind, pattern = ([*line.operands, "", ""])[:2]
     if not kind:
@@ -284,8 +284,33 @@ def _list(words: list[str]) -> int:
     found = names(pattern or "*")
     if not found:
         raise ConfigError(f"none of the {kind} matches {pattern!r}.{did_you_mean(pattern.strip('*'), names('*'))}")
-    print("\n".join(found))
+    if kind == "methods" and "names" not in line.flags:
+        _print_methods(found, "markdown" in line.flags)
+    elif kind == "objectives":
+        from vlprompt.objectives import get_objective_class
+
+        rows = [(name, (get_objective_class(name).__doc__ or "").splitlines()[0]) for name in found]
+        print("\n".join(name if "names" in line.flags else f"{name:<20} {about}" for name, about in rows))
+    else:
+        print("\n".join(found))
     return 0
+
+
+def _print_methods(names: list[str], as_markdown: bool) -> None:
+    from vlprompt.evaluation.capabilities import ARCHITECTURE, HEADINGS, capabilities, cells, markdown
+
+    found = capabilities(names)
+    if as_markdown:
+        print(markdown(found))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*HEADINGS[:-1], box=None, pad_edge=False)
+    table.add_column(f"learnables on {ARCHITECTURE}", justify="right")
+    for one in found:
+        table.add_row(*cells(one))
+    Console(width=120, markup=False, highlight=False).print(table)
 
 
 def _names(kind: str) -> Callable[[str], list[str]]:
@@ -297,6 +322,12 @@ def _names(kind: str) -> Callable[[str], list[str]]:
         from vlprompt.data import list_datasets
 
         return list_datasets
+    if kind == "objectives":
+        import fnmatch
+
+        from vlprompt.objectives import list_objectives
+
+        return lambda pattern: fnmatch.filter(list_objectives(), pattern)
     if kind == "protocols":
         from vlprompt.evaluation.protocol_files import list_protocols
 

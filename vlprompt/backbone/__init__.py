@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vlprompt.backbone.layout import TokenLayout as TokenLayout
     from vlprompt.backbone.loader import list_backbones as list_backbones
     from vlprompt.backbone.loader import load_backbone as load_backbone
+    from vlprompt.backbone.loader import shapes_only as shapes_only
     from vlprompt.backbone.text_tower import TextTower as TextTower
 
 _HOMES = {
@@ -29,6 +30,7 @@ _HOMES = {
     "VisualTokens": "image_tower",
     "list_backbones": "loader",
     "load_backbone": "loader",
+    "shapes_only": "loader",
 }
 
 __all__ = list(_HOMES)

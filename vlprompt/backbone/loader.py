@@ -365,3 +365,19 @@ def _assembled(
     return Backbone(
         model, tokenizer, name=name, pretrained=pretrained, preprocess=preprocess, trained_tokens=trained_tokens
     )
+
+
+def shapes_only(name: str) -> Backbone:
+    """Return a backbone of open_clip's architecture ``name`` that has shapes and no numbers: to count learnables with.
+
+    Raises:
+        BackboneError: open_clip has no such architecture.
+    """
+    import open_clip
+
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise BackboneError(f"open_clip has no architecture {name!r}. See `vlprompt list backbones`.")
+    with torch.device("meta"):
+        model = build_model(config, quick_gelu=False, precision="fp32")
+    return Backbone.from_open_clip(model, name=name)

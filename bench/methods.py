@@ -1,0 +1,152 @@
+"""One training step of every method: ours against the algorithm of the official code, on the same weights.
+
+Run: python bench/methods.py [--methods coop,maple] [--classes 10,100,1000] [--json]
+
+``naive`` does what the published code does: every prompt padded to 77 tokens, images encoded in every step, CoCoOp's
+prompts encoded one image after the other, ProGrad's teacher encoding the images once more, the whole last image block.
+``ours`` is what vlprompt runs: packed text, image features from the store for methods that learn nothing on the image
+side (they are computed once per run), the last image block for the class token alone. Both have forward and backward of
+the same losses on the same numbers; ``diff`` is the largest relative difference in losses and gradients.
+
+Each side runs in a process of its own; ``MB`` is its peak with interpreter, libraries and weights. Seconds are the
+least of the repeats (the naive side is timed once where a step takes longer than 20 s). The batch is the paper's: see
+BATCHES. CoCoOp's seconds are per image. With ``--json`` the last line is one JSON object with ``rows``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+#: Images per step in the papers' configurations (VPT to RESTORE: 4); CoCoOp's is 1, for us any number.
+BATCHES = {"coop": 32, "kgcoop": 32, "prograd": 32, "mocoop": 32, "cocoop": 4}
+_LONG = 20.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure every method at every number of classes and print the table."""
+    options = _parser().parse_args(argv)
+    if options.child:
+        return _child(options)
+    rows = []
+    for name in options.methods.split(","):
+        for classes in (int(part) for part in options.classes.split(",")):
+            print(f"running {name}, {classes} classes ...", file=sys.stderr, flush=True)
+            rows.append(_row(options, name, classes))
+            print(_line(rows[-1]), flush=True)
+    if options.json:
+        print(json.dumps({"model": options.model, "rows": rows}))
+    return int(any("error" in row for row in rows))
+
+
+def _parser() -> argparse.ArgumentParser:
+    every = "coop,cocoop,kgcoop,prograd,mocoop,vpt,ivlp,maple,promptsrc,restore"
+    parser = argparse.ArgumentParser(description="A training step of every method, official algorithm and ours.")
+    parser.add_argument("--methods", default=every, help="names with commas (default: all that learn)")
+    parser.add_argument("--classes", default="10,100,1000", help="numbers of classes with commas")
+    parser.add_argument("--repeats", type=int, default=3, help="steps of each side; the least time counts")
+    parser.add_argument("--model", default="ViT-B-16", help="an open_clip name, with random weights, or demo")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("--child", choices=("ours", "naive"), help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
+def _row(options: argparse.Namespace, name: str, classes: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": name, "classes": classes}
+    with tempfile.TemporaryDirectory() as folder:
+        for side in ("ours", "naive"):
+            command = [sys.executable, str(Path(__file__).resolve()), "--child", side, "--out", f"{folder}/{side}"]
+            command += ["--methods", name, "--classes", str(classes), "--repeats", str(options.repeats)]
+            done = subprocess.run([*command, "--model", options.model], capture_output=True, text=True)
+            if done.returncode != 0:
+                lines = (done.stderr or done.stdout).strip().splitlines()
+                row["error"] = f"{side}: " + (lines[-1] if lines else f"signal {-done.returncode} (memory?)")
+                return row
+            row[side] = json.loads(done.stdout.splitlines()[-1])
+        arrays = [np.load(f"{folder}/{side}.npz") for side in ("ours", "naive")]
+        row["max_rel_diff"] = max(
+            float(np.abs(arrays[0][key] - arrays[1][key]).max() / max(np.abs(arrays[1][key]).max(), 1e-12))
+            for key in arrays[1].files
+            if arrays[1][key].size
+        )
+    ours, naive = row["ours"], row["naive"]
+    row["ratio_seconds"] = naive["seconds"] / ours["seconds"]
+    row["ratio_memory"] = naive["peak_mb"] / ours["peak_mb"]
+    return row
+
+
+def _line(row: dict[str, Any]) -> str:
+    head = f"{row['method']:<10}{row['classes']:>6}"
+    if "error" in row:
+        return f"{head}  {row['error']}"
+    ours, naive = row["ours"], row["naive"]
+    return (
+        f"{head}  ours {1000 * ours['seconds']:>8.0f} ms {ours['peak_mb']:>6.0f} MB   "
+        f"naive {1000 * naive['seconds']:>8.0f} ms {naive['peak_mb']:>6.0f} MB   "
+        f"time x{row['ratio_seconds']:.1f} memory x{row['ratio_memory']:.1f} diff {row['max_rel_diff']:.1e}"
+    )
+
+
+# -- a child ------------------------------------------------------------------------------------------------------
+def _child(options: argparse.Namespace) -> int:
+    sys.path.insert(0, str(ROOT))
+    import torch
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+
+    import vlprompt
+
+    name, classes, naive = options.methods, int(options.classes), options.child == "naive"
+    backbone = vlprompt.load_backbone(options.model, *([] if options.model == "demo" else ["random"]))
+    names = [f"{word} {i}" if i >= 1000 else word for i, word in enumerate((IMAGENET_CLASSNAMES * 2)[:classes])]
+    torch.manual_seed(0)
+    settings = {"images_at_once": 1 if naive else 4} if name == "cocoop" else {}
+    method = vlprompt.create_method(name, backbone, list(names), **settings).train()
+    batch = BATCHES.get(name, 4)
+    size = backbone.preprocess.size
+    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(batch) % classes
+    inputs = images
+    if naive:
+        _as_published(method, images)
+    elif not method.learns_image_side:
+        with torch.no_grad():
+            inputs = method.image_features(images)  # from the store in a run, once
+    times: list[float] = []
+    while len(times) < options.repeats and not (naive and times and times[0] > _LONG):
+        method.zero_grad(set_to_none=True)
+        start = time.perf_counter()
+        terms = method.losses(inputs, labels)
+        torch.stack(list(terms.values())).sum().backward()
+        times.append(time.perf_counter() - start)
+    found = {f"loss {key}": term.detach().reshape(1).numpy() for key, term in terms.items()}
+    found |= {key: p.grad.numpy() for key, p in method.learnables() if p.grad is not None}
+    np.savez(options.out, **found)
+    per = batch if name == "cocoop" else 1
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": min(times) / per, "peak_mb": peak, "batch": batch, "steps": len(times)}))
+    return 0
+
+
+def _as_published(method: Any, images: Any) -> None:
+    """Make the towers work as the official code does: padded text, the whole last image block, teachers re-encoded."""
+    from vlprompt.backbone import image_tower
+
+    method.backbone.text.algorithm = "padded"
+    image_tower._class_token_alone = lambda block, x: block(x)
+    if method.name == "prograd":
+        method._frozen_features = lambda inputs, features: method.backbone.encode_image(images)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

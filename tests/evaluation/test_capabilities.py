@@ -1,0 +1,46 @@
+"""What ``vlprompt list methods`` says of each method, and that the README says the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlprompt.cli import main
+from vlprompt.evaluation.capabilities import capabilities, markdown
+from vlprompt.methods import list_methods
+
+#: Numbers that the papers or their code have on ViT-B/16 (prompt_learners 3, seed_methods 2.a).
+PUBLISHED = {
+    "zeroshot": 0,
+    "coop": 16 * 512,
+    "cocoop": 35_360,
+    "kgcoop": 4 * 512,
+    "prograd": 16 * 512,
+    "vpt": 73_728,
+    "ivlp": 46_080,
+    "maple": 3_555_072,
+    "promptsrc": 46_080,
+    "restore": 3_555_072 + 2 * 2_100_736,
+}
+
+
+def test_learnables_are_the_published_numbers() -> None:
+    found = {one.name: one for one in capabilities(list_methods())}
+    assert {name: found[name].learnables for name in PUBLISHED} == PUBLISHED
+    assert all(one.cached is not one.image for one in found.values())
+    assert {one.name for one in found.values() if not one.text} == {"zeroshot", "vpt"}
+    assert all(one.about for one in found.values())
+
+
+def test_the_readme_has_the_table() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert markdown(capabilities(list_methods())) in text, "print it anew: vlprompt list methods --markdown"
+
+
+def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "methods", "ma*"]) == 0
+    out = capsys.readouterr().out
+    assert "3,555,072" in out and "vision transformers" in out and len(out.splitlines()) == 2
+    assert main(["list", "methods", "coop", "--markdown"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| `coop` | learned context vectors")

@@ -1,0 +1,71 @@
+"""What every method learns and needs, read off the methods themselves: ``vlprompt list methods``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vlprompt.backbone import shapes_only
+from vlprompt.methods import create_method, get_method_class
+
+ARCHITECTURE = "ViT-B-16"
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One method, with its default settings.
+
+    Attributes:
+        name: Its registered name.
+        about: The first sentence of its file.
+        text: Whether it learns on the text side.
+        image: Whether it learns on the image side; training then needs gradients through the image tower.
+        cached: Whether image features can be computed once and kept.
+        towers: Which image towers it works with.
+        learnables: Numbers it learns on OpenAI's ViT-B/16.
+    """
+
+    name: str
+    about: str
+    text: bool
+    image: bool
+    cached: bool
+    towers: str
+    learnables: int
+
+
+def capabilities(names: Sequence[str]) -> list[Capability]:
+    """Return the capabilities of methods, found by making each on a ViT-B/16 that has shapes only."""
+    backbone = shapes_only(ARCHITECTURE)
+    found = []
+    for name in names:
+        method = create_method(name, backbone, ["cat", "dog"])
+        about = (sys.modules[get_method_class(name).__module__].__doc__ or "").splitlines()[0]
+        about = about.removesuffix(".").partition(" (")[0]
+        learnables = sum(parameter.numel() for _, parameter in method.learnables())
+        towers = "vision transformers" if method.learns_image_side else "any"
+        text, image = method.has_text_prompts(), method.learns_image_side
+        found.append(Capability(name, about, text, image, not image, towers, learnables))
+    return found
+
+
+HEADINGS = ("method", "learns text", "learns image", "features kept", "image towers", "learnables")
+
+
+def cells(one: Capability) -> tuple[str, ...]:
+    """Return a method's row."""
+
+    def said(value: bool) -> str:
+        return "yes" if value else "-"
+
+    return one.name, said(one.text), said(one.image), said(one.cached), one.towers, f"{one.learnables:,}"
+
+
+def markdown(found: Sequence[Capability]) -> str:
+    """Return the README's table: the same, with what each method is."""
+    rows = [("method", "what it is", *HEADINGS[1:]), ("---",) * (len(HEADINGS) + 1)]
+    for one in found:
+        name, *rest = cells(one)
+        rows.append((f"`{name}`", one.about.partition(": ")[2] or one.about, *rest))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
