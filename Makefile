@@ -1,5 +1,5 @@
 # make demo      train MoCoOp on the packaged demo, compare it with zero-shot CLIP
-# make demo-all  zero-shot, CoOp and MoCoOp over the demo's three draws, with mean and deviation
+# make demo-all  every method over the demo's three draws, with mean and deviation, seconds and memory
 # make test      the whole test suite
 # make lint      ruff and mypy
 # make venv      what they share: .venv with vlprompt (editable) and the development tools
@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+METHODS := coop mocoop cocoop kgcoop prograd vpt ivlp maple promptsrc restore
 STAMP := .venv/installed
 
 # One thread per process: the suite runs one process per core, and small tensors gain nothing from more threads.
@@ -29,7 +30,7 @@ demo: $(STAMP)
 	$(BIN)/python tools/train.py --config configs/mocoop/demo.yaml
 
 demo-all: $(STAMP)
-	$(BIN)/python tools/base_to_new.py --config configs/coop/demo.yaml --config configs/mocoop/demo.yaml \
+	$(BIN)/python tools/base_to_new.py $(patsubst %,--config configs/%/demo.yaml,$(METHODS)) \
 		--datasets demo,demo-2,demo-3 --seeds 1
 
 test: $(STAMP)

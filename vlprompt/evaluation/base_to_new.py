@@ -18,6 +18,7 @@ from vlprompt.engine.config import RunConfig
 from vlprompt.engine.metrics import headline
 from vlprompt.evaluation.groups import dataset_names
 from vlprompt.evaluation.protocol import (
+    ZERO_SHOT,
     check_several,
     keep,
     marks,
@@ -85,7 +86,18 @@ def base_to_new(
 def _cell(config: RunConfig, runs: Sequence[Run]) -> dict[str, Any]:
     rows = {label: summary([one.results[part] for one in runs]) for label, part in result_parts(config.method).items()}
     first = runs[0].results["data"]
-    return {"method": config.method, "data": first["name"], "shots": first["shots"], "rows": rows, **marks(runs)}
+    cost = _mean_cost([one.results["train"] for one in runs])
+    found = {"method": config.method, "data": first["name"], "shots": first["shots"], "rows": rows, "train": cost}
+    return found | marks(runs)
+
+
+def _mean_cost(trained: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Return the mean seconds and peak megabytes of trainings; None where one does not say."""
+    found: dict[str, float | None] = {}
+    for key in ("seconds", "peak_mb"):
+        values = [one.get(key) for one in trained]
+        found[key] = None if None in values else statistics.fmean(value for value in values if value is not None)
+    return found
 
 
 def average_of(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -100,7 +112,7 @@ def average_of(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     names = [cell["data"] for cell in cells]
     oracle = {"oracle": True} if any(cell.get("oracle") for cell in cells) else {}
     found = {"method": first["method"], "data": AVERAGE, "datasets": names, "shots": first["shots"], "rows": rows}
-    return found | oracle
+    return {**found, "train": _mean_cost([cell.get("train", {}) for cell in cells])} | oracle
 
 
 def summary(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -128,13 +140,16 @@ def base_to_new_table(
     words = metric_words(cell.get("metric", "accuracy") for cell in cells)
     title = f"base-to-new {words} in %, {over_seeds(seeds)}; H is of the means"
     table = Table()
-    for name, side in (("data", "left"), ("method", "left"), ("base", "right"), ("new", "right"), ("H", "right")):
-        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    for name in ("data", "method"):
+        table.add_column(name)
+    for name in ("base", "new", "H", "seconds", "MB"):
+        table.add_column(name, justify="right")
     count = len(average[0]["datasets"]) if average else 0
     for part, several in ((cells, len(seeds) > 1), (average, count > 1)):
         for cell, label in table_rows(part):
             data = data_words(cell["data"], cell.get("metric", "accuracy"))
-            table.add_row(data, row_name(cell, label), *_numbers(cell["rows"][label], several))
+            numbers = [*_numbers(cell["rows"][label], several), *_cost(cell, label)]
+            table.add_row(data, row_name(cell, label), *numbers)
         if average:
             table.add_section()
     return render(table, title, _caption(average, count) if average else "")
@@ -151,6 +166,15 @@ def _caption(average: Sequence[dict[str, Any]], count: int) -> str:
     if means:
         lines.append("not to be confused with the mean of the data sets' H: " + ", ".join(means))
     return "\n".join(lines)
+
+
+def _cost(cell: dict[str, Any], label: str) -> list[str]:
+    """Return the seconds of training and its peak of memory; zero-shot trains nothing."""
+    if label == ZERO_SHOT or cell["method"] == "zeroshot":
+        return ["-", "-"]
+    cost = cell.get("train", {})
+    values = [cost.get(key) for key in ("seconds", "peak_mb")]
+    return ["-" if value is None else f"{value:,.0f}" for value in values]
 
 
 def _numbers(row: dict[str, Any], several: bool) -> list[str]:

@@ -18,6 +18,7 @@ from vlprompt.data.tally import tally
 from vlprompt.engine.callbacks import LAST_CHECKPOINT, read_metrics, write_text
 from vlprompt.engine.config import BackboneConfig, DataConfig, RecipeConfig, RunConfig, TrainerConfig
 from vlprompt.engine.fit import METRICS, check_devices, fit, make_trainer, score, test
+from vlprompt.engine.memory import peak_memory
 from vlprompt.engine.metrics import headline, metric_of
 from vlprompt.engine.module import PromptModule, check_trainable
 from vlprompt.errors import ConfigError, HeadError, VlpromptError
@@ -170,7 +171,9 @@ def _run(config: RunConfig, method: PromptMethod, task: FewShotTask, *, force: b
             _load_trained(method, folder)
             return Run(folder, known, reused=True)
         started = time.monotonic()
-        trainer = _trained(config, method, task, folder)
+        with peak_memory(method.backbone.device) as peak:
+            trainer = _trained(config, method, task, folder)
+        trained = {"epochs": len(read_metrics(folder / METRICS)), "seconds": round(time.monotonic() - started, 1)}
         scores, per_class = _evaluate(config, trainer, method, task)
         zeroshot, zeroshot_per_class = _evaluate(config, trainer, zeroshot_method(method.backbone, task), task)
         results = {
@@ -186,7 +189,7 @@ def _run(config: RunConfig, method: PromptMethod, task: FewShotTask, *, force: b
             "per_class": {"results": per_class, "zeroshot": zeroshot_per_class},
             "images": images.facts(),
             "feature_shift": shift_record(method, task),
-            "train": {"epochs": len(read_metrics(folder / METRICS)), "seconds": round(time.monotonic() - started, 1)},
+            "train": {**trained, "peak_mb": peak.megabytes},
         }
         facts = {"run": folder.name, "data": task.describe()}
         if chosen := selection_of(config.output):
