@@ -1,5 +1,5 @@
 # make demo      train MoCoOp on the packaged demo, compare it with zero-shot CLIP
-# make demo-all  every method over the demo's three draws, with mean and deviation, seconds and memory
+# make demo-all  zero-shot, CoOp and MoCoOp over the demo's three draws, with mean and deviation
 # make test      the whole test suite
 # make lint      ruff and mypy
 # make venv      what they share: .venv with vlprompt (editable) and the development tools
@@ -7,7 +7,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-METHODS := coop mocoop cocoop kgcoop prograd vpt ivlp maple promptsrc restore
+METHODS := coop mocoop
 STAMP := .venv/installed
 
 # One thread per process: the suite runs one process per core, and small tensors gain nothing from more threads.
