@@ -31,7 +31,7 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
     "ivlp": [{"image_depth": 0, "text_depth": 2}, {"context_length": 5, "image_depth": 1, "text_depth": 1}],
     "maple": [{"depth": 1, "context_length": 3}],
     "promptsrc": [{"aggregate": False, "image_weight": 0.0}],
-    "restore": [{"surgery": False, "shift_mode": "feature"}],
+    "restore": [{"surgery": False, "variant": "paper"}],
     "mocoop": [
         {"tune_layer_norms": False, "context_counting": "tokens", "text_temperature": 100.0},
         {"text_correction": False, "top_k": 1},

@@ -102,6 +102,15 @@ def test_kgcoop_is_coop_with_the_knowledge_objective(tiny_backbone: Backbone, im
     assert train(own, images) == train(composed, images)
 
 
+def test_the_papers_distance_is_twice_the_codes(tiny_backbone: Backbone, images: Tensor) -> None:
+    """KgCoOp's paper has the mean squared distance of unit vectors, its code one minus the mean cosine."""
+    code, paper = (make(tiny_backbone, "kgcoop", context_init="", variant=one) for one in ("code", "paper"))
+    step = paper.step(images, LABELS)
+    squared = ((step.class_weights - paper.active[0].target) ** 2).sum(-1).mean()
+    found = [float(one.losses(images, LABELS)["knowledge"].detach()) for one in (code, paper)]
+    assert found[1] == pytest.approx(2 * found[0]) == pytest.approx(8 * float(squared.detach()), rel=1e-4)
+
+
 def test_promptsrc_and_restore_are_compositions(tiny_backbone: Backbone, images: Tensor) -> None:
     deep = {"text_depth": 3, "image_depth": 3}
     own = make(tiny_backbone, "promptsrc", **deep)

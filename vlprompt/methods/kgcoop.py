@@ -7,7 +7,7 @@ Cross-entropy, plus ``weight * (1 - mean cosine)`` between the learned and the t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vlprompt.methods.coop import CoOp, CoOpSettings
 from vlprompt.methods.registry import register
@@ -23,12 +23,14 @@ class KgCoOpSettings(CoOpSettings):
         class_specific: A set of vectors for every class instead of one for all.
         class_token_position: Where the class name stands; the official code ignores it and takes end.
         knowledge_weight: Factor of the knowledge term.
+        variant: "code", one minus the mean cosine, or "paper", the mean squared distance.
         templates: The hand-written prompt; left open, the data set's own. The official table differs from CoOp's for
             DTD: "a photo of a {}, a type of texture.", which ``configs/kgcoop/dtd.yaml`` has.
     """
 
     context_init: str = "a photo of a"
     knowledge_weight: float = 8.0
+    variant: Literal["code", "paper"] = "code"
     templates: tuple[str, ...] = ("a photo of a {}.",)
 
 
@@ -43,4 +45,4 @@ class KgCoOp(CoOp):
     def own_objectives(self) -> dict[str, dict[str, Any]]:
         """Return the knowledge term."""
         own = self.settings
-        return {"knowledge": {"weight": own.knowledge_weight, "template": own.templates[0]}}
+        return {"knowledge": {"weight": own.knowledge_weight, "template": own.templates[0], "variant": own.variant}}

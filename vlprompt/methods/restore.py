@@ -2,7 +2,7 @@
 
 MaPLe's prompts with two objectives: ``shift_consistency``, which keeps the shifts of text and image alike, and
 ``surgery``, residual adapters that keep both from growing together. The paper speaks of shifts of embeddings; the code,
-whose numbers are published, takes the norms of the prompts' Gram matrices in their place: ``shift_mode`` selects.
+whose numbers are published, takes the norms of the prompts' Gram matrices in their place: ``variant`` selects.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class RESTORESettings(MaPLeSettings):
         context_init: Words to start from.
         depth: J layers of both towers.
         shift_weight: Factor of the consistency term.
-        shift_mode: "gram", the official surrogate, or "feature", the paper's definition as this library reads it.
+        variant: "code", the official surrogate of the shift, or "paper", its definition as this library reads it.
         surgery: Whether features go through the adapters.
         text_ratio: How much of the adapter enters text features.
         image_ratio: The same for image features.
     """
 
     shift_weight: float = 1.0
-    shift_mode: Literal["gram", "feature"] = "gram"
+    variant: Literal["code", "paper"] = "code"
     surgery: bool = True
     text_ratio: float = 0.1
     image_ratio: float = 0.1
@@ -49,4 +49,4 @@ class RESTORE(MaPLe):
         found: dict[str, dict[str, Any]] = {}
         if own.surgery:
             found["surgery"] = {"text_ratio": own.text_ratio, "image_ratio": own.image_ratio}
-        return {**found, "shift_consistency": {"weight": own.shift_weight, "mode": own.shift_mode}}
+        return {**found, "shift_consistency": {"weight": own.shift_weight, "variant": own.variant}}

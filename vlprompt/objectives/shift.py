@@ -20,14 +20,14 @@ class ShiftConsistencySettings:
 
     Attributes:
         weight: Factor of the term (0.5 for DTD in the official scripts, else 1).
-        mode: ``gram``, the official code's surrogate: norms of the deep prompts' Gram matrices relative to the first
-            step. ``feature``, the paper's definition as this library reads it: relative change of the towers' features
-            against the frozen ones, of a hand-written template and of the same images.
-        template: The frozen prompt that ``feature`` compares with.
+        variant: ``code``, the official surrogate: norms of the deep prompts' Gram matrices relative to the first step.
+            ``paper``, the paper's definition as this library reads it: relative change of the towers' features against
+            the frozen ones, of a hand-written template and of the same images. Published numbers are ``code``'s.
+        template: The frozen prompt that ``paper`` compares with.
     """
 
     weight: float = 1.0
-    mode: Literal["gram", "feature"] = "gram"
+    variant: Literal["code", "paper"] = "code"
     template: str = "a photo of a {}."
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class ShiftConsistency(Objective):
     def build(self, host: Host) -> None:
         """Create the references, 0 until the first step."""
         layers = host.deep_layers()
-        if self.settings.mode == "feature":
+        if self.settings.variant == "paper":
             if not (host.has_text_prompts() and host.learns_image_side):
                 self.refuse("a shift of both sides is compared, and it learns on one side only")
             target = template_features(host.backbone, host.class_names, [self.settings.template])
@@ -79,7 +79,7 @@ class ShiftConsistency(Objective):
 
     def add(self, step: Step, terms: Terms) -> Terms:
         """Add the term ``shift``."""
-        if self.settings.mode == "gram":
+        if self.settings.variant == "code":
             text, image = self.shifts()
         else:
             text = _relative(step.class_weights, self.target.expand_as(step.class_weights))
