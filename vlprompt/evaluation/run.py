@@ -241,7 +241,7 @@ def validate(config: RunConfig, *, force: bool = False) -> dict[str, Any]:
     if method.parameter_groups(config.recipe.lr):
         check_trainable(method, metric_of(task))
     folder = run_folder(config)
-    with opened(folder, config, _inputs(method, task), force=force):
+    with opened(folder, config, _inputs(method, task), force=force), tally():
         known = None if force else read_json(folder / VALIDATION)
         if known is not None and known.get("val_sha256") == task.describe()["val_sha256"] and "val" in known:
             return dict(known["val"])
@@ -369,7 +369,8 @@ def evaluate_head(
     method = head.method if task.class_names == head.class_names else head.method.with_classes(task.class_names)
     config = RunConfig(method=method.name, data=data, trainer=trainer_config, seed=seed)
     quiet_trainer = make_trainer(trainer_config, Path(folder), 1)
-    found, _ = tested(config, quiet_trainer, method.eval(), task)
+    with tally():  # says which images had to be left out
+        found, _ = tested(config, quiet_trainer, method.eval(), task)
     return found | {"data": task.describe(), "oracle": is_oracle([head.training_facts])}
 
 
