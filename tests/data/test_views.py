@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlprompt.data import describe_view, train_view
 from vlprompt.data import test_view as clip_view
-from vlprompt.data.views import View
+from vlprompt.data.views import View, check_kind
 from vlprompt.errors import ConfigError
 
 
@@ -106,3 +106,35 @@ def test_the_tensor_view_takes_the_same_crops_and_nearly_the_same_pixels(mode: s
             assert torch.equal(torch.get_rng_state(), after)
             assert np.abs(got - expected).max() <= 8 and np.abs(got - expected).mean() < 0.5
     assert "by tensor" in describe_view(Preprocess(), "random-tensor")
+
+
+@pytest.mark.parametrize("kind", ["crop", "random-half"])
+def test_the_views_that_methods_ask_for_are_torchvisions(kind: str) -> None:
+    """TPT: torchvision's defaults, bilinear; Tip-Adapter: from half of the area on, bicubic."""
+    from torchvision import transforms
+    from torchvision.transforms import InterpolationMode
+
+    crop = (
+        transforms.RandomResizedCrop(32)
+        if kind == "crop"
+        else transforms.RandomResizedCrop(32, scale=(0.5, 1), interpolation=InterpolationMode.BICUBIC)
+    )
+    normalise = transforms.Normalize(Preprocess.mean, Preprocess.std)
+    whole = transforms.Compose([crop, transforms.RandomHorizontalFlip(0.5), transforms.ToTensor(), normalise])
+    view, picture = View(Preprocess(), kind), noise(70, 50)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        expected = whole(picture)
+        torch.manual_seed(seed)
+        assert torch.equal(view(picture), expected)
+
+
+def test_views_that_methods_ask_for_are_no_data_views() -> None:
+    for kind in ("crop", "augmix", "random-half"):
+        assert View(Preprocess(), kind).kind == kind
+        with pytest.raises(ConfigError, match=f"data.view is '{kind}'"):
+            check_kind(kind)
+    texts = {describe_view(Preprocess(), kind) for kind in ("random", "random-half", "crop", "augmix", "center")}
+    assert len(texts) == 5
+    assert "scale 0.5-1 ratio 3/4-4/3 bicubic; mirror 0.5;" in describe_view(Preprocess(), "random-half")
+    assert "scale 0.08-1 ratio 3/4-4/3 bilinear; mirror 0.5; AugMix" in describe_view(Preprocess(), "augmix")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -19,8 +19,13 @@ from vlprompt.data.records import SPLITS, Sample, lines_sha256
 from vlprompt.data.samplers import EvalSampler, TrainSampler
 from vlprompt.data.tally import count_skipped, gathered
 from vlprompt.data.task import FewShotTask
+from vlprompt.data.view_bank import ViewBank, ViewFeatures, ViewRows, rows_or_error
+from vlprompt.data.view_images import Drawn, Generated, PictureBank, ViewImages, other_views
 from vlprompt.data.views import PreprocessLike, View, check_kind, describe_view
 from vlprompt.errors import ConfigError, DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from vlprompt.testtime.views import TestViews
 
 ON_BAD_IMAGE = ("error", "skip")
 
@@ -30,7 +35,8 @@ class FewShotData(pl.LightningDataModule):
 
     A batch is a dict:
 
-    - ``images`` ``[b, 3, H, W]`` normalised float32, or ``features`` ``[b, D]`` raw image features;
+    - ``images`` ``[b, 3, H, W]`` normalised float32, or ``features`` ``[b, D]`` raw image features; of test images with
+      ``test_views`` ``[b, V, 3, H, W]`` or ``[b, V, D]``;
     - ``labels`` ``[b]`` int64, or of a multi-label task ``[b, C]`` float32 of ones and zeros;
     - ``index`` ``[b]`` int64, the position in the task's list;
     - ``scale``, a float32 scalar: ``local_count * world_size / global_count``, so that the mean over ranks of
@@ -63,9 +69,15 @@ class FewShotData(pl.LightningDataModule):
         on_bad_image: ``error`` stops at an image that cannot be read and names it; ``skip`` leaves it out, of every
             process alike, and counts it (:mod:`vlprompt.data.tally`).
         keep_bytes: Bytes of decoded pictures to keep per split, at most; what does not fit is decoded again.
+        test_views: Views of every test image: the test view, then crops, then generated pictures under the test view.
+            ``None`` for the test view alone, without a dimension for views. Crop ``v`` depends on
+            ``(seed, image id, v)`` alone. Their features are stored (:mod:`vlprompt.data.view_bank`).
+        view_images: Whether test batches have the views as images, not as features; then they hold
+            ``max(1, test_batch_size // V)`` test images.
+        generated: The bank of generated pictures, needed if ``test_views`` has some.
 
     Raises:
-        ConfigError: If a value is out of range.
+        ConfigError: If a value is out of range, or ``test_views`` lacks an encoder or a bank.
     """
 
     def __init__(
@@ -85,6 +97,9 @@ class FewShotData(pl.LightningDataModule):
         cached_views: int = 0,
         on_bad_image: str = "error",
         keep_bytes: int = KEEP_BYTES,
+        test_views: TestViews | None = None,
+        view_images: bool = False,
+        generated: PictureBank | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -103,18 +118,24 @@ class FewShotData(pl.LightningDataModule):
             raise ConfigError("Cached features need the backbone's fingerprint: pass fingerprint=backbone.fingerprint")
         if cached_views and encode is None:
             raise ConfigError("cached_views stores features, which need an encoder: pass encode= or cached_views=0.")
+        if test_views is not None and encode is None and not view_images:
+            raise ConfigError("Features of test_views need an encoder: pass encode= or view_images=True.")
         self.task, self.preprocess, self.view = task, preprocess, check_kind(view)
         self.batch_size, self.test_batch_size, self.seed, self.workers = batch_size, test_batch_size, seed, workers
         self.encode, self.fingerprint, self.device = encode, fingerprint, device
         self.cached_views = cached_views if view != "center" else 0
         self.skip, self.keep_bytes = on_bad_image == "skip", keep_bytes
+        self.test_views, self.view_images = test_views, view_images
+        self._first = Drawn(preprocess, "center", 1, seed)
+        self._others = [] if test_views is None else other_views(preprocess, test_views, generated, seed)
         self.store = features if isinstance(features, FeatureStore) else FeatureStore(features or default_folder())
         # With more ranks than test images some ranks have nothing to do; that is right and no reason to stop.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._views: dict[str, View] = {kind: View(preprocess, kind) for kind in ("center", self.view)}
         self._rows: dict[tuple[str, int | None], Rows] = {}
+        self._several: dict[tuple[str, str, int], ViewRows] = {}
         self._kept: dict[str, Pictures] = {}
-        self._stamps: dict[str, str] = {}
+        self._stamps: dict[str, list[str]] = {}
 
     def prepare_data(self) -> None:
         """Compute the features that are needed and not stored yet (Lightning calls this in one process a machine)."""
@@ -159,16 +180,13 @@ class FewShotData(pl.LightningDataModule):
             split: ``train``, ``val`` or ``test``.
             view: Number of the random view; ``None`` for the deterministic one.
         """
-        if split not in self._stamps:
-            lines = [f"{sample.id}\t{self._stamp(sample)}" for sample in self._samples(split)]
-            self._stamps[split] = lines_sha256(lines)
         return {
             "backbone": self.fingerprint,
             "view": describe_view(self.preprocess, "center" if view is None else self.view),
             "dataset": self.task.name,
             "split": split,
             "split_sha256": self.task.split_sha256,
-            "samples_sha256": self._stamps[split],
+            "samples_sha256": lines_sha256(self._lines(split)),
             **({} if view is None else {"seed": self.seed, "epoch": view}),
         }
 
@@ -179,21 +197,40 @@ class FewShotData(pl.LightningDataModule):
         """
         return self._rows_of(split, None).features
 
+    def view_features(self, split: str, count: int, kind: str) -> Tensor:
+        """Return the raw features ``[count, N, D]`` of random views, or of the test view ``[1, N, D]``.
+
+        View ``v`` of an image depends on ``(seed, image id, v)`` alone: a larger count has the same views and more.
+        The rows of images that were skipped are zeros.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+            count: Number of views; 0 for the test view.
+            kind: Kind of the random views, ``random``, ``random-half``, ``crop`` or ``augmix``
+                (:class:`~vlprompt.data.views.View`); of no meaning for the test view.
+
+        Raises:
+            ConfigError: Without an encoder; an unknown split or kind; a negative count.
+            DataError: An image that cannot be read, unless they are skipped.
+        """
+        if count < 0 or (count and kind == "center"):
+            raise ConfigError(f"{count} views of kind {kind!r}; accepted: 0, the test view, or more random ones.")
+        if count == 0:
+            return self.features(split)[None]
+        return self._view_rows(split, Drawn(self.preprocess, kind, count, self.seed)).by_view()
+
+    def unreadable(self, split: str) -> tuple[int, ...]:
+        """Return the positions of images that were skipped, whose features are zeros."""
+        return self._rows_of(split, None).missing
+
     # -- features -----------------------------------------------------------------------------------------------
     def _rows_of(self, split: str, view: int | None) -> Rows:
         samples = self._samples(split)
         if (split, view) in self._rows:
             return self._rows[split, view]
-        if self.encode is None:
-            raise ConfigError("There are no features without encode=: pass the backbone's encode_image.")
+        self._encoder()
         key = self.feature_key(split, view)
-        compute = partial(self._compute, split, view)
-        rows = self.store.rows(key, compute)
-        if rows.missing and not self.skip:
-            # Left out by a run that skips. Reading them again says what is wrong, or that they can be read by now.
-            for position in rows.missing:
-                samples[position].source.open()
-            rows = self.store.rows(key, compute, anew=True)
+        rows = rows_or_error(self.store, key, partial(self._compute, split, view), samples, self.skip)
         count_skipped(split, (samples[position].id for position in rows.missing))
         if view is not None:  # one random view at a time: the next epoch brings the next
             self._rows = {key: value for key, value in self._rows.items() if key[1] is None}
@@ -201,10 +238,24 @@ class FewShotData(pl.LightningDataModule):
         return rows
 
     def _compute(self, split: str, view: int | None) -> Rows:
-        assert self.encode is not None
         images = self._images(split, "center" if view is None else self.view, keep=view is not None)
         workers = self._workers(len(images))
-        return encode_all(self.encode, images, self.test_batch_size, self.device, workers, view or 0)
+        return encode_all(self._encoder(), images, self.test_batch_size, self.device, workers, view or 0)
+
+    def _view_rows(self, split: str, part: Drawn | Generated) -> ViewRows:
+        samples, name = self._samples(split), (split, part.view.kind, part.count)
+        if name not in self._several:
+            facts = {"backbone": self.fingerprint, "dataset": self.task.name, "split": split}
+            size = self.test_batch_size
+            bank = ViewBank(self.store, self._encoder(), facts, size, self.device, self._workers, self.skip)
+            rows = self._several[name] = bank.rows(samples, self._lines(split), part)
+            count_skipped(split, (samples[position].id for position in rows.missing))
+        return self._several[name]
+
+    def _encoder(self) -> Callable[[Tensor], Tensor]:
+        if self.encode is None:
+            raise ConfigError("There are no features without encode=: pass the backbone's encode_image.")
+        return self.encode
 
     def _train_features(self, epoch: int) -> Tensor:
         return self._rows_of("train", self._view_number(epoch)).features
@@ -216,6 +267,8 @@ class FewShotData(pl.LightningDataModule):
         for split in splits:
             if self.encode is not None and self._samples(split) and (split != "train" or self.view == "center"):
                 self.features(split)
+                for part in self._others if split == "test" and not self.view_images else ():
+                    self._view_rows(split, part)
 
     def _wanted(self, stage: str | None) -> Sequence[str]:
         if stage is None and self.trainer is not None and self.trainer.state.fn is not None:
@@ -228,6 +281,12 @@ class FewShotData(pl.LightningDataModule):
             raise ConfigError(f"Unknown split {split!r}; accepted: {', '.join(SPLITS)}.")
         samples: list[Sample] = getattr(self.task, split)
         return samples
+
+    def _lines(self, split: str) -> list[str]:
+        """Return a line for every sample that changes with its id and its bytes."""
+        if split not in self._stamps:
+            self._stamps[split] = [f"{sample.id}\t{self._stamp(sample)}" for sample in self._samples(split)]
+        return self._stamps[split]
 
     def _stamp(self, sample: Sample) -> str:
         try:
@@ -287,15 +346,23 @@ class FewShotData(pl.LightningDataModule):
     def _evaluation(self, split: str) -> DataLoader[Batch]:
         rank, world_size = self._world()
         dataset: FeatureBatches | ImageBatches
-        if self.encode is not None:
-            missing = set(self._rows_of(split, None).missing)
+        labels, size = self._labels(split), self.test_batch_size
+        several = split == "test" and self.test_views is not None
+        if several and self.view_images:
+            dataset = ViewImages(self._samples(split), [self._first, *self._others], labels, skip=self.skip)
+            size = max(1, size // dataset.views)
+        elif self.encode is not None:
+            others = [self._view_rows(split, part) for part in self._others] if several else []
+            missing = set(self._rows_of(split, None).missing).union(*(rows.missing for rows in others))
             positions = [position for position in range(len(self._samples(split))) if position not in missing]
-            dataset = FeatureBatches(lambda _: self.features(split), self._labels(split), positions)
+            dataset = FeatureBatches(lambda _: self.features(split), labels, positions)
+            if several:
+                dataset = ViewFeatures(self.features(split), others, labels, positions)
         else:
             once = self.trainer is not None and self.trainer.state.fn != "fit"
             dataset = self._images(split, "center", keep=split == "val" and not once)
         sampler = EvalSampler(len(dataset), rank=rank, world_size=world_size)
-        return self._loader(split, dataset, sampler, self.test_batch_size, 1.0)
+        return self._loader(split, dataset, sampler, size, 1.0)
 
     def _loader(
         self,

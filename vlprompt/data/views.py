@@ -14,8 +14,12 @@ from vlprompt.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Pixels: TypeAlias = NDArray[np.uint8]
+#: Not normalised pixels: uint8, or float32 in 0..255 where AugMix has mixed them.
+Pixels: TypeAlias = NDArray[Any]
+#: What ``data.view`` accepts.
 KINDS = ("random", "random-tensor", "center")
+#: What methods ask for by themselves: Tip-Adapter's training view, TPT's crops of a test image, and these with AugMix.
+ASKED_KINDS = ("random-half", "crop", "augmix")
 
 
 class PreprocessLike(Protocol):
@@ -64,18 +68,25 @@ class View:
     generator. ``random-tensor`` takes the same crops and resizes them with torch's 8-bit kernel instead of Pillow: more
     than twice as quick; values differ by a fifth of a level (of 255) on average and by a few levels at sharp edges.
 
+    Three more kinds are not for ``data.view``; methods ask for them. ``random-half`` is the random view with crops of
+    at least half of the area (Tip-Adapter, ``main.py``). ``crop`` is TPT's view of a test image
+    (``data/datautils.py``): the random view's crops, resized by Pillow's bilinear filter whatever the weights' own is.
+    ``augmix`` is ``crop`` mixed by :func:`~vlprompt.data.augmix.augmix`; its pixels are float32.
+
     Args:
         preprocess: The backbone's preprocessing.
-        kind: ``random``, ``random-tensor`` or ``center``.
+        kind: ``random``, ``random-tensor``, ``center``, ``random-half``, ``crop`` or ``augmix``.
 
     Raises:
         ConfigError: If ``kind`` is another word, or torchvision does not know the interpolation.
     """
 
     def __init__(self, preprocess: PreprocessLike, kind: str) -> None:
-        self.random, self.by_tensor = check_kind(kind) != "center", kind == "random-tensor"
+        self.kind = kind if kind in ASKED_KINDS else check_kind(kind)
+        self.random, self.by_tensor, self.mixed = kind != "center", kind == "random-tensor", kind == "augmix"
         self.size, self.mean, self.std = preprocess.size, tuple(preprocess.mean), tuple(preprocess.std)
-        self._mode = _mode(preprocess)
+        self._scale = _scale(kind)
+        self._mode = _mode(_interpolation(preprocess, kind))
         self._square = None if self.random else _square(preprocess, self._mode)
 
     def __call__(self, picture: Image) -> Tensor:
@@ -83,7 +94,7 @@ class View:
         return self.finish(torch.from_numpy(self.pixels(picture).copy())[None])[0]
 
     def pixels(self, picture: Image | Pixels) -> Pixels:
-        """Return uint8 ``[3, size, size]`` of an RGB picture.
+        """Return uint8 ``[3, size, size]`` of an RGB picture; of the kind ``augmix`` float32 in 0..255.
 
         Args:
             picture: A PIL RGB image or its pixels ``[H, W, 3]``; for the center view the image.
@@ -95,7 +106,7 @@ class View:
         from torchvision.transforms import functional as F
 
         frame = torch.from_numpy(picture).permute(2, 0, 1) if isinstance(picture, np.ndarray) else picture
-        top, left, height, width = RandomResizedCrop.get_params(frame, [0.08, 1.0], [3 / 4, 4 / 3])
+        top, left, height, width = RandomResizedCrop.get_params(frame, [*self._scale], [3 / 4, 4 / 3])
         mirrored = bool(torch.rand(1) < 0.5)
         if self.by_tensor:
             whole = picture if isinstance(picture, np.ndarray) else np.asarray(picture)
@@ -112,11 +123,17 @@ class View:
             cut = Image.fromarray(picture[top : top + height, left : left + width])
         else:
             cut = picture.crop((left, top, left + width, top + height))
-        pixels = _planar(cut.resize((self.size, self.size), F.pil_modes_mapping[self._mode]))
+        crop = cut.resize((self.size, self.size), F.pil_modes_mapping[self._mode])
+        if self.mixed:
+            from vlprompt.data.augmix import augmix
+
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else crop
+            return _planar(augmix(crop, np.random.default_rng(int(torch.randint(2**63 - 1, (1,))))))
+        pixels = _planar(crop)
         return pixels[:, :, ::-1] if mirrored else pixels
 
     def finish(self, images: Tensor) -> Tensor:
-        """Return normalised float32 ``[B, 3, H, W]`` of uint8 ``[B, 3, H, W]``, on its device.
+        """Return normalised float32 ``[..., 3, H, W]`` of pixels (:meth:`pixels`), on their device.
 
         The numbers are, to the bit, those of torchvision's ``ToTensor`` and ``Normalize``.
         """
@@ -152,29 +169,38 @@ def train_view(preprocess: PreprocessLike, kind: str = "random") -> View:
 
 def describe_view(preprocess: PreprocessLike, kind: str) -> str:
     """Return the view as one line of text: for results files and the feature store's keys."""
-    size, mode = preprocess.size, preprocess.interpolation
-    if check_kind(kind) == "center":
+    size, mode = preprocess.size, _interpolation(preprocess, kind)
+    if kind not in ASKED_KINDS and check_kind(kind) == "center":
         steps = {
             "squash": f"resize to {size}x{size} {mode}",
             "longest": f"resize longer side to {size} {mode}; center pad {size}",
         }.get(preprocess.resize_mode, f"resize shorter side to {size} {mode}; center crop {size}")
     else:
-        by = " by tensor" if kind == "random-tensor" else ""
-        steps = f"random resized crop {size} scale 0.08-1 ratio 3/4-4/3 {mode}{by}; mirror 0.5"
+        by, mixed = " by tensor" if kind == "random-tensor" else "", "; AugMix severity 1" if kind == "augmix" else ""
+        steps = f"random resized crop {size} scale {_scale(kind)[0]}-1 ratio 3/4-4/3 {mode}{by}; mirror 0.5{mixed}"
     mean, std = (", ".join(repr(float(value)) for value in part) for part in (preprocess.mean, preprocess.std))
     return f"RGB; {steps}; mean ({mean}); std ({std})"
 
 
-def _mode(preprocess: PreprocessLike) -> Any:
+def _scale(kind: str) -> tuple[float, float]:
+    """Return the shares of an image's area that a random view may take."""
+    return (0.5, 1.0) if kind == "random-half" else (0.08, 1.0)
+
+
+def _interpolation(preprocess: PreprocessLike, kind: str) -> str:
+    # TPT gives its crops torchvision's default filter; only its test view has CLIP's.
+    return "bilinear" if kind in ("crop", "augmix") else preprocess.interpolation
+
+
+def _mode(name: str) -> Any:
     from torchvision.transforms import InterpolationMode
 
     accepted = [mode.value for mode in InterpolationMode]
-    if preprocess.interpolation not in accepted:
+    if name not in accepted:
         raise ConfigError(
-            f"The backbone's preprocessing names the interpolation {preprocess.interpolation!r}."
-            f"{did_you_mean(preprocess.interpolation, accepted)}"
+            f"The backbone's preprocessing names the interpolation {name!r}.{did_you_mean(name, accepted)}"
         )
-    return InterpolationMode(preprocess.interpolation)
+    return InterpolationMode(name)
 
 
 def _planar(picture: Any) -> Pixels:

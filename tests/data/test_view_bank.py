@@ -1,0 +1,311 @@
+"""Views of test images: what batches hold, that each view depends on its image alone, and what is computed once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from vlprompt.data import FewShotData, FewShotTask, FileSource, Sample, find_card, view_bank
+from vlprompt.data.tally import tally
+from vlprompt.data.view_images import Drawn, ViewImages
+from vlprompt.data.views import View
+from vlprompt.errors import ConfigError, DataError
+from vlprompt.testtime.views import TestViews
+
+
+@pytest.fixture
+def task(tmp_path: Path, paint: Callable[..., Path]) -> FewShotTask:
+    parts = {
+        part: [
+            Sample(f"{part}/{n}.png", n % 2, FileSource(str(paint(tmp_path / part / f"{n}.png", start + n))))
+            for n in range(count)
+        ]
+        for part, count, start in (("train", 5, 0), ("val", 3, 20), ("test", 7, 30))
+    }
+    return FewShotTask(
+        "toy",
+        ["a", "b"],
+        ["a", "b"],
+        "a {}.",
+        **parts,
+        shots=6,
+        seed=1,
+        classes="all",
+        split_sha256="s",
+        shots_sha256="t",
+        card=find_card("folder"),
+    )
+
+
+class Encoder:
+    """Counts the images that it encodes."""
+
+    def __init__(self) -> None:
+        self.images = 0
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.images += len(images)
+        return images.flatten(1)[:, ::97]
+
+
+class Bank:
+    """Gives flat pictures, whose colour is the image's position and the picture's number."""
+
+    recipe_id = "r1"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int]] = []
+
+    def pictures(self, source: Any, count: int) -> list[Image.Image]:
+        self.asked.append((Path(source.path).stem, count))
+        number = int(Path(source.path).stem)
+        return [Image.new("RGB", (20, 30), (10 * number, 40 * made, 0)) for made in range(count)]
+
+
+def build(task: FewShotTask, preprocess: Any, folder: Path, encode: Any = None, **more: Any) -> FewShotData:
+    settings: dict[str, Any] = {"encode": encode or Encoder(), "fingerprint": "f", "features": folder / "store"}
+    settings |= {"test_batch_size": 4, "workers": 0, **more}
+    return FewShotData(task, preprocess, **settings)
+
+
+def features(data: FewShotData) -> torch.Tensor:
+    return torch.cat([batch["features"] for batch in data.test_dataloader()])
+
+
+def test_batches_of_features(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
+    data = build(task, preprocess, tmp_path, test_views=TestViews(3, generated=2), generated=Bank())
+    batches = list(data.test_dataloader())
+    assert [tuple(batch["features"].shape) for batch in batches] == [(4, 6, 8), (3, 6, 8)]
+    assert [batch["index"].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6]]
+    found = features(data)
+    assert torch.equal(found[:, 0], data.features("test")), "view 0 is the test view, to the bit"
+    assert torch.equal(found[:, 1:4], data.view_features("test", 3, "crop").transpose(0, 1))
+    center = View(preprocess, "center")
+    for number in range(7):
+        for made in range(2):
+            expected = center(Image.new("RGB", (20, 30), (10 * number, 40 * made, 0)))[None]
+            torch.testing.assert_close(found[number, 4 + made], Encoder()(expected)[0])
+    assert torch.equal(next(iter(data.val_dataloader()))["features"], data.features("val"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("augmix", [False, True])
+def test_views_as_images_are_those_whose_features_are_kept(
+    augmix: bool, task: FewShotTask, preprocess: Any, tmp_path: Path
+) -> None:
+    views: dict[str, Any] = {"test_views": TestViews(3, augmix, 1), "generated": Bank()}
+    data = build(task, preprocess, tmp_path, test_batch_size=11, view_images=True, **views)
+    batches = list(data.test_dataloader())
+    assert [tuple(batch["images"].shape) for batch in batches] == [(2, 5, 3, 16, 16)] * 3 + [(1, 5, 3, 16, 16)]
+    images = torch.cat([batch["images"] for batch in batches])
+    assert images.dtype == torch.float32
+    kept = features(build(task, preprocess, tmp_path, **views))
+    torch.testing.assert_close(Encoder()(images.flatten(0, 1)).unflatten(0, (7, 5)), kept, rtol=0, atol=1e-6)
+    plain = FewShotData(task, preprocess, view_images=True, workers=0, test_views=TestViews(0))
+    center = torch.cat([batch["images"] for batch in plain.test_dataloader()])
+    assert center.shape == (7, 1, 3, 16, 16) and torch.equal(center[:, 0], images[:, 0])
+
+
+def test_a_trainer_moves_bytes(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
+    data = FewShotData(task, preprocess, view_images=True, workers=0, test_views=TestViews(2))
+    loader = data.test_dataloader()
+    raw = loader.dataset.__getitems__([(0, 1)])  # type: ignore[attr-defined]
+    assert raw["images"].dtype == torch.uint8
+    finished = data.on_after_batch_transfer(raw, 0)["images"]
+    assert torch.equal(finished, list(loader)[0]["images"][1:2])
+
+
+def test_a_view_depends_on_seed_image_and_number_alone(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
+    whole = build(task, preprocess, tmp_path, seed=2).view_features("test", 4, "crop")
+    turned = dataclasses.replace(task, test=task.test[::-1][:5])
+    other = build(turned, preprocess, tmp_path / "other", seed=2, workers=2, test_batch_size=3)
+    assert torch.equal(other.view_features("test", 2, "crop"), whole.flip(1)[:2, :5])
+    assert not torch.equal(build(task, preprocess, tmp_path, seed=3).view_features("test", 4, "crop"), whole)
+    assert len({tuple(view.flatten().tolist()) for view in whole}) == 4
+
+
+def test_view_features(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
+    data = build(task, preprocess, tmp_path)
+    for split, number in (("train", 5), ("val", 3), ("test", 7)):
+        test_view = data.view_features(split, 0, "center")
+        assert test_view.shape == (1, number, 8) and torch.equal(test_view[0], data.features(split))
+        random, half = (data.view_features(split, 2, kind) for kind in ("random", "random-half"))
+        assert random.shape == half.shape == (2, number, 8) and not torch.equal(random, half)
+    with pytest.raises(ConfigError, match="-1 views"):
+        data.view_features("train", -1, "random")
+    with pytest.raises(ConfigError, match="2 views of kind 'center'"):
+        data.view_features("train", 2, "center")
+    with pytest.raises(ConfigError, match="'randon'. Did you mean 'random'"):
+        data.view_features("train", 2, "randon")
+    with pytest.raises(ConfigError, match="Unknown split 'dev'"):
+        data.view_features("dev", 2, "random")
+    with pytest.raises(ConfigError, match="without encode"):
+        FewShotData(task, preprocess).view_features("train", 2, "random")
+
+
+def test_computed_once_and_shared(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
+    views: dict[str, Any] = {"test_views": TestViews(15, generated=1)}
+    first, second = Encoder(), Encoder()
+    one = features(build(task, preprocess, tmp_path, first, generated=Bank(), **views))
+    assert first.images == 7 * (1 + 16 + 1), "16 crops, for those who want the test view and 15 and those who want 16"
+    bank = Bank()
+    assert torch.equal(features(build(task, preprocess, tmp_path, second, generated=bank, **views)), one)
+    sixteen = features(build(task, preprocess, tmp_path, second, test_views=TestViews(16)))
+    assert second.images == 0 and bank.asked == []
+    assert torch.equal(sixteen[:, :16], one[:, :16])
+    changed = Bank()
+    changed.recipe_id = "r2"
+    features(build(task, preprocess, tmp_path, second, generated=changed, **views))
+    assert second.images == 7 and len(changed.asked) == 7
+
+
+def test_prepare_data_computes_what_the_test_needs(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
+    encode = Encoder()
+    data = build(task, preprocess, tmp_path, encode, test_views=TestViews(2))
+    data.setup("test")
+    assert encode.images == 7 * 3
+    features(data)
+    assert encode.images == 7 * 3
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_at_its_block(
+    task: FewShotTask, preprocess: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = build(task, preprocess, tmp_path / "whole").view_features("test", 3, "crop")
+    monkeypatch.setattr(view_bank, "BLOCK_VIEWS", 6)  # two images a block
+
+    class Dies(Encoder):
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            if self.images >= 12:
+                raise Killed
+            return super().__call__(images)
+
+    with pytest.raises(Killed):
+        build(task, preprocess, tmp_path, Dies()).view_features("test", 3, "crop")
+    encode = Encoder()
+    data = build(task, preprocess, tmp_path, encode)
+    assert torch.equal(data.view_features("test", 3, "crop"), expected)
+    assert encode.images == 3 * 3, "two blocks of two were kept"
+    batches = list(build(task, preprocess, tmp_path, encode, test_views=TestViews(3)).test_dataloader())
+    assert torch.equal(torch.cat([batch["features"] for batch in batches])[:, 1:], expected.transpose(0, 1))
+
+
+def test_each_image_is_decoded_once_for_its_views(
+    task: FewShotTask, preprocess: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    whole = FileSource.open
+
+    def counted(self: FileSource) -> Image.Image:
+        opened.append(self.path)
+        return whole(self)
+
+    monkeypatch.setattr(FileSource, "open", counted)
+    build(task, preprocess, tmp_path).view_features("test", 9, "augmix")
+    assert len(opened) == len(set(opened)) == 7
+    opened.clear()
+    assert len(
+        list(FewShotData(task, preprocess, view_images=True, workers=0, test_views=TestViews(4)).test_dataloader())
+    )
+    assert len(opened) == len(set(opened)) == 7
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_skipping(images: bool, task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
+    whole = features(build(task, preprocess, tmp_path / "whole", test_views=TestViews(2)))
+    for position in (0, 1, 5):
+        Path(task.test[position].source.path).write_bytes(b"none")  # type: ignore[attr-defined]
+    views: dict[str, Any] = {"test_views": TestViews(2), "view_images": images}
+    data = build(task, preprocess, tmp_path, on_bad_image="skip", **views)
+    with pytest.warns(UserWarning, match="left out: 3 "), tally() as counts:
+        batches = list(data.test_dataloader())
+    assert [index for batch in batches for index in batch["index"].tolist()] == [2, 3, 4, 6]
+    assert counts.facts()["skipped"]["test"] == 3
+    found = torch.cat([batch["images" if images else "features"] for batch in batches])
+    found = Encoder()(found.flatten(0, 1)).unflatten(0, (4, 3)) if images else found
+    torch.testing.assert_close(found, whole[[2, 3, 4, 6]], rtol=0, atol=1e-6)
+    assert data.unreadable("test") == (0, 1, 5)
+    assert not data.view_features("test", 2, "crop")[:, [0, 1, 5]].any()
+    with pytest.raises(DataError, match="0.png cannot be decoded"):
+        list(build(task, preprocess, tmp_path, **views).test_dataloader())
+
+
+def test_a_block_without_a_readable_image(
+    task: FewShotTask, preprocess: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(view_bank, "BLOCK_VIEWS", 4)
+    for position in (2, 3):
+        Path(task.test[position].source.path).unlink()  # type: ignore[attr-defined]
+    data = build(task, preprocess, tmp_path, on_bad_image="skip", test_views=TestViews(2))
+    assert features(data).shape == (5, 3, 8)
+    assert not data.view_features("test", 2, "crop")[:, 2:4].any()
+    for sample in task.test:
+        Path(sample.source.path).unlink(missing_ok=True)  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match="None of the 7 images can be read"):
+        build(task, preprocess, tmp_path / "none", on_bad_image="skip").view_features("test", 2, "crop")
+    with pytest.raises(DataError, match="There are no images"):
+        build(dataclasses.replace(task, val=[]), preprocess, tmp_path).view_features("val", 2, "crop")
+
+
+def test_a_bank_without_an_images_pictures_is_an_error_to_a_run_that_skips(
+    task: FewShotTask, preprocess: Any, tmp_path: Path
+) -> None:
+    class Empty(Bank):
+        def pictures(self, source: Any, count: int) -> list[Image.Image]:
+            raise DataError("no pictures of it")
+
+    for images in (False, True):
+        settings: dict[str, Any] = {"view_images": images, "on_bad_image": "skip", "generated": Empty()}
+        with pytest.raises(DataError, match="no pictures of it"):
+            list(build(task, preprocess, tmp_path, test_views=TestViews(0, generated=1), **settings).test_dataloader())
+
+
+def test_refused(task: FewShotTask, preprocess: Any) -> None:
+    with pytest.raises(ConfigError, match="encode= or view_images=True"):
+        FewShotData(task, preprocess, test_views=TestViews(2))
+    with pytest.raises(ConfigError, match="2 generated pictures: pass their bank"):
+        FewShotData(task, preprocess, view_images=True, test_views=TestViews(1, generated=2))
+
+
+def test_ranks_share_test_images(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
+    class World(FewShotData):
+        rank = 0
+
+        def _world(self) -> tuple[int, int]:
+            return self.rank, 2
+
+    found: dict[int, torch.Tensor] = {}
+    for rank in range(2):
+        settings: dict[str, Any] = {"encode": Encoder(), "fingerprint": "f", "features": tmp_path / "store"}
+        data = World(task, preprocess, workers=0, test_views=TestViews(2), **settings)
+        data.rank = rank
+        for batch in data.test_dataloader():
+            found |= dict(zip(batch["index"].tolist(), batch["features"], strict=True))
+    whole = features(build(task, preprocess, tmp_path, test_views=TestViews(2)))
+    assert torch.equal(torch.stack([found[index] for index in range(7)]), whole)
+
+
+def test_more_views_than_a_batch(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
+    """An encoder is never given many more images than a test batch has."""
+    sizes: list[int] = []
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        return Encoder()(images)
+
+    found = build(task, preprocess, tmp_path, encode, test_batch_size=4).view_features("test", 9, "crop")
+    assert max(sizes) <= 4 and sum(sizes) == 63
+    images = ViewImages(task.test, [Drawn(preprocess, "crop", 9, 1)], torch.zeros(7))
+    before = torch.get_rng_state()
+    raw = images.__getitems__([(0, 3)])["images"]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(found[:, 3], Encoder()(View(preprocess, "crop").finish(raw[0])))

@@ -1,0 +1,119 @@
+"""AugMix as TPT has it (``data/augmix_ops.py``, ``data/datautils.py`` of its code; Hendrycks et al., ICLR 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CHAINS = 3
+LONGEST = 3
+#: A picture, a level in 0.1..1 (severity 1), and 1 or -1 for the direction, to the changed picture of the same size.
+Operation = Callable[["Image", float, int], "Image"]
+
+
+def augmix(picture: Image, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Mix a picture with three chains of changes of itself.
+
+    ``m x + (1 - m) sum_i w_i chain_i(x)`` with ``w ~ Dirichlet(1, 1, 1)``, ``m ~ Beta(1, 1)``, and chains of one to
+    three operations drawn with replacement. TPT mixes normalised pictures; the weights add up to 1, so mixing pixels
+    and normalising the mixture is the same.
+
+    Args:
+        picture: A PIL RGB image of H x W pixels.
+        rng: Draws everything.
+
+    Returns:
+        Pixels ``[H, W, 3]`` in 0..255, not rounded.
+    """
+    weights = rng.dirichlet(np.ones(CHAINS))
+    share = rng.beta(1.0, 1.0)
+    mixture = np.zeros((picture.height, picture.width, 3))
+    for weight in weights:
+        changed = picture
+        for _ in range(rng.integers(1, LONGEST + 1)):
+            operation = OPERATIONS[rng.integers(len(OPERATIONS))]
+            changed = operation(changed, rng.uniform(0.1, 1.0), 1 if rng.uniform() < 0.5 else -1)
+        mixture += weight * np.asarray(changed, dtype=np.float64)
+    mixed = share * np.asarray(picture, dtype=np.float64) + (1 - share) * mixture
+    return mixed.astype(np.float32)
+
+
+def autocontrast(picture: Image, level: float, sign: int) -> Image:
+    """Stretch every channel to 0..255."""
+    from PIL import ImageOps
+
+    return ImageOps.autocontrast(picture)
+
+
+def equalize(picture: Image, level: float, sign: int) -> Image:
+    """Make every channel's histogram flat."""
+    from PIL import ImageOps
+
+    return ImageOps.equalize(picture)
+
+
+def posterize(picture: Image, level: float, sign: int) -> Image:
+    """Keep the four upper bits: at severity 1 the level rounds down to no further bit."""
+    from PIL import ImageOps
+
+    return ImageOps.posterize(picture, 4 - int(0.4 * level))
+
+
+def rotate(picture: Image, level: float, sign: int) -> Image:
+    """Rotate by 0, 1, 2 or (at level 1 alone) 3 degrees."""
+    from PIL import Image
+
+    return picture.rotate(sign * int(3 * level), resample=Image.Resampling.BILINEAR)
+
+
+def solarize(picture: Image, level: float, sign: int) -> Image:
+    """Invert the brightest values, from 256 - 25.6 ``level`` on."""
+    from PIL import ImageOps
+
+    return ImageOps.solarize(picture, 256 - int(25.6 * level))
+
+
+def shear_x(picture: Image, level: float, sign: int) -> Image:
+    """Shear rows by up to 3 %."""
+    return _affine(picture, (1, sign * 0.03 * level, 0, 0, 1, 0))
+
+
+def shear_y(picture: Image, level: float, sign: int) -> Image:
+    """Shear columns by up to 3 %."""
+    return _affine(picture, (1, 0, 0, sign * 0.03 * level, 1, 0))
+
+
+def translate_x(picture: Image, level: float, sign: int) -> Image:
+    """Move by up to a thirtieth of the width, in whole pixels (7 of 224)."""
+    return _affine(picture, (1, 0, sign * int(level * picture.width / 30), 0, 1, 0))
+
+
+def translate_y(picture: Image, level: float, sign: int) -> Image:
+    """Move by up to a thirtieth of the height, in whole pixels."""
+    return _affine(picture, (1, 0, 0, 0, 1, sign * int(level * picture.height / 30)))
+
+
+def _affine(picture: Image, matrix: tuple[float, ...]) -> Image:
+    from PIL import Image
+
+    return picture.transform(picture.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR)
+
+
+#: Drawn from with equal chances.
+OPERATIONS: tuple[Operation, ...] = (
+    autocontrast,
+    equalize,
+    posterize,
+    rotate,
+    solarize,
+    shear_x,
+    shear_y,
+    translate_x,
+    translate_y,
+)

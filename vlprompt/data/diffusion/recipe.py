@@ -1,0 +1,137 @@
+"""How pictures are generated: what a user may choose, and the record that a bank is named by."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vlprompt.errors import DataError
+
+SCHEMA = "vlprompt diffusion bank 1"
+TOOL = "python tools/make_diffusion_bank.py"
+#: DiffTPT's pipeline and the revision that its code names.
+OFFICIAL = ("lambdalabs/sd-image-variations-diffusers", "v2.0")
+#: Pictures of each image that DiffTPT looks at (its code makes 65 and reads 63).
+COUNT = 63
+Format = Literal["png", "webp", "jpeg"]
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What can be chosen; the defaults are those of DiffTPT's code (``image_generator_R.py``) where it has any.
+
+    Attributes:
+        pipeline: A folder that diffusers' ``save_pretrained`` wrote, a name on the Hugging Face hub, or ``tiny`` and
+            ``tiny-img2img``, which are made on the spot with random weights and whose pictures are noise.
+        revision: Branch, tag or commit on the hub; None for the one of DiffTPT's pipeline, else the newest.
+        scheduler: Class of diffusers that replaces the pipeline's own scheduler.
+        steps: Denoising steps.
+        guidance: Scale of classifier-free guidance; 1 or less for none.
+        eta: Noise of DDIM steps; other schedulers have none.
+        strength: img2img alone: how much of the image is replaced, in 0..1; ``int(steps * strength)`` steps are done.
+        prompt: img2img alone: the text; it cannot name the class, which nobody knows at test time.
+        size: Side of the square pictures in pixels; None for the pipeline's own, 512 for Stable Diffusion 1.
+        precision: Type of the weights; ``auto`` is fp16 on a GPU and fp32 on the CPU.
+        safety_checker: ``off`` loads the pipeline without its checker. With it on, pictures that it flags, which it
+            blackens, are drawn again.
+        format: ``png`` and ``webp`` are lossless; ``jpeg`` has quality 75, as DiffTPT's pictures have.
+        seed: Seed of all pictures.
+    """
+
+    pipeline: str = OFFICIAL[0]
+    revision: str | None = None
+    scheduler: str | None = None
+    steps: int = 50
+    guidance: float = 3.0
+    eta: float = 0.0
+    strength: float = 0.8
+    prompt: str = "a photo"
+    size: int | None = None
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    safety_checker: Literal["on", "off"] = "on"
+    format: Format = "png"
+    seed: int = 0
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with these values, in words."""
+        found = []
+        if not self.pipeline:
+            found.append("--pipeline is an empty text; accepted: a folder, or a name on the Hugging Face hub")
+        if self.steps < 1:
+            found.append(f"--steps is {self.steps}; accepted: 1 or more")
+        for name, high in (("guidance", 100.0), ("eta", 1.0)):
+            if not 0 <= getattr(self, name) <= high:
+                found.append(f"--{name} is {getattr(self, name)}; accepted: 0 to {high:g}")
+        if not 0 < self.strength <= 1:
+            found.append(f"--strength is {self.strength}; accepted: above 0, at most 1")
+        elif self.steps >= 1 and int(self.steps * self.strength) < 1:
+            found.append(
+                f"--strength is {self.strength}, which leaves none of {self.steps} steps; accepted: "
+                f"{1 / self.steps:g} or more, or more --steps"
+            )
+        if self.size is not None and (self.size < 8 or self.size % 8):
+            found.append(f"--size is {self.size}; accepted: multiples of 8 pixels")
+        if self.seed < 0:
+            found.append(f"--seed is {self.seed}; accepted: 0 or more")
+        return found
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a picture depends on besides its image and its number.
+
+    Attributes:
+        facts: JSON values; their canonical text is hashed.
+        about: What is good to know and changes no picture: the pipeline's name, versions. Not hashed.
+    """
+
+    facts: Mapping[str, Any]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of the facts."""
+        return hashlib.sha256(json.dumps(self.facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def format(self) -> Format:
+        """The pictures' file format."""
+        found: Format = self.facts["format"]
+        return found
+
+    def seed_of(self, image: str, number: int, attempt: int = 0) -> int:
+        """Return the 63-bit seed of a picture.
+
+        Args:
+            image: SHA-256 of the source image.
+            number: Number of the picture, from 0.
+            attempt: How often it was drawn before and flagged by the safety checker.
+        """
+        text = f"{image}|{number}|{self.id}" + (f"|{attempt}" if attempt else "")
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+    def text(self) -> str:
+        """Return the recipe as the text of its file."""
+        return json.dumps({"schema": SCHEMA, "id": self.id, **dataclasses.asdict(self)}, indent=1) + "\n"
+
+
+def read_recipe(text: str, name: str) -> Recipe:
+    """Return the recipe that ``text`` holds.
+
+    Raises:
+        DataError: It is none, or was changed by hand, so that it is not the pictures' recipe any more.
+    """
+    try:
+        found = json.loads(text)
+        recipe = Recipe(found["facts"], found["about"])
+        if found["schema"] != SCHEMA:
+            raise DataError(f"{name} is of {found['schema']!r}; this version of vlprompt reads {SCHEMA!r}.")
+        if recipe.id != found["id"] or recipe.format not in ("png", "webp", "jpeg"):
+            raise DataError(f"{name} was changed after its pictures were made. Make a new bank: {TOOL} --bank FOLDER")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{name} is not the recipe of a bank ({type(error).__name__}: {error}).") from error
+    return recipe
