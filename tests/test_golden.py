@@ -45,7 +45,7 @@ def tool() -> Any:
 # -- archives of the project ------------------------------------------------------------------------------------------
 def known_archives() -> list[str]:
     """Archives whose method the tool checks; a method gets here by being added to its ``CHECKS``."""
-    text = TOOL.read_text() + (TOOL.parent / "golden_prompt_learners.py").read_text()
+    text = TOOL.read_text() + "".join(path.read_text() for path in TOOL.parent.glob("golden_*.py"))
     return sorted(path.stem for path in GOLDEN.glob("*.npz") if f'"{method_of(path)}": check_' in text)
 
 
@@ -63,7 +63,7 @@ def test_archive_agrees(tool: Any, name: str, capsys: pytest.CaptureFixture[str]
     assert tool.main([str(GOLDEN / f"{name}.npz")]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     count, worst = last.split(" arrays, max rel err ")
-    assert int(count) > 5 and float(worst) <= 1e-4
+    assert int(count) >= 4 and float(worst) <= 1e-4
 
 
 def test_several_files_are_summed_up(tool: Any, capsys: pytest.CaptureFixture[str]) -> None:

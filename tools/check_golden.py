@@ -11,6 +11,8 @@ input or compared. Prints the largest relative error of each array, max|x - ref|
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +26,6 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests" / "golden")]
 
-import golden_prompt_learners  # noqa: E402
 import tiny_clip  # noqa: E402
 
 import vlprompt  # noqa: E402
@@ -38,17 +39,22 @@ Results = Iterator[tuple[str, Any]]
 
 
 class Golden:
-    """One archive: its metadata, arrays, and the backbone they were made on."""
+    """One archive: its metadata, arrays, and the backbone they were made on, where they were made on one."""
 
     def __init__(self, path: Path) -> None:
         with np.load(path, allow_pickle=False) as archive:
             self.arrays = {name: archive[name] for name in archive.files}
         self.meta = json.loads(self.arrays.pop("meta").item())
         self.inputs = {"images", "labels"}
+        self.path = path
+
+    @functools.cached_property
+    def backbone(self) -> Backbone:
+        """The miniature CLIP of the weight rule, checked against the archive's checksum."""
         state = tiny_clip.build_state_dict(tiny_clip.TinyClipDims(**self.meta["dims"]), self.meta["weights_seed"])
         if tiny_clip.checksum(state) != self.meta["weights_sha256"]:
-            raise SystemExit(f"{path}: the weight rule gives another network than the archive was made on")
-        self.backbone = Backbone.from_state_dict(state, name=f"golden-{path.stem}")
+            raise SystemExit(f"{self.path}: the weight rule gives another network than the archive was made on")
+        return Backbone.from_state_dict(state, name=f"golden-{self.path.stem}")
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return an input array as a tensor and note that it is one."""
@@ -223,8 +229,9 @@ CHECKS = {
     "zeroshot": check_zeroshot,
     "coop": check_coop,
     "mocoop": check_mocoop,
-    **golden_prompt_learners.CHECKS,
 }
+for _module in sorted((ROOT / "tools").glob("golden_*.py")):
+    CHECKS |= importlib.import_module(_module.stem).CHECKS
 
 
 def relative_error(value: Any, reference: np.ndarray) -> float:
@@ -251,7 +258,9 @@ def check_file(path: Path) -> tuple[int, float, list[str]]:
     method = golden.meta["method"]
     if method not in CHECKS:
         raise SystemExit(f"{path}: method {method!r} is not checked yet; known: {', '.join(CHECKS)}")
-    print(f"{path}  ({method}, weights seed {golden.meta['weights_seed']})")
+    print(f"{path}  ({method}" + (f", weights seed {golden.meta['weights_seed']})" if "dims" in golden.meta else ")"))
+    if "dims" in golden.meta:
+        _ = golden.backbone  # says at once when it is another network
     count, worst, done = 0, 0.0, set()
     for name, value in CHECKS[method](golden):
         if name not in golden.arrays:

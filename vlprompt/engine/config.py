@@ -34,6 +34,7 @@ class DataConfig:
     ``workers``: loader processes; None chooses (:class:`vlprompt.data.FewShotData`). ``on_bad_image``: an image that
     cannot be read stops the run, or is left out and counted. ``cached_views``: random views per training image whose
     features are kept, where the image side is frozen; 0 for none, None for one per epoch where that is exact and small.
+    ``bank``: folder of generated pictures that tools/make_diffusion_bank.py made, for methods that look at them.
     """
 
     name: str = "demo"
@@ -50,6 +51,7 @@ class DataConfig:
     shots_file: str | None = None
     on_bad_image: Literal["error", "skip"] = "error"
     cached_views: int | None = None
+    bank: str | None = None
 
     def problems(self) -> list[str]:
         """Return what is wrong with these values, in words."""
@@ -128,7 +130,8 @@ class TrainerConfig:
 class RunConfig:
     """One training run: method and its settings, backbone, data, recipe, trainer, seed and the folder for results.
 
-    ``objectives`` names loss terms and regularisers beside the method's own, each with its settings.
+    ``objectives`` names loss terms and regularisers beside the method's own, each with its settings. ``start``: a run,
+    or a saved head, whose learned tensors the method starts from; empty for its own start.
     """
 
     method: str = "mocoop"
@@ -140,6 +143,7 @@ class RunConfig:
     seed: int = 1
     output: str = "runs"
     objectives: dict[str, dict[str, Any]] = field(default_factory=dict)
+    start: str = ""
 
     def with_data(self, **values: Any) -> RunConfig:
         """Return a copy with other ``values`` of the fields of ``data``."""

@@ -25,8 +25,8 @@ from vlprompt.errors import ConfigError
 METRICS = "metrics.jsonl"
 
 
-def make_trainer(config: TrainerConfig, folder: Path, epochs: int) -> pl.Trainer:
-    """Return the Trainer that writes into ``folder``.
+def make_trainer(config: TrainerConfig, folder: Path, epochs: int, *, gradient: bool = False) -> pl.Trainer:
+    """Return the Trainer that writes into ``folder``; with ``gradient`` its evaluation may differentiate.
 
     Raises:
         ConfigError: A logger that is not installed, or more devices than there are.
@@ -54,6 +54,7 @@ def make_trainer(config: TrainerConfig, folder: Path, epochs: int) -> pl.Trainer
             enable_model_summary=False,
             num_sanity_val_steps=0,
             limit_val_batches=0,
+            inference_mode=not gradient,
             use_distributed_sampler=False,
             log_every_n_steps=1,
             default_root_dir=folder,

@@ -108,9 +108,15 @@ class PromptModule(pl.LightningModule):
         """Score one test batch."""
         self._count(batch)
 
+    def on_test_start(self) -> None:
+        """Let a method that learns from the stream of test images begin anew."""
+        self.method.reset()
+
     def _count(self, batch: Any) -> None:
         inputs, labels, _ = _unpack(batch)
-        self.scores.update(self(inputs), labels)
+        with torch.set_grad_enabled(self.method.needs_gradient):
+            logits = self(inputs)
+        self.scores.update(logits.detach(), labels)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/accuracy`` in percent, and whatever else is measured."""

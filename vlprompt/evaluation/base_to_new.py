@@ -26,6 +26,7 @@ from vlprompt.evaluation.protocol import (
     result_parts,
     row_name,
     run_seeds,
+    shared_marks,
     spread,
     spread_text,
     table_rows,
@@ -110,9 +111,8 @@ def average_of(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if "harmonic_mean" in rows[label]:
             rows[label]["mean_of_harmonic_means"] = statistics.fmean(row["harmonic_mean"] for row in own)
     names = [cell["data"] for cell in cells]
-    oracle = {"oracle": True} if any(cell.get("oracle") for cell in cells) else {}
     found = {"method": first["method"], "data": AVERAGE, "datasets": names, "shots": first["shots"], "rows": rows}
-    return {**found, "train": _mean_cost([cell.get("train", {}) for cell in cells])} | oracle
+    return {**found, "train": _mean_cost([cell.get("train", {}) for cell in cells])} | shared_marks(cells)
 
 
 def summary(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -44,7 +44,8 @@ from vlprompt.evaluation.protocol import (
 from vlprompt.evaluation.record import data_record
 from vlprompt.evaluation.run import Run, tested
 from vlprompt.evaluation.tables import data_words, render
-from vlprompt.io.head import CONFIG_FILE, Head, load_head
+from vlprompt.io.head import Head, load_head
+from vlprompt.io.head_files import CONFIG_FILE
 
 SCHEMA = 1
 _DRAWN = ("shots", "seed", "sampler", "train", "val", "shots_sha256", "val_sha256")
@@ -169,7 +170,7 @@ def _kept(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _test(config: RunConfig, head: Head, task: FewShotTask, folder: Path) -> dict[str, Any]:
-    trainer = make_trainer(dataclasses.replace(config.trainer, loggers=[]), folder, 1)
+    quiet = dataclasses.replace(config.trainer, loggers=[])
     data = data_record(task, head.backbone, config.data.view)
     # Nothing was drawn from a target.
     found: dict[str, Any] = {"data": {name: value for name, value in data.items() if name not in _DRAWN}}
@@ -178,6 +179,7 @@ def _test(config: RunConfig, head: Head, task: FewShotTask, folder: Path) -> dic
         ("results", moved_to(config, head.method, task).eval()),
         ("zeroshot", zeroshot_method(head.backbone, task)),
     ):
+        trainer = make_trainer(quiet, folder, 1, gradient=method.needs_gradient)
         found[part], per_class[part] = tested(config, trainer, method, task)
     return found | {"per_class": per_class}
 

@@ -24,6 +24,7 @@ from vlprompt.evaluation.protocol import (
     result_parts,
     row_name,
     run_seeds,
+    shared_marks,
     spread,
     spread_text,
     table_rows,
@@ -113,9 +114,8 @@ def _average(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
         label: {count: spread([cell["rows"][label][count]["mean"] for cell in cells]) for count in row}
         for label, row in first["rows"].items()
     }
-    oracle = {"oracle": True} if any(cell.get("oracle") for cell in cells) else {}
     names = [cell["data"] for cell in cells]
-    return {"method": first["method"], "data": AVERAGE, "datasets": names, "rows": rows, **oracle}
+    return {"method": first["method"], "data": AVERAGE, "datasets": names, "rows": rows, **shared_marks(cells)}
 
 
 def few_shot_table(

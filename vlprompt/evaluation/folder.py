@@ -35,7 +35,7 @@ _PACKAGES = (
 # What cannot change a result: where things lie, how many processes share the work, what is shown meanwhile.
 _INDIFFERENT: dict[str, tuple[str, ...] | None] = {
     "output": None,
-    "data": ("root", "workers"),
+    "data": ("root", "workers", "bank"),
     "trainer": ("devices", "accelerator", "progress", "loggers"),
 }
 
@@ -53,6 +53,8 @@ def config_sha256(config: RunConfig) -> str:
             del plain[part][name]
         if names is None:
             del plain[part]
+    if not plain["start"]:  # younger than runs that people have
+        del plain["start"]
     return sha256_of(plain)
 
 

@@ -13,6 +13,7 @@ from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.data import FewShotTask, load_dataset
 from vlprompt.engine.config import DataConfig, RunConfig, TrainerConfig
 from vlprompt.errors import ConfigError, DataError, VlpromptError
+from vlprompt.io.head import learned_tensors
 from vlprompt.methods import PromptMethod, create_method, get_method_class
 
 
@@ -66,11 +67,15 @@ def load_task(data: DataConfig, seed: int, classes: str | None = None) -> FewSho
 
 
 def build_method(config: RunConfig, backbone: Backbone, task: FewShotTask) -> PromptMethod:
-    """Return the configured method for the task's classes; templates left open are the data set's own."""
+    """Return the configured method for the task's classes; templates left open are the data set's own.
+
+    Raises:
+        VlpromptError: Settings or class names that cannot be used, or a ``start`` that does not fit.
+    """
     settings = with_own_template(get_method_class(config.method), config.settings, task.template)
     others = [name for name in task.all_class_names if name not in set(task.class_names)]
     everything = [*task.class_names, *others]
-    return create_method(
+    method = create_method(
         config.method,
         backbone,
         task.class_names,
@@ -78,6 +83,10 @@ def build_method(config: RunConfig, backbone: Backbone, task: FewShotTask) -> Pr
         objectives=config.objectives,
         **settings,
     ).to(backbone.device)
+    if config.start:
+        tensors, _ = learned_tensors(config.start, backbone)
+        method.start_from(tensors)
+    return method
 
 
 def complete(config: RunConfig) -> RunConfig:
@@ -119,7 +128,8 @@ def moved_to(config: RunConfig, method: PromptMethod, task: FewShotTask) -> Prom
     Raises:
         VlpromptError: The learnables belong to the method's own classes.
     """
-    if with_own_template(type(method), config.settings, "") == config.settings:
+    same = method.class_names == task.class_names
+    if with_own_template(type(method), config.settings, "") == config.settings or method.fits and not same:
         return method.with_classes(task.class_names)
     moved = build_method(config, method.backbone, task)
     moved.load_learnable_state(method.learnable_state())

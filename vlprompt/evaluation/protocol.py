@@ -53,10 +53,19 @@ def result_parts(method: str) -> dict[str, str]:
 
 
 def marks(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return what a cell keeps of its runs beside their scores: the metric if it is not accuracy, and an oracle."""
+    """Return what a cell keeps of its runs beside their scores: another metric, and how test images were used."""
     metric = runs[0].results["data"].get("metric", "accuracy")
     found: dict[str, Any] = {} if metric == "accuracy" else {"metric": metric}
+    if used := runs[0].results.get("test_images"):
+        found["test_images"] = used
     return found | ({"oracle": True} if is_oracle(one.results for one in runs) else {})
+
+
+def shared_marks(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the average of ``cells`` keeps of :func:`marks`: whatever any of them used test images for."""
+    found: dict[str, Any] = {"oracle": True} if any(cell.get("oracle") for cell in cells) else {}
+    used = [cell["test_images"] for cell in cells if cell.get("test_images")]
+    return found | ({"test_images": used[0]} if used else {})
 
 
 def table_rows(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -71,8 +80,9 @@ def table_rows(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any]
 
 
 def row_name(cell: dict[str, Any], label: str) -> str:
-    """Return how a table calls the row ``label`` of ``cell``: marked where an oracle chose its hyperparameters."""
-    return stamped(label, label != ZERO_SHOT and bool(cell.get("oracle")))
+    """Return how a table calls the row ``label`` of ``cell``: marked where test images were used."""
+    own = label != ZERO_SHOT
+    return stamped(label, own and bool(cell.get("oracle")), cell.get("test_images") if own else None)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

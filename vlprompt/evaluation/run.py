@@ -13,7 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from vlprompt.backbone import Backbone
-from vlprompt.data import FewShotData, FewShotTask
+from vlprompt.data import FewShotTask
 from vlprompt.data.tally import tally
 from vlprompt.engine.callbacks import LAST_CHECKPOINT, read_metrics, write_text
 from vlprompt.engine.config import BackboneConfig, DataConfig, RecipeConfig, RunConfig, TrainerConfig
@@ -22,6 +22,7 @@ from vlprompt.engine.memory import peak_memory
 from vlprompt.engine.metrics import headline, metric_of
 from vlprompt.engine.module import PromptModule, check_trainable
 from vlprompt.errors import ConfigError, HeadError, VlpromptError
+from vlprompt.evaluation.feeding import check_processes, data_of, shots_of, test_use, training_images
 from vlprompt.evaluation.folder import (
     HEAD,
     RESULTS,
@@ -36,7 +37,7 @@ from vlprompt.evaluation.folder import (
 )
 from vlprompt.evaluation.prepare import build_method, complete, device_of, load_both, load_task, zeroshot_method
 from vlprompt.evaluation.record import data_record, shift_record
-from vlprompt.evaluation.selection import is_oracle, selection_of
+from vlprompt.evaluation.selection import is_oracle, own_selection, selection_of
 from vlprompt.evaluation.tables import results_table
 from vlprompt.io.head import Head, backbone_facts, load_head
 from vlprompt.methods import PromptMethod
@@ -192,7 +193,9 @@ def _run(config: RunConfig, method: PromptMethod, task: FewShotTask, *, force: b
             "train": {**trained, "peak_mb": peak.megabytes},
         }
         facts = {"run": folder.name, "data": task.describe()}
-        if chosen := selection_of(config.output):
+        if used := test_use(method):
+            results["test_images"] = facts["test_images"] = used
+        if chosen := own_selection(method) or selection_of(config.output):
             results["selection"] = chosen
             facts["selection"] = {"on": chosen["on"], "oracle": chosen["oracle"]}  # a head may travel alone
         if is_main_process():
@@ -212,9 +215,14 @@ def _inputs(method: PromptMethod, task: FewShotTask) -> dict[str, str]:
 
 def _trained(config: RunConfig, method: PromptMethod, task: FewShotTask, folder: Path) -> pl.Trainer:
     """Train ``method`` in place, as far as it is not trained yet; return the Trainer to test it with."""
-    trainer = make_trainer(config.trainer, folder, config.recipe.epochs)
-    if method.parameter_groups(config.recipe.lr):
-        fit(trainer, PromptModule(method, config.recipe), _data(config, method, task), folder)
+    check_processes(config, method)
+    trainer = make_trainer(config.trainer, folder, config.recipe.epochs, gradient=method.needs_gradient)
+    if method.fits:
+        method.fit(shots_of(config, method, task))
+    elif method.wants_source:
+        method.measure_source(training_images(config, method, task))
+    elif method.parameter_groups(config.recipe.lr):
+        fit(trainer, PromptModule(method, config.recipe), data_of(config, method, task), folder)
     method.eval()
     return trainer
 
@@ -268,48 +276,12 @@ def _load_trained(method: PromptMethod, folder: Path) -> None:
     method.load_learnable_state(trained.method.learnable_state())
 
 
-def _data(config: RunConfig, method: PromptMethod, task: FewShotTask) -> FewShotData:
-    backbone = method.backbone
-    return FewShotData(
-        task,
-        backbone.preprocess,
-        batch_size=config.recipe.batch_size,
-        test_batch_size=config.recipe.test_batch_size,
-        view=config.data.view,
-        seed=config.seed,
-        workers=config.data.workers,
-        on_bad_image=config.data.on_bad_image,
-        cached_views=_cached_views(config, method, task),
-        encode=None if method.learns_image_side else backbone.encode_image,
-        fingerprint=backbone.fingerprint,
-        device=backbone.device,
-    )
-
-
-def _cached_views(config: RunConfig, method: PromptMethod, task: FewShotTask) -> int:
-    """Return the random views per training image whose features are kept: what was asked for, or one per epoch.
-
-    One per epoch where that changes nothing but rounding (one process, full precision) and takes at most 1 GiB.
-    """
-    asked = config.data.cached_views
-    if asked and method.learns_image_side:
-        raise ConfigError(
-            f"data.cached_views is {asked}, but {method.name} with these settings learns on the image side, so that "
-            "features cannot be kept; accepted: 0 or null"
-        )
-    if asked is not None or method.learns_image_side or config.data.view == "center":
-        return asked or 0
-    size = len(task.train) * config.recipe.epochs * method.backbone.embed_dim * 4
-    exact = config.trainer.devices == 1 and config.trainer.precision == "32-true"
-    return config.recipe.epochs if exact and size <= 2**30 else 0
-
-
 def tested(
     config: RunConfig, trainer: pl.Trainer, method: PromptMethod, task: FewShotTask
 ) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """Return the score of the task's test images, and the correct and total counts per class."""
     module = PromptModule(method, metric=metric_of(task))
-    found = test(trainer, module, _data(config, method, task))
+    found = test(trainer, module, data_of(config, method, task))
     return found, module.per_class
 
 
@@ -368,7 +340,7 @@ def evaluate_head(
     task = load_task(data, seed)
     method = head.method if task.class_names == head.class_names else head.method.with_classes(task.class_names)
     config = RunConfig(method=method.name, data=data, trainer=trainer_config, seed=seed)
-    quiet_trainer = make_trainer(trainer_config, Path(folder), 1)
+    quiet_trainer = make_trainer(trainer_config, Path(folder), 1, gradient=method.needs_gradient)
     with tally():  # says which images had to be left out
         found, _ = tested(config, quiet_trainer, method.eval(), task)
     return found | {"data": task.describe(), "oracle": is_oracle([head.training_facts])}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vlprompt.errors import ConfigError, did_you_mean
+from vlprompt.methods import PromptMethod
 
 Split = Literal["val", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)
@@ -111,9 +112,17 @@ def selection_of(output: str | Path) -> dict[str, Any] | None:
     return found
 
 
-def stamped(name: str, oracle: bool) -> str:
-    """Return how tables call a row: its name, marked where an oracle chose its hyperparameters."""
-    return f"{name} (oracle)" if oracle else name
+def own_selection(method: PromptMethod) -> dict[str, Any] | None:
+    """Return the stamp of a method that chose its hyperparameters on test images, as its settings asked; else None."""
+    if method.selects_on() != "test":
+        return None
+    return record(Verdict("test", oracle=True, reason=f"{method.name} chose on the test images"), {}, [], {})
+
+
+def stamped(name: str, oracle: bool, test_images: str | None = None) -> str:
+    """Return how tables call a row: its name, marked where an oracle chose, and by how it uses test images."""
+    marked = [word for word in (test_images, "oracle" if oracle else None) if word]
+    return f"{name} ({', '.join(marked)})" if marked else name
 
 
 def is_oracle(results: Iterable[Mapping[str, Any]]) -> bool:

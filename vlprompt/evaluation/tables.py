@@ -36,7 +36,10 @@ def results_table(runs: Sequence[dict[str, Any]]) -> str:
     if "new" in columns:
         table.add_column("harmonic mean", justify="right")
     rows = [] if first["method"] == "zeroshot" else [("zero-shot", first["zeroshot"])]
-    for label, scores in [*rows, *((stamped(one["method"], is_oracle([one])), one["results"]) for one in runs)]:
+    for label, scores in [
+        *rows,
+        *((stamped(one["method"], is_oracle([one]), one.get("test_images")), one["results"]) for one in runs),
+    ]:
         cells = [score_text(scores.get(name)) for name in columns]
         if "new" in columns:
             mean = scores.get("harmonic_mean")

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import glob
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -23,30 +21,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.errors import BackboneError, HeadError, VlpromptError
+from vlprompt.io.head_files import CONFIG_FILE, SCHEMA, TENSOR_FILE, find_head, read_config, read_tensors, sha256
 from vlprompt.methods import PromptMethod, create_method
 
-SCHEMA = 1
-CONFIG_FILE, TENSOR_FILE = "config.json", "head.safetensors"
 _LEARNABLE = "learnable."
-_KEYS = {
-    "schema": int,
-    "method": str,
-    "settings": dict,
-    "objectives": dict,
-    "class_names": list,
-    "all_class_names": list,
-    "backbone": dict,
-    "preprocess": dict,
-    "training": dict,
-    "versions": dict,
-    "tensors_sha256": str,
-}
-_MAX_CONFIG_BYTES = 16 << 20
 
 
 class Head(nn.Module):
@@ -143,7 +126,7 @@ class Head(nn.Module):
             staging = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", dir=folder.parent))
             try:
                 save_file(tensors, staging / TENSOR_FILE)
-                config = self._config() | {"tensors_sha256": _sha256(staging / TENSOR_FILE)}
+                config = self._config() | {"tensors_sha256": sha256(staging / TENSOR_FILE)}
                 text = json.dumps(config, indent=1, ensure_ascii=False)
                 (staging / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
                 os.chmod(staging, 0o755)
@@ -200,7 +183,7 @@ def load_head(folder: str | Path, backbone: Backbone | None = None, *, device: s
     """
     folder = find_head(folder)
     config = read_config(folder)
-    tensors = _read_tensors(folder, config)
+    tensors = read_tensors(folder, config)
     facts = config["backbone"]
     if backbone is None:
         try:
@@ -228,6 +211,19 @@ def load_head(folder: str | Path, backbone: Backbone | None = None, *, device: s
     except (VlpromptError, TypeError) as error:  # TypeError: a setting called like an argument
         raise HeadError(f"the head in {folder} cannot be rebuilt: {error}") from error
     return Head(method.to(backbone.device), config["training"])
+
+
+def learned_tensors(folder: str | Path, backbone: Backbone) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the learned tensors of a saved head by name, and its configuration, for a method that starts from them.
+
+    Raises:
+        HeadError: No head there, damaged or foreign files, or one of another backbone.
+    """
+    folder = find_head(folder)
+    config = read_config(folder)
+    tensors = read_tensors(folder, config)
+    _check_backbone(backbone, config, folder)
+    return {name.removeprefix(_LEARNABLE): t for name, t in tensors.items() if name.startswith(_LEARNABLE)}, config
 
 
 def _check_backbone(backbone: Backbone, config: dict[str, Any], folder: Path) -> None:
@@ -304,92 +300,6 @@ def _put(staging: Path, folder: Path) -> None:
     shutil.rmtree(older, ignore_errors=True)
 
 
-def find_head(folder: str | Path) -> Path:
-    """Return the folder that holds ``config.json`` and ``head.safetensors``: ``folder`` or its ``head/``.
-
-    Raises:
-        HeadError: Neither holds a head.
-    """
-    folder = Path(folder)
-    for place in (folder, folder / "head"):  # os.path: False for names that no file can have
-        if os.path.isfile(place / CONFIG_FILE) and os.path.isfile(place / TENSOR_FILE):
-            return place
-    if os.path.isfile(folder):
-        raise HeadError(f"{folder} is a file; give the folder that holds {CONFIG_FILE} and {TENSOR_FILE}, or its run")
-    if not os.path.exists(folder):
-        if kept := sorted(folder.parent.glob(f".{glob.escape(folder.name[:100])}.older-*/{CONFIG_FILE}")):
-            raise HeadError(
-                f"saving over {folder} was interrupted; bring the older head back: mv {kept[0].parent} {folder}"
-            )
-        raise HeadError(f"there is no folder {folder}. Train a head first: vlprompt train --config mocoop/demo.yaml")
-    raise HeadError(
-        f"{folder} holds no head: looked for {CONFIG_FILE} and {TENSOR_FILE} in it and in {folder / 'head'}. "
-        "An unfinished run has none yet; run its train command again to finish it."
-    )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the checked ``config.json`` of a head.
-
-    Raises:
-        HeadError: Not JSON, keys missing or unknown, values of another type, or a newer schema.
-    """
-    path = folder / CONFIG_FILE
-    try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise HeadError(f"{path} is larger than {_MAX_CONFIG_BYTES >> 20} MB; this is not a head's configuration")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise HeadError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise HeadError(f"{path} holds a {type(config).__name__}; expected an object")
-    schema = config.get("schema")
-    if isinstance(schema, int) and not isinstance(schema, bool) and schema != SCHEMA:
-        fix = "Run: pip install -U vlprompt" if schema > SCHEMA else "Save the head again."
-        raise HeadError(f"{path} has schema {str(schema)[:20]}; this vlprompt reads schema {SCHEMA}. {fix}")
-    wrong = [f"{key} is missing" for key in _KEYS if key not in config and key != "objectives"]  # older heads have none
-    wrong += [f"{key[:60]!r} is unknown" for key in config if key not in _KEYS]
-    for key, kind in _KEYS.items():
-        if key in config and (not isinstance(config[key], kind) or isinstance(config[key], bool)):
-            wrong.append(f"{key} is {str(config[key])[:40]!r}; expected {kind.__name__}")
-    facts = config.get("backbone")
-    expected = {"name": str, "pretrained": str, "precision": str, "embed_dim": int, "fingerprint": str}
-    if isinstance(facts, dict):
-        missing = [(key, kind) for key, kind in expected.items() if not isinstance(facts.get(key), kind)]
-        wrong += [f"backbone.{key} is missing or no {kind.__name__}" for key, kind in missing]
-        long = [key for key, value in facts.items() if len(str(value)) > 1024]
-        wrong += [f"backbone.{key[:60]} has more than 1,024 characters" for key in long]
-    if wrong:
-        raise HeadError(f"{path} is not a head's configuration:\n  " + "\n  ".join(wrong[:20]))
-    return config
-
-
-def _read_tensors(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    path = folder / TENSOR_FILE
-    try:
-        found = _sha256(path)
-    except OSError as error:
-        raise HeadError(f"{path} cannot be read: {error.strerror or error}") from error
-    if found != config["tensors_sha256"]:
-        raise HeadError(
-            f"{path} is damaged or belongs to another head: its SHA-256 is {found[:12]}..., "
-            f"{CONFIG_FILE} says {config['tensors_sha256'][:12]}... Save or copy the whole folder again."
-        )
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except Exception as error:  # the checksum is right, so this is not damage but another kind of file
-        raise HeadError(f"{path} is not a safetensors file: {str(error)[:200]}") from error
-    return tensors
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -397,4 +307,4 @@ def _version(package: str) -> str | None:
         return None
 
 
-__all__ = ["Head", "backbone_facts", "find_head", "load_head", "read_config"]
+__all__ = ["Head", "backbone_facts", "find_head", "learned_tensors", "load_head", "read_config"]

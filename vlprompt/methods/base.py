@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from vlprompt.backbone import Backbone, TokenLayout
 from vlprompt.errors import ClassNameError, ConfigError, HeadError, bulleted
+from vlprompt.methods.fitting import Shots
 from vlprompt.objectives.base import Objective, Step, create_objective
 from vlprompt.prompts.words import check_class_names
+from vlprompt.testtime.views import TestViews
 
 
 class PromptMethod(nn.Module):
@@ -46,6 +48,20 @@ class PromptMethod(nn.Module):
     """What :meth:`training_weights` has a set of text features for: ``[C, D]``, ``[G, C, D]`` or ``[B, C, D]``."""
     learns_image_side: bool = False
     """True when image features depend on learnables, so that features cannot be computed once and kept."""
+    fits: ClassVar[bool] = False
+    """True when :meth:`fit` does the learning, on frozen features, instead of gradient steps over images."""
+    fit_view: ClassVar[Literal["random", "random-half"]] = "random"
+    """Kind of the random views of training images that :meth:`fit` gets (:mod:`vlprompt.data.views`)."""
+    fitted: tuple[str, ...] = ()
+    """Buffers (dotted names) that belong to the head beside its learnables; their shapes may depend on the shots."""
+    test_views: TestViews | None = None
+    """Views of every evaluated image that :meth:`forward` gets, ``[B, V, D]`` or ``[B, V, 3, H, W]``; None: one."""
+    needs_gradient: bool = False
+    """True when scoring differentiates, as test-time tuning does."""
+    no_objectives: ClassVar[str | None] = None
+    """Why no further objective can take part; None: objectives say themselves what they need."""
+    online: ClassVar[bool] = False
+    """True when scores depend on the images seen before; :meth:`reset` forgets them."""
 
     def __init__(
         self,
@@ -70,6 +86,11 @@ class PromptMethod(nn.Module):
         for wanted_name, own in (objectives or {}).items():
             if not isinstance(own, Mapping):
                 raise ConfigError(f"objectives.{wanted_name} is {own!r}; accepted: its settings, {{}} for the defaults")
+            if self.no_objectives:
+                raise ConfigError(
+                    f"objective {wanted_name!r} cannot go with method {self.name!r}: {self.no_objectives}, and no "
+                    "objective takes part in that; leave objectives empty"
+                )
         self.objective_settings = {key: dict(own) for key, own in (objectives or {}).items()}
         self.objectives = nn.ModuleList()
         self.build()
@@ -206,6 +227,39 @@ class PromptMethod(nn.Module):
         for objective in self.active:
             objective.epoch_end(epoch, epochs)
 
+    # -- fitting on features ------------------------------------------------------------------------------------
+    def fit(self, shots: Shots) -> None:
+        """Learn from frozen features; methods with :attr:`fits` do."""
+        raise NotImplementedError
+
+    def fit_views(self) -> int:
+        """Return how many random views of each training image :meth:`fit` wants; 0 for the test view."""
+        return 0
+
+    def unlabelled(self) -> Literal["none", "train", "test"]:
+        """Return which images :meth:`fit` sees without labels; with "test" a run is transductive and says so."""
+        return "none"
+
+    def unlabelled_view_count(self) -> int:
+        """Return how many random views of the unlabelled images :meth:`fit` wants."""
+        return 0
+
+    def selects_on(self) -> Literal["val", "test"]:
+        """Return where hyperparameters are chosen; "test" is the published leak, and the run is marked as oracle."""
+        return "val"
+
+    @property
+    def wants_source(self) -> bool:
+        """Whether statistics of the training images are missing that :meth:`measure_source` computes."""
+        return False
+
+    def measure_source(self, batches: Iterable[Tensor]) -> None:
+        """Compute statistics of the training images, batches of normalised images ``[B, 3, H, W]``."""
+        raise NotImplementedError
+
+    def reset(self) -> None:  # noqa: B027  # a hook that most methods have no use for
+        """Forget the images that were seen at test time; methods with :attr:`online` do."""
+
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """Return optimiser groups; an empty list says that there is nothing to train."""
         learnables = [parameter for _, parameter in self.learnables()]
@@ -241,6 +295,7 @@ class PromptMethod(nn.Module):
     def _kept(self) -> dict[str, Tensor]:
         """Return what scoring depends on beside the backbone: learnables, and buffers that objectives keep."""
         kept: dict[str, Tensor] = dict(self.learnables())
+        kept |= {name: self.get_buffer(name) for name in self.fitted}
         for index, objective in enumerate(self.active):
             kept |= {f"objectives.{index}.{name}": getattr(objective, name) for name in objective.kept}
         return kept
@@ -257,13 +312,29 @@ class PromptMethod(nn.Module):
         wrong += [
             f"{name}: shape {list(state[name].shape)}, expected {list(own[name].shape)}"
             for name in own
-            if name in state and state[name].shape != own[name].shape
+            if name in state and not self._takes(name, own[name], state[name])
         ]
         if wrong:
             raise HeadError(f"these tensors do not fit the method {self.name!r}:\n  " + "\n  ".join(wrong))
+        for name in self.fitted:
+            if state[name].shape != own[name].shape:
+                owner, _, last = name.rpartition(".")
+                setattr(self.get_submodule(owner), last, own[name].new_zeros(state[name].shape))
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in self._kept().items():
                 parameter.copy_(state[name])
+
+    def start_from(self, state: Mapping[str, Tensor]) -> None:
+        """Take the learned tensors of another head as the start.
+
+        Raises:
+            HeadError: They are not the tensors of such a method.
+        """
+        self.load_learnable_state(state)
+
+    def _takes(self, name: str, own: Tensor, given: Tensor) -> bool:
+        # What is fitted has as many rows as there were shots.
+        return given.ndim == own.ndim if name in self.fitted else given.shape == own.shape
 
     def with_classes(self, class_names: Sequence[str]) -> PromptMethod:
         """Return the same method with the same learnables for other classes (evaluation of new classes).

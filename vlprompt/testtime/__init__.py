@@ -1,0 +1,1 @@
+"""Adaptation to single test images."""
