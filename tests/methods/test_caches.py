@@ -1,0 +1,251 @@
+"""The cache methods in the registry: what they ask a run for, fit, save, and say where they use test images."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlprompt import create_method, load_head
+from vlprompt.backbone import Backbone
+from vlprompt.errors import ClassNameError, ConfigError, HeadError
+from vlprompt.evaluation.feeding import test_use as use_of_test_images
+from vlprompt.io.head import Head
+from vlprompt.methods import PromptMethod
+from vlprompt.methods.cached import mean_features, own_rows
+from vlprompt.methods.fitting import Shots
+
+NAMES = ["cat", "annual crop land", "aeroplane"]
+#: Settings that keep the tests short.
+SMALL: dict[str, dict[str, Any]] = {
+    "tip_adapter": {"search_steps": (6, 4)},
+    "tip_adapter_f": {"search_steps": (6, 4), "views": 2, "epochs": 3, "epoch_views": 3, "batch_size": 5},
+    "ape": {"search_steps": (4, 3, 2)},
+    "gda": {},
+    "tfup": {},
+    "tfup_t": {"epochs": 3, "warmup_epochs": 1, "views": 2},
+}
+every_cache = pytest.mark.parametrize("name", SMALL)
+
+
+def make(backbone: Backbone, name: str, **own: Any) -> PromptMethod:
+    return create_method(name, backbone, NAMES, **{**SMALL[name], **own})
+
+
+def shots_for(method: PromptMethod, seed: int = 1, val: int = 9) -> Shots:
+    """Features that lie around the classes' text features, as many views as the method asks for."""
+    text, draw = method.cache.text, torch.Generator().manual_seed(4)  # type: ignore[union-attr]
+
+    def around(labels: Tensor, *views: int) -> Tensor:
+        return 3 * (text[labels] + 0.1 * torch.randn(*views, len(labels), 64, generator=draw))  # type: ignore[index]
+
+    labels, truth = torch.arange(3).repeat(4), torch.arange(val) % 3
+    images = torch.arange(30) % 3
+    return Shots(
+        train=around(labels, max(method.fit_views(), 1)),
+        labels=labels,
+        val=around(truth),
+        val_labels=truth,
+        unlabelled=around(images),
+        unlabelled_views=around(images, method.unlabelled_view_count()),
+        seed=seed,
+    )
+
+
+def fitted(backbone: Backbone, name: str, **own: Any) -> tuple[PromptMethod, Shots]:
+    method = make(backbone, name, **own)
+    shots = shots_for(method)
+    method.fit(shots)
+    return method, shots
+
+
+@every_cache
+def test_unfitted_is_zero_shot(tiny_backbone: Backbone, tiny_clip: Any, name: str) -> None:
+    images = torch.from_numpy(tiny_clip.draw_images("caches", 3, 64))
+    expected = create_method("zeroshot", tiny_backbone, NAMES)(images)
+    torch.testing.assert_close(make(tiny_backbone, name)(images), expected, rtol=1e-5, atol=1e-4)
+
+
+@every_cache
+def test_alpha_zero_is_zero_shot(tiny_backbone: Backbone, name: str) -> None:
+    own = {"text_ratio": 0.0, "image_ratio": 0.0, "use_cache": True} if name == "tfup_t" else {}
+    own |= {} if name.startswith("tfup") else {"search": False}
+    method, shots = fitted(tiny_backbone, name, alpha=0.0, **own)
+    expected = create_method("zeroshot", tiny_backbone, NAMES)(shots.val)
+    torch.testing.assert_close(method(shots.val), expected, rtol=1e-5, atol=1e-4)
+
+
+@every_cache
+def test_fitting_depends_on_the_shots_and_their_seed_alone(tiny_backbone: Backbone, name: str) -> None:
+    method, shots = fitted(tiny_backbone, name)
+    torch.manual_seed(12345)
+    again = make(tiny_backbone, name)
+    again.fit(shots)
+    assert method.learnable_state().keys() == set(method.fitted)
+    for key, value in again.learnable_state().items():
+        assert value.dtype == torch.float32 and torch.equal(value, method.learnable_state()[key])
+    assert bool((method(shots.val).argmax(-1) == shots.val_labels).double().mean() > 0.6)
+    if name in ("tip_adapter_f", "tfup_t"):
+        other = make(tiny_backbone, name)
+        other.fit(shots_for(other, seed=2))
+        assert not torch.equal(other(shots.val), method(shots.val))
+
+
+@every_cache
+def test_a_saved_head_gives_the_same_logits(tiny_backbone: Backbone, name: str, tmp_path: Path) -> None:
+    method, shots = fitted(tiny_backbone, name)
+    folder = Head(method).save_pretrained(tmp_path / "head")
+    assert torch.equal(load_head(folder, tiny_backbone)(shots.val), method(shots.val))
+
+
+@every_cache
+def test_a_state_that_contradicts_itself_changes_nothing(tiny_backbone: Backbone, name: str) -> None:
+    method, shots = fitted(tiny_backbone, name)
+    before, state = method(shots.val), method.learnable_state()
+    key = "cache.bias" if name == "gda" else "cache.labels"
+    with pytest.raises(HeadError, match="do not fit the method"):
+        method.load_learnable_state({**state, key: state[key][:-1]})
+    with pytest.raises(HeadError, match=f"{key}: missing"):
+        method.load_learnable_state({k: v for k, v in state.items() if k != key})
+    assert torch.equal(method(shots.val), before)
+    fewer = create_method(name, tiny_backbone, NAMES[:2], **SMALL[name])
+    with pytest.raises(HeadError, match="do not fit the method"):
+        fewer.load_learnable_state(state)
+
+
+@every_cache
+def test_own_classes_in_any_order_and_no_others(tiny_backbone: Backbone, name: str) -> None:
+    method, shots = fitted(tiny_backbone, name)
+    order = [2, 0, 1]
+    moved = method.with_classes([NAMES[i] for i in order])
+    torch.testing.assert_close(moved(shots.val), method(shots.val)[:, order], rtol=1e-4, atol=1e-4)
+    part = method.with_classes([NAMES[2], NAMES[0]])
+    assert part(shots.val).shape == (9, 2) and part.training == method.training
+    if not name.startswith("tfup"):  # whose likeness is measured in the probabilities of all classes
+        torch.testing.assert_close(part(shots.val), method(shots.val)[:, [2, 0]], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ClassNameError, match=f"cache of {name} holds images of its own 3 classes.*'dog'"):
+        method.with_classes(["cat", "dog"])
+
+
+def test_repeated_names_are_taken_in_turn() -> None:
+    assert own_rows(["a", "b", "a"], ["a", "a", "b", "a"]) == [0, 2, 1, 2]
+
+
+@every_cache
+def test_class_weights_are_zero_shot_s_and_a_fitted_cache_warns(tiny_backbone: Backbone, name: str) -> None:
+    method, _ = fitted(tiny_backbone, name)
+    with pytest.warns(UserWarning, match=f"{name} adds a cache"):
+        weights = method.class_weights()
+    torch.testing.assert_close(weights, create_method("zeroshot", tiny_backbone, NAMES).class_weights())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(tiny_backbone, name).class_weights()
+
+
+@every_cache
+def test_no_objective_goes_with_a_cache(tiny_backbone: Backbone, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"objective 'knowledge' cannot go with method '{name}'"):
+        create_method(name, tiny_backbone, NAMES, objectives={"knowledge": {}})
+
+
+# -- what a run is asked for ------------------------------------------------------------------------------------------
+def test_the_views_that_are_asked_for(tiny_backbone: Backbone) -> None:
+    def asked(name: str, **own: Any) -> tuple[int, str, str, int]:
+        method = create_method(name, tiny_backbone, NAMES, **own)
+        return method.fit_views(), method.fit_view, method.unlabelled(), method.unlabelled_view_count()
+
+    assert asked("tip_adapter") == (10, "random-half", "none", 0)
+    assert asked("tip_adapter", views=0) == (0, "random-half", "none", 0)
+    assert asked("tip_adapter_f") == (30, "random-half", "none", 0)
+    assert asked("tip_adapter_f", views=0, epoch_views=0) == (0, "random-half", "none", 0)
+    assert asked("tip_adapter_f", views=0, epoch_views=5) == (6, "random-half", "none", 0)
+    assert asked("ape") == asked("gda") == (10, "random-half", "none", 0)
+    assert asked("tfup")[::2] == (0, "train") and asked("tfup")[3] == 0
+    assert asked("tfup_t")[::2] == (0, "train") and asked("tfup_t")[3] == 30
+
+
+def test_test_images_are_used_only_where_settings_say_so(tiny_backbone: Backbone) -> None:
+    for name in SMALL:
+        method = make(tiny_backbone, name)
+        assert method.fits and not method.parameter_groups(0.1) and method.selects_on() == "val"
+        assert use_of_test_images(method) is None
+        if name != "tfup":  # which chooses nothing
+            assert make(tiny_backbone, name, select_on="test").selects_on() == "test"
+    for name in ("tfup", "tfup_t"):
+        method = make(tiny_backbone, name, unlabelled="test")
+        assert method.unlabelled() == "test" and use_of_test_images(method) == "transductive"
+
+
+@pytest.mark.parametrize("name", ["tip_adapter", "tip_adapter_f", "ape", "gda"])
+def test_the_search_needs_validation_images(tiny_backbone: Backbone, name: str) -> None:
+    method = make(tiny_backbone, name, alpha=0.37)
+    method.fit(shots_for(method, val=0))
+    assert float(method.cache.alpha) == pytest.approx(0.37)  # type: ignore[union-attr, arg-type]
+    still = make(tiny_backbone, name, alpha=0.37, search=False)
+    still.fit(shots_for(still))
+    assert float(still.cache.alpha) == pytest.approx(0.37)  # type: ignore[union-attr, arg-type]
+    searched, _ = fitted(tiny_backbone, name, alpha=0.37)
+    assert float(searched.cache.alpha) != pytest.approx(0.37)  # type: ignore[union-attr, arg-type]
+
+
+def test_tip_adapter_f_trains_on_the_views_behind_those_of_its_keys(tiny_backbone: Backbone) -> None:
+    method = make(tiny_backbone, "tip_adapter_f", epochs=0, search=False)
+    shots = shots_for(method)
+    method.fit(shots)
+    order = shots.labels.argsort(stable=True)
+    expected = F.normalize(shots.train[:2].mean(dim=0), dim=-1)[order]
+    assert shots.train.shape[0] == 5 and torch.equal(method.cache.keys, expected)  # type: ignore[union-attr]
+    trained, _ = fitted(tiny_backbone, "tip_adapter_f", search=False)
+    keys = trained.cache.keys  # type: ignore[union-attr]
+    assert not torch.equal(keys, expected)  # type: ignore[arg-type]
+
+
+def test_tfup_keeps_the_last_epoch_unless_told_otherwise(tiny_backbone: Backbone) -> None:
+    method, shots = fitted(tiny_backbone, "tfup_t")
+    blind = make(tiny_backbone, "tfup_t")
+    blind.fit(dataclasses.replace(shots, val=shots.val[:0], val_labels=shots.val_labels[:0]))
+    assert torch.equal(blind(shots.val), method(shots.val))
+
+
+def test_tfup_s_text_is_the_mean_of_raw_features(tiny_backbone: Backbone) -> None:
+    templates = ["a photo of a {}.", "art of the {}."]
+    method: Any = create_method("tfup_t", tiny_backbone, NAMES, templates=templates)
+    prompts = [[template.format(name) for template in templates] for name in NAMES]
+    raw = mean_features(tiny_backbone, prompts)
+    assert torch.equal(method.cache.raw_text, raw) and not torch.allclose(raw.norm(dim=-1), torch.ones(3))
+    torch.testing.assert_close(method.cache.text, F.normalize(raw, dim=-1))
+    with pytest.raises(ConfigError, match="class 1 has no prompts"):
+        mean_features(tiny_backbone, [["a cat."], []])
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("tip_adapter", {"alpha": -1.0}),
+        ("tip_adapter", {"views": -1}),
+        ("tip_adapter", {"search_steps": (200,)}),
+        ("tip_adapter", {"search_steps": (0, 20)}),
+        ("tip_adapter", {"search_beta": 0.05}),
+        ("tip_adapter", {"select_on": "train"}),
+        ("tip_adapter", {"templates": ["no name"]}),
+        ("tip_adapter_f", {"batch_size": 0}),
+        ("tip_adapter_f", {"lr": -0.1}),
+        ("ape", {"channels": 65}),
+        ("ape", {"search_steps": (2, 2)}),
+        ("gda", {"views": -2}),
+        ("tfup", {"cache_shots": -1}),
+        ("tfup", {"unlabelled": "val"}),
+        ("tfup_t", {"image_ratio": 1.5}),
+        ("tfup_t", {"warmup_epochs": -1}),
+    ],
+    ids=repr,
+)
+def test_settings_that_cannot_be_are_named(tiny_backbone: Backbone, name: str, own: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"settings.{next(iter(own))}.*{{}}|settings.{next(iter(own))} is .*accepted"):
+        create_method(name, tiny_backbone, NAMES, **own)

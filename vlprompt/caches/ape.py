@@ -1,0 +1,161 @@
+"""APE: a cache on chosen channels, its values weighted by how well CLIP knows them (Zhu et al., ICCV 2023).
+
+arXiv 2304.01195; official code yangyangyang127/APE, its training-free variant. Channels are kept in which classes are
+alike least and the text features vary most; a key counts the more, the less zero-shot CLIP is sure of its class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlprompt.caches.base import KeyValueCache, class_sums
+from vlprompt.caches.search import SearchResult, search_grid
+from vlprompt.errors import ConfigError
+
+_EPS = 1e-6
+
+
+class APE(KeyValueCache):
+    """``logits = scale f W^T + alpha exp(-beta (1 - f' K'^T)) (V r)``, where primes stand for the chosen channels.
+
+    Args:
+        class_weights: Text classifier ``[C, D]``.
+        logit_scale: What cosines are multiplied by.
+        channels: Q, how many channels are kept.
+        weights: Of the two parts of a channel's score: likeness between classes, variance of the text features.
+        alpha: Weight of what the cache says; 0 is zero-shot.
+        beta: Sharpness of the affinities.
+        gamma: How much more the keys count of which zero-shot CLIP is not sure; 0: all alike.
+
+    Raises:
+        ConfigError: More channels than there are, or none.
+    """
+
+    fitted = ("keys", "labels", "channels", "divergence", "alpha", "beta", "gamma")
+
+    def __init__(
+        self,
+        class_weights: Tensor,
+        logit_scale: float | Tensor = 100.0,
+        *,
+        channels: int,
+        weights: tuple[float, float] = (0.7, 0.3),
+        alpha: float = 2.0,
+        beta: float = 1.0,
+        gamma: float = 0.1,
+    ) -> None:
+        super().__init__(class_weights, logit_scale, alpha=alpha, beta=beta)
+        if not 1 <= channels <= class_weights.shape[1]:
+            raise ConfigError(
+                f"settings.channels is {channels}; accepted: 1 to {class_weights.shape[1]}, the backbone's feature size"
+            )
+        self.count, self.weights = channels, weights
+        self._keep("keys", class_weights.new_zeros(0, channels))
+        self._keep("channels", class_weights.new_zeros(0))
+        self._keep("divergence", class_weights.new_zeros(0))
+        self._keep("gamma", class_weights.new_tensor(gamma))
+
+    def fit(self, features: Tensor, labels: Tensor) -> APE:
+        """Choose the channels and make a weighted key of each image.
+
+        Args:
+            features: Raw features ``[N, D]``, or of several random views ``[V, N, D]``, which are averaged.
+            labels: ``[N]``. Classes without images count in the choice of channels by their text feature.
+
+        Raises:
+            DataError: Shapes that do not go together, or labels that are none of the classes.
+        """
+        views, labels = self._checked(features, labels)
+        order = labels.argsort(stable=True)
+        keys, labels = F.normalize(views.mean(dim=0), dim=-1)[order], labels[order]
+        chosen = self.channel_scores(keys, labels).topk(self.count).indices.sort().values
+        with torch.no_grad():
+            text = F.normalize(self.text[:, chosen], dim=-1)
+            keys = F.normalize(keys[:, chosen], dim=-1)
+            own = (keys @ text.t()).softmax(dim=-1).gather(1, labels[:, None]).squeeze(1)
+            # KL of the one-hot value from it, in bits: the other entries of the value are zero and add nothing.
+            divergence = torch.log2((1 + _EPS) / (own + _EPS))
+        self._set(keys=keys, labels=labels, channels=chosen, divergence=divergence)
+        return self
+
+    def channel_scores(self, keys: Tensor, labels: Tensor) -> Tensor:
+        """Return the score ``[D]`` of each channel: ``-w1 S_d + w2 Var_c(W_cd)``; the largest are kept.
+
+        S is the mean product of the channel over all pairs of a row of one class and a row of another, where the rows
+        of a class are its text feature and its keys. In closed form: the square of the sum over all rows, less the sum
+        of the classes' squares, over the number of pairs.
+
+        Args:
+            keys: Unit keys ``[N, D]``.
+            labels: ``[N]``.
+        """
+        with torch.no_grad():
+            text = self.text.double()
+            sums = text + class_sums(keys.double(), labels, self.classes)
+            rows = 1 + torch.bincount(labels, minlength=self.classes).double()
+            pairs = rows.sum() ** 2 - (rows**2).sum()
+            likeness = (sums.sum(dim=0) ** 2 - (sums**2).sum(dim=0)) / pairs.clamp(min=1)
+            variance = text.var(dim=0) if self.classes > 1 else torch.zeros_like(likeness)
+            return -self.weights[0] * likeness + self.weights[1] * variance
+
+    def affinity(self, unit: Tensor) -> Tensor:
+        """Return the cosine of the chosen channels ``[N, B]`` of each key and unit features ``[B, D]``."""
+        chosen = self.get_buffer("channels").long()
+        return self.get_buffer("keys") @ F.normalize(unit[:, chosen], dim=-1).t()
+
+    def evidence(self, affinity: Tensor, beta: float | Tensor) -> Tensor:
+        """Return the weighted sums over the keys of each class ``[C, B]``; ``affinity`` ``[N, B]``."""
+        weights = (self.get_buffer("gamma") * self.get_buffer("divergence")).exp()
+        return class_sums((affinity - 1).mul_(beta).exp_() * weights[:, None], self.key_labels, self.classes)
+
+    def search(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        betas: Sequence[float],
+        alphas: Sequence[float],
+        gammas: Sequence[float] = (),
+    ) -> SearchResult:
+        """Set ``beta``, ``alpha`` and ``gamma`` to the best of a grid on labelled images, and say what was found.
+
+        Of equally good points the first counts; beta is the outermost loop, gamma the innermost. Without ``gammas``,
+        gamma stays as it is.
+
+        Raises:
+            DataError: No images, or labels that are none of the classes.
+            ConfigError: An empty grid.
+        """
+        views, labels = self._checked(features, labels)
+        tried = list(gammas) or [float(self.get_buffer("gamma"))]
+        weights = [(gamma * self.get_buffer("divergence")).exp()[:, None] for gamma in tried]
+
+        def prepare(start: int, stop: int) -> tuple[Tensor, Tensor]:
+            unit = self.unit(views[0, start:stop])
+            return self.zeroshot(unit), self.affinity(unit)
+
+        def evidences(affinity: Tensor, beta: float) -> list[Tensor]:
+            sharp = (affinity - 1).mul_(beta).exp_()
+            return [class_sums(sharp * own, self.key_labels, self.classes) for own in weights]
+
+        found = search_grid(labels, prepare, evidences, {"beta": betas, "alpha": alphas, "gamma": tried})
+        self._set(**found.values)
+        return found
+
+    def _per_key(self) -> tuple[str, ...]:
+        return ("keys", "divergence")
+
+    def _key_width(self, state: Mapping[str, Tensor]) -> int:
+        return len(state["channels"]) or self.count
+
+    def misfits(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Return what in a ``state`` of fitted buffers contradicts itself or the classes, in words."""
+        channels, width = state["channels"], self.text.shape[1]
+        inside = bool(((channels >= 0) & (channels < width)).all())
+        return super().misfits(state) + ([] if inside else [f"channels: not all of them are 0 to {width - 1}"])
+
+
+__all__ = ["APE"]

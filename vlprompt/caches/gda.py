@@ -1,0 +1,112 @@
+"""GDA: Gaussian discriminant analysis beside zero-shot CLIP (Wang et al., ICLR 2024, arXiv 2402.04087).
+
+Classes are Gaussians with means of their own and one covariance; the classifier follows in closed form (equations 4 to
+6) and is added to the zero-shot one. Official code: mrflogs/ICLR24.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from vlprompt.caches.base import FeatureClassifier
+from vlprompt.caches.search import SearchResult, decades, search_scalar
+from vlprompt.errors import DataError
+
+
+class GDA(FeatureClassifier):
+    """``logits = scale f W^T + alpha (f W_g^T + b)`` with ``W_g = mu P`` and ``b_c = -ln C - mu_c P mu_c^T / 2``.
+
+    Args:
+        class_weights: Text classifier ``[C, D]``.
+        logit_scale: What cosines are multiplied by.
+        alpha: Weight of the Gaussian classifier; 0 is zero-shot.
+    """
+
+    fitted = ("weight", "bias", "alpha")
+
+    def __init__(self, class_weights: Tensor, logit_scale: float | Tensor = 100.0, *, alpha: float = 1.0) -> None:
+        super().__init__(class_weights, logit_scale)
+        self._keep("weight", class_weights.new_zeros(0, class_weights.shape[1]))
+        self._keep("bias", class_weights.new_zeros(0))
+        self._keep("alpha", class_weights.new_tensor(alpha))
+
+    def fit(self, features: Tensor, labels: Tensor) -> GDA:
+        """Estimate means and the shrunk precision ``P = D pinv((n - 1) S + tr(S) I)``, in double precision.
+
+        Args:
+            features: Raw features ``[N, D]``, or ``[V, N, D]``: each view counts as an image of its own, so that
+                n = V N (officially V = 10).
+            labels: ``[N]``.
+
+        Raises:
+            DataError: Shapes that do not go together, or a class without images: it has no mean.
+        """
+        views, labels = self._checked(features, labels)
+        counts = torch.bincount(labels, minlength=self.classes)
+        if missing := (counts == 0).nonzero().squeeze(1).tolist():
+            raise DataError(
+                f"{len(missing)} of {self.classes} classes have no images (the first is class {missing[0]}); "
+                "their means cannot be estimated"
+            )
+        with torch.no_grad():
+            unit = self.unit(views).double().flatten(0, 1)
+            every = labels.repeat(len(views))
+            means = unit.new_zeros(self.classes, unit.shape[1]).index_add_(0, every, unit)
+            means /= counts[:, None] * len(views)
+            centred = unit - means[every]
+            scatter = centred.t() @ centred  # (n - 1) S: centred rows have mean zero
+            shrink = scatter.diagonal().sum() / max(len(unit) - 1, 1)
+            shrunk = scatter + shrink * torch.eye(len(scatter), dtype=scatter.dtype, device=scatter.device)
+            weight = means @ (unit.shape[1] * torch.linalg.pinv(shrunk, hermitian=True))
+            bias = -torch.log(torch.tensor(float(self.classes))) - (weight * means).sum(dim=-1) / 2
+        self._set(weight=weight, bias=bias)
+        return self
+
+    def gaussian(self, unit: Tensor) -> Tensor:
+        """Return the Gaussian classifier's scores ``[B, C]`` of unit features ``[B, D]``."""
+        return unit @ self.get_buffer("weight").t() + self.get_buffer("bias")
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return logits ``[B, C]`` of raw ``features`` ``[B, D]``; zero-shot before :meth:`fit`."""
+        unit = self.unit(features)
+        zeroshot = self.zeroshot(unit)
+        return zeroshot + self.get_buffer("alpha") * self.gaussian(unit) if self.is_fitted else zeroshot
+
+    def search(self, features: Tensor, labels: Tensor, alphas: Sequence[float] | None = None) -> SearchResult:
+        """Set ``alpha`` to the best value on raw ``features`` ``[M, D]`` with ``labels`` ``[M]``; the first of equals.
+
+        ``alphas`` are the seven powers of ten from 0.0001 to 100 by default.
+
+        Raises:
+            DataError: No images, or labels that are none of the classes.
+        """
+        views, labels = self._checked(features, labels)
+        if not len(labels):
+            raise DataError("there are no images to choose hyperparameters on")
+        unit = self.unit(views[0])
+        zeroshot, gaussian = self.zeroshot(unit), self.gaussian(unit)
+
+        def score(alpha: float) -> float:
+            return float((torch.add(zeroshot, gaussian, alpha=alpha).argmax(dim=-1) == labels).double().mean())
+
+        found = search_scalar("alpha", decades(-4, 2) if alphas is None else alphas, score)
+        self._set(alpha=found.values["alpha"])
+        return found
+
+    def for_classes(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Return the buffers of the classifier that has class ``rows[i]`` of this one as its class i."""
+        weight, bias = self.get_buffer("weight"), self.get_buffer("bias")
+        return {"weight": weight[list(rows)], "bias": bias[list(rows)], "alpha": self.get_buffer("alpha")}
+
+    def misfits(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Return what in a ``state`` of fitted buffers contradicts itself or the classes, in words."""
+        rows, width = state["weight"].shape
+        wrong = [] if rows in (0, self.classes) else [f"weight: {rows} rows for {self.classes} classes"]
+        wrong += [] if width == self.text.shape[1] else [f"weight: width {width}, expected {self.text.shape[1]}"]
+        return wrong + ([] if len(state["bias"]) == rows else [f"bias: {len(state['bias'])} entries for {rows} rows"])
+
+
+__all__ = ["GDA"]

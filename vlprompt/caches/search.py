@@ -1,0 +1,127 @@
+"""Choosing hyperparameters of caches on labelled images: grids, and the search over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlprompt.errors import ConfigError, DataError
+
+#: Images that are compared at once: on a CPU few, so that their logits stay in its cache.
+_IMAGES = {"cpu": 64, "cuda": 1024}
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        values: The chosen value of each hyperparameter.
+        accuracy: Accuracy, 0 to 1, of every point of the grid; one axis per hyperparameter, in the order of ``values``.
+    """
+
+    values: dict[str, float]
+    accuracy: Tensor
+
+    @property
+    def best(self) -> float:
+        """The accuracy of the chosen point."""
+        return float(self.accuracy.max())
+
+
+def grid(top: float, steps: int, start: float = 0.1) -> list[float]:
+    """Return ``start + i (top - start) / steps`` for i from 0 to ``steps - 1``: Tip-Adapter's grid, without ``top``.
+
+    Raises:
+        ConfigError: Fewer than one step.
+    """
+    if steps < 1:
+        raise ConfigError(f"a grid of {steps} steps holds nothing; accepted: 1 or more")
+    return [start + i * (top - start) / steps for i in range(steps)]
+
+
+def first_best(accuracy: Tensor) -> tuple[int, ...]:
+    """Return the index of the largest entry; of equal ones the first, with the last axis running fastest."""
+    flat = accuracy.flatten()
+    place = int((flat == flat.max()).nonzero()[0])
+    return tuple(int(i) for i in torch.unravel_index(torch.tensor(place), accuracy.shape))
+
+
+@torch.no_grad()
+def search_grid(
+    labels: Tensor,
+    prepare: Callable[[int, int], tuple[Tensor, Any]],
+    evidences: Callable[[Any, float], Sequence[Tensor]],
+    values: Mapping[str, Sequence[float]],
+) -> SearchResult:
+    """Return the best point of the grid of ``beta``, ``alpha`` and, where it is given, ``gamma``.
+
+    Args:
+        labels: Labels ``[M]`` of the images.
+        prepare: ``prepare(start, stop)`` gives the zero-shot logits ``[B, C]`` of the images between, and what
+            ``evidences`` takes.
+        evidences: ``evidences(prepared, beta)`` gives what the cache says ``[C, B]``, for each gamma in turn.
+        values: The grid: ``beta``, then ``alpha``, then ``gamma`` or nothing.
+
+    Raises:
+        DataError: No images.
+        ConfigError: An axis without values.
+    """
+    if not len(labels):
+        raise DataError("there are no images to choose hyperparameters on")
+    if empty := [name for name, axis in values.items() if not len(axis)]:
+        raise ConfigError(f"the grid has no values of {', '.join(empty)}; accepted: 1 or more")
+    betas, alphas, *rest = values.values()
+    gammas = len(rest[0]) if rest else 1
+    correct = torch.zeros(len(betas), len(alphas), gammas, dtype=torch.int64)
+    images = _IMAGES.get(labels.device.type, 512)
+    for start in range(0, len(labels), images):
+        stop = min(start + images, len(labels))
+        zeroshot, prepared = prepare(start, stop)
+        for i, beta in enumerate(betas):
+            for k, evidence in enumerate(evidences(prepared, beta)):
+                correct[i, :, k] += _correct(zeroshot, evidence.t().contiguous(), labels[start:stop], alphas).cpu()
+    accuracy = correct.double() / len(labels)
+    accuracy = accuracy if rest else accuracy[..., 0]
+    place = first_best(accuracy)
+    chosen = {name: float(axis[i]) for (name, axis), i in zip(values.items(), place, strict=True)}
+    return SearchResult(chosen, accuracy)
+
+
+def _correct(zeroshot: Tensor, evidence: Tensor, labels: Tensor, alphas: Sequence[float]) -> Tensor:
+    """Return how many images ``zeroshot + alpha evidence`` gets right, for each alpha; both are ``[B, C]``.
+
+    The largest logit of the other classes is compared with that of the right one, for all alphas at once: argmax takes
+    many times longer. Where they are equal up to rounding, argmax decides (of equals, the first class).
+    """
+    rows, steps = labels[:, None], torch.tensor(list(alphas)).to(zeroshot)
+    own = zeroshot.gather(1, rows) + steps * evidence.gather(1, rows)
+    others = torch.addcmul(zeroshot.scatter(1, rows, -torch.inf), steps[:, None, None], evidence).amax(dim=-1).t()
+    right = own > others
+    image, step = ((own - others).abs() <= 1e-5 * own.abs().clamp(min=1)).nonzero(as_tuple=True)
+    if len(image):
+        logits = zeroshot[image] + steps[step, None] * evidence[image]
+        right[image, step] = logits.argmax(dim=-1) == labels[image]
+    return right.sum(dim=0)
+
+
+def decades(low: int, high: int) -> list[float]:
+    """Return the powers of ten from ``10 ** low`` to ``10 ** high``."""
+    return [math.pow(10.0, exponent) for exponent in range(low, high + 1)]
+
+
+def search_scalar(name: str, values: Sequence[float], score: Callable[[float], float]) -> SearchResult:
+    """Return the best of some values of one hyperparameter; of equally good ones the first.
+
+    Raises:
+        ConfigError: No values.
+    """
+    if not values:
+        raise ConfigError(f"the grid has no values of {name}; accepted: 1 or more")
+    accuracy = torch.tensor([score(value) for value in values], dtype=torch.float64)
+    return SearchResult({name: float(values[first_best(accuracy)[0]])}, accuracy)

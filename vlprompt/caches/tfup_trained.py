@@ -1,0 +1,240 @@
+"""TFUP-T: adapters trained on unlabelled images with the labels that TFUP gives them (Long et al., arXiv 2404.16339).
+
+A residual on the text classifier and a small network on image features are trained, first on images that TFUP is sure
+of, then on all of them with labels made anew at every step. Official code: wlb12345/TFUP. The published code keeps the
+epoch that is best on the test images; here the last, or the best on validation images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlprompt.caches.tfup import TFUP, marginal_loss
+from vlprompt.caches.training import CacheRecipe, TrainingStep, orders
+
+#: The official recipe; Office-31 has a rate of 0.05.
+TFUP_T_RECIPE = CacheRecipe(epochs=30, batch_size=256, lr=0.012, eps=0.003, weight_decay=0.1)
+_NAMES = ("text_residual", "image_down", "image_up")
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What is particular to TFUP-T; the defaults are the official code's.
+
+    Attributes:
+        text_ratio: Share of the residual in the text classifier.
+        image_ratio: Share of the network's output in image features.
+        warmup_epochs: Epochs on the images that TFUP is sure of; the rest is on all images.
+        warmup_fraction: How many images those are: this fraction of all, shared out among the classes, at least 9 each.
+        confidence: Probability above which a label that is made anew counts.
+        marginal_weight: Weight of the term that spreads a batch over the classes.
+        use_cache: Add the cache to the logits after training, too. The published results are without.
+    """
+
+    text_ratio: float = 0.5
+    image_ratio: float = 0.2
+    warmup_epochs: int = 5
+    warmup_fraction: float = 0.75
+    confidence: float = 0.9
+    marginal_weight: float = 0.3
+    use_cache: bool = False
+
+
+class TFUPTrained(TFUP):
+    """``logits = scale f' W'^T``, with the text residual in W' and the image adapter in f'.
+
+    ``W' = normalise(0.5 W + 0.5 R)`` of the raw text classifier, and ``f' = normalise(0.8 g + 0.2 A(g))`` of raw image
+    features g, A two linear maps without bias, each followed by a ReLU, of width D / 4.
+
+    Args:
+        class_weights: Raw (not normalised) text classifier ``[C, D]``: its size sets the residual's effect.
+        logit_scale: What cosines are multiplied by.
+        alpha: Weight of the cache.
+        beta: Sharpness of its affinities.
+        temperature: As in :class:`TFUP`.
+        shots: As in :class:`TFUP`.
+        recipe: Epochs, batch size, learning rate.
+        adaptation: Ratios, warm-up and the like.
+    """
+
+    fitted = (*TFUP.fitted, *_NAMES)
+
+    def __init__(
+        self,
+        class_weights: Tensor,
+        logit_scale: float | Tensor = 100.0,
+        *,
+        alpha: float = 0.3,
+        beta: float = 1.0,
+        temperature: float = 10.0,
+        shots: int = 0,
+        recipe: CacheRecipe = TFUP_T_RECIPE,
+        adaptation: Adaptation = Adaptation(),
+    ) -> None:
+        super().__init__(class_weights, logit_scale, alpha=alpha, beta=beta, temperature=temperature, shots=shots)
+        self.recipe, self.own = recipe, adaptation
+        self._keep("raw_text", class_weights)
+        dim = class_weights.shape[1]
+        for name, shape in zip(_NAMES, ((0, dim), (0, dim), (dim, 0)), strict=True):
+            self._keep(name, class_weights.new_zeros(*shape))
+
+    def fit(
+        self,
+        features: Tensor,
+        labels: Tensor | None = None,
+        *,
+        views: Tensor | None = None,
+        val: tuple[Tensor, Tensor] | None = None,
+        seed: int = 1,
+    ) -> TFUPTrained:
+        """Fill the cache, then train the adapters.
+
+        Args:
+            features: Raw features ``[U, D]`` of the test view of unlabelled images.
+            labels: Not looked at.
+            views: Raw features ``[W, U, D]`` of random views: epoch e trains on view e mod W. The official code draws
+                new views in every epoch; W = epochs is exactly that. Default: ``features``.
+            val: Raw features ``[M, D]`` and labels ``[M]``: the adapters of the best epoch there are kept. Default:
+                those of the last epoch.
+            seed: Of the adapters' first values and of the orders of the images.
+
+        Raises:
+            DataError: There are no images, or their features have another size.
+        """
+        super().fit(features)
+        views = features[None] if views is None or not len(views) else views
+        count = max(9, int(self.own.warmup_fraction * len(features) / self.classes))
+        rows = self.select(features, count).flatten()
+        targets = super()._scored(features[rows]).argmax(dim=-1)
+        self.begin(seed)
+        warm = min(self.own.warmup_epochs, self.recipe.epochs)
+        order = orders(len(rows), warm, seed, 1), orders(len(features), self.recipe.epochs - warm, seed, 2)
+        best, kept = -1.0, {name: self.get_buffer(name) for name in _NAMES}
+        for step in self.training_steps(features, views[:, rows], targets, views, *order):
+            if not step.ends_epoch:
+                continue
+            accuracy = self.score(*val) if val is not None and len(val[1]) else float(step.epoch)
+            if accuracy > best:
+                best, kept = accuracy, {name: self.get_buffer(name) for name in _NAMES}
+        self._set(**kept)
+        return self
+
+    def begin(self, seed: int) -> None:
+        """Set the adapters to where training starts: no residual, linear maps as PyTorch draws them, from ``seed``."""
+        dim = self.text.shape[1]
+        hidden, generator = max(dim // 4, 1), torch.Generator().manual_seed(seed)
+        down = (2 * torch.rand(hidden, dim, generator=generator) - 1) / dim**0.5
+        up = (2 * torch.rand(dim, hidden, generator=generator) - 1) / hidden**0.5
+        self._set(text_residual=torch.zeros(self.classes, dim), image_down=down, image_up=up)
+
+    def adapted(self, features: Tensor, adapters: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Return unit adapted features ``[B, D]`` of raw ``features`` ``[B, D]``, and the unit text classifier."""
+        own = {name: self.get_buffer(name) for name in _NAMES} if adapters is None else adapters
+        ratio, raw = self.own.image_ratio, features.to(self.text)
+        change = F.relu(F.relu(raw @ own["image_down"].t()) @ own["image_up"].t())
+        text = (1 - self.own.text_ratio) * self.get_buffer("raw_text") + self.own.text_ratio * own["text_residual"]
+        return F.normalize(ratio * change + (1 - ratio) * raw, dim=-1), F.normalize(text, dim=-1)
+
+    def adapter_logits(
+        self, features: Tensor, adapters: Mapping[str, Tensor] | None = None, *, cache: bool = False
+    ) -> Tensor:
+        """Return logits ``[B, C]`` of raw ``features`` ``[B, D]`` by the adapters, with or without the cache."""
+        unit, text = self.adapted(features, adapters)
+        logits = self.get_buffer("logit_scale") * unit @ text.t()
+        return self.combine(logits, self.affinity(unit, text)) if cache else logits
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return logits ``[B, C]`` of raw ``features`` ``[B, D]``; zero-shot before :meth:`fit`."""
+        if not self.is_fitted:
+            return self.zeroshot(self.unit(features))
+        return self.adapter_logits(features, cache=self.own.use_cache)
+
+    def training_steps(
+        self,
+        features: Tensor,
+        warm_views: Tensor,
+        warm_targets: Tensor,
+        views: Tensor,
+        warm_order: Sequence[Tensor],
+        order: Sequence[Tensor],
+    ) -> Iterator[TrainingStep]:
+        """Train the adapters in place, step by step; what is yielded describes the step that was just taken.
+
+        The learning rate reaches zero after as many steps as all epochs would have on the warm-up images alone, and
+        climbs again after that, as in the published code.
+
+        Args:
+            features: Raw features ``[U, D]`` of the test views, which the labels of the second stage are made of.
+            warm_views: Raw features ``[W, R, D]`` of views of the R warm-up images; epoch e uses view e mod W.
+            warm_targets: Labels ``[R]`` of the warm-up images.
+            views: Raw features ``[W, U, D]`` of views of all images.
+            warm_order: The order ``[R]`` of the images in each epoch of the first stage.
+            order: The order ``[U]`` of the images in each epoch of the second stage.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            own = {name: nn.Parameter(self.get_buffer(name).clone()) for name in _NAMES}
+            period = (len(warm_order) + len(order)) * self.recipe.batches(len(warm_targets))
+            optimizer, schedule = self.recipe.optimizer(list(own.values()), period)
+        for epoch, rows in enumerate([*warm_order, *order]):
+            warm = epoch < len(warm_order)
+            source = warm_views if warm else views
+            batches = rows.to(source.device).split(self.recipe.batch_size)
+            for number, batch in enumerate(batches, 1):
+                targets = warm_targets[batch] if warm else self._confident(features[batch])
+                with torch.inference_mode(False), torch.enable_grad():
+                    logits = self.adapter_logits(source[epoch % len(source), batch].clone(), own)
+                    terms = {"ce": self._cross_entropy(logits, targets.clone())}
+                    if not warm:
+                        terms["marginal"] = marginal_loss(logits)
+                    loss = terms["ce"] + self.own.marginal_weight * terms["marginal"] if not warm else terms["ce"]
+                    optimizer.zero_grad()
+                    loss.backward()
+                    lr = float(optimizer.param_groups[0]["lr"])
+                    optimizer.step()
+                    schedule.step()
+                self._set(**{name: parameter.data for name, parameter in own.items()})
+                gradients = {name: p.grad for name, p in own.items() if p.grad is not None}
+                values = {name: float(term.detach()) for name, term in terms.items()}
+                ends, value = number == len(batches), float(loss.detach())
+                yield TrainingStep(epoch, ends, lr, batch, targets, logits.detach(), value, gradients, values)
+
+    @torch.no_grad()
+    def _confident(self, features: Tensor) -> Tensor:
+        """Return the labels ``[B]`` that adapters and cache give; -1 where they are not sure."""
+        sure, labels = self.adapter_logits(features, cache=True).softmax(dim=-1).max(dim=-1)
+        return labels.masked_fill(sure <= self.own.confidence, -1)
+
+    @staticmethod
+    def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean over the images that have a label; zero, not NaN, where none has one."""
+        total = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        return total / (targets >= 0).sum().clamp(min=1)
+
+    def for_classes(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Return the buffers of the classifier that has class ``rows[i]`` of this one as its class i."""
+        residual = self.get_buffer("text_residual")
+        return super().for_classes(rows) | {"text_residual": residual[list(rows)] if len(residual) else residual}
+
+    def misfits(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Return what in a ``state`` of fitted buffers contradicts itself or the classes, in words."""
+        dim, filled = self.text.shape[1], len(state["labels"]) > 0
+        hidden = len(state["image_down"])
+        expected = {
+            "text_residual": (self.classes if filled else 0, dim),
+            "image_down": (hidden, dim),
+            "image_up": (dim, hidden),
+        }
+        wrong = [
+            f"{name}: shape {list(state[name].shape)}, expected {list(shape)}"
+            for name, shape in expected.items()
+            if tuple(state[name].shape) != shape
+        ]
+        return super().misfits(state) + wrong
+
+
+__all__ = ["TFUP_T_RECIPE", "Adaptation", "TFUPTrained"]

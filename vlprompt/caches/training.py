@@ -1,0 +1,92 @@
+"""How the trained caches are trained: AdamW on frozen features, cosine decay at every step, orders from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from vlprompt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CacheRecipe:
+    """How long and how fast a cache is trained.
+
+    Attributes:
+        epochs: Passes over the images.
+        batch_size: Images per step; the last batch of an epoch may be smaller.
+        lr: Learning rate at the first step.
+        eps: AdamW's epsilon.
+        weight_decay: AdamW's weight decay.
+
+    Raises:
+        ConfigError: A value that cannot be used.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    eps: float
+    weight_decay: float
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or self.batch_size < 1:
+            raise ConfigError(
+                f"{self.epochs} epochs in batches of {self.batch_size}; accepted: 0 or more, and 1 or more"
+            )
+        for name in ("lr", "eps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"settings.{name} is {getattr(self, name)}; accepted: 0 or more")
+
+    def batches(self, images: int) -> int:
+        """Return the number of steps of an epoch over ``images`` images."""
+        return -(-images // self.batch_size)
+
+    def optimizer(
+        self, parameters: Sequence[nn.Parameter], period: int
+    ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.CosineAnnealingLR]:
+        """Return AdamW, and a schedule that reaches zero after ``period`` steps; later steps climb up again."""
+        optimizer = torch.optim.AdamW(list(parameters), lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(period, 1))
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One step of training, after it was taken.
+
+    Attributes:
+        epoch: From 0.
+        ends_epoch: Whether it was the last of its epoch.
+        lr: The learning rate that it used.
+        rows: Indices ``[B]`` of its images.
+        targets: Their labels ``[B]``; of images without one, -1.
+        logits: Their logits ``[B, C]`` before the step.
+        loss: The loss before the step.
+        gradients: The gradient of each trained tensor, by name.
+        terms: The parts of the loss, by name, where it has parts.
+    """
+
+    epoch: int
+    ends_epoch: bool
+    lr: float
+    rows: Tensor
+    targets: Tensor
+    logits: Tensor
+    loss: float
+    gradients: dict[str, Tensor]
+    terms: dict[str, float] = field(default_factory=dict)
+
+
+def orders(images: int, epochs: int, seed: int, stream: int = 0) -> list[Tensor]:
+    """Return an order ``[N]`` of ``images`` images for each epoch.
+
+    The same on every device and in every process; ``stream`` sets apart the orders of several stages.
+    """
+    generator = torch.Generator().manual_seed(seed * 1009 + stream)
+    return [torch.randperm(images, generator=generator) for _ in range(epochs)]
+
+
+__all__ = ["CacheRecipe", "TrainingStep", "orders"]

@@ -1,0 +1,94 @@
+"""APE: Tip-Adapter on chosen channels, with weighted values; training-free (Zhu et al., ICCV 2023; arXiv 2304.01195).
+
+The published text classifier also averages sentences of a language model for each class; here the templates alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from vlprompt.caches import APE, grid
+from vlprompt.errors import ConfigError
+from vlprompt.methods.cached import CachedMethod, check_settings, keys_of
+from vlprompt.methods.fitting import Shots
+from vlprompt.methods.registry import register
+from vlprompt.prompts import check_templates
+
+
+@dataclass(frozen=True)
+class APESettings:
+    """Settings of APE; the defaults are the official ones for ImageNet.
+
+    Attributes:
+        templates: The hand-written prompts, as in ``zeroshot``; left open, the data set's own.
+        channels: How many channels are kept; 0 keeps the half of them, rounded up. Published numbers are for 1,024.
+        likeness_weight: Weight of the likeness between classes in a channel's score.
+        variance_weight: Weight of the variance of the text features in it.
+        alpha: Weight of the cache, where nothing is searched or there are no validation images.
+        beta: Sharpness of the affinities, likewise.
+        gamma: Weight of the values' divergence, likewise.
+        views: Random views averaged into the key of each image; 0 takes the test view.
+        search: Search alpha, beta and gamma on the images that ``select_on`` names.
+        search_alpha: Upper end of the searched alphas; all lower ends are 0.1.
+        search_beta: Upper end of the searched betas.
+        search_gamma: Upper end of the searched gammas.
+        search_steps: How many betas, alphas and gammas.
+        select_on: Images that the search is on: val, or, as published for ImageNet, test. Results then say so.
+    """
+
+    templates: Sequence[str] = ("a photo of a {}.",)
+    channels: int = 0
+    likeness_weight: float = 0.7
+    variance_weight: float = 0.3
+    alpha: float = 2.0
+    beta: float = 1.0
+    gamma: float = 0.1
+    views: int = 10
+    search: bool = True
+    search_alpha: float = 7.0
+    search_beta: float = 7.0
+    search_gamma: float = 0.5
+    search_steps: Sequence[int] = (200, 20, 5)
+    select_on: Literal["val", "test"] = "val"
+
+    def __post_init__(self) -> None:
+        check_templates(self.templates, "settings.templates")
+        check_settings(self, channels=0, likeness_weight=0, variance_weight=0, alpha=0, beta=0, gamma=0, views=0)
+        check_settings(self, search_alpha=0.1, search_beta=0.1, search_gamma=0.1)
+        if len(self.search_steps) != 3 or min(self.search_steps) < 1:
+            raise ConfigError(f"settings.search_steps is {list(self.search_steps)}; accepted: three numbers, 1 or more")
+
+
+@register("ape")
+class APEMethod(CachedMethod):
+    """A key of chosen channels for each few-shot image; nothing is trained."""
+
+    Settings = APESettings
+    settings: APESettings
+    cache: APE
+
+    def make_cache(self, text: Tensor, scale: Tensor) -> APE:
+        """Return the empty cache."""
+        own = self.settings
+        return APE(
+            text,
+            scale,
+            channels=own.channels or (text.shape[1] + 1) // 2,
+            weights=(own.likeness_weight, own.variance_weight),
+            alpha=own.alpha,
+            beta=own.beta,
+            gamma=own.gamma,
+        )
+
+    def fit(self, shots: Shots) -> None:
+        """Choose the channels, fill the cache and search alpha, beta and gamma."""
+        own = self.settings
+        self.cache.fit(keys_of(shots, own.views)[0], shots.labels)
+        if own.search and len(shots.val_labels):
+            tops = (own.search_beta, own.search_alpha, own.search_gamma)
+            axes = [grid(top, steps) for top, steps in zip(tops, own.search_steps, strict=True)]
+            self.cache.search(shots.val, shots.val_labels, *axes)

@@ -1,0 +1,79 @@
+"""TFUP: a cache of unlabelled images that zero-shot CLIP is sure of (Long et al., 2024; arXiv 2404.16339).
+
+No labels and no training. Published numbers on Office-31, Office-Home and VisDA choose among the test images
+themselves (``unlabelled: test``: the result is transductive and says so), those on DomainNet among training images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vlprompt.caches import TFUP
+from vlprompt.methods.cached import CachedMethod, check_settings, filled_in, mean_features
+from vlprompt.methods.fitting import Shots
+from vlprompt.methods.registry import register
+from vlprompt.prompts import check_templates
+
+
+@dataclass(frozen=True)
+class TFUPSettings:
+    """Settings of TFUP; the defaults are the official ones.
+
+    Attributes:
+        templates: The hand-written prompts; their raw features are averaged. Left open, the data set's own.
+        alpha: Weight of the cache.
+        beta: Sharpness of the affinities.
+        temperature: What cosines are multiplied by before the softmax that ranks and compares images.
+        cache_shots: Images that each class chooses; 0 takes the paper's rule: 0.3 of all, shared out among the
+            classes, 9 to 16 each.
+        unlabelled: Images that are chosen from: those of the training split, without their labels, or of the test
+            split, which makes the result transductive.
+    """
+
+    templates: Sequence[str] = ("a photo of a {}.",)
+    alpha: float = 0.3
+    beta: float = 1.0
+    temperature: float = 10.0
+    cache_shots: int = 0
+    unlabelled: Literal["train", "test"] = "train"
+
+    def __post_init__(self) -> None:
+        check_templates(self.templates, "settings.templates")
+        check_settings(self, alpha=0, beta=0, temperature=0, cache_shots=0)
+
+
+@register("tfup")
+class TFUPMethod(CachedMethod):
+    """Keys that each class chooses among unlabelled images."""
+
+    Settings = TFUPSettings
+    settings: TFUPSettings
+    cache: TFUP
+
+    def text_weights(self) -> Tensor:
+        """Return the mean of the templates' raw features ``[C, D]``."""
+        if self.backbone.device.type == "meta":  # a backbone that has shapes only, to count learnables
+            return torch.empty(len(self.class_names), self.backbone.embed_dim, device="meta")
+        return mean_features(self.backbone, filled_in(self.class_names, self.settings.templates))
+
+    def make_cache(self, text: Tensor, scale: Tensor) -> TFUP:
+        """Return the empty cache."""
+        own = self.settings
+        return TFUP(text, scale, alpha=own.alpha, beta=own.beta, temperature=own.temperature, shots=own.cache_shots)
+
+    def fit_views(self) -> int:
+        """Return 0: labelled images are not looked at."""
+        return 0
+
+    def unlabelled(self) -> Literal["none", "train", "test"]:
+        """Return the split that images are chosen from."""
+        return self.settings.unlabelled
+
+    def fit(self, shots: Shots) -> None:
+        """Choose the images and keep them."""
+        self.cache.fit(shots.unlabelled)
