@@ -58,7 +58,7 @@ def tiny(pictures: Path, tmp_path: Path) -> Callable[..., RunConfig]:
         def chosen(kind: type) -> dict[str, Any]:
             return {f.name: values.pop(f.name) for f in dataclasses.fields(kind) if f.name in values}
 
-        own = {"coop": {"context_init": "an emoji of a"}, "mocoop": MIXTURE, "zeroshot": {}}[method]
+        own = {"coop": {"context_init": "an emoji of a"}, "mocoop": MIXTURE}.get(method, {})
         data = {"shots": 2, "view": "center", **chosen(DataConfig)}
         recipe = {"epochs": 2, "batch_size": 4, **chosen(RecipeConfig)}
         trainer = {"accelerator": "cpu", "progress": False, **chosen(TrainerConfig)}

@@ -20,6 +20,7 @@ from vlprompt.objectives.projection import project
 
 NAMES = ["cat", "annual crop land", "aeroplane", "sea_lake"]
 LABELS = torch.tensor([0, 1, 2, 3])
+ALONE = [name for name in list_methods() if get_method_class(name).no_objectives]
 #: Pairs that lack something, with the reason given.
 IMPOSSIBLE = {
     ("vpt", "knowledge"): "learns nothing on the text side",
@@ -30,6 +31,7 @@ IMPOSSIBLE = {
     ("zeroshot", "grouped_text"): "learns nothing on the text side",
     **{(name, "shift_consistency"): "deep prompts in both towers" for name in ("zeroshot", "vpt", "coop", "cocoop")},
     **{(name, "shift_consistency"): "deep prompts in both towers" for name in ("kgcoop", "prograd", "mocoop")},
+    **{(name, one): "no objective takes part in that" for name in ALONE for one in list_objectives()},
 }
 
 

@@ -1,0 +1,104 @@
+"""Adding a method takes one file: the package with a toy file beside the methods lists, trains, saves and tests it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TOY = '''"""Toy: a learned factor on every class of the zero-shot classifier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlprompt.methods.base import PromptMethod
+from vlprompt.methods.registry import register
+from vlprompt.objectives.targets import template_features
+
+
+@dataclass(frozen=True)
+class ToySettings:
+    """Settings of the toy.
+
+    Attributes:
+        strength: Size of the first shift.
+    """
+
+    strength: float = 0.1
+
+
+@register("toy")
+class Toy(PromptMethod):
+    """One vector that all class weights are moved by."""
+
+    Settings = ToySettings
+    settings: ToySettings
+
+    def build(self) -> None:
+        """Create the vector."""
+        dim = self.backbone.embed_dim
+        self.shift = nn.Parameter(torch.full((dim,), self.settings.strength / dim**0.5))
+        text = template_features(self.backbone, self.class_names, ["a photo of a {}."])
+        self.register_buffer("text", text, persistent=False)
+
+    def class_weights(self, features: Tensor | None = None) -> Tensor:
+        """Return the moved weights ``[C, D]``."""
+        return F.normalize(self.get_buffer("text") + self.shift, dim=-1)
+'''
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package by links, with one real file more."""
+    folder = tmp_path_factory.mktemp("house")
+    (folder / "vlprompt" / "methods").mkdir(parents=True)
+    for source in (ROOT / "vlprompt").iterdir():
+        if source.name not in ("methods", "__pycache__"):
+            (folder / "vlprompt" / source.name).symlink_to(source)
+    for source in (ROOT / "vlprompt" / "methods").glob("*.py"):
+        (folder / "vlprompt" / "methods" / source.name).symlink_to(source)
+    (folder / "vlprompt" / "methods" / "toy.py").write_text(TOY)
+    return folder
+
+
+def python(house: Path, *words: str) -> str:
+    """Run Python in the house; what it printed."""
+    env = {**os.environ, "PYTHONPATH": str(house), "OMP_NUM_THREADS": "1", "VLPROMPT_CACHE": str(house / "cache")}
+    done = subprocess.run([sys.executable, *words], cwd=house, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_it_is_listed(house: Path) -> None:
+    assert "\ntoy " in python(house, "-m", "vlprompt", "list", "methods")
+
+
+def test_it_is_trained_and_saved(house: Path) -> None:
+    words = "train --method toy --backbone.name demo --data.name demo --data.shots 1 --recipe.epochs 2 --recipe.lr 0.1"
+    words += " --data.view center --output runs --trainer.progress false"
+    python(house, "-m", "vlprompt", *words.split())
+    (folder,) = (path.parent for path in house.glob("runs/**/results.json"))
+    assert json.loads((folder / "results.json").read_text())["results"]
+    loaded = (
+        f"import vlprompt; head = vlprompt.load_head({str(folder)!r}); print(head.method.name, head.method.shift.shape)"
+    )
+    assert "toy torch.Size([" in python(house, "-c", loaded)
+
+
+def test_it_enters_the_shared_suite(house: Path) -> None:
+    said = python(
+        house, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "toy", "-o", "pythonpath=",
+        str(ROOT / "tests" / "methods" / "test_every_method.py"),
+    )  # fmt: skip
+    passed = int(said.split(" passed")[0].split()[-1])
+    assert passed > 25 and "failed" not in said

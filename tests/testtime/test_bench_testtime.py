@@ -1,0 +1,37 @@
+"""The benchmark of test-time methods runs as a user would run it, and its last line can be read by a program."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench" / "testtime.py"
+
+
+def bench(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(BENCH), *options], capture_output=True, text=True, timeout=300)
+
+
+def test_tpt_and_tda_are_timed_and_agree() -> None:
+    own = ("--classes", "6", "--images", "2", "--stream", "20", "--threads", "1", "--model", "demo", "--json")
+    done = bench("--method", "tpt,tda", *own)
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    result = json.loads(last)
+    assert [line.split()[:2] for line in lines] == [["tpt", "6"], ["tda", "6"]]
+    assert [row["method"] for row in result["rows"]] == ["tpt", "tda"] and result["model"] == "demo"
+    for row in result["rows"]:
+        assert row["ratio_seconds"] == pytest.approx(row["naive_seconds"] / row["ours_seconds"])
+        assert 0 <= row["max_rel_diff"] <= 1e-4
+    assert result["ratio_seconds"] == min(row["ratio_seconds"] for row in result["rows"])
+    assert result["max_rel_diff"] == max(row["max_rel_diff"] for row in result["rows"])
+
+
+@pytest.mark.parametrize(("option", "value"), [("--classes", "0"), ("--images", "-1"), ("--method", "tpt,coop")])
+def test_values_that_are_not_accepted_are_refused(option: str, value: str) -> None:
+    done = bench(option, value)
+    assert done.returncode == 2 and "accepted" in done.stderr

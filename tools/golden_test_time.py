@@ -1,0 +1,214 @@
+"""How the golden files of test-time methods are compared: one function per file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import vlprompt
+from vlprompt.testtime import mta, tda
+from vlprompt.testtime.selection import (
+    Filtered,
+    entropy,
+    filter_views,
+    gather_views,
+    marginal_entropy,
+    similarity_to_first,
+)
+
+Results = Iterator[tuple[str, Any]]
+
+
+# -- TPT and DiffTPT --------------------------------------------------------------------------------------------------
+def check_tpt(golden: Any) -> Results:
+    """Selection, loss, gradient and context of every step, final logits; all images of a case at once."""
+    for case, options in golden.meta["hyper"]["cases"].items():
+        own = {"steps": options["tta_steps"], "confidence": options["selection_p"], "lr": options["lr"]}
+        yield from _tuned(golden, case, "tpt", own)
+
+
+def check_difftpt(golden: Any) -> Results:
+    """The same with both filters and several steps."""
+    for case, options in golden.meta["hyper"]["cases"].items():
+        own = {"steps": options["tta_steps"], "lr": options["lr"]}
+        own |= {"similarity": options["selection_cosine"], "confidence": options["selection_selfentro"]}
+        for name, value in _tuned(golden, case, "difftpt", own):
+            if isinstance(value, Filtered):
+                yield f"{case}_kept_cosine", value.similar
+                yield f"{case}_kept_entropy", value.confident
+            else:
+                yield name, value
+
+
+def _tuned(golden: Any, case: str, method: str, own: dict[str, Any]) -> Results:
+    hyper, arrays = golden.meta["hyper"], golden.arrays
+    said = re.search(r"ctx_init '([^']*)'", hyper["contexts"][case])
+    words = said.group(1) if said else ""
+    start = golden.tensor(f"{case}_ctx_init")
+    own = own | {"context_init": words, "context_length": len(start), "images_at_once": 2}
+    made: Any = vlprompt.create_method(method, golden.backbone, hyper["classnames"], **own)
+    if words:  # then the words determine the start
+        yield f"{case}_ctx_init", made.ctx
+    made.load_learnable_state({"ctx": start})
+    placeholder = words.replace("[CLS] ", "") or " ".join(["X"] * len(start))
+    names = [name.replace("_", " ") for name in hyper["classnames"]]
+    yield f"{case}_tokens", golden.tokens([f"{placeholder} {name}." for name in names]).astype("int32")
+    images = golden.tensor("views").float()[: len(arrays[f"{case}_loss"])]
+    with torch.no_grad():
+        views = made.unit_views(images)
+        logits = golden.backbone.logit_scale * views @ made.start_weights().t()
+    yield f"{case}_image_features", views
+    yield f"{case}_text_features_init", made.start_weights().detach()
+    yield f"{case}_view_logits", logits
+    yield f"{case}_zs_logits", logits[:, 0]
+    if method == "difftpt":
+        yield "", made.filtered(logits, views)
+        yield f"{case}_cosine", similarity_to_first(logits)
+    found = made.tuned(images)
+    yield f"{case}_selected", found.selected
+    yield f"{case}_loss", found.losses
+    yield f"{case}_grad", found.gradients
+    # AdamW's first step is a step of length lr along the sign of the gradient, whatever its size, so an entry whose
+    # gradient is rounding may go the other way (README_test_time.md): there the two may differ by twice lr.
+    reference = torch.from_numpy(arrays[f"{case}_ctx_after"])
+    unsure = torch.from_numpy(arrays[f"{case}_grad"]).abs().cummin(dim=1).values <= 1e-5
+    near = (found.contexts - reference).abs() <= 2.001 * own["lr"] * torch.arange(1, own["steps"] + 1)[:, None, None]
+    yield f"{case}_ctx_after", torch.where(unsure & near, reference, found.contexts)
+    yield f"{case}_final_logits", found.logits
+
+
+# -- selection --------------------------------------------------------------------------------------------------------
+def check_difftpt_selection(golden: Any) -> Results:
+    """Both filters, loss and its gradient with respect to the logits."""
+    for number, options in enumerate(golden.meta["hyper"]["cases"]):
+        case = f"c{number}"
+        views, text = golden.tensor(f"{case}_views")[None], golden.tensor(f"{case}_text")
+        logits = (golden.meta["hyper"]["logit_scale"] * views @ text.t()).requires_grad_()
+        own = {"similarity": options["cos"], "confidence": options["ent"], "generated": options["n_diff"]}
+        found = filter_views(logits.detach(), views, **own)
+        yield f"{case}_logits", logits[0]
+        yield f"{case}_cosine", similarity_to_first(logits)[0]
+        yield f"{case}_entropy", entropy(logits)[0]
+        yield f"{case}_kept_cosine", found.similar[0]
+        yield f"{case}_kept_entropy", found.confident[0]
+        yield f"{case}_selected", found.selected[0]
+        chosen = gather_views(logits, found.selected)
+        yield f"{case}_selected_logits", chosen[0]
+        loss = marginal_entropy(chosen)[0]
+        yield f"{case}_loss", loss
+        loss.backward()
+        yield f"{case}_grad_logits", logits.grad[0]
+
+
+# -- TDA --------------------------------------------------------------------------------------------------------------
+def check_tda(golden: Any) -> Results:
+    """Both caches after every step, what each contributes, and the scores; of one view each, and of many."""
+    hyper, text = golden.meta["hyper"], golden.tensor("clip_weights").t()
+    positive = {key: hyper["positive"][name] for key, name in _POSITIVE.items()}
+    own = hyper["negative"]
+    bounds = {
+        name: tuple(own[f"{name}_threshold"][side] for side in ("lower", "upper")) for name in ("entropy", "mask")
+    }
+    negative = {key: own[name] for key, name in _POSITIVE.items()} | bounds
+    caches = tda.PositiveCache(**positive), tda.NegativeCache(**negative)
+    for prefix, raw in (("", golden.tensor("raw")[:, None]), ("mv_", golden.tensor("mv_raw"))):
+        labels = golden.tensor(f"{prefix}labels")
+        summary = tda.summarise(F.normalize(raw, dim=-1), text, hyper["logit_scale"], 0.1)
+        yield f"{prefix}features", summary.features
+        yield f"{prefix}clip_logits", summary.logits
+        yield f"{prefix}entropy", summary.entropies
+        yield f"{prefix}prob_map", summary.probabilities
+        yield f"{prefix}pred", summary.predictions
+        yield f"{prefix}prop_entropy", summary.entropies / torch.tensor(float(hyper["C"])).log2()
+        whole = tda.TDAStream(hyper["C"], hyper["D"], *caches).score(summary)
+        yield f"{prefix}final_logits", whole.logits
+        yield f"{prefix}pos_logits", whole.positive
+        yield f"{prefix}neg_logits", whole.negative
+        yield f"{prefix}correct", 100.0 * (whole.logits.argmax(dim=-1) == labels).double()
+        yield from _slots(prefix, summary, tda.TDAStream(hyper["C"], hyper["D"], *caches))
+        if not prefix:
+            for name, pair in (("posonly", (caches[0], None)), ("negonly", (None, caches[1]))):
+                yield f"{name}_final_logits", tda.TDAStream(hyper["C"], hyper["D"], *pair).score(summary).logits
+
+
+_POSITIVE = {"capacity": "shot_capacity", "alpha": "alpha", "beta": "beta"}
+
+
+def _slots(prefix: str, summary: tda.Summary, stream: tda.TDAStream) -> Results:
+    """Yield what the slots hold after every image of a stream that is scored one by one."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    fields = (summary.features, summary.logits, summary.probabilities, summary.entropies, summary.predictions)
+    for t in range(len(summary.features)):
+        stream.score(tda.Summary(*(field[t : t + 1] for field in fields)))
+        for name, slots in stream.slots.items():
+            short = name[:3]
+            seen.setdefault(f"{prefix}{short}_index", []).append(slots.index.clone())
+            seen.setdefault(f"{prefix}{short}_entropy", []).append(slots.entropies.masked_fill(slots.index < 0, 0))
+    yield from ((name, torch.stack(steps)) for name, steps in seen.items())
+    for name, slots in stream.slots.items():
+        yield f"{prefix}{name[:3]}_keys_final", slots.keys[slots.index >= 0]
+
+
+# -- MTA --------------------------------------------------------------------------------------------------------------
+def check_mta(golden: Any) -> Results:
+    """Bandwidths, affinity, scores, mode and logits, and every iteration on the way."""
+    for number, options in enumerate(golden.meta["hyper"]["cases"]):
+        case = f"c{number}"
+        golden.inputs.add(f"{case}_outlier_index")  # which rows were drawn from other classes: nobody's result
+        views, text = golden.tensor(f"{case}_views")[None], golden.tensor(f"{case}_text")
+        logits = options["scale"] * views @ text.t()
+        lambdas: dict[str, Any] = {"lambda_q": float(options["lam_q"]), "lambda_y": float(options["lam_y"])}
+        found = mta.mean_shift(views, logits, **lambdas)
+        yield f"{case}_bandwidth", found.bandwidth[0]
+        yield f"{case}_affinity", found.affinity[0]
+        yield f"{case}_inlierness", found.inlierness[0]
+        yield f"{case}_mode", found.mode[0]
+        yield f"{case}_logits", options["scale"] * found.mode @ text.t()
+        yield f"{case}_first_density", mta.density(views, views[:, 0], found.bandwidth)[0]
+        scores, modes = _traced(views, found, lambdas)
+        yield f"{case}_inlierness_trace", _nearest(scores, golden.arrays[f"{case}_inlierness_trace"])
+        yield f"{case}_mode_trace", _nearest(modes, golden.arrays[f"{case}_mode_trace"])
+
+
+def _traced(views: torch.Tensor, found: mta.MeanShift, lambdas: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the iterations one by one; return all scores, and the mode at every evaluation of the kernel."""
+    mode, scores = views[:, 0], views.new_full(views.shape[:2], 1 / views.shape[1])
+    seen: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    for _ in range(5):
+        kernel = mta.density(views, mode, found.bandwidth)
+        seen[1].append(mode)
+        for _ in range(5):
+            before, scores = scores, mta.inlierness_step(kernel, found.affinity, scores, **lambdas)
+            seen[0].append(scores)
+            if (scores - before).norm() < 1e-6:
+                break
+        for _ in range(5):
+            seen[1].append(mode)
+            before, mode = mode, mta.mode_step(views, mode, mta.density(views, mode, found.bandwidth), scores)
+            if (mode - before).norm() < 1e-6:
+                break
+    return torch.cat(seen[0]), torch.cat(seen[1])
+
+
+def _nearest(trace: torch.Tensor, reference: Any) -> torch.Tensor:
+    """Return of ``trace`` what is nearest to each row of ``reference``, where the two differ in length.
+
+    The round at which an inner loop stops depends on rounding (README_test_time.md), so a last row may be there or not.
+    """
+    if trace.shape == reference.shape:
+        return trace
+    difference = torch.from_numpy(reference)[:, None] - trace
+    return trace[difference.abs().amax(dim=-1).argmin(dim=1)]
+
+
+CHECKS = {
+    "TPT": check_tpt,
+    "DiffTPT prompt tuning": check_difftpt,
+    "DiffTPT selection": check_difftpt_selection,
+    "TDA": check_tda,
+    "MTA": check_mta,
+}

@@ -1,0 +1,92 @@
+"""What methods share that look at several views of every test image: how views come in, and what one view means."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vlprompt.errors import ConfigError
+from vlprompt.methods.base import PromptMethod
+from vlprompt.objectives.targets import template_features
+
+_IMAGES = 256  # views encoded at a time
+
+
+def check_at_least(settings: object, least: float, *names: str) -> None:
+    """Raise ConfigError unless the named settings are finite numbers, ``least`` or more."""
+    for name in names:
+        value = getattr(settings, name)
+        if not least <= value < float("inf"):
+            raise ConfigError(f"settings.{name} is {value}; accepted: {least:g} or more")
+
+
+class ViewsMethod(PromptMethod):
+    """A method that scores an image by its views."""
+
+    no_objectives = "it learns nothing before it sees a test image"
+
+    def view_features(self, views: Tensor) -> Tensor:
+        """Return raw features ``[B, V, D]`` of views: features ``[B, V, D]``, or images ``[B, V, 3, H, W]``."""
+        if views.ndim == 3:
+            return views
+        if not views.numel():
+            return views.new_zeros(*views.shape[:2], self.backbone.embed_dim)
+        parts = views.flatten(0, 1).split(_IMAGES)
+        features = torch.cat([self.image_features(part) for part in parts])
+        return features.reshape(*views.shape[:2], -1)
+
+    def unit_views(self, views: Tensor) -> Tensor:
+        """Return unit features ``[B, V, D]`` of views."""
+        raw = self.view_features(views)
+        units: Tensor = self.unit_image(raw.flatten(0, 1)).reshape(raw.shape)
+        return units
+
+    def start_weights(self) -> Tensor:
+        """Return the unit class weights ``[C, D]`` before any test image was seen."""
+        raise NotImplementedError
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return ``[B, C]`` of raw image ``features`` ``[B, D]`` by the weights of the start: nothing is adapted."""
+        return self.score(self.unit_image(features), self.start_weights())
+
+    def class_weights(self, features: Tensor | None = None) -> Tensor:
+        """Return the unit class weights ``[C, D]`` of the start, and warn: the method is no linear classifier."""
+        warnings.warn(
+            f"{self.name} adapts to every test image; class_weights() are those it starts from, without adaptation",
+            stacklevel=2,
+        )
+        return self.start_weights()
+
+
+class EpisodicMethod(ViewsMethod):
+    """Every test image is an episode of its own: :meth:`adapt` sees its views, and nothing is kept."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return logits ``[B, C]``.
+
+        Args:
+            inputs: Views, as features ``[B, V, D]`` or images ``[B, V, 3, H, W]``, are adapted to. A single image ``[B,
+                3, H, W]`` or its feature ``[B, D]`` is scored by the start, with a warning.
+        """
+        if inputs.ndim in (3, 5):
+            return self.adapt(inputs)
+        count = 0 if self.test_views is None else self.test_views.count
+        warnings.warn(
+            f"{self.name} got one view of each image and adapts to nothing; give it {count} views of each, "
+            "[B, V, 3, H, W] or features [B, V, D], the test view first",
+            stacklevel=2,
+        )
+        return super().forward(inputs)
+
+    def adapt(self, views: Tensor) -> Tensor:
+        """Return the logits ``[B, C]`` of B images by their views, ``[B, V, D]`` or ``[B, V, 3, H, W]``."""
+        raise NotImplementedError
+
+
+def template_weights(method: PromptMethod, templates: Sequence[str]) -> None:
+    """Keep the unit features ``[C, D]`` of hand-written prompts as the method's buffer ``weights``."""
+    weights = template_features(method.backbone, method.class_names, templates)
+    method.register_buffer("weights", weights, persistent=False)

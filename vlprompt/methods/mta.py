@@ -1,0 +1,72 @@
+"""MTA: the views of a test image by their robust mean (Zanella and Ben Ayed, CVPR 2024; arXiv 2405.02266).
+
+No training and no gradients: :mod:`vlprompt.testtime.mta` finds the mode of the views' features, which is scored like
+an image feature. The published code encodes all class prompts anew for every image; here they are encoded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlprompt.errors import ConfigError
+from vlprompt.methods.episodic import EpisodicMethod, check_at_least, template_weights
+from vlprompt.methods.registry import register
+from vlprompt.prompts import check_templates
+from vlprompt.testtime.mta import MeanShift, mean_shift
+from vlprompt.testtime.views import TestViews
+
+
+@dataclass(frozen=True)
+class MTASettings:
+    """Settings of MTA; the same for all data sets.
+
+    Attributes:
+        templates: The hand-written prompts, as in ``zeroshot``; left open, the data set's own.
+        lambda_q: Weight of agreement between the views' predictions.
+        lambda_y: Weight of the entropy of inlierness scores; above 0.
+        crops: Random crops of each image beside the test view; 0 is zero-shot.
+        augmix: Mix the crops by AugMix; the published code never does.
+    """
+
+    templates: Sequence[str] = ("a photo of a {}.",)
+    lambda_q: float = 4.0
+    lambda_y: float = 0.2
+    crops: int = 63
+    augmix: bool = False
+
+    def __post_init__(self) -> None:
+        check_templates(self.templates, "settings.templates")
+        check_at_least(self, 0, "lambda_q", "crops")
+        if not 0 < self.lambda_y < float("inf"):
+            raise ConfigError(f"settings.lambda_y is {self.lambda_y}; accepted: a number above 0")
+
+
+@register("mta")
+class MTA(EpisodicMethod):
+    """Robust mean shift over views."""
+
+    Settings = MTASettings
+    template_setting = "templates"
+    settings: MTASettings
+
+    def build(self) -> None:
+        """Encode the templates once; there are no learnables."""
+        template_weights(self, self.settings.templates)
+        self.test_views = TestViews(self.settings.crops, self.settings.augmix)
+
+    def start_weights(self) -> Tensor:
+        """Return the unit text features ``[C, D]``."""
+        return self.unit_text(self.get_buffer("weights"))
+
+    def adapt(self, views: Tensor) -> Tensor:
+        """Return the logits ``[B, C]`` of the modes of B images' views ``[B, V, D]``."""
+        return self.score(self.modes(views).mode, self.start_weights())
+
+    def modes(self, views: Tensor) -> MeanShift:
+        """Return modes, inlierness scores, bandwidths and affinities of B images' views."""
+        own, unit_views = self.settings, self.unit_views(views)
+        logits = self.backbone.logit_scale * unit_views @ self.start_weights().t()
+        return mean_shift(unit_views, logits, lambda_q=own.lambda_q, lambda_y=own.lambda_y)

@@ -1,0 +1,158 @@
+"""PromptAlign: TPT of both towers, with tokens drawn to those of source images (Abdul Samadh et al., NeurIPS 2023).
+
+Starts from a MaPLe head. For every image all its prompts are tuned: the loss is TPT's entropy over the surest views,
+plus the distance of their token statistics from those of the images that the prompts were trained on (arXiv 2311.01459;
+:mod:`vlprompt.testtime.alignment`). The published loop leaves out the last of the ``alignment_depth`` layers but
+divides by all of them, and so does this file. The published statistics are of ImageNet's training images, in a file of
+their own; here :meth:`PromptAlign.measure_source` computes them from images, and the head keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlprompt.errors import ConfigError
+from vlprompt.methods.episodic import EpisodicMethod, check_at_least
+from vlprompt.methods.registry import register
+from vlprompt.prompts import CoupledPrompts
+from vlprompt.testtime.alignment import CoupledTuner, aligned_layers, as_buffers, coupled_tokens, token_statistics
+from vlprompt.testtime.selection import check_fraction, gather_views, most_confident
+from vlprompt.testtime.views import TestViews
+
+
+@dataclass(frozen=True)
+class PromptAlignSettings:
+    """Settings of PromptAlign; the first three are those of the MaPLe head that it starts from.
+
+    Attributes:
+        context_length: M text vectors and image tokens.
+        context_init: Words to start from.
+        depth: J layers of both towers.
+        lr: AdamW's step size; published: 0.04 for ImageNet's variants, 0.0005 for fine-grained data sets.
+        steps: Steps per image; 0 is the start.
+        confidence: Fraction of the views that is kept, those of least entropy.
+        alignment_weight: Weight of the distance of token statistics; 0 is TPT on MaPLe.
+        alignment_depth: Layers that the weight is divided by, one more than are aligned.
+        crops: Random crops of each image beside the test view.
+        augmix: Mix the crops by AugMix; the published code never does.
+        images_at_once: Images that are tuned together. More need more memory; the result is the same.
+    """
+
+    context_length: int = 2
+    context_init: str = "a photo of a"
+    depth: int = 3
+    lr: float = 0.04
+    steps: int = 1
+    confidence: float = 0.1
+    alignment_weight: float = 100.0
+    alignment_depth: int = 3
+    crops: int = 63
+    augmix: bool = False
+    images_at_once: int = 4
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 0, "lr", "steps", "alignment_weight", "crops")
+        check_at_least(self, 1, "alignment_depth", "images_at_once")
+        check_fraction("confidence", self.confidence)
+        if not 1 <= self.context_length <= 74:
+            raise ConfigError(f"settings.context_length is {self.context_length}; accepted: 1 to 74")
+
+
+@register("promptalign")
+class PromptAlign(EpisodicMethod):
+    """Coupled prompts of both towers, tuned for every test image."""
+
+    Settings = PromptAlignSettings
+    learns_image_side = True
+    needs_gradient = True
+    settings: PromptAlignSettings
+    source_mean: Tensor
+    source_variance: Tensor
+
+    def build(self) -> None:
+        """Create MaPLe's ``prompts`` as buffers, and room for ``source_mean`` and ``source_variance`` ``[L, T, W]``."""
+        own, text = self.settings, self.backbone.text
+        self.prompts = CoupledPrompts(text, self.backbone.image, own.context_length, own.context_init, own.depth)
+        self.layout = self.prompts.context.layout(text, self.class_names)
+        self._prompt_names = as_buffers(self.prompts)
+        for name in ("source_mean", "source_variance"):
+            self.register_buffer(name, torch.zeros(0, 0, 0), persistent=False)
+        self.fitted = (*(f"prompts.{name}" for name in self._prompt_names), "source_mean", "source_variance")
+        self.test_views = TestViews(own.crops, own.augmix)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return raw image features ``[B, D]`` with the tokens of the start."""
+        return self.backbone.encode_image(images, self.prompts.tokens())
+
+    def start_weights(self) -> Tensor:
+        """Return the unit text features ``[C, D]`` of the start."""
+        text, own = self.backbone.text, self.prompts.context
+        return self.once("start", lambda: self.unit_text(text.encode(self.layout, own.ctx, own.layers())[0]))
+
+    @property
+    def has_source(self) -> bool:
+        """Whether source statistics are known."""
+        return self.source_mean.numel() > 0
+
+    @property
+    def wants_source(self) -> bool:
+        """Whether alignment is wanted and nothing is known yet to align with."""
+        return bool(self.settings.steps and self._layers()) and not self.has_source
+
+    def measure_source(self, batches: Iterable[Tensor]) -> None:
+        """Compute the source statistics from normalised images ``[B, 3, H, W]`` with the prompts of the start."""
+        tower = self.backbone.image
+        if layers := aligned_layers(tower, self.settings.alignment_depth):
+            there = (images.to(self.backbone.device) for images in batches)
+            self.source_mean, self.source_variance = token_statistics(tower, there, self.prompts.tokens(), layers)
+
+    def load_learnable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set prompts and source statistics."""
+        super().load_learnable_state(state)
+        self._remembered.clear()
+
+    def start_from(self, state: Mapping[str, Tensor]) -> None:
+        """Start from the prompts of a MaPLe head, or from another PromptAlign head with its statistics."""
+        none = torch.zeros(0, 0, 0)  # statistics belong to the prompts they were measured with
+        given = {name: value for name, value in state.items() if not name.startswith("objectives.")}
+        self.load_learnable_state({"source_mean": none, "source_variance": none, **given})
+
+    @torch.inference_mode(False)
+    def adapt(self, views: Tensor) -> Tensor:
+        """Return the logits ``[B, C]`` of B images, each tuned on its own views ``[B, V, 3, H, W]`` alone.
+
+        Raises:
+            ConfigError: Features instead of images, or no source statistics where alignment is wanted.
+        """
+        own, views = self.settings, views.detach().clone()
+        if views.ndim != 5:
+            raise ConfigError(f"{self.name} tunes the image tower and needs images [B, V, 3, H, W], not their features")
+        if self.wants_source:
+            why = "no source statistics: call measure_source(images) first, or set settings.alignment_weight to 0"
+            raise ConfigError(f"{self.name} has {why}")
+        with torch.no_grad():
+            logits = self.backbone.logit_scale * self.unit_views(views) @ self.start_weights().t()
+            if not own.steps or not len(views):
+                return logits[:, 0]
+            chosen = gather_views(views, most_confident(logits, own.confidence))
+        parts = zip(views[:, 0].split(own.images_at_once), chosen.split(own.images_at_once), strict=True)
+        start = {name: self.prompts.get_buffer(name) for name in self._prompt_names}
+        weight = own.alignment_weight / own.alignment_depth
+        tuner = CoupledTuner(self._scored, self.backbone.image, own.lr, own.steps, weight, self._layers())
+        source = self.source_mean, self.source_variance
+        return torch.cat([tuner.tune(start, *part, source) for part in parts])
+
+    def _layers(self) -> int:
+        depth = self.settings.alignment_depth if self.settings.alignment_weight else 0
+        return aligned_layers(self.backbone.image, depth)
+
+    def _scored(self, values: Mapping[str, Tensor], images: Tensor, count: int) -> Tensor:
+        """Return the logits ``[b, n, C]`` of ``images`` ``[b * n, 3, H, W]``, n of each, by each image's prompts."""
+        context, deep, tokens = coupled_tokens(values, count)
+        features = self.unit_image(self.backbone.encode_image(images, tokens))
+        text = self.unit_text(self.backbone.text.encode(self.layout, context, deep))
+        return self.backbone.logit_scale * features.reshape(len(text), count, -1) @ text.transpose(1, 2)

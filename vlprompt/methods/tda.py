@@ -1,0 +1,147 @@
+"""TDA: caches of confident and of uncertain test images (Karmanov et al., CVPR 2024; arXiv 2403.18293).
+
+Images come one after the other; each may enter a cache of its predicted class, and its zero-shot logits are corrected
+by affinity to what both caches hold (:mod:`vlprompt.testtime.tda`). No gradients. Scores depend on the order of the
+test images: ``seed`` and several orders belong to a report.
+
+The published cache weights differ by data set and were evidently chosen on the evaluated images; ``configs/tda`` has
+them, and the defaults here are ImageNet's for all. The published code multiplies cosines by 100; here the backbone's
+own factor is used, which is 100 for OpenAI's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlprompt.errors import ConfigError
+from vlprompt.methods.episodic import ViewsMethod, check_at_least, template_weights
+from vlprompt.methods.registry import register
+from vlprompt.prompts import check_templates
+from vlprompt.testtime.selection import check_fraction
+from vlprompt.testtime.tda import NegativeCache, PositiveCache, Scored, TDAStream, summarise
+from vlprompt.testtime.views import TestViews
+
+
+@dataclass(frozen=True)
+class TDASettings:
+    """Settings of TDA.
+
+    Attributes:
+        templates: The hand-written prompts, as in ``zeroshot``; left open, the data set's own.
+        positive: Use the cache of predicted classes.
+        positive_capacity: Images per class.
+        positive_alpha: Weight of its logits.
+        positive_beta: Sharpness of its affinities.
+        negative: Use the cache of uncertain images.
+        negative_capacity: Images per class.
+        negative_alpha: Weight of its logits, which are subtracted.
+        negative_beta: Sharpness of its affinities.
+        negative_entropy: Lower and upper bound of the entropy (nats over log2 of C) that lets an image in.
+        negative_mask: Lower and upper bound of the probabilities of classes that an image speaks against.
+        confidence: Fraction of the views that count, where there are several.
+        crops: Random crops of each image beside the test view; published: 63 for ImageNet's variants, else 0.
+        augmix: Mix the crops by AugMix.
+    """
+
+    templates: Sequence[str] = ("a photo of a {}.",)
+    positive: bool = True
+    positive_capacity: int = 3
+    positive_alpha: float = 2.0
+    positive_beta: float = 5.0
+    negative: bool = True
+    negative_capacity: int = 2
+    negative_alpha: float = 0.117
+    negative_beta: float = 1.0
+    negative_entropy: Sequence[float] = (0.2, 0.5)
+    negative_mask: Sequence[float] = (0.03, 1.0)
+    confidence: float = 0.1
+    crops: int = 0
+    augmix: bool = False
+
+    def __post_init__(self) -> None:
+        check_templates(self.templates, "settings.templates")
+        check_fraction("confidence", self.confidence)
+        check_at_least(self, 1, "positive_capacity", "negative_capacity")
+        check_at_least(self, 0, "positive_alpha", "positive_beta", "negative_alpha", "negative_beta", "crops")
+        for name in ("negative_entropy", "negative_mask"):
+            bounds = list(getattr(self, name))
+            if len(bounds) != 2 or not bounds[0] <= bounds[1]:
+                raise ConfigError(f"settings.{name} is {bounds}; accepted: a lower and an upper bound, [0.2, 0.5]")
+
+
+@register("tda")
+class TDA(ViewsMethod):
+    """Two caches along the stream of test images."""
+
+    Settings = TDASettings
+    template_setting = "templates"
+    online = True
+    settings: TDASettings
+
+    def build(self) -> None:
+        """Encode the templates once and begin with empty caches; there are no learnables."""
+        own = self.settings
+        template_weights(self, own.templates)
+        self.test_views = TestViews(own.crops, own.augmix) if own.crops else None
+        self._stream: TDAStream | None = None
+
+    @property
+    def caches(self) -> TDAStream:
+        """The caches, on the backbone's device; ``state()`` and ``load_state()`` keep them."""
+        if self._stream is None:
+            own = self.settings
+            positive = PositiveCache(own.positive_capacity, own.positive_alpha, own.positive_beta)
+            entropy, mask = tuple(own.negative_entropy), tuple(own.negative_mask)
+            negative = NegativeCache(own.negative_capacity, own.negative_alpha, own.negative_beta, entropy, mask)  # type: ignore[arg-type]
+            self._stream = TDAStream(
+                len(self.class_names),
+                self.backbone.embed_dim,
+                positive if own.positive else None,
+                negative if own.negative else None,
+                self.backbone.device,
+            )
+        return self._stream
+
+    def start_weights(self) -> Tensor:
+        """Return the unit text features ``[C, D]``."""
+        return self.unit_text(self.get_buffer("weights"))
+
+    def reset(self) -> None:
+        """Empty the caches."""
+        self._stream = None
+
+    def stream_state(self) -> dict[str, Tensor]:
+        """Return copies of the caches by name, on the CPU; keep them with safetensors."""
+        return self.caches.state()
+
+    def load_stream_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the caches that :meth:`stream_state` gave.
+
+        Raises:
+            HeadError: They are those of other classes, another backbone or other settings.
+        """
+        self.caches.load_state(state)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return logits ``[B, C]`` of the next B images of the stream, in their order.
+
+        Args:
+            inputs: Images ``[B, 3, H, W]`` or their features ``[B, D]``; or views, ``[B, V, 3, H, W]`` or
+                ``[B, V, D]``.
+        """
+        return self.stream(inputs if inputs.ndim in (3, 5) else inputs[:, None])
+
+    def stream(self, views: Tensor) -> Tensor:
+        """Return logits ``[B, C]`` of the next B images by their views, ``[B, V, D]`` or ``[B, V, 3, H, W]``."""
+        return self.scored(views).logits
+
+    @torch.no_grad()
+    def scored(self, views: Tensor) -> Scored:
+        """Return the logits of the next B images, and what each cache contributes."""
+        unit_views = self.unit_views(views)
+        own = summarise(unit_views, self.start_weights(), self.backbone.logit_scale, self.settings.confidence)
+        return self.caches.score(own)

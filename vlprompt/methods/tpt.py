@@ -1,0 +1,151 @@
+"""TPT: context that is tuned on the views of one test image (Shu et al., NeurIPS 2022; arXiv 2209.07511).
+
+The context begins as "a photo of a", or as that of a trained CoOp head. For every image, alone: the surest tenth of its
+views is kept, the entropy of their mean prediction is lowered by one AdamW step, and the test view is
+scored with the context that results. Context and optimiser begin anew for the next image.
+
+The official code runs all classes twice at 77 tokens per image; here the first pass is shared by all images
+(:mod:`vlprompt.testtime.tuning`). It keeps ``int(V * confidence)`` views, which may be none; here one is kept at least.
+Its loss scaling in half precision, which can skip an image's step, is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlprompt.backbone import TokenLayout
+from vlprompt.errors import ConfigError, HeadError
+from vlprompt.methods.episodic import EpisodicMethod, check_at_least
+from vlprompt.methods.registry import register
+from vlprompt.prompts import TextContext
+from vlprompt.testtime.selection import check_fraction, most_confident
+from vlprompt.testtime.tuning import ContextTuner, Tuned, tuned_layout
+from vlprompt.testtime.views import TestViews
+
+_NAME = "[CLS]"
+
+
+@dataclass(frozen=True)
+class TPTSettings:
+    """Settings of TPT.
+
+    Attributes:
+        context_init: Words to start from; ``[CLS]`` among them is where the class name stands, otherwise it stands
+            behind them. Empty: normal noise of deviation 0.02, drawn once.
+        context_length: M, when no words are given.
+        lr: AdamW's step size; its weight decay is 0.01.
+        steps: Steps per image; 0 is zero-shot.
+        confidence: Fraction of the views that is kept, those of least entropy.
+        crops: Random crops of each image beside the test view.
+        augmix: Mix the crops by AugMix, as published for fine-grained data sets.
+        images_at_once: Images whose own prompts are encoded together. More need more memory; the result is the same.
+        jacobian: Compute the derivatives of all text features once, in place of a backward pass per image: the same
+            result, sooner for some thousand images or more, C x D x M x W numbers of memory.
+    """
+
+    context_init: str = "a photo of a"
+    context_length: int = 4
+    lr: float = 0.005
+    steps: int = 1
+    confidence: float = 0.1
+    crops: int = 63
+    augmix: bool = False
+    images_at_once: int = 8
+    jacobian: bool = False
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 0, "lr", "steps", "crops")
+        check_at_least(self, 1, "images_at_once")
+        check_fraction("confidence", self.confidence)
+        if not 1 <= self.context_length <= 74:
+            raise ConfigError(f"settings.context_length is {self.context_length}; accepted: 1 to 74 vectors")
+        if self.context_init.split().count(_NAME) > 1 or self.context_init.strip() == _NAME:
+            raise ConfigError(f"settings.context_init is {self.context_init!r}; accepted: words, {_NAME} once or never")
+
+
+@register("tpt")
+class TPT(EpisodicMethod):
+    """Context vectors that are tuned for every test image."""
+
+    Settings = TPTSettings
+    settings: TPTSettings
+    needs_gradient = True
+    fitted = ("ctx",)
+    ctx: Tensor
+
+    def build(self) -> None:
+        """Create the buffer ``ctx`` ``[M, W]``, what every image starts from, and the prompts' layout."""
+        own = self.settings
+        words = own.context_init.split()
+        self._name_at = words.index(_NAME) if _NAME in words else None
+        rest = own.context_init if self._name_at is None else " ".join(word for word in words if word != _NAME)
+        start = TextContext(self.backbone.text, own.context_length, rest)
+        self._words = start.placeholder
+        self.register_buffer("ctx", start.ctx.detach().clone(), persistent=False)
+        self.test_views = TestViews(own.crops, own.augmix, self.generated())
+        self._arrange()
+
+    def generated(self) -> int:
+        """Return how many generated pictures of each image are wanted."""
+        return 0
+
+    def _arrange(self) -> None:
+        """Lay the prompts out for the context at hand, and forget what was computed for another."""
+        length = len(self.ctx)
+        if length != len(self._words.split(" ")):  # another head's context: only the number of its vectors counts
+            self._words, self._name_at = " ".join(["X"] * length), None
+        before = length if self._name_at is None else self._name_at
+        self.layout = tuned_layout(self.backbone.text, self.class_names, self._words, length, before)
+        self._remembered.clear()
+        self._derivatives: Tensor | None = None
+
+    def start_weights(self) -> Tensor:
+        """Return the unit text features ``[C, D]`` of the context that every image starts from."""
+        return self.once("start", lambda: self._encode(self.layout, self.ctx[None])[0])
+
+    def _encode(self, layout: TokenLayout, context: Tensor) -> Tensor:
+        return self.unit_text(self.backbone.text.encode(layout, context))
+
+    def adapt(self, views: Tensor) -> Tensor:
+        """Return the logits ``[B, C]`` of B images, each tuned on its own views ``[B, V, D]`` alone."""
+        return self.tuned(views).logits
+
+    def tuned(self, views: Tensor) -> Tuned:
+        """Return logits, selected views, losses, gradients and contexts of B images."""
+        own, scale = self.settings, self.backbone.logit_scale
+        tuner = ContextTuner(self._encode, self.layout, scale, own.lr, own.steps, own.images_at_once)
+        with torch.no_grad():
+            unit_views = self.unit_views(views)
+        if own.jacobian and self._derivatives is None:
+            self._derivatives = tuner.jacobian(self.ctx)
+        return tuner.tune(self.ctx, unit_views, self.select, self._derivatives)
+
+    def select(self, logits: Tensor, features: Tensor) -> Tensor:
+        """Return the views ``[B, n]`` that drive the loss, by logits ``[B, V, C]`` and unit features ``[B, V, D]``."""
+        return most_confident(logits, self.settings.confidence)
+
+    def load_learnable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set the context; its number of vectors may be another."""
+        super().load_learnable_state(state)
+        self._arrange()
+
+    def start_from(self, state: Mapping[str, Tensor]) -> None:
+        """Start every image from the context of another head: TPT's own, or that of CoOp, KgCoOp or ProGrad.
+
+        Raises:
+            HeadError: Other learned tensors, or context that belongs to single classes.
+        """
+        own = {name: value for name, value in state.items() if not name.startswith("objectives.")}
+        if set(own) not in ({"ctx"}, {"prompt.ctx"}):
+            raise HeadError(
+                f"{self.name} starts from one set of context vectors, that of a CoOp, KgCoOp, ProGrad or TPT head; "
+                f"this one has {', '.join(sorted(own)) or 'nothing learned'}"
+            )
+        (context,) = own.values()
+        if context.ndim != 2:
+            raise HeadError(f"{self.name} needs generic context [M, W]; this head has {list(context.shape)}, per class")
+        self.load_learnable_state({"ctx": context})

@@ -1,0 +1,76 @@
+"""ZERO: the confident views of a test image vote (Farina et al., NeurIPS 2024; arXiv 2405.18330).
+
+The marginal probability over confident views at temperature zero is a count of their arg-maxes. The official code's
+zero is the smallest step of half precision, at which votes are slightly soft; here they are hard, and ties are resolved
+as the paper has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlprompt.methods.episodic import EpisodicMethod, check_at_least, template_weights
+from vlprompt.methods.registry import register
+from vlprompt.prompts import check_templates
+from vlprompt.testtime.selection import check_fraction
+from vlprompt.testtime.views import TestViews
+from vlprompt.testtime.zero import Votes, ranked_logits, vote
+
+
+@dataclass(frozen=True)
+class ZEROSettings:
+    """Settings of ZERO; the same for all data sets.
+
+    Attributes:
+        templates: The hand-written prompts, as in ``zeroshot``; left open, the data set's own.
+        confidence: Fraction of the views that vote, those of least entropy.
+        crops: Random crops of each image beside the test view; 0 is zero-shot.
+        augmix: Mix the crops by AugMix; the published code never does.
+    """
+
+    templates: Sequence[str] = ("a photo of a {}.",)
+    confidence: float = 0.3
+    crops: int = 63
+    augmix: bool = False
+
+    def __post_init__(self) -> None:
+        check_templates(self.templates, "settings.templates")
+        check_fraction("confidence", self.confidence)
+        check_at_least(self, 0, "crops")
+
+
+@register("zero")
+class ZERO(EpisodicMethod):
+    """Votes of confident views."""
+
+    Settings = ZEROSettings
+    template_setting = "templates"
+    settings: ZEROSettings
+
+    def build(self) -> None:
+        """Encode the templates once; there are no learnables."""
+        template_weights(self, self.settings.templates)
+        self.test_views = TestViews(self.settings.crops, self.settings.augmix)
+
+    def start_weights(self) -> Tensor:
+        """Return the unit text features ``[C, D]``."""
+        return self.unit_text(self.get_buffer("weights"))
+
+    def adapt(self, views: Tensor) -> Tensor:
+        """Return ``[B, C]``: the zero-shot logits of the test view, dealt out in the order of the votes.
+
+        The largest belongs to ZERO's prediction (:func:`vlprompt.testtime.zero.ranked_logits`).
+        """
+        logits = self.view_logits(views)
+        return ranked_logits(vote(logits, self.settings.confidence), logits[:, 0])
+
+    def votes(self, views: Tensor) -> Votes:
+        """Return counts, voters and winners of B images by their views ``[B, V, D]``."""
+        return vote(self.view_logits(views), self.settings.confidence)
+
+    def view_logits(self, views: Tensor) -> Tensor:
+        """Return the logits ``[B, V, C]`` of all views."""
+        return self.backbone.logit_scale * self.unit_views(views) @ self.start_weights().t()
