@@ -1,5 +1,6 @@
 # make demo      train MoCoOp on the packaged demo, compare it with zero-shot CLIP
-# make demo-all  zero-shot, CoOp and MoCoOp over the demo's three draws, with mean and deviation
+# make demo-all  every prompt learner and zero-shot over the demo's three draws, with mean and deviation
+# make demo-test-time  caches at 1 to 16 shots, and test-time methods on styles that were held out, beside zero-shot
 # make test      the whole test suite
 # make lint      ruff and mypy
 # make venv      what they share: .venv with vlprompt (editable) and the development tools
@@ -7,14 +8,16 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-METHODS := coop mocoop
+METHODS := coop mocoop cocoop kgcoop prograd vpt ivlp maple promptsrc restore
+CACHES := tip_adapter tip_adapter_f tfup tfup_t ape gda
+TEST_TIME := tpt difftpt tda mta zero
 STAMP := .venv/installed
 
 # One thread per process: the suite runs one process per core, and small tensors gain nothing from more threads.
 # A whole file goes to one process, so that what its fixtures trained is trained once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: venv demo demo-all test lint
+.PHONY: venv demo demo-all demo-test-time test lint
 
 venv: $(STAMP)
 
@@ -32,6 +35,12 @@ demo: $(STAMP)
 demo-all: $(STAMP)
 	$(BIN)/python tools/base_to_new.py $(patsubst %,--config configs/%/demo.yaml,$(METHODS)) \
 		--datasets demo,demo-2,demo-3 --seeds 1
+
+demo-test-time: $(STAMP)
+	$(BIN)/vlprompt eval --protocol few-shot $(patsubst %,--config configs/%/demo.yaml,$(CACHES)) \
+		--datasets demo --shots 1,2,4,8,16 --seeds 1
+	$(BIN)/python tools/domains.py $(patsubst %,--config configs/%/demo.yaml,$(TEST_TIME)) \
+		--data.name demo-styles --protocol leave-one-out --seeds 1
 
 test: $(STAMP)
 	$(PYTEST)

@@ -10,12 +10,16 @@ import pytest
 import yaml
 
 from vlprompt.engine.config import RunConfig
+from vlprompt.methods import get_method_class
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = (
     *("zeroshot", "coop", "mocoop", "cocoop", "kgcoop", "prograd"),
     *("vpt", "ivlp", "maple", "promptsrc", "restore"),
+    *("tip_adapter", "tip_adapter_f", "tfup", "tfup_t", "ape", "gda"),
 )
+TEST_TIME = ("tpt", "difftpt", "tda", "mta", "zero", "promptalign")
+SHIFTED = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 FEW_SHOT = (
     *("imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101"),
     *("fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"),
@@ -104,7 +108,9 @@ def run_config(content: dict[str, Any]) -> RunConfig:
 
 def test_every_method_has_every_data_set() -> None:
     expected = {f"{method}/{data}" for method in METHODS for data in (*FEW_SHOT, "demo", "folder")}
-    assert len(expected) == 143
+    assert len(expected) == 17 * 13
+    # Test-time methods: the papers' five ImageNet sets and ten others.
+    expected |= {f"{method}/{data}" for method in TEST_TIME for data in (*FEW_SHOT, *SHIFTED, "demo")}
     assert expected <= {named(path) for path in FILES}
 
 
@@ -128,9 +134,9 @@ def test_header_says_how_to_run_and_override_this_file(path: Path) -> None:
 
     content = load(path)
     for flag, value in zip(override[4::2], override[5::2], strict=True):
-        match = re.fullmatch(r"--(\w+)\.(\w+)", flag)
+        match = re.fullmatch(r"--(?:(\w+)\.)?(\w+)", flag)
         assert match, flag
-        content.setdefault(match[1], {})[match[2]] = yaml.safe_load(value)
+        (content.setdefault(match[1], {}) if match[1] else content)[match[2]] = yaml.safe_load(value)
     assert run_config(content).problems() == []
 
 
@@ -170,7 +176,7 @@ def test_few_shot_protocol_is_the_published_one(data: str) -> None:
     mocoop, coop, zeroshot = (load(CONFIGS / method / f"{data}.yaml") for method in ("mocoop", "coop", "zeroshot"))
     for content in (mocoop, coop, zeroshot):
         assert content["backbone"] == {"name": "ViT-B-16", "pretrained": "openai"}
-        assert content["data"]["classes"] == "base"
+        assert content["data"]["classes"] == ("all" if get_method_class(method).fits else "base")
     for content in (mocoop, coop):
         assert content["data"]["shots"] == 16
         assert content["data"]["view"] == "random"
@@ -185,9 +191,9 @@ def test_few_shot_protocol_is_the_published_one(data: str) -> None:
     assert "recipe" not in zeroshot, "nothing is trained"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *TEST_TIME])
 def test_demo_runs_from_the_package_alone(method: str) -> None:
     content = load(CONFIGS / method / "demo.yaml")
     assert content["backbone"] == {"name": "demo"}
     assert "root" not in content["data"]
-    assert content["data"]["classes"] == "base"
+    assert content["data"]["classes"] == ("all" if get_method_class(method).fits else "base")

@@ -29,7 +29,17 @@ def test_learnables_are_the_published_numbers() -> None:
     found = {one.name: one for one in capabilities(list_methods())}
     assert {name: found[name].learnables for name in PUBLISHED} == PUBLISHED
     assert all(one.cached is not one.image for one in found.values())
-    assert {one.name for one in found.values() if not one.text} == {"zeroshot", "vpt"}
+    frozen_text = "ape gda mta tda tfup tfup_t tip_adapter tip_adapter_f vpt zero zeroshot"
+    assert " ".join(sorted(one.name for one in found.values() if not one.text)) == frozen_text
+    whence = {name: found[name].learns_from for name in ("coop", "zeroshot", "tip_adapter", "tfup", "tpt", "tda")}
+    assert whence == {
+        "coop": "labelled images",
+        "zeroshot": "-",
+        "tip_adapter": "labelled images",
+        "tfup": "unlabelled images",
+        "tpt": "each test image",
+        "tda": "test images so far",
+    }
     assert all(one.about for one in found.values())
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlprompt.backbone import shapes_only
-from vlprompt.methods import create_method, get_method_class
+from vlprompt.methods import PromptMethod, create_method, get_method_class
 
 ARCHITECTURE = "ViT-B-16"
 
@@ -20,6 +20,7 @@ class Capability:
         name: Its registered name.
         about: The first sentence of its file.
         text: Whether it learns on the text side.
+        learns_from: What its learning looks at: labelled or unlabelled images, or test images.
         image: Whether it learns on the image side; training then needs gradients through the image tower.
         cached: Whether image features can be computed once and kept.
         towers: Which image towers it works with.
@@ -28,6 +29,7 @@ class Capability:
 
     name: str
     about: str
+    learns_from: str
     text: bool
     image: bool
     cached: bool
@@ -46,11 +48,21 @@ def capabilities(names: Sequence[str]) -> list[Capability]:
         learnables = sum(parameter.numel() for _, parameter in method.learnables())
         towers = "vision transformers" if method.learns_image_side else "any"
         text, image = method.has_text_prompts(), method.learns_image_side
-        found.append(Capability(name, about, text, image, not image, towers, learnables))
+        found.append(Capability(name, about, _learns_from(method), text, image, not image, towers, learnables))
     return found
 
 
-HEADINGS = ("method", "learns text", "learns image", "features kept", "image towers", "learnables")
+def _learns_from(method: PromptMethod) -> str:
+    if method.online:
+        return "test images so far"
+    if method.test_views is not None:
+        return "each test image"
+    if method.unlabelled() != "none":
+        return "unlabelled images"
+    return "labelled images" if method.fits or method.learnables() else "-"
+
+
+HEADINGS = ("method", "learns from", "text", "image", "features kept", "image towers", "learnables")
 
 
 def cells(one: Capability) -> tuple[str, ...]:
@@ -59,7 +71,8 @@ def cells(one: Capability) -> tuple[str, ...]:
     def said(value: bool) -> str:
         return "yes" if value else "-"
 
-    return one.name, said(one.text), said(one.image), said(one.cached), one.towers, f"{one.learnables:,}"
+    what = said(one.text), said(one.image), said(one.cached)
+    return one.name, one.learns_from, *what, one.towers, f"{one.learnables:,}"
 
 
 def markdown(found: Sequence[Capability]) -> str:

@@ -88,6 +88,10 @@ class PromptAlign(EpisodicMethod):
         """Return raw image features ``[B, D]`` with the tokens of the start."""
         return self.backbone.encode_image(images, self.prompts.tokens())
 
+    def has_text_prompts(self) -> bool:
+        """Return True: the context is tuned, if only at test time."""
+        return True
+
     def start_weights(self) -> Tensor:
         """Return the unit text features ``[C, D]`` of the start."""
         text, own = self.backbone.text, self.prompts.context

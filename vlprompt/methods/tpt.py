@@ -103,6 +103,10 @@ class TPT(EpisodicMethod):
         self._remembered.clear()
         self._derivatives: Tensor | None = None
 
+    def has_text_prompts(self) -> bool:
+        """Return True: the context is tuned, if only at test time."""
+        return True
+
     def start_weights(self) -> Tensor:
         """Return the unit text features ``[C, D]`` of the context that every image starts from."""
         return self.once("start", lambda: self._encode(self.layout, self.ctx[None])[0])
