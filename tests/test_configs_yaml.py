@@ -176,7 +176,7 @@ def test_few_shot_protocol_is_the_published_one(data: str) -> None:
     mocoop, coop, zeroshot = (load(CONFIGS / method / f"{data}.yaml") for method in ("mocoop", "coop", "zeroshot"))
     for content in (mocoop, coop, zeroshot):
         assert content["backbone"] == {"name": "ViT-B-16", "pretrained": "openai"}
-        assert content["data"]["classes"] == ("all" if get_method_class(method).fits else "base")
+        assert content["data"]["classes"] == "base"
     for content in (mocoop, coop):
         assert content["data"]["shots"] == 16
         assert content["data"]["view"] == "random"
