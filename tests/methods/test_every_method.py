@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
@@ -263,6 +264,29 @@ def test_bf16_backbone_stays_near_float32(
     assert all(value.dtype == torch.float32 for value in method.learnable_state().values())
     list(steps(method, images, LABELS, 1))
     assert bool(method(images).isfinite().all())
+
+
+@every_method
+def test_a_deep_copy_is_a_method_of_its_own(
+    tiny_backbone: Backbone, images: Tensor, name: str, own: Mapping[str, Any]
+) -> None:
+    method = make(tiny_backbone, name, own).eval()
+    logits = score(method, images).detach()
+    other = copy.deepcopy(method)
+    assert torch.equal(score(other, images), logits)
+    list(steps(other.train(), images, LABELS, 2))
+    assert torch.equal(score(method, images), logits)
+    assert not {p.data_ptr() for _, p in other.learnables() if p.numel()} & {p.data_ptr() for p in method.parameters()}
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_a_thousand_classes_are_served(tiny_backbone: Backbone, images: Tensor, name: str) -> None:
+    names = [f"kind {number}" for number in range(1000)]
+    method = make(tiny_backbone, name, {}, names).train()
+    losses = list(steps(method, images[:2], torch.tensor([0, 999]), 1))
+    with torch.no_grad():
+        logits = score(method.eval(), images[:2])
+    assert logits.shape == (2, 1000) and bool(logits.isfinite().all()) and losses[0] > 0
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
