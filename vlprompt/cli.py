@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import vlprompt
+from vlprompt.cli_bank import BANK_HELP
+from vlprompt.cli_bank import bank as bank_command
 from vlprompt.cli_cache import CACHE_HELP
 from vlprompt.cli_cache import cache as cache_command
 from vlprompt.cli_data import DATA_HELP
@@ -47,7 +49,7 @@ from vlprompt.errors import ConfigError, HeadError, VlpromptError, did_you_mean
 from vlprompt.parsing import COMMAND_LINE, CommandLine, check_run, key_table, read_command_line, refuse, to_yaml
 
 RUN_CONFIG = "config.yaml"
-RESUMED = ("train", "base-to-new", "domains", "eval", "search")
+RESUMED = ("train", "bank", "base-to-new", "domains", "eval", "search")
 HEAD_FOLDER, HEAD_CONFIG = "head", "config.json"
 KINDS = ("methods", "objectives", "datasets", "backbones", "protocols")
 
@@ -356,6 +358,7 @@ COMMANDS: dict[str, Command] = {
     "search": Command("choose hyperparameters on validation images", SEARCH_HELP, search_command),
     "compare": Command("say why two runs differ", COMPARE_HELP, compare_command),
     "predict": Command("classify images with a saved head", PREDICT_HELP, _predict),
+    "bank": Command("make a diffusion model's pictures of a data set's images", BANK_HELP, bank_command),
     "cache": Command("list and prune stored image features", CACHE_HELP, cache_command),
     "data": Command("list, check, draw from and make data sets", DATA_HELP, data_command),
     "list": Command("list methods, data sets, backbones or protocols", LIST_HELP, _list),

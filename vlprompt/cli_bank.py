@@ -1,8 +1,7 @@
-"""The command behind tools/make_diffusion_bank.py: a diffusion model's pictures of a data set's images."""
+"""The command ``vlprompt bank`` (tools/make_diffusion_bank.py): a diffusion model's pictures of a data set's images."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from vlprompt.config_values import accepted_values, from_text
 from vlprompt.data.diffusion.recipe import COUNT, TOOL, GenerationSettings
 from vlprompt.data.records import SPLITS
-from vlprompt.errors import ConfigError, VlpromptError, bulleted
+from vlprompt.errors import ConfigError, bulleted
 from vlprompt.parsing import COMMAND_LINE, CommandLine, check_run, read_command_line
 
 if TYPE_CHECKING:
@@ -53,21 +52,6 @@ _HINTS = {name.replace("_", "-"): hint for name, hint in get_type_hints(Generati
 OPTIONS = (*_OWN, *_HINTS)
 
 
-def main(argv: list[str]) -> int:
-    """Run the command with ``argv`` and return its exit status: 2 for what a user can put right."""
-    if not argv or "-h" in argv or "--help" in argv:
-        print(BANK_HELP, end="")
-        return 0 if argv else 2
-    try:
-        return bank(argv)
-    except VlpromptError as error:
-        print(f"vlprompt: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("vlprompt: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-
-
 def bank(words: list[str]) -> int:
     """Make the pictures that ``words`` ask for.
 
@@ -78,10 +62,9 @@ def bank(words: list[str]) -> int:
     own, settings = _values(line)
     config, problems = check_run(line, within=("data.",))
     if config is None or problems:
-        # The reader names commands of `vlprompt`; this one is a tool.
-        texts = [text.replace("`vlprompt bank`", "tools/make_diffusion_bank.py") for text in dict.fromkeys(problems)]
+        texts = list(dict.fromkeys(problems))
         count = "1 problem" if len(texts) == 1 else f"{len(texts)} problems"
-        raise ConfigError(f"{count}:\n{bulleted(texts)}\nSee {TOOL} --help.")
+        raise ConfigError(f"{count}:\n{bulleted(texts)}\nSee `{TOOL} --help`.")
     from vlprompt.data.diffusion.bank import make_bank
     from vlprompt.data.diffusion.making import fill
     from vlprompt.data.diffusion.pipeline import load_maker

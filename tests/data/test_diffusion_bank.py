@@ -150,9 +150,7 @@ def test_damage_is_found_and_remade(damage: str, bank: DiffusionBank, samples: l
         record.unlink()
     elif damage == "gone":
         path.unlink()
-    with pytest.raises(
-        DataError, match=r"(damaged or gone|0 of the 3 pictures of .*1.png).*make_diffusion_bank.py --bank"
-    ):
+    with pytest.raises(DataError, match=r"(damaged or gone|0 of the 3 pictures of .*1.png).*vlprompt bank --bank"):
         bank.pictures(samples[1].source, 3)
     assert len(bank.pictures(samples[0].source, 3)) == 3
     painter = Painter()
@@ -170,7 +168,7 @@ def test_too_few_pictures_name_image_pipeline_and_command(bank: DiffusionBank, s
         bank.pictures(samples[0].source, 63)
     text = str(caught.value)
     assert "has 2 of the 63 pictures of" in text and "0.png" in text
-    assert f"make_diffusion_bank.py --bank {bank.folder.parent} --count 63 --pipeline p --data.name NAME" in text
+    assert f"vlprompt bank --bank {bank.folder.parent} --count 63 --pipeline p --data.name NAME" in text
 
 
 class Slow(Painter):
@@ -243,7 +241,7 @@ def test_unreadable_images(bank: DiffusionBank, samples: list[Sample]) -> None:
 def test_open_bank(bank: DiffusionBank, tmp_path: Path) -> None:
     for path in (bank.folder, bank.folder.parent):
         assert open_bank(path).recipe_id == bank.recipe_id
-    with pytest.raises(ConfigError, match=r"data.bank '.*none' is no folder. Make them: .*make_diffusion_bank.py"):
+    with pytest.raises(ConfigError, match=r"data.bank '.*none' is no folder. Make them: .*vlprompt bank"):
         open_bank(tmp_path / "none")
     with pytest.raises(ConfigError, match="holds no generated pictures"):
         open_bank(tmp_path)

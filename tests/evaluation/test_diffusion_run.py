@@ -39,7 +39,7 @@ def test_a_run_looks_into_the_bank(tiny: Tiny, folder: Path) -> None:
 
 
 def test_without_a_bank_or_with_too_small_a_one(tiny: Tiny, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"make_diffusion_bank\.py.*--settings\.generated 0"):
+    with pytest.raises(ConfigError, match=r"`vlprompt bank`.*--settings\.generated 0"):
         run(configured(tiny, None, 2))
     with pytest.raises(VlpromptError, match="2 of the 3 pictures"):
         run(configured(tiny, folder, 3))

@@ -34,7 +34,7 @@ class DataConfig:
     ``workers``: loader processes; None chooses (:class:`vlprompt.data.FewShotData`). ``on_bad_image``: an image that
     cannot be read stops the run, or is left out and counted. ``cached_views``: random views per training image whose
     features are kept, where the image side is frozen; 0 for none, None for one per epoch where that is exact and small.
-    ``bank``: folder of generated pictures that tools/make_diffusion_bank.py made, for methods that look at them.
+    ``bank``: folder of generated pictures that ``vlprompt bank`` made, for methods that look at them.
     """
 
     name: str = "demo"

@@ -127,7 +127,7 @@ def _bank(config: RunConfig, method: PromptMethod) -> Any:
     if config.data.bank is None:
         raise ConfigError(
             f"{method.name} looks at {method.test_views.generated if method.test_views else 0} generated pictures of "
-            "each test image, and data.bank does not say where they are. Make them with tools/make_diffusion_bank.py "
+            "each test image, and data.bank does not say where they are. Make them with `vlprompt bank` "
             "and give --data.bank FOLDER, or do without: --settings.generated 0"
         )
     from vlprompt.data.diffusion import open_bank

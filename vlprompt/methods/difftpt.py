@@ -1,6 +1,6 @@
 """DiffTPT: TPT on random crops and pictures that a diffusion model made of the test image (Feng et al., ICCV 2023).
 
-Generated pictures (arXiv 2308.06038) come from a bank on disk: ``tools/make_diffusion_bank.py`` and ``data.bank``. A
+Generated pictures (arXiv 2308.06038) come from a bank on disk: ``vlprompt bank`` and ``data.bank``. A
 cosine filter drops those that have drifted from the test image, an entropy filter keeps sure ones, and four steps of
 TPT follow; without generated pictures, with every view passing the cosine filter, it is TPT.
 

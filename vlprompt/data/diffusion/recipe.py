@@ -12,7 +12,7 @@ from typing import Any, Literal
 from vlprompt.errors import DataError
 
 SCHEMA = "vlprompt diffusion bank 1"
-TOOL = "python tools/make_diffusion_bank.py"
+TOOL = "vlprompt bank"
 #: DiffTPT's pipeline and the revision that its code names.
 OFFICIAL = ("lambdalabs/sd-image-variations-diffusers", "v2.0")
 #: Pictures of each image that DiffTPT looks at (its code makes 65 and reads 63).
