@@ -277,7 +277,7 @@ def test_head_folder_takes_a_run_or_a_head(tmp_path: Path) -> None:
     ("words", "expected"),
     [
         (["methods", "--names"], list_methods()),
-        (["methods", "zero*", "--names"], ["zeroshot"]),
+        (["methods", "zeros*", "--names"], ["zeroshot"]),
         (["objectives", "know*", "--names"], ["knowledge"]),
         (["protocols", "*shot"], ["few-shot"]),
         (["datasets", "caltech*"], ["caltech101"]),
