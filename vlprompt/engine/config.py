@@ -131,7 +131,7 @@ class RunConfig:
     """One training run: method and its settings, backbone, data, recipe, trainer, seed and the folder for results.
 
     ``objectives`` names loss terms and regularisers beside the method's own, each with its settings. ``start``: a run,
-    or a saved head, whose learned tensors the method starts from; empty for its own start.
+    or a saved head, whose learned tensors the method starts from; null for its own start.
     """
 
     method: str = "mocoop"
@@ -143,7 +143,7 @@ class RunConfig:
     seed: int = 1
     output: str = "runs"
     objectives: dict[str, dict[str, Any]] = field(default_factory=dict)
-    start: str = ""
+    start: str | None = None
 
     def with_data(self, **values: Any) -> RunConfig:
         """Return a copy with other ``values`` of the fields of ``data``."""
