@@ -15,7 +15,7 @@ from torch import Tensor
 from vlprompt import create_method, load_head
 from vlprompt.backbone import Backbone
 from vlprompt.errors import ClassNameError, ConfigError, HeadError
-from vlprompt.evaluation.feeding import test_use as use_of_test_images
+from vlprompt.evaluation.feeding import use_of_test_images
 from vlprompt.io.head import Head
 from vlprompt.methods import PromptMethod
 from vlprompt.methods.cached import mean_features, own_rows

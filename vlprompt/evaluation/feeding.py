@@ -102,16 +102,13 @@ def _chosen_on(method: PromptMethod, task: FewShotTask) -> str | None:
     return "val"
 
 
-def test_use(method: PromptMethod) -> str | None:
+def use_of_test_images(method: PromptMethod) -> str | None:
     """Return how a method uses test images beyond scoring each one: for results and tables; None for not at all."""
     if method.unlabelled() == "test":
         return "transductive"
     if method.online:
         return "online"
     return "test-tuned" if method.test_views is not None and method.needs_gradient else None
-
-
-test_use.__test__ = False  # type: ignore[attr-defined]  # pytest collects functions of this name
 
 
 def check_processes(config: RunConfig, method: PromptMethod) -> None:

@@ -22,7 +22,7 @@ from vlprompt.engine.memory import peak_memory
 from vlprompt.engine.metrics import headline, metric_of
 from vlprompt.engine.module import PromptModule, check_trainable
 from vlprompt.errors import ConfigError, HeadError, VlpromptError
-from vlprompt.evaluation.feeding import check_processes, data_of, shots_of, test_use, training_images
+from vlprompt.evaluation.feeding import check_processes, data_of, shots_of, training_images, use_of_test_images
 from vlprompt.evaluation.folder import (
     HEAD,
     RESULTS,
@@ -193,7 +193,7 @@ def _run(config: RunConfig, method: PromptMethod, task: FewShotTask, *, force: b
             "train": {**trained, "peak_mb": peak.megabytes},
         }
         facts = {"run": folder.name, "data": task.describe()}
-        if used := test_use(method):
+        if used := use_of_test_images(method):
             results["test_images"] = facts["test_images"] = used
         if chosen := own_selection(method) or selection_of(config.output):
             results["selection"] = chosen

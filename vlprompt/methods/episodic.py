@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from vlprompt.errors import ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.objectives.targets import template_features
+from vlprompt.testtime.views import TestViews
 
 _IMAGES = 256  # views encoded at a time
 
@@ -86,7 +86,18 @@ class EpisodicMethod(ViewsMethod):
         raise NotImplementedError
 
 
-def template_weights(method: PromptMethod, templates: Sequence[str]) -> None:
-    """Keep the unit features ``[C, D]`` of hand-written prompts as the method's buffer ``weights``."""
-    weights = template_features(method.backbone, method.class_names, templates)
-    method.register_buffer("weights", weights, persistent=False)
+class TemplateViewsMethod(ViewsMethod):
+    """A method that scores views by hand-written prompts; its settings have ``templates``, ``crops`` and ``augmix``."""
+
+    template_setting = "templates"
+
+    def build(self) -> None:
+        """Encode the templates once; there are no learnables."""
+        own = self.settings
+        weights = template_features(self.backbone, self.class_names, own.templates)
+        self.register_buffer("weights", weights, persistent=False)
+        self.test_views = TestViews(own.crops, own.augmix)
+
+    def start_weights(self) -> Tensor:
+        """Return the unit text features ``[C, D]``."""
+        return self.unit_text(self.get_buffer("weights"))

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vlprompt.errors import ConfigError
-from vlprompt.methods.episodic import EpisodicMethod, check_at_least, template_weights
+from vlprompt.methods.episodic import EpisodicMethod, TemplateViewsMethod, check_at_least
 from vlprompt.methods.registry import register
 from vlprompt.prompts import check_templates
 from vlprompt.testtime.mta import MeanShift, mean_shift
-from vlprompt.testtime.views import TestViews
 
 
 @dataclass(frozen=True)
@@ -45,21 +44,11 @@ class MTASettings:
 
 
 @register("mta")
-class MTA(EpisodicMethod):
+class MTA(TemplateViewsMethod, EpisodicMethod):
     """Robust mean shift over views."""
 
     Settings = MTASettings
-    template_setting = "templates"
     settings: MTASettings
-
-    def build(self) -> None:
-        """Encode the templates once; there are no learnables."""
-        template_weights(self, self.settings.templates)
-        self.test_views = TestViews(self.settings.crops, self.settings.augmix)
-
-    def start_weights(self) -> Tensor:
-        """Return the unit text features ``[C, D]``."""
-        return self.unit_text(self.get_buffer("weights"))
 
     def adapt(self, views: Tensor) -> Tensor:
         """Return the logits ``[B, C]`` of the modes of B images' views ``[B, V, D]``."""

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from vlprompt.errors import ConfigError
-from vlprompt.methods.episodic import ViewsMethod, check_at_least, template_weights
+from vlprompt.methods.episodic import TemplateViewsMethod, check_at_least
 from vlprompt.methods.registry import register
 from vlprompt.prompts import check_templates
 from vlprompt.testtime.selection import check_fraction
 from vlprompt.testtime.tda import NegativeCache, PositiveCache, Scored, TDAStream, summarise
-from vlprompt.testtime.views import TestViews
 
 
 @dataclass(frozen=True)
@@ -74,19 +73,18 @@ class TDASettings:
 
 
 @register("tda")
-class TDA(ViewsMethod):
+class TDA(TemplateViewsMethod):
     """Two caches along the stream of test images."""
 
     Settings = TDASettings
-    template_setting = "templates"
     online = True
     settings: TDASettings
 
     def build(self) -> None:
         """Encode the templates once and begin with empty caches; there are no learnables."""
-        own = self.settings
-        template_weights(self, own.templates)
-        self.test_views = TestViews(own.crops, own.augmix) if own.crops else None
+        super().build()
+        if not self.settings.crops:
+            self.test_views = None
         self._stream: TDAStream | None = None
 
     @property
@@ -105,10 +103,6 @@ class TDA(ViewsMethod):
                 self.backbone.device,
             )
         return self._stream
-
-    def start_weights(self) -> Tensor:
-        """Return the unit text features ``[C, D]``."""
-        return self.unit_text(self.get_buffer("weights"))
 
     def reset(self) -> None:
         """Empty the caches."""

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vlprompt.methods.episodic import EpisodicMethod, check_at_least, template_weights
+from vlprompt.methods.episodic import EpisodicMethod, TemplateViewsMethod, check_at_least
 from vlprompt.methods.registry import register
 from vlprompt.prompts import check_templates
 from vlprompt.testtime.selection import check_fraction
-from vlprompt.testtime.views import TestViews
 from vlprompt.testtime.zero import Votes, ranked_logits, vote
 
 
@@ -43,21 +42,11 @@ class ZEROSettings:
 
 
 @register("zero")
-class ZERO(EpisodicMethod):
+class ZERO(TemplateViewsMethod, EpisodicMethod):
     """Votes of confident views."""
 
     Settings = ZEROSettings
-    template_setting = "templates"
     settings: ZEROSettings
-
-    def build(self) -> None:
-        """Encode the templates once; there are no learnables."""
-        template_weights(self, self.settings.templates)
-        self.test_views = TestViews(self.settings.crops, self.settings.augmix)
-
-    def start_weights(self) -> Tensor:
-        """Return the unit text features ``[C, D]``."""
-        return self.unit_text(self.get_buffer("weights"))
 
     def adapt(self, views: Tensor) -> Tensor:
         """Return ``[B, C]``: the zero-shot logits of the test view, dealt out in the order of the votes.
