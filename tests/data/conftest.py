@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vlprompt.data import FewShotTask, FileSource, Sample, find_card
+
 
 @dataclass(frozen=True)
 class Preprocess:
@@ -37,3 +39,33 @@ def paint() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def toy_task(tmp_path: Path, paint: Callable[..., Path]) -> Callable[[int], FewShotTask]:
+    """``toy_task(n)``: two classes with n training, 3 validation and 7 test images."""
+
+    def build(train: int) -> FewShotTask:
+        parts = {
+            part: [
+                Sample(f"{part}/{n}.png", n % 2, FileSource(str(paint(tmp_path / part / f"{n}.png", start + n))))
+                for n in range(count)
+            ]
+            for part, count, start in (("train", train, 0), ("val", 3, 20), ("test", 7, 30))
+        }
+        names = ["a", "b"]
+        return FewShotTask(
+            "toy",
+            names,
+            names,
+            "a {}.",
+            **parts,
+            shots=6,
+            seed=1,
+            classes="all",
+            split_sha256="s",
+            shots_sha256="t",
+            card=find_card("folder"),
+        )
+
+    return build

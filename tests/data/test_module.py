@@ -14,7 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from vlprompt.data import FewShotData, FewShotTask, FileSource, Sample, find_card
+from vlprompt.data import FewShotData, FewShotTask
 from vlprompt.data.tally import tally
 from vlprompt.errors import ConfigError, DataError
 
@@ -29,27 +29,8 @@ class World(FewShotData):
 
 
 @pytest.fixture
-def task(tmp_path: Path, paint: Callable[..., Path]) -> FewShotTask:
-    parts = {
-        part: [
-            Sample(f"{part}/{n}.png", n % 2, FileSource(str(paint(tmp_path / part / f"{n}.png", start + n))))
-            for n in range(count)
-        ]
-        for part, count, start in (("train", 11, 0), ("val", 3, 20), ("test", 7, 30))
-    }
-    return FewShotTask(
-        "toy",
-        ["a", "b"],
-        ["a", "b"],
-        "a {}.",
-        **parts,
-        shots=6,
-        seed=1,
-        classes="all",
-        split_sha256="s",
-        shots_sha256="t",
-        card=find_card("folder"),
-    )
+def task(toy_task: Callable[..., FewShotTask]) -> FewShotTask:
+    return toy_task(11)
 
 
 def epoch(data: FewShotData, number: int = 0) -> list[dict[str, torch.Tensor]]:

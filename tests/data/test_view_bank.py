@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlprompt.data import FewShotData, FewShotTask, FileSource, Sample, find_card, view_bank
+from vlprompt.data import FewShotData, FewShotTask, FileSource, view_bank
 from vlprompt.data.tally import tally
 from vlprompt.data.view_images import Drawn, ViewImages
 from vlprompt.data.views import View
@@ -20,27 +20,8 @@ from vlprompt.testtime.views import TestViews
 
 
 @pytest.fixture
-def task(tmp_path: Path, paint: Callable[..., Path]) -> FewShotTask:
-    parts = {
-        part: [
-            Sample(f"{part}/{n}.png", n % 2, FileSource(str(paint(tmp_path / part / f"{n}.png", start + n))))
-            for n in range(count)
-        ]
-        for part, count, start in (("train", 5, 0), ("val", 3, 20), ("test", 7, 30))
-    }
-    return FewShotTask(
-        "toy",
-        ["a", "b"],
-        ["a", "b"],
-        "a {}.",
-        **parts,
-        shots=6,
-        seed=1,
-        classes="all",
-        split_sha256="s",
-        shots_sha256="t",
-        card=find_card("folder"),
-    )
+def task(toy_task: Callable[..., FewShotTask]) -> FewShotTask:
+    return toy_task(5)
 
 
 class Encoder:
