@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from vlprompt.engine.config import RunConfig
+from vlprompt.engine.meta_config import MetaRunConfig
+from vlprompt.evaluation.meta_run import meta_folder
 from vlprompt.methods import get_method_class
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -25,6 +27,8 @@ FEW_SHOT = (
     *("fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"),
 )
 FILES = sorted(CONFIGS.rglob("*.yaml"))
+META = [path for path in FILES if path.parent.name == "gram"]
+RUNS = [path for path in FILES if path not in META]
 MOCOOP = sorted((CONFIGS / "mocoop").glob("*.yaml"))
 
 # seed_methods.md 1.a: templates N and group sizes; their number is the number of experts.
@@ -93,17 +97,17 @@ def command(path: Path, label: str) -> list[str]:
     return shlex.split(found[0])
 
 
-def run_config(content: dict[str, Any]) -> RunConfig:
+def run_config(content: dict[str, Any], root: type[Any] = RunConfig) -> Any:
     """Return the typed configuration; a key that is not a field fails."""
     parts = {
-        field.name: dataclasses.replace(getattr(RunConfig(), field.name), **content[field.name])
+        field.name: dataclasses.replace(getattr(root(), field.name), **content[field.name])
         if field.name != "settings" and isinstance(content[field.name], dict)
         else content[field.name]
-        for field in dataclasses.fields(RunConfig)
+        for field in dataclasses.fields(root)
         if field.name in content
     }
     assert set(content) == set(parts), f"unknown keys {set(content) - set(parts)}"
-    return RunConfig(**parts)
+    return root(**parts)
 
 
 def test_every_method_has_every_data_set() -> None:
@@ -114,7 +118,7 @@ def test_every_method_has_every_data_set() -> None:
     assert expected <= {named(path) for path in FILES}
 
 
-@pytest.mark.parametrize("path", FILES, ids=named)
+@pytest.mark.parametrize("path", RUNS, ids=named)
 def test_keys_and_values_are_accepted(path: Path) -> None:
     content = load(path)
     assert run_config(content).problems() == []
@@ -125,7 +129,9 @@ def test_keys_and_values_are_accepted(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=named)
 def test_header_says_how_to_run_and_override_this_file(path: Path) -> None:
-    start = ["python", "tools/train.py", "--config", f"configs/{named(path)}.yaml"]
+    meta = path in META
+    tool = "tools/meta_train.py" if meta else "tools/train.py"
+    start = ["python", tool, "--config", f"configs/{named(path)}.yaml"]
     assert len(header(path)) >= 3, "the header says what the file is, how to run it and how to override it"
     assert command(path, "Run:")[:4] == start
     override = command(path, "Override:")
@@ -137,7 +143,22 @@ def test_header_says_how_to_run_and_override_this_file(path: Path) -> None:
         match = re.fullmatch(r"--(?:(\w+)\.)?(\w+)", flag)
         assert match, flag
         (content.setdefault(match[1], {}) if match[1] else content)[match[2]] = yaml.safe_load(value)
-    assert run_config(content).problems() == []
+    assert run_config(content, MetaRunConfig if meta else RunConfig).problems() == []
+
+
+@pytest.mark.parametrize("path", META, ids=named)
+def test_meta_training_goes_with_the_training_it_names(path: Path) -> None:
+    content = load(path)
+    config = run_config(content, MetaRunConfig)
+    assert config.problems() == [] and path.stem.removesuffix("-demo") == config.method
+    then = command(path, "Then:")
+    other = load(CONFIGS.parent / then[3])
+    assert other["method"] == config.method and other["backbone"] == content["backbone"]
+    assert then[then.index("--init") + 1] == f"gram:{meta_folder(config)}"
+    # What is learned fits only prompts of the same shapes.
+    kind = get_method_class(config.method).Settings
+    own, others = kind(**content["settings"]), kind(**other.get("settings", {}))
+    assert own == others
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)

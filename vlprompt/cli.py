@@ -34,6 +34,7 @@ from vlprompt.cli_help import (
     SEARCH_HELP,
     TRAIN_HELP,
 )
+from vlprompt.cli_meta import META_EVAL_HELP, META_HELP, meta_eval_command, meta_keys_help, meta_train_command
 from vlprompt.cli_protocols import (
     base_to_new_command,
     compare_command,
@@ -49,7 +50,7 @@ from vlprompt.errors import ConfigError, HeadError, VlpromptError, did_you_mean
 from vlprompt.parsing import COMMAND_LINE, CommandLine, check_run, key_table, read_command_line, refuse, to_yaml
 
 RUN_CONFIG = "config.yaml"
-RESUMED = ("train", "bank", "base-to-new", "domains", "eval", "search")
+RESUMED = ("train", "meta-train", "meta-eval", "bank", "base-to-new", "domains", "eval", "search")
 HEAD_FOLDER, HEAD_CONFIG = "head", "config.json"
 KINDS = ("methods", "objectives", "datasets", "backbones", "protocols")
 
@@ -105,7 +106,8 @@ def _dispatch(words: list[str]) -> int:
         )
     command = COMMANDS[words[0]]
     if "-h" in words[1:] or "--help" in words[1:]:
-        print(command.help + (_keys_help(words[1:]) if words[0] == "train" else ""), end="")
+        more = {"train": _keys_help, "meta-train": meta_keys_help}.get(words[0])
+        print(command.help + (more(words[1:]) if more else ""), end="")
         return 0
     return command.call(words[1:])
 
@@ -350,6 +352,8 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "train": Command("train and evaluate a method, keep its head", TRAIN_HELP, _train),
+    "meta-train": Command("learn a start and a gradient regulator across tasks (GRAM)", META_HELP, meta_train_command),
+    "meta-eval": Command("what a learned start and regulator are worth", META_EVAL_HELP, meta_eval_command),
     "eval": Command("evaluate a saved head, or a protocol over data sets and seeds", EVAL_HELP, _eval),
     "base-to-new": Command(
         "train on base classes, score base and new ones over seeds", BASE_TO_NEW_HELP, base_to_new_command

@@ -43,15 +43,15 @@ def base_to_new_command(words: list[str]) -> int:
     fixed = {"seed": "--seeds says which", "data.classes": "base and new classes are both run"}
     if datasets is not None:
         fixed["data.name"] = "--datasets says which, so leave one of the two away"
-    seeds = _numbers(line, "seeds") or [1, 2, 3]
-    configs = _configs(line, fixed)
+    seeds = numbers(line, "seeds") or [1, 2, 3]
+    configs = configs_of(line, fixed)
     if "print-config" in line.flags:
         on_each = [config.with_data(name=name) for config in configs for name in datasets or ()]
         return _print_configs(on_each or configs)
     from vlprompt.evaluation.base_to_new import base_to_new
 
     force = "force" in line.flags
-    _, table = base_to_new(configs, seeds, datasets=datasets, force=force, report=_report)
+    _, table = base_to_new(configs, seeds, datasets=datasets, force=force, report=print_run)
     say(table)
     return 0
 
@@ -66,13 +66,13 @@ def domains_command(words: list[str]) -> int:
         check_protocol(protocol)
     except ConfigError as error:
         line.problems.append(f"{COMMAND_LINE}: --{error}")
-    seeds = _numbers(line, "seeds") or [1, 2, 3]
-    configs = _configs(line, {"seed": "--seeds says which", "data.classes": "all classes are run"} | _BY_DOMAIN)
+    seeds = numbers(line, "seeds") or [1, 2, 3]
+    configs = configs_of(line, {"seed": "--seeds says which", "data.classes": "all classes are run"} | _BY_DOMAIN)
     if "print-config" in line.flags:
         return _print_configs(configs)
     from vlprompt.evaluation.domains import domain_generalisation
 
-    _, table = domain_generalisation(configs, protocol, seeds, force="force" in line.flags, report=_report)
+    _, table = domain_generalisation(configs, protocol, seeds, force="force" in line.flags, report=print_run)
     say(table)
     return 0
 
@@ -86,7 +86,7 @@ def protocol_command(words: list[str]) -> int:
 
     options = ("protocol", "seeds", "datasets", "targets", "shots")
     line = read_command_line(words, "eval", flags=PROTOCOL_FLAGS, options=options)
-    seeds, shots = _numbers(line, "seeds"), _numbers(line, "shots")
+    seeds, shots = numbers(line, "seeds"), numbers(line, "shots")
     datasets, targets = _names(line, "datasets"), _names(line, "targets")
     protocol = None
     try:
@@ -100,7 +100,7 @@ def protocol_command(words: list[str]) -> int:
         if shots is not None or protocol.shots:
             fixed["data.shots"] = "--shots says how many"
         fixed |= _BY_DOMAIN if protocol.part == "domains" else {}
-    configs = _configs(line, fixed)
+    configs = configs_of(line, fixed)
     if protocol is None:
         refuse(line.problems, "eval")
     from vlprompt.evaluation.protocols import Overrides, expanded, overridden, run_protocol
@@ -108,12 +108,12 @@ def protocol_command(words: list[str]) -> int:
     own = Overrides(seeds, datasets, targets, shots)
     if "print-config" in line.flags:
         return _print_configs(expanded(overridden(protocol, own), configs))
-    _, table = run_protocol(protocol, configs, own, force="force" in line.flags, report=_report)
+    _, table = run_protocol(protocol, configs, own, force="force" in line.flags, report=print_run)
     say(table)
     return 0
 
 
-def _configs(line: CommandLine, fixed: Mapping[str, str]) -> list[RunConfig]:
+def configs_of(line: CommandLine, fixed: Mapping[str, str]) -> list[RunConfig]:
     """Return the configuration of each file of ``line``; refuse the line if anything is wrong with it.
 
     Args:
@@ -140,7 +140,8 @@ def _print_configs(configs: Sequence[RunConfig]) -> int:
     return 0
 
 
-def _report(run: Any) -> None:
+def print_run(run: Any) -> None:
+    """Say where a finished run is."""
     print(f"run folder: {run.folder}")
 
 
@@ -157,7 +158,7 @@ def _names(line: CommandLine, option: str) -> list[str] | None:
         return []
 
 
-def _numbers(line: CommandLine, option: str) -> list[int] | None:
+def numbers(line: CommandLine, option: str) -> list[int] | None:
     """Return the numbers of ``--seeds`` or ``--shots``; None without the option."""
     if option not in line.options:
         return None

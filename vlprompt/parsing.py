@@ -1,4 +1,6 @@
-"""Files and command line into a :class:`RunConfig`: order-free, typed, every problem reported at once.
+"""Files and command line into a configuration: order-free, typed, every problem reported at once.
+
+Two kinds have one: training runs (:class:`RunConfig`, meant where nothing is said) and meta-training.
 
 Values come from ``--config`` files (later files win over earlier ones) and from ``--a.b value`` overrides, which win
 over files wherever they stand. Types are the hints of the dataclasses (jsonargparse checks them); a value is never
@@ -13,7 +15,7 @@ import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
-from typing import Any, NoReturn, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_origin, get_type_hints
 
 from vlprompt.config_files import Given, find_config, read_config, shown, yaml_text
 from vlprompt.config_values import accepted_values, convert, from_text, literals
@@ -22,6 +24,7 @@ from vlprompt.errors import ConfigError, bulleted, did_you_mean, nearest
 from vlprompt.parsing_objectives import judge_objectives
 
 COMMAND_LINE = "command line"
+C = TypeVar("C")
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
@@ -31,19 +34,23 @@ def _hints(part: type, prefix: str = "") -> dict[str, Any]:
     for name, hint in get_type_hints(part).items():
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             found.update(_hints(hint, f"{prefix}{name}."))
-        elif part is not RunConfig or name not in ("settings", "objectives"):
+        elif name not in ("settings", "objectives"):  # typed by the method and the objectives themselves
             found[prefix + name] = hint
     return found
 
 
-RUN_KEYS: Mapping[str, Any] = types.MappingProxyType(_hints(RunConfig))
-"""Every key of a configuration but the method's settings, with its type."""
+def keys_of(root: type[Any]) -> Mapping[str, Any]:
+    """Return every key of a configuration dataclass but the method's settings, with its type."""
+    return types.MappingProxyType(_hints(root))
 
-SECTIONS: tuple[str, ...] = (
-    *dict.fromkeys(key.partition(".")[0] for key in RUN_KEYS if "." in key),
-    *("settings", "objectives"),
-)
-"""The keys that hold keys."""
+
+def sections_of(root: type) -> tuple[str, ...]:
+    """Return the keys that hold keys."""
+    own = dict.fromkeys(key.partition(".")[0] for key in keys_of(root) if "." in key)
+    return (*own, "settings", "objectives")
+
+
+RUN_KEYS, SECTIONS = keys_of(RunConfig), sections_of(RunConfig)
 
 
 def settings_keys(settings: type) -> dict[str, Any]:
@@ -52,11 +59,11 @@ def settings_keys(settings: type) -> dict[str, Any]:
     return {f"settings.{entry.name}": hints[entry.name] for entry in dataclasses.fields(settings) if entry.init}
 
 
-def key_table(settings: type | None = None) -> str:
-    """Return the accepted keys with defaults and types, one per line: RunConfig's, or those of a ``Settings``."""
-    default: Any = RunConfig()
+def key_table(settings: type | None = None, root: type = RunConfig) -> str:
+    """Return the accepted keys with defaults and types, one per line: those of ``root``, or of a ``Settings``."""
+    default: Any = root()
     rows = []
-    for key, hint in (RUN_KEYS if settings is None else settings_keys(settings)).items():
+    for key, hint in (keys_of(root) if settings is None else settings_keys(settings)).items():
         if settings is None:
             value: Any = functools.reduce(getattr, key.split("."), default)
         else:
@@ -192,10 +199,18 @@ def refuse(problems: Sequence[str], command: str) -> NoReturn:
 def check_run(
     line: CommandLine, configs: Sequence[str] | None = None, within: Sequence[str] = ("",)
 ) -> tuple[RunConfig | None, list[str]]:
+    """Return the run's configuration that ``line`` describes, and its problems; see :func:`check_config`."""
+    return check_config(line, RunConfig, configs, within)
+
+
+def check_config(
+    line: CommandLine, root: type[C], configs: Sequence[str] | None = None, within: Sequence[str] = ("",)
+) -> tuple[C | None, list[str]]:
     """Return the configuration of ``line`` (None if it cannot be made) and everything that is wrong with it.
 
     Args:
         line: The command line.
+        root: Its dataclass, with ``method``, ``settings``, ``objectives`` and ``problems()`` as :class:`RunConfig` has.
         configs: Files to use instead of ``line.configs``.
         within: Beginnings of the keys that the command lets one override; the files may hold any key.
     """
@@ -203,34 +218,35 @@ def check_run(
     given: dict[str, Given] = {}
     for name in line.configs if configs is None else configs:
         try:
-            given.update(read_config(find_config(name), SECTIONS, problems))
+            given.update(read_config(find_config(name), sections_of(root), problems))
         except ConfigError as error:
             problems.append(str(error))
     for key, text in line.overrides.items():
         if key.startswith(tuple(within)):
             given[key] = Given(text, COMMAND_LINE, False)
         else:
-            line.refuse(key, [name for name in RUN_KEYS if name.startswith(tuple(within))])
-    config = _Judge(given, problems, line.names).run()
+            line.refuse(key, [name for name in keys_of(root) if name.startswith(tuple(within))])
+    config: C | None = _Judge(given, problems, line.names, root).run()
     return config, [*line.problems, *problems]
 
 
 class _Judge:
     """Types the given values and asks every part what it does not accept."""
 
-    def __init__(self, given: Mapping[str, Given], problems: list[str], names: Iterable[str] = ()) -> None:
+    def __init__(self, given: Mapping[str, Given], problems: list[str], names: Iterable[str], root: type[Any]) -> None:
         self.given, self.problems, self.names = dict(given), problems, tuple(names)
+        self.root, self.keys = root, keys_of(root)
         self.values: dict[str, Any] = {}
         self.failed: set[str] = set()
         self.left_open: str | None = None
 
-    def run(self) -> RunConfig | None:
+    def run(self) -> Any:
         """Return the configuration, or None; ``problems`` grows by what is wrong."""
         before = len(self.problems)
-        self.type_value("method", RUN_KEYS["method"])
+        self.type_value("method", self.keys["method"])
         settings = self._settings_class()
         objectives = judge_objectives(self)
-        known = {**RUN_KEYS, **(settings_keys(settings) if settings else {})}
+        known = {**self.keys, **(settings_keys(settings) if settings else {})}
         for key in self.given:
             if key in known:
                 self.type_value(key, known[key])
@@ -238,8 +254,9 @@ class _Judge:
                 continue  # the method is what is wrong; objectives are judged by themselves
             else:
                 self._unknown(key, known)
-        self._data_name()
-        config = self._build(RunConfig, "")
+        if "data.name" in self.keys:
+            self._data_name()
+        config = self._build(self.root, "")
         for text in config.problems():
             keys = self._keys_in(text)
             if not self.failed & set(keys):
@@ -266,7 +283,7 @@ class _Judge:
             meant = f". Did you mean {near[0]!r}?" if near else ""
             self.fail(key, f"{given.source}: {dashes}{key} is {shown(given.value)}{why}; accepted: {accepted}{meant}")
             return
-        if value == "" and key in RUN_KEYS:
+        if value == "" and key in self.keys:
             self.fail(key, f"{given.source}: {dashes}{key} is an empty text; accepted: {accepted}")
             return
         self.values[key] = value
@@ -279,7 +296,7 @@ class _Judge:
         given = self.given[key]
         dashes = "" if given.typed else "--"
         inner = [name for name in known if name.startswith(key + ".")]
-        if key in SECTIONS:
+        if key in sections_of(self.root):
             text = f"{dashes}{key} is a section; its keys are " + ", ".join(dashes + name for name in inner)
         else:
             own = () if given.typed else (*self.names, "config")
@@ -293,7 +310,7 @@ class _Judge:
         from vlprompt.methods.registry import get_method_class  # torch: imported when a configuration is judged
 
         try:
-            method = get_method_class(self.values.get("method", RunConfig.method))
+            method = get_method_class(self.values.get("method", self.root.method))
         except ConfigError as error:
             self.fail("method", f"{self.sources(['method'])}: method: {error}")
             return None
@@ -347,9 +364,9 @@ class _Judge:
             self.problems.append(f"{self.sources(self._keys_in(str(error), hints))}: {error}")
         return complete
 
-    def _keys_in(self, text: str, known: Iterable[str] = RUN_KEYS) -> list[str]:
+    def _keys_in(self, text: str, known: Iterable[str] | None = None) -> list[str]:
         """Return the keys that ``text`` speaks of, in its order."""
-        known = set(known)
+        known = set(self.keys if known is None else known)
         return [word for word in dict.fromkeys(re.findall(r"[a-z_]+(?:\.[a-z_]+)?", text)) if word in known]
 
     def sources(self, keys: Iterable[str]) -> str:
@@ -357,6 +374,6 @@ class _Judge:
         return " and ".join(places) or "defaults"
 
 
-def to_yaml(config: RunConfig) -> str:
+def to_yaml(config: Any) -> str:
     """Return ``config`` as the text of a configuration file; reading it gives an equal configuration."""
     return yaml_text(dataclasses.asdict(config))

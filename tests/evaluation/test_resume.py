@@ -36,7 +36,15 @@ KINDS: dict[str, dict[str, Any]] = {
         "gradient_clip": 1.0,
         "accumulate": 2,
     },
-    "workers": {"method": "coop", "view": "random", "epochs": EPOCHS, "lr": 0.1, "workers": 1},
+    # A loader process asks for batches before the epoch is said; without kept features it decodes images.
+    "workers": {
+        "method": "coop",
+        "view": "random",
+        "epochs": EPOCHS,
+        "lr": 0.1,
+        "workers": 1,
+        "cached_views": 0,
+    },
 }
 # What is killed, and when: at the n-th training step, or before or after the n-th file of a name is put in place.
 POINTS = [

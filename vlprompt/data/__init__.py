@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vlprompt.data.features import FeatureStore, extract
     from vlprompt.data.images import FileSource, ZipSource, decode_rgb
     from vlprompt.data.module import FewShotData
+    from vlprompt.data.pair_features import caption_features, image_features
     from vlprompt.data.readers.pairs import Pair, load_pairs
     from vlprompt.data.records import Sample, SplitLists
     from vlprompt.data.samplers import EvalSampler, TrainSampler
@@ -26,6 +27,7 @@ _HOMES = {
     "shots": ("class_labels", "fewshot", "keep_labels"),
     "images": ("FileSource", "ZipSource", "decode_rgb"),
     "module": ("FewShotData",),
+    "pair_features": ("caption_features", "image_features"),
     "readers.pairs": ("Pair", "load_pairs"),
     "records": ("Sample", "SplitLists"),
     "samplers": ("EvalSampler", "TrainSampler"),
@@ -46,6 +48,7 @@ __all__ = [
     "SplitLists",
     "TrainSampler",
     "ZipSource",
+    "caption_features",
     "card_class_names",
     "class_labels",
     "data_root",
@@ -54,6 +57,7 @@ __all__ = [
     "extract",
     "fewshot",
     "find_card",
+    "image_features",
     "keep_labels",
     "list_datasets",
     "load_dataset",

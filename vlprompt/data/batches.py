@@ -139,7 +139,9 @@ class ImageBatches(_Keyed):
 class Loader(DataLoader[Batch]):
     """A DataLoader whose errors read the same whether they were raised here or in a worker process.
 
-    ``arrived`` sees every batch in this process and returns it, changed, or ``None`` to leave it out.
+    ``arrived`` sees every batch in this process and returns it, changed, or ``None`` to leave it out. Worker processes
+    are asked for batches only when the first one is: Lightning makes the iterator before it says which epoch a resumed
+    run is in.
     """
 
     arrived: Callable[[Batch], Batch | None] | None = None
@@ -155,13 +157,16 @@ class Loader(DataLoader[Batch]):
 def make_loader(
     dataset: FeatureBatches | ImageBatches,
     sampler: Sampler[Key] | Sequence[Key],
-    batch_size: int,
+    batch_size: int | None,
     workers: int,
     *,
     scale: float = 1.0,
     persistent: bool = False,
 ) -> Loader:
-    """Return a loader of ``dataset``'s batches, each with ``scale``; pinned memory where there is a GPU."""
+    """Return a loader of ``dataset``'s batches, each with ``scale``; pinned memory where there is a GPU.
+
+    With a ``batch_size`` of None every key is a batch of its own.
+    """
     return Loader(
         dataset,
         batch_size=batch_size,

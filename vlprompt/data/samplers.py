@@ -20,9 +20,13 @@ def derived_seed(*parts: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-class _KeySampler(DistributedSampler[Key]):
-    # A DistributedSampler by type, because Lightning replaces any other sampler by one that pads, and because it then
-    # calls ``set_epoch``. Nothing of the parent's arithmetic is used.
+class KeySampler(DistributedSampler[Key]):
+    """What samplers of keys share: their length, rank and epoch.
+
+    A DistributedSampler by type, because Lightning replaces any other sampler by one that pads, and because it then
+    calls ``set_epoch``. Nothing of the parent's arithmetic is used.
+    """
+
     def __init__(self, length: int, *, rank: int, world_size: int) -> None:
         self.length, self.rank, self.num_replicas, self.epoch = length, rank, world_size, 0
         # What torch's own class keeps and other code may read.
@@ -31,7 +35,7 @@ class _KeySampler(DistributedSampler[Key]):
             raise ConfigError(f"rank is {rank}; with {world_size} processes ranks run from 0 to {world_size - 1}.")
 
 
-class TrainSampler(_KeySampler):
+class TrainSampler(KeySampler):
     """Yield ``(epoch, index)`` in an order that depends on ``(seed, epoch)`` alone.
 
     The epoch's order is cut into global batches of ``batch_size``. Rank ``r`` of ``W`` yields the ``r``-th ``W``-th of
@@ -99,7 +103,7 @@ class TrainSampler(_KeySampler):
         return max(1, self.length // self.batch_size) * (stop - start)
 
 
-class EvalSampler(_KeySampler):
+class EvalSampler(KeySampler):
     """Yield every index exactly once over all ranks: rank ``r`` of ``W`` yields ``r, r + W, r + 2W, ...``.
 
     Nothing is padded: ranks may have one sample more or less, and none at all where there are more ranks than samples.

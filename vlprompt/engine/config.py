@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Classes = Literal["all", "base", "new"]
+GRAM = "gram:"
+"""What ``RunConfig.init`` begins with."""
 
 
 @dataclass
@@ -131,7 +133,8 @@ class RunConfig:
     """One training run: method and its settings, backbone, data, recipe, trainer, seed and the folder for results.
 
     ``objectives`` names loss terms and regularisers beside the method's own, each with its settings. ``start``: a run,
-    or a saved head, whose learned tensors the method starts from; null for its own start.
+    or a saved head, whose learned tensors the method starts from; null for its own start. ``init``: ``gram:RUN``, a
+    meta-training whose learned start and gradient regulator are both used.
     """
 
     method: str = "mocoop"
@@ -144,6 +147,7 @@ class RunConfig:
     output: str = "runs"
     objectives: dict[str, dict[str, Any]] = field(default_factory=dict)
     start: str | None = None
+    init: str | None = None
 
     def with_data(self, **values: Any) -> RunConfig:
         """Return a copy with other ``values`` of the fields of ``data``."""
@@ -154,6 +158,10 @@ class RunConfig:
         found = [text for part in (self.backbone, self.data, self.recipe, self.trainer) for text in part.problems()]
         if not 0 <= self.seed < 2**32:
             found.append(f"seed is {self.seed}; accepted: 0 to {2**32 - 1}")
+        if self.init is not None and not self.init.removeprefix(GRAM) or not (self.init or GRAM).startswith(GRAM):
+            found.append(f"init is {self.init!r}; accepted: gram:RUN, RUN being the folder of a meta-training; or null")
+        if self.init is not None and self.start is not None:
+            found.append(f"init is {self.init!r} and start {self.start!r}; accepted: one of the two")
         if self.recipe.batch_size % self.trainer.devices:
             found.append(
                 f"recipe.batch_size is {self.recipe.batch_size} (the global batch), which {self.trainer.devices} "

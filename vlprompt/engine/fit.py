@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,17 @@ from vlprompt.errors import ConfigError
 METRICS = "metrics.jsonl"
 
 
-def make_trainer(config: TrainerConfig, folder: Path, epochs: int, *, gradient: bool = False) -> pl.Trainer:
+def make_trainer(
+    config: TrainerConfig,
+    folder: Path,
+    epochs: int,
+    *,
+    gradient: bool = False,
+    callbacks: Sequence[pl.Callback] = (),
+) -> pl.Trainer:
     """Return the Trainer that writes into ``folder``; with ``gradient`` its evaluation may differentiate.
+
+    ``callbacks`` come beside those that keep checkpoint and metrics.
 
     Raises:
         ConfigError: A logger that is not installed, or more devices than there are.
@@ -36,9 +45,9 @@ def make_trainer(config: TrainerConfig, folder: Path, epochs: int, *, gradient: 
     if config.devices > 1:
         # Every learnable is used in every step, and the frozen backbone has no buffers to send around.
         strategy = DDPStrategy(find_unused_parameters=False, broadcast_buffers=False)
-    callbacks: list[pl.Callback] = [last_checkpoint_callback(folder), MetricsFile(folder / METRICS)]
+    own: list[pl.Callback] = [last_checkpoint_callback(folder), MetricsFile(folder / METRICS)]
     if config.progress:
-        callbacks.append(RichProgressBar(leave=False))
+        own.append(RichProgressBar(leave=False))
     with quiet():
         return pl.Trainer(
             accelerator=config.accelerator,
@@ -48,7 +57,7 @@ def make_trainer(config: TrainerConfig, folder: Path, epochs: int, *, gradient: 
             accumulate_grad_batches=config.accumulate,
             max_epochs=epochs,
             logger=_loggers(config, folder) or False,
-            callbacks=callbacks,
+            callbacks=[*own, *callbacks],
             plugins=[AtomicCheckpointIO()],
             enable_progress_bar=config.progress,
             enable_model_summary=False,
@@ -87,7 +96,7 @@ def _loggers(config: TrainerConfig, folder: Path) -> list[Logger]:
     return loggers
 
 
-def fit(trainer: pl.Trainer, module: PromptModule, data: pl.LightningDataModule, folder: Path) -> None:
+def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, folder: Path) -> None:
     """Fit ``module``, going on from ``folder``'s last checkpoint where there is one."""
     last = folder / LAST_CHECKPOINT
     with quiet(), _interruptible(trainer):

@@ -19,7 +19,38 @@ from vlprompt.methods import PromptMethod
 FROZEN = "method.backbone."
 
 
-class PromptModule(pl.LightningModule):
+class FrozenInside(pl.LightningModule):
+    """A module whose ``method`` holds a frozen backbone, which its checkpoints leave out.
+
+    Args:
+        method: Any method.
+    """
+
+    def __init__(self, method: PromptMethod) -> None:
+        super().__init__()
+        self.method = method
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the learnables only."""
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if not _frozen(name)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load learnables; the frozen backbone stays.
+
+        Raises:
+            HeadError: Names are missing or unknown, or a shape differs.
+        """
+        try:
+            result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        except RuntimeError as error:
+            raise HeadError(f"the checkpoint does not fit: {error}") from error
+        missing = [name for name in result.missing_keys if not _frozen(name)]
+        if strict and (missing or result.unexpected_keys):
+            raise HeadError(f"the checkpoint does not fit: missing {missing}, unknown {result.unexpected_keys}")
+        return result
+
+
+class PromptModule(FrozenInside):
     """Trains the learnables of a method; usable with any ``pytorch_lightning.Trainer``.
 
     ``trainer.fit(vlprompt.PromptModule(method), datamodule)``. Batches are dictionaries with ``images``
@@ -38,8 +69,8 @@ class PromptModule(pl.LightningModule):
     """
 
     def __init__(self, method: PromptMethod, recipe: RecipeConfig | None = None, metric: str = "accuracy") -> None:
-        super().__init__()
-        self.method, self.metric = method, metric
+        super().__init__(method)
+        self.metric = metric
         self.recipe = recipe or RecipeConfig()
         if problems := self.recipe.problems():
             raise ConfigError("\n".join(problems))
@@ -134,26 +165,6 @@ class PromptModule(pl.LightningModule):
         self.scores.reset()
         # Already the value over all processes: torchmetrics gathers what it is made from.
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, rank_zero_only=False)
-
-    # -- keeping ------------------------------------------------------------------------------------------------
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the learnables only."""
-        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if not _frozen(name)}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load learnables; the frozen backbone stays.
-
-        Raises:
-            HeadError: Names are missing or unknown, or a shape differs.
-        """
-        try:
-            result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        except RuntimeError as error:
-            raise HeadError(f"the checkpoint does not fit: {error}") from error
-        missing = [name for name in result.missing_keys if not _frozen(name)]
-        if strict and (missing or result.unexpected_keys):
-            raise HeadError(f"the checkpoint does not fit: missing {missing}, unknown {result.unexpected_keys}")
-        return result
 
 
 def check_trainable(method: PromptMethod, metric: str) -> None:

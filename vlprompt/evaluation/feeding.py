@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt.data import FewShotData, FewShotTask
@@ -109,6 +110,23 @@ def use_of_test_images(method: PromptMethod) -> str | None:
     if method.online:
         return "online"
     return "test-tuned" if method.test_views is not None and method.needs_gradient else None
+
+
+def task_feature(config: RunConfig, method: PromptMethod, task: FewShotTask) -> Tensor:
+    """Return the mean unit image feature ``[D]`` of the training images in the test view, out of the feature store."""
+    backbone = method.backbone
+    data = FewShotData(
+        task,
+        backbone.preprocess,
+        view="center",
+        workers=config.data.workers,
+        on_bad_image=config.data.on_bad_image,
+        encode=backbone.encode_image,
+        fingerprint=backbone.fingerprint,
+        device=backbone.device,
+    )
+    unit = F.normalize(data.features("train").float(), dim=-1)  # skipped images are zeros and stay so
+    return unit.sum(dim=0) / (len(unit) - len(data.unreadable("train")))
 
 
 def check_processes(config: RunConfig, method: PromptMethod) -> None:

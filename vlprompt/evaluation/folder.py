@@ -24,7 +24,9 @@ import vlprompt
 from vlprompt.config_files import yaml_text
 from vlprompt.engine.callbacks import LAST_CHECKPOINT, write_text
 from vlprompt.engine.config import RunConfig
+from vlprompt.engine.meta_config import MetaRunConfig
 from vlprompt.errors import ConfigError
+from vlprompt.io.regulators import REGULATOR_FILE
 
 CONFIG, ENVIRONMENT, RESULTS, HEAD = "config.yaml", "env.json", "results.json", "head"
 VALIDATION, TARGETS = "validation.json", "targets"
@@ -53,8 +55,9 @@ def config_sha256(config: RunConfig) -> str:
             del plain[part][name]
         if names is None:
             del plain[part]
-    if not plain["start"]:  # younger than runs that people have
-        del plain["start"]
+    for name in ("start", "init"):  # younger than runs that people have
+        if not plain[name]:
+            del plain[name]
     return sha256_of(plain)
 
 
@@ -81,7 +84,7 @@ def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, config: RunConfig, inputs: dict[str, str], *, force: bool) -> Iterator[None]:
+def opened(folder: Path, config: RunConfig | MetaRunConfig, inputs: dict[str, str], *, force: bool) -> Iterator[None]:
     """Hold ``folder`` for this run; write its configuration and environment, or check that they are this run's.
 
     Args:
@@ -177,7 +180,7 @@ def _check_inputs(folder: Path, inputs: dict[str, str]) -> None:
 
 def _clear(folder: Path) -> None:
     # What marks the run as finished goes first and what says where it came from last, should this be interrupted.
-    for name in (RESULTS, LAST_CHECKPOINT, "metrics.jsonl", VALIDATION):
+    for name in (RESULTS, LAST_CHECKPOINT, "metrics.jsonl", VALIDATION, REGULATOR_FILE):
         (folder / name).unlink(missing_ok=True)
     for name in (HEAD, TARGETS, "tensorboard", "wandb"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -202,7 +205,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def environment(config: RunConfig) -> dict[str, Any]:
+def environment(config: RunConfig | MetaRunConfig) -> dict[str, Any]:
     """Return what a result may depend on beside its configuration: versions, git state, seed, machine, command."""
     return {
         "command": sys.argv,

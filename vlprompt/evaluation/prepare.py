@@ -11,9 +11,11 @@ import torch
 
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.data import FewShotTask, load_dataset
-from vlprompt.engine.config import DataConfig, RunConfig, TrainerConfig
+from vlprompt.engine.config import GRAM, DataConfig, RunConfig, TrainerConfig
 from vlprompt.errors import ConfigError, DataError, VlpromptError
 from vlprompt.io.head import learned_tensors
+from vlprompt.io.regulators import load_regulator
+from vlprompt.meta import Regulator
 from vlprompt.methods import PromptMethod, create_method, get_method_class
 
 
@@ -83,10 +85,25 @@ def build_method(config: RunConfig, backbone: Backbone, task: FewShotTask) -> Pr
         objectives=config.objectives,
         **settings,
     ).to(backbone.device)
-    if config.start:
-        tensors, _ = learned_tensors(config.start, backbone)
+    if start := config.start or (config.init or "").removeprefix(GRAM):
+        tensors, _ = learned_tensors(start, backbone)
         method.start_from(tensors)
     return method
+
+
+def regulator_of(config: RunConfig, method: PromptMethod) -> Regulator | None:
+    """Return the meta-learned regulator of the gradients of ``method``, if ``init`` names one.
+
+    Raises:
+        VlpromptError: It cannot be read, is for other prompts, or the method takes no gradient steps.
+    """
+    if config.init is None:
+        return None
+    if not method.parameter_groups(config.recipe.lr):
+        raise ConfigError(
+            f"init is {config.init!r}, and {method.name} takes no gradient steps over images; leave init away"
+        )
+    return load_regulator(config.init.removeprefix(GRAM), method)
 
 
 def complete(config: RunConfig) -> RunConfig:

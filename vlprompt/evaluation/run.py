@@ -19,10 +19,18 @@ from vlprompt.engine.callbacks import LAST_CHECKPOINT, read_metrics, write_text
 from vlprompt.engine.config import BackboneConfig, DataConfig, RecipeConfig, RunConfig, TrainerConfig
 from vlprompt.engine.fit import METRICS, check_devices, fit, make_trainer, score, test
 from vlprompt.engine.memory import peak_memory
+from vlprompt.engine.meta_module import GradientRegulation
 from vlprompt.engine.metrics import headline, metric_of
 from vlprompt.engine.module import PromptModule, check_trainable
 from vlprompt.errors import ConfigError, HeadError, VlpromptError
-from vlprompt.evaluation.feeding import check_processes, data_of, shots_of, training_images, use_of_test_images
+from vlprompt.evaluation.feeding import (
+    check_processes,
+    data_of,
+    shots_of,
+    task_feature,
+    training_images,
+    use_of_test_images,
+)
 from vlprompt.evaluation.folder import (
     HEAD,
     RESULTS,
@@ -35,7 +43,15 @@ from vlprompt.evaluation.folder import (
     tensors_sha256,
     versions,
 )
-from vlprompt.evaluation.prepare import build_method, complete, device_of, load_both, load_task, zeroshot_method
+from vlprompt.evaluation.prepare import (
+    build_method,
+    complete,
+    device_of,
+    load_both,
+    load_task,
+    regulator_of,
+    zeroshot_method,
+)
 from vlprompt.evaluation.record import data_record, shift_record
 from vlprompt.evaluation.selection import is_oracle, own_selection, selection_of
 from vlprompt.evaluation.tables import results_table
@@ -166,7 +182,7 @@ def _run(config: RunConfig, method: PromptMethod, task: FewShotTask, *, force: b
     if method.parameter_groups(config.recipe.lr):
         check_trainable(method, metric_of(task))
     folder = run_folder(config)
-    with opened(folder, config, _inputs(method, task), force=force), tally() as images:
+    with opened(folder, config, _inputs(config, method, task), force=force), tally() as images:
         known = None if force else _finished(folder)
         if known is not None:
             _load_trained(method, folder)
@@ -204,19 +220,25 @@ def _run(config: RunConfig, method: PromptMethod, task: FewShotTask, *, force: b
         return Run(folder, results)
 
 
-def _inputs(method: PromptMethod, task: FewShotTask) -> dict[str, str]:
+def _inputs(config: RunConfig, method: PromptMethod, task: FewShotTask) -> dict[str, str]:
+    regulator = regulator_of(config, method)
     return {
         "split": task.split_sha256,
         "choice of shots": task.shots_sha256,
         "backbone": method.backbone.fingerprint,
         "initial prompts": tensors_sha256(method.learnable_state()),
+        **({} if regulator is None else {"gradient regulator": tensors_sha256(regulator.state_dict())}),
     }
 
 
 def _trained(config: RunConfig, method: PromptMethod, task: FewShotTask, folder: Path) -> pl.Trainer:
     """Train ``method`` in place, as far as it is not trained yet; return the Trainer to test it with."""
     check_processes(config, method)
-    trainer = make_trainer(config.trainer, folder, config.recipe.epochs, gradient=method.needs_gradient)
+    regulator = regulator_of(config, method)
+    regulation = [] if regulator is None else [GradientRegulation(regulator, task_feature(config, method, task))]
+    trainer = make_trainer(
+        config.trainer, folder, config.recipe.epochs, gradient=method.needs_gradient, callbacks=regulation
+    )
     if method.fits:
         method.fit(shots_of(config, method, task))
     elif method.wants_source:
@@ -249,7 +271,7 @@ def validate(config: RunConfig, *, force: bool = False) -> dict[str, Any]:
     if method.parameter_groups(config.recipe.lr):
         check_trainable(method, metric_of(task))
     folder = run_folder(config)
-    with opened(folder, config, _inputs(method, task), force=force), tally():
+    with opened(folder, config, _inputs(config, method, task), force=force), tally():
         known = None if force else read_json(folder / VALIDATION)
         if known is not None and known.get("val_sha256") == task.describe()["val_sha256"] and "val" in known:
             return dict(known["val"])

@@ -168,7 +168,10 @@ class PromptMethod(nn.Module):
                 objective compares with the frozen images.
             labels: ``[B]``.
         """
-        step = self.step(inputs, labels)
+        return self.step_losses(self.step(inputs, labels))
+
+    def step_losses(self, step: Step) -> dict[str, Tensor]:
+        """Return the weighted, named loss terms of ``step``: the method's own and its objectives'."""
         terms = self.terms(step)
         for objective in self.active:
             terms = objective.add(step, terms)
@@ -272,6 +275,19 @@ class PromptMethod(nn.Module):
     def learnables(self) -> list[tuple[str, nn.Parameter]]:
         """Return the named learnable parameters; the backbone's are never among them."""
         return [(name, parameter) for name, parameter in self.named_parameters() if not name.startswith("backbone.")]
+
+    def prompt_tensors(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the learnables that are prompts: vectors ``[..., M, W]``; not weights of networks or objectives.
+
+        What is learned across tasks (:mod:`vlprompt.meta`) acts on their gradients.
+        """
+        found = []
+        for name, parameter in self.learnables():
+            owner = self.get_submodule(name.rpartition(".")[0])
+            layer = type(owner).__module__.startswith("torch.nn.") and not isinstance(owner, nn.ParameterList)
+            if parameter.ndim > 1 and parameter.numel() and not layer and not name.startswith("objectives."):
+                found.append((name, parameter))
+        return found
 
     def once(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
         """Return ``compute()``; without gradients, what it gave last time if no learnable has changed since.

@@ -1,45 +1,40 @@
 """Reader of archives of many images: webdataset's tar files in CLIP_benchmark's layout, and Hugging Face's parquet.
 
-A tar file has no table of contents. The first reading notes where every image lies in an index in the cache folder, so
-that images can be read in any order and in any process without a second pass. Nothing is unpacked to disk.
+Nothing is unpacked to disk: images are read by their place (:mod:`vlprompt.data.readers.tar_files`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
-import os
-import re
-import tarfile
-import tempfile
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from vlprompt.data.cards import Card, card_class_names
-from vlprompt.data.images import ImageSource, decode_rgb
+from vlprompt.data.images import ImageSource
 from vlprompt.data.options import ShardOptions
-from vlprompt.data.paths import path_problem
 from vlprompt.data.readers.missing import missing_text
 from vlprompt.data.readers.published import compare_with_card
 from vlprompt.data.readers.split_json import check_duplicates, check_names
+from vlprompt.data.readers.tar_files import (
+    IMAGES,
+    LARGEST_TEXT,
+    MOST_SHARDS,
+    Index,
+    Member,
+    ShardSource,
+    checked_place,
+    kept_index,
+    members,
+    whole,
+)
 from vlprompt.data.records import SPLITS, Label, Sample, SplitLists, class_name_problem, labels_of
 from vlprompt.data.report import Report
 from vlprompt.errors import DataError
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 _SCHEMA = 1
-_MOST_SHARDS = 100_000
-_LARGEST_LABEL_FILE = 2**20
-_IMAGES = ("webp", "png", "jpg", "jpeg")
-#: webdataset's rule: what stands before the first dot of the file name is the key.
-_MEMBER = re.compile(r"^((?:.*/)?[^./][^/.]*)\.([^/]+)$")
 
 
 @dataclass(frozen=True)
@@ -141,45 +136,6 @@ def _class_names(base: Path) -> list[str]:
 
 
 # -- webdataset -------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class ShardSource:
-    """An image inside a tar file.
-
-    Attributes:
-        path: The tar file.
-        offset: Where the image's bytes begin.
-        size: How many there are.
-        key: What the image is called there.
-    """
-
-    path: str
-    offset: int
-    size: int
-    key: str
-
-    def open(self) -> Image:
-        """Decode the image. Raises :class:`~vlprompt.errors.DataError` that names it."""
-        name = f"{self.path}:{self.key}"
-        try:
-            # Opened for every image: an open file would share its position with forked workers and with threads.
-            with open(self.path, "rb") as stream:
-                stream.seek(self.offset)
-                data = stream.read(self.size)
-        except OSError as error:
-            raise DataError(f"Image {name} cannot be read: {error.strerror or error}.") from error
-        if len(data) < self.size:
-            raise DataError(f"Image {name} cannot be read: the shard ends within it. Fetch the shard again.")
-        return decode_rgb(data, name)
-
-    def stamp(self) -> str:
-        """Return size and modification time of the shard, and the image's place in it."""
-        try:
-            status = os.stat(self.path)
-        except OSError as error:
-            raise DataError(f"Shard {self.path} cannot be read: {error.strerror or error}.") from error
-        return f"{status.st_size}-{status.st_mtime_ns}-{self.offset}"
-
-
 #: shard number, offset, size, key, label or labels
 Entry = tuple[int, int, int, str, int | list[int]]
 
@@ -190,7 +146,7 @@ def _webdataset(card: Card, base: Path, folder: str, report: Report) -> Rows:
     if not count_file.is_file():
         raise DataError(missing_text(card, base, f"{count_file} (does not exist; it holds the number of shards)"))
     text = count_file.read_bytes()[:100].decode("ascii", "replace").strip()
-    if not (text.isdigit() and 0 < int(text) <= _MOST_SHARDS):
+    if not (text.isdigit() and 0 < int(text) <= MOST_SHARDS):
         report.error("S03", f"{folder}/nshards.txt holds {text[:40]!r}; the number of shards is expected")
         report.stop()
     shards = [place / f"{number}.tar" for number in range(int(text))]
@@ -207,72 +163,33 @@ def _webdataset(card: Card, base: Path, folder: str, report: Report) -> Rows:
 
 
 def _index(shards: list[Path], folder: str, report: Report) -> tuple[list[Entry], list[int]]:
-    """Return where every image lies, from the cache if these shards were indexed before and had no problems."""
-    status = [(str(path), found.st_size, found.st_mtime_ns) for path in shards for found in [path.stat()]]
-    key = hashlib.sha256(json.dumps([_SCHEMA, status]).encode()).hexdigest()
-    own = os.environ.get("VLPROMPT_CACHE") or "~/.cache/vlprompt"
-    file = Path(own).expanduser() / "shards" / f"{key}.json"
-    known = _stored(file, len(shards))
-    if known is not None:
-        return known
-    before = len(report.problems)
-    entries: dict[str, Entry] = {}
-    widths: set[int] = set()
-    for number, path in enumerate(shards):
-        for entry in _scan(path, number, f"{folder}/{path.name}", widths, report):
-            if entry[3] in entries:
-                report.error("S11", f"{entry[3]} is twice in {folder}: in {entries[entry[3]][0]}.tar and {path.name}")
-            entries.setdefault(entry[3], entry)
-    found = list(entries.values()), sorted(widths)
-    if len(report.problems) == before:
-        _store(file, {"schema": _SCHEMA, "entries": found[0], "widths": found[1]})
-    return found
+    """Return where every image lies, and the widths of the label vectors."""
 
+    def read() -> Index:
+        entries: dict[str, Entry] = {}
+        widths: set[int] = set()
+        for number, path in enumerate(shards):
+            for entry in _scan(path, number, f"{folder}/{path.name}", widths, report):
+                if entry[3] in entries:
+                    report.error(
+                        "S11", f"{entry[3]} is twice in {folder}: in {entries[entry[3]][0]}.tar and {path.name}"
+                    )
+                entries.setdefault(entry[3], entry)
+        return {"schema": _SCHEMA, "entries": list(entries.values()), "widths": sorted(widths)}
 
-def _stored(file: Path, shards: int) -> tuple[list[Entry], list[int]] | None:
-    try:
-        content = json.loads(file.read_bytes())
+    def check(content: Any) -> Index:
         if content["schema"] != _SCHEMA:
-            return None
-        entries = [_entry(one, shards) for one in content["entries"]]
-        widths = [_whole(one) for one in content["widths"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # not there, or damaged: the shards are read again
-    return entries, widths
+            raise ValueError("another schema")
+        entries = [_entry(one, len(shards)) for one in content["entries"]]
+        return {"schema": _SCHEMA, "entries": entries, "widths": [whole(one) for one in content["widths"]]}
+
+    found = kept_index(shards, [_SCHEMA], check, read, report)
+    return found["entries"], found["widths"]
 
 
 def _entry(value: Any, shards: int) -> Entry:
-    number, offset, size, key, label = value
-    if not isinstance(key, str) or path_problem(key) or not _whole(number) < shards:
-        raise ValueError(f"{value!r} is no entry of an index")
-    return (
-        number,
-        _whole(offset),
-        _whole(size),
-        key,
-        [*map(_whole, label)] if isinstance(label, list) else _whole(label),
-    )
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r} is no whole number")
-    return value
-
-
-def _store(file: Path, content: dict[str, Any]) -> None:
-    temporary = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".writing-", delete=False) as stream:
-            temporary = stream.name
-            json.dump(content, stream)
-        os.replace(temporary, file)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        text = f"The index of the shards cannot be kept in {file.parent} ({error}); they are read through every time."
-        warnings.warn(f"{text} Give another folder: export VLPROMPT_CACHE=FOLDER", stacklevel=2)
+    *place, label = value
+    return (*checked_place(place, shards), [*map(whole, label)] if isinstance(label, list) else whole(label))
 
 
 def _scan(path: Path, number: int, name: str, widths: set[int], report: Report) -> list[Entry]:
@@ -280,57 +197,31 @@ def _scan(path: Path, number: int, name: str, widths: set[int], report: Report) 
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int | list[int]] = {}
     keys: dict[str, None] = {}
-    try:
-        size = path.stat().st_size
-        with tarfile.open(path, "r:") as archive:  # "r:": in a compressed one, images have no place of their own
-            for member in archive:
-                if member.isdir():
-                    continue
-                key, ending = _key(member, name, report)
-                if not key:
-                    continue
-                if member.offset_data + member.size > size:
-                    report.error("S01", f"{name} ends within {member.name}")
-                elif ending in _IMAGES:
-                    if key in images:
-                        report.error("S11", f"{name}: {key} is there twice")
-                    keys[key] = None
-                    images[key] = member.offset_data, member.size
-                elif ending in ("cls", "npy"):
-                    keys[key] = None
-                    _take_label(archive, member, ending, key, labels, widths, name, report)
-    except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError) as error:
-        report.error("S01", f"shard {name} cannot be read as a plain tar file: {str(error)[:200]}")
+    for member in members(path, name, ("cls", "npy"), report):
+        if member.ending in IMAGES:
+            if member.key in images:
+                report.error("S11", f"{name}: {member.key} is there twice")
+            keys[member.key] = None
+            images[member.key] = member.offset, member.size
+        elif member.ending in ("cls", "npy"):
+            keys[member.key] = None
+            _take_label(member, labels, widths, name, report)
     for key in keys:
         if key not in images:
-            report.error("S03", f"{name}: {key} has no image ({', '.join(_IMAGES)})")
+            report.error("S03", f"{name}: {key} has no image ({', '.join(IMAGES)})")
         elif key not in labels:
             report.error("S03", f"{name}: {key} has no label (.cls or .npy)")
     return [(number, *images[key], key, labels[key]) for key in keys if key in images and key in labels]
 
 
-def _key(member: tarfile.TarInfo, name: str, report: Report) -> tuple[str, str]:
-    """Return key and ending of a regular member; no key where it cannot be used (rule S04) or is none of ours."""
-    own = member.name.removeprefix("./")
-    if not member.isreg() or member.issparse():
-        report.error("S04", f"{name}: {own[:80]!r} is a link, a device or sparse; only plain files are read")
-    elif problem := path_problem(own):
-        report.error("S04", f"{name}: {problem}")
-    elif match := _MEMBER.match(own):
-        return match[1], match[2].lower()
-    return "", ""
-
-
 def _take_label(
-    archive: tarfile.TarFile, member: tarfile.TarInfo, ending: str, key: str, labels: dict[str, int | list[int]],
-    widths: set[int], name: str, report: Report,
-) -> None:  # fmt: skip
-    stream = archive.extractfile(member) if member.size <= _LARGEST_LABEL_FILE else None
-    data = b"" if stream is None else stream.read()
-    if ending == "cls":
+    member: Member, labels: dict[str, int | list[int]], widths: set[int], name: str, report: Report
+) -> None:
+    data = member.data or b""
+    if member.ending == "cls":
         text = data.decode("ascii", "replace").strip()
         if text.isdigit() and len(text) < 7:
-            labels[key] = int(text)
+            labels[member.key] = int(text)
         else:
             report.error("S06", f"{name}: {member.name} holds {text[:40]!r}; a whole number from 0 is expected")
         return
@@ -338,7 +229,7 @@ def _take_label(
     if vector is None:
         report.error("S06", f"{name}: {member.name} is no NumPy file of one row of 0 and 1")
     else:
-        labels[key] = [index for index, value in enumerate(vector) if value]
+        labels[member.key] = [index for index, value in enumerate(vector) if value]
         widths.add(len(vector))
 
 
@@ -349,7 +240,7 @@ def _vector(data: bytes) -> list[int] | None:
         version = np.lib.format.read_magic(stream)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, kind = header(stream)
-        if len(shape) != 1 or shape[0] > _LARGEST_LABEL_FILE or kind.kind not in "biuf":
+        if len(shape) != 1 or shape[0] > LARGEST_TEXT or kind.kind not in "biuf":
             return None
         values = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, OSError, EOFError, TypeError, SyntaxError):

@@ -1,0 +1,114 @@
+"""The LightningModule of meta-training: one task a step, accumulated over the tasks of an outer step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from vlprompt.engine.meta_config import MetaConfig
+from vlprompt.engine.module import FrozenInside
+from vlprompt.errors import ConfigError
+from vlprompt.meta import Regulator, adapted, differentiable, inner_rates, task_loss
+from vlprompt.methods import PromptMethod
+
+
+class MetaModule(FrozenInside):
+    """Learns the start of ``method``'s learnables, and the regulator of its prompts' gradients.
+
+    A batch is one task: ``support`` and ``query`` (images ``[N, 3, H, W]`` or raw features ``[N, D]``), the
+    ``*_labels`` ``[N]``, the ``*_classes`` (texts), and ``feature`` ``[D]``, the mean unit image feature of the
+    support. The Trainer accumulates the tasks of an outer step, and averages over processes.
+
+    Args:
+        method: The host; its learnables are the initialisation.
+        regulator: The regulator, or None: then inner steps follow the gradient itself.
+        config: Inner and outer training.
+    """
+
+    def __init__(self, method: PromptMethod, regulator: Regulator | None, config: MetaConfig) -> None:
+        super().__init__(method)
+        self.regulator, self.config = regulator, config
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return the query loss after the inner steps; it and the support loss before them are logged."""
+        with differentiable(self.config.order):
+            support, query = self.losses(batch)
+        if not torch.isfinite(query):
+            raise ConfigError(
+                f"the query loss is not finite at outer step {self.global_step} (support loss {float(support):g}). "
+                "Lower the rates: --meta.inner_lr, --meta.lr"
+            )
+        self.log_dict({"train/support": support, "train/query": query.detach()}, **_EVERY_EPOCH)
+        self.log("loss", query.detach(), prog_bar=True, logger=False)
+        return query
+
+    def losses(self, task: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the support loss at the start (detached) and the query loss after the inner steps."""
+        own, kind = self.config, self.config.loss
+        learner = self.method.with_classes(task["support_classes"])
+        first: list[Tensor] = []
+
+        def support_loss(tensors: dict[str, Tensor]) -> Tensor:
+            loss = task_loss(learner, tensors, task["support"], task["support_labels"], kind)
+            first.append(loss.detach())
+            return loss
+
+        regulator = self.regulator
+        tensors = adapted(
+            support_loss,
+            dict(self.method.learnables()),
+            inner_rates(self.method, own.inner_lr),
+            steps=own.inner_steps,
+            order=own.order,
+            regulate=None if regulator is None else lambda name, g: regulator(name, g, task["feature"]),
+        )
+        if task["query_classes"] != task["support_classes"]:
+            learner = self.method.with_classes(task["query_classes"])
+        query = task_loss(learner, tensors, task["query"], task["query_labels"], kind)
+        return (first[0] if first else query.detach()), query
+
+    def configure_optimizers(self) -> Any:
+        """Return Adam over initialisation and regulator, each with its rate, and the schedule per outer step."""
+        own = self.config
+        groups = [{"params": [parameter for _, parameter in self.method.learnables()], "lr": own.lr}]
+        if self.regulator is not None:
+            groups.append({"params": list(self.regulator.parameters()), "lr": own.regulator_lr})
+        optimizer = torch.optim.Adam(groups, lr=own.lr)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _factor(self, step: int) -> float:
+        return 1 - step / self.config.steps if self.config.schedule == "linear" else 1.0
+
+
+_EVERY_EPOCH: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": 1}
+
+
+class GradientRegulation(pl.Callback):
+    """Passes every prompt gradient through a frozen regulator, before clipping and the optimiser's step.
+
+    The gradients are then those of the whole batch: accumulated, averaged over processes, and free of the scale of
+    mixed precision.
+
+    Args:
+        regulator: The regulator; it is not trained.
+        feature: ``[D]``, the mean unit image feature of the training images.
+    """
+
+    def __init__(self, regulator: Regulator, feature: Tensor) -> None:
+        self.regulator, self.feature = regulator.requires_grad_(False), feature
+
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Replace the gradients."""
+        assert isinstance(pl_module, FrozenInside)
+        for name, prompt in pl_module.method.prompt_tensors():
+            if prompt.grad is not None:
+                self.regulator.to(prompt.device)
+                regulated = self.regulator(name, prompt.grad, self.feature.to(prompt.device))
+                prompt.grad.copy_(regulated)

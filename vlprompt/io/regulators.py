@@ -1,0 +1,104 @@
+"""The file of a meta-learned gradient regulator: one safetensors file that says in its metadata what it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlprompt.errors import HeadError, VlpromptError, bulleted
+from vlprompt.meta import Regulator, RegulatorSettings
+from vlprompt.methods import PromptMethod
+
+REGULATOR_FILE = "regulator.safetensors"
+SCHEMA = "vlprompt regulator 1"
+
+
+def save_regulator(regulator: Regulator, folder: Path) -> Path:
+    """Write ``folder/regulator.safetensors`` under a temporary name, rename it, and return it."""
+    tensors = {name: value.detach().float().cpu().contiguous() for name, value in regulator.state_dict().items()}
+    settings = {**dataclasses.asdict(regulator.settings), "gate_bias": str(regulator.settings.gate_bias)}  # or "inf"
+    metadata = {
+        "schema": SCHEMA,
+        "settings": json.dumps(settings),
+        "shapes": json.dumps(regulator.shapes),
+        "embed_dim": str(regulator.embed_dim),
+        "sha256": _sha256(tensors),
+    }
+    descriptor, temporary = tempfile.mkstemp(".tmp", ".regulator-", folder)
+    os.close(descriptor)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, folder / REGULATOR_FILE)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return folder / REGULATOR_FILE
+
+
+def load_regulator(folder: str | Path, method: PromptMethod) -> Regulator:
+    """Return the regulator that a meta-training left in ``folder``, for the prompts of ``method``.
+
+    Raises:
+        HeadError: No such file, a damaged or foreign one, or one for other prompts.
+    """
+    path = Path(folder) / REGULATOR_FILE
+    if not path.is_file():
+        raise HeadError(
+            f"{folder} holds no {REGULATOR_FILE}; init: gram:RUN takes the folder of a finished meta-training with a "
+            f"regulator. For its start alone: --start {folder}"
+        )
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}
+        if metadata.get("schema") != SCHEMA or metadata.get("sha256") != _sha256(tensors):
+            raise HeadError(f"{path} is damaged, or not a regulator of vlprompt; meta-train again")
+        settings, shapes = json.loads(metadata["settings"]), json.loads(metadata["shapes"])
+        settings["gate_bias"] = float(settings["gate_bias"])  # may be infinite
+        _check_shapes(shapes, method, path)
+        with torch.random.fork_rng(devices=[]):
+            regulator = Regulator(shapes, int(metadata["embed_dim"]), RegulatorSettings(**settings))
+        regulator.load_state_dict(tensors)
+    except VlpromptError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise HeadError(f"{path} cannot be read ({type(error).__name__}); it is damaged: meta-train again") from error
+    if regulator.embed_dim != method.backbone.embed_dim:
+        raise HeadError(
+            f"{path} was learned with features of {regulator.embed_dim} numbers, {method.backbone.name} has "
+            f"{method.backbone.embed_dim}"
+        )
+    return regulator.requires_grad_(False)
+
+
+def _check_shapes(shapes: Mapping[str, Any], method: PromptMethod, path: Path) -> None:
+    own = {name: list(prompt.shape) for name, prompt in method.prompt_tensors()}
+    names = [*own, *(name for name in shapes if name not in own)]
+    wrong = [
+        f"{name}: {shapes.get(name, 'none')} there, {own.get(name, 'none')} in {method.name}"
+        for name in names
+        if shapes.get(name) != own.get(name)
+    ]
+    if wrong:
+        raise HeadError(
+            f"{path} regulates other prompts than those of this {method.name}:\n{bulleted(wrong, limit=8)}\n"
+            "Train with the method and settings of the meta-training."
+        )
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

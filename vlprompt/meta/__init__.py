@@ -1,0 +1,6 @@
+"""What learns across tasks: GRAM's prompt initialisation and gradient regulator, a reconstruction (seed_methods 3)."""
+
+from vlprompt.meta.bilevel import adapted, differentiable, inner_rates, task_loss
+from vlprompt.meta.regulators import Regulator, RegulatorSettings
+
+__all__ = ["Regulator", "RegulatorSettings", "adapted", "differentiable", "inner_rates", "task_loss"]

@@ -1,0 +1,139 @@
+"""An HTML page that shows what clustering made of the pairs: topics, their domains, and a few tasks."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from vlprompt.errors import ConfigError, VlpromptError
+from vlprompt.meta.clustering import Clusters
+from vlprompt.meta.tasks import Task, TaskSampler
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+#: Width and height of a thumbnail, in pixels.
+PIXELS = 64
+#: Thumbnails of a domain, and of all of them together: about 1.5 kB each.
+_OF_DOMAIN, _OF_PAGE = 8, 2000
+_TOPICS = 200
+
+
+def inspection_page(
+    clusters: Clusters,
+    sampler: TaskSampler | None,
+    captions: Sequence[str],
+    picture: Callable[[int], Image.Image],
+    *,
+    tasks: int = 4,
+    title: str = "Topics and domains of meta-tasks",
+) -> str:
+    """Return a page without scripts or links, pictures included, a few MB at most.
+
+    It shows the 200 largest topics, and of each domain up to 8 pictures, evenly spread over its pairs; fewer, where all
+    domains together would show more than 2,000. The page says so itself.
+
+    Args:
+        clusters: Of N pairs.
+        sampler: Draws the tasks that are shown; ``None`` where none can be drawn.
+        captions: N captions.
+        picture: Gives the picture of a row. One that cannot be read leaves a gap.
+        tasks: How many tasks to show: the first of step 0.
+        title: Headline.
+
+    Raises:
+        ConfigError: If jinja2 is missing.
+    """
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise ConfigError(
+            'Writing the page needs jinja2, which is not installed: pip install "vlprompt[meta]"'
+        ) from error
+    members: dict[int, dict[int, list[int]]] = {}
+    for (topic, domain), rows in clusters.members().items():
+        members.setdefault(topic, {})[domain] = rows
+    sizes = {topic: sum(map(len, domains.values())) for topic, domains in members.items()}
+    shown = sorted(sizes, key=lambda topic: -sizes[topic])[:_TOPICS]
+    each = max(1, min(_OF_DOMAIN, _OF_PAGE // max(1, sum(len(members[topic]) for topic in shown))))
+    usable = {} if sampler is None else sampler.usable
+    words = _words(captions, {topic: sum(members[topic].values(), []) for topic in shown})
+
+    def thumbnail(row: int) -> dict[str, str]:
+        return {"src": _thumbnail(picture, row), "caption": captions[row]}
+
+    def pairs(rows: Sequence[int], labels: Sequence[int], classes: Sequence[str]) -> list[dict[str, str]]:
+        return [thumbnail(row) | {"label": classes[label]} for row, label in zip(rows, labels, strict=True)]
+
+    def shown_task(task: Task) -> dict[str, Any]:
+        support = pairs(task.support, task.support_labels, task.support_classes)
+        query = pairs(task.query, task.query_labels, task.query_classes)
+        sides = [("Support", task.source_domain, support), ("Query", task.target_domain, query)]
+        return {"topic": task.topic, "sides": sides}
+
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = (resources.files("vlprompt") / "assets" / "meta" / "inspect.html").read_text(encoding="utf-8")
+    return page.from_string(template).render(
+        title=title,
+        pairs=len(captions),
+        pixels=PIXELS,
+        each=each,
+        all_topics=len(sizes),
+        usable=len(usable),
+        topics=[
+            {
+                "number": topic,
+                "size": sizes[topic],
+                "words": words[topic],
+                "domains": [
+                    {
+                        "number": domain,
+                        "size": len(rows),
+                        "kept": bool(clusters.kept[topic, domain]),
+                        "usable": domain in usable.get(topic, ()),
+                        "pictures": [thumbnail(row) for row in _spread(rows, each)],
+                    }
+                    for domain, rows in members[topic].items()
+                ],
+            }
+            for topic in shown
+        ],
+        tasks=[] if sampler is None else [shown_task(sampler.task(0, slot)) for slot in range(tasks)],
+    )
+
+
+def _spread(rows: list[int], count: int) -> list[int]:
+    count = min(count, len(rows))
+    return [rows[number * len(rows) // count] for number in range(count)]
+
+
+def _words(captions: Sequence[str], topics: dict[int, list[int]], count: int = 8) -> dict[int, list[tuple[str, int]]]:
+    """Return words of each topic with the captions that hold them, the most telling first.
+
+    Ranked by how many more captions of the topic hold the word than the same number of any captions would; so "of" and
+    "the" fall back without a list of such words in some language.
+    """
+    held = [set(re.findall(r"\w+", caption.lower())) for caption in captions]
+    overall = Counter(word for words in held for word in words)
+    found = {}
+    for topic, rows in topics.items():
+        own, share = Counter(word for row in rows for word in held[row]), len(rows) / len(captions)
+        ranked = sorted(own, key=lambda word: (overall[word] * share - own[word], -own[word], word))
+        found[topic] = [(word, own[word]) for word in ranked[:count]]
+    return found
+
+
+def _thumbnail(picture: Callable[[int], Image.Image], row: int) -> str:
+    try:
+        image = picture(row).convert("RGB")
+    except (VlpromptError, OSError):  # the page is to show what is there, not to check it
+        return ""
+    image.thumbnail((PIXELS, PIXELS))
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=60)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
