@@ -6,8 +6,8 @@ Run: python bench/meta.py [--methods coop,ivlp] [--pairs 16] [--tasks 4] [--inne
 for each of its tasks, inner steps on the support pairs and a forward and backward over the query pairs, with a
 regulator in between. All have the same backbone with random weights, images for hosts that learn on the image side and
 features for others. Each is measured in a process of its own: the least seconds of the repeats, and the peak memory
-with interpreter, libraries and weights. ``x`` is an outer step's seconds per task over those of ``own``. With ``--json``
-the last line is one JSON object with ``rows``.
+with interpreter, libraries and weights. ``x`` is an outer step's seconds per task over those of ``own``. With
+``--json`` the last line is one JSON object with ``rows``.
 """
 
 from __future__ import annotations

@@ -201,6 +201,10 @@ def test_the_page_of_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     text = page.read_text()
     assert "<html" in text.lower() and "data:image" in text
     assert not (page.parent / "head").exists()  # nothing was trained
+    page.unlink()
+    assert main(["meta-train", "--config", str(path), "--inspect", "--tasks.support", "300"]) == 2
+    error = capsys.readouterr().err
+    assert "No topic has two domains" in error and str(page) in error and page.is_file()
 
 
 def test_meta_eval_prints_all_starts(

@@ -90,7 +90,8 @@ def meta_train(config: MetaRunConfig, *, force: bool = False) -> tuple[Path, dic
     Raises:
         VlpromptError: Pairs, weights, settings or values that cannot be used.
     """
-    tasks, backbone, folder = prepared(config)
+    pairs, backbone = _loaded(config)
+    tasks, folder = make_tasks(config, pairs, backbone), meta_folder(config)
     method = host(config, backbone, tasks.topic_names())
     pl.seed_everything(config.seed, verbose=False)
     regulator = make_regulator(config, method)
@@ -134,21 +135,32 @@ def inspect(config: MetaRunConfig) -> Path:
     """Write a page that shows topics, domains and tasks with thumbnails, and return it; nothing is trained.
 
     Raises:
-        VlpromptError: As :func:`meta_train`.
+        VlpromptError: As :func:`meta_train`. Where no topic has the pairs that tasks need, the page is written first.
     """
     from vlprompt.meta.inspection import inspection_page
 
-    tasks, _, folder = prepared(config)
-    page = inspection_page(tasks.clusters, tasks.sampler, tasks.captions, lambda row: tasks.pairs[row].source.open())
-    write_text(folder / INSPECTION, page)
-    return folder / INSPECTION
+    pairs, backbone = _loaded(config)
+    clustered = _clustered(config, pairs, backbone)
+    problem: ConfigError | None = None
+    sampler = None
+    try:
+        sampler = _sampler(config, clustered)
+    except ConfigError as error:
+        problem = error
+    picture = [pair.source.open for pair in pairs]
+    page = inspection_page(clustered.clusters, sampler, clustered.captions, lambda row: picture[row]())
+    path = meta_folder(config) / INSPECTION
+    write_text(path, page)
+    if problem is not None:
+        raise ConfigError(f"{problem}\nWhat there is can be seen in {path}") from problem
+    return path
 
 
-def prepared(config: MetaRunConfig) -> tuple[Tasks, Backbone, Path]:
-    """Return the tasks, the backbone and the run's folder.
+def _loaded(config: MetaRunConfig) -> tuple[list[Pair], Backbone]:
+    """Return the pairs and the backbone.
 
     Raises:
-        VlpromptError: Values, pairs or weights that cannot be used.
+        VlpromptError: Values, pairs, weights or a host that cannot be used.
     """
     if problems := config.problems():
         raise ConfigError("\n".join(problems))
@@ -158,11 +170,19 @@ def prepared(config: MetaRunConfig) -> tuple[Tasks, Backbone, Path]:
     backbone = load_backbone(own.name, own.pretrained, precision=own.precision, device=device_of(config.trainer))
     # Before any image is encoded: class-specific learnables, say, cannot be learned across tasks.
     host(config, backbone, ["one", "two"]).with_classes(["three", "four", "five"])
-    return make_tasks(config, pairs, backbone), backbone, meta_folder(config)
+    return pairs, backbone
 
 
-def make_tasks(config: MetaRunConfig, pairs: Sequence[Pair], backbone: Backbone) -> Tasks:
-    """Return the clusters of ``pairs`` and the tasks drawn from them; features come from the feature store."""
+@dataclass(frozen=True)
+class _Clustered:
+    captions: list[str]
+    images: Tensor
+    texts: Tensor
+    clusters: Clusters
+
+
+def _clustered(config: MetaRunConfig, pairs: Sequence[Pair], backbone: Backbone) -> _Clustered:
+    """Return captions, features (out of the feature store) and clusters of ``pairs``."""
     own = config.tasks
     captions = fit_captions(backbone.text, [pair.caption for pair in pairs], own.caption_tokens)
     images = image_features(
@@ -175,17 +195,31 @@ def make_tasks(config: MetaRunConfig, pairs: Sequence[Pair], backbone: Backbone)
     ).features
     texts = caption_features(captions, lambda some: _encoded(backbone, some), fingerprint=backbone.fingerprint)
     clusters = cluster(images, texts, topics=own.topics, domains=own.domains, least=own.least, seed=config.seed)
-    sampler = TaskSampler(
-        clusters,
-        captions,
+    return _Clustered(captions, images, texts, clusters)
+
+
+def _sampler(config: MetaRunConfig, found: _Clustered) -> TaskSampler:
+    own = config.tasks
+    return TaskSampler(
+        found.clusters,
+        found.captions,
         support=own.support,
         query=own.query,
         labels=own.labels,
         classes=own.classes,
         seed=config.seed,
-        caption_features=texts,
+        caption_features=found.texts,
     )
-    return Tasks(pairs, captions, images, clusters, sampler)
+
+
+def make_tasks(config: MetaRunConfig, pairs: Sequence[Pair], backbone: Backbone) -> Tasks:
+    """Return the tasks that are drawn from ``pairs``.
+
+    Raises:
+        VlpromptError: Captions or settings that make no tasks.
+    """
+    found = _clustered(config, pairs, backbone)
+    return Tasks(pairs, found.captions, found.images, found.clusters, _sampler(config, found))
 
 
 @torch.no_grad()
