@@ -37,7 +37,7 @@ ELEVEN = {
     "eurosat": 10,
     "ucf101": 101,
 }
-DEMOS = ["demo", "demo-2", "demo-3", "demo-kinds", "demo-pairs", "demo-styles"]
+DEMOS = ["demo", "demo-2", "demo-3", "demo-kinds", "demo-pairs", "demo-pairs-unseen", "demo-styles"]
 REPOSITORY = Path(__file__).parents[2]
 
 

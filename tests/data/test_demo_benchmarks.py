@@ -100,6 +100,18 @@ def test_pairs_hold_no_benchmark_name():
     assert pairs[0].source.open().size == (64, 64)
 
 
+def test_pairs_in_unseen_styles_hold_no_benchmark_name_and_no_test_style():
+    pairs = load_pairs("demo-pairs-unseen")
+    assert len(pairs) == 2436 and len({pair.caption for pair in pairs}) == 1327
+    taken = {name for draw in DRAWS for name in load_dataset(draw).class_names}
+    assert not {pair.caption for pair in pairs} & taken
+    assert not any(NAMES[pair.caption]["novel"] for pair in pairs)
+    tests = {sample.id.partition("/")[0] for draw in DRAWS for sample in load_dataset(draw).test}
+    styles = {pair.domain for pair in pairs}
+    assert styles == {"openmoji", "emojione-v1", "streamline-emojis"} and not styles & tests
+    assert pairs[0].source.open().size == (64, 64)
+
+
 def test_pairs_and_classes_are_not_confused():
     with pytest.raises(ConfigError, match="has captions, not classes: use vlprompt.load_pairs"):
         load_dataset("demo-pairs")

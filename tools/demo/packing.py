@@ -165,6 +165,7 @@ def data_files(folder: Path, modules: Path, emoji: Sequence[Emoji], tell: Callab
     texts["split_kinds.json"] = benchmarks.split_text(benchmarks.kinds_split(emoji, corrupted=False))
     texts["split_styles.json"] = benchmarks.split_text(benchmarks.kinds_split(emoji, corrupted=True))
     texts["pairs.jsonl"] = "".join(json.dumps(row) + "\n" for row in pair_rows)
+    texts["pairs_unseen.jsonl"] = "".join(json.dumps(row) + "\n" for row in benchmarks.unseen_pairs(emoji, draws))
     texts["names.json"] = "[\n" + ",\n".join(json.dumps(row) for row in names) + "\n]\n"
     texts["LICENCES.md"] = licences(modules)
     return images(folder, modules, emoji, pair_rows, tell) | {name: text.encode() for name, text in texts.items()}
