@@ -222,7 +222,7 @@ def _tip_adapter(options: argparse.Namespace) -> dict[str, Any]:
     from testtime_caches import tip_search_row
 
     row: dict[str, Any] = tip_search_row(options.classes)
-    return row
+    return {**row, **{f"{side}_seconds": row[side]["seconds"] for side in ("ours", "naive")}}
 
 
 _MEASURES = {"tpt": _tpt, "tda": _tda, "tip_adapter": _tip_adapter}
