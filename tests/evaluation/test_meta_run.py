@@ -134,6 +134,28 @@ def test_accumulation_sees_the_whole_gradient(learned: Path, tiny: Tiny) -> None
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_regulated_training_in_mixed_precision(learned: Path, tiny: Tiny) -> None:
+    done = run(tiny(init=f"gram:{learned}", epochs=1, lr=0.1, precision="bf16-mixed"))
+    assert done.results["results"]["all"]["total"] == 13
+
+
+@pytest.mark.slow
+def test_regulated_training_on_two_processes(learned: Path, tiny: Tiny, tmp_path: Path, command: Command) -> None:
+    wanted = tiny(init=f"gram:{learned}", epochs=2, lr=0.1, batch_size=4)
+    one = run(wanted)
+    shared = dataclasses.replace(
+        wanted, output=str(tmp_path / "two"), trainer=dataclasses.replace(wanted.trainer, devices=2)
+    )
+    path = tmp_path / "host.yaml"
+    path.write_text(to_yaml(shared))
+    process = command("tools/train.py", "--config", str(path))
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    two = next((tmp_path / "two").rglob("head.safetensors"))
+    a, b = (load_file(file)["learnable.prompt.ctx"] for file in (one.head_dir / "head.safetensors", two))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [

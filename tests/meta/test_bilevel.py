@@ -212,6 +212,26 @@ def test_infonce_is_symmetric_cross_entropy(wide: Backbone) -> None:
     torch.testing.assert_close(found, torch.stack(losses).mean())
 
 
+@pytest.mark.parametrize(
+    ("name", "prompts"),
+    [
+        ("coop", {"prompt.ctx"}),
+        ("cocoop", {"prompt.ctx"}),  # the meta-network's gradients stay raw (seed_methods 3.d)
+        ("vpt", {"visual.input", "visual.deep.0"}),
+        ("ivlp", {"context.ctx", "context.deep.0", "visual.input", "visual.deep.0"}),
+        ("maple", {"prompts.context.ctx", "prompts.context.deep.0"}),
+    ],
+)
+def test_what_is_regulated(tiny_backbone: Backbone, name: str, prompts: set[str]) -> None:
+    method = create_method(name, tiny_backbone, SUPPORT, **HOSTS[name])
+    assert {key for key, _ in method.prompt_tensors()} == prompts
+
+
+def test_of_a_mixture_neither_router_nor_norms_are_regulated(tiny_backbone: Backbone) -> None:
+    names = {key for key, _ in create_method("mocoop", tiny_backbone, SUPPORT).prompt_tensors()}
+    assert "experts.before.0" in names and not any(key.startswith(("gate", "norms")) for key in names)
+
+
 def test_inner_rates_follow_the_method(tiny_backbone: Backbone) -> None:
     rates = inner_rates(create_method("mocoop", tiny_backbone, SUPPORT), 0.1)
     assert rates["gate.weight"] == pytest.approx(0.1)

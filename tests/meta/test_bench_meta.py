@@ -1,0 +1,23 @@
+"""The benchmark of meta-training runs as a user would run it, on the packaged demo CLIP."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench" / "meta.py"
+
+
+def test_both_orders_are_measured_against_the_hosts_own_step() -> None:
+    words = ["--model", "demo", "--methods", "coop", "--pairs", "3", "--tasks", "2", "--repeats", "1", "--json"]
+    done = subprocess.run([sys.executable, str(BENCH), *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert (row["method"], row["tasks"], row["pairs"]) == ("coop", 2, 3)
+    for kind in ("own", "first", "second"):
+        assert row[kind]["seconds"] > 0 and row[kind]["megabytes"] > 100
+    assert row["ratio_second"] == pytest.approx(row["second"]["seconds"] / 2 / row["own"]["seconds"])
