@@ -1,6 +1,7 @@
 # make demo      train MoCoOp on the packaged demo, compare it with zero-shot CLIP
 # make demo-all  every prompt learner and zero-shot over the demo's three draws, with mean and deviation
 # make demo-test-time  caches at 1 to 16 shots, and test-time methods on styles that were held out, beside zero-shot
+# make demo-meta a start and a gradient regulator learned across tasks (GRAM-R), and what they are worth
 # make test      the whole test suite
 # make lint      ruff and mypy
 # make venv      what they share: .venv with vlprompt (editable) and the development tools
@@ -11,13 +12,14 @@ BIN := .venv/bin
 METHODS := coop mocoop cocoop kgcoop prograd vpt ivlp maple promptsrc restore
 CACHES := tip_adapter tip_adapter_f tfup tfup_t ape gda
 TEST_TIME := tpt difftpt tda mta zero
+META := coop ivlp
 STAMP := .venv/installed
 
 # One thread per process: the suite runs one process per core, and small tensors gain nothing from more threads.
 # A whole file goes to one process, so that what its fixtures trained is trained once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: venv demo demo-all demo-test-time test lint
+.PHONY: venv demo demo-all demo-test-time demo-meta test lint
 
 venv: $(STAMP)
 
@@ -41,6 +43,11 @@ demo-test-time: $(STAMP)
 		--datasets demo --shots 1,2,4,8,16 --seeds 1
 	$(BIN)/python tools/domains.py $(patsubst %,--config configs/%/demo.yaml,$(TEST_TIME)) \
 		--data.name demo-styles --protocol leave-one-out --seeds 1
+
+demo-meta: $(STAMP)
+	for host in $(META); do $(BIN)/python tools/meta_train.py --config configs/gram/$$host-demo.yaml || exit; done
+	$(BIN)/vlprompt meta-eval $(patsubst %,runs/gram/%-demo-pairs-unseen,$(META)) \
+		$(patsubst %,--config configs/%/demo.yaml,$(META)) --data.name demo-2 --shots 1,2,4 --seeds 1,2,3,4,5
 
 test: $(STAMP)
 	$(PYTEST)

@@ -120,8 +120,8 @@ def pairs(emoji: Sequence[Emoji], splits: Sequence[Split]) -> list[dict[str, str
 def unseen_pairs(emoji: Sequence[Emoji], splits: Sequence[Split]) -> list[dict[str, str]]:
     """Return ``demo-pairs-unseen``: drawings in styles the model never saw, with their names.
 
-    The styles are those of ``demo``'s shots and validation images, not those of its tests. No name of ``demo`` is there,
-    and none that the model never met.
+    The styles are those of ``demo``'s shots and validation images, not those of its tests. No name of ``demo`` is
+    there, and none that the model never met.
     """
     taken = {name for split in splits for _, _, name in split["test"]}
     chosen = [one for one in packaged(emoji) if not one.novel and one.label not in taken]
