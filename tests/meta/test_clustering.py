@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.meta import clustering
-from vlprompt.meta.clustering import Clusters, cluster, spherical_kmeans
+from vlprompt.meta.clustering import Clusters, cluster, spherical_kmeans, without_caption
 
 TOPICS, DOMAINS, EACH = 4, 3, 10
 
@@ -196,3 +196,19 @@ def test_other_files_and_folders(tmp_path: Path) -> None:
 def test_clusters_must_fit_together(name: str, value: Tensor, said: str) -> None:
     with pytest.raises(DataError, match=said):
         replace(clustered(), **{name: value})
+
+
+def test_residuals_hold_the_look_and_not_what_captions_say() -> None:
+    generator = torch.Generator().manual_seed(3)
+    things = F.normalize(torch.randn(40, 16, generator=generator), dim=1)
+    looks = torch.randn(2, 16, generator=generator)
+    thing, look = torch.arange(400) % 40, torch.arange(400) // 200
+    images = 4 * things[thing] @ torch.randn(16, 16, generator=generator) + looks[look]
+
+    def agreement(features: torch.Tensor) -> float:
+        found, _ = spherical_kmeans(features, 2, 0)
+        same = float((found == look).float().mean())
+        return max(same, 1 - same)
+
+    assert agreement(without_caption(images, things[thing])) > 0.95
+    assert agreement(images) < 0.7

@@ -30,7 +30,7 @@ from vlprompt.evaluation.prepare import device_of
 from vlprompt.io.head import Head, backbone_facts
 from vlprompt.io.regulators import REGULATOR_FILE, save_regulator
 from vlprompt.meta import Regulator, RegulatorSettings
-from vlprompt.meta.clustering import Clusters, cluster
+from vlprompt.meta.clustering import Clusters, cluster, without_caption
 from vlprompt.meta.tasks import TaskSampler, fit_captions
 from vlprompt.methods import PromptMethod, create_method
 from vlprompt.prompts import template_layout
@@ -194,7 +194,8 @@ def _clustered(config: MetaRunConfig, pairs: Sequence[Pair], backbone: Backbone)
         workers=config.pairs.workers,
     ).features
     texts = caption_features(captions, lambda some: _encoded(backbone, some), fingerprint=backbone.fingerprint)
-    clusters = cluster(images, texts, topics=own.topics, domains=own.domains, least=own.least, seed=config.seed)
+    looks = images if own.domain_features == "images" else without_caption(images, texts)
+    clusters = cluster(looks, texts, topics=own.topics, domains=own.domains, least=own.least, seed=config.seed)
     return _Clustered(captions, images, texts, clusters)
 
 

@@ -162,6 +162,22 @@ def cluster(images: Tensor, captions: Tensor, *, topics: int, domains: int, leas
     return Clusters(topic, domain, topic_centres, domain_centres, sizes >= least)
 
 
+def without_caption(images: Tensor, captions: Tensor, ridge: float = 1.0) -> Tensor:
+    """Return what of unit image features the captions do not predict: the residuals of a ridge regression, ``[N, D]``.
+
+    Inside a topic, images differ by what they show more than by how; the residuals are nearer to their look.
+
+    Args:
+        images: Raw image features ``[N, D]``.
+        captions: Raw caption features ``[N, D]``.
+        ridge: Weight of the squared coefficients.
+    """
+    x, known = (F.normalize(features.detach().double().cpu(), dim=1) for features in (images, captions))
+    known = torch.cat([known, torch.ones(len(known), 1, dtype=known.dtype)], dim=1)
+    gram = known.t() @ known + ridge * torch.eye(known.shape[1], dtype=known.dtype)
+    return (x - known @ torch.linalg.solve(gram, known.t() @ x)).float()
+
+
 def spherical_kmeans(features: Tensor, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
     """Cluster directions: k-means on unit rows, whose centres are then brought to length 1.
 
