@@ -36,9 +36,10 @@ class TasksConfig:
     """How tasks are made of pairs: cross-modal hierarchical clustering, then draws.
 
     ``topics``: clusters of the captions. ``domains``: clusters of a topic's images; with ``domain_features`` of
-    ``residuals``, of what their captions do not predict of them. ``least``: pairs below which a domain is dropped. ``support``, ``query``: pairs of a task, from two domains of one topic. ``labels``: every caption
-    is its own class, or captions are grouped into ``classes`` pseudo-classes that support and query share.
-    ``caption_tokens``: captions are cut to as many byte-pair tokens.
+    ``residuals``, of what their captions do not predict of them. ``least``: pairs below which a domain is dropped.
+    ``support``, ``query``: pairs of a task, from two domains of one topic. ``labels``: every caption is its own class,
+    or captions are grouped into ``classes`` pseudo-classes that support and query share. ``caption_tokens``: captions
+    are cut to as many byte-pair tokens.
     """
 
     topics: int = 100

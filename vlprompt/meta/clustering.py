@@ -175,7 +175,8 @@ def without_caption(images: Tensor, captions: Tensor, ridge: float = 1.0) -> Ten
     x, known = (F.normalize(features.detach().double().cpu(), dim=1) for features in (images, captions))
     known = torch.cat([known, torch.ones(len(known), 1, dtype=known.dtype)], dim=1)
     gram = known.t() @ known + ridge * torch.eye(known.shape[1], dtype=known.dtype)
-    return (x - known @ torch.linalg.solve(gram, known.t() @ x)).float()
+    left: Tensor = x - known @ torch.linalg.solve(gram, known.t() @ x)
+    return left.float()
 
 
 def spherical_kmeans(features: Tensor, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
