@@ -287,4 +287,4 @@ def test_what_is_no_source(source: Any, tmp_path: Path, monkeypatch: pytest.Monk
     if source not in ("", 7):
         assert "demo-pairs" in str(caught.value) and "shards-{0000..0009}.tar" in str(caught.value)
     if source == "demo_pears":
-        assert "Did you mean 'demo-pairs'?" in str(caught.value)
+        assert "Did you mean 'demo-pairs'" in str(caught.value)
