@@ -16,12 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vlprompt.backbone import load_backbone
 from vlprompt.cli import main
 from vlprompt.engine.callbacks import read_metrics
 from vlprompt.engine.config import BackboneConfig, RunConfig, TrainerConfig
 from vlprompt.engine.meta_config import MetaConfig, MetaRunConfig, TasksConfig
 from vlprompt.errors import ConfigError, HeadError, VlpromptError
-from vlprompt.evaluation.meta_run import CLUSTERS, meta_folder, meta_train
+from vlprompt.evaluation.meta_run import CLUSTERS, host, meta_folder, meta_train
 from vlprompt.evaluation.run import run
 from vlprompt.io.regulators import REGULATOR_FILE
 from vlprompt.parsing import to_yaml
@@ -85,9 +86,10 @@ def test_every_host_by_the_same_code(method: str, order: str, tmp_path: Path, ti
     more = {"regulator": "sigmoid-gate", "loss": "cross-entropy", "inner_steps": 2} if order == "second" else {}
     tasks = {"labels": "clusters", "classes": 3} if order == "second" else {}
     config = meta_config(tmp_path, method, order=order, steps=2, tasks_per_step=1, save_every=1, tasks=tasks, **more)
+    start = host(config, load_backbone("demo"), ["one", "two"])
     folder, _ = meta_train(config)
-    start, end = (outcome(folder)[1] for _ in range(2))
-    assert start.keys() == end.keys()
+    learned = load_file(folder / "head" / "head.safetensors")
+    assert all(not torch.equal(learned[f"learnable.{name}"], value) for name, value in start.prompt_tensors())
     done = run(tiny(method, HOSTS[method], view="random", epochs=1, init=f"gram:{folder}"))
     assert done.results["config"]["init"] == f"gram:{folder}"
 

@@ -128,6 +128,11 @@ class TrainerConfig:
         ]
 
 
+def seed_problems(seed: int) -> list[str]:
+    """Return what is wrong with a seed, in words."""
+    return [] if 0 <= seed < 2**32 else [f"seed is {seed}; accepted: 0 to {2**32 - 1}"]
+
+
 @dataclass
 class RunConfig:
     """One training run: method and its settings, backbone, data, recipe, trainer, seed and the folder for results.
@@ -156,8 +161,7 @@ class RunConfig:
     def problems(self) -> list[str]:
         """Return what is wrong with all values that do not need the method, backbone or data to be known."""
         found = [text for part in (self.backbone, self.data, self.recipe, self.trainer) for text in part.problems()]
-        if not 0 <= self.seed < 2**32:
-            found.append(f"seed is {self.seed}; accepted: 0 to {2**32 - 1}")
+        found += seed_problems(self.seed)
         if self.init is not None and not self.init.removeprefix(GRAM) or not (self.init or GRAM).startswith(GRAM):
             found.append(f"init is {self.init!r}; accepted: gram:RUN, RUN being the folder of a meta-training; or null")
         if self.init is not None and self.start is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vlprompt.engine.config import BackboneConfig, TrainerConfig
+from vlprompt.engine.config import BackboneConfig, TrainerConfig, seed_problems
 
 
 @dataclass
@@ -139,8 +139,7 @@ class MetaRunConfig:
         """Return what is wrong with all values that do not need the method, backbone or pairs to be known."""
         parts = (self.backbone, self.pairs, self.tasks, self.meta, self.trainer)
         found = [text for part in parts for text in part.problems()]
-        if not 0 <= self.seed < 2**32:
-            found.append(f"seed is {self.seed}; accepted: 0 to {2**32 - 1}")
+        found += seed_problems(self.seed)
         if self.meta.tasks_per_step % self.trainer.devices:
             found.append(
                 f"meta.tasks_per_step is {self.meta.tasks_per_step}, which {self.trainer.devices} processes "

@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from vlprompt.backbone import Backbone, load_backbone
+from vlprompt.backbone import Backbone
 from vlprompt.data.pair_features import caption_features, image_features
 from vlprompt.data.readers.pairs import Pair, load_pairs
 from vlprompt.data.records import Sample
@@ -26,7 +26,7 @@ from vlprompt.engine.meta_data import MetaData
 from vlprompt.engine.meta_module import MetaModule
 from vlprompt.errors import ConfigError
 from vlprompt.evaluation.folder import HEAD, RESULTS, is_main_process, opened, read_json, sha256_of, versions
-from vlprompt.evaluation.prepare import device_of
+from vlprompt.evaluation.prepare import configured_backbone
 from vlprompt.io.head import Head, backbone_facts
 from vlprompt.io.regulators import REGULATOR_FILE, save_regulator
 from vlprompt.meta import Regulator, RegulatorSettings
@@ -166,8 +166,7 @@ def _loaded(config: MetaRunConfig) -> tuple[list[Pair], Backbone]:
         raise ConfigError("\n".join(problems))
     check_devices(config.trainer)
     pairs = load_pairs(config.pairs.source, root=config.pairs.root)
-    own = config.backbone
-    backbone = load_backbone(own.name, own.pretrained, precision=own.precision, device=device_of(config.trainer))
+    backbone = configured_backbone(config.backbone, config.trainer)
     # Before any image is encoded: class-specific learnables, say, cannot be learned across tasks.
     host(config, backbone, ["one", "two"]).with_classes(["three", "four", "five"])
     return pairs, backbone

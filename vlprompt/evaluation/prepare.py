@@ -11,7 +11,7 @@ import torch
 
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.data import FewShotTask, load_dataset
-from vlprompt.engine.config import GRAM, DataConfig, RunConfig, TrainerConfig
+from vlprompt.engine.config import GRAM, BackboneConfig, DataConfig, RunConfig, TrainerConfig
 from vlprompt.errors import ConfigError, DataError, VlpromptError
 from vlprompt.io.head import learned_tensors
 from vlprompt.io.regulators import load_regulator
@@ -29,12 +29,7 @@ def load_both(config: RunConfig) -> tuple[FewShotTask, Backbone]:
     except VlpromptError as error:
         missing.append(error)
     try:
-        backbone = load_backbone(
-            config.backbone.name,
-            config.backbone.pretrained,
-            precision=config.backbone.precision,
-            device=device_of(config.trainer),
-        )
+        backbone = configured_backbone(config.backbone, config.trainer)
     except VlpromptError as error:
         missing.append(error)
     if len(missing) == 1:
@@ -42,6 +37,15 @@ def load_both(config: RunConfig) -> tuple[FewShotTask, Backbone]:
     if task is None or backbone is None:
         raise ConfigError("two things are missing.\n\n1. " + str(missing[0]) + "\n\n2. " + str(missing[1]))
     return task, backbone
+
+
+def configured_backbone(config: BackboneConfig, trainer: TrainerConfig) -> Backbone:
+    """Return the frozen CLIP that ``config`` names, on the device of this process.
+
+    Raises:
+        BackboneError: It cannot be loaded.
+    """
+    return load_backbone(config.name, config.pretrained, precision=config.precision, device=device_of(trainer))
 
 
 def device_of(config: TrainerConfig) -> str:

@@ -67,15 +67,6 @@ def inspection_page(
     def thumbnail(row: int) -> dict[str, str]:
         return {"src": _thumbnail(picture, row), "caption": captions[row]}
 
-    def pairs(rows: Sequence[int], labels: Sequence[int], classes: Sequence[str]) -> list[dict[str, str]]:
-        return [thumbnail(row) | {"label": classes[label]} for row, label in zip(rows, labels, strict=True)]
-
-    def shown_task(task: Task) -> dict[str, Any]:
-        support = pairs(task.support, task.support_labels, task.support_classes)
-        query = pairs(task.query, task.query_labels, task.query_classes)
-        sides = [("Support", task.source_domain, support), ("Query", task.target_domain, query)]
-        return {"topic": task.topic, "sides": sides}
-
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = (resources.files("vlprompt") / "assets" / "meta" / "inspect.html").read_text(encoding="utf-8")
     return page.from_string(template).render(
@@ -103,8 +94,20 @@ def inspection_page(
             }
             for topic in shown
         ],
-        tasks=[] if sampler is None else [shown_task(sampler.task(0, slot)) for slot in range(tasks)],
+        tasks=[] if sampler is None else [_shown_task(sampler.task(0, slot), thumbnail) for slot in range(tasks)],
     )
+
+
+def _shown_task(task: Task, thumbnail: Callable[[int], dict[str, str]]) -> dict[str, Any]:
+    def pairs(rows: Sequence[int], labels: Sequence[int], classes: Sequence[str]) -> list[dict[str, str]]:
+        return [thumbnail(row) | {"label": classes[label]} for row, label in zip(rows, labels, strict=True)]
+
+    support = pairs(task.support, task.support_labels, task.support_classes)
+    query = pairs(task.query, task.query_labels, task.query_classes)
+    return {
+        "topic": task.topic,
+        "sides": [("Support", task.source_domain, support), ("Query", task.target_domain, query)],
+    }
 
 
 def _spread(rows: list[int], count: int) -> list[int]:
