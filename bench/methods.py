@@ -1,6 +1,6 @@
 """One training step of every method: ours against the algorithm of the official code, on the same weights.
 
-Run: python bench/methods.py [--methods coop,maple] [--classes 10,100,1000] [--json]
+Run: python bench/methods.py [--methods coop,maple] [--classes 10,100,1000] [--device cuda] [--json]
 
 ``naive`` does what the published code does: every prompt padded to 77 tokens, images encoded in every step, CoCoOp's
 prompts encoded one image after the other, ProGrad's teacher encoding the images once more, the whole last image block.
@@ -8,7 +8,8 @@ prompts encoded one image after the other, ProGrad's teacher encoding the images
 side (they are computed once per run), the last image block for the class token alone. Both have forward and backward of
 the same losses on the same numbers; ``diff`` is the largest relative difference in losses and gradients.
 
-Each side runs in a process of its own; ``MB`` is its peak with interpreter, libraries and weights. Seconds are the
+Each side runs in a process of its own; ``MB`` is its peak with interpreter, libraries and weights; on a GPU the peak of
+what torch has allocated there, after one step that is not timed. Seconds are the
 least of the repeats (the naive side is timed once where a step takes longer than 20 s). The batch is the paper's: see
 BATCHES. CoCoOp's seconds are per image. With ``--json`` the last line is one JSON object with ``rows``.
 """
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(_row(options, name, classes))
             print(_line(rows[-1]), flush=True)
     if options.json:
-        print(json.dumps({"model": options.model, "rows": rows}))
+        print(json.dumps({"model": options.model, "device": options.device, "rows": rows}))
     return int(any("error" in row for row in rows))
 
 
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--classes", default="10,100,1000", help="numbers of classes with commas")
     parser.add_argument("--repeats", type=int, default=3, help="steps of each side; the least time counts")
     parser.add_argument("--model", default="ViT-B-16", help="an open_clip name, with random weights, or demo")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--child", choices=("ours", "naive"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -68,7 +70,8 @@ def _row(options: argparse.Namespace, name: str, classes: int) -> dict[str, Any]
         for side in ("ours", "naive"):
             command = [sys.executable, str(Path(__file__).resolve()), "--child", side, "--out", f"{folder}/{side}"]
             command += ["--methods", name, "--classes", str(classes), "--repeats", str(options.repeats)]
-            done = subprocess.run([*command, "--model", options.model], capture_output=True, text=True)
+            command += ["--model", options.model, "--device", options.device]
+            done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
                 lines = (done.stderr or done.stdout).strip().splitlines()
                 row["error"] = f"{side}: " + (lines[-1] if lines else f"signal {-done.returncode} (memory?)")
@@ -107,15 +110,16 @@ def _child(options: argparse.Namespace) -> int:
     import vlprompt
 
     name, classes, naive = options.methods, int(options.classes), options.child == "naive"
-    backbone = vlprompt.load_backbone(options.model, *([] if options.model == "demo" else ["random"]))
+    source = [] if options.model == "demo" else ["random"]
+    backbone, on_gpu = vlprompt.load_backbone(options.model, *source, device=options.device), options.device != "cpu"
     names = [f"{word} {i}" if i >= 1000 else word for i, word in enumerate((IMAGENET_CLASSNAMES * 2)[:classes])]
     torch.manual_seed(0)
     settings = {"images_at_once": 1 if naive else 4} if name == "cocoop" else {}
-    method = vlprompt.create_method(name, backbone, list(names), **settings).train()
+    method = vlprompt.create_method(name, backbone, list(names), **settings).to(options.device).train()
     batch = BATCHES.get(name, 4)
     size = backbone.preprocess.size
-    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
-    labels = torch.arange(batch) % classes
+    images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(options.device)
+    labels = (torch.arange(batch) % classes).to(options.device)
     inputs = images
     if naive:
         _as_published(method, images)
@@ -123,17 +127,21 @@ def _child(options: argparse.Namespace) -> int:
         with torch.no_grad():
             inputs = method.image_features(images)  # from the store in a run, once
     times: list[float] = []
-    while len(times) < options.repeats and not (naive and times and times[0] > _LONG):
+    while len(times) < options.repeats + on_gpu and not (naive and times and times[0] > _LONG):
         method.zero_grad(set_to_none=True)
         start = time.perf_counter()
         terms = method.losses(inputs, labels)
         torch.stack(list(terms.values())).sum().backward()
+        if on_gpu:
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    found = {f"loss {key}": term.detach().reshape(1).numpy() for key, term in terms.items()}
-    found |= {key: p.grad.numpy() for key, p in method.learnables() if p.grad is not None}
+    times = times[on_gpu:]  # a GPU's first step chooses and compiles kernels
+    found = {f"loss {key}": term.detach().reshape(1).cpu().numpy() for key, term in terms.items()}
+    found |= {key: p.grad.cpu().numpy() for key, p in method.learnables() if p.grad is not None}
     np.savez(options.out, **found)
     per = batch if name == "cocoop" else 1
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    used = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = used / 2**20
     print(json.dumps({"seconds": min(times) / per, "peak_mb": peak, "batch": batch, "steps": len(times)}))
     return 0
 

@@ -202,8 +202,8 @@ def test_a_stopped_training_goes_on_to_the_same_bits(drawn, tmp_path, monkeypatc
             return usual(self, key)
 
         monkeypatch.setattr(training.Corpus, "batch", batch)
-        texts = training.train_contrast(folder, corpus, vocabulary, vectors, 1, lambda *_: None)
-        student = training.train_distil(folder, corpus, texts, 1, lambda *_: None)
+        texts = training.train_contrast(folder, corpus, vocabulary, vectors, 1, lambda *_: None, torch.device("cpu"))
+        student = training.train_distil(folder, corpus, texts, 1, lambda *_: None, torch.device("cpu"))
         return {**texts.state_dict(), **{f"vit.{key}": value for key, value in student.visual.state_dict().items()}}
 
     whole = run(tmp_path / "whole")

@@ -8,7 +8,8 @@
 
 Stages keep their results in FOLDER and go on where they were stopped. Needs npm, and pip install 'vlprompt[demo]'. The
 images come out byte for byte the same with the versions in tools/demo/. Training takes about an hour per seed, and one
-more for the ViT, on one core; it is meant to end within 2 points of the shipped weights, which no second run has shown.
+more for the ViT, on one core; with --device cuda about four minutes per seed, and two. MODEL_CARD.md says how near a
+second build came to the shipped weights.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def show_table() -> int:
 class Build:
     """The stages, in order; each finds what the earlier ones left in the folder."""
 
-    def __init__(self, folder: Path, seeds: list[int]) -> None:
-        self.folder, self.seeds = folder, seeds
+    def __init__(self, folder: Path, seeds: list[int], device: str) -> None:
+        self.folder, self.seeds, self.device = folder, seeds, device
 
     def fetch(self) -> None:
         """Fetch the packages and join drawings and names."""
@@ -114,7 +115,11 @@ class Build:
         import torch
         import training
 
-        torch.set_num_threads(1)  # sums in one order, whatever the machine
+        device = torch.device(self.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise SystemExit("error: torch finds no GPU on this machine; train on the CPU: --device cpu")
+        if device.type == "cpu":
+            torch.set_num_threads(1)  # sums in one order, whatever the machine
         torch.set_flush_denormal(True)
         vocabulary = captions.Vocabulary(self.emoji, [icon.words for icon in self.icons])
         vectors = vocabulary.word_vectors(self.modules)
@@ -122,7 +127,7 @@ class Build:
         weights, found = self.folder / "weights", {}
         for seed in self.seeds:
             with Progress(seed) as tell:
-                texts = training.train_contrast(weights, corpus, vocabulary, vectors, seed, tell)
+                texts = training.train_contrast(weights, corpus, vocabulary, vectors, seed, tell, device)
             rows = scores.style_scores(resnet_of(texts, vocabulary.ids), self.folder / "data", scores.SELECTION)
             found[seed] = scores.selection_score(rows), texts
             print(f"train: seed {seed} has {found[seed][0]:.2f} on the selection styles", flush=True)
@@ -130,7 +135,7 @@ class Build:
         print(f"train: seed {best} is taken")
         texts = found[best][1]
         with Progress(best) as tell:
-            self.networks = texts, training.train_distil(weights, corpus, texts, best, tell), vocabulary.ids
+            self.networks = texts, training.train_distil(weights, corpus, texts, best, tell, device), vocabulary.ids
 
     def ship(self) -> None:
         """Put weights and benchmarks into the package, record them, and print the table."""
@@ -195,6 +200,7 @@ def main() -> int:
     parser.add_argument("--build", type=Path, help="folder for everything that is fetched and made (about 2 GB)")
     parser.add_argument("--until", choices=STAGES, default="ship", help="the last stage to run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="training seeds (1 2 3)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where networks are trained (cpu)")
     parser.add_argument("--check", action="store_true", help="compare the shipped files with their record")
     parser.add_argument("--table", action="store_true", help="print the zero-shot table of the shipped networks")
     parser.add_argument("--record", action="store_true", help="write the record of the shipped files anew")
@@ -206,7 +212,7 @@ def main() -> int:
         return max(job() for job in wanted)
     if options.build is None:
         parser.error("give --build FOLDER, --check, --record or --table")
-    build = Build(options.build.resolve(), options.seeds)
+    build = Build(options.build.resolve(), options.seeds, options.device)
     for stage in STAGES[: STAGES.index(options.until) + 1]:
         getattr(build, stage)()
     return 0

@@ -137,6 +137,18 @@ def test_gates_are_a_softmax_over_the_top_experts(mocoop: Any, images: Tensor, t
         assert gate == pytest.approx([math.exp(row[g]) / total if g in best else 0.0 for g in range(4)], abs=1e-6)
 
 
+def test_gates_bear_mixed_precision_on_a_gpu(mocoop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A GPU's autocast has linear layers in half precision and softmax in single; a CPU's leaves softmax as it is.
+    usual = Tensor.softmax
+    monkeypatch.setattr(Tensor, "softmax", lambda self, *args, **more: usual(self.float(), *args, **more))
+    method = mocoop()
+    unit = F.normalize(torch.randn(2, 64), dim=-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, gates = method.route(unit)
+    assert logits.dtype == gates.dtype == torch.bfloat16
+    torch.testing.assert_close(gates.float().sum(dim=-1), torch.ones(2), rtol=0, atol=1e-2)
+
+
 def test_logits_are_those_of_the_mixed_class_weights(mocoop: Any, images: Tensor) -> None:
     method = mocoop()
     features = method.image_features(images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -62,6 +63,8 @@ def render_all(folder: Path, emoji: list[Emoji], icons: list[Icon], tell: Callab
 
     Emoji are keyed by :attr:`Emoji.key`, icons by their words (a name that occurs twice stands twice).
     """
+    if importlib.util.find_spec("resvg_py") is None:
+        raise SystemExit("error: resvg_py, which draws, is not installed; get it: pip install 'vlprompt[demo]'")
     folder.mkdir(parents=True, exist_ok=True)
     work: dict[str, tuple[list[str], list[Picture]]] = {}
     for one in emoji:

@@ -51,15 +51,16 @@ class Texts(nn.Module):
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         parts = []
         for start in range(0, len(order), 64):
-            rows, ends = self._vocabulary([texts[index] for index in order[start : start + 64]])
+            chosen = [texts[index] for index in order[start : start + 64]]
+            rows, ends = (part.to(table.device) for part in self._vocabulary(chosen))
             length = rows.shape[1]
             hidden = F.embedding(rows, table) + network.positional_embedding[:length]
             hidden = network.transformer(hidden, attn_mask=network.attn_mask[:length, :length])
-            hidden = network.ln_final(hidden)[torch.arange(len(rows)), ends]
+            hidden = network.ln_final(hidden)[torch.arange(len(rows), device=table.device), ends]
             parts.append(hidden @ network.text_projection)
         place = torch.empty(len(order), dtype=torch.long)
         place[torch.tensor(order)] = torch.arange(len(order))
-        return F.normalize(torch.cat(parts)[place].float(), dim=-1)
+        return F.normalize(torch.cat(parts)[place.to(table.device)].float(), dim=-1)
 
 
 def optimisers(module: nn.Module, rate: float, matrix_rate: float) -> list[torch.optim.Optimizer]:

@@ -2,7 +2,7 @@
 
 A small convolutional network learns from few drawings many times faster than a transformer; the transformer then
 learns its image features and keeps its text tower. Every random number of a step comes from (seed, stage, step), so
-that a run that was stopped goes on exactly.
+that a run that was stopped goes on exactly, and drawings are drawn upon alike with a GPU and without one.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from open_clip.model import CLIP
 from sources import ICONS, TRAINING, Emoji, Icon
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
 from views import Views
 
 EMOJI_A_BATCH, ICONS_A_BATCH, KIND_SHARE = 192, 64, 0.12
 WARMUP, KEEP_EVERY = 60, 200
+#: Processes that prepare batches for a GPU; a CPU prepares its own.
+WORKERS = 8
 #: Optimiser steps of each stage.
 STEPS = {"contrast": 2000, "distil": 1400}
 _FLIP = ("animals-nature", "food-drink", "activities", "objects", "travel-places", "smileys-emotion")
@@ -47,6 +50,10 @@ class Batch:
     captions: list[str]
     same: Tensor
     classes: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch with its tensors on ``device``."""
+        return Batch(self.images.to(device), self.captions, self.same.to(device), self.classes.to(device))
 
 
 class Corpus:
@@ -113,6 +120,17 @@ class Corpus:
         return Batch(views(pixels, torch.tensor(may_flip)), captions, same, torch.tensor(classes))
 
 
+class Batches(Dataset[Batch]):
+    """The batches of a stage, by step: processes that prepare them ahead change nothing."""
+
+    def __init__(self, corpus: Corpus, seed: int, name: str) -> None:
+        self._corpus, self._key = corpus, f"{seed} {name}"
+
+    def __getitem__(self, step: int) -> Batch:
+        torch.set_num_threads(1)
+        return self._corpus.batch(f"{self._key} {step}")
+
+
 @dataclass
 class Stage:
     """What the loop needs of a stage."""
@@ -124,24 +142,24 @@ class Stage:
     clip: float
 
 
-def contrast(texts: Texts) -> Stage:
+def contrast(texts: Texts, device: torch.device) -> Stage:
     """The ResNet and the text tower learn from each other, as CLIP's towers do.
 
     A kind's caption fits many images of a batch: it must find them all, and no image is pushed away from it.
     """
-    network = texts.network
+    network = texts.to(device).network
     network.visual = network.visual.to(memory_format=torch.channels_last)
     texts.train()
-    diagonal = torch.eye(EMOJI_A_BATCH + ICONS_A_BATCH, dtype=torch.bool)
+    diagonal = torch.eye(EMOJI_A_BATCH + ICONS_A_BATCH, dtype=torch.bool, device=device)
 
     def loss(batch: Batch, step: int) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             images = network.visual(batch.images.contiguous(memory_format=torch.channels_last))
             captions = texts(batch.captions)
         with torch.no_grad():
             network.logit_scale.clamp_(0, math.log(100))
         logits = network.logit_scale.exp() * F.normalize(images.float(), dim=-1) @ captions.T
-        own = torch.arange(len(logits))
+        own = torch.arange(len(logits), device=device)
         from_images = F.cross_entropy(logits.masked_fill(batch.same & ~diagonal, -1e4), own)
         wanted = batch.same.float().T
         from_texts = -(wanted / wanted.sum(1, keepdim=True) * F.log_softmax(logits.T, 1)).sum(1).mean()
@@ -151,24 +169,25 @@ def contrast(texts: Texts) -> Stage:
     return Stage(texts, optimisers(texts, *rates), rates, loss, 1.0)
 
 
-def distil(student: CLIP, texts: Texts, corpus: Corpus, seed: int, steps: int) -> Stage:
+def distil(student: CLIP, texts: Texts, corpus: Corpus, seed: int, steps: int, device: torch.device) -> Stage:
     """The ViT learns the ResNet's image features and what they say about every name; texts stay as they are."""
-    teacher = texts.network
+    teacher = texts.to(device).network
     texts.eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
         said = [corpus.captions(random.Random(f"{seed} captions {index}"), index == 0) for index in range(8)]
         known = torch.stack([torch.cat([texts(part) for part in chunks(each, 512)]) for each in said])
     scale = teacher.logit_scale.exp().item()
-    visual = student.visual
+    visual = student.to(device).visual
     visual.train()
 
     def loss(batch: Batch, step: int) -> Tensor:
         torch.manual_seed(hash_of(f"{seed} patches {step}"))  # patch dropout draws from the global generator
         visual.patch_dropout.prob = 0.5 if step < 0.85 * steps else 0.0
         chosen = torch.Generator().manual_seed(hash_of(f"{seed} choice {step}"))
-        classes = known[torch.randint(len(known), (known.shape[1],), generator=chosen), torch.arange(known.shape[1])]
+        which = torch.randint(len(known), (known.shape[1],), generator=chosen)
+        classes = known[which.to(device), torch.arange(known.shape[1], device=device)]
         # Short sequences: plain products are faster on a CPU than the fused attention.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             images = torch.cat([visual(part) for part in batch.images.split(64)])
             with torch.no_grad():
                 wanted = teacher.visual(batch.images.contiguous(memory_format=torch.channels_last))
@@ -176,7 +195,7 @@ def distil(student: CLIP, texts: Texts, corpus: Corpus, seed: int, steps: int) -
         logits = scale * images @ classes.T
         teaching = F.softmax(scale * wanted @ classes.T, 1)
         names = 0.5 * F.cross_entropy(logits, batch.classes) - 0.5 * (teaching * F.log_softmax(logits, 1)).sum(1).mean()
-        pairs = F.cross_entropy(20 * images @ wanted.T, torch.arange(len(images)))
+        pairs = F.cross_entropy(20 * images @ wanted.T, torch.arange(len(images), device=device))
         return names + pairs + 2 * (1 - (images * wanted).sum(1)).mean()
 
     rates = 1.2e-3, 2.5e-3
@@ -195,30 +214,32 @@ def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 def run(stage: Stage, name: str, corpus: Corpus, seed: int, steps: int, file: Path, tell: Callable[..., None]) -> None:
     """Run ``stage`` to its end, going on from ``file`` where that holds an earlier state of it."""
-    start = 0
+    start, device = 0, next(stage.learner.parameters()).device
     if file.is_file():
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, map_location=device, weights_only=True)
         stage.learner.load_state_dict(state["learner"])
         for optimiser, saved in zip(stage.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         start = state["step"]
     learned = [p for p in stage.learner.parameters() if p.requires_grad]
     began, recent = time.monotonic(), []
-    for step in range(start, steps):
+    workers = 0 if device.type == "cpu" else min(WORKERS, os.cpu_count() or 1)
+    batches = DataLoader(Batches(corpus, seed, name), None, sampler=range(start, steps), num_workers=workers)
+    for step, batch in enumerate(batches, start):
         factor = min(1, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for optimiser, rate in zip(stage.optimisers, stage.rates, strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = rate * factor
             optimiser.zero_grad(set_to_none=True)
-        loss = stage.loss(corpus.batch(f"{seed} {name} {step}"), step)
+        loss = stage.loss(batch.to(device), step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, stage.clip)
         for optimiser in stage.optimisers:
             optimiser.step()
-        recent.append(loss.item())
+        recent.append(loss.detach())
         if (step + 1) % 25 == 0:
             left = (time.monotonic() - began) / (step + 1 - start) * (steps - step - 1)
-            tell(name, step + 1, steps, sum(recent) / len(recent), left)
+            tell(name, step + 1, steps, torch.stack(recent).mean().item(), left)
             recent = []
         if (step + 1) % KEEP_EVERY == 0 or step + 1 == steps:
             state = {
@@ -232,21 +253,30 @@ def run(stage: Stage, name: str, corpus: Corpus, seed: int, steps: int, file: Pa
 
 
 def train_contrast(
-    folder: Path, corpus: Corpus, vocabulary: Vocabulary, vectors: Tensor, seed: int, tell: Callable[..., None]
+    folder: Path,
+    corpus: Corpus,
+    vocabulary: Vocabulary,
+    vectors: Tensor,
+    seed: int,
+    tell: Callable[..., None],
+    device: torch.device,
 ) -> Texts:
     """Train the ResNet and the text tower with ``seed``; a file in ``folder`` carries on what was begun."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     texts = Texts(build("demo-rn", len(vocabulary.ids)), vocabulary, vectors)
-    run(contrast(texts), "contrast", corpus, seed, STEPS["contrast"], folder / f"contrast-{seed}.pt", tell)
+    run(contrast(texts, device), "contrast", corpus, seed, STEPS["contrast"], folder / f"contrast-{seed}.pt", tell)
     texts.requires_grad_(False)
-    return texts.eval()
+    return texts.cpu().eval()
 
 
-def train_distil(folder: Path, corpus: Corpus, texts: Texts, seed: int, tell: Callable[..., None]) -> CLIP:
+def train_distil(
+    folder: Path, corpus: Corpus, texts: Texts, seed: int, tell: Callable[..., None], device: torch.device
+) -> CLIP:
     """Train the ViT on what ``texts`` and its ResNet know; return the network whose image tower it is."""
     torch.manual_seed(seed + 1000)
     student = build("demo", len(texts.vectors))
-    stage = distil(student, texts, corpus, seed, STEPS["distil"])
+    stage = distil(student, texts, corpus, seed, STEPS["distil"], device)
     run(stage, "distil", corpus, seed, STEPS["distil"], folder / f"distil-{seed}.pt", tell)
-    return student.eval()
+    texts.cpu()
+    return student.cpu().eval()

@@ -151,7 +151,7 @@ class MoCoOp(PromptMethod):
         """Return routing logits and gates, both ``[B, G]``: gates are a softmax over the top experts, else zero."""
         logits = self.gate(unit)
         top, chosen = logits.topk(self.settings.top_k, dim=-1)
-        return logits, torch.zeros_like(logits).scatter(-1, chosen, top.softmax(dim=-1))
+        return logits, torch.zeros_like(logits).scatter(-1, chosen, top.softmax(dim=-1).to(logits.dtype))
 
     def class_weights(self, features: Tensor | None = None) -> Tensor:
         """Return the mixtures ``[B, C, D]`` of raw image ``features`` ``[B, D]``: the exact classifier of each image.
