@@ -114,7 +114,7 @@ Prints the most probable classes of image files, or of all images in folders.
   --json            print [{"path": ..., "classes": [{"name": ..., "probability": ...}]}]
 """
 LIST_HELP = """\
-vlprompt list methods|objectives|datasets|backbones|protocols [PATTERN] [--names] [--markdown]
+vlprompt list methods|objectives|decompositions|datasets|backbones|protocols [PATTERN] [--names] [--markdown]
 
 Prints names, one per line; PATTERN is a wildcard such as '*coop*'. Methods are a table of what each learns and needs,
 counted on ViT-B/16: with --names their names alone, with --markdown the README's table.
