@@ -67,8 +67,8 @@ def judge_decomposition(judge: Judge) -> dict[str, dict[str, Any]]:
 
 def _judge(judge: Judge, section: _Section) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for key in [key for key in judge.given if key.startswith(f"{section.key}.")]:
-        given = judge.given[key]
+    # A list, of what was given: a file's table in braces must not take the place of the command line's single settings.
+    for key, given in [(key, one) for key, one in judge.given.items() if key.startswith(f"{section.key}.")]:
         _, name, inner = [*key.split(".", 2), ""][:3]
         if name not in section.kinds:
             near = did_you_mean(name, section.kinds)
