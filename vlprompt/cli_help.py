@@ -83,7 +83,8 @@ alone. The same command goes on where it stopped. Runs, choice (selection.json) 
 (best.yaml) lie in OUTPUT/search-...; other seeds and protocols go on from best.yaml.
 
   --config FILE     a path, or one of vlprompt's own such as mocoop/demo
-  --grid KEY=A,B    values to try of recipe.*, settings.*, data.view or data.template; texts with commas in quotes
+  --grid KEY=A,B    values to try of recipe.*, settings.*, decomposition.NAME.*, data.view or data.template; texts with
+                    commas in quotes
   --on val|test     images to choose on (default val)
   --oracle          accept a choice that sees test images, because of --on test or because validation and test images
                     are the same, as on ImageNet; results and tables are then marked (oracle)
