@@ -30,7 +30,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Images per step in the papers' configurations (VPT to RESTORE: 4); CoCoOp's is 1, for us any number.
-BATCHES = {"coop": 32, "kgcoop": 32, "prograd": 32, "mocoop": 32, "cocoop": 4}
+BATCHES = {"coop": 32, "kgcoop": 32, "prograd": 32, "mocoop": 32, "cocoop": 4, "dept": 32, "ept": 32}
 _LONG = 20.0
 
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    every = "coop,cocoop,kgcoop,prograd,mocoop,vpt,ivlp,maple,promptsrc,restore"
+    every = "coop,cocoop,kgcoop,prograd,mocoop,vpt,ivlp,maple,promptsrc,restore,dept,ept"
     parser = argparse.ArgumentParser(description="A training step of every method, official algorithm and ours.")
     parser.add_argument("--methods", default=every, help="names with commas (default: all that learn)")
     parser.add_argument("--classes", default="10,100,1000", help="numbers of classes with commas")
@@ -115,7 +115,12 @@ def _child(options: argparse.Namespace) -> int:
     names = [f"{word} {i}" if i >= 1000 else word for i, word in enumerate((IMAGENET_CLASSNAMES * 2)[:classes])]
     torch.manual_seed(0)
     settings = {"images_at_once": 1 if naive else 4} if name == "cocoop" else {}
-    method = vlprompt.create_method(name, backbone, list(names), **settings).to(options.device).train()
+    method = vlprompt.create_method(name, backbone, list(names), **settings).train()
+    if method.decomposition is not None:  # what starts at zero would have gradients of zero to compare
+        with torch.no_grad():
+            for parameter in method.decomposition.parameters():
+                if not bool(parameter.any()):
+                    parameter.normal_(std=0.02)
     batch = BATCHES.get(name, 4)
     size = backbone.preprocess.size
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(options.device)

@@ -459,7 +459,7 @@ def test_an_unreadable_file_says_so(toys: Path, monkeypatch: pytest.MonkeyPatch)
 
 # -- parts ----------------------------------------------------------------------------------------------------------
 def test_sections_and_keys_are_those_of_the_dataclasses() -> None:
-    assert SECTIONS == ("backbone", "data", "recipe", "trainer", "settings", "objectives")
+    assert SECTIONS == ("backbone", "data", "recipe", "trainer", "settings", "objectives", "decomposition")
     for part, kind in (("data", DataConfig), ("recipe", RecipeConfig), ("trainer", TrainerConfig)):
         assert [key for key in RUN_KEYS if key.startswith(part + ".")] == [
             f"{part}.{entry.name}" for entry in dataclasses.fields(kind)

@@ -52,7 +52,7 @@ from vlprompt.parsing import COMMAND_LINE, CommandLine, check_run, key_table, re
 RUN_CONFIG = "config.yaml"
 RESUMED = ("train", "meta-train", "meta-eval", "bank", "base-to-new", "domains", "eval", "search")
 HEAD_FOLDER, HEAD_CONFIG = "head", "config.json"
-KINDS = ("methods", "objectives", "datasets", "backbones", "protocols")
+KINDS = ("methods", "objectives", "decompositions", "datasets", "backbones", "protocols")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -290,10 +290,12 @@ def _list(words: list[str]) -> int:
         raise ConfigError(f"none of the {kind} matches {pattern!r}.{did_you_mean(pattern.strip('*'), names('*'))}")
     if kind == "methods" and "names" not in line.flags:
         _print_methods(found, "markdown" in line.flags)
-    elif kind == "objectives":
+    elif kind in ("objectives", "decompositions"):
         from vlprompt.objectives import get_objective_class
+        from vlprompt.prompts import get_decomposition_class
 
-        rows = [(name, (get_objective_class(name).__doc__ or "").splitlines()[0]) for name in found]
+        class_of: Callable[[str], type] = get_objective_class if kind == "objectives" else get_decomposition_class
+        rows = [(name, (class_of(name).__doc__ or "").splitlines()[0]) for name in found]
         print("\n".join(name if "names" in line.flags else f"{name:<20} {about}" for name, about in rows))
     else:
         print("\n".join(found))
@@ -326,12 +328,14 @@ def _names(kind: str) -> Callable[[str], list[str]]:
         from vlprompt.data import list_datasets
 
         return list_datasets
-    if kind == "objectives":
+    if kind in ("objectives", "decompositions"):
         import fnmatch
 
         from vlprompt.objectives import list_objectives
+        from vlprompt.prompts import list_decompositions
 
-        return lambda pattern: fnmatch.filter(list_objectives(), pattern)
+        known = list_objectives() if kind == "objectives" else list_decompositions()
+        return lambda pattern: fnmatch.filter(known, pattern)
     if kind == "protocols":
         from vlprompt.evaluation.protocol_files import list_protocols
 

@@ -83,7 +83,8 @@ alone. The same command goes on where it stopped. Runs, choice (selection.json) 
 (best.yaml) lie in OUTPUT/search-...; other seeds and protocols go on from best.yaml.
 
   --config FILE     a path, or one of vlprompt's own such as mocoop/demo
-  --grid KEY=A,B    values to try of recipe.*, settings.*, data.view or data.template; texts with commas in quotes
+  --grid KEY=A,B    values to try of recipe.*, settings.*, decomposition.NAME.*, data.view or data.template; texts with
+                    commas in quotes
   --on val|test     images to choose on (default val)
   --oracle          accept a choice that sees test images, because of --on test or because validation and test images
                     are the same, as on ImageNet; results and tables are then marked (oracle)
@@ -114,7 +115,7 @@ Prints the most probable classes of image files, or of all images in folders.
   --json            print [{"path": ..., "classes": [{"name": ..., "probability": ...}]}]
 """
 LIST_HELP = """\
-vlprompt list methods|objectives|datasets|backbones|protocols [PATTERN] [--names] [--markdown]
+vlprompt list methods|objectives|decompositions|datasets|backbones|protocols [PATTERN] [--names] [--markdown]
 
 Prints names, one per line; PATTERN is a wildcard such as '*coop*'. Methods are a table of what each learns and needs,
 counted on ViT-B/16: with --names their names alone, with --markdown the README's table.

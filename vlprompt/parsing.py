@@ -21,9 +21,11 @@ from vlprompt.config_files import Given, find_config, read_config, shown, yaml_t
 from vlprompt.config_values import accepted_values, convert, from_text, literals
 from vlprompt.engine.config import RunConfig
 from vlprompt.errors import ConfigError, bulleted, did_you_mean, nearest
-from vlprompt.parsing_objectives import judge_objectives
+from vlprompt.parsing_parts import judge_decomposition, judge_objectives
 
 COMMAND_LINE = "command line"
+NAMED = ("settings", "objectives", "decomposition")
+"""Sections whose keys depend on what is named."""
 C = TypeVar("C")
 
 
@@ -34,7 +36,7 @@ def _hints(part: type, prefix: str = "") -> dict[str, Any]:
     for name, hint in get_type_hints(part).items():
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             found.update(_hints(hint, f"{prefix}{name}."))
-        elif name not in ("settings", "objectives"):  # typed by the method and the objectives themselves
+        elif name not in NAMED:  # typed by the method, the objectives and the decomposition themselves
             found[prefix + name] = hint
     return found
 
@@ -47,7 +49,7 @@ def keys_of(root: type[Any]) -> Mapping[str, Any]:
 def sections_of(root: type) -> tuple[str, ...]:
     """Return the keys that hold keys."""
     own = dict.fromkeys(key.partition(".")[0] for key in keys_of(root) if "." in key)
-    return (*own, "settings", "objectives")
+    return (*own, *NAMED)
 
 
 RUN_KEYS, SECTIONS = keys_of(RunConfig), sections_of(RunConfig)
@@ -210,7 +212,7 @@ def check_config(
 
     Args:
         line: The command line.
-        root: Its dataclass, with ``method``, ``settings``, ``objectives`` and ``problems()`` as :class:`RunConfig` has.
+        root: Its dataclass, with ``method``, :data:`NAMED` and ``problems()`` as :class:`RunConfig` has.
         configs: Files to use instead of ``line.configs``.
         within: Beginnings of the keys that the command lets one override; the files may hold any key.
     """
@@ -245,13 +247,15 @@ class _Judge:
         before = len(self.problems)
         self.type_value("method", self.keys["method"])
         settings = self._settings_class()
-        objectives = judge_objectives(self)
+        objectives, decomposition = judge_objectives(self), judge_decomposition(self)
         known = {**self.keys, **(settings_keys(settings) if settings else {})}
         for key in self.given:
             if key in known:
                 self.type_value(key, known[key])
-            elif (key.startswith("settings.") and settings is None) or key.startswith("objectives."):
-                continue  # the method is what is wrong; objectives are judged by themselves
+            elif (key.startswith("settings.") and settings is None) or key.startswith(
+                ("objectives.", "decomposition.")
+            ):
+                continue  # the method is what is wrong; the others are judged by themselves
             else:
                 self._unknown(key, known)
         if "data.name" in self.keys:
@@ -263,7 +267,7 @@ class _Judge:
                 self.problems.append(f"{self.sources(keys)}: {text}")
         if settings is not None:
             config.settings = self._settings(settings)
-        config.objectives = objectives
+        config.objectives, config.decomposition = objectives, decomposition
         return config if len(self.problems) == before else None
 
     def type_value(self, key: str, hint: Any) -> None:

@@ -22,6 +22,7 @@ PUBLISHED = {
     "maple": 3_555_072,
     "promptsrc": 46_080,
     "restore": 3_555_072 + 2 * 2_100_736,
+    "dept": 7_938,
 }
 
 

@@ -294,3 +294,19 @@ def test_two_processes_learn_the_same(method: str, tmp_path: Path, command: Comm
         assert a.keys() == b.keys() and all(a[name] == pytest.approx(b[name], rel=1e-5) for name in a)
     for name in tensors:
         torch.testing.assert_close(tensors[name], others[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_host_with_a_decomposition_is_learned_and_used(tmp_path: Path, tiny: Tiny) -> None:
+    """Its tensors are part of the start; the regulator is of the prompts alone."""
+    own = {"dept": {"rank": 3}}
+    config = dataclasses.replace(meta_config(tmp_path, steps=2, tasks_per_step=1, save_every=1), decomposition=own)
+    start = dict(host(config, load_backbone("demo"), ["one", "two"]).learnables())
+    folder, _ = meta_train(config)
+    learned = load_file(folder / "head" / "head.safetensors")
+    assert not torch.equal(learned["learnable.decomposition.B"], start["decomposition.B"].detach())
+    assert not [name for name in load_file(folder / REGULATOR_FILE) if "decomposition" in name]
+    used = tiny("coop", settings=HOSTS["coop"], shots=1, output=str(tmp_path / "runs"))
+    found = run(dataclasses.replace(used, init=f"gram:{folder}", decomposition=own))
+    assert found.results["config"]["decomposition"] == own
+    with pytest.raises(HeadError, match="decomposition.A: not a learnable"):
+        run(dataclasses.replace(used, init=f"gram:{folder}"))

@@ -31,6 +31,7 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
     "vpt": [{"image_depth": 1, "image_tokens": 2}],
     "ivlp": [{"image_depth": 0, "text_depth": 2}, {"context_length": 5, "image_depth": 1, "text_depth": 1}],
     "maple": [{"depth": 1, "context_length": 3}],
+    "dept": [{"class_token_position": "middle", "decomposition": {"dept": {"reach": "end-of-text"}}}],
     "promptsrc": [{"aggregate": False, "image_weight": 0.0}],
     "restore": [{"surgery": False, "variant": "paper"}],
     "tip_adapter": [{"views": 0, "search": False}],
@@ -42,6 +43,10 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
         {"tune_layer_norms": False, "context_counting": "tokens", "text_temperature": 100.0},
         {"text_correction": False, "top_k": 1},
     ],
+}
+#: What starts so that its first gradients are nothing but rounding: queries and keys of values that start at zero.
+STILL: Mapping[str, set[str]] = {
+    "ept": {f"decomposition.{part}" for part in ("query_in", "query_out", "key_in", "key_out", "value_in")}
 }
 CASES = [(name, own) for name in list_methods() for own in [{}, *VARIANTS.get(name, [])]]
 IDS = [f"{name}-{'-'.join(map(str, own)) or 'defaults'}" for name, own in CASES]
@@ -97,7 +102,8 @@ def test_training_changes_every_learnable_and_nothing_else(
     after = method.learnable_state()
     assert digest(tiny_backbone) == frozen
     learnables = {key: after[key] for key, _ in method.learnables()}
-    assert [key for key, value in learnables.items() if value.numel() and torch.equal(value, before[key])] == []
+    unchanged = {key for key, value in learnables.items() if value.numel() and torch.equal(value, before[key])}
+    assert unchanged <= STILL.get(name, set())
 
 
 @every_method

@@ -31,6 +31,7 @@ IMPOSSIBLE = {
     ("zeroshot", "grouped_text"): "learns nothing on the text side",
     **{(name, "shift_consistency"): "deep prompts in both towers" for name in ("zeroshot", "vpt", "coop", "cocoop")},
     **{(name, "shift_consistency"): "deep prompts in both towers" for name in ("kgcoop", "prograd", "mocoop")},
+    **{(name, "shift_consistency"): "deep prompts in both towers" for name in ("dept", "ept")},
     **{(name, one): "no objective takes part in that" for name in ALONE for one in list_objectives()},
 }
 

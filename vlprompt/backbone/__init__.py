@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vlprompt.backbone.image_tower import ImageTower as ImageTower
     from vlprompt.backbone.image_tower import VisualTokens as VisualTokens
     from vlprompt.backbone.layout import TokenLayout as TokenLayout
+    from vlprompt.backbone.layout import WordUpdate as WordUpdate
     from vlprompt.backbone.loader import list_backbones as list_backbones
     from vlprompt.backbone.loader import load_backbone as load_backbone
     from vlprompt.backbone.loader import shapes_only as shapes_only
@@ -28,6 +29,7 @@ _HOMES = {
     "TextTower": "text_tower",
     "TokenLayout": "layout",
     "VisualTokens": "image_tower",
+    "WordUpdate": "layout",
     "list_backbones": "loader",
     "load_backbone": "loader",
     "shapes_only": "loader",

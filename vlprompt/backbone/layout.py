@@ -10,14 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from vlprompt.errors import ClassNameError, bulleted
+from vlprompt.errors import BackboneError, ClassNameError, bulleted
 
 Row = Sequence[int]
+Reach = Literal["name", "suffix", "end-of-text"]
+"""Which tokens of a row an update of words reaches: the class name's alone; these and the fixed tokens behind them; or
+these and end-of-text as well. Start-of-text, context, and what stands before the name are never reached."""
 
 
 def context_slot(index: int) -> int:
@@ -33,17 +37,31 @@ class TokenLayout:
         slots: ``[G, C, L]`` int64 on the CPU: token ids, context slots, and 0 behind the end of a row.
         lengths: ``[G, C]`` int64: slots per row, the pooled position being the last.
         class_specific: Whether context vectors belong to one class (``[G, C, M, W]``) or to all (``[G, M, W]``).
+        names: ``[G, C, L]`` booleans: slots that hold a token of the class name; None where that was not said.
     """
 
     slots: Tensor
     lengths: Tensor
     class_specific: bool = False
-    plans: dict[torch.device, PackPlan] = field(default_factory=dict, repr=False)
+    names: Tensor | None = None
+    plans: dict[tuple[torch.device, Reach | None], PackPlan] = field(default_factory=dict, repr=False)
     choices: dict[tuple[int, ...], TokenLayout] = field(default_factory=dict, repr=False)
+    indices: dict[Reach, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_rows(cls, groups: Sequence[Sequence[Row]], *, class_specific: bool = False) -> TokenLayout:
+    def from_rows(
+        cls,
+        groups: Sequence[Sequence[Row]],
+        *,
+        class_specific: bool = False,
+        names: Sequence[Sequence[Sequence[int]]] | None = None,
+    ) -> TokenLayout:
         """Return the layout of ``groups[g][c]``, one row per class in every group.
+
+        Args:
+            groups: The rows.
+            class_specific: Whether every class has context of its own.
+            names: Positions of the class name's tokens in each row; a context slot among them is no such token.
 
         Raises:
             ValueError: No groups, no classes, groups of unequal size, or a row of fewer than two slots.
@@ -58,7 +76,13 @@ class TokenLayout:
         for g, rows in enumerate(groups):
             for c, row in enumerate(rows):
                 slots[g, c, : len(row)] = torch.tensor(row)
-        return cls(slots, lengths, class_specific)
+        if names is None:
+            return cls(slots, lengths, class_specific)
+        named = torch.zeros_like(slots, dtype=torch.bool)
+        for g, own in enumerate(names):
+            for c, places in enumerate(own):
+                named[g, c, list(places)] = True
+        return cls(slots, lengths, class_specific, named & (slots >= 0))
 
     @property
     def groups(self) -> int:
@@ -75,44 +99,100 @@ class TokenLayout:
         """M: context vectors that the rows refer to; 0 when there are none."""
         return max(0, -int(self.slots.min()))
 
+    @cached_property
+    def context_used(self) -> Tensor:
+        """``[G, M]`` booleans: context vectors that the rows of a group refer to; groups may have fewer than M."""
+        used = [(self.slots == context_slot(m)).flatten(1).any(dim=1) for m in range(self.context_length)]
+        return torch.stack(used, dim=1) if used else torch.zeros(self.groups, 0, dtype=torch.bool)
+
+    def word_index(self, reach: Reach) -> Tensor:
+        """Return ``[G, C, L]`` int64: how far behind the first token of the class name a slot stands, -1 out of reach.
+
+        Made once.
+
+        Raises:
+            BackboneError: The layout does not say where its class names stand.
+        """
+        if reach not in self.indices:
+            with torch.inference_mode(False):
+                self.indices[reach] = self._word_index(reach)
+        return self.indices[reach]
+
+    def _word_index(self, reach: Reach) -> Tensor:
+        if self.names is None:
+            raise BackboneError(
+                "an update of class tokens was given, but the layout does not say where the names stand"
+            )
+        place = torch.arange(self.slots.shape[2])
+        first = self.names.long().argmax(dim=2, keepdim=True)
+        reached = self.names
+        if reach != "name":
+            last = self.lengths[..., None] - 1
+            behind = (self.slots >= 0) & (place > first) & (place < last + (reach == "end-of-text"))
+            reached = reached | (behind & self.names.any(dim=2, keepdim=True))
+        return torch.where(reached, place - first, -1)
+
     def select(self, start: int, stop: int) -> TokenLayout:
         """Return the layout of classes ``start`` to ``stop - 1`` alone."""
-        return TokenLayout(self.slots[:, start:stop], self.lengths[:, start:stop], self.class_specific)
+        names = None if self.names is None else self.names[:, start:stop]
+        return TokenLayout(self.slots[:, start:stop], self.lengths[:, start:stop], self.class_specific, names)
 
     def select_groups(self, groups: Sequence[int]) -> TokenLayout:
         """Return the layout of these groups alone, made once for every choice."""
         key = tuple(groups)
         if key not in self.choices:
             chosen = torch.tensor(key, dtype=torch.int64)
-            self.choices[key] = TokenLayout(self.slots[chosen], self.lengths[chosen], self.class_specific)
+            names = None if self.names is None else self.names[chosen]
+            self.choices[key] = TokenLayout(self.slots[chosen], self.lengths[chosen], self.class_specific, names)
         return self.choices[key]
 
     def repeat_groups(self, count: int) -> TokenLayout:
         """Return ``count`` copies of a one-group layout: the same words with a context per image."""
         expand = (count, -1, -1)
-        return TokenLayout(self.slots.expand(expand), self.lengths.expand(count, -1), self.class_specific)
+        names = None if self.names is None else self.names.expand(expand)
+        return TokenLayout(self.slots.expand(expand), self.lengths.expand(count, -1), self.class_specific, names)
 
-    def prefix_lengths(self) -> list[int]:
-        """Return for each group how many leading slots all its classes share; the pooled slot is never among them."""
+    def prefix_lengths(self, reach: Reach | None = None) -> list[int]:
+        """Return for each group how many leading slots all its classes share; the pooled slot is never among them.
+
+        With ``reach``, shared slots also stand equally far behind the first token of the name.
+        """
         same = (self.slots == self.slots[:, :1]).all(dim=1)  # [G, L]
+        if reach is not None:
+            index = self.word_index(reach)
+            same &= (index == index[:, :1]).all(dim=1)
         if self.class_specific:
             same &= (self.slots >= 0).all(dim=1)
         shared = same.long().cumprod(dim=1).sum(dim=1)
         lengths: list[int] = torch.minimum(shared, self.lengths.min(dim=1).values - 1).tolist()
         return lengths
 
-    def plan(self, device: torch.device) -> PackPlan:
-        """Return the packing of this layout on ``device``, made once."""
-        if device not in self.plans:
+    def plan(self, device: torch.device, reach: Reach | None = None) -> PackPlan:
+        """Return the packing of this layout on ``device`` for an update of words that far, made once."""
+        key = device, reach
+        if key not in self.plans:
             with torch.inference_mode(False):  # what evaluation makes first, training must be able to use
-                self.plans[device] = PackPlan(self, device)
-        return self.plans[device]
+                self.plans[key] = PackPlan(self, device, reach)
+        return self.plans[key]
 
     def token_counts(self) -> tuple[int, int]:
         """Return ``(packed, padded)``: tokens that the packed algorithm runs, and rows times the longest row."""
         prefix = torch.tensor(self.prefix_lengths())
         packed = int(prefix.sum() + (self.lengths - prefix[:, None]).sum())
         return packed, self.lengths.numel() * self.slots.shape[2]
+
+
+@dataclass(frozen=True)
+class WordUpdate:
+    """What is added to the embeddings of class tokens, the same for all classes.
+
+    Attributes:
+        vectors: ``[K, W]``; row j is added to the token that stands j places behind the first token of the class name.
+        reach: Which tokens are meant.
+    """
+
+    vectors: Tensor
+    reach: Reach = "name"
 
 
 class PackPlan:
@@ -122,9 +202,9 @@ class PackPlan:
     suffix length, so that rows of one length form a block without padding, then by group and class.
     """
 
-    def __init__(self, layout: TokenLayout, device: torch.device) -> None:
+    def __init__(self, layout: TokenLayout, device: torch.device, reach: Reach | None = None) -> None:
         groups, classes, longest = layout.slots.shape
-        prefix = torch.tensor(layout.prefix_lengths())
+        prefix = torch.tensor(layout.prefix_lengths(reach))
         suffix_lengths = (layout.lengths - prefix[:, None]).reshape(-1)  # [G * C]
         order = torch.argsort(suffix_lengths, stable=True)
         row_group = torch.arange(groups).repeat_interleave(classes)[order]
@@ -154,6 +234,10 @@ class PackPlan:
         if layout.class_specific:
             owner = owner * classes + class_[slots < 0]
         self.context_owner, self.context_vector = owner.to(device), vector.to(device)
+        if reach is not None:  # packed tokens that an update of words reaches, and its row for each
+            index = layout.word_index(reach)[group, class_, position]
+            self.word_at = (index >= 0).nonzero().squeeze(1).to(device)
+            self.word_index = index[index >= 0].to(device)
 
         # Blocks of rows of one suffix length: (length, rows), in order; token ranges follow from them.
         lengths, counts = torch.unique_consecutive(row_length, return_counts=True)

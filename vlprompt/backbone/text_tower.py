@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlprompt.backbone.layout import PackPlan, TokenLayout
+from vlprompt.backbone.layout import PackPlan, TokenLayout, WordUpdate
 from vlprompt.errors import BackboneError
 
 Algorithm = Literal["packed", "padded", "cut"]
@@ -90,6 +90,7 @@ class TextTower:
         layout: TokenLayout,
         context: Tensor | None = None,
         deep: Mapping[int, Tensor] | None = None,
+        words: WordUpdate | None = None,
         *,
         algorithm: Algorithm | None = None,
     ) -> Tensor:
@@ -101,16 +102,20 @@ class TextTower:
                 one). With a one-group layout, G contexts (one per image) repeat the layout.
             deep: For chosen layers (1 ... layers - 1), vectors of the same kind that overwrite the context slots at the
                 input of that layer; fewer than M vectors overwrite the first slots. They get no position embedding.
+            words: What is added to the embeddings of class tokens, before positions are.
             algorithm: ``packed``, ``padded`` (to 77), or ``cut`` (padded to the longest row); default: packed where the
                 tower allows it.
 
         Raises:
-            BackboneError: The packed algorithm was asked of a tower that is not causal, or context and layout differ.
+            BackboneError: The packed algorithm was asked of a tower that is not causal, or context, words and layout
+                differ.
         """
         algorithm = algorithm or self.algorithm
         if algorithm != "padded" and not self._can_pack():
             raise BackboneError(f"this text tower is not CLIP's causal one; {algorithm!r} text needs it, use 'padded'")
         context, deep = self._checked(layout, context, dict(deep or {}))
+        if words is not None:
+            self._check_words(layout, words)
         given = [x for x in (context, *deep.values()) if x is not None]
         if given and len(given[0]) > layout.groups:  # one group, and a context per image
             layout = layout.repeat_groups(len(given[0]))
@@ -119,7 +124,7 @@ class TextTower:
         if algorithm == "packed":
             size = min(size, self.classes_per_chunk or self._fitting_classes(layout))
         if size >= layout.classes:
-            return run(layout, context, deep, algorithm)
+            return run(layout, context, deep, words, algorithm)
         parts = []
         for start in range(0, layout.classes, size):
             stop = min(start + size, layout.classes)
@@ -127,9 +132,9 @@ class TextTower:
             own = context[:, start:stop] if context is not None and layout.class_specific else context
             own_deep = {k: v[:, start:stop] if layout.class_specific else v for k, v in deep.items()}
             if torch.is_grad_enabled():
-                parts.append(checkpoint(run, piece, own, own_deep, algorithm, use_reentrant=False))
+                parts.append(checkpoint(run, piece, own, own_deep, words, algorithm, use_reentrant=False))
             else:
-                parts.append(run(piece, own, own_deep, algorithm))
+                parts.append(run(piece, own, own_deep, words, algorithm))
         return torch.cat(parts, dim=1)
 
     def _checked(
@@ -171,6 +176,13 @@ class TextTower:
         at_input = checked.pop("context", None)
         return at_input, dict(zip(sorted(deep), checked.values(), strict=True))
 
+    def _check_words(self, layout: TokenLayout, words: WordUpdate) -> None:
+        furthest, shape = int(layout.word_index(words.reach).max()), list(words.vectors.shape)
+        if len(shape) != 2 or shape[1] != self.width or shape[0] <= furthest:
+            raise BackboneError(
+                f"the update of words has shape {shape}; expected [K, {self.width}] with K of {furthest + 1} or more"
+            )
+
     def _fitting_classes(self, layout: TokenLayout) -> int:
         # Decided by the machine's total memory, not by what is free now, so that a repeated run adds up the same way.
         device = self.model.positional_embedding.device
@@ -195,7 +207,12 @@ class TextTower:
 
     # -- padded: the yardstick --------------------------------------------------------------------------------------
     def _padded(
-        self, layout: TokenLayout, context: Tensor | None, deep: dict[int, Tensor], algorithm: Algorithm
+        self,
+        layout: TokenLayout,
+        context: Tensor | None,
+        deep: dict[int, Tensor],
+        words: WordUpdate | None,
+        algorithm: Algorithm,
     ) -> Tensor:
         model, dtype = self.model, self.model.transformer.get_cast_dtype()
         device = model.positional_embedding.device
@@ -215,6 +232,10 @@ class TextTower:
 
         positions = model.positional_embedding[:length].to(dtype)
         x = model.token_embedding(slots.clamp(min=0)).to(dtype) + positions
+        if words is not None:
+            index = layout.word_index(words.reach).flatten(0, 1).to(device)
+            reached = (index >= 0).nonzero(as_tuple=True)
+            x = x.index_put(reached, words.vectors.to(dtype)[index[reached]], accumulate=True)
         if context is not None:
             x = insert(x, context, positions)
         mask = model.attn_mask[:length, :length] if self.causal else None
@@ -228,10 +249,15 @@ class TextTower:
 
     # -- packed ---------------------------------------------------------------------------------------------------
     def _packed(
-        self, layout: TokenLayout, context: Tensor | None, deep: dict[int, Tensor], algorithm: Algorithm
+        self,
+        layout: TokenLayout,
+        context: Tensor | None,
+        deep: dict[int, Tensor],
+        words: WordUpdate | None,
+        algorithm: Algorithm,
     ) -> Tensor:
         model, dtype = self.model, self.model.transformer.get_cast_dtype()
-        plan = layout.plan(model.positional_embedding.device)
+        plan = layout.plan(model.positional_embedding.device, words.reach if words else None)
 
         def insert(x: Tensor, vectors: Tensor, positions: Tensor | None) -> Tensor:
             flat = vectors.flatten(0, -3).to(dtype)
@@ -246,6 +272,8 @@ class TextTower:
 
         positions = model.positional_embedding.to(dtype)
         x = model.token_embedding(plan.token_ids).to(dtype) + positions[plan.position]
+        if words is not None:
+            x = x.index_add(0, plan.word_at, words.vectors.to(dtype).index_select(0, plan.word_index))
         if context is not None:
             x = insert(x, context, positions)
         for layer, block in enumerate(model.transformer.resblocks):

@@ -137,9 +137,10 @@ def seed_problems(seed: int) -> list[str]:
 class RunConfig:
     """One training run: method and its settings, backbone, data, recipe, trainer, seed and the folder for results.
 
-    ``objectives`` names loss terms and regularisers beside the method's own, each with its settings. ``start``: a run,
-    or a saved head, whose learned tensors the method starts from; null for its own start. ``init``: ``gram:RUN``, a
-    meta-training whose learned start and gradient regulator are both used.
+    ``objectives`` names loss terms and regularisers beside the method's own, each with its settings; ``decomposition``
+    one low-rank update of the class tokens with its settings. ``start``: a run, or a saved head, whose learned tensors
+    the method starts from; null for its own start. ``init``: ``gram:RUN``, a meta-training whose learned start and
+    gradient regulator are both used.
     """
 
     method: str = "mocoop"
@@ -153,6 +154,7 @@ class RunConfig:
     objectives: dict[str, dict[str, Any]] = field(default_factory=dict)
     start: str | None = None
     init: str | None = None
+    decomposition: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def with_data(self, **values: Any) -> RunConfig:
         """Return a copy with other ``values`` of the fields of ``data``."""

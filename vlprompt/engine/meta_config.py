@@ -126,6 +126,7 @@ class MetaRunConfig:
     method: str = "coop"
     settings: dict[str, Any] = field(default_factory=dict)
     objectives: dict[str, dict[str, Any]] = field(default_factory=dict)
+    decomposition: dict[str, dict[str, Any]] = field(default_factory=dict)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
     tasks: TasksConfig = field(default_factory=TasksConfig)

@@ -38,6 +38,7 @@ _PROTOCOL: Mapping[str, str] = {
 _OTHER: Mapping[str, str] = {
     "method": "method",
     "config.settings": "settings of the method",
+    "config.decomposition": "decomposition",
     "config.recipe": "recipe",
     "selection.on": "images that hyperparameters were chosen on",
     "backbone.name": "backbone",
@@ -45,7 +46,7 @@ _OTHER: Mapping[str, str] = {
     "backbone.precision": "precision of the backbone",
     "backbone.fingerprint": "content of the weights",
 }
-_OPTIONAL = ("data.source", "data.target", "selection.")
+_OPTIONAL = ("data.source", "data.target", "selection.", "config.decomposition")
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,8 @@ def compare_results(first: Mapping[str, Any], second: Mapping[str, Any]) -> Comp
 
 def _difference(key: str, words: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
     ours, theirs = _fact(key, first), _fact(key, second)
+    if key.startswith(_OPTIONAL):  # older runs record nothing where younger ones record that there is none
+        ours, theirs = ours or None, theirs or None
     if ours == theirs:
         # Two runs that both say nothing of what every run records are not known to be equal.
         missing = ours is None and not key.startswith(_OPTIONAL) and _parent_lacks(key, first)

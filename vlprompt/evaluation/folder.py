@@ -55,7 +55,7 @@ def config_sha256(config: RunConfig) -> str:
             del plain[part][name]
         if names is None:
             del plain[part]
-    for name in ("start", "init"):  # younger than runs that people have
+    for name in ("start", "init", "decomposition"):  # younger than runs that people have
         if not plain[name]:
             del plain[name]
     return sha256_of(plain)

@@ -234,7 +234,14 @@ def host(config: MetaRunConfig, backbone: Backbone, class_names: Sequence[str]) 
         VlpromptError: A method that learns nothing by gradient steps.
     """
     pl.seed_everything(config.seed, verbose=False)
-    method = create_method(config.method, backbone, class_names, objectives=config.objectives, **config.settings)
+    method = create_method(
+        config.method,
+        backbone,
+        class_names,
+        objectives=config.objectives,
+        decomposition=config.decomposition,
+        **config.settings,
+    )
     if not method.parameter_groups(config.meta.inner_lr):
         raise ConfigError(
             f"method is {config.method!r}, which takes no gradient steps over images; accepted: a prompt learner such "
@@ -272,6 +279,8 @@ def _inputs(config: MetaRunConfig, tasks: Tasks, backbone: Backbone) -> dict[str
     for name in ("output", "name", "trainer"):
         del plain[name]
     del plain["pairs"]
+    if not plain["decomposition"]:  # younger than meta-trainings that people have
+        del plain["decomposition"]
     return {
         "configuration": sha256_of([plain, config.trainer.precision]),
         "set of pairs": sha256_of(

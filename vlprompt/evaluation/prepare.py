@@ -87,6 +87,7 @@ def build_method(config: RunConfig, backbone: Backbone, task: FewShotTask) -> Pr
         task.class_names,
         all_class_names=everything,
         objectives=config.objectives,
+        decomposition=config.decomposition,
         **settings,
     ).to(backbone.device)
     if start := config.start or (config.init or "").removeprefix(GRAM):

@@ -154,6 +154,7 @@ def train(
         method=method.name,
         settings=method.settings_dict(),
         objectives=method.objective_settings,
+        decomposition=method.decomposition_settings,
         backbone=BackboneConfig(method.backbone.name, method.backbone.pretrained, method.backbone.precision),  # type: ignore[arg-type]
         data=DataConfig(
             data.name,

@@ -14,7 +14,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from rich.table import Table
 
@@ -31,6 +31,7 @@ from vlprompt.evaluation.selection import SELECTION, Verdict, judge, record, sel
 from vlprompt.evaluation.tables import render, score_text
 from vlprompt.methods import get_method_class
 from vlprompt.parsing import RUN_KEYS, settings_keys, to_yaml
+from vlprompt.prompts import get_decomposition_class
 
 BEST = "best.yaml"
 LARGEST = 1000
@@ -83,8 +84,9 @@ def search(
 
     Args:
         config: The configuration that the candidates differ from.
-        grid: Values by key: ``recipe.*``, ``settings.*``, ``data.view`` or ``data.template``. Every combination is a
-            candidate, the last key's values changing fastest; of equals the first is chosen.
+        grid: Values by key: ``recipe.*``, ``settings.*``, ``data.view``, ``data.template``, or settings of the
+            configuration's decomposition (``decomposition.dept.lr_ratio``). Every combination is a candidate, the last
+            key's values changing fastest; of equals the first is chosen.
         on: ``val``, or ``test`` for an oracle.
         oracle: Whether a choice that sees test images is wanted; without it, such a search is refused.
         force: Train everything anew.
@@ -140,7 +142,7 @@ def candidates_of(config: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[
     Raises:
         ConfigError: Keys or values that cannot be searched; all problems are listed.
     """
-    hints = searched_keys(config.method)
+    hints = searched_keys(config)
     problems = [] if grid else ["the grid is empty; accepted: keys with values, such as recipe.lr=0.002,0.02"]
     typed: dict[str, list[Any]] = {}
     for key, values in grid.items():
@@ -175,21 +177,29 @@ def candidates_of(config: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[
     return found
 
 
-def searched_keys(method: str) -> dict[str, Any]:
-    """Return the keys that may be searched for ``method``, with their types."""
+def searched_keys(config: RunConfig) -> dict[str, Any]:
+    """Return the keys that may be searched for the method and the decomposition of ``config``, with their types."""
     own = {key: hint for key, hint in RUN_KEYS.items() if key.startswith("recipe.")}
     own |= {key: RUN_KEYS[key] for key in ("data.view", "data.template")}
-    return own | settings_keys(get_method_class(method).Settings)
+    for name in config.decomposition or get_method_class(config.method).own_decomposition:
+        hints = get_type_hints(get_decomposition_class(name).Settings)
+        own |= {f"decomposition.{name}.{entry}": hint for entry, hint in hints.items()}
+    return own | settings_keys(get_method_class(config.method).Settings)
 
 
 def _candidate(config: RunConfig, values: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
     """Return ``config`` with ``values``, and what is wrong with it."""
-    parts: dict[str, dict[str, Any]] = {"recipe": {}, "data": {}, "settings": {}}
+    parts: dict[str, dict[str, Any]] = {"recipe": {}, "data": {}, "settings": {}, "decomposition": {}}
     for key, value in values.items():
         section, _, name = key.partition(".")
         parts[section][name] = list(value) if isinstance(value, tuple) else value
+    decomposition = {name: dict(own) for name, own in config.decomposition.items()}
+    for key, value in parts["decomposition"].items():
+        name, _, entry = key.partition(".")
+        decomposition.setdefault(name, {})[entry] = value
     one = dataclasses.replace(
         config,
+        decomposition=decomposition,
         recipe=dataclasses.replace(config.recipe, **parts["recipe"]),
         data=dataclasses.replace(config.data, **parts["data"]),
         settings={**config.settings, **parts["settings"]},
@@ -197,6 +207,8 @@ def _candidate(config: RunConfig, values: Mapping[str, Any]) -> tuple[RunConfig,
     problems = one.problems()
     try:
         get_method_class(config.method).Settings(**one.settings)
+        for name, own in decomposition.items():
+            get_decomposition_class(name).Settings(**own)
     except ConfigError as error:
         problems.append(str(error))
     return one, problems

@@ -143,6 +143,7 @@ class Head(nn.Module):
             "method": method.name,
             "settings": method.settings_dict(),
             "objectives": method.objective_settings,
+            "decomposition": method.decomposition_settings,
             "class_names": method.class_names,
             "all_class_names": method.all_class_names,
             "backbone": backbone_facts(backbone),
@@ -203,6 +204,7 @@ def load_head(folder: str | Path, backbone: Backbone | None = None, *, device: s
                 names,
                 all_class_names=everything,
                 objectives=config.get("objectives", {}),
+                decomposition=config.get("decomposition", {}),
                 **config["settings"],
             )
         learned = {name.removeprefix(_LEARNABLE): t for name, t in tensors.items() if name.startswith(_LEARNABLE)}

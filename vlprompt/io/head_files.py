@@ -21,6 +21,7 @@ _KEYS = {
     "method": str,
     "settings": dict,
     "objectives": dict,
+    "decomposition": dict,
     "class_names": list,
     "all_class_names": list,
     "backbone": dict,
@@ -75,7 +76,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if isinstance(schema, int) and not isinstance(schema, bool) and schema != SCHEMA:
         fix = "Run: pip install -U vlprompt" if schema > SCHEMA else "Save the head again."
         raise HeadError(f"{path} has schema {str(schema)[:20]}; this vlprompt reads schema {SCHEMA}. {fix}")
-    wrong = [f"{key} is missing" for key in _KEYS if key not in config and key != "objectives"]  # older heads have none
+    younger = ("objectives", "decomposition")  # heads of before have none
+    wrong = [f"{key} is missing" for key in _KEYS if key not in config and key not in younger]
     wrong += [f"{key[:60]!r} is unknown" for key in config if key not in _KEYS]
     for key, kind in _KEYS.items():
         if key in config and (not isinstance(config[key], kind) or isinstance(config[key], bool)):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from vlprompt.backbone import Backbone, TokenLayout
 from vlprompt.errors import ClassNameError, ConfigError, HeadError, bulleted
 from vlprompt.methods.fitting import Shots
-from vlprompt.objectives.base import Objective, Step, create_objective
+from vlprompt.objectives.base import Objective, Step, check_objectives, create_objective
+from vlprompt.prompts.decomposed import Decomposition, check_decomposition, create_decomposition
 from vlprompt.prompts.words import check_class_names
 from vlprompt.testtime.views import TestViews
 
@@ -34,10 +35,13 @@ class PromptMethod(nn.Module):
             :mod:`vlprompt.objectives`.
         all_class_names: Every class of the data set, those of ``class_names`` first; methods with virtual classes
             (MoCoOp's text loss) use the rest during training. Default: ``class_names``.
+        decomposition: The name of a low-rank update of the class tokens, with its settings, as the configuration has
+            it; see :mod:`vlprompt.prompts.decomposed`. Default: the method's own, which most have not.
 
     Raises:
         ClassNameError: No classes, names that are empty or do not fit the text tower's 77 tokens.
-        ConfigError: Settings that contradict each other or the backbone.
+        ConfigError: Settings that contradict each other or the backbone; an objective or a decomposition that cannot
+            go with the method.
     """
 
     name: ClassVar[str]
@@ -60,6 +64,8 @@ class PromptMethod(nn.Module):
     """True when scoring differentiates, as test-time tuning does."""
     no_objectives: ClassVar[str | None] = None
     """Why no further objective can take part; None: objectives say themselves what they need."""
+    own_decomposition: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """The decomposition that belongs to the method, with its settings; one of the configuration takes its place."""
     online: ClassVar[bool] = False
     """True when scores depend on the images seen before; :meth:`reset` forgets them."""
 
@@ -70,6 +76,7 @@ class PromptMethod(nn.Module):
         settings: Any,
         all_class_names: Sequence[str] | None = None,
         objectives: Mapping[str, Mapping[str, Any]] | None = None,
+        decomposition: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -83,19 +90,15 @@ class PromptMethod(nn.Module):
         self.settings = settings
         self._remembered: dict[str, tuple[tuple[object, ...], Tensor]] = {}
         self._warn_of_untrained_words()
-        for wanted_name, own in (objectives or {}).items():
-            if not isinstance(own, Mapping):
-                raise ConfigError(f"objectives.{wanted_name} is {own!r}; accepted: its settings, {{}} for the defaults")
-            if self.no_objectives:
-                raise ConfigError(
-                    f"objective {wanted_name!r} cannot go with method {self.name!r}: {self.no_objectives}, and no "
-                    "objective takes part in that; leave objectives empty"
-                )
-        self.objective_settings = {key: dict(own) for key, own in (objectives or {}).items()}
+        self.objective_settings = check_objectives(self, objectives or {})
+        self.decomposition_settings = check_decomposition(decomposition or {})
         self.objectives = nn.ModuleList()
+        self.decomposition: Decomposition | None = None
         self.build()
         wanted = {**self.own_objectives(), **self.objective_settings}
         self.objectives.extend(create_objective(name, self, own) for name, own in wanted.items())
+        # After all else, so that what others draw at random stays the same.
+        self.decomposition = create_decomposition(self, self.decomposition_settings or self.own_decomposition)
         for objective in self.active:
             objective.prepare()
 
@@ -130,6 +133,17 @@ class PromptMethod(nn.Module):
     def image_overrides(self) -> dict[str, Tensor]:
         """Return learned values of the image tower's own parameters, by their open_clip names; usually none."""
         return {}
+
+    def encode_text(self, layout: TokenLayout, context: Tensor, deep: Mapping[int, Tensor] | None = None) -> Tensor:
+        """Return raw text features ``[G, C, D]`` of learned prompts: the tower's, and the decomposition's part in them.
+
+        Methods encode what they learn by this, and what is frozen by :meth:`vlprompt.backbone.TextTower.encode`, which
+        takes the same arguments.
+        """
+        own, text = self.decomposition, self.backbone.text
+        if own is None:
+            return text.encode(layout, context, deep)
+        return own.encode(text, layout, context, deep, self.once("word update", own.update))
 
     def class_weights(self, features: Tensor | None = None) -> Tensor:
         """Return the classifier: unit rows ``[C, D]``, the ``open_clip`` zero-shot weights (transposed)."""
@@ -265,8 +279,16 @@ class PromptMethod(nn.Module):
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """Return optimiser groups; an empty list says that there is nothing to train."""
-        learnables = [parameter for _, parameter in self.learnables()]
-        return [{"params": learnables, "lr": lr}] if learnables else []
+        of_their_own = [(parameters, factor) for parameters, factor in self.rate_factors() if parameters]
+        apart = {id(parameter) for parameters, _ in of_their_own for parameter in parameters}
+        others = [parameter for _, parameter in self.learnables() if id(parameter) not in apart]
+        groups = [{"params": others, "lr": lr}] if others else []
+        return groups + [{"params": parameters, "lr": lr * factor} for parameters, factor in of_their_own]
+
+    def rate_factors(self) -> list[tuple[list[nn.Parameter], float]]:
+        """Return learnables with a rate of their own, and the factor that it is of the others': a decomposition's."""
+        own = self.decomposition
+        return [] if own is None else [(list(own.parameters()), own.settings.lr_ratio)]
 
     def training_layouts(self) -> list[TokenLayout]:
         """Return the layouts that one training step encodes: what its text costs."""
@@ -277,7 +299,9 @@ class PromptMethod(nn.Module):
         return [(name, parameter) for name, parameter in self.named_parameters() if not name.startswith("backbone.")]
 
     def prompt_tensors(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the learnables that are prompts: vectors ``[..., M, W]``; not weights of networks or objectives.
+        """Return the learnables that are prompts: vectors ``[..., M, W]``.
+
+        Weights of networks are none, nor what objectives or a decomposition learn (its factors stand for no vectors).
 
         What is learned across tasks (:mod:`vlprompt.meta`) acts on their gradients.
         """
@@ -285,7 +309,8 @@ class PromptMethod(nn.Module):
         for name, parameter in self.learnables():
             owner = self.get_submodule(name.rpartition(".")[0])
             layer = type(owner).__module__.startswith("torch.nn.") and not isinstance(owner, nn.ParameterList)
-            if parameter.ndim > 1 and parameter.numel() and not layer and not name.startswith("objectives."):
+            layer = layer or name.startswith(("objectives.", "decomposition."))
+            if parameter.ndim > 1 and parameter.numel() and not layer:
                 found.append((name, parameter))
         return found
 
@@ -359,7 +384,13 @@ class PromptMethod(nn.Module):
             ClassNameError: The learnables belong to the old classes (class-specific context).
         """
         with torch.random.fork_rng(devices=[]):  # its fresh learnables are replaced at once
-            other = type(self)(self.backbone, class_names, self.settings, objectives=self.objective_settings)
+            other = type(self)(
+                self.backbone,
+                class_names,
+                self.settings,
+                objectives=self.objective_settings,
+                decomposition=self.decomposition_settings,
+            )
         other.load_learnable_state(self.learnable_state())
         return other.to(self.backbone.device).train(self.training)
 

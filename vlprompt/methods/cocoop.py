@@ -68,14 +68,14 @@ class CoCoOp(PromptMethod):
         takes one matrix only.
         """
         if features is None:
-            return self.unit_text(self.backbone.text.encode(self.layout, self.prompt.ctx)[0])
+            return self.unit_text(self.encode_text(self.layout, self.prompt.ctx)[0])
         return self._weights(self.unit_image(features))
 
     def _weights(self, unit_image: Tensor) -> Tensor:
         if not len(unit_image):
             return unit_image.new_zeros(0, len(self.class_names), unit_image.shape[-1])
         contexts = self.contexts(unit_image).split(self.settings.images_at_once)
-        encode: Callable[[Tensor], Tensor] = lambda own: self.unit_text(self.backbone.text.encode(self.layout, own))  # noqa: E731
+        encode: Callable[[Tensor], Tensor] = lambda own: self.unit_text(self.encode_text(self.layout, own))  # noqa: E731
         if len(contexts) > 1 and torch.is_grad_enabled():
             return torch.cat([checkpoint(encode, own, use_reentrant=False) for own in contexts])
         return torch.cat([encode(own) for own in contexts])

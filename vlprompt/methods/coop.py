@@ -61,8 +61,7 @@ class CoOp(PromptMethod):
 
     def class_weights(self, features: Tensor | None = None) -> Tensor:
         """Return the unit text features of the learned prompts ``[C, D]``."""
-        text = self.backbone.text
-        return self.once("classes", lambda: self.unit_text(text.encode(self.layout, self.prompt.ctx)[0]))
+        return self.once("classes", lambda: self.unit_text(self.encode_text(self.layout, self.prompt.ctx)[0]))
 
     def training_layouts(self) -> list[TokenLayout]:
         """Return the layout of the class prompts."""

@@ -64,8 +64,8 @@ class IVLP(PromptMethod):
 
     def class_weights(self, features: Tensor | None = None) -> Tensor:
         """Return the unit text features ``[C, D]`` of the learned prompts."""
-        text, own = self.backbone.text, self.context
-        return self.once("classes", lambda: self.unit_text(text.encode(self.layout, own.ctx, own.layers())[0]))
+        own = self.context
+        return self.once("classes", lambda: self.unit_text(self.encode_text(self.layout, own.ctx, own.layers())[0]))
 
     def training_layouts(self) -> list[TokenLayout]:
         """Return the layout of the class prompts."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -144,7 +144,7 @@ class MoCoOp(PromptMethod):
         return some.new_zeros(len(used), *some.shape[1:]).index_copy(0, chosen, some)
 
     def _encode(self, layout: TokenLayout, vectors: Tensor) -> Tensor:
-        features = self.backbone.text.encode(layout, vectors)
+        features = self.encode_text(layout, vectors)
         return self.unit_text(features if self.w is None else features + self.w)
 
     def route(self, unit: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,14 +209,10 @@ class MoCoOp(PromptMethod):
         """Return the experts' layout and, with virtual classes, the text term's."""
         return [self.layout, self.virtual_layout] if self.virtual and self.settings.text_loss_weight else [self.layout]
 
-    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Return the prompts' and the router's group, and the layer norms' with its smaller rate."""
+    def rate_factors(self) -> list[tuple[list[nn.Parameter], float]]:
+        """Return the layer norms, with their smaller rate, and the decomposition's."""
         norms = list(self.norms.parameters()) if self.norms else []
-        others = [p for _, p in self.learnables() if not any(p is norm for norm in norms)]
-        groups: list[dict[str, Any]] = [{"params": others, "lr": lr}]
-        if norms:
-            groups.append({"params": norms, "lr": lr * self.settings.layer_norm_lr_factor})
-        return groups
+        return [(norms, self.settings.layer_norm_lr_factor), *super().rate_factors()]
 
 
 def _by_any_process(used: Tensor) -> Tensor:

@@ -57,11 +57,13 @@ def create_method(
     *,
     all_class_names: Sequence[str] | None = None,
     objectives: Mapping[str, Mapping[str, Any]] | None = None,
+    decomposition: Mapping[str, Mapping[str, Any]] | None = None,
     **settings: Any,
 ) -> PromptMethod:
     """Return the method ``name`` around ``backbone`` for ``class_names``; ``settings`` are fields of its ``Settings``.
 
     ``objectives`` names further loss terms and regularisers with their settings: ``{"knowledge": {"weight": 8.0}}``.
+    ``decomposition`` names a low-rank update of the class tokens in the same way: ``{"dept": {"rank": 10}}``.
 
     Raises:
         ConfigError: Unknown method or setting, or a value that is not accepted.
@@ -73,5 +75,5 @@ def create_method(
     if wrong:
         raise ConfigError(f"method {name!r} has no setting " + "; nor ".join(wrong))
     check_types(method.Settings, settings)
-    made = method(backbone, class_names, method.Settings(**settings), all_class_names, objectives)
+    made = method(backbone, class_names, method.Settings(**settings), all_class_names, objectives, decomposition)
     return made if backbone.device.type == "meta" else made.to(backbone.device)

@@ -40,6 +40,7 @@ class Host(Protocol):
     """What an objective may ask of the method it is attached to."""
 
     name: ClassVar[str]
+    no_objectives: ClassVar[str | None]
     backbone: Any
     class_names: list[str]
     learns_image_side: bool
@@ -154,6 +155,23 @@ def get_objective_class(name: str) -> type[Objective]:
     if name not in _OBJECTIVES:
         raise ConfigError(f"there is no objective {name!r}.{did_you_mean(str(name), list_objectives())}")
     return _OBJECTIVES[name]
+
+
+def check_objectives(host: Host, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the objectives ``wanted`` with their settings as plain dictionaries.
+
+    Raises:
+        ConfigError: Settings that are no mapping, or a method in which no objective can take part.
+    """
+    for name, own in wanted.items():
+        if not isinstance(own, Mapping):
+            raise ConfigError(f"objectives.{name} is {own!r}; accepted: its settings, {{}} for the defaults")
+        if host.no_objectives:
+            raise ConfigError(
+                f"objective {name!r} cannot go with method {host.name!r}: {host.no_objectives}, and no objective takes "
+                "part in that; leave objectives empty"
+            )
+    return {name: dict(own) for name, own in wanted.items()}
 
 
 def create_objective(name: str, host: Host, given: Mapping[str, Any] | None = None) -> Objective:

@@ -1,6 +1,12 @@
 """Learnable tensors and the token layouts they stand in; nothing here knows an objective."""
 
 from vlprompt.prompts.context import CONTEXT_STD, TextContext, context_layout, template_layout
+from vlprompt.prompts.decomposed import (
+    Decomposition,
+    get_decomposition_class,
+    list_decompositions,
+    register_decomposition,
+)
 from vlprompt.prompts.deep import CoupledPrompts, DeepContext, MetaNet, VisualPrompts
 from vlprompt.prompts.mixture import ExpertContexts
 from vlprompt.prompts.norms import TunedLayerNorms
@@ -9,6 +15,7 @@ from vlprompt.prompts.words import check_class_names, check_templates, words_of
 __all__ = [
     "CONTEXT_STD",
     "CoupledPrompts",
+    "Decomposition",
     "DeepContext",
     "ExpertContexts",
     "MetaNet",
@@ -18,6 +25,9 @@ __all__ = [
     "check_class_names",
     "check_templates",
     "context_layout",
+    "get_decomposition_class",
+    "list_decompositions",
+    "register_decomposition",
     "template_layout",
     "words_of",
 ]

@@ -49,8 +49,9 @@ def context_layout(
     Raises:
         ClassNameError: Prompts longer than the text tower takes, all of them listed.
     """
-    rows = []
+    rows, names = [], []
     slots = [context_slot(m) for m in range(length)]
+    fixed = max(0, len(tower.tokens(placeholder)) - 2 - length)  # words of the placeholder that stay before the name
     for name in class_names:
         start, *tokens = tower.tokens(f"{placeholder} {words_of(name)}.")
         name_length = len(tower.tokens(words_of(name))) - 2
@@ -58,9 +59,11 @@ def context_layout(
         before = {"end": length, "middle": length // 2, "front": 0}[position]
         inside = 0 if position == "end" else name_length
         rows.append([start, *slots[:before], *rest[:inside], *slots[before:], *rest[inside:]])
+        own = range(fixed, min(fixed + name_length, len(rest) - 1))  # of the rest, whose last token is end-of-text
+        names.append([1 + at + (before if at < inside else length) for at in own])
     what = f"{length} context tokens, the name and a period"
     check_row_lengths(class_names, [len(row) for row in rows], tower.context_length, what)
-    return TokenLayout.from_rows([rows], class_specific=class_specific)
+    return TokenLayout.from_rows([rows], class_specific=class_specific, names=[names])
 
 
 class TextContext(nn.Module):

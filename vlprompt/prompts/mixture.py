@@ -56,9 +56,10 @@ class ExpertContexts(nn.Module):
         Raises:
             ClassNameError: Prompts longer than the text tower takes, all of them listed.
         """
-        groups = []
+        groups, names = [], []
         for (before, after), (b, a) in zip(self.parts, self.lengths, strict=True):
-            rows = []
+            rows, own = [], []
+            first = len(tower.tokens(before)) - 1
             for name in class_names:
                 text = f"{before} {words_of(name)}" if before else words_of(name)
                 row = tower.tokens(text + after + ("." if period else ""))
@@ -70,10 +71,12 @@ class ExpertContexts(nn.Module):
                     if behind + m < end:  # a slot behind end-of-text could not be seen
                         row[behind + m] = context_slot(b + m)
                 rows.append(row)
+                own.append(range(first, min(first + behind - 1 - b, end - 1)))
             shown = f"{before} NAME{after}".strip()
             check_row_lengths(class_names, [len(row) for row in rows], tower.context_length, f"template {shown!r}")
             groups.append(rows)
-        return TokenLayout.from_rows(groups)
+            names.append(own)
+        return TokenLayout.from_rows(groups, names=names)
 
 
 def _parts(template: str) -> tuple[str, str]:

@@ -1,0 +1,281 @@
+"""Decompositions: a low-rank update of the class tokens beside the context, for any method that learns text prompts.
+
+DePT (Decomposed Prompt Tuning, Shi and Lipani, ICLR 2024; arXiv 2309.05173) replaces a long prompt by a short one and a
+low-rank pair ``A B`` that is added to the input's embeddings. EPT (Lan et al., AAAI 2025; arXiv 2405.11464) also lets
+the short prompt absorb what the pair has learned, and re-weights it in several subspaces. Both were published for
+language models. What is here are reconstructions on CLIP's text tower (seed_methods 11.1, 11.2), and EPT's papers give
+no equations: nothing here reproduces published numbers.
+
+A decomposition owns its tensors and knows no method. A method calls ``encode_text`` in place of the tower; that is all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vlprompt.backbone.layout import Reach, TokenLayout, WordUpdate
+from vlprompt.backbone.text_tower import TextTower
+from vlprompt.errors import ConfigError, did_you_mean
+from vlprompt.settings_types import check_types
+
+
+@dataclass(frozen=True)
+class DePTDecompositionSettings:
+    """Settings of DePT's decomposition.
+
+    With M short vectors in the place of l, ``rank = floor((l - M) W / (L + W))`` spends the same budget: 10 for l = 16
+    and M = 4 on ViT-B/16 (L = 77 positions, W = 512): 5,890 numbers beside the 2,048 of the context.
+
+    Attributes:
+        rank: Columns r of A and rows of B.
+        alpha: The update is ``alpha / sqrt(rank) A B``, as in the official code.
+        reach: Tokens that are updated: the class name's ("name"), the fixed tokens behind it too ("suffix"), or also
+            end-of-text ("end-of-text"). Context, start-of-text and words before the name never are.
+        lr_ratio: The pair's learning rate in parts of the method's: the paper finds two rates essential.
+    """
+
+    rank: int = 10
+    alpha: float = 8.0
+    reach: Reach = "name"
+    lr_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        _at_least(self, "dept", 1, "rank")
+        _at_least(self, "dept", 0, "alpha", "lr_ratio")
+
+
+def _at_least(settings: Any, name: str, least: int, *fields: str) -> None:
+    for one in fields:
+        if not least <= getattr(settings, one) < float("inf"):
+            raise ConfigError(f"decomposition.{name}.{one} is {getattr(settings, one)}; accepted: {least} or more")
+
+
+class Decomposition(nn.Module):
+    """A low-rank update of class tokens; a subclass may change the context as well.
+
+    ``A`` ``[L, r]`` starts uniform (Kaiming's, a = sqrt 5), ``B`` ``[r, W]`` at zero, so that step 0 is the method
+    without decomposition; float32. L is the length of the tower's rows (77), of which names use the first few.
+
+    Args:
+        tower: The text tower.
+        settings: An instance of :attr:`Settings`.
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type] = DePTDecompositionSettings
+
+    def __init__(self, tower: TextTower, settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+        self.A = _uniform(tower.context_length, settings.rank)
+        self.B = nn.Parameter(torch.zeros(settings.rank, tower.width))
+        self.build(tower.width)
+
+    def build(self, width: int) -> None:
+        """Create what a subclass learns besides."""
+
+    def update(self) -> Tensor:
+        """Return the scaled update ``[L, W]``: row j belongs to the j-th token from the start of the class name."""
+        scaled: Tensor = self.settings.alpha / self.settings.rank**0.5 * (self.A @ self.B)
+        return scaled
+
+    def context(self, context: Tensor, update: Tensor, used: Tensor) -> Tensor:
+        """Return the context ``[..., M, W]`` that takes the place of ``context``; it depends on no image of its own.
+
+        Args:
+            context: The method's vectors.
+            update: What :meth:`update` gives.
+            used: Booleans ``[..., M]`` (or 1 for leading sizes): vectors that prompts refer to; others are filling.
+        """
+        return context
+
+    def encode(
+        self,
+        tower: TextTower,
+        layout: TokenLayout,
+        context: Tensor,
+        deep: Mapping[int, Tensor] | None,
+        update: Tensor,
+    ) -> Tensor:
+        """Return raw text features ``[G, C, D]`` of ``layout``, with the update and the changed context."""
+        used = torch.zeros(layout.groups, context.shape[-2], dtype=torch.bool)
+        used[:, : layout.context_length] = layout.context_used
+        if layout.class_specific:
+            used = used.unsqueeze(1)
+        changed = self.context(context, update, used.to(context.device))
+        return tower.encode(layout, changed, deep, WordUpdate(update, self.settings.reach))
+
+
+# -- the registry -----------------------------------------------------------------------------------------------------
+_DECOMPOSITIONS: dict[str, type[Decomposition]] = {}
+D = TypeVar("D", bound=type[Decomposition])
+
+
+def register_decomposition(name: str) -> Callable[[D], D]:
+    """Enrol a :class:`Decomposition` under ``name``: usable from YAML with every method that learns text prompts.
+
+    Raises:
+        ValueError: Another class holds the name.
+    """
+
+    def enrol(kind: D) -> D:
+        if name in _DECOMPOSITIONS and _DECOMPOSITIONS[name] is not kind:
+            raise ValueError(f"decomposition name {name!r} is taken by {_DECOMPOSITIONS[name].__qualname__}")
+        kind.name = name
+        _DECOMPOSITIONS[name] = kind
+        return kind
+
+    return enrol
+
+
+def list_decompositions() -> list[str]:
+    """Return the names of all decompositions, sorted."""
+    return sorted(_DECOMPOSITIONS)
+
+
+def get_decomposition_class(name: str) -> type[Decomposition]:
+    """Return the class registered as ``name``; raises ConfigError with the nearest names."""
+    if name not in _DECOMPOSITIONS:
+        raise ConfigError(f"there is no decomposition {name!r}.{did_you_mean(str(name), list_decompositions())}")
+    return _DECOMPOSITIONS[name]
+
+
+def check_decomposition(wanted: object) -> dict[str, dict[str, Any]]:
+    """Return ``{name: settings}``, empty or of one entry, after its form and types have been checked.
+
+    Raises:
+        ConfigError: More than one, an unknown name or setting, or a value that is not accepted.
+    """
+    if not isinstance(wanted, Mapping):
+        raise ConfigError(f"decomposition is {wanted!r}; accepted: a name with its settings, such as {{dept: {{}}}}")
+    if len(wanted) > 1:
+        raise ConfigError(f"decomposition names {', '.join(map(repr, wanted))}; accepted: one of them, or none")
+    for name, given in wanted.items():
+        kind = get_decomposition_class(name)
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"decomposition.{name} is {given!r}; accepted: its settings, {{}} for the defaults")
+        known = [entry.name for entry in dataclasses.fields(kind.Settings)]
+        wrong = [f"{key!r}.{did_you_mean(str(key), known)}" for key in given if key not in known]
+        if wrong:
+            raise ConfigError(f"decomposition {name!r} has no setting " + "; nor ".join(wrong))
+        check_types(kind.Settings, given, f"decomposition.{name}")
+    return {name: dict(given) for name, given in wanted.items()}
+
+
+class Host(Protocol):
+    """What a decomposition asks of the method that it is for."""
+
+    name: ClassVar[str]
+    backbone: Any
+    no_objectives: ClassVar[str | None]
+
+    def training_layouts(self) -> list[TokenLayout]:
+        """Return the layouts that a training step encodes; empty where no text is learned."""
+
+
+def create_decomposition(host: Host, wanted: Mapping[str, Mapping[str, Any]]) -> Decomposition | None:
+    """Return the decomposition that ``wanted`` (checked) names, for the method ``host``; None where it names none.
+
+    Raises:
+        ConfigError: A value that is not accepted, or a method that learns no text prompts in training.
+    """
+    for name, given in wanted.items():
+        kind = get_decomposition_class(name)
+        settings = kind.Settings(**given)
+        layouts = host.training_layouts()
+        if not layouts or any(layout.names is None for layout in layouts):
+            why = host.no_objectives or "it learns no text prompts in training"
+            why = "its layouts do not say where class names stand" if layouts else why
+            raise ConfigError(
+                f"decomposition {name!r} cannot go with method {host.name!r}: {why}; leave decomposition empty, or "
+                "take a method that learns text prompts, such as coop or maple"
+            )
+        return kind(host.backbone.text, settings)
+    return None
+
+
+# -- the decompositions -----------------------------------------------------------------------------------------------
+@register_decomposition("dept")
+class DePTDecomposition(Decomposition):
+    """DePT: short context as it is, and a low-rank update of the class tokens (reconstruction on CLIP)."""
+
+    settings: DePTDecompositionSettings
+
+
+@dataclass(frozen=True)
+class EPTDecompositionSettings(DePTDecompositionSettings):
+    """Settings of EPT's decomposition: DePT's, and those of fusion and subspaces.
+
+    Attributes:
+        rank: Columns r of A and rows of B.
+        alpha: The update is ``alpha / sqrt(rank) A B``.
+        reach: Tokens that are updated, as in DePT.
+        lr_ratio: Learning rate of all that the decomposition learns, in parts of the method's.
+        fusion_rank: Rank of the maps to queries, keys and values.
+        spaces: J subspaces that the context is projected into.
+        bottleneck: Width of each subspace.
+    """
+
+    fusion_rank: int = 8
+    spaces: int = 3
+    bottleneck: int = 32
+
+    def __post_init__(self) -> None:
+        _at_least(self, "ept", 1, "rank", "fusion_rank", "spaces", "bottleneck")
+        _at_least(self, "ept", 0, "alpha", "lr_ratio")
+
+
+@register_decomposition("ept")
+class EPTDecomposition(Decomposition):
+    """EPT: DePT, and context that absorbs the update and is re-weighted in subspaces (a reconstruction).
+
+    With short context P ``[M, W]`` and update K ``[L, W]``:
+    ``F = P + softmax(P Wq (K Wk)^T / sqrt W) K Wv`` (fusion), and ``F + sum_j g_j U_j relu(V_j F)`` with gates
+    ``g = softmax(G mean_rows(F))`` (multi-space projection). Wv and all U_j start at zero: step 0 is DePT's.
+    """
+
+    Settings = EPTDecompositionSettings
+    settings: EPTDecompositionSettings
+
+    def build(self, width: int) -> None:
+        """Create the factors of Wq, Wk and Wv, the subspaces ``V`` ``[J, H, W]``, ``U`` ``[J, W, H]``, and the gate."""
+        own, rank = self.settings, self.settings.fusion_rank
+        self.query_in, self.query_out = _uniform(width, rank, fan_in=width), _uniform(rank, width, fan_in=rank)
+        self.key_in, self.key_out = _uniform(width, rank, fan_in=width), _uniform(rank, width, fan_in=rank)
+        self.value_in, self.value_out = _uniform(width, rank, fan_in=width), nn.Parameter(torch.zeros(rank, width))
+        self.V = _uniform(own.spaces, own.bottleneck, width)
+        self.U = nn.Parameter(torch.zeros(own.spaces, width, own.bottleneck))
+        self.gate = _uniform(own.spaces, width)
+
+    def fused(self, context: Tensor, update: Tensor) -> Tensor:
+        """Return the context ``[..., M, W]`` with what it takes up from the update ``[L, W]``."""
+        query, key = context @ self.query_in @ self.query_out, update @ self.key_in @ self.key_out
+        weights = (query @ key.t() / math.sqrt(context.shape[-1])).softmax(dim=-1)  # [..., M, L]
+        taken: Tensor = weights @ (update @ self.value_in @ self.value_out)
+        return context + taken
+
+    def gates(self, fused: Tensor, used: Tensor) -> Tensor:
+        """Return the weights of the subspaces ``[..., J]``, which add up to one, by the mean of the used vectors."""
+        share = used / used.sum(dim=-1, keepdim=True).clamp(min=1)  # [..., M]
+        mean = (share.unsqueeze(-1) * fused).sum(dim=-2)
+        return (mean @ self.gate.t()).softmax(dim=-1)
+
+    def context(self, context: Tensor, update: Tensor, used: Tensor) -> Tensor:
+        """Return the fused and projected context ``[..., M, W]``."""
+        fused = self.fused(context, update)
+        hidden = torch.einsum("...mw,jhw->...mjh", fused, self.V).relu()
+        weighted = hidden * self.gates(fused, used)[..., None, :, None]
+        return fused + torch.einsum("...mjh,jwh->...mw", weighted, self.U)
+
+
+def _uniform(*shape: int, fan_in: int | None = None) -> nn.Parameter:
+    """Return a parameter that is uniform in +-1/sqrt(fan in), Kaiming's rule with a = sqrt 5; the last size is in."""
+    bound = (fan_in or shape[-1]) ** -0.5
+    return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
