@@ -143,7 +143,7 @@ def _as_published(method: Any, images: Any) -> None:
     from vlprompt.backbone import image_tower
 
     method.backbone.text.algorithm = "padded"
-    image_tower._class_token_alone = lambda block, x: block(x)
+    image_tower.LAST_BLOCK_FOR_CLASS_TOKEN = False
     if method.name == "prograd":
         method._frozen_features = lambda inputs, features: method.backbone.encode_image(images)
 

@@ -9,7 +9,8 @@ last layer runs for pooled tokens alone. The padded algorithm is the published o
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vlprompt.backbone.added import NOTHING, Added, checked_overrides, is_plain, require_plain, run_block
 from vlprompt.backbone.layout import PackPlan, TokenLayout
 from vlprompt.errors import BackboneError
 
@@ -39,6 +41,7 @@ class TextTower:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self._runner = _Runner(model)
         self.algorithm: Algorithm = "packed" if self._can_pack() else "padded"
         self.classes_per_chunk: int | None = None
         """Classes encoded at a time, with activations recomputed in the backward pass; None chooses by memory."""
@@ -66,10 +69,7 @@ class TextTower:
 
     def _can_pack(self) -> bool:
         # The packed path applies the parts of open_clip's plain block itself; any other block takes the padded path.
-        from open_clip.transformer import ResidualAttentionBlock
-
-        blocks = self.model.transformer.resblocks
-        return self.causal and all(type(b) is ResidualAttentionBlock and b.attn._qkv_same_embed_dim for b in blocks)
+        return self.causal and all(is_plain(block) for block in self.model.transformer.resblocks)
 
     # -- words ----------------------------------------------------------------------------------------------------
     def tokens(self, text: str) -> list[int]:
@@ -92,6 +92,8 @@ class TextTower:
         deep: Mapping[int, Tensor] | None = None,
         *,
         algorithm: Algorithm | None = None,
+        overrides: Mapping[str, Tensor] | None = None,
+        added: Added | None = None,
     ) -> Tensor:
         """Return raw text features ``[G, C, D]`` in float32 (float64 for a float64 backbone).
 
@@ -103,9 +105,12 @@ class TextTower:
                 input of that layer; fewer than M vectors overwrite the first slots. They get no position embedding.
             algorithm: ``packed``, ``padded`` (to 77), or ``cut`` (padded to the longest row); default: packed where the
                 tower allows it.
+            overrides: Parameter name inside the tower (:meth:`parameters`) to the tensor used instead.
+            added: What is added inside the blocks.
 
         Raises:
-            BackboneError: The packed algorithm was asked of a tower that is not causal, or context and layout differ.
+            BackboneError: The packed algorithm was asked of a tower that is not causal, context and layout differ,
+                unknown parameter names or shapes, or something added to blocks that are not CLIP's.
         """
         algorithm = algorithm or self.algorithm
         if algorithm != "padded" and not self._can_pack():
@@ -114,7 +119,10 @@ class TextTower:
         given = [x for x in (context, *deep.values()) if x is not None]
         if given and len(given[0]) > layout.groups:  # one group, and a context per image
             layout = layout.repeat_groups(len(given[0]))
-        run = self._packed if algorithm == "packed" else self._padded
+        if added is not None:
+            require_plain(self.model.transformer.resblocks, "text tower")
+        overrides = checked_overrides(self.parameters(), overrides or {}, "text tower")
+        run = partial(self._runner.run, self._packed if algorithm == "packed" else self._padded, overrides, added)
         size = layout.classes
         if algorithm == "packed":
             size = min(size, self.classes_per_chunk or self._fitting_classes(layout))
@@ -131,6 +139,10 @@ class TextTower:
             else:
                 parts.append(run(piece, own, own_deep, algorithm))
         return torch.cat(parts, dim=1)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the frozen parameters by their names inside the tower, without those of an image tower beside it."""
+        return {name: value for name, value in self.model.named_parameters() if not name.startswith("visual.")}
 
     def _checked(
         self, layout: TokenLayout, context: Tensor | None, deep: dict[int, Tensor]
@@ -195,7 +207,12 @@ class TextTower:
 
     # -- padded: the yardstick --------------------------------------------------------------------------------------
     def _padded(
-        self, layout: TokenLayout, context: Tensor | None, deep: dict[int, Tensor], algorithm: Algorithm
+        self,
+        added: Added | None,
+        layout: TokenLayout,
+        context: Tensor | None,
+        deep: dict[int, Tensor],
+        algorithm: Algorithm,
     ) -> Tensor:
         model, dtype = self.model, self.model.transformer.get_cast_dtype()
         device = model.positional_embedding.device
@@ -222,13 +239,23 @@ class TextTower:
         for layer, block in enumerate(model.transformer.resblocks):
             if layer in deep:
                 x = insert(x, deep[layer], None)
-            x = block(x, attn_mask=mask) if batch_first else block(x.transpose(0, 1), attn_mask=mask).transpose(0, 1)
+            if added is not None:
+                x = run_block(block, x, layer, added, mask)
+            elif batch_first:
+                x = block(x, attn_mask=mask)
+            else:
+                x = block(x.transpose(0, 1), attn_mask=mask).transpose(0, 1)
         pooled = x[torch.arange(len(x), device=device), layout.lengths.reshape(-1).to(device) - 1]
         return self._finish(pooled, layout)
 
     # -- packed ---------------------------------------------------------------------------------------------------
     def _packed(
-        self, layout: TokenLayout, context: Tensor | None, deep: dict[int, Tensor], algorithm: Algorithm
+        self,
+        added: Added | None,
+        layout: TokenLayout,
+        context: Tensor | None,
+        deep: dict[int, Tensor],
+        algorithm: Algorithm,
     ) -> Tensor:
         model, dtype = self.model, self.model.transformer.get_cast_dtype()
         plan = layout.plan(model.positional_embedding.device)
@@ -251,56 +278,87 @@ class TextTower:
         for layer, block in enumerate(model.transformer.resblocks):
             if layer in deep:
                 x = insert(x, deep[layer], None)
-            last = layer == self.layers - 1
-            x = _packed_block(block, x, plan, last)
+            x = _packed_block(block, x, plan, layer, added or NOTHING, last=layer == self.layers - 1)
         return self._finish(x.index_select(0, plan.restore), layout)
 
 
-def _packed_block(block: Any, x: Tensor, plan: PackPlan, last: bool) -> Tensor:
+class _Runner(nn.Module):
+    """One callable around the tower, so that ``torch.func.functional_call`` can replace parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, algorithm: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        return algorithm(*inputs)
+
+    def run(self, algorithm: Callable[..., Tensor], overrides: Mapping[str, Tensor], *inputs: Any) -> Tensor:
+        """Return ``algorithm(*inputs)`` with other values of the model's parameters."""
+        if not overrides:
+            return algorithm(*inputs)
+        named = {f"model.{name}": value for name, value in overrides.items()}
+        features: Tensor = torch.func.functional_call(self, named, (algorithm, *inputs))
+        return features
+
+
+def _packed_block(block: Any, x: Tensor, plan: PackPlan, layer: int, added: Added, *, last: bool) -> Tensor:
     """One transformer block over packed tokens ``[P + T, W]``; the last one keeps the pooled tokens ``[R, W]`` only."""
     attention = block.attn
     heads, sizes = attention.num_heads, [plan.prefix_tokens, len(x) - plan.prefix_tokens]
-    normed = block.ln_1(x)
+    normed, more = block.ln_1(x), added.keys_and_values(attention, layer)
     if not last:
-        qkv = F.linear(normed, attention.in_proj_weight, attention.in_proj_bias).unflatten(-1, (3, heads, -1))
+        qkv = added.project(attention, layer, "qkv", normed).unflatten(-1, (3, heads, -1))
         inside, suffix = qkv.split(sizes)  # [P, 3, H, d] and [T, 3, H, d]
-        seen = torch.cat([_prefix_attention(inside, plan), _suffix_attention(suffix[:, 0], inside, suffix, plan)])
+        of_suffix = _suffix_attention(suffix[:, 0], inside, suffix, plan, more)
+        seen = torch.cat([_prefix_attention(inside, plan, more), of_suffix])
     else:
         # Only pooled tokens are read from here on, so only they ask; every token still answers.
-        width = x.shape[-1]
-        weight, bias = attention.in_proj_weight, attention.in_proj_bias
         at = plan.pooled_at + plan.prefix_tokens
-        x = x.index_select(0, at)
-        q = F.linear(normed.index_select(0, at), weight[:width], bias[:width]).unflatten(-1, (heads, -1))
-        inside, suffix = F.linear(normed, weight[width:], bias[width:]).unflatten(-1, (2, heads, -1)).split(sizes)
-        seen = _suffix_attention(q, inside, suffix, plan, pooled=True)
-    x = x + block.ls_1(attention.out_proj(seen.flatten(1)))
+        keys_values = added.project(attention, layer, "kv", normed).unflatten(-1, (2, heads, -1))
+        x, normed = x.index_select(0, at), normed.index_select(0, at)
+        q = added.project(attention, layer, "q", normed).unflatten(-1, (heads, -1))
+        inside, suffix = keys_values.split(sizes)
+        seen = _suffix_attention(q, inside, suffix, plan, more, pooled=True)
+    x = x + block.ls_1(added.finish(attention, layer, normed, seen.flatten(1)))
     out: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
     return out
 
 
-def _prefix_attention(inside: Tensor, plan: PackPlan) -> Tensor:
+def _prefix_attention(inside: Tensor, plan: PackPlan, more: Tensor | None) -> Tensor:
     """Causal attention inside each group's prefix, ``[P, 3, H, d]`` to ``[P, H, d]``.
 
-    Padding stands behind, where no real token looks.
+    Padding stands behind, where no real token looks. Every token sees the keys and values ``more`` ``[n, 2, H, d]``.
     """
     q, k, v = inside[plan.prefix_grid].permute(2, 0, 3, 1, 4).unbind(0)  # [G, H, Pmax, d] each
-    seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if more is None:
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        own_k, own_v = (part.transpose(0, 1).expand(len(k), -1, -1, -1) for part in more.unbind(1))
+        k, v = torch.cat([own_k, k], dim=2), torch.cat([own_v, v], dim=2)
+        sees = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(len(more))
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=sees)
     return seen.transpose(1, 2)[plan.prefix_real]
 
 
-def _suffix_attention(q: Tensor, inside: Tensor, suffix: Tensor, plan: PackPlan, *, pooled: bool = False) -> Tensor:
+def _suffix_attention(
+    q: Tensor, inside: Tensor, suffix: Tensor, plan: PackPlan, more: Tensor | None, *, pooled: bool = False
+) -> Tensor:
     """Attention of suffix queries ``[N, H, d]`` to their group's prefix and to their own row's earlier tokens.
 
     The scores of both parts share one softmax. Rows of one length are a block without padding. The last two entries of
-    ``inside`` ``[P, 2 or 3, H, d]`` and ``suffix`` ``[T, 2 or 3, H, d]`` are the keys and values.
+    ``inside`` ``[P, 2 or 3, H, d]`` and ``suffix`` ``[T, 2 or 3, H, d]`` are the keys and values. The keys and values
+    ``more`` ``[n, 2, H, d]`` stand in front of every group's prefix.
     """
     by_group = plan.pooled_by_group if pooled else plan.suffix_by_group
     q = q * q.shape[-1] ** -0.5
-    prefix_k, prefix_v = inside[:, -2:][plan.prefix_grid].unbind(2)  # [G, Pmax, H, d]
+    prefix, real = inside[:, -2:][plan.prefix_grid], plan.prefix_real
+    if more is not None:
+        prefix = torch.cat([more.expand(len(prefix), *more.shape), prefix], dim=1)
+        real = F.pad(real, (len(more), 0), value=True)
+    prefix_k, prefix_v = prefix.unbind(2)  # [G, Pmax, H, d]
     to_prefix = torch.einsum("gthd,gphd->gthp", by_group.deal(q), prefix_k)
     if len(set(plan.prefix_lengths)) > 1:
-        to_prefix = to_prefix.masked_fill(~plan.prefix_real[:, None, None], float("-inf"))
+        to_prefix = to_prefix.masked_fill(~real[:, None, None], float("-inf"))
     to_prefix = by_group.collect(to_prefix)  # [N, H, Pmax]
     # Split once, not sliced block by block: the gradient of a split is one concatenation.
     asked = [(1 if pooled else length) for length, _ in plan.blocks]

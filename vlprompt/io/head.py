@@ -119,7 +119,7 @@ class Head(nn.Module):
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             weights = self.method.class_weights()
-        tensors = {_LEARNABLE + name: value for name, value in self.method.learnable_state().items()}
+        tensors = {_LEARNABLE + name: value for name, value in self.method.head_state().items()}
         tensors["class_weights"] = weights.detach().float().cpu().contiguous()
         with _writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ def load_head(folder: str | Path, backbone: Backbone | None = None, *, device: s
                 **config["settings"],
             )
         learned = {name.removeprefix(_LEARNABLE): t for name, t in tensors.items() if name.startswith(_LEARNABLE)}
-        method.load_learnable_state(learned)
+        method.load_head_state(learned)
         _check_weights(tensors, method)
     except (VlpromptError, TypeError) as error:  # TypeError: a setting called like an argument
         raise HeadError(f"the head in {folder} cannot be rebuilt: {error}") from error
@@ -246,16 +246,20 @@ def _check_backbone(backbone: Backbone, config: dict[str, Any], folder: Path) ->
 
 
 def _check_weights(tensors: dict[str, Tensor], method: PromptMethod) -> None:
-    """Raise HeadError unless ``tensors`` are float32, finite, and hold nothing but learnables and class weights."""
+    """Raise HeadError unless ``tensors`` are what ``method`` keeps, finite, and nothing but that and class weights.
+
+    Methods keep float32, but for what they pack.
+    """
     expected = [len(method.class_names), method.backbone.embed_dim]
     wrong = [f"{name}: unknown" for name in tensors if name != "class_weights" and not name.startswith(_LEARNABLE)]
     if "class_weights" not in tensors:
         wrong.append("class_weights: missing")
     elif list(tensors["class_weights"].shape) != expected:
         wrong.append(f"class_weights: shape {list(tensors['class_weights'].shape)}, expected {expected}")
+    types = {_LEARNABLE + name: value.dtype for name, value in method.head_state().items()}
     for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32:
-            wrong.append(f"{name}: {tensor.dtype}, expected torch.float32")
+        if tensor.dtype != types.get(name, torch.float32):
+            wrong.append(f"{name}: {tensor.dtype}, expected {types.get(name, torch.float32)}")
         elif not bool(tensor.isfinite().all()):
             wrong.append(f"{name}: holds values that are not finite")
     if wrong:

@@ -2,6 +2,8 @@
 
 from vlprompt.prompts.context import CONTEXT_STD, TextContext, context_layout, template_layout
 from vlprompt.prompts.deep import CoupledPrompts, DeepContext, MetaNet, VisualPrompts
+from vlprompt.prompts.draws import Draws
+from vlprompt.prompts.inside import LowRank, Masks
 from vlprompt.prompts.mixture import ExpertContexts
 from vlprompt.prompts.norms import TunedLayerNorms
 from vlprompt.prompts.words import check_class_names, check_templates, words_of
@@ -10,7 +12,10 @@ __all__ = [
     "CONTEXT_STD",
     "CoupledPrompts",
     "DeepContext",
+    "Draws",
     "ExpertContexts",
+    "LowRank",
+    "Masks",
     "MetaNet",
     "TextContext",
     "TunedLayerNorms",
