@@ -43,7 +43,7 @@ class DataConfig:
     root: str | None = None
     shots: int = 16
     classes: Classes = "all"
-    view: Literal["random", "random-tensor", "center"] = "random"
+    view: Literal["random", "random-tensor", "random-half", "center"] = "random"
     template: str | None = None
     workers: int | None = None
     source: list[str] = field(default_factory=list)

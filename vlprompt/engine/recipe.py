@@ -36,8 +36,8 @@ def learning_rate(at: int, lr: float, recipe: RecipeConfig, per_epoch: int = 1) 
 
 def make_optimizer(groups: Sequence[dict[str, Any]], recipe: RecipeConfig) -> torch.optim.Optimizer:
     """Return the recipe's optimiser over parameter groups ``{"params": ..., "lr": ...}``."""
-    own = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    lr, decay = recipe.lr, recipe.weight_decay
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=recipe.momentum, **own)
+        return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, weight_decay=decay)
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, betas=(recipe.momentum, SECOND_BETA), **own)
+    return kind(groups, lr=lr, betas=(recipe.momentum, SECOND_BETA), weight_decay=decay)

@@ -2,6 +2,7 @@
 
 from vlprompt.prompts.context import CONTEXT_STD, TextContext, context_layout, template_layout
 from vlprompt.prompts.deep import CoupledPrompts, DeepContext, MetaNet, VisualPrompts
+from vlprompt.prompts.diffusion import Diffusion
 from vlprompt.prompts.draws import Draws
 from vlprompt.prompts.inside import LowRank, Masks
 from vlprompt.prompts.mixture import ExpertContexts
@@ -12,6 +13,7 @@ __all__ = [
     "CONTEXT_STD",
     "CoupledPrompts",
     "DeepContext",
+    "Diffusion",
     "Draws",
     "ExpertContexts",
     "LowRank",
