@@ -111,8 +111,12 @@ def _child(options: argparse.Namespace) -> int:
     backbone = vlprompt.load_backbone(options.model, *([] if options.model == "demo" else ["random"]))
     names = [f"{word} {i}" if i >= 1000 else word for i, word in enumerate((IMAGENET_CLASSNAMES * 2)[:classes])]
     torch.manual_seed(0)
-    settings = {"images_at_once": 1 if naive else 4} if name == "cocoop" else {}
+    # Dropout draws by the shape of what it is given, which differs: it is off in both.
+    settings = {"cocoop": {"images_at_once": 1 if naive else 4}, "clip_lora": {"dropout": 0.0}}.get(name, {})
     method = vlprompt.create_method(name, backbone, list(names), **settings).train()
+    for _, parameter in method.learnables():
+        if not parameter.any():  # a factor that starts at zero hides the other's gradient
+            torch.nn.init.normal_(parameter.data, std=0.01)
     batch = BATCHES.get(name, 4)
     size = backbone.preprocess.size
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))

@@ -109,7 +109,7 @@ class RecipeConfig:
         for name, accepted in (("optimizer", ("sgd", "adam", "adamw")), ("schedule", ("epoch", "step"))):
             if getattr(self, name) not in accepted:
                 found.append(f"recipe.{name} is {getattr(self, name)!r}; accepted: {', '.join(accepted)}")
-        if not 0 <= self.final_lr <= self.lr:
+        if not 0 <= self.final_lr <= max(self.lr, 0.0):
             found.append(f"recipe.final_lr is {self.final_lr}; accepted: 0 to recipe.lr ({self.lr})")
         if not 0 <= self.warmup_epochs <= self.epochs:
             found.append(f"recipe.warmup_epochs is {self.warmup_epochs}; accepted: 0 to recipe.epochs ({self.epochs})")
