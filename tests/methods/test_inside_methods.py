@@ -138,6 +138,12 @@ def test_an_open_clip_model_takes_the_image_side(tiny_backbone: Backbone, images
         assert not torch.allclose(found, tiny_backbone.encode_image(images), atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["apt", "vpt"])
+def test_an_open_clip_model_cannot_hold_what_is_no_weight(tiny_backbone: Backbone, name: str) -> None:
+    with pytest.raises(HeadError, match=f"what {name} learned on the image side is not weights of the tower"):
+        Head(make(tiny_backbone, name)).attach(tiny_backbone.model)
+
+
 # -- R-AMT ------------------------------------------------------------------------------------------------------------
 def test_a_block_without_output_weights_gives_its_bias_alone(tiny_backbone: Backbone, images: Tensor) -> None:
     method = make(tiny_backbone, "ramt")

@@ -83,8 +83,15 @@ class Head(nn.Module):
         """Return a copy of an open_clip ``model`` whose ``encode_image`` contains the head's image-side learnables.
 
         Raises:
-            HeadError: The model's image tower is not the one the head was trained on.
+            HeadError: The model's image tower is not the one the head was trained on, or what the head learned on the
+                image side is not weights of the tower (image tokens, for instance).
         """
+        overrides = self.method.image_overrides()
+        if self.method.learns_image_side and not overrides:
+            raise HeadError(
+                f"what {self.method.name} learned on the image side is not weights of the tower, so no open_clip model "
+                "can hold it; classify with the head itself: head(images)"
+            )
         other: Any = copy.deepcopy(model)
         own = self.backbone.model.visual.state_dict()
         theirs = other.visual.state_dict() if isinstance(getattr(other, "visual", None), nn.Module) else {}
@@ -97,7 +104,7 @@ class Head(nn.Module):
                 f"first {changed[0]}); {fix}"
             )
         with torch.no_grad():
-            for name, value in self.method.image_overrides().items():
+            for name, value in overrides.items():
                 other.visual.get_parameter(name).copy_(value)
         attached: nn.Module = other
         return attached

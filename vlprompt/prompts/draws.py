@@ -32,7 +32,12 @@ class Draws(nn.Module):
         """
         seed, count = self.seed_and_count.tolist()
         self.seed_and_count[1] += 1
+        own = (seed * 1_000_003 + count) % 2**63
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed((seed * 1_000_003 + count) % 2**63)
+            # Only what is put back is seeded: torch.manual_seed would also disturb the generators of other devices.
+            torch.default_generator.manual_seed(own)
+            if devices:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(own)
             yield
