@@ -3,7 +3,8 @@
 Run: python bench/methods.py [--methods coop,maple] [--classes 10,100,1000] [--device cuda] [--json]
 
 ``naive`` does what the published code does: every prompt padded to 77 tokens, images encoded in every step, CoCoOp's
-prompts encoded one image after the other, ProGrad's teacher encoding the images once more, the whole last image block.
+prompts encoded one image after the other, ProGrad's teacher encoding the images once more, the whole last image block,
+CLIP-LoRA's B A made and multiplied with, R-AMT's masks as float tensors; APT's code has no such algorithm of its own.
 ``ours`` is what vlprompt runs: packed text, image features from the store for methods that learn nothing on the image
 side (they are computed once per run), the last image block for the class token alone. Both have forward and backward of
 the same losses on the same numbers; ``diff`` is the largest relative difference in losses and gradients.
@@ -31,6 +32,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 #: Images per step in the papers' configurations (VPT to RESTORE: 4); CoCoOp's is 1, for us any number.
 BATCHES = {"coop": 32, "kgcoop": 32, "prograd": 32, "mocoop": 32, "cocoop": 4, "dept": 32, "ept": 32}
+BATCHES |= {"clip_lora": 32, "ramt": 32, "apt": 32}
 _LONG = 20.0
 
 
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    every = "coop,cocoop,kgcoop,prograd,mocoop,vpt,ivlp,maple,promptsrc,restore,dept,ept"
+    every = "coop,cocoop,kgcoop,prograd,mocoop,vpt,ivlp,maple,promptsrc,restore,dept,ept,clip_lora,ramt,apt"
     parser = argparse.ArgumentParser(description="A training step of every method, official algorithm and ours.")
     parser.add_argument("--methods", default=every, help="names with commas (default: all that learn)")
     parser.add_argument("--classes", default="10,100,1000", help="numbers of classes with commas")
@@ -114,13 +116,12 @@ def _child(options: argparse.Namespace) -> int:
     backbone, on_gpu = vlprompt.load_backbone(options.model, *source, device=options.device), options.device != "cpu"
     names = [f"{word} {i}" if i >= 1000 else word for i, word in enumerate((IMAGENET_CLASSNAMES * 2)[:classes])]
     torch.manual_seed(0)
-    settings = {"images_at_once": 1 if naive else 4} if name == "cocoop" else {}
+    # Dropout draws by the shape of what it is given, which differs: it is off in both.
+    settings = {"cocoop": {"images_at_once": 1 if naive else 4}, "clip_lora": {"dropout": 0.0}}.get(name, {})
     method = vlprompt.create_method(name, backbone, list(names), **settings).train()
-    if method.decomposition is not None:  # what starts at zero would have gradients of zero to compare
-        with torch.no_grad():
-            for parameter in method.decomposition.parameters():
-                if not bool(parameter.any()):
-                    parameter.normal_(std=0.02)
+    for _, parameter in method.learnables():
+        if not parameter.any():  # a factor that starts at zero hides the other's gradient
+            torch.nn.init.normal_(parameter.data, std=0.01)
     batch = BATCHES.get(name, 4)
     size = backbone.preprocess.size
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(options.device)
@@ -156,9 +157,28 @@ def _as_published(method: Any, images: Any) -> None:
     from vlprompt.backbone import image_tower
 
     method.backbone.text.algorithm = "padded"
-    image_tower._class_token_alone = lambda block, x: block(x)
+    image_tower.LAST_BLOCK_FOR_CLASS_TOKEN = False
     if method.name == "prograd":
         method._frozen_features = lambda inputs, features: method.backbone.encode_image(images)
+    if method.name == "clip_lora":
+        method.base_model._update = lambda own: _dense_update(method.base_model, own)
+    if method.name == "ramt":
+        method.masks.overrides = lambda prefix, parameters: {
+            name: _float_mask(own, method.masks.threshold) * parameters[name]
+            for name, own in method.masks.scores(prefix).items()
+        }
+
+
+def _dense_update(low_rank: Any, own: Any) -> Any:
+    import torch.nn.functional as F
+
+    rate = low_rank.dropout if low_rank._drops else 0.0
+    return lambda x: F.linear(F.dropout(x, rate, rate > 0), own.lora_B.weight @ own.lora_A.weight) * low_rank.scale
+
+
+def _float_mask(scores: Any, threshold: float) -> Any:
+    """Ones and zeros whose gradient is the scores'."""
+    return (scores > threshold).float() + scores - scores.detach()
 
 
 if __name__ == "__main__":

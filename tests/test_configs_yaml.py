@@ -20,6 +20,7 @@ METHODS = (
     *("vpt", "ivlp", "maple", "promptsrc", "restore"),
     *("tip_adapter", "tip_adapter_f", "tfup", "tfup_t", "ape", "gda"),
     *("dept", "ept"),
+    *("clip_lora", "ramt", "apt"),
 )
 TEST_TIME = ("tpt", "difftpt", "tda", "mta", "zero", "promptalign")
 SHIFTED = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")

@@ -130,7 +130,7 @@ def test_the_views_that_methods_ask_for_are_torchvisions(kind: str) -> None:
 
 
 def test_views_that_methods_ask_for_are_no_data_views() -> None:
-    for kind in ("crop", "augmix", "random-half"):
+    for kind in ("crop", "augmix"):
         assert View(Preprocess(), kind).kind == kind
         with pytest.raises(ConfigError, match=f"data.view is '{kind}'"):
             check_kind(kind)

@@ -1,9 +1,12 @@
 """The schedule against the tables of the specification (prompt_learners 2.5, seed_methods 12.5 item 8)."""
 
+import math
+
 import pytest
+import torch
 
 from vlprompt.engine.config import RecipeConfig
-from vlprompt.engine.recipe import learning_rate
+from vlprompt.engine.recipe import learning_rate, make_optimizer
 
 # Epochs, full rate, and rates by epoch (counted from 0) as the specification prints them.
 TABLE = [
@@ -44,3 +47,37 @@ def test_closed_form_at_the_ends(epochs: int, warmup: int, last: float) -> None:
 def test_without_warmup_the_cosine_starts_at_once() -> None:
     recipe = RecipeConfig(epochs=2, lr=1.0, warmup_epochs=0)
     assert [learning_rate(epoch, 1.0, recipe) for epoch in range(2)] == [1.0, pytest.approx(0.5)]
+
+
+def test_a_schedule_by_step_is_torchs_cosine_annealing() -> None:
+    """CLIP-LoRA: from 2e-4 to 1e-6 over all steps (prompt_learners 3.10)."""
+    recipe = RecipeConfig(epochs=4, lr=2e-4, schedule="step", final_lr=1e-6, warmup_epochs=0)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=2e-4)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20, eta_min=1e-6)
+    for step in range(20):
+        assert learning_rate(step, 2e-4, recipe, per_epoch=5) == pytest.approx(reference.get_last_lr()[0], rel=1e-6)
+        optimizer.step()
+        reference.step()
+    warm = RecipeConfig(epochs=4, lr=1.0, schedule="step", warmup_epochs=1)
+    assert [learning_rate(step, 1.0, warm, per_epoch=5) for step in range(6)] == [1e-5] * 5 + [1.0]
+    assert learning_rate(3, 0.0, warm, per_epoch=5) == 0.0
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_optimisers_step_as_their_formulas_say(name: str) -> None:
+    own = torch.nn.Parameter(torch.tensor([2.0]))
+    recipe = RecipeConfig(optimizer=name, lr=0.1, momentum=0.9, weight_decay=0.5)  # type: ignore[arg-type]
+    optimizer = make_optimizer([{"params": [own], "lr": 0.1}], recipe)
+    own.grad = torch.tensor([3.0])
+    optimizer.step()
+    # The first step of Adam has the length of the rate; only AdamW's decay stands beside it.
+    expected = {"sgd": 2 - 0.1 * (3 + 0.5 * 2), "adam": 2 - 0.1, "adamw": 2 * (1 - 0.1 * 0.5) - 0.1}
+    assert float(own.detach()) == pytest.approx(expected[name], rel=1e-6)
+    assert math.isclose(optimizer.param_groups[0]["lr"], 0.1)
+
+
+def test_values_that_are_not_accepted_are_all_named() -> None:
+    recipe = RecipeConfig(optimizer="lion", schedule="batch", final_lr=0.1)  # type: ignore[arg-type]
+    text = "\n".join(recipe.problems())
+    assert all(word in text for word in ("sgd, adam, adamw", "epoch, step", "recipe.final_lr is 0.1"))

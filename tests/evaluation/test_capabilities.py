@@ -23,6 +23,8 @@ PUBLISHED = {
     "promptsrc": 46_080,
     "restore": 3_555_072 + 2 * 2_100_736,
     "dept": 7_938,
+    "clip_lora": 184_320,
+    "ramt": 28_901_376,
 }
 
 
@@ -30,7 +32,7 @@ def test_learnables_are_the_published_numbers() -> None:
     found = {one.name: one for one in capabilities(list_methods())}
     assert {name: found[name].learnables for name in PUBLISHED} == PUBLISHED
     assert all(one.cached is not one.image for one in found.values())
-    frozen_text = "ape gda mta tda tfup tfup_t tip_adapter tip_adapter_f vpt zero zeroshot"
+    frozen_text = "ape gda mta ramt tda tfup tfup_t tip_adapter tip_adapter_f vpt zero zeroshot"
     assert " ".join(sorted(one.name for one in found.values() if not one.text)) == frozen_text
     whence = {name: found[name].learns_from for name in ("coop", "zeroshot", "tip_adapter", "tfup", "tpt", "tda")}
     assert whence == {

@@ -130,10 +130,10 @@ def test_image_tokens_need_a_vision_transformer() -> None:
     from vlprompt import load_backbone
 
     resnet = load_backbone("demo-rn")
-    for name in ("vpt", "ivlp", "maple", "promptsrc", "restore"):
+    for name in ("vpt", "ivlp", "maple", "promptsrc", "restore", "clip_lora", "apt"):
         with pytest.raises(BackboneError, match="has no extra image tokens.*ModifiedResNet"):
             create_method(name, resnet, NAMES)
-    for name in ("coop", "cocoop", "kgcoop", "prograd"):
+    for name in ("coop", "cocoop", "kgcoop", "prograd", "ramt"):
         assert create_method(name, resnet, NAMES).learnables()
 
 

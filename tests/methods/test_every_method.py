@@ -39,6 +39,9 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
     "tpt": [{"context_init": "a photo of a [CLS] there", "steps": 2}],
     "difftpt": [{"variant": "paper", "generated": 2}],
     "promptalign": [{"depth": 1, "context_length": 3}],
+    "clip_lora": [{"encoder": "vision", "params": ["v", "o"], "rank": 4}, {"encoder": "text", "position": "half-up"}],
+    "ramt": [{"side": "both", "candidates": "mlp", "penalty": 0.0}, {"side": "text", "gradient_dropout": False}],
+    "apt": [{"image_tokens": 0, "per_head": True}],
     "mocoop": [
         {"tune_layer_norms": False, "context_counting": "tokens", "text_temperature": 100.0},
         {"text_correction": False, "top_k": 1},

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlprompt.backbone.added import Added as Added
     from vlprompt.backbone.backbone import Backbone as Backbone
     from vlprompt.backbone.backbone import Capabilities as Capabilities
     from vlprompt.backbone.backbone import Preprocess as Preprocess
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from vlprompt.backbone.text_tower import TextTower as TextTower
 
 _HOMES = {
+    "Added": "added",
     "Backbone": "backbone",
     "Capabilities": "backbone",
     "ImageTower": "image_tower",

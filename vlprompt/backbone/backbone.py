@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlprompt.backbone.added import Added
 from vlprompt.backbone.architecture import build_model, check_model_text, check_precision, config_from_shapes
 from vlprompt.backbone.image_tower import ImageTower, VisualTokens
 from vlprompt.backbone.text_tower import TextTower
@@ -286,13 +287,17 @@ class Backbone(nn.Module):
 
     # -- images ---------------------------------------------------------------------------------------------------
     def encode_image(
-        self, images: Tensor, tokens: VisualTokens | None = None, overrides: Mapping[str, Tensor] | None = None
+        self,
+        images: Tensor,
+        tokens: VisualTokens | None = None,
+        overrides: Mapping[str, Tensor] | None = None,
+        added: Added | None = None,
     ) -> Tensor:
         """Return raw image features ``[B, D]``, float32, of normalised ``images`` ``[B, 3, H, W]``.
 
-        ``tokens`` and ``overrides`` are those of :meth:`ImageTower.encode`.
+        ``tokens``, ``overrides`` and ``added`` are those of :meth:`ImageTower.encode`.
         """
-        return self.image.encode(images, tokens, overrides)
+        return self.image.encode(images, tokens, overrides, added)
 
     def extra_repr(self) -> str:
         """Return name, weights and precision for ``repr``."""

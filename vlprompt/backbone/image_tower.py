@@ -14,9 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vlprompt.errors import BackboneError, bulleted, did_you_mean
+from vlprompt.backbone.added import Added, checked_overrides, is_plain, require_plain, run_block
+from vlprompt.errors import BackboneError
 
 _ABLE = "'ViT-B-32', 'ViT-B-16', 'ViT-L-14' or 'demo'"
+LAST_BLOCK_FOR_CLASS_TOKEN = True
+"""Whether the last block runs for the class token alone where tokens or additions take the tower step by step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +69,10 @@ class ImageTower:
         kernels = [p for p in weights if p.ndim == 4]
         dtype: torch.dtype = (kernels or weights)[0].dtype
         return dtype
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the frozen parameters by their names inside the tower: the keys of ``overrides``."""
+        return dict(self.visual.named_parameters())
 
     @property
     def width(self) -> int:
@@ -127,7 +134,11 @@ class ImageTower:
 
     # -- encoding -------------------------------------------------------------------------------------------------
     def encode(
-        self, images: Tensor, tokens: VisualTokens | None = None, overrides: Mapping[str, Tensor] | None = None
+        self,
+        images: Tensor,
+        tokens: VisualTokens | None = None,
+        overrides: Mapping[str, Tensor] | None = None,
+        added: Added | None = None,
     ) -> Tensor:
         """Return raw image features ``[B, D]``, float32 (float64 for a float64 backbone), not normalised.
 
@@ -135,21 +146,27 @@ class ImageTower:
             images: ``[B, 3, H, W]``, normalised with the backbone's preprocessing constants; any float type.
             tokens: Extra tokens. Without any (None, or V = 0) the result is bit-identical to open_clip's.
             overrides: Parameter name inside the tower to the tensor used instead, e.g. learned layer norms.
+            added: What is added inside the blocks. With an empty one the tower runs step by step, the last block for
+                the class token alone: equal to open_clip's but for rounding, and quicker in training.
 
         Raises:
             BackboneError: Images of another size, tokens for a tower or layer that takes none, tokens of another shape,
-                unknown parameter names or shapes.
+                unknown parameter names or shapes, something added to blocks that are not CLIP's.
         """
         self._check_images(images)
         if tokens is not None:
             self._check_tokens(tokens, len(images))
+        if added is not None:
+            self._require("tokens", "blocks to add to")
+            require_plain(self.visual.transformer.resblocks, "image tower")
         images = images.to(self.dtype)
         features: Tensor
         if overrides:
-            replaced = {f"visual.{name}": value for name, value in self._check_overrides(overrides).items()}
-            features = torch.func.functional_call(self._runner, replaced, (images, tokens))
+            fitted = checked_overrides(self.parameters(), overrides, "image tower")
+            replaced = {f"visual.{name}": value for name, value in fitted.items()}
+            features = torch.func.functional_call(self._runner, replaced, (images, tokens, added))
         else:
-            features = self._runner(images, tokens)
+            features = self._runner(images, tokens, added)
         return features.to(torch.promote_types(features.dtype, torch.float32))
 
     # -- refusals -------------------------------------------------------------------------------------------------
@@ -199,20 +216,6 @@ class ImageTower:
                     f"visual tokens ({where}) have shape {shape}; expected {shared}, or {[batch, *shared]} per image"
                 )
 
-    def _check_overrides(self, overrides: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        own = dict(self.visual.named_parameters())
-        wrong, fitted = [], {}
-        for name, value in overrides.items():
-            if name not in own:
-                wrong.append(f"{name}: no such parameter.{did_you_mean(name, own)}")
-            elif own[name].shape != value.shape:
-                wrong.append(f"{name}: shape {list(value.shape)}, expected {list(own[name].shape)}")
-            else:
-                fitted[name] = value.to(own[name].dtype)
-        if wrong:
-            raise BackboneError("these overrides do not fit the image tower:\n" + bulleted(wrong, limit=10))
-        return fitted
-
 
 class _Runner(nn.Module):
     """One callable around the tower, so that ``torch.func.functional_call`` can replace parameters on either path."""
@@ -221,14 +224,14 @@ class _Runner(nn.Module):
         super().__init__()
         self.visual = visual
 
-    def forward(self, images: Tensor, tokens: VisualTokens | None) -> Tensor:
-        if tokens is not None and tokens.count:
-            return _with_tokens(self.visual, images, tokens)
+    def forward(self, images: Tensor, tokens: VisualTokens | None, added: Added | None) -> Tensor:
+        if added is not None or (tokens is not None and tokens.count):
+            return _step_by_step(self.visual, images, tokens or VisualTokens(), added)
         features = self.visual(images)
         return features[0] if isinstance(features, tuple) else features  # type: ignore[no-any-return]
 
 
-def _with_tokens(visual: Any, images: Tensor, tokens: VisualTokens) -> Tensor:
+def _step_by_step(visual: Any, images: Tensor, tokens: VisualTokens, added: Added | None) -> Tensor:
     """Run ``open_clip``'s VisionTransformer step by step; the same operations in the same order, tokens in between."""
     x = visual.conv1(images).flatten(2).transpose(1, 2)  # [B, patches, W]
     x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
@@ -241,7 +244,11 @@ def _with_tokens(visual: Any, images: Tensor, tokens: VisualTokens) -> Tensor:
     for layer, block in enumerate(visual.transformer.resblocks):
         if layer in tokens.deep:
             x = torch.cat([x[:, :start], _each(tokens.deep[layer], x), x[:, start + tokens.count :]], dim=1)
-        x = block(x) if layer < len(visual.transformer.resblocks) - 1 else _class_token_alone(block, x)
+        last = layer == len(visual.transformer.resblocks) - 1
+        if added is not None:
+            x = run_block(block, x, layer, added, first_alone=last and LAST_BLOCK_FOR_CLASS_TOKEN)
+        else:
+            x = _class_token_alone(block, x) if last and LAST_BLOCK_FOR_CLASS_TOKEN else block(x)
     features: Tensor = visual.ln_post(x[:, 0])
     return features if visual.proj is None else features @ visual.proj
 
@@ -251,9 +258,7 @@ def _class_token_alone(block: Any, x: Tensor) -> Tensor:
 
     Every token answers, only the class token asks and goes through the MLP; exact but for rounding.
     """
-    from open_clip.transformer import ResidualAttentionBlock
-
-    if type(block) is not ResidualAttentionBlock or hasattr(block, "ln_1_kv"):
+    if not is_plain(block):
         whole: Tensor = block(x)
         return whole
     normed, own = block.ln_1(x), x[:, :1]

@@ -9,7 +9,8 @@ last layer runs for pooled tokens alone. The padded algorithm is the published o
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vlprompt.backbone.layout import PackPlan, TokenLayout, WordUpdate
+from vlprompt.backbone.added import NOTHING, Added, checked_overrides, is_plain, require_plain, run_block
+from vlprompt.backbone.layout import TokenLayout, WordUpdate
+from vlprompt.backbone.packed import packed_block
 from vlprompt.errors import BackboneError
 
 Algorithm = Literal["packed", "padded", "cut"]
@@ -39,6 +42,7 @@ class TextTower:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self._runner = _Runner(model)
         self.algorithm: Algorithm = "packed" if self._can_pack() else "padded"
         self.classes_per_chunk: int | None = None
         """Classes encoded at a time, with activations recomputed in the backward pass; None chooses by memory."""
@@ -66,10 +70,7 @@ class TextTower:
 
     def _can_pack(self) -> bool:
         # The packed path applies the parts of open_clip's plain block itself; any other block takes the padded path.
-        from open_clip.transformer import ResidualAttentionBlock
-
-        blocks = self.model.transformer.resblocks
-        return self.causal and all(type(b) is ResidualAttentionBlock and b.attn._qkv_same_embed_dim for b in blocks)
+        return self.causal and all(is_plain(block) for block in self.model.transformer.resblocks)
 
     # -- words ----------------------------------------------------------------------------------------------------
     def tokens(self, text: str) -> list[int]:
@@ -93,6 +94,8 @@ class TextTower:
         words: WordUpdate | None = None,
         *,
         algorithm: Algorithm | None = None,
+        overrides: Mapping[str, Tensor] | None = None,
+        added: Added | None = None,
     ) -> Tensor:
         """Return raw text features ``[G, C, D]`` in float32 (float64 for a float64 backbone).
 
@@ -105,10 +108,12 @@ class TextTower:
             words: What is added to the embeddings of class tokens, before positions are.
             algorithm: ``packed``, ``padded`` (to 77), or ``cut`` (padded to the longest row); default: packed where the
                 tower allows it.
+            overrides: Parameter name inside the tower (:meth:`parameters`) to the tensor used instead.
+            added: What is added inside the blocks.
 
         Raises:
-            BackboneError: The packed algorithm was asked of a tower that is not causal, or context, words and layout
-                differ.
+            BackboneError: The packed algorithm was asked of a tower that is not causal; context, words and layout
+                differ; unknown parameter names or shapes, or something added to blocks that are not CLIP's.
         """
         algorithm = algorithm or self.algorithm
         if algorithm != "padded" and not self._can_pack():
@@ -119,7 +124,10 @@ class TextTower:
         given = [x for x in (context, *deep.values()) if x is not None]
         if given and len(given[0]) > layout.groups:  # one group, and a context per image
             layout = layout.repeat_groups(len(given[0]))
-        run = self._packed if algorithm == "packed" else self._padded
+        if added is not None:
+            require_plain(self.model.transformer.resblocks, "text tower")
+        overrides = checked_overrides(self.parameters(), overrides or {}, "text tower")
+        run = partial(self._runner.run, self._packed if algorithm == "packed" else self._padded, overrides, added)
         size = layout.classes
         if algorithm == "packed":
             size = min(size, self.classes_per_chunk or self._fitting_classes(layout))
@@ -136,6 +144,10 @@ class TextTower:
             else:
                 parts.append(run(piece, own, own_deep, words, algorithm))
         return torch.cat(parts, dim=1)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the frozen parameters by their names inside the tower, without those of an image tower beside it."""
+        return {name: value for name, value in self.model.named_parameters() if not name.startswith("visual.")}
 
     def _checked(
         self, layout: TokenLayout, context: Tensor | None, deep: dict[int, Tensor]
@@ -208,6 +220,7 @@ class TextTower:
     # -- padded: the yardstick --------------------------------------------------------------------------------------
     def _padded(
         self,
+        added: Added | None,
         layout: TokenLayout,
         context: Tensor | None,
         deep: dict[int, Tensor],
@@ -243,13 +256,19 @@ class TextTower:
         for layer, block in enumerate(model.transformer.resblocks):
             if layer in deep:
                 x = insert(x, deep[layer], None)
-            x = block(x, attn_mask=mask) if batch_first else block(x.transpose(0, 1), attn_mask=mask).transpose(0, 1)
+            if added is not None:
+                x = run_block(block, x, layer, added, mask)
+            elif batch_first:
+                x = block(x, attn_mask=mask)
+            else:
+                x = block(x.transpose(0, 1), attn_mask=mask).transpose(0, 1)
         pooled = x[torch.arange(len(x), device=device), layout.lengths.reshape(-1).to(device) - 1]
         return self._finish(pooled, layout)
 
     # -- packed ---------------------------------------------------------------------------------------------------
     def _packed(
         self,
+        added: Added | None,
         layout: TokenLayout,
         context: Tensor | None,
         deep: dict[int, Tensor],
@@ -279,74 +298,24 @@ class TextTower:
         for layer, block in enumerate(model.transformer.resblocks):
             if layer in deep:
                 x = insert(x, deep[layer], None)
-            last = layer == self.layers - 1
-            x = _packed_block(block, x, plan, last)
+            x = packed_block(block, x, plan, layer, added or NOTHING, last=layer == self.layers - 1)
         return self._finish(x.index_select(0, plan.restore), layout)
 
 
-def _packed_block(block: Any, x: Tensor, plan: PackPlan, last: bool) -> Tensor:
-    """One transformer block over packed tokens ``[P + T, W]``; the last one keeps the pooled tokens ``[R, W]`` only."""
-    attention = block.attn
-    heads, sizes = attention.num_heads, [plan.prefix_tokens, len(x) - plan.prefix_tokens]
-    normed = block.ln_1(x)
-    if not last:
-        qkv = F.linear(normed, attention.in_proj_weight, attention.in_proj_bias).unflatten(-1, (3, heads, -1))
-        inside, suffix = qkv.split(sizes)  # [P, 3, H, d] and [T, 3, H, d]
-        seen = torch.cat([_prefix_attention(inside, plan), _suffix_attention(suffix[:, 0], inside, suffix, plan)])
-    else:
-        # Only pooled tokens are read from here on, so only they ask; every token still answers.
-        width = x.shape[-1]
-        weight, bias = attention.in_proj_weight, attention.in_proj_bias
-        at = plan.pooled_at + plan.prefix_tokens
-        x = x.index_select(0, at)
-        q = F.linear(normed.index_select(0, at), weight[:width], bias[:width]).unflatten(-1, (heads, -1))
-        inside, suffix = F.linear(normed, weight[width:], bias[width:]).unflatten(-1, (2, heads, -1)).split(sizes)
-        seen = _suffix_attention(q, inside, suffix, plan, pooled=True)
-    x = x + block.ls_1(attention.out_proj(seen.flatten(1)))
-    out: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
-    return out
+class _Runner(nn.Module):
+    """One callable around the tower, so that ``torch.func.functional_call`` can replace parameters."""
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
 
-def _prefix_attention(inside: Tensor, plan: PackPlan) -> Tensor:
-    """Causal attention inside each group's prefix, ``[P, 3, H, d]`` to ``[P, H, d]``.
+    def forward(self, algorithm: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        return algorithm(*inputs)
 
-    Padding stands behind, where no real token looks.
-    """
-    q, k, v = inside[plan.prefix_grid].permute(2, 0, 3, 1, 4).unbind(0)  # [G, H, Pmax, d] each
-    seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return seen.transpose(1, 2)[plan.prefix_real]
-
-
-def _suffix_attention(q: Tensor, inside: Tensor, suffix: Tensor, plan: PackPlan, *, pooled: bool = False) -> Tensor:
-    """Attention of suffix queries ``[N, H, d]`` to their group's prefix and to their own row's earlier tokens.
-
-    The scores of both parts share one softmax. Rows of one length are a block without padding. The last two entries of
-    ``inside`` ``[P, 2 or 3, H, d]`` and ``suffix`` ``[T, 2 or 3, H, d]`` are the keys and values.
-    """
-    by_group = plan.pooled_by_group if pooled else plan.suffix_by_group
-    q = q * q.shape[-1] ** -0.5
-    prefix_k, prefix_v = inside[:, -2:][plan.prefix_grid].unbind(2)  # [G, Pmax, H, d]
-    to_prefix = torch.einsum("gthd,gphd->gthp", by_group.deal(q), prefix_k)
-    if len(set(plan.prefix_lengths)) > 1:
-        to_prefix = to_prefix.masked_fill(~plan.prefix_real[:, None, None], float("-inf"))
-    to_prefix = by_group.collect(to_prefix)  # [N, H, Pmax]
-    # Split once, not sliced block by block: the gradient of a split is one concatenation.
-    asked = [(1 if pooled else length) for length, _ in plan.blocks]
-    query_sizes = [rows * n for (_, rows), n in zip(plan.blocks, asked, strict=True)]
-    key_sizes = [rows * length for length, rows in plan.blocks]
-    parts = zip(q.split(query_sizes), to_prefix.split(query_sizes), suffix[:, -2:].split(key_sizes), strict=True)
-    shares, outs = [], []
-    for (length, rows), n, (block_q, outside, keys_values) in zip(plan.blocks, asked, parts, strict=True):
-        # Keys and values of the block: [R, H, length, d].
-        block_k, block_v = keys_values.unflatten(0, (rows, length)).permute(2, 0, 3, 1, 4).unbind(0)
-        scores = block_q.unflatten(0, (rows, n)).transpose(1, 2) @ block_k.transpose(2, 3)  # [R, H, n, length]
-        if n > 1:
-            future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-            scores = scores.masked_fill(future, float("-inf"))
-        outside = outside.unflatten(0, (rows, n)).transpose(1, 2)  # [R, H, n, Pmax]
-        weights = torch.cat([outside, scores], dim=-1).softmax(dim=-1)
-        share, own = weights.split([outside.shape[-1], length], dim=-1)
-        shares.append(share.transpose(1, 2).flatten(0, 1))
-        outs.append((own.to(block_v.dtype) @ block_v).transpose(1, 2).flatten(0, 1))
-    share = by_group.deal(torch.cat(shares))  # [G, Tmax, H, Pmax]
-    return by_group.collect(torch.einsum("gthp,gphd->gthd", share.to(prefix_v.dtype), prefix_v)) + torch.cat(outs)
+    def run(self, algorithm: Callable[..., Tensor], overrides: Mapping[str, Tensor], *inputs: Any) -> Tensor:
+        """Return ``algorithm(*inputs)`` with other values of the model's parameters."""
+        if not overrides:
+            return algorithm(*inputs)
+        named = {f"model.{name}": value for name, value in overrides.items()}
+        features: Tensor = torch.func.functional_call(self, named, (algorithm, *inputs))
+        return features

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 #: Not normalised pixels: uint8, or float32 in 0..255 where AugMix has mixed them.
 Pixels: TypeAlias = NDArray[Any]
 #: What ``data.view`` accepts.
-KINDS = ("random", "random-tensor", "center")
-#: What methods ask for by themselves: Tip-Adapter's training view, TPT's crops of a test image, and these with AugMix.
-ASKED_KINDS = ("random-half", "crop", "augmix")
+KINDS = ("random", "random-tensor", "random-half", "center")
+#: What methods ask for by themselves: TPT's crops of a test image, and these with AugMix.
+ASKED_KINDS = ("crop", "augmix")
 
 
 class PreprocessLike(Protocol):
@@ -46,7 +46,7 @@ class PreprocessLike(Protocol):
         """How a test image becomes square: ``shortest``, ``squash`` or ``longest``."""
 
 
-Kind = Literal["random", "random-tensor", "center"]
+Kind = Literal["random", "random-tensor", "random-half", "center"]
 
 
 def check_kind(kind: str) -> Kind:
@@ -67,9 +67,9 @@ class View:
     with aspect 3/4 to 4/3, resized to ``size``, mirrored half of the time; its numbers come from torch's default CPU
     generator. ``random-tensor`` takes the same crops and resizes them with torch's 8-bit kernel instead of Pillow: more
     than twice as quick; values differ by a fifth of a level (of 255) on average and by a few levels at sharp edges.
+    ``random-half`` is the random view with crops of at least half of the area (Tip-Adapter, ``main.py``; R-AMT).
 
-    Three more kinds are not for ``data.view``; methods ask for them. ``random-half`` is the random view with crops of
-    at least half of the area (Tip-Adapter, ``main.py``). ``crop`` is TPT's view of a test image
+    Two more kinds are not for ``data.view``; methods ask for them. ``crop`` is TPT's view of a test image
     (``data/datautils.py``): the random view's crops, resized by Pillow's bilinear filter whatever the weights' own is.
     ``augmix`` is ``crop`` mixed by :func:`~vlprompt.data.augmix.augmix`; its pixels are float32.
 

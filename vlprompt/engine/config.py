@@ -43,7 +43,7 @@ class DataConfig:
     root: str | None = None
     shots: int = 16
     classes: Classes = "all"
-    view: Literal["random", "random-tensor", "center"] = "random"
+    view: Literal["random", "random-tensor", "random-half", "center"] = "random"
     template: str | None = None
     workers: int | None = None
     source: list[str] = field(default_factory=list)
@@ -76,11 +76,20 @@ class DataConfig:
 
 @dataclass
 class RecipeConfig:
-    """How learnables are trained: SGD with Dassl's per-epoch cosine and constant warm-up (prompt_learners 2.4, 2.5)."""
+    """How learnables are trained; the defaults are Dassl's: SGD, cosine per epoch, warm-up (prompt_learners 2.4, 2.5).
+
+    ``optimizer``: ``sgd`` with ``momentum``, or ``adam`` or ``adamw`` with ``momentum`` as first and 0.999 as second
+    beta; ``weight_decay`` is part of the gradient but for ``adamw``. ``schedule``: the cosine falls once per ``epoch``
+    or after every optimiser ``step`` (CLIP-LoRA), from ``lr`` towards ``final_lr``; a warm-up has whole epochs in
+    either.
+    """
 
     epochs: int = 50
     batch_size: int = 32
     lr: float = 0.002
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    schedule: Literal["epoch", "step"] = "epoch"
+    final_lr: float = 0.0
     warmup_epochs: int = 1
     warmup_lr: float = 1e-5
     momentum: float = 0.9
@@ -97,6 +106,11 @@ class RecipeConfig:
         for name in ("lr", "warmup_lr"):
             if not 0 < getattr(self, name) < float("inf"):
                 found.append(f"recipe.{name} is {getattr(self, name)}; accepted: a number above 0")
+        for name, accepted in (("optimizer", ("sgd", "adam", "adamw")), ("schedule", ("epoch", "step"))):
+            if getattr(self, name) not in accepted:
+                found.append(f"recipe.{name} is {getattr(self, name)!r}; accepted: {', '.join(accepted)}")
+        if not 0 <= self.final_lr <= max(self.lr, 0.0):
+            found.append(f"recipe.final_lr is {self.final_lr}; accepted: 0 to recipe.lr ({self.lr})")
         if not 0 <= self.warmup_epochs <= self.epochs:
             found.append(f"recipe.warmup_epochs is {self.warmup_epochs}; accepted: 0 to recipe.epochs ({self.epochs})")
         if not 0 <= self.momentum < 1:

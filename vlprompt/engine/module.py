@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlprompt.engine.config import RecipeConfig
 from vlprompt.engine.metrics import MULTILABEL, make_scores
-from vlprompt.engine.recipe import learning_rate
+from vlprompt.engine.recipe import learning_rate, make_optimizer
 from vlprompt.errors import ConfigError, HeadError
 from vlprompt.methods import PromptMethod
 
@@ -106,7 +106,7 @@ class PromptModule(FrozenInside):
         self.method.epoch_end(self.current_epoch, self.trainer.max_epochs or self.recipe.epochs)
 
     def configure_optimizers(self) -> Any:
-        """Return SGD over the method's parameter groups and the per-epoch schedule.
+        """Return the recipe's optimiser over the method's parameter groups, and its schedule.
 
         Raises:
             ConfigError: The method has nothing to train, or cannot be trained on several labels an image.
@@ -115,11 +115,15 @@ class PromptModule(FrozenInside):
         groups = self.method.parameter_groups(self.recipe.lr)
         if not groups:
             raise ConfigError(f"method {self.method.name!r} has nothing to train; evaluate it without fit")
-        momentum, decay = self.recipe.momentum, self.recipe.weight_decay
-        optimizer = torch.optim.SGD(groups, lr=self.recipe.lr, momentum=momentum, weight_decay=decay)
-        recipe = self.recipe
-        factors: list[Callable[[int], float]] = [partial(_factor, lr=group["lr"], recipe=recipe) for group in groups]
-        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factors)}
+        recipe, per_epoch = self.recipe, 1
+        if recipe.schedule == "step":
+            per_epoch = -(-int(self.trainer.estimated_stepping_batches) // (self.trainer.max_epochs or recipe.epochs))
+        optimizer = make_optimizer(groups, recipe)
+        factors: list[Callable[[int], float]] = [
+            partial(_factor, lr=group["lr"], recipe=recipe, per_epoch=per_epoch) for group in groups
+        ]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": recipe.schedule}}
 
     def configure_gradient_clipping(
         self,
@@ -183,9 +187,9 @@ def _frozen(name: str) -> bool:
     return name.startswith(FROZEN)
 
 
-def _factor(epoch: int, *, lr: float, recipe: RecipeConfig) -> float:
+def _factor(at: int, *, lr: float, recipe: RecipeConfig, per_epoch: int) -> float:
     # LambdaLR multiplies; a group with rate 0 (a factor setting of 0) stays there.
-    return learning_rate(epoch, lr, recipe) / lr if lr else 0.0
+    return learning_rate(at, lr, recipe, per_epoch) / lr if lr else 0.0
 
 
 def _unpack(batch: Any) -> tuple[Tensor, Tensor, Tensor | float]:

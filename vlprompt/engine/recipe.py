@@ -1,18 +1,43 @@
-"""The learning-rate schedule of the CoOp family (Dassl: dassl/optim/lr_scheduler.py; prompt_learners 2.5)."""
+"""Optimisers, and the learning-rate schedule of the CoOp family (Dassl: dassl/optim/lr_scheduler.py; 2.5)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 from vlprompt.engine.config import RecipeConfig
 
+SECOND_BETA = 0.999
 
-def learning_rate(epoch: int, lr: float, recipe: RecipeConfig) -> float:
-    """Return the rate of ``epoch`` (from 0) for a parameter group whose full rate is ``lr``.
 
-    Constant ``warmup_lr`` during the warm-up epochs, then a cosine that starts from its own zero and has the whole
-    number of epochs as half period, so that it never reaches zero.
+def learning_rate(at: int, lr: float, recipe: RecipeConfig, per_epoch: int = 1) -> float:
+    """Return the rate at epoch or step ``at`` (from 0) for a parameter group whose full rate is ``lr``.
+
+    Constant ``warmup_lr`` during the warm-up epochs, then a cosine to ``final_lr`` that starts from its own zero and
+    has the whole training as half period, so that it never gets there.
+
+    Args:
+        at: The epoch, or the optimiser's step where the schedule moves with each.
+        lr: The group's full rate. A group of rate 0 stays there.
+        recipe: The training's recipe.
+        per_epoch: Optimiser steps of an epoch for a schedule by step; 1 for one by epoch.
     """
-    if epoch < recipe.warmup_epochs:
+    warmup = recipe.warmup_epochs * per_epoch
+    if not lr:
+        return 0.0
+    if at < warmup:
         return recipe.warmup_lr
-    return lr / 2 * (1 + math.cos(math.pi * (epoch - recipe.warmup_epochs) / recipe.epochs))
+    final = min(recipe.final_lr, lr)
+    return final + (lr - final) / 2 * (1 + math.cos(math.pi * (at - warmup) / (recipe.epochs * per_epoch)))
+
+
+def make_optimizer(groups: Sequence[dict[str, Any]], recipe: RecipeConfig) -> torch.optim.Optimizer:
+    """Return the recipe's optimiser over parameter groups ``{"params": ..., "lr": ...}``."""
+    lr, decay = recipe.lr, recipe.weight_decay
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, weight_decay=decay)
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, lr=lr, betas=(recipe.momentum, SECOND_BETA), weight_decay=decay)

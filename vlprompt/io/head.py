@@ -83,8 +83,15 @@ class Head(nn.Module):
         """Return a copy of an open_clip ``model`` whose ``encode_image`` contains the head's image-side learnables.
 
         Raises:
-            HeadError: The model's image tower is not the one the head was trained on.
+            HeadError: The model's image tower is not the one the head was trained on, or what the head learned on the
+                image side is not weights of the tower (image tokens, for instance).
         """
+        overrides = self.method.image_overrides()
+        if self.method.learns_image_side and not overrides:
+            raise HeadError(
+                f"what {self.method.name} learned on the image side is not weights of the tower, so no open_clip model "
+                "can hold it; classify with the head itself: head(images)"
+            )
         other: Any = copy.deepcopy(model)
         own = self.backbone.model.visual.state_dict()
         theirs = other.visual.state_dict() if isinstance(getattr(other, "visual", None), nn.Module) else {}
@@ -97,7 +104,7 @@ class Head(nn.Module):
                 f"first {changed[0]}); {fix}"
             )
         with torch.no_grad():
-            for name, value in self.method.image_overrides().items():
+            for name, value in overrides.items():
                 other.visual.get_parameter(name).copy_(value)
         attached: nn.Module = other
         return attached
@@ -119,7 +126,7 @@ class Head(nn.Module):
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             weights = self.method.class_weights()
-        tensors = {_LEARNABLE + name: value for name, value in self.method.learnable_state().items()}
+        tensors = {_LEARNABLE + name: value for name, value in self.method.head_state().items()}
         tensors["class_weights"] = weights.detach().float().cpu().contiguous()
         with _writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -208,7 +215,7 @@ def load_head(folder: str | Path, backbone: Backbone | None = None, *, device: s
                 **config["settings"],
             )
         learned = {name.removeprefix(_LEARNABLE): t for name, t in tensors.items() if name.startswith(_LEARNABLE)}
-        method.load_learnable_state(learned)
+        method.load_head_state(learned)
         _check_weights(tensors, method)
     except (VlpromptError, TypeError) as error:  # TypeError: a setting called like an argument
         raise HeadError(f"the head in {folder} cannot be rebuilt: {error}") from error
@@ -248,16 +255,20 @@ def _check_backbone(backbone: Backbone, config: dict[str, Any], folder: Path) ->
 
 
 def _check_weights(tensors: dict[str, Tensor], method: PromptMethod) -> None:
-    """Raise HeadError unless ``tensors`` are float32, finite, and hold nothing but learnables and class weights."""
+    """Raise HeadError unless ``tensors`` are what ``method`` keeps, finite, and nothing but that and class weights.
+
+    Methods keep float32, but for what they pack.
+    """
     expected = [len(method.class_names), method.backbone.embed_dim]
     wrong = [f"{name}: unknown" for name in tensors if name != "class_weights" and not name.startswith(_LEARNABLE)]
     if "class_weights" not in tensors:
         wrong.append("class_weights: missing")
     elif list(tensors["class_weights"].shape) != expected:
         wrong.append(f"class_weights: shape {list(tensors['class_weights'].shape)}, expected {expected}")
+    types = {_LEARNABLE + name: value.dtype for name, value in method.head_state().items()}
     for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32:
-            wrong.append(f"{name}: {tensor.dtype}, expected torch.float32")
+        if tensor.dtype != types.get(name, torch.float32):
+            wrong.append(f"{name}: {tensor.dtype}, expected {types.get(name, torch.float32)}")
         elif not bool(tensor.isfinite().all()):
             wrong.append(f"{name}: holds values that are not finite")
     if wrong:

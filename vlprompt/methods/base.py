@@ -52,6 +52,8 @@ class PromptMethod(nn.Module):
     """What :meth:`training_weights` has a set of text features for: ``[C, D]``, ``[G, C, D]`` or ``[B, C, D]``."""
     learns_image_side: bool = False
     """True when image features depend on learnables, so that features cannot be computed once and kept."""
+    any_tower: ClassVar[bool] = False
+    """True when the image side is learned in whatever tower there is, not in vision transformers alone."""
     fits: ClassVar[bool] = False
     """True when :meth:`fit` does the learning, on frozen features, instead of gradient steps over images."""
     fit_view: ClassVar[Literal["random", "random-half"]] = "random"
@@ -333,6 +335,18 @@ class PromptMethod(nn.Module):
         """Return copies of the learnables by name, float32 on the CPU."""
         return {name: value.detach().cpu().clone() for name, value in self._kept().items()}
 
+    def head_state(self) -> dict[str, Tensor]:
+        """Return what a head's file holds of the learnables; a method may pack them, and says what is lost."""
+        return self.learnable_state()
+
+    def load_head_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set the learnables from :meth:`head_state` of such a method.
+
+        Raises:
+            HeadError: As :meth:`load_learnable_state`.
+        """
+        self.load_learnable_state(state)
+
     def _kept(self) -> dict[str, Tensor]:
         """Return what scoring depends on beside the backbone: learnables, and buffers that objectives keep."""
         kept: dict[str, Tensor] = dict(self.learnables())
@@ -371,7 +385,7 @@ class PromptMethod(nn.Module):
         Raises:
             HeadError: They are not the tensors of such a method.
         """
-        self.load_learnable_state(state)
+        self.load_head_state(state)
 
     def _takes(self, name: str, own: Tensor, given: Tensor) -> bool:
         # What is fitted has as many rows as there were shots.

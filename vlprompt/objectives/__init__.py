@@ -1,6 +1,14 @@
 """Loss terms, regularisers and adapters: each turns what a step has computed into numbers, and knows no method."""
 
-from vlprompt.objectives import aggregation, grouped_text, knowledge, projection, self_regularisation, shift
+from vlprompt.objectives import (
+    aggregation,
+    gradient_dropout,
+    grouped_text,
+    knowledge,
+    projection,
+    self_regularisation,
+    shift,
+)
 from vlprompt.objectives.base import (
     Objective,
     Step,
@@ -19,6 +27,7 @@ __all__ = [
     "create_objective",
     "feature_shift",
     "get_objective_class",
+    "gradient_dropout",
     "grouped_text",
     "knowledge",
     "list_objectives",

@@ -8,6 +8,9 @@ from vlprompt.prompts.decomposed import (
     register_decomposition,
 )
 from vlprompt.prompts.deep import CoupledPrompts, DeepContext, MetaNet, VisualPrompts
+from vlprompt.prompts.diffusion import Diffusion
+from vlprompt.prompts.draws import Draws
+from vlprompt.prompts.inside import LowRank, Masks
 from vlprompt.prompts.mixture import ExpertContexts
 from vlprompt.prompts.norms import TunedLayerNorms
 from vlprompt.prompts.words import check_class_names, check_templates, words_of
@@ -17,7 +20,11 @@ __all__ = [
     "CoupledPrompts",
     "Decomposition",
     "DeepContext",
+    "Diffusion",
+    "Draws",
     "ExpertContexts",
+    "LowRank",
+    "Masks",
     "MetaNet",
     "TextContext",
     "TunedLayerNorms",

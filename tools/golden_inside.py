@@ -1,0 +1,211 @@
+"""How the golden files of methods that change the towers' inside are compared: one function per file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tiny_clip
+import torch
+import torch.nn.functional as F
+
+import vlprompt
+from vlprompt.backbone import Added
+from vlprompt.engine.config import RecipeConfig
+from vlprompt.engine.recipe import make_optimizer
+from vlprompt.objectives.gradient_dropout import drop
+from vlprompt.prompts.inside import masked
+
+Results = Iterator[tuple[str, Any]]
+
+
+# -- CLIP-LoRA --------------------------------------------------------------------------------------------------------
+def _published(name: str) -> str:
+    path, _, kind = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+    return f"{path.replace('out_proj', 'proj')}.w_{kind}"
+
+
+def _without_input_gradient(added: Callable[[str], Added]) -> Callable[[str], Added]:
+    """Updates whose input gets no gradient through them: what un-merging in place before the backward pass does."""
+
+    def cut(prefix: str) -> Added:
+        own = added(prefix)
+        return dataclasses.replace(
+            own, projections={at: lambda x, update=update: update(x.detach()) for at, update in own.projections.items()}
+        )
+
+    return cut
+
+
+def check_clip_lora(golden: Any) -> Results:
+    """Zero-shot and updated logits, loss, gradients; merged evaluation; gradients of the branch without dropout."""
+    images, labels, names = golden.tensor("images"), golden.tensor("labels"), golden.meta["class_names"]
+    for case, options in golden.meta["cases"].items():
+        settings = {"encoder": options["encoder"], "position": options["position"], "params": options["params"]}
+        settings |= {"rank": options["r"], "alpha": float(options["alpha"]), "logit_scale": options["logit_scale"]}
+        made = vlprompt.create_method(
+            "clip_lora", golden.backbone, names, dropout=0.0, templates=options["templates"], **settings
+        )
+        assert abs(made.base_model.scale - options["scaling"]) < 1e-12
+        assert sorted(_published(name) for name, _ in made.learnables()) == sorted(options["learnables"])
+        zeroshot = vlprompt.create_method("zeroshot", golden.backbone, names, templates=options["templates"])
+        cosines = zeroshot(images) / golden.backbone.logit_scale
+        yield f"{case}/zeroshot_logits", options["logit_scale"] * cosines
+        source = "qkv_all" if case == "qkv_all_no_dropout_path" else case
+        state = {name: golden.tensor(f"{source}/param/{_published(name)}") for name, _ in made.learnables()}
+        made.load_learnable_state(state)
+        grads = "grad" if source == case else "grad_as_run"
+        if grads == "grad_as_run":
+            made.base_model.added = _without_input_gradient(made.base_model.added)
+        step = made.train().step(images, labels)
+        yield f"{case}/train_logits", step.logits
+        loss = made.step_losses(step)["ce"]
+        yield f"{case}/loss/total", loss
+        loss.backward()
+        yield from ((f"{case}/{grads}/{_published(name)}", p.grad) for name, p in made.learnables())
+        # Published evaluation takes the first template, even where training had the ensemble of all.
+        first = vlprompt.create_method(
+            "clip_lora", golden.backbone, names, dropout=0.0, templates=options["templates"][:1], **settings
+        )
+        first.load_learnable_state(state)
+        yield f"{case}/eval_cosines", _merged_cosines(first, images)
+
+
+@torch.no_grad()
+def _merged_cosines(made: Any, images: torch.Tensor) -> torch.Tensor:
+    """Evaluation as published: the updates are merged into the weights of both towers."""
+    backbone, low_rank = made.eval().backbone, made.base_model
+    image = backbone.encode_image(images, overrides=made.image_overrides())
+    text = made.class_weights()
+    if made.has_text_prompts():
+        overrides = low_rank.merged("", backbone.text.parameters())
+        text = F.normalize(backbone.text.encode(made.layout, overrides=overrides)[0], dim=-1)
+    merged = F.normalize(image, dim=-1) @ text.t()
+    torch.testing.assert_close(merged, made(images) / made.settings.logit_scale, rtol=1e-4, atol=1e-5)
+    return merged
+
+
+# -- R-AMT ------------------------------------------------------------------------------------------------------------
+def _score_name(published: str) -> str:
+    path = published.removesuffix(".mask_real")
+    return f"masks.visual.{path}" + (".in_proj_weight.scores" if path.endswith("attn") else ".weight.scores")
+
+
+def check_ramt(golden: Any) -> Results:
+    """Masked layers, gradient dropout, and a whole step: losses, both gradients, what is left of them, Adam's step."""
+    hyper = golden.meta["hyper"]
+    yield from _masked_layers(golden, hyper["thr"], hyper["sizes"])
+    yield from _dropout(golden, hyper["gd_lambdas"], hyper["gd_sgd_lr"])
+    images, labels = golden.tensor("images").float(), golden.tensor("labels")
+    made = vlprompt.create_method(
+        "ramt", golden.backbone, hyper["names"], templates=[hyper["template"]], strength=hyper["lam"]
+    )
+    words = [name.replace("_", " ").lower() for name in hyper["names"]]
+    yield "text_tokens", golden.tokens([hyper["template"].replace("{}", word) for word in words])
+    yield "text_features", made.class_weights()
+    names = {_score_name(name): name for name in hyper["mask_names"]}
+    assert [name for name, _ in made.learnables()] == list(names)
+    with torch.no_grad():
+        yield "logits_original", made.score(made.unit_image(golden.backbone.encode_image(images)), made.class_weights())
+        yield "logits_all_ones", made(images)
+    draw = {
+        own: torch.from_numpy(tiny_clip.draw("ramt." + name, p.shape, hyper["seed"], std=0.004, mean=0.01))
+        for (own, name), (_, p) in zip(names.items(), made.learnables(), strict=True)
+    }
+    made.load_learnable_state(draw)
+    scores = dict(made.learnables())
+    total = sum(p.numel() for p in scores.values())
+    below = sum(int((p < hyper["thr"]).sum()) for p in scores.values())
+    yield "sparsity_percent", torch.tensor(100 * below / total)
+    with torch.no_grad():
+        yield "logits_masked_eval", made.eval()(images)
+    yield from _ramt_step(golden, made.train(), images, labels, names)
+
+
+def _ramt_step(golden: Any, made: Any, images: Any, labels: Any, names: dict[str, str]) -> Results:
+    hyper, scores = golden.meta["hyper"], dict(made.learnables())
+    step = made.step(images, labels)
+    yield "step_logits", step.logits
+    yield "step_acc", 100 * (step.logits.argmax(dim=-1) == labels).double().mean()
+    terms, dropout = made.terms(step), made.objectives[0]
+    task = terms["ce"] + terms["penalty"]
+    yield "step_loss_ce", terms["ce"].double()
+    yield "step_loss_mask", terms["penalty"].double()
+    yield "step_loss_total", task
+    general = dropout.general_loss(step)
+    yield "step_loss_kl", general.double()
+    both = [torch.autograd.grad(loss, list(scores.values()), retain_graph=True) for loss in (task, general)]
+    drawn, left = torch.Generator().manual_seed(0), {}
+    for (own, published), a, b in zip(names.items(), *both, strict=True):
+        at, some = f"mask[{published}]", _stored(golden, published, a)
+        # The archive has the draws of the entries it stores; the others, of which only sums are there, are our own.
+        uniform = torch.rand(a.numel(), generator=drawn)
+        uniform[some] = golden.tensor(f"{at}_uniform")
+        left[own] = drop(a, b, uniform.reshape(a.shape), hyper["lam"])
+        yield f"{at}_init", scores[own].detach().flatten()[some].clone()
+        yield f"{at}_grad_task", a.flatten()[some]
+        yield f"{at}_grad_kl", b.flatten()[some]
+        yield f"{at}_grad_out", left[own].flatten()[some]
+        scores[own].grad = left[own]
+    before = {own: (own_scores > hyper["thr"]).double().mean() for own, own_scores in scores.items()}
+    recipe = RecipeConfig(lr=hyper["lr"], optimizer="adam", weight_decay=0)
+    make_optimizer(made.parameter_groups(hyper["lr"]), recipe).step()
+    rows = []
+    for (own, published), a, b in zip(names.items(), *both, strict=True):
+        some, after, gradient = _stored(golden, published, a), scores[own].detach(), left[own]
+        yield f"mask[{published}]_after", after.flatten()[some]
+        norms = [float(value.norm()) for value in (a, b, gradient, after)]
+        rows.append([some.step, *norms, float(before[own]), float((gradient != 0).double().mean())])
+    # The array's scale is that of its strides, so every column is held to its own, drawn ones to what draws allow.
+    found, reference = torch.tensor(rows, dtype=torch.float64), torch.from_numpy(golden.arrays["mask_summary"])
+    for column, tolerance in enumerate((0, 1e-4, 1e-4, 2e-3, 1e-4, 1e-4, 5e-3)):
+        torch.testing.assert_close(found[:, column], reference[:, column], rtol=tolerance, atol=0)
+    yield "mask_summary", found
+
+
+def _stored(golden: Any, published: str, scores: torch.Tensor) -> slice:
+    """Return which entries of a flattened tensor are stored: all of one, some 300 of the others."""
+    whole = golden.arrays[f"mask[{published}]_init"].size == scores.numel()
+    return slice(None, None, 1 if whole else scores.numel() // 300)
+
+
+def _masked_layers(golden: Any, threshold: float, sizes: dict[str, int]) -> Results:
+    tensor = golden.tensor
+    scores, x = tensor("lin_mask").requires_grad_(), tensor("lin_x").requires_grad_()
+    weight = masked(tensor("lin_weight"), scores, threshold)
+    y = F.linear(x, weight, tensor("lin_bias"))
+    y.backward(tensor("lin_gout"))
+    yield "lin_y_train", y
+    yield "lin_grad_mask", scores.grad
+    yield "lin_grad_x", x.grad
+    yield "lin_binary", masked(torch.ones_like(weight), scores, threshold)
+    yield "lin_y_eval", F.linear(x, masked(tensor("lin_weight"), scores.detach(), threshold), tensor("lin_bias"))
+    scores = tensor("conv_mask").requires_grad_()
+    y = F.conv2d(tensor("conv_x"), masked(tensor("conv_weight"), scores, threshold), stride=4)
+    y.backward(tensor("conv_gout"))
+    yield "conv_y", y
+    yield "conv_grad_mask", scores.grad
+    attention = torch.nn.MultiheadAttention(sizes["e"], sizes["h"])
+    both = tensor("att_in_mask").requires_grad_(), tensor("att_out_mask").requires_grad_()
+    weights = {"in_proj_bias": tensor("att_in_bias"), "out_proj.bias": tensor("att_out_bias")}
+    weights["in_proj_weight"] = masked(tensor("att_in_weight"), both[0], threshold)
+    weights["out_proj.weight"] = masked(tensor("att_out_weight"), both[1], threshold)
+    y = torch.func.functional_call(attention, weights, (tensor("att_x"),) * 3, {"need_weights": False})[0]
+    y.backward(tensor("att_gout"))
+    yield "att_y", y
+    yield "att_y_eval", y
+    yield "att_grad_in_mask", both[0].grad
+    yield "att_grad_out_mask", both[1].grad
+
+
+def _dropout(golden: Any, strengths: list[float], lr: float) -> Results:
+    for case, strength in enumerate(strengths):
+        for number in (0, 1):
+            a, b, uniform = (golden.tensor(f"gd{case}_{what}{number}") for what in ("grad_a", "grad_b", "uniform"))
+            left = drop(a, b, uniform, strength)
+            yield f"gd{case}_grad_out{number}", left
+            yield f"gd{case}_p_after{number}", golden.tensor(f"gd{case}_p{number}") - lr * left
+
+
+CHECKS = {"clip_lora": check_clip_lora, "R-AMT (regularised mask tuning)": check_ramt}

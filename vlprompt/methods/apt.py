@@ -1,0 +1,124 @@
+"""APT on CLIP: approximated prompt tuning, a reconstruction (Wu et al., arXiv 2306.15706; official code: ViLT, METER).
+
+Prompts in a sequence change a token's attention to ``(1 - l) Attn(X) + l Attn(P)``, l being the prompts' part of the
+softmax's sum. APT adds instead what the prompts say to the attention's result x of every block, from the attention's
+input r and without the common sum: ``exp(sigma) (x + w relu(r K^T) M)``, ``K = M + R2 R1 M``, ``w = max relu(r K^T)``
+without gradient. The paper has CLIP results, but the official code is for ViLT and METER alone: the module is that of
+the code for ViLT; its place behind every attention of both towers, and the sizes, are ours. Trained by cross-entropy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlprompt.backbone import Added, TokenLayout
+from vlprompt.errors import ConfigError
+from vlprompt.methods.base import PromptMethod
+from vlprompt.methods.registry import register
+from vlprompt.objectives.targets import template_features
+from vlprompt.prompts import CONTEXT_STD, Diffusion, check_templates, template_layout
+
+
+@dataclass(frozen=True)
+class APTSettings:
+    """Settings of APT; rank and form are the official code's, the sizes of both towers ours.
+
+    Attributes:
+        text_tokens: n of every text block; 0 leaves the text tower frozen. The code has 50 to 200 for ViLT and METER.
+        image_tokens: n of every image block; 0 leaves the image tower frozen.
+        rank: Rank of the keys' update R2 R1.
+        normaliser: ``relu-max``, the method; or ``softmax-lambda``, what it approximates: tokens M that every token
+            attends to, normalised in common. The latter learns M alone.
+        zero_init_values: Learn values of their own, from zero, in place of M behind the affinities: training then
+            starts from zero-shot CLIP. Not in the official code.
+        per_head: Ask and take maxima in each head's slice of the width, not in all of it. Not in the official code.
+        templates: Prompts with {} for the class name. A learned text tower uses the first; a frozen one averages the
+            unit features of all.
+    """
+
+    text_tokens: int = 16
+    image_tokens: int = 32
+    rank: int = 4
+    normaliser: Literal["relu-max", "softmax-lambda"] = "relu-max"
+    zero_init_values: bool = False
+    per_head: bool = False
+    templates: Sequence[str] = ("a photo of a {}.",)
+
+    def __post_init__(self) -> None:
+        for name, least in (("text_tokens", 0), ("image_tokens", 0), ("rank", 1)):
+            if not least <= getattr(self, name) <= 4096:
+                raise ConfigError(f"settings.{name} is {getattr(self, name)}; accepted: {least} to 4096")
+        if not self.text_tokens and not self.image_tokens:
+            raise ConfigError(
+                "settings.text_tokens and settings.image_tokens are both 0; accepted: one of them above 0"
+            )
+        if self.normaliser == "softmax-lambda" and (self.zero_init_values or self.per_head):
+            raise ConfigError(
+                "settings.zero_init_values and settings.per_head are variants of normaliser relu-max; set them to "
+                "false with softmax-lambda, which has the attention's own heads and values"
+            )
+        check_templates(self.templates, "settings.templates")
+
+
+class Tokens(nn.Module):
+    """Tokens ``[n, W]`` of one block, deviation 0.02."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(count, width) * CONTEXT_STD)
+
+
+@register("apt")
+class APT(PromptMethod):
+    """Prompt tokens behind every attention of both towers."""
+
+    Settings = APTSettings
+    template_setting = "templates"
+    settings: APTSettings
+
+    def build(self) -> None:
+        """Create ``text`` and ``image``, a :class:`Diffusion` for every block of each tower."""
+        own, image, text = self.settings, self.backbone.image, self.backbone.text
+        self.learns_image_side = own.image_tokens > 0
+        self.image = self.text = None
+        if self.learns_image_side:
+            image.require_tokens()
+            self.image = self._blocks(own.image_tokens, image.width, image.visual.transformer.resblocks)
+        if own.text_tokens:
+            self.text = self._blocks(own.text_tokens, text.width, text.model.transformer.resblocks)
+            self.layout = template_layout(text, self.class_names, [own.templates[0]])
+        else:
+            features = template_features(self.backbone, self.class_names, own.templates)
+            self.register_buffer("text_features", features, persistent=False)
+
+    def _blocks(self, count: int, width: int, blocks: Sequence[Any]) -> nn.ModuleList:
+        own = self.settings
+        if own.normaliser == "softmax-lambda":
+            return nn.ModuleList(Tokens(count, width) for _ in blocks)
+        heads = [block.attn.num_heads if own.per_head else 1 for block in blocks]
+        return nn.ModuleList(Diffusion(count, width, own.rank, own.zero_init_values, each) for each in heads)
+
+    def _added(self, blocks: nn.ModuleList) -> Added:
+        if self.settings.normaliser == "softmax-lambda":
+            return Added(rows={layer: block.tokens for layer, block in enumerate(blocks) if isinstance(block, Tokens)})
+        return Added(after_attention=dict(enumerate(blocks)))
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return raw image features ``[B, D]`` with the tokens."""
+        return self.backbone.encode_image(images, added=self._added(self.image) if self.image is not None else None)
+
+    def class_weights(self, features: Tensor | None = None) -> Tensor:
+        """Return the unit text features ``[C, D]`` of the template."""
+        if self.text is None:
+            return self.unit_text(self.get_buffer("text_features"))
+        text, added = self.backbone.text, self._added(self.text)
+        return self.once("classes", lambda: self.unit_text(text.encode(self.layout, added=added)[0]))
+
+    def training_layouts(self) -> list[TokenLayout]:
+        """Return the layout of the class prompts, where the text tower learns."""
+        return [] if self.text is None else [self.layout]

@@ -1,0 +1,138 @@
+"""CLIP-LoRA: low-rank updates of the attention in both towers (Zanella and Ben Ayed, CVPR-W 2024; arXiv 2405.18541).
+
+Every chosen projection becomes ``y = W x + b + s B A dropout(x)`` with ``s = alpha / sqrt(r)`` (the official code,
+MaxZanella/CLIP-LoRA: not LoRA's ``alpha / r``). B starts at zero, so that training starts from zero-shot CLIP, and all
+data sets share one set of hyperparameters. Scores are cosines times the backbone's temperature, which is the official
+constant 100 in OpenAI's weights; training minimises their cross-entropy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from vlprompt.backbone import TokenLayout
+from vlprompt.errors import ConfigError
+from vlprompt.methods.base import PromptMethod
+from vlprompt.methods.registry import register
+from vlprompt.objectives.base import Step
+from vlprompt.objectives.targets import template_features
+from vlprompt.prompts import LowRank, check_templates, template_layout
+
+#: From where to where a position reaches, in twelfths of a tower's blocks (loralib/utils.py has twelve, or L/14's 24).
+POSITIONS = {"all": (0, 12), "bottom": (0, 4), "mid": (4, 8), "up": (8, 12), "half-bottom": (0, 6), "half-up": (6, 12)}
+
+
+@dataclass(frozen=True)
+class CLIPLoRASettings:
+    """Settings of CLIP-LoRA; the defaults are the paper's (184,320 numbers on ViT-B/16).
+
+    Attributes:
+        encoder: Which towers have updates. The one without is frozen, and its features are computed once.
+        position: Which blocks have them: all, a third (bottom, mid, up) or a half (half-bottom, half-up).
+        layers: Instead of a position, the blocks themselves, counted from 0; what a tower does not have is left out.
+        params: Which projections of the attention: q, k, v and o (the output).
+        rank: r.
+        alpha: The update is scaled by alpha / sqrt(r).
+        dropout: Part of an update's input that a training step leaves out, drawn for each projection.
+        templates: Prompts with {} for the class name. A text tower with updates uses the first; a frozen one averages
+            the unit features of all, also in evaluation (where the official code takes the first).
+        logit_scale: What cosines are multiplied with; null for the backbone's own temperature.
+    """
+
+    encoder: Literal["both", "vision", "text"] = "both"
+    position: Literal["all", "bottom", "mid", "up", "half-bottom", "half-up"] = "all"
+    layers: Sequence[int] = ()
+    params: Sequence[Literal["q", "k", "v", "o"]] = ("q", "k", "v")
+    rank: int = 2
+    alpha: float = 1.0
+    dropout: float = 0.25
+    templates: Sequence[str] = ("a photo of a {}.",)
+    logit_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rank <= 4096:
+            raise ConfigError(f"settings.rank is {self.rank}; accepted: 1 to 4096")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"settings.dropout is {self.dropout}; accepted: 0 to below 1")
+        if not self.params or len(set(self.params)) < len(self.params):
+            raise ConfigError(f"settings.params is {list(self.params)}; accepted: one or more of q, k, v, o, each once")
+        if len(set(self.layers)) < len(self.layers) or any(layer < 0 for layer in self.layers):
+            raise ConfigError(f"settings.layers is {list(self.layers)}; accepted: blocks from 0, each once")
+        if self.logit_scale is not None and self.logit_scale <= 0:
+            raise ConfigError(f"settings.logit_scale is {self.logit_scale}; accepted: above 0, or null")
+        check_templates(self.templates, "settings.templates")
+
+    def blocks(self, depth: int) -> list[int]:
+        """Return which of a tower's ``depth`` blocks have updates.
+
+        Raises:
+            ConfigError: None of them.
+        """
+        first, behind = POSITIONS[self.position]
+        wanted = self.layers or range(depth * first // 12, depth * behind // 12)
+        found = [layer for layer in wanted if layer < depth]
+        if not found:
+            said = f"layers is {list(self.layers)}" if self.layers else f"position is {self.position!r}"
+            raise ConfigError(f"settings.{said}, which is no block of a tower that has {depth}; use position all")
+        return found
+
+
+@register("clip_lora")
+class CLIPLoRA(PromptMethod):
+    """Low-rank updates of attention projections, trained by cross-entropy."""
+
+    Settings = CLIPLoRASettings
+    template_setting = "templates"
+    settings: CLIPLoRASettings
+
+    def build(self) -> None:
+        """Create ``base_model``: per projection ``lora_A.weight`` ``[r, W]`` and ``lora_B.weight`` ``[W, r]``."""
+        own, image, text = self.settings, self.backbone.image, self.backbone.text
+        self.base_model = LowRank(own.rank, own.alpha / own.rank**0.5, own.dropout)
+        self.learns_image_side = own.encoder != "text"
+        if self.learns_image_side:
+            image.require_tokens()
+            self.base_model.add("visual.", image.width, own.blocks(image.layers), own.params)
+        if own.encoder != "vision":
+            self.base_model.add("", text.width, own.blocks(text.layers), own.params)
+            self.layout = template_layout(text, self.class_names, [own.templates[0]])
+        else:
+            features = template_features(self.backbone, self.class_names, own.templates)
+            self.register_buffer("text_features", features, persistent=False)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return raw image features ``[B, D]`` with the updates."""
+        added = self.base_model.added("visual.") if self.learns_image_side else None
+        return self.backbone.encode_image(images, added=added)
+
+    def class_weights(self, features: Tensor | None = None) -> Tensor:
+        """Return the unit text features ``[C, D]`` of the template."""
+        if self.settings.encoder == "vision":
+            return self.unit_text(self.get_buffer("text_features"))
+        text = self.backbone.text
+        added = self.base_model.added("")
+        return self.once("classes", lambda: self.unit_text(text.encode(self.layout, added=added)[0]))
+
+    def score(self, unit_image: Tensor, class_weights: Tensor) -> Tensor:
+        """Return the logits ``[B, C]``."""
+        scale = self.settings.logit_scale
+        return (self.backbone.logit_scale if scale is None else scale) * unit_image @ class_weights.t()
+
+    def step(self, inputs: Tensor, labels: Tensor) -> Step:
+        """Return what a training step computes, with dropout while the method trains."""
+        if not (self.training and self.settings.dropout):
+            return super().step(inputs, labels)
+        with self.base_model.dropping(inputs.device):
+            return super().step(inputs, labels)
+
+    def training_layouts(self) -> list[TokenLayout]:
+        """Return the layout of the class prompts, where the text tower has updates."""
+        return [] if self.settings.encoder == "vision" else [self.layout]
+
+    def image_overrides(self) -> dict[str, Tensor]:
+        """Return the image tower's attention weights with the updates merged in."""
+        return self.base_model.merged("visual.", self.backbone.image.parameters())

@@ -1,0 +1,150 @@
+"""R-AMT: learned binary masks over CLIP's own weights (Zheng et al., Regularized Mask Tuning, ICCV 2023; 2307.15049).
+
+Nothing is added: a score R per candidate weight lets the weight through where R > 0.005, ``W' = 1[R > 0.005] W``, and
+the gradient passes straight through, dL/dR = dL/dW' W. All scores start at 0.01, which is zero-shot CLIP. The loss is
+cross-entropy plus 1e-4 times the (not squared) norms of the score tensors; ``gradient_dropout`` drops entries of its
+gradient that disagree with the frozen model's. The official code (wuw2019/R-AMT) masks the image tower's patch kernel
+and attention projections ("A"); the paper also has MLP weights ("M") and all of them ("P"). A score has to travel
+0.005: a run with fewer steps than 0.005 / rate (63 at the published 8e-5) ends as zero-shot CLIP.
+
+A head keeps the masks as bits, one per weight. Scores are not in it: training goes on from a run's checkpoint, or
+starts from a head with scores of 0.01 and 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlprompt.backbone import Added, TokenLayout
+from vlprompt.errors import ConfigError
+from vlprompt.methods.base import PromptMethod
+from vlprompt.methods.registry import register
+from vlprompt.objectives.base import Step
+from vlprompt.objectives.targets import template_features
+from vlprompt.prompts import Masks, check_templates, template_layout
+
+_MLP = (".mlp.c_fc.weight", ".mlp.c_proj.weight")
+_ATTENTION = ("in_proj_weight", "out_proj.weight", *(f"attnpool.{part}_proj.weight" for part in "qkvc"))
+
+
+@dataclass(frozen=True)
+class RAMTSettings:
+    """Settings of R-AMT; the defaults are the official code's (28,901,376 masks on ViT-B/16).
+
+    Attributes:
+        side: Whose weights are masked: image, as published, text or both.
+        candidates: attention: attention projections and convolution kernels (AMT); mlp: the two MLP matrices (MMT);
+            all: both (PMT).
+        gradient_dropout: Whether gradients are dropped (the "R-"). The official code cannot train without.
+        strength: What is taken of a dropped entry (the paper's lambda): 1, or, with 16 shots of ImageNet, SUN397 and
+            Food-101, 0.3.
+        temperature: Divides both logits of the loss that agreement is measured by.
+        initial: Every score's start.
+        threshold: What a score has to exceed.
+        penalty: Weight of the score tensors' norms, which the paper does not have; 0 for none.
+        templates: Prompts with {} for the class name, whose features are averaged as they are and then normalised. A
+            masked text tower uses the first.
+    """
+
+    side: Literal["image", "text", "both"] = "image"
+    candidates: Literal["attention", "mlp", "all"] = "attention"
+    gradient_dropout: bool = True
+    strength: float = 1.0
+    temperature: float = 1.0
+    initial: float = 0.01
+    threshold: float = 0.005
+    penalty: float = 1e-4
+    templates: Sequence[str] = ("a photo of a {}.",)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < self.initial:
+            raise ConfigError(
+                f"settings.threshold is {self.threshold} and settings.initial {self.initial}; accepted: a threshold "
+                "of 0 or more, and a start above it"
+            )
+        if self.penalty < 0:
+            raise ConfigError(f"settings.penalty is {self.penalty}; accepted: 0 or more")
+        check_templates(self.templates, "settings.templates")
+
+
+@register("ramt")
+class RAMT(PromptMethod):
+    """Binary masks over frozen weights, trained by cross-entropy with gradient dropout."""
+
+    Settings = RAMTSettings
+    template_setting = "templates"
+    any_tower = True
+    settings: RAMTSettings
+
+    def build(self) -> None:
+        """Create ``masks``: a tensor of scores for every candidate weight, of its shape and name."""
+        own, text = self.settings, self.backbone.text
+        self.masks = Masks(own.initial, own.threshold)
+        self.learns_image_side = own.side != "text"
+        if self.learns_image_side:
+            self.masks.add("visual.", self._candidates(self.backbone.image.parameters()))
+        if own.side != "image":
+            self.masks.add("", self._candidates(text.parameters()))
+            self.layout = template_layout(text, self.class_names, [own.templates[0]])
+        else:
+            features = template_features(self.backbone, self.class_names, own.templates, average="raw")
+            self.register_buffer("text_features", features, persistent=False)
+
+    def _candidates(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        kind = self.settings.candidates
+        mlp = {name: w for name, w in weights.items() if name.endswith(_MLP) and kind != "attention"}
+        rest = {n: w for n, w in weights.items() if (w.ndim == 4 or n.endswith(_ATTENTION)) and kind != "mlp"}
+        if not mlp and not rest:
+            raise ConfigError(f"settings.candidates is {kind!r}, and {self.backbone.name} has no such weights; use all")
+        return {**rest, **mlp}
+
+    def own_objectives(self) -> dict[str, dict[str, Any]]:
+        """Return the dropout, if asked for."""
+        own = self.settings
+        dropout = {"strength": own.strength, "temperature": own.temperature, "templates": tuple(own.templates)}
+        return {"gradient_dropout": dropout} if own.gradient_dropout else {}
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return raw image features ``[B, D]`` of the masked tower."""
+        added = Added() if self.learns_image_side and self.backbone.image.takes_tokens else None
+        return self.backbone.encode_image(images, overrides=self.image_overrides(), added=added)
+
+    def image_overrides(self) -> dict[str, Tensor]:
+        """Return the masked weights of the image tower."""
+        return self.masks.overrides("visual.", self.backbone.image.parameters())
+
+    def class_weights(self, features: Tensor | None = None) -> Tensor:
+        """Return the unit text features ``[C, D]``."""
+        if self.settings.side == "image":
+            return self.unit_text(self.get_buffer("text_features"))
+        text = self.backbone.text
+        overrides = self.masks.overrides("", text.parameters())
+        return self.once("classes", lambda: self.unit_text(text.encode(self.layout, overrides=overrides)[0]))
+
+    def terms(self, step: Step) -> dict[str, Tensor]:
+        """Return cross-entropy and the penalty of the scores' norms."""
+        if not self.settings.penalty:
+            return super().terms(step)
+        norms = torch.stack([scores.norm() for scores in self.masks.parameters()])
+        return {**super().terms(step), "penalty": self.settings.penalty * norms.sum()}
+
+    def training_layouts(self) -> list[TokenLayout]:
+        """Return the layout of the class prompts, where the text tower is masked."""
+        return [] if self.settings.side == "image" else [self.layout]
+
+    def prompt_tensors(self) -> list[tuple[str, nn.Parameter]]:
+        """Return none: scores are no prompts."""
+        return []
+
+    def head_state(self) -> dict[str, Tensor]:
+        """Return the masks as bits, which score alike; the scores themselves are left out."""
+        return self.masks.packed_state("masks.", super().head_state())
+
+    def load_head_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set scores to the initial one where a bit is set, to 0 elsewhere."""
+        super().load_head_state(self.masks.unpacked_state("masks.", state))

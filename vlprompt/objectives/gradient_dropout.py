@@ -1,0 +1,78 @@
+"""Gradient dropout: entries that disagree with the frozen model are left out at random (R-AMT; arXiv 2307.15049)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlprompt.errors import ConfigError
+from vlprompt.objectives.base import Host, register_objective
+from vlprompt.objectives.two_gradients import TwoGradients, check_temperature
+from vlprompt.prompts import Draws, check_templates
+
+
+@dataclass(frozen=True)
+class GradientDropoutSettings:
+    """Settings of the dropout.
+
+    Attributes:
+        strength: What is taken of an entry that is dropped: 1 all of it, 0 nothing (the paper's lambda).
+        temperature: Divides both logits of the general loss.
+        templates: The frozen model's prompts with {} for the class name.
+    """
+
+    strength: float = 1.0
+    temperature: float = 1.0
+    templates: Sequence[str] = ("a photo of a {}.",)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise ConfigError(f"objectives.gradient_dropout.strength is {self.strength}; accepted: 0 to 1")
+        check_temperature(self, "gradient_dropout")
+        check_templates(self.templates, "objectives.gradient_dropout.templates")
+
+
+@register_objective("gradient_dropout")
+class GradientDropout(TwoGradients):
+    """Leaves out entries of the task's gradient, the likelier the more the frozen model pulls the other way.
+
+    Unlike :class:`~vlprompt.objectives.projection.ProjectedGradient` it decides entry by entry, and by lot. Every
+    process of several draws alike, and so does a resumed run (:class:`~vlprompt.prompts.Draws`).
+    """
+
+    Settings = GradientDropoutSettings
+    settings: GradientDropoutSettings
+
+    def build(self, host: Host) -> None:
+        """Encode the templates once, and get ready to draw."""
+        super().build(host)
+        self.draws = Draws()
+
+    def templates(self) -> Sequence[str]:
+        """Return the templates."""
+        return self.settings.templates
+
+    def combine(self, task: list[Tensor], general: list[Tensor]) -> list[Tensor]:
+        """Return the gradients of the task that are left."""
+        if not self.settings.strength:
+            return task
+        with self.draws.step(self.target.device):
+            return [drop(a, b, torch.rand_like(a), self.settings.strength) for a, b in zip(task, general, strict=True)]
+
+
+def keep_probability(task: Tensor, general: Tensor) -> Tensor:
+    """Return how likely each entry of ``task`` is kept: 1 where both agree, |a| / (|a| + |b|) where they do not.
+
+    The official code's small constant draws it towards one half where both are near 0 (masktuning.py 338-387).
+    """
+    purity = task.sign() * (task + general) / (task.abs() + general.abs() + 1e-8)
+    return (purity + 1) / 2
+
+
+def drop(task: Tensor, general: Tensor, uniform: Tensor, strength: float) -> Tensor:
+    """Return ``task`` with the entries scaled by 1 - ``strength`` that a draw ``uniform`` in [0, 1) does not keep."""
+    keep = keep_probability(task, general) > uniform
+    return torch.where(keep, task, task * (1 - strength))

@@ -1,0 +1,92 @@
+"""Steps made of two gradients: that of the task, and that of agreeing with the frozen model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlprompt.errors import ConfigError
+from vlprompt.objectives.base import Host, Objective, Step, Terms, unit
+from vlprompt.objectives.targets import template_features
+
+
+class TwoGradients(Objective):
+    """Base of objectives whose step is neither the task's gradient nor the sum of two, but made from both.
+
+    The terms keep their values, ``ce`` and whatever came before as the task, ``general`` beside them; the gradient of
+    their sum is what :meth:`combine` returns, so that accumulation, clipping and several processes need to know nothing
+    of it. Settings have a ``temperature``.
+    """
+
+    target: Tensor
+
+    def templates(self) -> Sequence[str]:
+        """Return the frozen model's prompts, with {} for the class name."""
+        raise NotImplementedError
+
+    def combine(self, task: list[Tensor], general: list[Tensor]) -> list[Tensor]:
+        """Return the gradient to follow, tensor by tensor, of the two gradients of the global batch."""
+        raise NotImplementedError
+
+    def build(self, host: Host) -> None:
+        """Encode the templates once."""
+        target = template_features(host.backbone, host.class_names, self.templates(), average="raw")
+        self.register_buffer("target", target, persistent=False)
+
+    def general_loss(self, step: Step) -> Tensor:
+        """Return the soft cross-entropy with the frozen model's predictions, times the squared temperature."""
+        temperature = self.settings.temperature
+        with torch.no_grad():
+            frozen = self.host.backbone.logit_scale * unit(step.frozen_features()) @ self.target.t()
+            wanted = (frozen / temperature).softmax(-1)
+        loss: Tensor = F.cross_entropy(step.logits / temperature, wanted) * temperature**2
+        return loss
+
+    def add(self, step: Step, terms: Terms) -> Terms:
+        """Return the same terms and ``general``, with the combined gradient."""
+        task, general = torch.stack(list(terms.values())).sum(), self.general_loss(step)
+        values = {name: term.detach() for name, term in {**terms, "general": general}.items()}
+        if not torch.is_grad_enabled():
+            return values
+        learnables = [parameter for _, parameter in self.host.learnables()]
+        share = _share(len(step.labels), task.device)
+        # The graph is kept for the next objective of this kind. What only one of the losses depends on has gradient 0.
+        first, second = (
+            torch.autograd.grad(loss, learnables, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for loss in (task, general)
+        )
+        combined = self.combine(self._mean(first, share), self._mean(second, share))
+        pull = torch.stack([(p * g).sum() for p, g in zip(learnables, combined, strict=True)]).sum()
+        # Zero in value, the combined gradient in its derivative.
+        name = next(iter(values))
+        values[name] = values[name] + (pull - pull.detach())
+        return values
+
+    @staticmethod
+    def _mean(gradients: tuple[Tensor, ...], share: float) -> list[Tensor]:
+        """Return the gradients of the global batch, where several processes share it."""
+        found = [gradient * share for gradient in gradients] if share != 1 else list(gradients)
+        if dist.is_available() and dist.is_initialized():
+            for gradient in found:
+                dist.all_reduce(gradient)
+        return found
+
+
+def check_temperature(settings: Any, where: str) -> None:
+    """Raise ConfigError for a ``temperature`` of ``settings`` that is not above 0."""
+    if not 0 < settings.temperature < float("inf"):
+        raise ConfigError(f"objectives.{where}.temperature is {settings.temperature}; accepted: above 0")
+
+
+def _share(count: int, device: torch.device) -> float:
+    """Return this process's part of the global batch."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1.0
+    total = torch.tensor(float(count), device=device)
+    dist.all_reduce(total)
+    return count / float(total)
