@@ -29,6 +29,8 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
     "kgcoop": [{"context_init": "", "context_length": 2, "class_token_position": "front"}],
     "prograd": [{"context_length": 6, "context_init": "template"}],
     "vpt": [{"image_depth": 1, "image_tokens": 2}],
+    "visual_prompt": [{"shape": "fixed_patch", "prompt_size": 40}],
+    "upt": [{"variant": "paper", "width": 24, "context_length": 3}, {"image_depth": 1, "class_token_position": "end"}],
     "ivlp": [{"image_depth": 0, "text_depth": 2}, {"context_length": 5, "image_depth": 1, "text_depth": 1}],
     "maple": [{"depth": 1, "context_length": 3}],
     "promptsrc": [{"aggregate": False, "image_weight": 0.0}],

@@ -46,7 +46,7 @@ def capabilities(names: Sequence[str]) -> list[Capability]:
         about = (sys.modules[get_method_class(name).__module__].__doc__ or "").splitlines()[0]
         about = about.removesuffix(".").partition(" (")[0]
         learnables = sum(parameter.numel() for _, parameter in method.learnables())
-        towers = "vision transformers" if method.learns_image_side else "any"
+        towers = "any" if method.any_image_tower or not method.learns_image_side else "vision transformers"
         text, image = method.has_text_prompts(), method.learns_image_side
         found.append(Capability(name, about, _learns_from(method), text, image, not image, towers, learnables))
     return found

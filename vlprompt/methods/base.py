@@ -48,6 +48,8 @@ class PromptMethod(nn.Module):
     """What :meth:`training_weights` has a set of text features for: ``[C, D]``, ``[G, C, D]`` or ``[B, C, D]``."""
     learns_image_side: bool = False
     """True when image features depend on learnables, so that features cannot be computed once and kept."""
+    any_image_tower: ClassVar[bool] = False
+    """True when what is learned on the image side fits towers of every kind, not only vision transformers."""
     fits: ClassVar[bool] = False
     """True when :meth:`fit` does the learning, on frozen features, instead of gradient steps over images."""
     fit_view: ClassVar[Literal["random", "random-half"]] = "random"

@@ -4,6 +4,8 @@ from vlprompt.prompts.context import CONTEXT_STD, TextContext, context_layout, t
 from vlprompt.prompts.deep import CoupledPrompts, DeepContext, MetaNet, VisualPrompts
 from vlprompt.prompts.mixture import ExpertContexts
 from vlprompt.prompts.norms import TunedLayerNorms
+from vlprompt.prompts.pixels import PixelPrompt
+from vlprompt.prompts.unified import UnifiedPrompts
 from vlprompt.prompts.words import check_class_names, check_templates, words_of
 
 __all__ = [
@@ -12,8 +14,10 @@ __all__ = [
     "DeepContext",
     "ExpertContexts",
     "MetaNet",
+    "PixelPrompt",
     "TextContext",
     "TunedLayerNorms",
+    "UnifiedPrompts",
     "VisualPrompts",
     "check_class_names",
     "check_templates",
