@@ -56,7 +56,7 @@ class UPT(PromptMethod):
     settings: UPTSettings
 
     def build(self) -> None:
-        """Create ``prompts``: ``context.ctx`` ``[M, W]``, ``visual`` ``[J, V, W]``, ``block`` and the maps around it."""
+        """Create ``prompts``: ``context.ctx`` ``[M, W]``, ``visual`` ``[J, V, W]``, ``block`` and its maps."""
         own, text = self.settings, self.backbone.text
         self.prompts = UnifiedPrompts(
             text,

@@ -62,14 +62,18 @@ class UnifiedPrompts(nn.Module):
     def _projected(self, side: int) -> Tensor:
         # In float32 whatever the trainer's precision, as published.
         with torch.autocast(self.visual.device.type, enabled=False):
-            parts = [lambda: self.text_pre(self.context.ctx), lambda: self.image_pre(self.visual.flatten(0, 1))]
             if self.mixing:
-                both = [part() for part in parts]
+                both = self._brought(0), self._brought(1)
                 own = self.block(torch.cat(both)[None])[0].split([len(part) for part in both])[side]
             else:
-                own = self.block(parts[side]()[:, None])[:, 0]  # the other side changes nothing here
+                own = self.block(self._brought(side)[:, None])[:, 0]  # the other side changes nothing here
             projected: Tensor = (self.text_post, self.image_post)[side](own)
         return projected
+
+    def _brought(self, side: int) -> Tensor:
+        """Return the learnables of one side, text (0) or image (1), at the width of the block: ``[M, ...]`` or ``[J * V, ...]``."""
+        brought: Tensor = self.image_pre(self.visual.flatten(0, 1)) if side else self.text_pre(self.context.ctx)
+        return brought
 
 
 def _there_and_back(width: int, inner: int) -> tuple[nn.Module, nn.Module]:
