@@ -19,7 +19,7 @@ METHODS = (
     *("zeroshot", "coop", "mocoop", "cocoop", "kgcoop", "prograd"),
     *("vpt", "ivlp", "maple", "promptsrc", "restore"),
     *("tip_adapter", "tip_adapter_f", "tfup", "tfup_t", "ape", "gda"),
-    *("visual_prompt", "upt"),
+    *("visual_prompt", "upt", "promptkd"),
 )
 TEST_TIME = ("tpt", "difftpt", "tda", "mta", "zero", "promptalign")
 SHIFTED = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")

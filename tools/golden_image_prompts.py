@@ -6,14 +6,16 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import tiny_clip
 import torch
 import torch.nn.functional as F
 
 import vlprompt
-from vlprompt.backbone import VisualTokens
+from vlprompt.backbone import Backbone, VisualTokens
+from vlprompt.methods.teacher import Teacher
 from vlprompt.objectives.targets import template_features
 
-Results = Iterator[tuple[str, Any]]
+Results = Iterator[tuple[Any, ...]]
 
 
 # -- VP ---------------------------------------------------------------------------------------------------------------
@@ -161,7 +163,83 @@ def _image_tokens(golden: Any, case: str, options: Any, images: Any, labels: Any
         yield f"after[{name}]", value.detach().flatten()
 
 
+# -- PromptKD ---------------------------------------------------------------------------------------------------------
+_PROJECTOR = {"linear1.weight": "0.weight", "linear1.bias": "0.bias", "weight": "1.weight", "bias": "1.bias"}
+_PROJECTOR |= {"linear2.weight": "3.weight", "linear2.bias": "3.bias"}
+_TRANS = "VPT_image_trans.conv1."
+
+
+def _tokens(side: str, depth: int, own: str) -> dict[str, str]:
+    deep = {f"{own}.deep.{i - 1}": f"{side}.transformer.resblocks.{i}.VPT_shallow" for i in range(1, depth)}
+    return {f"{own}.input": f"{side}.VPT", **deep}
+
+
+def _teacher(golden: Any) -> Any:
+    """Return the teacher: deep prompts in both towers of the larger network."""
+    facts = golden.meta["teacher"]
+    state = tiny_clip.build_state_dict(tiny_clip.TinyClipDims(**facts["dims"]), facts["weights_seed"])
+    if tiny_clip.checksum(state) != facts["weights_sha256"]:
+        raise SystemExit(f"{golden.path}: the weight rule gives another teacher than the archive was made with")
+    backbone = Backbone.from_state_dict(state, name="golden-teacher")
+    depth = facts["dims"]["vision_layers"]
+    own = {"context_length": facts["n_ctx_text"], "image_tokens": facts["n_ctx_vision"], "image_depth": depth}
+    made = vlprompt.create_method("ivlp", backbone, golden.meta["class_names"], text_depth=depth, **own)
+    names = _tokens("image_encoder", depth, "visual") | _tokens("text_encoder", depth, "context")
+    del names["context.input"]
+    names["context.ctx"] = "prompt_learner.ctx"
+    made.load_learnable_state({own: golden.tensor(f"teacher/param/{name}") for own, name in names.items()})
+    return made
+
+
+def check_promptkd(golden: Any) -> Results:
+    """The teacher's features and logits; projected features, distillation, gradients, statistics, both evaluations."""
+    images, classes = golden.tensor("images"), golden.meta["class_names"]
+    golden.inputs.add("labels")  # nothing depends on them
+    for case, options in golden.meta["cases"].items():
+        base = classes[: options["base_classes"]] if options["modal"] == "base2novel" else classes
+        own = {"image_tokens": options["n_ctx_vision"], "image_depth": options["depth_vision"]}
+        own |= {"weight": options["kd_weight"], "temperature": options["temperature"]}
+        dim = golden.meta["teacher"]["dims"]["embed_dim"]
+        made = vlprompt.create_method(
+            "promptkd", golden.backbone, base, all_class_names=classes, teacher_dim=dim, **own
+        )
+        made.teach(Teacher(_teacher(golden), golden.backbone))
+        yield "teacher/text_features", made.teacher_text
+        features = made.teacher.image_features(images)
+        yield "teacher/image_features", F.normalize(features, dim=-1)
+        yield "teacher/logits", made.teacher.logits(features, made.teacher_text)
+        yield "teacher/tokens", golden.tokens([f"a photo of a {name.replace('_', ' ')}." for name in classes])
+        names = _tokens("image_encoder", options["depth_vision"], "visual")
+        names |= {f"projector.{ours}": _TRANS + name for ours, name in _PROJECTOR.items()}
+        statistics = {f"projector.running_{name}": f"{_TRANS}1.running_{name}" for name in ("mean", "var")}
+        shapes = {name: value.shape for name, value in made.learnable_state().items()}
+        given = {ours: golden.tensor(f"{case}/param/{name}").reshape(shapes[ours]) for ours, name in names.items()}
+        given |= {ours: golden.tensor(f"{case}/buffer/{name}") for ours, name in statistics.items()}
+        made.load_learnable_state({**given, "teacher_text": made.teacher_text})
+        made.eval()  # before the step, which changes the statistics
+        with torch.no_grad():
+            yield f"{case}/eval_image_features", made.unit_image(made.image_features(images))
+            yield f"{case}/eval_logits_val", made(images)
+            new = [name for name in classes if name not in base] or classes
+            yield f"{case}/eval_logits_test", made.with_classes(new)(images)
+        step = made.train().step(images, golden.tensor("labels"))
+        yield f"{case}/train_logits", step.logits
+        yield f"{case}/train_image_features", step.unit_image
+        yield from ((f"{case}/buffer_after/{name}", made.get_buffer(ours)) for ours, name in statistics.items())
+        (loss,) = made.step_losses(step).values()
+        yield f"{case}/loss/total", loss
+        yield f"{case}/loss/kd", loss / options["kd_weight"]
+        loss.backward()
+        largest = max(float(p.grad.abs().max()) for _, p in made.learnables())
+        for ours, parameter in made.learnables():
+            at = f"{case}/grad/{names[ours]}"
+            # A bias in front of batch norm has no gradient: compared with a tenth of the largest, at 1e-5 of it.
+            size = largest / 10 if ours == "projector.linear1.bias" else 0.0
+            yield at, parameter.grad.reshape(golden.arrays[at].shape), size
+
+
 CHECKS = {
     "Visual prompting (padding / fixed patch / random patch)": check_visual_prompt,
     "MVLPT: unified prompt tuning (UPT) and deep visual prompts": check_upt,
+    "promptkd": check_promptkd,
 }

@@ -27,18 +27,22 @@ PUBLISHED = {
 }
 
 
+SOURCES = ("coop", "zeroshot", "tip_adapter", "tfup", "promptkd", "tpt", "tda")
+
+
 def test_learnables_are_the_published_numbers() -> None:
     found = {one.name: one for one in capabilities(list_methods())}
     assert {name: found[name].learnables for name in PUBLISHED} == PUBLISHED
     assert all(one.cached is not one.image for one in found.values())
-    frozen_text = "ape gda mta tda tfup tfup_t tip_adapter tip_adapter_f visual_prompt vpt zero zeroshot"
+    frozen_text = "ape gda mta promptkd tda tfup tfup_t tip_adapter tip_adapter_f visual_prompt vpt zero zeroshot"
     assert " ".join(sorted(one.name for one in found.values() if not one.text)) == frozen_text
-    whence = {name: found[name].learns_from for name in ("coop", "zeroshot", "tip_adapter", "tfup", "tpt", "tda")}
+    whence = {name: found[name].learns_from for name in SOURCES}
     assert whence == {
         "coop": "labelled images",
         "zeroshot": "-",
         "tip_adapter": "labelled images",
         "tfup": "unlabelled images",
+        "promptkd": "unlabelled images",
         "tpt": "each test image",
         "tda": "test images so far",
     }

@@ -247,7 +247,7 @@ def _check_backbone(backbone: Backbone, config: dict[str, Any], folder: Path) ->
 
 def _check_weights(tensors: dict[str, Tensor], method: PromptMethod) -> None:
     """Raise HeadError unless ``tensors`` are float32, finite, and hold nothing but learnables and class weights."""
-    expected = [len(method.class_names), method.backbone.embed_dim]
+    expected = [len(method.class_names), method.class_dim]
     wrong = [f"{name}: unknown" for name in tensors if name != "class_weights" and not name.startswith(_LEARNABLE)]
     if "class_weights" not in tensors:
         wrong.append("class_weights: missing")

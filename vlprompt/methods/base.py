@@ -62,6 +62,8 @@ class PromptMethod(nn.Module):
     """True when scoring differentiates, as test-time tuning does."""
     no_objectives: ClassVar[str | None] = None
     """Why no further objective can take part; None: objectives say themselves what they need."""
+    transductive: bool = False
+    """True when what a run is tested on, new classes or test images, is learned from without labels; results say so."""
     online: ClassVar[bool] = False
     """True when scores depend on the images seen before; :meth:`reset` forgets them."""
 
@@ -210,6 +212,11 @@ class PromptMethod(nn.Module):
             return self.backbone.encode_image(inputs)
 
     @property
+    def class_dim(self) -> int:
+        """The width of the space in which images and classes are compared: D, unless features are projected."""
+        return self.backbone.embed_dim
+
+    @property
     def sees_images(self) -> bool:
         """Whether scores depend on more of an image than its frozen feature and fixed class weights."""
         adapts = any(type(objective).adapt_image is not Objective.adapt_image for objective in self.active)
@@ -242,7 +249,10 @@ class PromptMethod(nn.Module):
         return 0
 
     def unlabelled(self) -> Literal["none", "train", "test"]:
-        """Return which images :meth:`fit` sees without labels; with "test" a run is transductive and says so."""
+        """Return which images are learned from without labels; with "test" a run is transductive and says so.
+
+        Gradient steps over unlabelled training images get those of the other half of the classes as well.
+        """
         return "none"
 
     def unlabelled_view_count(self) -> int:

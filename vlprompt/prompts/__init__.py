@@ -5,6 +5,7 @@ from vlprompt.prompts.deep import CoupledPrompts, DeepContext, MetaNet, VisualPr
 from vlprompt.prompts.mixture import ExpertContexts
 from vlprompt.prompts.norms import TunedLayerNorms
 from vlprompt.prompts.pixels import PixelPrompt
+from vlprompt.prompts.projector import Projector
 from vlprompt.prompts.unified import UnifiedPrompts
 from vlprompt.prompts.words import check_class_names, check_templates, words_of
 
@@ -15,6 +16,7 @@ __all__ = [
     "ExpertContexts",
     "MetaNet",
     "PixelPrompt",
+    "Projector",
     "TextContext",
     "TunedLayerNorms",
     "UnifiedPrompts",

@@ -71,7 +71,7 @@ class UnifiedPrompts(nn.Module):
         return projected
 
     def _brought(self, side: int) -> Tensor:
-        """Return the learnables of one side, text (0) or image (1), at the width of the block: ``[M, ...]`` or ``[J * V, ...]``."""
+        """Return text's (0) ``[M, ...]`` or the image's (1) ``[J * V, ...]`` learnables at the block's width."""
         brought: Tensor = self.image_pre(self.visual.flatten(0, 1)) if side else self.text_pre(self.context.ctx)
         return brought
 
