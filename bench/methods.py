@@ -4,7 +4,9 @@ Run: python bench/methods.py [--methods coop,maple] [--classes 10,100,1000] [--d
 
 ``naive`` does what the published code does: every prompt padded to 77 tokens, images encoded in every step, CoCoOp's
 prompts encoded one image after the other, ProGrad's teacher encoding the images once more, the whole last image block,
-CLIP-LoRA's B A made and multiplied with, R-AMT's masks as float tensors; APT's code has no such algorithm of its own.
+CLIP-LoRA's B A made and multiplied with, R-AMT's masks as float tensors, the frozen text of VP and of PromptKD's
+teacher (here the backbone's own zero-shot model) encoded in every step, VP's pixels added to every image; APT's code
+has no such algorithm of its own.
 ``ours`` is what vlprompt runs: packed text, image features from the store for methods that learn nothing on the image
 side (they are computed once per run), the last image block for the class token alone. Both have forward and backward of
 the same losses on the same numbers; ``diff`` is the largest relative difference in losses and gradients.
@@ -30,7 +32,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Images per step in the papers' configurations (VPT to RESTORE: 4); CoCoOp's is 1, for us any number.
+#: Images per step in the papers' configurations (image tokens: 4); CoCoOp's is 1, for us any number.
 BATCHES = {"coop": 32, "kgcoop": 32, "prograd": 32, "mocoop": 32, "cocoop": 4, "dept": 32, "ept": 32}
 BATCHES |= {"clip_lora": 32, "ramt": 32, "apt": 32}
 _LONG = 20.0
@@ -53,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    every = "coop,cocoop,kgcoop,prograd,mocoop,vpt,ivlp,maple,promptsrc,restore,dept,ept,clip_lora,ramt,apt"
+    every = "coop,cocoop,kgcoop,prograd,mocoop,vpt,ivlp,maple,promptsrc,restore,dept,ept,clip_lora,ramt,apt,"
+    every += "visual_prompt,upt,promptkd"
     parser = argparse.ArgumentParser(description="A training step of every method, official algorithm and ours.")
     parser.add_argument("--methods", default=every, help="names with commas (default: all that learn)")
     parser.add_argument("--classes", default="10,100,1000", help="numbers of classes with commas")
@@ -144,6 +147,7 @@ def _child(options: argparse.Namespace) -> int:
     times = times[on_gpu:]  # a GPU's first step chooses and compiles kernels
     found = {f"loss {key}": term.detach().reshape(1).cpu().numpy() for key, term in terms.items()}
     found |= {key: p.grad.cpu().numpy() for key, p in method.learnables() if p.grad is not None}
+    found.pop("projector.linear1.bias", None)  # in front of batch norm: zero but for rounding
     np.savez(options.out, **found)
     per = batch if name == "cocoop" else 1
     used = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -167,6 +171,15 @@ def _as_published(method: Any, images: Any) -> None:
             name: _float_mask(own, method.masks.threshold) * parameters[name]
             for name, own in method.masks.scores(prefix).items()
         }
+    if method.name == "visual_prompt":
+        method.backbone.image.folded = lambda pixels: None
+    kept = {"visual_prompt": "class_weights", "promptkd": "taught_text"}.get(method.name)
+    if kept:
+        from vlprompt.objectives.targets import template_features
+
+        setattr(
+            method, kept, lambda *_: template_features(method.backbone, method.class_names, [method.settings.template])
+        )
 
 
 def _dense_update(low_rank: Any, own: Any) -> Any:

@@ -21,6 +21,7 @@ METHODS = (
     *("tip_adapter", "tip_adapter_f", "tfup", "tfup_t", "ape", "gda"),
     *("dept", "ept"),
     *("clip_lora", "ramt", "apt"),
+    *("visual_prompt", "upt", "promptkd"),
 )
 TEST_TIME = ("tpt", "difftpt", "tda", "mta", "zero", "promptalign")
 SHIFTED = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")

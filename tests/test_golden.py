@@ -66,6 +66,13 @@ def test_archive_agrees(tool: Any, name: str, capsys: pytest.CaptureFixture[str]
     assert int(count) >= 4 and float(worst) <= 1e-4
 
 
+def test_what_is_zero_but_for_rounding_is_compared_with_a_given_size(tool: Any) -> None:
+    value, reference = np.array([3e-7, 0.0]), np.array([1e-7, 0.0])
+    assert tool.relative_error(value, reference) == pytest.approx(2)
+    assert tool.relative_error(value, reference, 0.1) == pytest.approx(2e-6)
+    assert tool.relative_error(value, reference, 1e-9) == pytest.approx(2), "it takes nothing off"
+
+
 def test_several_files_are_summed_up(tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main([str(GOLDEN / "zeroshot.npz"), str(GOLDEN / "zeroshot.npz")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("20 arrays, ")

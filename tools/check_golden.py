@@ -234,8 +234,11 @@ for _module in sorted((ROOT / "tools").glob("golden_*.py")):
     CHECKS |= importlib.import_module(_module.stem).CHECKS
 
 
-def relative_error(value: Any, reference: np.ndarray) -> float:
-    """Return max|value - reference| / max|reference|; integers and what is not finite are exact or infinitely wrong."""
+def relative_error(value: Any, reference: np.ndarray, size: float = 0.0) -> float:
+    """Return max|value - reference| / max|reference|; integers and what is not finite are exact or infinitely wrong.
+
+    ``size`` takes the place of ``max|reference|`` where it is larger: for what is zero but for rounding.
+    """
     got = value.detach().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
     if got.shape != reference.shape:
         return float("inf")
@@ -248,7 +251,7 @@ def relative_error(value: Any, reference: np.ndarray) -> float:
     if not np.array_equal(got[~finite], reference[~finite], equal_nan=True) or not np.isfinite(got[finite]).all():
         return float("inf")
     difference = float(np.abs(got[finite] - reference[finite]).max(initial=0.0))
-    scale = float(np.abs(reference[finite]).max(initial=0.0))
+    scale = max(size, float(np.abs(reference[finite]).max(initial=0.0)))
     return difference / scale if scale > 0 else difference
 
 
@@ -262,10 +265,10 @@ def check_file(path: Path) -> tuple[int, float, list[str]]:
     if "dims" in golden.meta:
         _ = golden.backbone  # says at once when it is another network
     count, worst, done = 0, 0.0, set()
-    for name, value in CHECKS[method](golden):
+    for name, value, *size in CHECKS[method](golden):
         if name not in golden.arrays:
             continue
-        error = relative_error(value, golden.arrays[name])
+        error = relative_error(value, golden.arrays[name], *size)
         print(f"  {name:<70} {error:.1e}")
         count, worst = count + 1, max(worst, error)
         done.add(name)

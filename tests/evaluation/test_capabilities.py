@@ -21,6 +21,8 @@ PUBLISHED = {
     "ivlp": 46_080,
     "maple": 3_555_072,
     "promptsrc": 46_080,
+    "visual_prompt": 69_840,
+    "upt": 566_400,
     "restore": 3_555_072 + 2 * 2_100_736,
     "dept": 7_938,
     "clip_lora": 184_320,
@@ -28,22 +30,28 @@ PUBLISHED = {
 }
 
 
+SOURCES = ("coop", "zeroshot", "tip_adapter", "tfup", "promptkd", "tpt", "tda")
+
+
 def test_learnables_are_the_published_numbers() -> None:
     found = {one.name: one for one in capabilities(list_methods())}
     assert {name: found[name].learnables for name in PUBLISHED} == PUBLISHED
     assert all(one.cached is not one.image for one in found.values())
-    frozen_text = "ape gda mta ramt tda tfup tfup_t tip_adapter tip_adapter_f vpt zero zeroshot"
+    frozen_text = "ape gda mta promptkd ramt tda tfup tfup_t tip_adapter tip_adapter_f visual_prompt vpt zero zeroshot"
     assert " ".join(sorted(one.name for one in found.values() if not one.text)) == frozen_text
-    whence = {name: found[name].learns_from for name in ("coop", "zeroshot", "tip_adapter", "tfup", "tpt", "tda")}
+    whence = {name: found[name].learns_from for name in SOURCES}
     assert whence == {
         "coop": "labelled images",
         "zeroshot": "-",
         "tip_adapter": "labelled images",
         "tfup": "unlabelled images",
+        "promptkd": "unlabelled images",
         "tpt": "each test image",
         "tda": "test images so far",
     }
     assert all(one.about for one in found.values())
+    assert {one.towers for one in found.values() if one.image} == {"any", "vision transformers"}
+    assert found["visual_prompt"].towers == "any"
 
 
 def test_the_readme_has_the_table() -> None:

@@ -21,15 +21,12 @@ from vlprompt.objectives.projection import project
 NAMES = ["cat", "annual crop land", "aeroplane", "sea_lake"]
 LABELS = torch.tensor([0, 1, 2, 3])
 ALONE = [name for name in list_methods() if get_method_class(name).no_objectives]
+NO_TEXT = ("zeroshot", "vpt", "visual_prompt")
 #: Pairs that lack something, with the reason given.
 IMPOSSIBLE = {
-    ("vpt", "knowledge"): "learns nothing on the text side",
-    ("vpt", "self_regularisation"): "set objectives.self_regularisation.text to 0",
-    ("vpt", "grouped_text"): "learns nothing on the text side",
-    ("zeroshot", "knowledge"): "learns nothing on the text side",
-    ("zeroshot", "self_regularisation"): "set objectives.self_regularisation.text to 0",
-    ("zeroshot", "grouped_text"): "learns nothing on the text side",
-    **{(name, "shift_consistency"): "deep prompts in both towers" for name in ("zeroshot", "vpt", "coop", "cocoop")},
+    **{(name, one): "learns nothing on the text side" for name in NO_TEXT for one in ("knowledge", "grouped_text")},
+    **{(name, "self_regularisation"): "set objectives.self_regularisation.text to 0" for name in NO_TEXT},
+    **{(name, "shift_consistency"): "deep prompts in both towers" for name in (*NO_TEXT, "coop", "cocoop", "upt")},
     **{(name, "shift_consistency"): "deep prompts in both towers" for name in ("kgcoop", "prograd", "mocoop")},
     **{(name, "shift_consistency"): "deep prompts in both towers" for name in ("dept", "ept")},
     **{(name, "shift_consistency"): "deep prompts in both towers" for name in ("clip_lora", "ramt", "apt")},

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.backbone.added import Added, checked_overrides, is_plain, require_plain, run_block
@@ -87,6 +88,12 @@ class ImageTower:
         return len(self.visual.transformer.resblocks)
 
     @property
+    def patch_size(self) -> int:
+        """The side of a patch in pixels; needs a vision transformer."""
+        self._require("layer_norms", "patches")
+        return int(self.visual.conv1.kernel_size[0])
+
+    @property
     def takes_tokens(self) -> bool:
         """Whether :class:`VisualTokens` may be given: a vision transformer that reads its feature off a class token."""
         from open_clip.transformer import VisionTransformer
@@ -131,6 +138,21 @@ class ImageTower:
                 for kind, parameter in norm.named_parameters():
                     found[f"transformer.resblocks.{index}.{name}.{kind}"] = parameter
         return found
+
+    def folded(self, pixels: Tensor) -> dict[str, Tensor] | None:
+        """Return ``overrides`` with which every image is encoded as if ``pixels`` ``[3, H, W]`` had been added to it.
+
+        Patches are cut by one linear map, so what all images share is a bias of the patch tokens; it goes into the
+        position embedding (test_time_and_cache 9.3). Exact but for rounding. None where the tower cannot: no vision
+        transformer, or one without an embedding of its own for every position.
+        """
+        visual, kernel = self.visual, getattr(self.visual, "conv1", None)
+        if not self.has_layer_norms or not isinstance(getattr(visual, "positional_embedding", None), nn.Parameter):
+            return None
+        assert isinstance(kernel, nn.Conv2d)
+        bias = F.conv2d(pixels.float()[None], kernel.weight.float(), stride=kernel.stride)
+        tokens = F.pad(bias[0].flatten(1).t(), (0, 0, 1, 0))  # none for the class token
+        return {"positional_embedding": visual.positional_embedding.float() + tokens}
 
     # -- encoding -------------------------------------------------------------------------------------------------
     def encode(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt.data import FewShotData, FewShotTask
+from vlprompt.data.records import lines_sha256
 from vlprompt.engine.config import RunConfig
 from vlprompt.errors import ConfigError
 from vlprompt.evaluation.selection import judge
@@ -105,11 +107,22 @@ def _chosen_on(method: PromptMethod, task: FewShotTask) -> str | None:
 
 def use_of_test_images(method: PromptMethod) -> str | None:
     """Return how a method uses test images beyond scoring each one: for results and tables; None for not at all."""
-    if method.unlabelled() == "test":
+    if method.transductive or method.unlabelled() == "test":
         return "transductive"
     if method.online:
         return "online"
     return "test-tuned" if method.test_views is not None and method.needs_gradient else None
+
+
+def training_task(method: PromptMethod, task: FewShotTask) -> FewShotTask:
+    """Return ``task`` with the training images that ``method`` takes gradient steps on.
+
+    Without labels, images of the other half of the classes can be learned from as well.
+    """
+    if method.fits or method.unlabelled() != "train" or task.classes == "all":
+        return task
+    train = [*task.train, *task.counterpart().train]
+    return replace(task, train=train, shots_sha256=lines_sha256(sample.id for sample in train))
 
 
 def task_feature(config: RunConfig, method: PromptMethod, task: FewShotTask) -> Tensor:

@@ -29,6 +29,7 @@ from vlprompt.evaluation.feeding import (
     shots_of,
     task_feature,
     training_images,
+    training_task,
     use_of_test_images,
 )
 from vlprompt.evaluation.folder import (
@@ -182,6 +183,7 @@ def train(
 def _run(config: RunConfig, method: PromptMethod, task: FewShotTask, *, force: bool) -> Run:
     if method.parameter_groups(config.recipe.lr):
         check_trainable(method, metric_of(task))
+    task = training_task(method, task)
     folder = run_folder(config)
     with opened(folder, config, _inputs(config, method, task), force=force), tally() as images:
         known = None if force else _finished(folder)
@@ -271,6 +273,7 @@ def validate(config: RunConfig, *, force: bool = False) -> dict[str, Any]:
     method = build_method(config, backbone, task)
     if method.parameter_groups(config.recipe.lr):
         check_trainable(method, metric_of(task))
+    task = training_task(method, task)
     folder = run_folder(config)
     with opened(folder, config, _inputs(config, method, task), force=force), tally():
         known = None if force else read_json(folder / VALIDATION)

@@ -259,7 +259,7 @@ def _check_weights(tensors: dict[str, Tensor], method: PromptMethod) -> None:
 
     Methods keep float32, but for what they pack.
     """
-    expected = [len(method.class_names), method.backbone.embed_dim]
+    expected = [len(method.class_names), method.class_dim]
     wrong = [f"{name}: unknown" for name in tensors if name != "class_weights" and not name.startswith(_LEARNABLE)]
     if "class_weights" not in tensors:
         wrong.append("class_weights: missing")

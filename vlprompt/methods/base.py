@@ -68,6 +68,8 @@ class PromptMethod(nn.Module):
     """Why no further objective can take part; None: objectives say themselves what they need."""
     own_decomposition: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """The decomposition that belongs to the method, with its settings; one of the configuration takes its place."""
+    transductive: bool = False
+    """True when what a run is tested on, new classes or test images, is learned from without labels; results say so."""
     online: ClassVar[bool] = False
     """True when scores depend on the images seen before; :meth:`reset` forgets them."""
 
@@ -224,6 +226,11 @@ class PromptMethod(nn.Module):
             return self.backbone.encode_image(inputs)
 
     @property
+    def class_dim(self) -> int:
+        """The width of the space in which images and classes are compared: D, unless features are projected."""
+        return self.backbone.embed_dim
+
+    @property
     def sees_images(self) -> bool:
         """Whether scores depend on more of an image than its frozen feature and fixed class weights."""
         adapts = any(type(objective).adapt_image is not Objective.adapt_image for objective in self.active)
@@ -256,7 +263,10 @@ class PromptMethod(nn.Module):
         return 0
 
     def unlabelled(self) -> Literal["none", "train", "test"]:
-        """Return which images :meth:`fit` sees without labels; with "test" a run is transductive and says so."""
+        """Return which images are learned from without labels; with "test" a run is transductive and says so.
+
+        Gradient steps over unlabelled training images get those of the other half of the classes as well.
+        """
         return "none"
 
     def unlabelled_view_count(self) -> int:

@@ -13,6 +13,9 @@ from vlprompt.prompts.draws import Draws
 from vlprompt.prompts.inside import LowRank, Masks
 from vlprompt.prompts.mixture import ExpertContexts
 from vlprompt.prompts.norms import TunedLayerNorms
+from vlprompt.prompts.pixels import PixelPrompt
+from vlprompt.prompts.projector import Projector
+from vlprompt.prompts.unified import UnifiedPrompts
 from vlprompt.prompts.words import check_class_names, check_templates, words_of
 
 __all__ = [
@@ -26,8 +29,11 @@ __all__ = [
     "LowRank",
     "Masks",
     "MetaNet",
+    "PixelPrompt",
+    "Projector",
     "TextContext",
     "TunedLayerNorms",
+    "UnifiedPrompts",
     "VisualPrompts",
     "check_class_names",
     "check_templates",

@@ -1,0 +1,245 @@
+"""How the golden files of pixel prompts, unified prompts and distillation are compared: one function per file."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import tiny_clip
+import torch
+import torch.nn.functional as F
+
+import vlprompt
+from vlprompt.backbone import Backbone, VisualTokens
+from vlprompt.methods.teacher import Teacher
+from vlprompt.objectives.targets import template_features
+
+Results = Iterator[tuple[Any, ...]]
+
+
+# -- VP ---------------------------------------------------------------------------------------------------------------
+def check_visual_prompt(golden: Any) -> Results:
+    """Border and patches: prompted pixels, logits, loss, gradients, and two SGD steps at the warm-up's rates."""
+    hyper = golden.meta["hyper"]
+    images, labels, size = golden.tensor("images").float(), golden.tensor("labels"), hyper["B"]
+    for case in ("padding", "fixed_patch", "random_patch"):
+        shape = "border" if case == "padding" else case
+        own = {"shape": shape, "prompt_size": hyper["prompt_size"], "template": hyper["template"]}
+        made = vlprompt.create_method("visual_prompt", golden.backbone, hyper["classes"], **own)
+        yield "logits_no_prompt", made.logits(golden.backbone.encode_image(images))
+        words = [name.replace("_", " ").replace("-", " ") for name in hyper["classes"]]
+        yield "text_tokens", golden.tokens([hyper["template"].format(word) for word in words])
+        names = {name: f"pad_{name[7:]}" if case == "padding" else "patch" for name, _ in made.learnables()}
+        made.load_learnable_state({own: golden.tensor(f"{case}_init_{name}")[0] for own, name in names.items()})
+        optimizer = torch.optim.SGD(made.parameter_groups(hyper["lr"]), lr=hyper["lr"], momentum=hyper["momentum"])
+        losses, rates = [], []
+        for step in range(2):
+            part = slice(size * step, size * (step + 1))
+            if case == "random_patch":  # the published places, one a step
+                made.prompt.corner = functools.partial(tuple, golden.tensor("random_patch_offsets")[step].tolist())
+            if step == 0:
+                yield f"{case}_output_image0", images[0] + made.prompt.pixels()
+            rates.append(hyper["lr"] * (step + 1) / hyper["warmup"])
+            optimizer.param_groups[0]["lr"] = rates[-1]
+            found = made.step(images[part], labels[part])
+            yield f"{case}_step{step}_logits", found.logits
+            loss = torch.stack(list(made.step_losses(found).values())).sum()
+            losses.append(loss.detach())
+            optimizer.zero_grad()
+            loss.backward()
+            yield from ((f"{case}_step{step}_grad_{names[own]}", p.grad[None]) for own, p in made.learnables())
+            optimizer.step()
+            yield from ((f"{case}_step{step}_after_{names[own]}", p.detach()[None]) for own, p in made.learnables())
+        yield f"{case}_loss", torch.stack(losses)
+        yield f"{case}_lr", rates
+
+
+# -- UPT --------------------------------------------------------------------------------------------------------------
+_BLOCK = [f"{part}.{kind}" for part in ("attn.out_proj", "ln_1", "ln_2") for kind in ("weight", "bias")]
+_BLOCK += [f"mlp.{part}.{kind}" for part in ("c_fc", "c_proj") for kind in ("weight", "bias")]
+_MAPS = {
+    f"{side}_{end}": f"{old}_{end}" for side, old in (("text", "coop"), ("image", "vpt")) for end in ("pre", "post")
+}
+_UPT = {
+    "context.ctx": "ctx",
+    **{f"block.{name}": f"mvlpt_proj.resblocks.0.{name}" for name in (*_BLOCK, "attn.in_proj_weight")},
+    "block.attn.in_proj_bias": "mvlpt_proj.resblocks.0.attn.in_proj_bias",
+    **{f"{own}.{kind}": f"mvlpt_proj_ctx_{old}.{kind}" for own, old in _MAPS.items() for kind in ("weight", "bias")},
+}
+
+
+def check_upt(golden: Any) -> Results:
+    """Projected prompts, features, logits, loss, gradients and a first SGD step; deep image tokens by themselves."""
+    images, labels = golden.tensor("images").float(), golden.tensor("labels")
+    tasks = golden.tensor("tasks")
+    for case, options in golden.meta["hyper"]["cases"].items():
+        if options["method"] == "identity":
+            yield from (
+                (f"{case}_{name}", value) for name, value in _image_tokens(golden, case, options, images, labels)
+            )
+            continue
+        own = {"context_length": options["coop"], "image_tokens": options["vpt"], "width": options["dim"]}
+        own |= {"image_depth": 12 if options["deep"] else 1, "class_token_position": options["pos"]}
+        made = vlprompt.create_method("upt", golden.backbone, options["names"], **own)
+        prompts = made.prompts
+        deep = [f"{case}_param[vpt_embeddings_deep]"] if options["deep"] else []
+        visual = torch.cat([golden.tensor(name).float() for name in (f"{case}_param[vpt_embeddings]", *deep)])
+        names = {f"prompts.{ours}": name for ours, name in _UPT.items() if f"{case}_param[{name}]" in golden.arrays}
+        given = {ours: golden.tensor(f"{case}_param[{name}]").float() for ours, name in names.items()}
+        made.load_learnable_state({**given, "prompts.visual": visual})
+        tokens = prompts.tokens()
+        yield f"{case}_text_context", prompts.vectors()
+        yield f"{case}_vision_prompt", tokens.input[None]
+        if options["deep"]:
+            yield f"{case}_vision_prompt_deep", torch.stack(list(tokens.deep.values()))
+        yield f"{case}_cross_token_effect", _effect(prompts)
+        yield f"{case}_tokens", _cut(golden, f"{' '.join(['X'] * options['coop'])} {{}}.", options)
+        step = made.step(images, labels)
+        yield f"{case}_image_features", step.unit_image
+        yield f"{case}_text_features", step.class_weights
+        logits = step.logits
+        if options.get("pertask"):  # the first half of the classes is task 0; foreign logits count as 0
+            of = torch.arange(len(options["names"])) * 2 // len(options["names"])
+            logits = logits * (of[None] == tasks[:, None])
+        yield from ((f"{case}_{name}", value) for name, value in _stepped(golden, case, made, names, logits, labels))
+
+
+def _effect(prompts: Any) -> float:
+    """Return how far other prompts move when the first text prompt does, in the block's own width."""
+    before = prompts.vectors()[1:].detach(), prompts.tokens().input.detach()
+    moved = torch.zeros_like(prompts.context.ctx)
+    moved[0] = 1
+    with torch.no_grad():
+        prompts.context.ctx += moved
+        after = prompts.vectors()[1:], prompts.tokens().input
+        effect = max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True))
+        prompts.context.ctx -= moved
+    return effect
+
+
+def _cut(golden: Any, template: str, options: Any) -> Any:
+    found = golden.tokens([template.format(name.replace("_", " ")) for name in options["names"]])
+    return found[:, : int((found > 0).sum(axis=1).max())] if options["cut"] else found
+
+
+def _stepped(golden: Any, case: str, made: Any, names: Any, logits: Any, labels: Any) -> Results:
+    """Yield logits, loss, and strided gradients and values after one SGD step; image tokens in the published parts."""
+    options, strides = golden.meta["hyper"]["cases"][case], golden.meta["hyper"]["stored_stride"][case]
+    loss = F.cross_entropy(logits, labels)
+    yield "logits", logits
+    yield "loss", loss
+    optimizer = torch.optim.SGD(made.parameter_groups(options["lr"]), momentum=0.9, weight_decay=5e-4)
+    loss.backward()
+    optimizer.step()
+    for name, parameter in made.learnables():
+        for kind, value in (("grad", parameter.grad), ("after", parameter.detach())):
+            parts = {names.get(name): value}
+            if name == "prompts.visual":
+                parts = {"vpt_embeddings": value[:1], "vpt_embeddings_deep": value[1:]}
+            yield from ((f"{kind}[{key}]", part.flatten()[:: strides.get(key, 1)]) for key, part in parts.items())
+
+
+def _image_tokens(golden: Any, case: str, options: Any, images: Any, labels: Any) -> Results:
+    """Deep image tokens at MVLPT's place, without projection and beside frozen text."""
+    first, deep = (golden.tensor(f"{case}_param[vpt_embeddings{part}]").float() for part in ("", "_deep"))
+    first, deep = first.requires_grad_(), deep.requires_grad_()
+    tokens = VisualTokens(first[0], dict(enumerate(deep, 1)), position="after_class", before_ln_pre=False)
+    yield "vision_prompt", first
+    yield "vision_prompt_deep", deep
+    yield "tokens", _cut(golden, "a photo of a {}.", options)
+    text = template_features(golden.backbone, options["names"], ["a photo of a {}."])
+    unit = F.normalize(golden.backbone.encode_image(images, tokens), dim=-1)
+    yield "image_features", unit
+    yield "text_features", text
+    loss = F.cross_entropy(golden.backbone.logit_scale * unit @ text.t(), labels)
+    yield "logits", golden.backbone.logit_scale * unit @ text.t()
+    yield "loss", loss
+    loss.backward()
+    optimizer = torch.optim.SGD([first, deep], lr=options["lr"], momentum=0.9, weight_decay=5e-4)
+    optimizer.step()
+    for name, value in (("vpt_embeddings", first), ("vpt_embeddings_deep", deep)):
+        yield f"grad[{name}]", value.grad.flatten()
+        yield f"after[{name}]", value.detach().flatten()
+
+
+# -- PromptKD ---------------------------------------------------------------------------------------------------------
+_PROJECTOR = {"linear1.weight": "0.weight", "linear1.bias": "0.bias", "weight": "1.weight", "bias": "1.bias"}
+_PROJECTOR |= {"linear2.weight": "3.weight", "linear2.bias": "3.bias"}
+_TRANS = "VPT_image_trans.conv1."
+
+
+def _tokens(side: str, depth: int, own: str) -> dict[str, str]:
+    deep = {f"{own}.deep.{i - 1}": f"{side}.transformer.resblocks.{i}.VPT_shallow" for i in range(1, depth)}
+    return {f"{own}.input": f"{side}.VPT", **deep}
+
+
+def _teacher(golden: Any) -> Any:
+    """Return the teacher: deep prompts in both towers of the larger network."""
+    facts = golden.meta["teacher"]
+    state = tiny_clip.build_state_dict(tiny_clip.TinyClipDims(**facts["dims"]), facts["weights_seed"])
+    if tiny_clip.checksum(state) != facts["weights_sha256"]:
+        raise SystemExit(f"{golden.path}: the weight rule gives another teacher than the archive was made with")
+    backbone = Backbone.from_state_dict(state, name="golden-teacher")
+    depth = facts["dims"]["vision_layers"]
+    own = {"context_length": facts["n_ctx_text"], "image_tokens": facts["n_ctx_vision"], "image_depth": depth}
+    made = vlprompt.create_method("ivlp", backbone, golden.meta["class_names"], text_depth=depth, **own)
+    names = _tokens("image_encoder", depth, "visual") | _tokens("text_encoder", depth, "context")
+    del names["context.input"]
+    names["context.ctx"] = "prompt_learner.ctx"
+    made.load_learnable_state({own: golden.tensor(f"teacher/param/{name}") for own, name in names.items()})
+    return made
+
+
+def check_promptkd(golden: Any) -> Results:
+    """The teacher's features and logits; projected features, distillation, gradients, statistics, both evaluations."""
+    images, classes = golden.tensor("images"), golden.meta["class_names"]
+    golden.inputs.add("labels")  # nothing depends on them
+    for case, options in golden.meta["cases"].items():
+        base = classes[: options["base_classes"]] if options["modal"] == "base2novel" else classes
+        own = {"image_tokens": options["n_ctx_vision"], "image_depth": options["depth_vision"]}
+        own |= {"weight": options["kd_weight"], "temperature": options["temperature"]}
+        dim = golden.meta["teacher"]["dims"]["embed_dim"]
+        made = vlprompt.create_method(
+            "promptkd", golden.backbone, base, all_class_names=classes, teacher_dim=dim, **own
+        )
+        made.teach(Teacher(_teacher(golden), golden.backbone))
+        yield "teacher/text_features", made.teacher_text
+        features = made.teacher.image_features(images)
+        yield "teacher/image_features", F.normalize(features, dim=-1)
+        yield "teacher/logits", made.teacher.logits(features, made.teacher_text)
+        yield "teacher/tokens", golden.tokens([f"a photo of a {name.replace('_', ' ')}." for name in classes])
+        names = _tokens("image_encoder", options["depth_vision"], "visual")
+        names |= {f"projector.{ours}": _TRANS + name for ours, name in _PROJECTOR.items()}
+        statistics = {f"projector.running_{name}": f"{_TRANS}1.running_{name}" for name in ("mean", "var")}
+        shapes = {name: value.shape for name, value in made.learnable_state().items()}
+        given = {ours: golden.tensor(f"{case}/param/{name}").reshape(shapes[ours]) for ours, name in names.items()}
+        given |= {ours: golden.tensor(f"{case}/buffer/{name}") for ours, name in statistics.items()}
+        made.load_learnable_state({**given, "teacher_text": made.teacher_text})
+        made.eval()  # before the step, which changes the statistics
+        with torch.no_grad():
+            yield f"{case}/eval_image_features", made.unit_image(made.image_features(images))
+            yield f"{case}/eval_logits_val", made(images)
+            new = [name for name in classes if name not in base] or classes
+            yield f"{case}/eval_logits_test", made.with_classes(new)(images)
+        step = made.train().step(images, golden.tensor("labels"))
+        yield f"{case}/train_logits", step.logits
+        yield f"{case}/train_image_features", step.unit_image
+        yield from ((f"{case}/buffer_after/{name}", made.get_buffer(ours)) for ours, name in statistics.items())
+        (loss,) = made.step_losses(step).values()
+        yield f"{case}/loss/total", loss
+        yield f"{case}/loss/kd", loss / options["kd_weight"]
+        loss.backward()
+        largest = max(float(p.grad.abs().max()) for _, p in made.learnables())
+        for ours, parameter in made.learnables():
+            at = f"{case}/grad/{names[ours]}"
+            # A bias in front of batch norm has no gradient: compared with a tenth of the largest, at 1e-5 of it.
+            size = largest / 10 if ours == "projector.linear1.bias" else 0.0
+            yield at, parameter.grad.reshape(golden.arrays[at].shape), size
+
+
+CHECKS = {
+    "Visual prompting (padding / fixed patch / random patch)": check_visual_prompt,
+    "MVLPT: unified prompt tuning (UPT) and deep visual prompts": check_upt,
+    "promptkd": check_promptkd,
+}

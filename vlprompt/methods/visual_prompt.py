@@ -1,0 +1,67 @@
+"""VP: learned pixels, added to every image (Bahng et al., 2022; arXiv 2203.17274).
+
+``x' = x + P``, for the normalised image x: a border of learned pixels, or a learned patch at a fixed or a moving place.
+The text is frozen, "This is a photo of a NAME" without a period and with hyphens as spaces, and encoded once. Trained
+by cross-entropy, with SGD at a rate of 40 without weight decay. Works with every image tower.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlprompt.methods.base import PromptMethod
+from vlprompt.methods.registry import register
+from vlprompt.objectives.targets import template_features
+from vlprompt.prompts import PixelPrompt, check_templates
+from vlprompt.prompts.pixels import Shape
+
+
+@dataclass(frozen=True)
+class VisualPromptSettings:
+    """Settings of VP; the defaults learn 69,840 numbers at 224 x 224 pixels.
+
+    Attributes:
+        shape: ``border`` (the paper's padding), ``fixed_patch`` at the top left, or ``random_patch``, which every
+            training step puts elsewhere.
+        prompt_size: p, the border's width or the patch's side in pixels.
+        template: The fixed prompt with {} for the class name.
+    """
+
+    shape: Shape = "border"
+    prompt_size: int = 30
+    template: str = "This is a photo of a {}"
+
+    def __post_init__(self) -> None:
+        check_templates([self.template], "settings.template")
+
+
+@register("visual_prompt")
+class VisualPrompt(PromptMethod):
+    """Learned pixels; zero-shot text."""
+
+    Settings = VisualPromptSettings
+    learns_image_side = True
+    any_tower = True
+    settings: VisualPromptSettings
+
+    def build(self) -> None:
+        """Create ``prompt`` (``up``, ``down``, ``left``, ``right``, or ``patch``), and encode the text once."""
+        own = self.settings
+        self.prompt = PixelPrompt(self.backbone.preprocess.size, own.prompt_size, own.shape)
+        names = [name.replace("-", " ") for name in self.class_names]
+        features = template_features(self.backbone, names, [own.template])
+        self.register_buffer("text_features", features, persistent=False)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return raw image features ``[B, D]`` with the prompt."""
+        return self.prompt.encode(self.backbone.image, images)
+
+    def image_overrides(self) -> dict[str, Tensor]:
+        """Return what a vision transformer's position embedding becomes with the prompt in it."""
+        return self.backbone.image.folded(self.prompt.pixels()) or {}
+
+    def class_weights(self, features: Tensor | None = None) -> Tensor:
+        """Return the fixed unit text features ``[C, D]``."""
+        return self.unit_text(self.get_buffer("text_features"))

@@ -1,0 +1,83 @@
+"""Prompts in pixel space: a learned border or patch that is added to every image, whatever the image tower."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlprompt.backbone.image_tower import ImageTower
+from vlprompt.errors import ConfigError
+
+Shape = Literal["border", "fixed_patch", "random_patch"]
+
+
+class PixelPrompt(nn.Module):
+    """Pixels that are added to normalised images of side S, standard normal at the start (test_time_and_cache 9.1).
+
+    ``border``: ``up`` and ``down`` ``[3, p, S]``, ``left`` and ``right`` ``[3, S - 2p, p]``. Patches: ``patch``
+    ``[3, p, p]``, at the top left, or at one place for the whole batch that every training step draws anew.
+
+    Places come from a seed drawn at creation and the number of the step, both kept with a checkpoint: equal seeds give
+    equal places, also after a resume. In evaluation it is always the same place, the first that seed 0 draws.
+
+    Args:
+        image_size: S.
+        size: p, the width of the border or the side of the patch.
+        shape: Border or patch.
+
+    Raises:
+        ConfigError: A border that leaves no pixel inside, or a patch as large as the image.
+    """
+
+    place: Tensor
+
+    def __init__(self, image_size: int, size: int, shape: Shape) -> None:
+        super().__init__()
+        most = (image_size - 1) // 2 if shape == "border" else image_size - 1
+        if not 1 <= size <= most:
+            raise ConfigError(
+                f"settings.prompt_size is {size}; accepted: 1 to {most}, as shape {shape!r} in {image_size} pixels"
+            )
+        self.image_size, self.size, self.shape = image_size, size, shape
+        if shape == "border":
+            inner = image_size - 2 * size
+            self.up, self.down = (nn.Parameter(torch.randn(3, size, image_size)) for _ in range(2))
+            self.left, self.right = (nn.Parameter(torch.randn(3, inner, size)) for _ in range(2))
+        else:
+            self.patch = nn.Parameter(torch.randn(3, size, size))
+        if shape == "random_patch":
+            self.register_buffer("place", torch.randint(2**31, ()))
+
+    def pixels(self) -> Tensor:
+        """Return what is added to the images of this step, ``[3, S, S]``; zero where nothing is learned."""
+        side, p = self.image_size, self.size
+        if self.shape == "border":
+            middle = torch.cat([self.left, self.left.new_zeros(3, side - 2 * p, side - 2 * p), self.right], dim=2)
+            return torch.cat([self.up, middle, self.down], dim=1)
+        row, column = self.corner()
+        return F.pad(self.patch, (column, side - p - column, row, side - p - row))
+
+    def corner(self) -> tuple[int, int]:
+        """Return row and column of the patch's top left pixel, 0 to S - p - 1; a training step draws new ones."""
+        if self.shape != "random_patch":
+            return 0, 0
+        seed = 0
+        if self.training:
+            seed = int(self.place)
+            self.place += 1
+        generator = torch.Generator().manual_seed(seed)
+        row, column = torch.randint(self.image_size - self.size, (2,), generator=generator).tolist()
+        return row, column
+
+    def encode(self, tower: ImageTower, images: Tensor) -> Tensor:
+        """Return raw features ``[B, D]`` of ``images`` ``[B, 3, S, S]`` with the prompt added.
+
+        Where the tower can fold pixels that all images share into its parameters, as vision transformers can, nothing
+        is added to the images and no gradient goes back to them.
+        """
+        pixels = self.pixels()
+        folded = tower.folded(pixels)
+        return tower.encode(images + pixels) if folded is None else tower.encode(images, overrides=folded)

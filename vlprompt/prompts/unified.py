@@ -1,0 +1,83 @@
+"""Unified prompts: text context and image tokens that one small transformer block makes of shared learnables (UPT)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vlprompt.backbone.image_tower import ImageTower, VisualTokens
+from vlprompt.backbone.text_tower import TextTower
+from vlprompt.prompts.context import TextContext
+from vlprompt.prompts.deep import fitting_depth
+
+
+class UnifiedPrompts(nn.Module):
+    """``context.ctx`` ``[M, W]`` and ``visual`` ``[J, V, W]``, projected together (seed_methods 4.a, 4.b).
+
+    ``text_pre`` and ``image_pre`` bring both to the width of ``block``, one of CLIP's transformer blocks with a single
+    head, ``text_post`` and ``image_post`` bring them back; where a tower has that width already these four learn
+    nothing. No prompt bypasses the projection, and the block knows no positions.
+
+    Args:
+        text: The text tower.
+        image: The image tower; it has to take tokens.
+        length: M context vectors.
+        count: V image tokens of each layer.
+        depth: J layers with image tokens of their own; more than there are means all.
+        width: The block's width.
+        mixing: Whether prompts attend to each other. Without, every prompt is a sequence of its own.
+
+    Raises:
+        BackboneError: The image tower takes no tokens.
+        ConfigError: A depth below 1.
+    """
+
+    def __init__(
+        self, text: TextTower, image: ImageTower, length: int, count: int, depth: int, width: int, *, mixing: bool
+    ) -> None:
+        from open_clip.transformer import QuickGELU, ResidualAttentionBlock
+
+        super().__init__()
+        image.require_tokens()
+        depth = fitting_depth("image_depth", depth, image.layers)
+        self.mixing = mixing
+        self.context = TextContext(text, length)
+        bound = math.sqrt(6 / (3 * image.patch_size**2 + image.width))
+        self.visual = nn.Parameter(torch.empty(depth, count, image.width).uniform_(-bound, bound))
+        self.text_pre, self.text_post = _there_and_back(text.width, width)
+        self.image_pre, self.image_post = _there_and_back(image.width, width)
+        self.block = ResidualAttentionBlock(width, 1, act_layer=QuickGELU, batch_first=True)
+
+    def vectors(self) -> Tensor:
+        """Return the context that enters the text tower, ``[M, W]``."""
+        return self._projected(0)
+
+    def tokens(self) -> VisualTokens:
+        """Return the image tokens: behind the class token and the first layer norm, without positions."""
+        first, *deep = self._projected(1).unflatten(0, self.visual.shape[:2])
+        return VisualTokens(first, dict(enumerate(deep, 1)), position="after_class", before_ln_pre=False)
+
+    def _projected(self, side: int) -> Tensor:
+        # In float32 whatever the trainer's precision, as published.
+        with torch.autocast(self.visual.device.type, enabled=False):
+            if self.mixing:
+                both = self._brought(0), self._brought(1)
+                own = self.block(torch.cat(both)[None])[0].split([len(part) for part in both])[side]
+            else:
+                own = self.block(self._brought(side)[:, None])[:, 0]  # the other side changes nothing here
+            projected: Tensor = (self.text_post, self.image_post)[side](own)
+        return projected
+
+    def _brought(self, side: int) -> Tensor:
+        """Return text's (0) ``[M, ...]`` or the image's (1) ``[J * V, ...]`` learnables at the block's width."""
+        brought: Tensor = self.image_pre(self.visual.flatten(0, 1)) if side else self.text_pre(self.context.ctx)
+        return brought
+
+
+def _there_and_back(width: int, inner: int) -> tuple[nn.Module, nn.Module]:
+    """Return linear maps from ``width`` to ``inner`` and back, or nothing where they are equal."""
+    if width == inner:
+        return nn.Identity(), nn.Identity()
+    return nn.Linear(width, inner), nn.Linear(inner, width)
