@@ -18,8 +18,9 @@ from vlprompt.errors import ClassNameError, ConfigError, HeadError
 from vlprompt.evaluation.feeding import use_of_test_images
 from vlprompt.io.head import Head
 from vlprompt.methods import PromptMethod
-from vlprompt.methods.cached import mean_features, own_rows
+from vlprompt.methods.cached import own_rows
 from vlprompt.methods.fitting import Shots
+from vlprompt.objectives.targets import mean_features
 
 NAMES = ["cat", "annual crop land", "aeroplane"]
 #: Settings that keep the tests short.
@@ -129,7 +130,7 @@ def test_own_classes_in_any_order_and_no_others(tiny_backbone: Backbone, name: s
     assert part(shots.val).shape == (9, 2) and part.training == method.training
     if not name.startswith("tfup"):  # whose likeness is measured in the probabilities of all classes
         torch.testing.assert_close(part(shots.val), method(shots.val)[:, [2, 0]], rtol=1e-4, atol=1e-4)
-    with pytest.raises(ClassNameError, match=f"cache of {name} holds images of its own 3 classes.*'dog'"):
+    with pytest.raises(ClassNameError, match=f"{name} was fitted on images of its own 3 classes.*'dog'"):
         method.with_classes(["cat", "dog"])
 
 
@@ -140,7 +141,7 @@ def test_repeated_names_are_taken_in_turn() -> None:
 @every_cache
 def test_class_weights_are_zero_shot_s_and_a_fitted_cache_warns(tiny_backbone: Backbone, name: str) -> None:
     method, _ = fitted(tiny_backbone, name)
-    with pytest.warns(UserWarning, match=f"{name} adds a cache"):
+    with pytest.warns(UserWarning, match=f"{name} scores by more than class weights"):
         weights = method.class_weights()
     torch.testing.assert_close(weights, create_method("zeroshot", tiny_backbone, NAMES).class_weights())
     with warnings.catch_warnings():

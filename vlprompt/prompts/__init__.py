@@ -1,5 +1,6 @@
 """Learnable tensors and the token layouts they stand in; nothing here knows an objective."""
 
+from vlprompt.prompts.adapter import FeatureAdapter
 from vlprompt.prompts.context import CONTEXT_STD, TextContext, context_layout, template_layout
 from vlprompt.prompts.deep import CoupledPrompts, DeepContext, MetaNet, VisualPrompts
 from vlprompt.prompts.mixture import ExpertContexts
@@ -11,6 +12,7 @@ __all__ = [
     "CoupledPrompts",
     "DeepContext",
     "ExpertContexts",
+    "FeatureAdapter",
     "MetaNet",
     "TextContext",
     "TunedLayerNorms",
