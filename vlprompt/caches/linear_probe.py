@@ -32,6 +32,7 @@ class LinearProbe(RowClassifier):
             minimised is convex: the start counts only as far as ``iterations`` and tolerance stop short of the minimum,
             which they do where ``c`` is large and the classes can be told apart.
         iterations: The most steps of L-BFGS.
+        tolerance: It stops where no entry of the gradient is larger; scikit-learn's default.
     """
 
     fitted = ("weight", "bias", "c")
@@ -46,12 +47,14 @@ class LinearProbe(RowClassifier):
         normalised: bool = True,
         start: Literal["zero", "zeroshot"] = "zero",
         iterations: int = 1000,
+        tolerance: float = 1e-4,
     ) -> None:
         super().__init__(class_weights, logit_scale)
         self._keep("weight", class_weights.new_zeros(0, class_weights.shape[1]))
         self._keep("bias", class_weights.new_zeros(0))
         self._keep("c", class_weights.new_tensor(c))
-        self.normalised, self.start, self.iterations = normalised, start, iterations
+        self.normalised, self.start = normalised, start
+        self.iterations, self.tolerance = iterations, tolerance
 
     def rows(self, features: Tensor) -> Tensor:
         """Return raw ``features`` ``[..., D]`` as they are regressed on."""
@@ -105,7 +108,7 @@ class LinearProbe(RowClassifier):
                 [weight, bias],
                 max_iter=self.iterations,
                 max_eval=2 * self.iterations,
-                tolerance_grad=1e-4,
+                tolerance_grad=self.tolerance,
                 tolerance_change=1e-12,
                 history_size=10,
                 line_search_fn="strong_wolfe",

@@ -146,7 +146,8 @@ def search_exponent(exponents: Sequence[float], steps: int, score: Callable[[flo
     if not exponents:
         raise ConfigError("the grid has no exponents; accepted: 1 or more")
     asked = functools.cache(score)
-    kept = exponents[first_best(torch.tensor([asked(one) for one in exponents], dtype=torch.float64))[0]]
+    coarse = [float(one) for one in exponents]
+    kept = coarse[first_best(torch.tensor([asked(one) for one in coarse], dtype=torch.float64))[0]]
     low, high = kept - 1, kept + 1
     for _ in range(steps):
         middle = (low + high) / 2

@@ -51,7 +51,10 @@ class LinearProbeSettings:
         check_templates(self.templates, "settings.templates")
         check_settings(self, c=1e-12, iterations=1, views=0)
         if self.start == "zeroshot" and not self.normalised:
-            raise ConfigError("settings.start is 'zeroshot', which is meant for unit features: set normalised to true")
+            raise ConfigError(
+                "settings.start is 'zeroshot' and settings.normalised false; accepted then: zero, because the text "
+                "classifier is scaled for unit features"
+            )
 
 
 @register("linear_probe")
