@@ -19,6 +19,7 @@ METHODS = (
     *("zeroshot", "coop", "mocoop", "cocoop", "kgcoop", "prograd"),
     *("vpt", "ivlp", "maple", "promptsrc", "restore"),
     *("tip_adapter", "tip_adapter_f", "tfup", "tfup_t", "ape", "gda"),
+    *("clip_adapter", "taskres", "linear_probe", "lp_plus_plus"),
 )
 TEST_TIME = ("tpt", "difftpt", "tda", "mta", "zero", "promptalign")
 SHIFTED = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
@@ -112,7 +113,7 @@ def run_config(content: dict[str, Any], root: type[Any] = RunConfig) -> Any:
 
 def test_every_method_has_every_data_set() -> None:
     expected = {f"{method}/{data}" for method in METHODS for data in (*FEW_SHOT, "demo", "folder")}
-    assert len(expected) == 17 * 13
+    assert len(expected) == len(METHODS) * 13
     # Test-time methods: the papers' five ImageNet sets and ten others.
     expected |= {f"{method}/{data}" for method in TEST_TIME for data in (*FEW_SHOT, *SHIFTED, "demo")}
     assert expected <= {named(path) for path in FILES}

@@ -21,6 +21,7 @@ PUBLISHED = {
     "ivlp": 46_080,
     "maple": 3_555_072,
     "promptsrc": 46_080,
+    "clip_adapter": 512**2 // 2,
     "restore": 3_555_072 + 2 * 2_100_736,
 }
 
@@ -29,8 +30,9 @@ def test_learnables_are_the_published_numbers() -> None:
     found = {one.name: one for one in capabilities(list_methods())}
     assert {name: found[name].learnables for name in PUBLISHED} == PUBLISHED
     assert all(one.cached is not one.image for one in found.values())
-    frozen_text = "ape gda mta tda tfup tfup_t tip_adapter tip_adapter_f vpt zero zeroshot"
-    assert " ".join(sorted(one.name for one in found.values() if not one.text)) == frozen_text
+    frozen_text = "ape gda mta tda tfup tfup_t tip_adapter tip_adapter_f vpt zero zeroshot".split()
+    frozen_text += ["clip_adapter", "taskres", "linear_probe", "lp_plus_plus"]
+    assert sorted(one.name for one in found.values() if not one.text) == sorted(frozen_text)
     whence = {name: found[name].learns_from for name in ("coop", "zeroshot", "tip_adapter", "tfup", "tpt", "tda")}
     assert whence == {
         "coop": "labelled images",
