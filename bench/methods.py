@@ -8,6 +8,10 @@ prompts encoded one image after the other, ProGrad's teacher encoding the images
 side (they are computed once per run), the last image block for the class token alone. Both have forward and backward of
 the same losses on the same numbers; ``diff`` is the largest relative difference in losses and gradients.
 
+Methods that are fitted on features (TaskRes, the linear probe, LP++) take one step of theirs (FITTED), here on kept
+features, ``naive`` after encoding the images as in every step of TaskRes's code; ``diff`` is then that of what was
+fitted. CLIP-Adapter's code encodes the class prompts in every step as well.
+
 Each side runs in a process of its own; ``MB`` is its peak with interpreter, libraries and weights. Seconds are the
 least of the repeats (the naive side is timed once where a step takes longer than 20 s). The batch is the paper's: see
 BATCHES. CoCoOp's seconds are per image. With ``--json`` the last line is one JSON object with ``rows``.
@@ -29,7 +33,13 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Images per step in the papers' configurations (VPT to RESTORE: 4); CoCoOp's is 1, for us any number.
-BATCHES = {"coop": 32, "kgcoop": 32, "prograd": 32, "mocoop": 32, "cocoop": 4}
+BATCHES = {"coop": 32, "kgcoop": 32, "prograd": 32, "mocoop": 32, "cocoop": 4, "clip_adapter": 32}
+#: Settings with which fitting is one step on all images. The batch is 32, as of the adapter (TaskRes's is 256).
+FITTED: dict[str, dict[str, Any]] = {
+    "taskres": {"views": 0, "epochs": 1, "warmup_epochs": 0},
+    "linear_probe": {"search": False, "iterations": 1},
+    "lp_plus_plus": {"search": False, "iterations": 1, "views": 0},
+}
 _LONG = 20.0
 
 
@@ -50,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    every = "coop,cocoop,kgcoop,prograd,mocoop,vpt,ivlp,maple,promptsrc,restore"
+    every = "coop,cocoop,kgcoop,prograd,mocoop,vpt,ivlp,maple,promptsrc,restore,clip_adapter," + ",".join(FITTED)
     parser = argparse.ArgumentParser(description="A training step of every method, official algorithm and ours.")
     parser.add_argument("--methods", default=every, help="names with commas (default: all that learn)")
     parser.add_argument("--classes", default="10,100,1000", help="numbers of classes with commas")
@@ -110,9 +120,9 @@ def _child(options: argparse.Namespace) -> int:
     backbone = vlprompt.load_backbone(options.model, *([] if options.model == "demo" else ["random"]))
     names = [f"{word} {i}" if i >= 1000 else word for i, word in enumerate((IMAGENET_CLASSNAMES * 2)[:classes])]
     torch.manual_seed(0)
-    settings = {"images_at_once": 1 if naive else 4} if name == "cocoop" else {}
+    settings = {"images_at_once": 1 if naive else 4} if name == "cocoop" else FITTED.get(name, {})
     method = vlprompt.create_method(name, backbone, list(names), **settings).train()
-    batch = BATCHES.get(name, 4)
+    batch = 32 if name in FITTED else BATCHES.get(name, 4)
     size = backbone.preprocess.size
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
     labels = torch.arange(batch) % classes
@@ -122,20 +132,40 @@ def _child(options: argparse.Namespace) -> int:
     elif not method.learns_image_side:
         with torch.no_grad():
             inputs = method.image_features(images)  # from the store in a run, once
+    step = _fitting_step if method.fits else _gradient_step
     times: list[float] = []
     while len(times) < options.repeats and not (naive and times and times[0] > _LONG):
-        method.zero_grad(set_to_none=True)
         start = time.perf_counter()
-        terms = method.losses(inputs, labels)
-        torch.stack(list(terms.values())).sum().backward()
+        found = step(method, inputs, labels)
         times.append(time.perf_counter() - start)
-    found = {f"loss {key}": term.detach().reshape(1).numpy() for key, term in terms.items()}
-    found |= {key: p.grad.numpy() for key, p in method.learnables() if p.grad is not None}
-    np.savez(options.out, **found)
+    np.savez(options.out, **{key: value.numpy() for key, value in found.items()})
     per = batch if name == "cocoop" else 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"seconds": min(times) / per, "peak_mb": peak, "batch": batch, "steps": len(times)}))
     return 0
+
+
+def _gradient_step(method: Any, inputs: Any, labels: Any) -> dict[str, Any]:
+    """Return the losses of a step and the gradients of all learnables."""
+    import torch
+
+    method.zero_grad(set_to_none=True)
+    terms = method.losses(inputs, labels)
+    torch.stack(list(terms.values())).sum().backward()
+    found = {f"loss {key}": term.detach().reshape(1) for key, term in terms.items()}
+    return found | {key: p.grad for key, p in method.learnables() if p.grad is not None}
+
+
+def _fitting_step(method: Any, inputs: Any, labels: Any) -> dict[str, Any]:
+    """Return what one step of fitting on images, or on their features, makes."""
+    import torch
+
+    from vlprompt.methods.fitting import Shots
+
+    with torch.no_grad():
+        features = method.image_features(inputs) if inputs.ndim == 4 else inputs
+    method.fit(Shots(features[None], labels, features[:0], labels[:0], features[:0], features[None, :0]))
+    return method.learnable_state()
 
 
 def _as_published(method: Any, images: Any) -> None:
@@ -144,6 +174,10 @@ def _as_published(method: Any, images: Any) -> None:
 
     method.backbone.text.algorithm = "padded"
     image_tower._class_token_alone = lambda block, x: block(x)
+    if method.name == "clip_adapter":
+        from vlprompt.objectives.targets import template_features
+
+        method.class_weights = lambda: template_features(method.backbone, method.class_names, method.settings.templates)
     if method.name == "prograd":
         method._frozen_features = lambda inputs, features: method.backbone.encode_image(images)
 
