@@ -11,6 +11,10 @@ has no such algorithm of its own.
 side (they are computed once per run), the last image block for the class token alone. Both have forward and backward of
 the same losses on the same numbers; ``diff`` is the largest relative difference in losses and gradients.
 
+Methods that are fitted on features (TaskRes, the linear probe, LP++) take one step of theirs (FITTED), here on kept
+features, ``naive`` after encoding the images as in every step of TaskRes's code; ``diff`` is then that of what was
+fitted. CLIP-Adapter's code encodes the class prompts in every step as well.
+
 Each side runs in a process of its own; ``MB`` is its peak with interpreter, libraries and weights; on a GPU the peak of
 what torch has allocated there, after one step that is not timed. Seconds are the
 least of the repeats (the naive side is timed once where a step takes longer than 20 s). The batch is the paper's: see
@@ -34,7 +38,13 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 #: Images per step in the papers' configurations (image tokens: 4); CoCoOp's is 1, for us any number.
 BATCHES = {"coop": 32, "kgcoop": 32, "prograd": 32, "mocoop": 32, "cocoop": 4, "dept": 32, "ept": 32}
-BATCHES |= {"clip_lora": 32, "ramt": 32, "apt": 32}
+BATCHES |= {"clip_lora": 32, "ramt": 32, "apt": 32, "clip_adapter": 32}
+#: Settings with which fitting is one step on all images. The batch is 32, as of the adapter (TaskRes's is 256).
+FITTED: dict[str, dict[str, Any]] = {
+    "taskres": {"views": 0, "epochs": 1, "warmup_epochs": 0},
+    "linear_probe": {"search": False, "iterations": 1},
+    "lp_plus_plus": {"search": False, "iterations": 1, "views": 0},
+}
 _LONG = 20.0
 
 
@@ -56,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     every = "coop,cocoop,kgcoop,prograd,mocoop,vpt,ivlp,maple,promptsrc,restore,dept,ept,clip_lora,ramt,apt,"
-    every += "visual_prompt,upt,promptkd"
+    every += "visual_prompt,upt,promptkd,clip_adapter," + ",".join(FITTED)
     parser = argparse.ArgumentParser(description="A training step of every method, official algorithm and ours.")
     parser.add_argument("--methods", default=every, help="names with commas (default: all that learn)")
     parser.add_argument("--classes", default="10,100,1000", help="numbers of classes with commas")
@@ -120,12 +130,12 @@ def _child(options: argparse.Namespace) -> int:
     names = [f"{word} {i}" if i >= 1000 else word for i, word in enumerate((IMAGENET_CLASSNAMES * 2)[:classes])]
     torch.manual_seed(0)
     # Dropout draws by the shape of what it is given, which differs: it is off in both.
-    settings = {"cocoop": {"images_at_once": 1 if naive else 4}, "clip_lora": {"dropout": 0.0}}.get(name, {})
+    settings = {"cocoop": {"images_at_once": 1 if naive else 4}, "clip_lora": {"dropout": 0.0}, **FITTED}.get(name, {})
     method = vlprompt.create_method(name, backbone, list(names), **settings).train()
     for _, parameter in method.learnables():
         if not parameter.any():  # a factor that starts at zero hides the other's gradient
             torch.nn.init.normal_(parameter.data, std=0.01)
-    batch = BATCHES.get(name, 4)
+    batch = 32 if name in FITTED else BATCHES.get(name, 4)
     size = backbone.preprocess.size
     images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(options.device)
     labels = (torch.arange(batch) % classes).to(options.device)
@@ -135,25 +145,45 @@ def _child(options: argparse.Namespace) -> int:
     elif not method.learns_image_side:
         with torch.no_grad():
             inputs = method.image_features(images)  # from the store in a run, once
+    step = _fitting_step if method.fits else _gradient_step
     times: list[float] = []
     while len(times) < options.repeats + on_gpu and not (naive and times and times[0] > _LONG):
-        method.zero_grad(set_to_none=True)
         start = time.perf_counter()
-        terms = method.losses(inputs, labels)
-        torch.stack(list(terms.values())).sum().backward()
+        found = step(method, inputs, labels)
         if on_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     times = times[on_gpu:]  # a GPU's first step chooses and compiles kernels
-    found = {f"loss {key}": term.detach().reshape(1).cpu().numpy() for key, term in terms.items()}
-    found |= {key: p.grad.cpu().numpy() for key, p in method.learnables() if p.grad is not None}
     found.pop("projector.linear1.bias", None)  # in front of batch norm: zero but for rounding
-    np.savez(options.out, **found)
+    np.savez(options.out, **{key: value.cpu().numpy() for key, value in found.items()})
     per = batch if name == "cocoop" else 1
     used = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak = used / 2**20
     print(json.dumps({"seconds": min(times) / per, "peak_mb": peak, "batch": batch, "steps": len(times)}))
     return 0
+
+
+def _gradient_step(method: Any, inputs: Any, labels: Any) -> dict[str, Any]:
+    """Return the losses of a step and the gradients of all learnables."""
+    import torch
+
+    method.zero_grad(set_to_none=True)
+    terms = method.losses(inputs, labels)
+    torch.stack(list(terms.values())).sum().backward()
+    found = {f"loss {key}": term.detach().reshape(1) for key, term in terms.items()}
+    return found | {key: p.grad for key, p in method.learnables() if p.grad is not None}
+
+
+def _fitting_step(method: Any, inputs: Any, labels: Any) -> dict[str, Any]:
+    """Return what one step of fitting on images, or on their features, makes."""
+    import torch
+
+    from vlprompt.methods.fitting import Shots
+
+    with torch.no_grad():
+        features = method.image_features(inputs) if inputs.ndim == 4 else inputs
+    method.fit(Shots(features[None], labels, features[:0], labels[:0], features[:0], features[None, :0]))
+    return method.learnable_state()
 
 
 def _as_published(method: Any, images: Any) -> None:
@@ -162,6 +192,10 @@ def _as_published(method: Any, images: Any) -> None:
 
     method.backbone.text.algorithm = "padded"
     image_tower.LAST_BLOCK_FOR_CLASS_TOKEN = False
+    if method.name == "clip_adapter":
+        from vlprompt.objectives.targets import template_features
+
+        method.class_weights = lambda: template_features(method.backbone, method.class_names, method.settings.templates)
     if method.name == "prograd":
         method._frozen_features = lambda inputs, features: method.backbone.encode_image(images)
     if method.name == "clip_lora":

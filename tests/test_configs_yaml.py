@@ -22,6 +22,7 @@ METHODS = (
     *("dept", "ept"),
     *("clip_lora", "ramt", "apt"),
     *("visual_prompt", "upt", "promptkd"),
+    *("clip_adapter", "taskres", "linear_probe", "lp_plus_plus"),
 )
 TEST_TIME = ("tpt", "difftpt", "tda", "mta", "zero", "promptalign")
 SHIFTED = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 from vlprompt.caches import Adaptation, CacheRecipe, TFUPTrained, TipAdapter, TipAdapterF, grid
 from vlprompt.caches.tfup import candidate_divergence, kl_matrix
-from vlprompt.methods.cached import filled_in, mean_features, raw_features
-from vlprompt.objectives.targets import template_features
+from vlprompt.objectives.targets import filled_in, mean_features, raw_features, template_features
 
 Results = Iterator[tuple[str, Any]]
 _ADAPTERS = {"text_residual": "text_res", "image_down": "image_fc0", "image_up": "image_fc2"}

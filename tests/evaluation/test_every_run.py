@@ -26,6 +26,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tip_adapter": {"views": 1},
     "tip_adapter_f": {"views": 1, "epochs": 2},
     "ape": {"views": 1},
+    "taskres": {"views": 1, "epochs": 2},
+    "lp_plus_plus": {"iterations": 20},
     "tpt": {"crops": 9},
     "difftpt": {"crops": 9, "generated": 0},
     "mta": {"crops": 9},

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from vlprompt import create_method, load_head
 from vlprompt.backbone import Backbone
+from vlprompt.caches import RowClassifier
 from vlprompt.errors import ClassNameError, ConfigError, HeadError
 from vlprompt.evaluation.feeding import use_of_test_images
 from vlprompt.io.head import Head
 from vlprompt.methods import PromptMethod
-from vlprompt.methods.cached import mean_features, own_rows
+from vlprompt.methods.cached import own_rows
 from vlprompt.methods.fitting import Shots
+from vlprompt.objectives.targets import mean_features
 
 NAMES = ["cat", "annual crop land", "aeroplane"]
 #: Settings that keep the tests short.
@@ -30,8 +32,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "gda": {},
     "tfup": {},
     "tfup_t": {"epochs": 3, "warmup_epochs": 1, "views": 2},
+    "taskres": {"epochs": 3, "views": 2, "batch_size": 5, "lr": 0.2},
+    "linear_probe": {},
+    "lp_plus_plus": {"iterations": 20},
 }
+#: Linear classifiers of their own beside the caches, which add to the zero-shot one.
+LINEAR = ("taskres", "linear_probe", "lp_plus_plus")
 every_cache = pytest.mark.parametrize("name", SMALL)
+every_sum = pytest.mark.parametrize("name", [name for name in SMALL if name not in LINEAR])
 
 
 def make(backbone: Backbone, name: str, **own: Any) -> PromptMethod:
@@ -72,7 +80,7 @@ def test_unfitted_is_zero_shot(tiny_backbone: Backbone, tiny_clip: Any, name: st
     torch.testing.assert_close(make(tiny_backbone, name)(images), expected, rtol=1e-5, atol=1e-4)
 
 
-@every_cache
+@every_sum
 def test_alpha_zero_is_zero_shot(tiny_backbone: Backbone, name: str) -> None:
     own = {"text_ratio": 0.0, "image_ratio": 0.0, "use_cache": True} if name == "tfup_t" else {}
     own |= {} if name.startswith("tfup") else {"search": False}
@@ -108,7 +116,8 @@ def test_a_saved_head_gives_the_same_logits(tiny_backbone: Backbone, name: str, 
 def test_a_state_that_contradicts_itself_changes_nothing(tiny_backbone: Backbone, name: str) -> None:
     method, shots = fitted(tiny_backbone, name)
     before, state = method(shots.val), method.learnable_state()
-    key = "cache.bias" if name == "gda" else "cache.labels"
+    cache = method.cache
+    key = f"cache.{cache.per_class[-1] if isinstance(cache, RowClassifier) else 'labels'}"
     with pytest.raises(HeadError, match="do not fit the method"):
         method.load_learnable_state({**state, key: state[key][:-1]})
     with pytest.raises(HeadError, match=f"{key}: missing"):
@@ -129,7 +138,7 @@ def test_own_classes_in_any_order_and_no_others(tiny_backbone: Backbone, name: s
     assert part(shots.val).shape == (9, 2) and part.training == method.training
     if not name.startswith("tfup"):  # whose likeness is measured in the probabilities of all classes
         torch.testing.assert_close(part(shots.val), method(shots.val)[:, [2, 0]], rtol=1e-4, atol=1e-4)
-    with pytest.raises(ClassNameError, match=f"cache of {name} holds images of its own 3 classes.*'dog'"):
+    with pytest.raises(ClassNameError, match=f"{name} was fitted on images of its own 3 classes.*'dog'"):
         method.with_classes(["cat", "dog"])
 
 
@@ -137,10 +146,10 @@ def test_repeated_names_are_taken_in_turn() -> None:
     assert own_rows(["a", "b", "a"], ["a", "a", "b", "a"]) == [0, 2, 1, 2]
 
 
-@every_cache
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "taskres"])  # whose rows are the whole classifier
 def test_class_weights_are_zero_shot_s_and_a_fitted_cache_warns(tiny_backbone: Backbone, name: str) -> None:
     method, _ = fitted(tiny_backbone, name)
-    with pytest.warns(UserWarning, match=f"{name} adds a cache"):
+    with pytest.warns(UserWarning, match=f"{name} scores by more than class weights"):
         weights = method.class_weights()
     torch.testing.assert_close(weights, create_method("zeroshot", tiny_backbone, NAMES).class_weights())
     with warnings.catch_warnings():
@@ -165,6 +174,8 @@ def test_the_views_that_are_asked_for(tiny_backbone: Backbone) -> None:
     assert asked("tip_adapter_f") == (30, "random-half", "none", 0)
     assert asked("tip_adapter_f", views=0, epoch_views=0) == (0, "random-half", "none", 0)
     assert asked("tip_adapter_f", views=0, epoch_views=5) == (6, "random-half", "none", 0)
+    assert asked("taskres") == (20, "random", "none", 0) and asked("linear_probe")[0] == 0
+    assert asked("lp_plus_plus") == (1, "random-half", "none", 0)
     assert asked("ape") == asked("gda") == (10, "random-half", "none", 0)
     assert asked("tfup")[::2] == (0, "train") and asked("tfup")[3] == 0
     assert asked("tfup_t")[::2] == (0, "train") and asked("tfup_t")[3] == 30
@@ -175,7 +186,7 @@ def test_test_images_are_used_only_where_settings_say_so(tiny_backbone: Backbone
         method = make(tiny_backbone, name)
         assert method.fits and not method.parameter_groups(0.1) and method.selects_on() == "val"
         assert use_of_test_images(method) is None
-        if name != "tfup":  # which chooses nothing
+        if name not in ("tfup", "taskres"):  # which choose nothing
             assert make(tiny_backbone, name, select_on="test").selects_on() == "test"
     for name in ("tfup", "tfup_t"):
         method = make(tiny_backbone, name, unlabelled="test")
@@ -243,6 +254,14 @@ def test_tfup_s_text_is_the_mean_of_raw_features(tiny_backbone: Backbone) -> Non
         ("tfup", {"unlabelled": "val"}),
         ("tfup_t", {"image_ratio": 1.5}),
         ("tfup_t", {"warmup_epochs": -1}),
+        ("taskres", {"alpha": -0.5}),
+        ("taskres", {"batch_size": 0}),
+        ("linear_probe", {"c": 0.0}),
+        ("linear_probe", {"start": "zeroshot", "normalised": False}),
+        ("lp_plus_plus", {"momentum": 1.0}),
+        ("lp_plus_plus", {"alpha_every": 0}),
+        ("clip_adapter", {"ratio": 1.1}),
+        ("clip_adapter", {"reduction": 0}),
     ],
     ids=repr,
 )

@@ -38,6 +38,8 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
     "promptsrc": [{"aggregate": False, "image_weight": 0.0}],
     "restore": [{"surgery": False, "variant": "paper"}],
     "tip_adapter": [{"views": 0, "search": False}],
+    "clip_adapter": [{"ratio": 0.6, "reduction": 2}],
+    "linear_probe": [{"normalised": False, "search": False}],
     "tda": [{"negative": False, "positive_capacity": 1}],
     "tpt": [{"context_init": "a photo of a [CLS] there", "steps": 2}],
     "difftpt": [{"variant": "paper", "generated": 2}],

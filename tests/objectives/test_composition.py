@@ -21,18 +21,14 @@ from vlprompt.objectives.projection import project
 NAMES = ["cat", "annual crop land", "aeroplane", "sea_lake"]
 LABELS = torch.tensor([0, 1, 2, 3])
 ALONE = [name for name in list_methods() if get_method_class(name).no_objectives]
-NO_TEXT = ("zeroshot", "vpt", "visual_prompt")
+NO_TEXT = ("zeroshot", "vpt", "visual_prompt", "clip_adapter", "ramt")
 #: Pairs that lack something, with the reason given.
 IMPOSSIBLE = {
     **{(name, one): "learns nothing on the text side" for name in NO_TEXT for one in ("knowledge", "grouped_text")},
     **{(name, "self_regularisation"): "set objectives.self_regularisation.text to 0" for name in NO_TEXT},
     **{(name, "shift_consistency"): "deep prompts in both towers" for name in (*NO_TEXT, "coop", "cocoop", "upt")},
     **{(name, "shift_consistency"): "deep prompts in both towers" for name in ("kgcoop", "prograd", "mocoop")},
-    **{(name, "shift_consistency"): "deep prompts in both towers" for name in ("dept", "ept")},
-    **{(name, "shift_consistency"): "deep prompts in both towers" for name in ("clip_lora", "ramt", "apt")},
-    ("ramt", "knowledge"): "learns nothing on the text side",
-    ("ramt", "self_regularisation"): "set objectives.self_regularisation.text to 0",
-    ("ramt", "grouped_text"): "learns nothing on the text side",
+    **{(name, "shift_consistency"): "deep prompts in both towers" for name in ("dept", "ept", "clip_lora", "apt")},
     **{(name, one): "no objective takes part in that" for name in ALONE for one in list_objectives()},
 }
 

@@ -7,7 +7,7 @@ raw (not normalised) features and normalise them themselves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.caches.search import SearchResult, search_grid
+from vlprompt.caches.training import CacheRecipe, TrainingStep
 from vlprompt.errors import ConfigError, DataError
 
 
@@ -116,6 +117,67 @@ class FeatureClassifier(nn.Module):
                 f"labels run from {int(labels.min())} to {int(labels.max())}; accepted: 0 to {self.classes - 1}"
             )
         return views.to(self.text), labels
+
+    def _train(
+        self,
+        name: str,
+        recipe: CacheRecipe,
+        views: Tensor,
+        labels: Tensor,
+        order: Sequence[Tensor],
+        scored: Callable[[Tensor, Tensor], Tensor],
+    ) -> Iterator[TrainingStep]:
+        """Train the fitted buffer ``name`` in place by cross-entropy; yield each step after it was taken.
+
+        Args:
+            name: The buffer.
+            recipe: Batches, optimiser and schedule.
+            views: Raw features ``[E, N, D]``; epoch e uses view e mod E.
+            labels: ``[N]``.
+            order: The order ``[N]`` of the images in each epoch.
+            scored: ``scored(unit, value)``: logits ``[B, C]`` of unit features ``[B, D]`` by a value of the buffer.
+        """
+        batches = recipe.batches(len(labels))
+        with torch.inference_mode(False), torch.enable_grad():
+            parameter = nn.Parameter(self.get_buffer(name).clone())
+            optimizer, schedule = recipe.optimizer([parameter], len(order) * batches)
+        for epoch, rows in enumerate(order):
+            for number, batch in enumerate(rows.to(labels.device).split(recipe.batch_size)[:batches], 1):
+                with torch.inference_mode(False), torch.enable_grad():
+                    logits = scored(self.unit(views[epoch % len(views), batch].clone()), parameter)
+                    loss = F.cross_entropy(logits, labels[batch])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    lr = float(optimizer.param_groups[0]["lr"])
+                    optimizer.step()
+                    schedule.step()
+                self._set(**{name: parameter.data})
+                gradients = {} if parameter.grad is None else {name: parameter.grad}
+                ends, value = number == batches, float(loss.detach())
+                yield TrainingStep(epoch, ends, lr, batch, labels[batch], logits.detach(), value, gradients)
+
+
+class RowClassifier(FeatureClassifier):
+    """A classifier that was fitted to one row for each class, so that other classes are a choice of rows."""
+
+    per_class: ClassVar[tuple[str, ...]] = ()
+    """The fitted buffers that have one entry or row for each class, and none before :meth:`fit`."""
+
+    def for_classes(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Return the buffers of the classifier that has class ``rows[i]`` of this one as its class i."""
+        state = {name: self.get_buffer(name) for name in self.fitted}
+        return state | {name: state[name][list(rows)] for name in self.per_class}
+
+    def misfits(self, state: Mapping[str, Tensor]) -> list[str]:
+        """Return what in a ``state`` of fitted buffers contradicts itself or the classes, in words."""
+        count, width = len(state[self.per_class[0]]), self.text.shape[1]
+        wrong = [
+            f"{name}: {len(state[name])} rows for {self.classes} classes"
+            for name in self.per_class
+            if len(state[name]) != count or count not in (0, self.classes)
+        ]
+        matrices = [name for name in self.per_class if state[name].ndim == 2 and state[name].shape[1] != width]
+        return wrong + [f"{name}: width {state[name].shape[1]}, expected {width}" for name in matrices]
 
 
 class KeyValueCache(FeatureClassifier):

@@ -6,17 +6,17 @@ Classes are Gaussians with means of their own and one covariance; the classifier
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from vlprompt.caches.base import FeatureClassifier
+from vlprompt.caches.base import RowClassifier
 from vlprompt.caches.search import SearchResult, decades, search_scalar
 from vlprompt.errors import DataError
 
 
-class GDA(FeatureClassifier):
+class GDA(RowClassifier):
     """``logits = scale f W^T + alpha (f W_g^T + b)`` with ``W_g = mu P`` and ``b_c = -ln C - mu_c P mu_c^T / 2``.
 
     Args:
@@ -26,6 +26,7 @@ class GDA(FeatureClassifier):
     """
 
     fitted = ("weight", "bias", "alpha")
+    per_class = ("weight", "bias")
 
     def __init__(self, class_weights: Tensor, logit_scale: float | Tensor = 100.0, *, alpha: float = 1.0) -> None:
         super().__init__(class_weights, logit_scale)
@@ -95,18 +96,6 @@ class GDA(FeatureClassifier):
         found = search_scalar("alpha", decades(-4, 2) if alphas is None else alphas, score)
         self._set(alpha=found.values["alpha"])
         return found
-
-    def for_classes(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Return the buffers of the classifier that has class ``rows[i]`` of this one as its class i."""
-        weight, bias = self.get_buffer("weight"), self.get_buffer("bias")
-        return {"weight": weight[list(rows)], "bias": bias[list(rows)], "alpha": self.get_buffer("alpha")}
-
-    def misfits(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Return what in a ``state`` of fitted buffers contradicts itself or the classes, in words."""
-        rows, width = state["weight"].shape
-        wrong = [] if rows in (0, self.classes) else [f"weight: {rows} rows for {self.classes} classes"]
-        wrong += [] if width == self.text.shape[1] else [f"weight: width {width}, expected {self.text.shape[1]}"]
-        return wrong + ([] if len(state["bias"]) == rows else [f"bias: {len(state['bias'])} entries for {rows} rows"])
 
 
 __all__ = ["GDA"]

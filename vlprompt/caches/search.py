@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -125,3 +126,33 @@ def search_scalar(name: str, values: Sequence[float], score: Callable[[float], f
         raise ConfigError(f"the grid has no values of {name}; accepted: 1 or more")
     accuracy = torch.tensor([score(value) for value in values], dtype=torch.float64)
     return SearchResult({name: float(values[first_best(accuracy)[0]])}, accuracy)
+
+
+def search_exponent(exponents: Sequence[float], steps: int, score: Callable[[float], float]) -> float:
+    """Return the exponent of ten of a hyperparameter: the best of a coarse grid, then ever finer about it.
+
+    Of equally good points of the grid the first counts. The interval of a decade to either side of it is halved
+    ``steps`` times, towards the better of its ends; where both are equally good, the lower one. The end that was kept
+    last is returned, as published, be it better than the peak or not (CoOp: lpclip/linear_probe.py).
+
+    Args:
+        exponents: The grid.
+        steps: How often the interval is halved; with 0 the best of the grid is returned.
+        score: What is to be large; asked once for each exponent.
+
+    Raises:
+        ConfigError: No exponents.
+    """
+    if not exponents:
+        raise ConfigError("the grid has no exponents; accepted: 1 or more")
+    asked = functools.cache(score)
+    coarse = [float(one) for one in exponents]
+    kept = coarse[first_best(torch.tensor([asked(one) for one in coarse], dtype=torch.float64))[0]]
+    low, high = kept - 1, kept + 1
+    for _ in range(steps):
+        middle = (low + high) / 2
+        if asked(low) < asked(high):
+            kept, low = high, middle
+        else:
+            kept, high = low, middle
+    return kept

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlprompt.caches.base import KeyValueCache
 from vlprompt.caches.training import CacheRecipe, TrainingStep, orders
@@ -113,25 +112,10 @@ class TipAdapterF(TipAdapter):
         views, labels = self._checked(epoch_features, labels)
         if not self.is_fitted:
             raise DataError("there are no keys to train; fit the cache on at least one image")
-        with torch.inference_mode(False), torch.enable_grad():
-            parameter = nn.Parameter(self.get_buffer("keys").clone())
-            batches = self.recipe.batches(len(labels))
-            optimizer, schedule = self.recipe.optimizer([parameter], len(order) * batches)
-        for epoch, rows in enumerate(order):
-            for number, batch in enumerate(rows.to(labels.device).split(self.recipe.batch_size), 1):
-                with torch.inference_mode(False), torch.enable_grad():
-                    unit = self.unit(views[epoch % len(views), batch].clone())
-                    logits = self.combine(self.zeroshot(unit), parameter @ unit.t())
-                    loss = F.cross_entropy(logits, labels[batch])
-                    optimizer.zero_grad()
-                    loss.backward()
-                    lr = float(optimizer.param_groups[0]["lr"])
-                    optimizer.step()
-                    schedule.step()
-                self._set(keys=parameter.data)
-                ends, value = number == batches, float(loss.detach())
-                gradients = {} if parameter.grad is None else {"keys": parameter.grad}
-                yield TrainingStep(epoch, ends, lr, batch, labels[batch], logits.detach(), value, gradients)
+        return self._train("keys", self.recipe, views, labels, order, self._scored_by)
+
+    def _scored_by(self, unit: Tensor, keys: Tensor) -> Tensor:
+        return self.combine(self.zeroshot(unit), keys @ unit.t())
 
 
 __all__ = ["TIP_ADAPTER_F_RECIPE", "TipAdapter", "TipAdapterF"]

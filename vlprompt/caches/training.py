@@ -1,7 +1,8 @@
-"""How the trained caches are trained: AdamW on frozen features, cosine decay at every step, orders from a seed."""
+"""How what learns on frozen features is trained: optimisers, schedules, orders from a seed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from vlprompt.errors import ConfigError
 
 @dataclass(frozen=True)
 class CacheRecipe:
-    """How long and how fast a cache is trained.
+    """How long and how fast a cache is trained: AdamW, with a cosine decay at every step.
 
     Attributes:
         epochs: Passes over the images.
@@ -47,10 +48,54 @@ class CacheRecipe:
 
     def optimizer(
         self, parameters: Sequence[nn.Parameter], period: int
-    ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.CosineAnnealingLR]:
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         """Return AdamW, and a schedule that reaches zero after ``period`` steps; later steps climb up again."""
         optimizer = torch.optim.AdamW(list(parameters), lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(period, 1))
+
+
+@dataclass(frozen=True)
+class EpochRecipe(CacheRecipe):
+    """Adam with the schedule of the CoOp family, one rate for each epoch (Dassl's; prompt_learners 2.4, 2.5).
+
+    As there, images that fill no whole batch are left out of an epoch, unless there is no whole batch at all.
+
+    Attributes:
+        warmup_epochs: Epochs at ``warmup_lr``, before the cosine.
+        warmup_lr: Their learning rate.
+    """
+
+    eps: float = 1e-8
+    weight_decay: float = 5e-4
+    warmup_epochs: int = 1
+    warmup_lr: float = 1e-5
+
+    def batches(self, images: int) -> int:
+        """Return the number of steps of an epoch over ``images`` images."""
+        return max(images // self.batch_size, min(images, 1))
+
+    def optimizer(
+        self, parameters: Sequence[nn.Parameter], period: int
+    ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """Return Adam, and a schedule of ``period`` steps that changes the rate between epochs."""
+        optimizer = torch.optim.Adam(list(parameters), lr=1.0, eps=self.eps, weight_decay=self.weight_decay)
+
+        def rate(step: int) -> float:
+            epoch = step * self.epochs // max(period, 1)
+            return warm_cosine(epoch, self.epochs, self.lr, self.warmup_epochs, self.warmup_lr)
+
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+
+def warm_cosine(at: int, length: int, lr: float, warmup: int, warmup_lr: float, final: float = 0.0) -> float:
+    """Return the rate at epoch or step ``at`` (from 0) of ``length``, ``lr`` being the full one.
+
+    Constant during the ``warmup`` first, then a cosine to ``final`` that starts from its own zero and has the whole
+    ``length`` as half period, so that it never gets there (Dassl: dassl/optim/lr_scheduler.py).
+    """
+    if at < warmup:
+        return warmup_lr
+    return final + (lr - final) / 2 * (1 + math.cos(math.pi * (at - warmup) / max(length, 1)))
 
 
 @dataclass(frozen=True)
@@ -89,4 +134,4 @@ def orders(images: int, epochs: int, seed: int, stream: int = 0) -> list[Tensor]
     return [torch.randperm(images, generator=generator) for _ in range(epochs)]
 
 
-__all__ = ["CacheRecipe", "TrainingStep", "orders"]
+__all__ = ["CacheRecipe", "EpochRecipe", "TrainingStep", "orders", "warm_cosine"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from vlprompt.caches.training import warm_cosine
 from vlprompt.engine.config import RecipeConfig
 
 SECOND_BETA = 0.999
@@ -16,22 +16,16 @@ SECOND_BETA = 0.999
 def learning_rate(at: int, lr: float, recipe: RecipeConfig, per_epoch: int = 1) -> float:
     """Return the rate at epoch or step ``at`` (from 0) for a parameter group whose full rate is ``lr``.
 
-    Constant ``warmup_lr`` during the warm-up epochs, then a cosine to ``final_lr`` that starts from its own zero and
-    has the whole training as half period, so that it never gets there.
-
     Args:
         at: The epoch, or the optimiser's step where the schedule moves with each.
         lr: The group's full rate. A group of rate 0 stays there.
         recipe: The training's recipe.
         per_epoch: Optimiser steps of an epoch for a schedule by step; 1 for one by epoch.
     """
-    warmup = recipe.warmup_epochs * per_epoch
     if not lr:
         return 0.0
-    if at < warmup:
-        return recipe.warmup_lr
-    final = min(recipe.final_lr, lr)
-    return final + (lr - final) / 2 * (1 + math.cos(math.pi * (at - warmup) / (recipe.epochs * per_epoch)))
+    warmup, final = recipe.warmup_epochs * per_epoch, min(recipe.final_lr, lr)
+    return warm_cosine(at, recipe.epochs * per_epoch, lr, warmup, recipe.warmup_lr, final)
 
 
 def make_optimizer(groups: Sequence[dict[str, Any]], recipe: RecipeConfig) -> torch.optim.Optimizer:

@@ -234,6 +234,7 @@ class PromptMethod(nn.Module):
     def sees_images(self) -> bool:
         """Whether scores depend on more of an image than its frozen feature and fixed class weights."""
         adapts = any(type(objective).adapt_image is not Objective.adapt_image for objective in self.active)
+        adapts |= type(self).unit_image is not PromptMethod.unit_image
         return self.learns_image_side or adapts or self.weights_per != "class"
 
     def has_text_prompts(self) -> bool:

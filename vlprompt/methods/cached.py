@@ -7,18 +7,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
-from vlprompt.backbone import Backbone
 from vlprompt.caches import FeatureClassifier
 from vlprompt.errors import ClassNameError, ConfigError, HeadError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.fitting import Shots
 from vlprompt.objectives.targets import template_features
-from vlprompt.prompts import template_layout, words_of
-
-_PROMPTS = 256  # encoded at a time
 
 
 class CachedMethod(PromptMethod):
@@ -62,13 +57,11 @@ class CachedMethod(PromptMethod):
         return self.cache.logits(features.float())
 
     def class_weights(self, features: Tensor | None = None) -> Tensor:
-        """Return the zero-shot classifier ``[C, D]``, and warn where the cache adds to it: it is no linear classifier.
-
-        The cache's part of the logits cannot be written as class weights.
-        """
+        """Return the zero-shot classifier ``[C, D]``, and warn where that is not all: the rest is no unit rows."""
         if self.cache.is_fitted:
             warnings.warn(
-                f"{self.name} adds a cache to the zero-shot classifier; class_weights() are the zero-shot part alone",
+                f"{self.name} scores by more than class weights: by what it was fitted on; class_weights() are the "
+                "zero-shot classifier alone",
                 stacklevel=2,
             )
         return self.cache.text
@@ -100,13 +93,13 @@ class CachedMethod(PromptMethod):
         """Return the method for some or all of its classes, in any order, or, while nothing is fitted, for any.
 
         Raises:
-            ClassNameError: Classes that the cache holds no images of.
+            ClassNameError: Classes that it was fitted on no images of.
         """
         if not self.cache.is_fitted or list(class_names) == self.class_names:
             return super().with_classes(class_names)
         if strange := [name for name in class_names if name not in set(self.class_names)]:
             raise ClassNameError(
-                f"the cache of {self.name} holds images of its own {len(self.class_names)} classes and says nothing "
+                f"{self.name} was fitted on images of its own {len(self.class_names)} classes and says nothing "
                 f"about others ({strange[0]!r}); accepted: some of its own classes"
             )
         other = type(self)(self.backbone, class_names, self.settings).to(self.backbone.device)
@@ -131,31 +124,6 @@ def keys_of(shots: Shots, views: int) -> tuple[Tensor, Tensor]:
     count = views or 1
     rest = shots.train[count:]
     return shots.train[:count], rest if len(rest) else shots.train[:count]
-
-
-def raw_features(backbone: Backbone, prompts: Sequence[str]) -> Tensor:
-    """Return the raw text features ``[P, D]`` of whole prompts, without gradient."""
-    autocast = torch.autocast(backbone.device.type, enabled=False)
-    with torch.inference_mode(False), torch.no_grad(), autocast:
-        parts = [list(prompts[start : start + _PROMPTS]) for start in range(0, len(prompts), _PROMPTS)]
-        return torch.cat([backbone.text.encode(template_layout(backbone.text, part, ["{}"]))[0] for part in parts])
-
-
-def mean_features(backbone: Backbone, prompts: Sequence[Sequence[str]]) -> Tensor:
-    """Return the mean raw feature ``[C, D]`` of each class's own prompts, not normalised (TFUP's text classifier).
-
-    Raises:
-        ConfigError: A class without prompts.
-    """
-    if empty := [row for row, own in enumerate(prompts) if not own]:
-        raise ConfigError(f"class {empty[0]} has no prompts; accepted: 1 or more for each class")
-    features = raw_features(backbone, [prompt for own in prompts for prompt in own])
-    return torch.stack([part.mean(dim=0) for part in features.split([len(own) for own in prompts])])
-
-
-def filled_in(class_names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
-    """Return every template with each class's name in it, as they stand in prompts."""
-    return [[template.replace("{}", words_of(name)) for template in templates] for name in class_names]
 
 
 def check_settings(settings: Any, **least: float) -> None:

@@ -16,7 +16,7 @@ from vlprompt.errors import ClassNameError, ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
 from vlprompt.prompts import TextContext
-from vlprompt.prompts.context import Position
+from vlprompt.prompts.context import Position, check_context_length
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class CoOpSettings:
     class_token_position: Position = "end"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.context_length <= 74:
-            raise ConfigError(f"settings.context_length is {self.context_length}; accepted: 1 to 74 vectors")
+        check_context_length(self.context_length)
         if self.class_token_position not in ("end", "middle", "front"):
             raise ConfigError(
                 f"settings.class_token_position is {self.class_token_position!r}; accepted: end, middle, front"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -84,6 +85,21 @@ class EpisodicMethod(ViewsMethod):
     def adapt(self, views: Tensor) -> Tensor:
         """Return the logits ``[B, C]`` of B images by their views, ``[B, V, D]`` or ``[B, V, 3, H, W]``."""
         raise NotImplementedError
+
+
+class TunedMethod(EpisodicMethod):
+    """An episode in which prompts are tuned by gradient steps on the views, from the same start for every image."""
+
+    needs_gradient = True
+
+    def has_text_prompts(self) -> bool:
+        """Return True: the context is tuned, if only at test time."""
+        return True
+
+    def load_learnable_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set the start, which is kept in buffers, and forget what was computed for another."""
+        super().load_learnable_state(state)
+        self._remembered.clear()
 
 
 class TemplateViewsMethod(ViewsMethod):

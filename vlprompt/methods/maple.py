@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vlprompt.backbone import TokenLayout
-from vlprompt.errors import ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
 from vlprompt.prompts import CoupledPrompts
+from vlprompt.prompts.context import check_context_length
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class MaPLeSettings:
     depth: int = 9
 
     def __post_init__(self) -> None:
-        if not 1 <= self.context_length <= 74:
-            raise ConfigError(f"settings.context_length is {self.context_length}; accepted: 1 to 74")
+        check_context_length(self.context_length)
 
 
 @register("maple")

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from vlprompt.errors import ConfigError
-from vlprompt.methods.episodic import EpisodicMethod, check_at_least
+from vlprompt.methods.episodic import TunedMethod, check_at_least
 from vlprompt.methods.registry import register
 from vlprompt.prompts import CoupledPrompts
+from vlprompt.prompts.context import check_context_length
 from vlprompt.testtime.alignment import CoupledTuner, aligned_layers, as_buffers, coupled_tokens, token_statistics
 from vlprompt.testtime.selection import check_fraction, gather_views, most_confident
 from vlprompt.testtime.views import TestViews
@@ -58,17 +59,15 @@ class PromptAlignSettings:
         check_at_least(self, 0, "lr", "steps", "alignment_weight", "crops")
         check_at_least(self, 1, "alignment_depth", "images_at_once")
         check_fraction("confidence", self.confidence)
-        if not 1 <= self.context_length <= 74:
-            raise ConfigError(f"settings.context_length is {self.context_length}; accepted: 1 to 74")
+        check_context_length(self.context_length)
 
 
 @register("promptalign")
-class PromptAlign(EpisodicMethod):
+class PromptAlign(TunedMethod):
     """Coupled prompts of both towers, tuned for every test image."""
 
     Settings = PromptAlignSettings
     learns_image_side = True
-    needs_gradient = True
     settings: PromptAlignSettings
     source_mean: Tensor
     source_variance: Tensor
@@ -88,24 +87,15 @@ class PromptAlign(EpisodicMethod):
         """Return raw image features ``[B, D]`` with the tokens of the start."""
         return self.backbone.encode_image(images, self.prompts.tokens())
 
-    def has_text_prompts(self) -> bool:
-        """Return True: the context is tuned, if only at test time."""
-        return True
-
     def start_weights(self) -> Tensor:
         """Return the unit text features ``[C, D]`` of the start."""
         text, own = self.backbone.text, self.prompts.context
         return self.once("start", lambda: self.unit_text(text.encode(self.layout, own.ctx, own.layers())[0]))
 
     @property
-    def has_source(self) -> bool:
-        """Whether source statistics are known."""
-        return self.source_mean.numel() > 0
-
-    @property
     def wants_source(self) -> bool:
         """Whether alignment is wanted and nothing is known yet to align with."""
-        return bool(self.settings.steps and self._layers()) and not self.has_source
+        return bool(self.settings.steps and self._layers()) and not self.source_mean.numel()
 
     def measure_source(self, batches: Iterable[Tensor]) -> None:
         """Compute the source statistics from normalised images ``[B, 3, H, W]`` with the prompts of the start."""
@@ -113,11 +103,6 @@ class PromptAlign(EpisodicMethod):
         if layers := aligned_layers(tower, self.settings.alignment_depth):
             there = (images.to(self.backbone.device) for images in batches)
             self.source_mean, self.source_variance = token_statistics(tower, there, self.prompts.tokens(), layers)
-
-    def load_learnable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set prompts and source statistics."""
-        super().load_learnable_state(state)
-        self._remembered.clear()
 
     def start_from(self, state: Mapping[str, Tensor]) -> None:
         """Start from the prompts of a MaPLe head, or from another PromptAlign head with its statistics."""
@@ -143,12 +128,11 @@ class PromptAlign(EpisodicMethod):
             if not own.steps or not len(views):
                 return logits[:, 0]
             chosen = gather_views(views, most_confident(logits, own.confidence))
-        parts = zip(views[:, 0].split(own.images_at_once), chosen.split(own.images_at_once), strict=True)
         start = {name: self.prompts.get_buffer(name) for name in self._prompt_names}
         weight = own.alignment_weight / own.alignment_depth
         tuner = CoupledTuner(self._scored, self.backbone.image, own.lr, own.steps, weight, self._layers())
         source = self.source_mean, self.source_variance
-        return torch.cat([tuner.tune(start, *part, source) for part in parts])
+        return tuner.tune_in_parts(start, views[:, 0], chosen, source, own.images_at_once)
 
     def _layers(self) -> int:
         depth = self.settings.alignment_depth if self.settings.alignment_weight else 0

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from vlprompt.caches import TFUP
-from vlprompt.methods.cached import CachedMethod, check_settings, filled_in, mean_features
+from vlprompt.methods.cached import CachedMethod, check_settings
 from vlprompt.methods.fitting import Shots
 from vlprompt.methods.registry import register
+from vlprompt.objectives.targets import raw_template_features
 from vlprompt.prompts import check_templates
 
 
@@ -57,9 +57,7 @@ class TFUPMethod(CachedMethod):
 
     def text_weights(self) -> Tensor:
         """Return the mean of the templates' raw features ``[C, D]``."""
-        if self.backbone.device.type == "meta":  # a backbone that has shapes only, to count learnables
-            return torch.empty(len(self.class_names), self.backbone.embed_dim, device="meta")
-        return mean_features(self.backbone, filled_in(self.class_names, self.settings.templates))
+        return raw_template_features(self.backbone, self.class_names, self.settings.templates)
 
     def make_cache(self, text: Tensor, scale: Tensor) -> TFUP:
         """Return the empty cache."""

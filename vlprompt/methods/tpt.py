@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from vlprompt.backbone import TokenLayout
-from vlprompt.errors import ConfigError, HeadError
-from vlprompt.methods.episodic import EpisodicMethod, check_at_least
+from vlprompt.errors import ConfigError
+from vlprompt.methods.episodic import TunedMethod, check_at_least
 from vlprompt.methods.registry import register
 from vlprompt.prompts import TextContext
+from vlprompt.prompts.context import check_context_length, generic_context
 from vlprompt.testtime.selection import check_fraction, most_confident
 from vlprompt.testtime.tuning import ContextTuner, Tuned, tuned_layout
 from vlprompt.testtime.views import TestViews
@@ -61,19 +62,17 @@ class TPTSettings:
         check_at_least(self, 0, "lr", "steps", "crops")
         check_at_least(self, 1, "images_at_once")
         check_fraction("confidence", self.confidence)
-        if not 1 <= self.context_length <= 74:
-            raise ConfigError(f"settings.context_length is {self.context_length}; accepted: 1 to 74 vectors")
+        check_context_length(self.context_length)
         if self.context_init.split().count(_NAME) > 1 or self.context_init.strip() == _NAME:
             raise ConfigError(f"settings.context_init is {self.context_init!r}; accepted: words, {_NAME} once or never")
 
 
 @register("tpt")
-class TPT(EpisodicMethod):
+class TPT(TunedMethod):
     """Context vectors that are tuned for every test image."""
 
     Settings = TPTSettings
     settings: TPTSettings
-    needs_gradient = True
     fitted = ("ctx",)
     ctx: Tensor
 
@@ -102,10 +101,6 @@ class TPT(EpisodicMethod):
         self.layout = tuned_layout(self.backbone.text, self.class_names, self._words, length, before)
         self._remembered.clear()
         self._derivatives: Tensor | None = None
-
-    def has_text_prompts(self) -> bool:
-        """Return True: the context is tuned, if only at test time."""
-        return True
 
     def start_weights(self) -> Tensor:
         """Return the unit text features ``[C, D]`` of the context that every image starts from."""
@@ -143,13 +138,4 @@ class TPT(EpisodicMethod):
         Raises:
             HeadError: Other learned tensors, or context that belongs to single classes.
         """
-        own = {name: value for name, value in state.items() if not name.startswith("objectives.")}
-        if set(own) not in ({"ctx"}, {"prompt.ctx"}):
-            raise HeadError(
-                f"{self.name} starts from one set of context vectors, that of a CoOp, KgCoOp, ProGrad or TPT head; "
-                f"this one has {', '.join(sorted(own)) or 'nothing learned'}"
-            )
-        (context,) = own.values()
-        if context.ndim != 2:
-            raise HeadError(f"{self.name} needs generic context [M, W]; this head has {list(context.shape)}, per class")
-        self.load_learnable_state({"ctx": context})
+        self.load_learnable_state({"ctx": generic_context(self.name, state)})

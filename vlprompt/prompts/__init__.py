@@ -1,5 +1,6 @@
 """Learnable tensors and the token layouts they stand in; nothing here knows an objective."""
 
+from vlprompt.prompts.adapter import FeatureAdapter
 from vlprompt.prompts.context import CONTEXT_STD, TextContext, context_layout, template_layout
 from vlprompt.prompts.decomposed import (
     Decomposition,
@@ -28,6 +29,7 @@ __all__ = [
     "ExpertContexts",
     "LowRank",
     "Masks",
+    "FeatureAdapter",
     "MetaNet",
     "PixelPrompt",
     "Projector",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlprompt.backbone.layout import TokenLayout, check_row_lengths, context_slot
 from vlprompt.backbone.text_tower import TextTower
-from vlprompt.errors import ConfigError
+from vlprompt.errors import ConfigError, HeadError
 from vlprompt.prompts.words import words_of
 
 Position = Literal["end", "middle", "front"]
@@ -103,3 +103,31 @@ class TextContext(nn.Module):
         return context_layout(
             tower, class_names, self.placeholder, self.length, position, class_specific=self.class_specific
         )
+
+
+def check_context_length(length: int) -> None:
+    """Raise ConfigError unless M is a number of vectors that the text tower has room for."""
+    if not 1 <= length <= 74:
+        raise ConfigError(f"settings.context_length is {length}; accepted: 1 to 74 vectors")
+
+
+def generic_context(method: str, state: Mapping[str, Tensor]) -> Tensor:
+    """Return the one set of context vectors ``[M, W]`` among the learned tensors of another head.
+
+    Args:
+        method: The name of the method that starts from it, for messages.
+        state: The head's learned tensors: those of CoOp, KgCoOp or ProGrad, or of the method itself.
+
+    Raises:
+        HeadError: Other learned tensors, or context that belongs to single classes.
+    """
+    own = {name: value for name, value in state.items() if not name.startswith("objectives.")}
+    if set(own) not in ({"ctx"}, {"prompt.ctx"}):
+        raise HeadError(
+            f"{method} starts from one set of context vectors, that of a CoOp, KgCoOp, ProGrad or TPT head; "
+            f"this one has {', '.join(sorted(own)) or 'nothing learned'}"
+        )
+    (context,) = own.values()
+    if context.ndim != 2:
+        raise HeadError(f"{method} needs generic context [M, W]; this head has {list(context.shape)}, per class")
+    return context

@@ -132,6 +132,18 @@ class CoupledTuner:
     weight: float
     layers: int
 
+    def tune_in_parts(
+        self,
+        start: Mapping[str, Tensor],
+        first: Tensor,
+        kept: Tensor,
+        source: tuple[Tensor, Tensor],
+        images_at_once: int,
+    ) -> Tensor:
+        """Return what :meth:`tune` does, with so many images at a time: a matter of memory only."""
+        parts = zip(first.split(images_at_once), kept.split(images_at_once), strict=True)
+        return torch.cat([self.tune(start, *part, source) for part in parts])
+
     def tune(self, start: Mapping[str, Tensor], first: Tensor, kept: Tensor, source: tuple[Tensor, Tensor]) -> Tensor:
         """Return the logits ``[B, C]`` of test views ``first`` ``[B, 3, H, W]``.
 

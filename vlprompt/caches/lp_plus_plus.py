@@ -1,0 +1,155 @@
+"""LP++: a linear probe blended with the text classifier, its step sizes from the data (Huang et al., CVPR 2024).
+
+arXiv 2404.02285; official code FereshteShakeri/FewShot-CLIP-Strong-Baseline. Step sizes are Lipschitz bounds of the
+loss on the few-shot images, so that no learning rate is searched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlprompt.caches.base import RowClassifier, class_sums
+from vlprompt.errors import DataError
+
+
+class LPPlusPlus(RowClassifier):
+    """``logits_k = f w_k + b_k + alpha_k (f t_k)``, without temperature; w, b and alpha are learned.
+
+    Args:
+        class_weights: Text classifier ``[C, D]``, the rows t.
+        logit_scale: What cosines are multiplied by before :meth:`fit`; afterwards alpha stands in its place.
+        iterations: Steps over all images at once.
+        momentum: Of the steps of w and b.
+        alpha_every: Alpha takes a step after every so many iterations.
+        alpha_start: Alpha starts at this number times the mean cosine of images and their class's text.
+        accumulate: The gradient of alpha's step is the sum over all iterations so far, as in the official code, which
+            never sets it to zero; otherwise it is that of the last iteration.
+    """
+
+    fitted = ("weight", "bias", "alpha")
+    per_class = ("weight", "bias", "alpha")
+
+    def __init__(
+        self,
+        class_weights: Tensor,
+        logit_scale: float | Tensor = 100.0,
+        *,
+        iterations: int = 300,
+        momentum: float = 0.9,
+        alpha_every: int = 10,
+        alpha_start: float = 250.0,
+        accumulate: bool = True,
+    ) -> None:
+        super().__init__(class_weights, logit_scale)
+        self._keep("weight", class_weights.new_zeros(0, class_weights.shape[1]))
+        self._keep("bias", class_weights.new_zeros(0))
+        self._keep("alpha", class_weights.new_zeros(0))
+        self.iterations, self.momentum, self.accumulate = iterations, momentum, accumulate
+        self.alpha_every, self.alpha_start = alpha_every, alpha_start
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return logits ``[B, C]`` of raw ``features`` ``[B, D]``; zero-shot before :meth:`fit`."""
+        unit = self.unit(features)
+        return self._blended(unit, unit @ self.text.t()) if self.is_fitted else self.zeroshot(unit)
+
+    def _blended(self, unit: Tensor, cosines: Tensor) -> Tensor:
+        visual = F.linear(unit, self.get_buffer("weight"), self.get_buffer("bias"))
+        return visual + self.get_buffer("alpha") * cosines
+
+    def fit(
+        self, features: Tensor, labels: Tensor, *, val: tuple[Tensor, Tensor] | None = None, seed: int = 1
+    ) -> LPPlusPlus:
+        """Start from the classes' sums of features and take the steps.
+
+        Args:
+            features: Raw features ``[N, D]``, or ``[V, N, D]``: each view counts as an image of its own. (The official
+                code has one random view.)
+            labels: ``[N]``.
+            val: Raw features ``[M, D]`` and labels ``[M]``: what is best there after an iteration is kept, of equally
+                good ones the last. Default: what is there at the end.
+            seed: Of the biases' start.
+
+        Raises:
+            DataError: Shapes that do not go together, labels that are none of the classes, or no images.
+        """
+        views, labels = self._checked(features, labels)
+        if not len(labels):
+            raise DataError("LP++ cannot be fitted on no images")
+        unit, labels = self.unit(views).flatten(0, 1), labels.repeat(len(views))
+        self.begin(unit, labels, seed)
+        chosen = val if val is not None and len(val[1]) else None
+        best, kept = -1.0, {}
+        for _ in self.iterate(unit, labels, *step_sizes(unit, self.text)):
+            accuracy = self.score(*chosen) if chosen else 0.0
+            if accuracy >= best:
+                best, kept = accuracy, {name: self.get_buffer(name) for name in self.fitted}
+        self._set(**kept)
+        return self
+
+    @torch.no_grad()
+    def begin(self, unit: Tensor, labels: Tensor, seed: int) -> None:
+        """Set w to the sum of each class's ``unit`` features ``[N, D]``, b as linear layers have it, and alpha."""
+        own = (unit * self.text[labels]).sum(dim=-1, keepdim=True)
+        counts = torch.bincount(labels, minlength=self.classes)
+        means = class_sums(own, labels, self.classes).squeeze(1) / counts.clamp(min=1)
+        bound = unit.shape[1] ** -0.5
+        noise = torch.rand(self.classes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        self._set(
+            weight=class_sums(unit, labels, self.classes),
+            bias=(2 * noise - 1) * bound,
+            alpha=self.text.new_ones(self.classes) * self.alpha_start * means[counts > 0].mean(),
+        )
+
+    @torch.no_grad()
+    def iterate(self, unit: Tensor, labels: Tensor, rate: float, alpha_rate: float) -> Iterator[float]:
+        """Take the steps in place; yield the loss before each, after it was taken.
+
+        The gradients of cross-entropy are written out: ``p - y`` is that of the logits.
+
+        Args:
+            unit: Unit features ``[N, D]``.
+            labels: ``[N]``.
+            rate: Step size of w and b.
+            alpha_rate: Step size of alpha.
+        """
+        cosines = unit @ self.text.t()
+        rows = torch.arange(len(labels), device=labels.device)
+        speed_weight, speed_bias = torch.zeros_like(self.text), self.text.new_zeros(self.classes)
+        pull = self.text.new_zeros(self.classes)
+        for number in range(1, self.iterations + 1):
+            log_p = self._blended(unit, cosines).log_softmax(dim=-1)
+            loss = float(-log_p[rows, labels].mean())
+            error = log_p.exp_()
+            error[rows, labels] -= 1
+            error /= len(labels)
+            speed_weight.mul_(self.momentum).add_(error.t() @ unit)
+            speed_bias.mul_(self.momentum).add_(error.sum(dim=0))
+            pull.mul_(float(self.accumulate)).add_((error * cosines).sum(dim=0))
+            self._set(
+                weight=self.get_buffer("weight") - rate * speed_weight,
+                bias=self.get_buffer("bias") - rate * speed_bias,
+            )
+            if number % self.alpha_every == 0:
+                self._set(alpha=self.get_buffer("alpha") - alpha_rate * pull)
+            yield loss
+
+
+@torch.no_grad()
+def step_sizes(unit: Tensor, text: Tensor) -> tuple[float, float]:
+    """Return the step sizes of w and of alpha: ``4 N / lambda_max(F^T F)`` and ``N / (4 max_k sum_i (f_i t_k)^2)``.
+
+    Args:
+        unit: Unit features F ``[N, D]``.
+        text: Unit text classifier ``[C, D]``.
+    """
+    wide = unit.double()
+    gram = wide.t() @ wide if len(wide) >= wide.shape[1] else wide @ wide.t()  # both have the same largest eigenvalue
+    largest = (wide @ text.double().t()).square().sum(dim=0).max()
+    return float(4 * len(unit) / torch.linalg.eigvalsh(gram)[-1]), float(len(unit) / (4 * largest))
+
+
+__all__ = ["LPPlusPlus", "step_sizes"]

@@ -1,0 +1,66 @@
+"""CLIP-Adapter: a bottleneck adapter on image features, blended with the frozen ones (IJCV 2024; arXiv 2110.04544).
+
+An image's raw feature g becomes ``g' = ratio A(g) + (1 - ratio) g`` with ``A(g) = relu(relu(g W_1) W_2)`` (the visual
+adapter, the one that the official code gaopengcuhk/CLIP-Adapter has), is brought to unit length and compared with the
+text features of a hand-written prompt. A is drawn at random: an untrained head is not zero-shot CLIP. The towers
+are frozen, so that training runs on features that are computed once; other classes need their text features alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlprompt.errors import ConfigError
+from vlprompt.methods.base import PromptMethod
+from vlprompt.methods.registry import register
+from vlprompt.objectives.targets import template_features
+from vlprompt.prompts import FeatureAdapter, check_templates
+
+
+@dataclass(frozen=True)
+class CLIPAdapterSettings:
+    """Settings of CLIP-Adapter; the defaults are the official code's.
+
+    Attributes:
+        templates: The hand-written prompts, as in ``zeroshot``; left open, the data set's own.
+        ratio: Part of the adapted feature in the blend, 0 to 1; 0 is zero-shot. The paper tunes it per data set.
+        reduction: The hidden layer has D // reduction units.
+    """
+
+    templates: Sequence[str] = ("a photo of a {}.",)
+    ratio: float = 0.2
+    reduction: int = 4
+
+    def __post_init__(self) -> None:
+        check_templates(self.templates, "settings.templates")
+        if not 0 <= self.ratio <= 1:
+            raise ConfigError(f"settings.ratio is {self.ratio}; accepted: 0 to 1")
+        if self.reduction < 1:
+            raise ConfigError(f"settings.reduction is {self.reduction}; accepted: 1 or more")
+
+
+@register("clip_adapter")
+class CLIPAdapter(PromptMethod):
+    """Two linear layers on the image features, trained by cross-entropy."""
+
+    Settings = CLIPAdapterSettings
+    template_setting = "templates"
+    settings: CLIPAdapterSettings
+
+    def build(self) -> None:
+        """Create ``adapter.down.weight`` ``[D // reduction, D]`` and ``adapter.up.weight``, and encode the prompts."""
+        self.adapter = FeatureAdapter(self.backbone.embed_dim, self.settings.reduction)
+        weights = template_features(self.backbone, self.class_names, self.settings.templates)
+        self.register_buffer("weights", weights, persistent=False)
+
+    def class_weights(self, features: Tensor | None = None) -> Tensor:
+        """Return the frozen unit text features ``[C, D]``."""
+        return self.unit_text(self.get_buffer("weights"))
+
+    def unit_image(self, features: Tensor) -> Tensor:
+        """Return raw image ``features`` ``[B, D]`` blended with what the adapter makes of them, of length 1."""
+        ratio = self.settings.ratio
+        return super().unit_image(ratio * self.adapter(features) + (1 - ratio) * features)

@@ -1,0 +1,75 @@
+"""Linear probe: logistic regression on frozen image features, without text (Radford et al., 2021; arXiv 2103.00020).
+
+``logits = f W^T + b`` minimise the mean cross-entropy and ``|W|^2 / (2 c N)``. The few-shot protocol of CoOp's appendix
+(KaiyangZhou/CoOp, lpclip) chooses c on validation images: seven powers of ten, then eight halvings about the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from vlprompt.caches import LinearProbe
+from vlprompt.errors import ConfigError
+from vlprompt.methods.cached import CachedMethod, check_settings
+from vlprompt.methods.fitting import Shots
+from vlprompt.methods.registry import register
+from vlprompt.prompts import check_templates
+
+
+@dataclass(frozen=True)
+class LinearProbeSettings:
+    """Settings of the linear probe; the defaults are those of the few-shot protocol.
+
+    Attributes:
+        templates: The hand-written prompts, as in ``zeroshot``, for the zero-shot start and before anything is fitted;
+            left open, the data set's own.
+        c: Inverse strength of the penalty, where nothing is searched or there are no validation images: the value of
+            CLIP's README.
+        search: Choose c on the images that ``select_on`` names.
+        normalised: Bring features to length 1 first; CLIP's README regresses on raw ones.
+        start: Where W starts: zero, or zeroshot for the text classifier times the logit scale. It counts where the
+            iterations stop short of the minimum.
+        iterations: The most steps of L-BFGS.
+        views: Random views of each image, each of which counts as an image; 0 takes the test view.
+        select_on: Images that c is chosen on: val, or test, and results then say so.
+    """
+
+    templates: Sequence[str] = ("a photo of a {}.",)
+    c: float = 0.316
+    search: bool = True
+    normalised: bool = True
+    start: Literal["zero", "zeroshot"] = "zero"
+    iterations: int = 1000
+    views: int = 0
+    select_on: Literal["val", "test"] = "val"
+
+    def __post_init__(self) -> None:
+        check_templates(self.templates, "settings.templates")
+        check_settings(self, c=1e-12, iterations=1, views=0)
+        if self.start == "zeroshot" and not self.normalised:
+            raise ConfigError(
+                "settings.start is 'zeroshot' and settings.normalised false; accepted then: zero, because the text "
+                "classifier is scaled for unit features"
+            )
+
+
+@register("linear_probe")
+class LinearProbeMethod(CachedMethod):
+    """A linear classifier ``[C, D]`` with biases, found by L-BFGS."""
+
+    Settings = LinearProbeSettings
+    settings: LinearProbeSettings
+    cache: LinearProbe
+
+    def make_cache(self, text: Tensor, scale: Tensor) -> LinearProbe:
+        """Return the unfitted classifier."""
+        own = self.settings
+        return LinearProbe(text, scale, c=own.c, normalised=own.normalised, start=own.start, iterations=own.iterations)
+
+    def fit(self, shots: Shots) -> None:
+        """Find the classifier, and c where it is searched."""
+        self.cache.fit(shots.train, shots.labels, val=(shots.val, shots.val_labels) if self.settings.search else None)

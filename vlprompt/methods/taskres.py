@@ -1,0 +1,80 @@
+"""TaskRes: a learned residual on each class's text feature (Yu et al., CVPR 2023; arXiv 2211.10277).
+
+The classifier is ``normalise(t + alpha x)``: t are the frozen raw text features, x starts at zero and is
+trained by cross-entropy. Neither tower takes part in training, which runs on image features that are computed once.
+Official code: geekyutao/TaskRes, the regular base; on ImageNet its t is a mean over eight prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlprompt.caches import EpochRecipe, TaskResidual
+from vlprompt.methods.cached import CachedMethod, check_settings
+from vlprompt.methods.fitting import Shots
+from vlprompt.methods.registry import register
+from vlprompt.objectives.targets import raw_template_features
+from vlprompt.prompts import check_templates
+
+
+@dataclass(frozen=True)
+class TaskResSettings:
+    """Settings of TaskRes; the defaults are the official ones at 8 and 16 shots.
+
+    Attributes:
+        templates: The hand-written prompts, as in ``zeroshot``; left open, the data set's own.
+        alpha: Weight of the residual (1 for Oxford Flowers); 0 is zero-shot.
+        views: Random views of each training image: epoch e sees view e modulo this number. As many as epochs is the
+            official rule, a new view in each; 0 trains on the test view.
+        epochs: Passes over the few-shot images (100 at 1, 2 and 4 shots).
+        batch_size: Images per step.
+        lr: Adam's learning rate after the warm-up, at the top of the cosine (0.0002 on ImageNet).
+        weight_decay: Adam's weight decay.
+        warmup_epochs: Epochs before that, at the rate 1e-5.
+    """
+
+    templates: Sequence[str] = ("a photo of a {}.",)
+    alpha: float = 0.5
+    views: int = 20
+    epochs: int = 200
+    batch_size: int = 256
+    lr: float = 2e-3
+    weight_decay: float = 5e-4
+    warmup_epochs: int = 1
+
+    def __post_init__(self) -> None:
+        check_templates(self.templates, "settings.templates")
+        check_settings(self, alpha=0, views=0, epochs=0, batch_size=1, lr=0, weight_decay=0, warmup_epochs=0)
+
+
+@register("taskres")
+class TaskRes(CachedMethod):
+    """A residual ``[C, D]``, trained on features."""
+
+    Settings = TaskResSettings
+    fit_view = "random"
+    settings: TaskResSettings
+    cache: TaskResidual
+
+    def text_weights(self) -> Tensor:
+        """Return the mean of the templates' raw features ``[C, D]``."""
+        return raw_template_features(self.backbone, self.class_names, self.settings.templates)
+
+    def make_cache(self, text: Tensor, scale: Tensor) -> TaskResidual:
+        """Return the classifier without a residual."""
+        own = self.settings
+        recipe = EpochRecipe(
+            own.epochs, own.batch_size, own.lr, weight_decay=own.weight_decay, warmup_epochs=own.warmup_epochs
+        )
+        return TaskResidual(text, scale, alpha=own.alpha, recipe=recipe)
+
+    def class_weights(self, features: Tensor | None = None) -> Tensor:
+        """Return the unit text features with their residuals ``[C, D]``: these are the whole classifier."""
+        return self.cache.adapted_text()
+
+    def fit(self, shots: Shots) -> None:
+        """Train the residual; the last epoch's is kept."""
+        self.cache.fit(shots.train, shots.labels, seed=shots.seed)
