@@ -239,6 +239,8 @@ class EPTDecomposition(Decomposition):
     With short context P ``[M, W]`` and update K ``[L, W]``:
     ``F = P + softmax(P Wq (K Wk)^T / sqrt W) K Wv`` (fusion), and ``F + sum_j g_j U_j relu(V_j F)`` with gates
     ``g = softmax(G mean_rows(F))`` (multi-space projection). Wv and all U_j start at zero: step 0 is DePT's.
+    K starts at zero as well, so that the first gradients of the fusion are products of what is near zero: by SGD at the
+    update's small rate it learns little, and EPT stays close to DePT.
     """
 
     Settings = EPTDecompositionSettings
