@@ -12,15 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.backbone import Backbone, TokenLayout
-from vlprompt.errors import ClassNameError, ConfigError, HeadError, bulleted
+from vlprompt.errors import ClassNameError, ConfigError, bulleted
 from vlprompt.methods.fitting import Shots
+from vlprompt.methods.learned import Learned
 from vlprompt.objectives.base import Objective, Step, check_objectives, create_objective
 from vlprompt.prompts.decomposed import Decomposition, check_decomposition, create_decomposition
 from vlprompt.prompts.words import check_class_names
 from vlprompt.testtime.views import TestViews
 
 
-class PromptMethod(nn.Module):
+class PromptMethod(Learned):
     """A frozen backbone, the learnables of one method, and the classes they are applied to.
 
     A subclass names its :attr:`Settings`, creates its learnables in :meth:`build`, and says how it scores
@@ -44,7 +45,6 @@ class PromptMethod(nn.Module):
             go with the method.
     """
 
-    name: ClassVar[str]
     Settings: ClassVar[type]
     template_setting: ClassVar[str | None] = None
     """Name of the setting that the data set's own template fills when it is left open; None: the method takes none."""
@@ -58,8 +58,6 @@ class PromptMethod(nn.Module):
     """True when :meth:`fit` does the learning, on frozen features, instead of gradient steps over images."""
     fit_view: ClassVar[Literal["random", "random-half"]] = "random"
     """Kind of the random views of training images that :meth:`fit` gets (:mod:`vlprompt.data.views`)."""
-    fitted: tuple[str, ...] = ()
-    """Buffers (dotted names) that belong to the head beside its learnables; their shapes may depend on the shots."""
     test_views: TestViews | None = None
     """Views of every evaluated image that :meth:`forward` gets, ``[B, V, D]`` or ``[B, V, 3, H, W]``; None: one."""
     needs_gradient: bool = False
@@ -290,14 +288,6 @@ class PromptMethod(nn.Module):
     def reset(self) -> None:  # noqa: B027  # a hook that most methods have no use for
         """Forget the images that were seen at test time; methods with :attr:`online` do."""
 
-    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Return optimiser groups; an empty list says that there is nothing to train."""
-        of_their_own = [(parameters, factor) for parameters, factor in self.rate_factors() if parameters]
-        apart = {id(parameter) for parameters, _ in of_their_own for parameter in parameters}
-        others = [parameter for _, parameter in self.learnables() if id(parameter) not in apart]
-        groups = [{"params": others, "lr": lr}] if others else []
-        return groups + [{"params": parameters, "lr": lr * factor} for parameters, factor in of_their_own]
-
     def rate_factors(self) -> list[tuple[list[nn.Parameter], float]]:
         """Return learnables with a rate of their own, and the factor that it is of the others': a decomposition's."""
         own = self.decomposition
@@ -306,26 +296,6 @@ class PromptMethod(nn.Module):
     def training_layouts(self) -> list[TokenLayout]:
         """Return the layouts that one training step encodes: what its text costs."""
         return []
-
-    def learnables(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the named learnable parameters; the backbone's are never among them."""
-        return [(name, parameter) for name, parameter in self.named_parameters() if not name.startswith("backbone.")]
-
-    def prompt_tensors(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the learnables that are prompts: vectors ``[..., M, W]``.
-
-        Weights of networks are none, nor what objectives or a decomposition learn (its factors stand for no vectors).
-
-        What is learned across tasks (:mod:`vlprompt.meta`) acts on their gradients.
-        """
-        found = []
-        for name, parameter in self.learnables():
-            owner = self.get_submodule(name.rpartition(".")[0])
-            layer = type(owner).__module__.startswith("torch.nn.") and not isinstance(owner, nn.ParameterList)
-            layer = layer or name.startswith(("objectives.", "decomposition."))
-            if parameter.ndim > 1 and parameter.numel() and not layer:
-                found.append((name, parameter))
-        return found
 
     def once(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
         """Return ``compute()``; without gradients, what it gave last time if no learnable has changed since.
@@ -342,65 +312,12 @@ class PromptMethod(nn.Module):
         return self._remembered[key][1]
 
     # -- keeping ------------------------------------------------------------------------------------------------
-    def learnable_state(self) -> dict[str, Tensor]:
-        """Return copies of the learnables by name, float32 on the CPU."""
-        return {name: value.detach().cpu().clone() for name, value in self._kept().items()}
-
-    def head_state(self) -> dict[str, Tensor]:
-        """Return what a head's file holds of the learnables; a method may pack them, and says what is lost."""
-        return self.learnable_state()
-
-    def load_head_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set the learnables from :meth:`head_state` of such a method.
-
-        Raises:
-            HeadError: As :meth:`load_learnable_state`.
-        """
-        self.load_learnable_state(state)
-
     def _kept(self) -> dict[str, Tensor]:
-        """Return what scoring depends on beside the backbone: learnables, and buffers that objectives keep."""
-        kept: dict[str, Tensor] = dict(self.learnables())
-        kept |= {name: self.get_buffer(name) for name in self.fitted}
+        """Return what scoring depends on beside the backbone, with the buffers that objectives keep."""
+        kept = super()._kept()
         for index, objective in enumerate(self.active):
             kept |= {f"objectives.{index}.{name}": getattr(objective, name) for name in objective.kept}
         return kept
-
-    def load_learnable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set the learnables from ``state``.
-
-        Raises:
-            HeadError: A name is missing or unknown, or a shape differs; nothing has been changed then.
-        """
-        own = self._kept()
-        wrong = [f"{name}: missing" for name in own if name not in state]
-        wrong += [f"{name}: not a learnable of {self.name}" for name in state if name not in own]
-        wrong += [
-            f"{name}: shape {list(state[name].shape)}, expected {list(own[name].shape)}"
-            for name in own
-            if name in state and not self._takes(name, own[name], state[name])
-        ]
-        if wrong:
-            raise HeadError(f"these tensors do not fit the method {self.name!r}:\n  " + "\n  ".join(wrong))
-        for name in self.fitted:
-            if state[name].shape != own[name].shape:
-                owner, _, last = name.rpartition(".")
-                setattr(self.get_submodule(owner), last, own[name].new_zeros(state[name].shape))
-        with torch.no_grad():
-            for name, parameter in self._kept().items():
-                parameter.copy_(state[name])
-
-    def start_from(self, state: Mapping[str, Tensor]) -> None:
-        """Take the learned tensors of another head as the start.
-
-        Raises:
-            HeadError: They are not the tensors of such a method.
-        """
-        self.load_head_state(state)
-
-    def _takes(self, name: str, own: Tensor, given: Tensor) -> bool:
-        # What is fitted has as many rows as there were shots.
-        return given.ndim == own.ndim if name in self.fitted else given.shape == own.shape
 
     def with_classes(self, class_names: Sequence[str]) -> PromptMethod:
         """Return the same method with the same learnables for other classes (evaluation of new classes).

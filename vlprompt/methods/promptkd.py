@@ -17,7 +17,7 @@ from torch import Tensor
 from vlprompt.errors import ConfigError
 from vlprompt.methods.cached import check_settings
 from vlprompt.methods.registry import register
-from vlprompt.methods.teacher import TaughtMethod
+from vlprompt.methods.taught import TaughtMethod
 from vlprompt.objectives.base import Step
 from vlprompt.prompts import Projector, VisualPrompts, check_templates
 
