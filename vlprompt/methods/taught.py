@@ -19,7 +19,8 @@ class TaughtMethod(PromptMethod):
     """A method that learns a teacher's predictions; the teacher's text features are its classifier.
 
     Its settings have ``teacher`` and ``template`` as :func:`~vlprompt.methods.teacher.load_teacher` takes them, and
-    ``teacher_dim``: 0, or, in saved heads, E. A head keeps the text features of all classes and can do without the teacher.
+    ``teacher_dim``: 0, or, in saved heads, E. A head keeps the text features of all classes and can do without the
+    teacher.
     """
 
     transductive = True
