@@ -83,8 +83,14 @@ class Head(nn.Module):
         """Return a copy of an open_clip ``model`` whose ``encode_image`` contains the head's image-side learnables.
 
         Raises:
-            HeadError: The model's image tower is not the one the head was trained on.
+            HeadError: The model's image tower is not the one the head was trained on, or the head changes features
+                behind it, which no tower can contain.
         """
+        if self.method.adapts_features:
+            raise HeadError(
+                f"{self.method.name} changes image features behind the tower, which no open_clip model can contain; "
+                "score with the head itself, or with head.method.unit_image(features)"
+            )
         other: Any = copy.deepcopy(model)
         own = self.backbone.model.visual.state_dict()
         theirs = other.visual.state_dict() if isinstance(getattr(other, "visual", None), nn.Module) else {}
