@@ -31,7 +31,7 @@ def demo() -> Backbone:
 def made(backbone: Backbone, method: str = "coop", seed: int = 1, **settings: Any) -> Head:
     """A head whose learnables were moved away from where they start."""
     torch.manual_seed(seed)
-    given = {"coop": {"context_length": 3}, "mocoop": MIXTURE, "zeroshot": {}}[method] | settings
+    given = {"coop": {"context_length": 3}, "mocoop": MIXTURE}.get(method, {}) | settings
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = vlprompt.create_method(method, backbone, NAMES, **given)
@@ -98,6 +98,8 @@ def test_attach_refuses_other_weights_and_what_is_no_clip(demo: Backbone, plain_
         made(demo).attach(other)
     with pytest.raises(HeadError, match="the model is no demo"):
         made(demo).attach(torch.nn.Linear(2, 2))
+    with pytest.raises(HeadError, match="clip_adapter changes image features behind the tower"):
+        made(demo, "clip_adapter").attach(plain_model)
 
 
 # -- replaced whole or not at all -------------------------------------------------------------------------------------

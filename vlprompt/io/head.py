@@ -83,9 +83,14 @@ class Head(nn.Module):
         """Return a copy of an open_clip ``model`` whose ``encode_image`` contains the head's image-side learnables.
 
         Raises:
-            HeadError: The model's image tower is not the one the head was trained on, or what the head learned on the
-                image side is not weights of the tower (image tokens, for instance).
+            HeadError: The model's image tower is not the one the head was trained on, the head changes features behind
+                it, or what it learned on the image side is not weights of the tower (image tokens, for instance).
         """
+        if self.method.adapts_features:
+            raise HeadError(
+                f"{self.method.name} changes image features behind the tower, which no open_clip model can contain; "
+                "score with the head itself: head(images)"
+            )
         overrides = self.method.image_overrides()
         if self.method.learns_image_side and not overrides:
             raise HeadError(

@@ -229,11 +229,15 @@ class PromptMethod(Learned):
         return self.backbone.embed_dim
 
     @property
+    def adapts_features(self) -> bool:
+        """Whether image features are changed after the tower, by the method itself or by an objective."""
+        own = type(self).unit_image is not PromptMethod.unit_image
+        return own or any(type(objective).adapt_image is not Objective.adapt_image for objective in self.active)
+
+    @property
     def sees_images(self) -> bool:
         """Whether scores depend on more of an image than its frozen feature and fixed class weights."""
-        adapts = any(type(objective).adapt_image is not Objective.adapt_image for objective in self.active)
-        adapts |= type(self).unit_image is not PromptMethod.unit_image
-        return self.learns_image_side or adapts or self.weights_per != "class"
+        return self.learns_image_side or self.adapts_features or self.weights_per != "class"
 
     def has_text_prompts(self) -> bool:
         """Whether text features depend on learnables: whether a training step encodes text."""
