@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt.backbone import Backbone, load_backbone, shapes_only
-from vlprompt.errors import ClassNameError, ConfigError, VlpromptError
+from vlprompt.errors import BackboneError, ClassNameError, ConfigError, VlpromptError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.cached import own_rows
 from vlprompt.methods.registry import create_method
@@ -49,7 +48,7 @@ class Teacher:
     @property
     def dim(self) -> int:
         """E, the width of its features."""
-        return self.method.backbone.embed_dim
+        return self.method.class_dim
 
     def class_weights(self, class_names: Sequence[str]) -> Tensor:
         """Return its unit text features ``[C, E]`` for ``class_names``."""
@@ -60,13 +59,14 @@ class Teacher:
             return method.class_weights().clone()
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Return its raw image features ``[B, E]``, without gradient."""
+        """Return its raw image features, without gradient."""
         with torch.no_grad():
             return self.method.image_features(images)
 
     def logits(self, features: Tensor, class_weights: Tensor) -> Tensor:
-        """Return its logits ``[B, C]`` of its raw image ``features`` ``[B, E]`` and text features ``[C, E]``."""
-        return self.method.backbone.logit_scale * F.normalize(features, dim=-1) @ class_weights.t()
+        """Return its logits ``[B, C]`` of its raw image ``features`` and its text features ``[C, E]``."""
+        with torch.no_grad():
+            return self.method.score(self.method.unit_image(features), class_weights)
 
 
 def load_teacher(where: str, student: Backbone, class_names: Sequence[str], template: str) -> Teacher:
@@ -93,7 +93,13 @@ def load_teacher(where: str, student: Backbone, class_names: Sequence[str], temp
     backbone = student
     if where:
         name, _, pretrained = where.partition(":")
-        backbone = load_backbone(name, pretrained or None, precision=student.precision, device=device)
+        try:
+            backbone = load_backbone(name, pretrained or None, precision=student.precision, device=device)
+        except BackboneError as error:
+            raise ConfigError(
+                f"settings.teacher is {where!r}, which is no folder of a head or run, nor a backbone that can be "
+                f"loaded: {error}"
+            ) from error
     return Teacher(create_method("zeroshot", backbone, class_names, templates=[template]), student)
 
 
@@ -139,6 +145,9 @@ class TaughtMethod(PromptMethod):
         if not self._teacher:
             own = self.settings
             self._teacher.append(load_teacher(own.teacher, self.backbone, self.all_class_names, own.template))
+        method = self._teacher[0].method
+        if method.backbone.device != self.backbone.device:
+            method.to(self.backbone.device)
         return self._teacher[0]
 
     def teach(self, teacher: Teacher) -> None:
