@@ -141,8 +141,21 @@ def test_a_teacher_is_a_head_or_a_backbone(tiny_backbone: Backbone, demo: Backbo
         Teacher(cache, tiny_backbone)
     with pytest.raises(ConfigError, match=r"224(.|\n)*same preprocessing"):
         Teacher(create_method("zeroshot", shapes_only("ViT-B-16"), BASE), tiny_backbone)
+    with pytest.raises(ConfigError, match="settings.teacher is 'runs/none', which is no folder of a head or run"):
+        student(tiny_backbone, "runs/none")
     with pytest.raises(ConfigError, match="features have 64 numbers, not 192"):
         other.teach(Teacher(create_method("zeroshot", tiny_backbone, ALL), tiny_backbone))
+
+
+def test_a_teacher_scores_as_it_does_by_itself(tiny_backbone: Backbone, images: Tensor) -> None:
+    """With what its objectives add to its features (RESTORE's adapters), and a student can teach in its turn."""
+    for name in ("restore", "promptkd"):
+        method = create_method(name, tiny_backbone, ALL).eval()
+        method.load_learnable_state({key: value + 0.02 for key, value in method.learnable_state().items()})
+        teacher = Teacher(method, tiny_backbone)
+        found = teacher.logits(teacher.image_features(images), teacher.class_weights(ALL))
+        torch.testing.assert_close(found, method(images).detach())
+        assert teacher.dim == 64 and not found.requires_grad
 
 
 def test_the_published_numbers_of_learnables() -> None:

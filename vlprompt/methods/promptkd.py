@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -91,8 +90,7 @@ class PromptKD(TaughtMethod):
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Return the distillation term ``kd``."""
         own = self.settings
-        with torch.no_grad():
-            target = self.teacher.logits(step.frozen_features(), step.class_weights) / own.temperature
+        target = self.teacher.logits(step.frozen_features(), step.class_weights) / own.temperature
         divergence = F.kl_div(
             (step.logits / own.temperature).log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True
         )

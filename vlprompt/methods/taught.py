@@ -49,6 +49,9 @@ class TaughtMethod(PromptMethod):
         if not self._teacher:
             own = self.settings
             self._teacher.append(load_teacher(own.teacher, self.backbone, self.all_class_names, own.template))
+        method = self._teacher[0].method
+        if method.backbone.device != self.backbone.device:
+            method.to(self.backbone.device)
         return self._teacher[0]
 
     def teach(self, teacher: Teacher) -> None:

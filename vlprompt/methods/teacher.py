@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt.backbone import Backbone, load_backbone, shapes_only
-from vlprompt.errors import ConfigError
+from vlprompt.errors import BackboneError, ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import create_method
 
@@ -46,7 +45,7 @@ class Teacher:
     @property
     def dim(self) -> int:
         """E, the width of its features."""
-        return self.method.backbone.embed_dim
+        return self.method.class_dim
 
     def class_weights(self, class_names: Sequence[str]) -> Tensor:
         """Return its unit text features ``[C, E]`` for ``class_names``."""
@@ -57,13 +56,14 @@ class Teacher:
             return method.class_weights().clone()
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Return its raw image features ``[B, E]``, without gradient."""
+        """Return its raw image features, without gradient."""
         with torch.no_grad():
             return self.method.image_features(images)
 
     def logits(self, features: Tensor, class_weights: Tensor) -> Tensor:
-        """Return its logits ``[B, C]`` of its raw image ``features`` ``[B, E]`` and text features ``[C, E]``."""
-        return self.method.backbone.logit_scale * F.normalize(features, dim=-1) @ class_weights.t()
+        """Return its logits ``[B, C]`` of its raw image ``features`` and its text features ``[C, E]``."""
+        with torch.no_grad():
+            return self.method.score(self.method.unit_image(features), class_weights)
 
 
 def load_teacher(where: str, student: Backbone, class_names: Sequence[str], template: str) -> Teacher:
@@ -90,7 +90,13 @@ def load_teacher(where: str, student: Backbone, class_names: Sequence[str], temp
     backbone = student
     if where:
         name, _, pretrained = where.partition(":")
-        backbone = load_backbone(name, pretrained or None, precision=student.precision, device=device)
+        try:
+            backbone = load_backbone(name, pretrained or None, precision=student.precision, device=device)
+        except BackboneError as error:
+            raise ConfigError(
+                f"settings.teacher is {where!r}, which is no folder of a head or run, nor a backbone that can be "
+                f"loaded: {error}"
+            ) from error
     return Teacher(create_method("zeroshot", backbone, class_names, templates=[template]), student)
 
 
