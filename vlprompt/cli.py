@@ -312,11 +312,12 @@ def _print_methods(names: list[str], as_markdown: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*HEADINGS[:-1], box=None, pad_edge=False)
+    table = Table(*HEADINGS[:-2], box=None, pad_edge=False)
     table.add_column(f"learnables on {ARCHITECTURE}", justify="right")
+    table.add_column(HEADINGS[-1])
     for one in found:
         table.add_row(*cells(one))
-    Console(width=120, markup=False, highlight=False).print(table)
+    Console(width=140, markup=False, highlight=False).print(table)
 
 
 def _names(kind: str) -> Callable[[str], list[str]]:

@@ -56,6 +56,13 @@ def test_learnables_are_the_published_numbers() -> None:
     assert found["visual_prompt"].towers == "any"
 
 
+def test_what_was_checked_against_official_code_has_tensors_of_it() -> None:
+    archives = {path.stem for path in (Path(__file__).parents[1] / "golden").glob("*.npz")}
+    shared = {"tip_adapter_f": "tip_adapter", "tfup_t": "tfup"}  # one archive for both
+    for one in capabilities(list_methods()):
+        assert (shared.get(one.name, one.name) in archives) is (one.checked == "official code"), one.name
+
+
 def test_the_readme_has_the_table() -> None:
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert markdown(capabilities(list_methods())) in text, "print it anew: vlprompt list methods --markdown"

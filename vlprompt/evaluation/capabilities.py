@@ -25,6 +25,7 @@ class Capability:
         cached: Whether image features can be computed once and kept.
         towers: Which image towers it works with.
         learnables: Numbers it learns on OpenAI's ViT-B/16.
+        checked: What its numbers are held to: official code, equations, or a reconstruction.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Capability:
     cached: bool
     towers: str
     learnables: int
+    checked: str
 
 
 def capabilities(names: Sequence[str]) -> list[Capability]:
@@ -48,7 +50,8 @@ def capabilities(names: Sequence[str]) -> list[Capability]:
         learnables = sum(parameter.numel() for _, parameter in method.learnables())
         towers = "vision transformers" if method.learns_image_side and not method.any_tower else "any"
         text, image = method.has_text_prompts(), method.learns_image_side
-        found.append(Capability(name, about, _learns_from(method), text, image, not image, towers, learnables))
+        source = _learns_from(method)
+        found.append(Capability(name, about, source, text, image, not image, towers, learnables, method.checked))
     return found
 
 
@@ -62,7 +65,7 @@ def _learns_from(method: PromptMethod) -> str:
     return "labelled images" if method.fits or method.learnables() else "-"
 
 
-HEADINGS = ("method", "learns from", "text", "image", "features kept", "image towers", "learnables")
+HEADINGS = ("method", "learns from", "text", "image", "features kept", "image towers", "learnables", "checked against")
 
 
 def cells(one: Capability) -> tuple[str, ...]:
@@ -72,7 +75,7 @@ def cells(one: Capability) -> tuple[str, ...]:
         return "yes" if value else "-"
 
     what = said(one.text), said(one.image), said(one.cached)
-    return one.name, one.learns_from, *what, one.towers, f"{one.learnables:,}"
+    return one.name, one.learns_from, *what, one.towers, f"{one.learnables:,}", one.checked
 
 
 def markdown(found: Sequence[Capability]) -> str:

@@ -67,6 +67,7 @@ class APESettings:
 class APEMethod(CachedMethod):
     """A key of chosen channels for each few-shot image; nothing is trained."""
 
+    checked = "equations"
     Settings = APESettings
     settings: APESettings
     cache: APE

@@ -77,6 +77,7 @@ class Tokens(nn.Module):
 class APT(PromptMethod):
     """Prompt tokens behind every attention of both towers."""
 
+    checked = "reconstruction"
     Settings = APTSettings
     template_setting = "templates"
     settings: APTSettings

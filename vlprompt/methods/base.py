@@ -46,6 +46,9 @@ class PromptMethod(Learned):
     """
 
     Settings: ClassVar[type]
+    checked: ClassVar[Literal["official code", "equations", "reconstruction"]] = "official code"
+    """What the numbers are held to: tensors that the official code made; the equations, written out once more in the
+    tests; or those of a reconstruction, where the paper has other models or no equations."""
     template_setting: ClassVar[str | None] = None
     """Name of the setting that the data set's own template fills when it is left open; None: the method takes none."""
     weights_per: ClassVar[Literal["class", "expert", "image"]] = "class"

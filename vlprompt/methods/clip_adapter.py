@@ -46,6 +46,7 @@ class CLIPAdapterSettings:
 class CLIPAdapter(PromptMethod):
     """Two linear layers on the image features, trained by cross-entropy."""
 
+    checked = "equations"
     Settings = CLIPAdapterSettings
     template_setting = "templates"
     settings: CLIPAdapterSettings

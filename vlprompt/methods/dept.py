@@ -39,6 +39,7 @@ class DePTSettings(CoOpSettings):
 class DePT(CoOp):
     """CoOp with the decomposition ``dept``."""
 
+    checked = "reconstruction"
     Settings = DePTSettings
     own_decomposition: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dept": {}}
     settings: DePTSettings

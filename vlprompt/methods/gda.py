@@ -42,6 +42,7 @@ class GDASettings:
 class GDAMethod(CachedMethod):
     """Class means and one covariance; nothing is trained."""
 
+    checked = "equations"
     Settings = GDASettings
     settings: GDASettings
     cache: GDA

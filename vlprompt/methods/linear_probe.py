@@ -61,6 +61,7 @@ class LinearProbeSettings:
 class LinearProbeMethod(CachedMethod):
     """A linear classifier ``[C, D]`` with biases, found by L-BFGS."""
 
+    checked = "equations"
     Settings = LinearProbeSettings
     settings: LinearProbeSettings
     cache: LinearProbe

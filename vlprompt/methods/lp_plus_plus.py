@@ -60,6 +60,7 @@ class LPPlusPlusSettings:
 class LPPlusPlusMethod(CachedMethod):
     """A linear classifier ``[C, D]`` with biases, and a factor ``[C]`` for the text classifier."""
 
+    checked = "equations"
     Settings = LPPlusPlusSettings
     settings: LPPlusPlusSettings
     cache: LPPlusPlus

@@ -66,6 +66,7 @@ class PromptAlignSettings:
 class PromptAlign(TunedMethod):
     """Coupled prompts of both towers, tuned for every test image."""
 
+    checked = "equations"
     Settings = PromptAlignSettings
     learns_image_side = True
     settings: PromptAlignSettings

@@ -54,6 +54,7 @@ class TaskResSettings:
 class TaskRes(CachedMethod):
     """A residual ``[C, D]``, trained on features."""
 
+    checked = "equations"
     Settings = TaskResSettings
     fit_view = "random"
     settings: TaskResSettings

@@ -45,6 +45,7 @@ class ZEROSettings:
 class ZERO(TemplateViewsMethod, EpisodicMethod):
     """Votes of confident views."""
 
+    checked = "equations"
     Settings = ZEROSettings
     settings: ZEROSettings
 
