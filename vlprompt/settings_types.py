@@ -60,3 +60,11 @@ def _in_words(hint: Any) -> str:
         return f"a list, each entry {_in_words(args[0])}" if args else "a list"
     words = {float: "a finite number", int: "a whole number", bool: "True or False", str: "a text", type(None): "None"}
     return words.get(hint, str(hint))
+
+
+def check_settings(settings: Any, where: str = "settings", **least: float) -> None:
+    """Raise ConfigError unless the named settings are finite numbers, as large as said or larger."""
+    for name, low in least.items():
+        value = getattr(settings, name)
+        if not low <= value < float("inf"):
+            raise ConfigError(f"{where}.{name} is {value}; accepted: {low:g} or more")

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from vlprompt.caches import APE, grid
 from vlprompt.errors import ConfigError
-from vlprompt.methods.cached import CachedMethod, check_settings, keys_of
+from vlprompt.methods.cached import CachedMethod, keys_of
 from vlprompt.methods.fitting import Shots
 from vlprompt.methods.registry import register
 from vlprompt.prompts import check_templates
+from vlprompt.settings_types import check_settings
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from vlprompt.caches import FeatureClassifier
-from vlprompt.errors import ClassNameError, ConfigError, HeadError
+from vlprompt.errors import ClassNameError, HeadError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.fitting import Shots
 from vlprompt.objectives.targets import template_features
@@ -124,11 +124,3 @@ def keys_of(shots: Shots, views: int) -> tuple[Tensor, Tensor]:
     count = views or 1
     rest = shots.train[count:]
     return shots.train[:count], rest if len(rest) else shots.train[:count]
-
-
-def check_settings(settings: Any, **least: float) -> None:
-    """Raise ConfigError unless the named settings are finite numbers, as large as said or larger."""
-    for name, low in least.items():
-        value = getattr(settings, name)
-        if not low <= value < float("inf"):
-            raise ConfigError(f"settings.{name} is {value}; accepted: {low:g} or more")

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from vlprompt.caches import LPPlusPlus
 from vlprompt.errors import ConfigError
-from vlprompt.methods.cached import CachedMethod, check_settings
+from vlprompt.methods.cached import CachedMethod
 from vlprompt.methods.fitting import Shots
 from vlprompt.methods.registry import register
 from vlprompt.prompts import check_templates
+from vlprompt.settings_types import check_settings
 
 
 @dataclass(frozen=True)

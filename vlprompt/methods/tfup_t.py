@@ -13,10 +13,10 @@ from torch import Tensor
 
 from vlprompt.caches import Adaptation, CacheRecipe, TFUPTrained
 from vlprompt.errors import ConfigError
-from vlprompt.methods.cached import check_settings
 from vlprompt.methods.fitting import Shots
 from vlprompt.methods.registry import register
 from vlprompt.methods.tfup import TFUPMethod, TFUPSettings
+from vlprompt.settings_types import check_settings
 
 
 @dataclass(frozen=True)

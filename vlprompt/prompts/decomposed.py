@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vlprompt.backbone.layout import Reach, TokenLayout, WordUpdate
 from vlprompt.backbone.text_tower import TextTower
 from vlprompt.errors import ConfigError, did_you_mean
-from vlprompt.settings_types import check_types
+from vlprompt.settings_types import check_settings, check_types
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,7 @@ class DePTDecompositionSettings:
     lr_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        _at_least(self, "dept", 1, "rank")
-        _at_least(self, "dept", 0, "alpha", "lr_ratio")
-
-
-def _at_least(settings: Any, name: str, least: int, *fields: str) -> None:
-    for one in fields:
-        if not least <= getattr(settings, one) < float("inf"):
-            raise ConfigError(f"decomposition.{name}.{one} is {getattr(settings, one)}; accepted: {least} or more")
+        check_settings(self, "decomposition.dept", rank=1, alpha=0, lr_ratio=0)
 
 
 class Decomposition(nn.Module):
@@ -228,8 +221,7 @@ class EPTDecompositionSettings(DePTDecompositionSettings):
     bottleneck: int = 32
 
     def __post_init__(self) -> None:
-        _at_least(self, "ept", 1, "rank", "fusion_rank", "spaces", "bottleneck")
-        _at_least(self, "ept", 0, "alpha", "lr_ratio")
+        check_settings(self, "decomposition.ept", rank=1, fusion_rank=1, spaces=1, bottleneck=1, alpha=0, lr_ratio=0)
 
 
 @register_decomposition("ept")
