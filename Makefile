@@ -1,6 +1,7 @@
 # make demo      train MoCoOp on the packaged demo, compare it with zero-shot CLIP
-# make demo-all  every prompt learner and zero-shot over the demo's three draws, with mean and deviation
-# make demo-test-time  caches at 1 to 16 shots, and test-time methods on styles that were held out, beside zero-shot
+# make demo-all  every method that learns, and zero-shot: over the demo's three draws with mean and deviation, and those
+#                on kept features (caches, probes) at 1 to 16 shots
+# make demo-test-time  test-time methods on styles that were held out, beside zero-shot
 # make demo-meta a start and a gradient regulator learned across tasks (GRAM-R), and what they are worth
 # make test      the whole test suite
 # make lint      ruff and mypy
@@ -9,8 +10,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-METHODS := coop mocoop cocoop kgcoop prograd vpt ivlp maple promptsrc restore
-CACHES := tip_adapter tip_adapter_f tfup tfup_t ape gda
+METHODS := coop mocoop cocoop kgcoop prograd vpt ivlp maple promptsrc restore dept ept clip_adapter clip_lora ramt apt \
+	visual_prompt upt promptkd
+CACHES := tip_adapter tip_adapter_f tfup tfup_t ape gda taskres linear_probe lp_plus_plus
 TEST_TIME := tpt difftpt tda mta zero
 META := coop ivlp
 STAMP := .venv/installed
@@ -37,10 +39,10 @@ demo: $(STAMP)
 demo-all: $(STAMP)
 	$(BIN)/python tools/base_to_new.py $(patsubst %,--config configs/%/demo.yaml,$(METHODS)) \
 		--datasets demo,demo-2,demo-3 --seeds 1
-
-demo-test-time: $(STAMP)
 	$(BIN)/vlprompt eval --protocol few-shot $(patsubst %,--config configs/%/demo.yaml,$(CACHES)) \
 		--datasets demo --shots 1,2,4,8,16 --seeds 1
+
+demo-test-time: $(STAMP)
 	$(BIN)/python tools/domains.py $(patsubst %,--config configs/%/demo.yaml,$(TEST_TIME)) \
 		--data.name demo-styles --protocol leave-one-out --seeds 1
 

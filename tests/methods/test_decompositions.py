@@ -29,7 +29,8 @@ LABELS = torch.tensor([0, 1, 2, 3])
 CONFIGS = Path(__file__).parents[2] / "configs"
 #: Methods that learn no text prompts in training, with a word of the reason.
 REFUSED = {
-    **dict.fromkeys(("zeroshot", "vpt"), "learns no text prompts in training"),
+    **dict.fromkeys(("zeroshot", "vpt", "visual_prompt", "clip_adapter", "ramt"), "learns no text prompts in training"),
+    **dict.fromkeys(("clip_lora", "apt"), "its prompts are hand-written"),
     **{
         name: str(get_method_class(name).no_objectives)
         for name in list_methods()
@@ -151,7 +152,7 @@ def test_two_rates_follow_one_schedule(tiny_backbone: Backbone) -> None:
     """2e-3 for the prompt and 2e-4 for the pair (seed_methods 11.1), each with its own warm-up and cosine."""
     method, recipe = make(tiny_backbone, "dept"), RecipeConfig(epochs=4, lr=2e-3)
     made = PromptModule(method, recipe).configure_optimizers()
-    groups, schedule = made["optimizer"].param_groups, made["lr_scheduler"]
+    groups, schedule = made["optimizer"].param_groups, made["lr_scheduler"]["scheduler"]
     assert [group["initial_lr"] for group in groups] == pytest.approx([2e-3, 2e-4])
     assert [len(group["params"]) for group in groups] == [1, 2]
     for epoch in range(4):

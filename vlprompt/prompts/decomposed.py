@@ -185,7 +185,7 @@ def create_decomposition(host: Host, wanted: Mapping[str, Mapping[str, Any]]) ->
         layouts = host.training_layouts()
         if not layouts or any(layout.names is None for layout in layouts):
             why = host.no_objectives or "it learns no text prompts in training"
-            why = "its layouts do not say where class names stand" if layouts else why
+            why = "its prompts are hand-written, and it learns elsewhere in the text tower" if layouts else why
             raise ConfigError(
                 f"decomposition {name!r} cannot go with method {host.name!r}: {why}; leave decomposition empty, or "
                 "take a method that learns text prompts, such as coop or maple"
