@@ -52,6 +52,13 @@ def test_numbers_are_the_run_s_own(tiny: Tiny) -> None:
     assert str(done.folder) in text
 
 
+def test_all_that_is_learned_is_counted(tmp_path: Path) -> None:
+    example = str(ROOT / "configs" / "maple" / "promptsrc-dept" / "demo.yaml")
+    for classes in ("base", "new"):
+        text = dry_run(parse_run(["--config", example, "--data.classes", classes]))
+        assert "115,010 numbers in 11 tensors" in text  # MaPLe's 112,320, and (77 + 192) 10 of the pair
+
+
 def test_short_batch(tiny: Tiny) -> None:
     text = dry_run(tiny("coop", shots=1, batch_size=32))
     assert "[5, 5] per step" in text and "1 per epoch x 2 epochs = 2 updates" in text

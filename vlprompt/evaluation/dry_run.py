@@ -13,8 +13,8 @@ from vlprompt.data.cards import Card, card_class_names, find_card
 from vlprompt.engine.config import RunConfig
 from vlprompt.errors import BackboneError, ConfigError, DataError
 from vlprompt.evaluation.folder import run_folder
-from vlprompt.evaluation.prepare import complete, load_task, with_own_template
-from vlprompt.methods import PromptMethod, create_method, get_method_class
+from vlprompt.evaluation.prepare import complete, load_task, make_method
+from vlprompt.methods import PromptMethod
 
 
 def dry_run(config: RunConfig) -> str:
@@ -32,7 +32,8 @@ def dry_run(config: RunConfig) -> str:
     notes: list[str] = []
     names, everything, train_images, test_images, template = _facts(config, notes)
     backbone = _backbone(config, notes)
-    method = _method(config, backbone, names, everything, template)
+    with torch.no_grad():
+        method = make_method(config, backbone, names, everything, template)
     learnables = method.learnables()
     count = sum(parameter.numel() for _, parameter in learnables)
     recipe = config.recipe
@@ -98,16 +99,6 @@ def _backbone(config: RunConfig, notes: list[str]) -> Backbone:
         stand_in = load_backbone(wanted.name, "random", precision=wanted.precision)
         notes.append(f"no weights, random ones stand in: {str(error).splitlines()[0]}")
         return stand_in
-
-
-def _method(
-    config: RunConfig, backbone: Backbone, names: list[str], everything: list[str], template: str
-) -> PromptMethod:
-    kind = get_method_class(config.method)
-    settings = dict(config.settings)
-    settings = with_own_template(kind, settings, template)
-    with torch.no_grad():
-        return create_method(config.method, backbone, names, all_class_names=everything[: len(names)], **settings)
 
 
 def _shapes(learnables: list[tuple[str, torch.nn.Parameter]], limit: int = 12) -> list[str]:

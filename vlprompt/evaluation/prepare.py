@@ -78,22 +78,28 @@ def build_method(config: RunConfig, backbone: Backbone, task: FewShotTask) -> Pr
     Raises:
         VlpromptError: Settings or class names that cannot be used, or a ``start`` that does not fit.
     """
-    settings = with_own_template(get_method_class(config.method), config.settings, task.template)
-    others = [name for name in task.all_class_names if name not in set(task.class_names)]
-    everything = [*task.class_names, *others]
-    method = create_method(
-        config.method,
-        backbone,
-        task.class_names,
-        all_class_names=everything,
-        objectives=config.objectives,
-        decomposition=config.decomposition,
-        **settings,
-    ).to(backbone.device)
+    method = make_method(config, backbone, task.class_names, task.all_class_names, task.template)
     if start := config.start or (config.init or "").removeprefix(GRAM):
         tensors, _ = learned_tensors(start, backbone)
         method.start_from(tensors)
     return method
+
+
+def make_method(
+    config: RunConfig, backbone: Backbone, names: Sequence[str], everything: Sequence[str], template: str
+) -> PromptMethod:
+    """Return the configured method for classes ``names`` of ``everything``, without a ``start`` of its own."""
+    settings = with_own_template(get_method_class(config.method), config.settings, template)
+    known = set(names)
+    return create_method(
+        config.method,
+        backbone,
+        names,
+        all_class_names=[*names, *(name for name in everything if name not in known)],
+        objectives=config.objectives,
+        decomposition=config.decomposition,
+        **settings,
+    ).to(backbone.device)
 
 
 def regulator_of(config: RunConfig, method: PromptMethod) -> Regulator | None:
