@@ -211,9 +211,9 @@ def _as_published(method: Any, images: Any) -> None:
     if kept:
         from vlprompt.objectives.targets import template_features
 
-        setattr(
-            method, kept, lambda *_: template_features(method.backbone, method.class_names, [method.settings.template])
-        )
+        # VP's code has spaces for hyphens.
+        names = [name.replace("-", " ") if method.name == "visual_prompt" else name for name in method.class_names]
+        setattr(method, kept, lambda *_: template_features(method.backbone, names, [method.settings.template]))
 
 
 def _dense_update(low_rank: Any, own: Any) -> Any:
