@@ -129,8 +129,10 @@ def _child(options: argparse.Namespace) -> int:
     backbone, on_gpu = vlprompt.load_backbone(options.model, *source, device=options.device), options.device != "cpu"
     names = [f"{word} {i}" if i >= 1000 else word for i, word in enumerate((IMAGENET_CLASSNAMES * 2)[:classes])]
     torch.manual_seed(0)
-    # Dropout draws by the shape of what it is given, which differs: it is off in both.
-    settings = {"cocoop": {"images_at_once": 1 if naive else 4}, "clip_lora": {"dropout": 0.0}, **FITTED}.get(name, {})
+    # Dropout draws by the shape of what it is given, which differs, and rounding decides which entries R-AMT drops: both
+    # gradients are computed, and nothing is dropped, on either side.
+    own = {"cocoop": {"images_at_once": 1 if naive else 4}, "clip_lora": {"dropout": 0.0}, "ramt": {"strength": 0.0}}
+    settings = {**own, **FITTED}.get(name, {})
     method = vlprompt.create_method(name, backbone, list(names), **settings).train()
     for _, parameter in method.learnables():
         if not parameter.any():  # a factor that starts at zero hides the other's gradient
