@@ -129,8 +129,8 @@ def _child(options: argparse.Namespace) -> int:
     backbone, on_gpu = vlprompt.load_backbone(options.model, *source, device=options.device), options.device != "cpu"
     names = [f"{word} {i}" if i >= 1000 else word for i, word in enumerate((IMAGENET_CLASSNAMES * 2)[:classes])]
     torch.manual_seed(0)
-    # Dropout draws by the shape of what it is given, which differs, and rounding decides which entries R-AMT drops: both
-    # gradients are computed, and nothing is dropped, on either side.
+    # Dropout draws by the shape of what it is given, which differs, and rounding decides which entries R-AMT drops: on
+    # neither side is anything dropped; R-AMT computes both gradients all the same.
     own = {"cocoop": {"images_at_once": 1 if naive else 4}, "clip_lora": {"dropout": 0.0}, "ramt": {"strength": 0.0}}
     settings = {**own, **FITTED}.get(name, {})
     method = vlprompt.create_method(name, backbone, list(names), **settings).train()

@@ -212,7 +212,10 @@ def test_no_validation_images(tiny: Tiny, tmp_path: Path) -> None:
         ({"recipe.lr": ["fast"], "recipe.epochs": [1.5]}, ["recipe.lr is 'fast'", "recipe.epochs is 1.5; accepted: a"]),
         ({"recipe.lr": [-1.0]}, ["recipe.lr is -1.0; accepted: a number above 0 (of the candidate"]),
         ({"settings.context_length": [0]}, ["settings.context_length is 0; accepted: 1 to 74"]),
-        ({"data.view": ["centre"]}, ["data.view is 'centre'; accepted: 'random', 'random-tensor', 'random-half' or 'center'"]),
+        (
+            {"data.view": ["centre"]},
+            ["data.view is 'centre'; accepted: 'random', 'random-tensor', 'random-half' or 'center'"],
+        ),
         ({"recipe.epochs": list(range(1, 1002))}, ["the grid has 1,001 candidates; accepted: at most 1,000"]),
     ],
 )  # fmt: skip
