@@ -59,6 +59,15 @@ def test_all_that_is_learned_is_counted(tmp_path: Path) -> None:
         assert "115,010 numbers in 11 tensors" in text  # MaPLe's 112,320, and (77 + 192) 10 of the pair
 
 
+def test_unlabelled_images_of_the_other_half_are_counted(tmp_path: Path) -> None:
+    counts = []
+    for method in ("coop", "promptkd"):
+        where = str(ROOT / "configs" / method / "demo.yaml")
+        text = dry_run(parse_run(["--config", where, "--data.shots", "16", "--data.classes", "base"]))
+        counts.append(int(text.partition("(base), ")[2].partition(" training")[0]))
+    assert counts == [800, 1600]
+
+
 def test_short_batch(tiny: Tiny) -> None:
     text = dry_run(tiny("coop", shots=1, batch_size=32))
     assert "[5, 5] per step" in text and "1 per epoch x 2 epochs = 2 updates" in text

@@ -12,6 +12,7 @@ from vlprompt.data import FewShotTask
 from vlprompt.data.cards import Card, card_class_names, find_card
 from vlprompt.engine.config import RunConfig
 from vlprompt.errors import BackboneError, ConfigError, DataError
+from vlprompt.evaluation.feeding import training_task
 from vlprompt.evaluation.folder import run_folder
 from vlprompt.evaluation.prepare import complete, load_task, make_method
 from vlprompt.methods import PromptMethod
@@ -30,10 +31,12 @@ def dry_run(config: RunConfig) -> str:
         raise ConfigError("\n".join(problems))
     config = complete(config)
     notes: list[str] = []
-    names, everything, train_images, test_images, template = _facts(config, notes)
+    task, (names, everything, train_images, test_images, template) = _facts(config, notes)
     backbone = _backbone(config, notes)
     with torch.no_grad():
         method = make_method(config, backbone, names, everything, template)
+    if task is not None:
+        train_images = len(training_task(method, task).train)
     learnables = method.learnables()
     count = sum(parameter.numel() for _, parameter in learnables)
     recipe = config.recipe
@@ -60,21 +63,23 @@ def dry_run(config: RunConfig) -> str:
     return "\n".join([*lines, *(["", *(f"note: {note}" for note in notes)] if notes else [])])
 
 
-def _facts(config: RunConfig, notes: list[str]) -> tuple[list[str], list[str], int, int | None, str]:
-    """Return class names, all class names, training and test images, and the template."""
+Facts = tuple[list[str], list[str], int, int | None, str]
+"""Class names, all class names, training and test images, and the template."""
+
+
+def _facts(config: RunConfig, notes: list[str]) -> tuple[FewShotTask | None, Facts]:
+    """Return the task, if its images are here, and the facts."""
     data = config.data
     try:
         task: FewShotTask = load_task(data, config.seed)
     except DataError as error:
         card = find_card(data.name)
         notes.append(f"no images: {str(error).splitlines()[0]}")
-        return _facts_of_card(config, card, notes, error)
-    return task.class_names, task.all_class_names, len(task.train), len(task.test), task.template
+        return None, _facts_of_card(config, card, notes, error)
+    return task, (task.class_names, task.all_class_names, len(task.train), len(task.test), task.template)
 
 
-def _facts_of_card(
-    config: RunConfig, card: Card, notes: list[str], error: DataError
-) -> tuple[list[str], list[str], int, int | None, str]:
+def _facts_of_card(config: RunConfig, card: Card, notes: list[str], error: DataError) -> Facts:
     everything = card_class_names(card)
     if everything is None:
         if not card.classes.count:
