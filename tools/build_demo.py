@@ -8,8 +8,8 @@
 
 Stages keep their results in FOLDER and go on where they were stopped. Needs npm, and pip install 'vlprompt[demo]'. The
 images come out byte for byte the same with the versions in tools/demo/. Training takes about an hour per seed, and one
-more for the ViT, on one core; with --device cuda about four minutes per seed, and two. MODEL_CARD.md says how near a
-second build came to the shipped weights.
+more for the ViT, on one core; with --device cuda it is minutes. MODEL_CARD.md says how near a second build came to the
+shipped weights.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from vlprompt.methods import PromptMethod, get_method_class, list_methods, regis
 
 @pytest.fixture
 def clean_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry._METHODS, "_known", dict(registry._METHODS._known))
     yield
 
 

@@ -218,7 +218,7 @@ def test_one_file_is_all_that_a_method_takes(tiny_backbone: Backbone, images: Te
     from vlprompt.methods import registry
     from vlprompt.methods.coop import CoOp, CoOpSettings
 
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry._METHODS, "_known", dict(registry._METHODS._known))
 
     @dataclass(frozen=True)
     class ToySettings(CoOpSettings):

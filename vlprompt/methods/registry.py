@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from vlprompt.backbone import Backbone
 from vlprompt.errors import ConfigError, did_you_mean
 from vlprompt.methods.base import PromptMethod
+from vlprompt.registry import Registry
 from vlprompt.settings_types import check_types
 
-_METHODS: dict[str, type[PromptMethod]] = {}
+_METHODS: Registry[PromptMethod] = Registry("method")
 M = TypeVar("M", bound=type[PromptMethod])
 
 
@@ -22,20 +22,12 @@ def register(name: str) -> Callable[[M], M]:
     Raises:
         ValueError: Another class holds the name.
     """
-
-    def enrol(method: M) -> M:
-        if name in _METHODS and _METHODS[name] is not method:
-            raise ValueError(f"method name {name!r} is taken by {_METHODS[name].__qualname__}")
-        method.name = name
-        _METHODS[name] = method
-        return method
-
-    return enrol
+    return _METHODS.enrol(name)
 
 
 def list_methods(pattern: str = "*") -> list[str]:
     """Return the names of all methods that match a wildcard ``pattern``, sorted: ``list_methods("*coop*")``."""
-    return sorted(fnmatch.filter(_METHODS, pattern))
+    return _METHODS.names(pattern)
 
 
 def get_method_class(name: str) -> type[PromptMethod]:
@@ -44,10 +36,7 @@ def get_method_class(name: str) -> type[PromptMethod]:
     Raises:
         ConfigError: No such method; the text names the nearest ones.
     """
-    if name not in _METHODS:
-        near = did_you_mean(name, list_methods())
-        raise ConfigError(f"there is no method {name!r}.{near} See `vlprompt list methods`.")
-    return _METHODS[name]
+    return _METHODS.get(name)
 
 
 def create_method(

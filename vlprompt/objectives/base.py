@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.errors import ConfigError, did_you_mean
+from vlprompt.registry import Registry
 
 Terms = dict[str, Tensor]
 
@@ -124,7 +125,7 @@ class Objective(nn.Module):
         raise ConfigError(f"objective {self.name!r} cannot go with method {self.host.name!r}: {why}")
 
 
-_OBJECTIVES: dict[str, type[Objective]] = {}
+_OBJECTIVES: Registry[Objective] = Registry("objective")
 O = TypeVar("O", bound=type[Objective])  # noqa: E741
 
 
@@ -134,27 +135,17 @@ def register_objective(name: str) -> Callable[[O], O]:
     Raises:
         ValueError: Another class holds the name.
     """
-
-    def enrol(objective: O) -> O:
-        if name in _OBJECTIVES and _OBJECTIVES[name] is not objective:
-            raise ValueError(f"objective name {name!r} is taken by {_OBJECTIVES[name].__qualname__}")
-        objective.name = name
-        _OBJECTIVES[name] = objective
-        return objective
-
-    return enrol
+    return _OBJECTIVES.enrol(name)
 
 
 def list_objectives() -> list[str]:
     """Return the names of all objectives, sorted."""
-    return sorted(_OBJECTIVES)
+    return _OBJECTIVES.names()
 
 
 def get_objective_class(name: str) -> type[Objective]:
     """Return the class registered as ``name``; raises ConfigError with the nearest names."""
-    if name not in _OBJECTIVES:
-        raise ConfigError(f"there is no objective {name!r}.{did_you_mean(str(name), list_objectives())}")
-    return _OBJECTIVES[name]
+    return _OBJECTIVES.get(name)
 
 
 def check_objectives(host: Host, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

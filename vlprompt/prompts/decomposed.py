@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vlprompt.backbone.layout import Reach, TokenLayout, WordUpdate
 from vlprompt.backbone.text_tower import TextTower
 from vlprompt.errors import ConfigError, did_you_mean
+from vlprompt.registry import Registry
 from vlprompt.settings_types import check_settings, check_types
 
 
@@ -107,7 +108,7 @@ class Decomposition(nn.Module):
 
 
 # -- the registry -----------------------------------------------------------------------------------------------------
-_DECOMPOSITIONS: dict[str, type[Decomposition]] = {}
+_DECOMPOSITIONS: Registry[Decomposition] = Registry("decomposition")
 D = TypeVar("D", bound=type[Decomposition])
 
 
@@ -117,27 +118,17 @@ def register_decomposition(name: str) -> Callable[[D], D]:
     Raises:
         ValueError: Another class holds the name.
     """
-
-    def enrol(kind: D) -> D:
-        if name in _DECOMPOSITIONS and _DECOMPOSITIONS[name] is not kind:
-            raise ValueError(f"decomposition name {name!r} is taken by {_DECOMPOSITIONS[name].__qualname__}")
-        kind.name = name
-        _DECOMPOSITIONS[name] = kind
-        return kind
-
-    return enrol
+    return _DECOMPOSITIONS.enrol(name)
 
 
 def list_decompositions() -> list[str]:
     """Return the names of all decompositions, sorted."""
-    return sorted(_DECOMPOSITIONS)
+    return _DECOMPOSITIONS.names()
 
 
 def get_decomposition_class(name: str) -> type[Decomposition]:
     """Return the class registered as ``name``; raises ConfigError with the nearest names."""
-    if name not in _DECOMPOSITIONS:
-        raise ConfigError(f"there is no decomposition {name!r}.{did_you_mean(str(name), list_decompositions())}")
-    return _DECOMPOSITIONS[name]
+    return _DECOMPOSITIONS.get(name)
 
 
 def check_decomposition(wanted: object) -> dict[str, dict[str, Any]]:

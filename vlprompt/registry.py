@@ -1,0 +1,55 @@
+"""Registries: a decorator on a class is the whole enrolment of what YAML and the command line name."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from vlprompt.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+K = TypeVar("K", bound=type)
+
+
+class Registry(Generic[T]):
+    """Classes of one kind by name.
+
+    Args:
+        what: What they are, for messages: "method", "objective" or "decomposition".
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._known: dict[str, type[T]] = {}
+
+    def enrol(self, name: str) -> Callable[[K], K]:
+        """Return a decorator that enrols a class under ``name``, which becomes its attribute.
+
+        Raises:
+            ValueError: Another class holds the name.
+        """
+
+        def decorate(kind: K) -> K:
+            if name in self._known and self._known[name] is not kind:
+                raise ValueError(f"{self._what} name {name!r} is taken by {self._known[name].__qualname__}")
+            setattr(kind, "name", name)  # noqa: B010  # a class attribute that the type of a class does not show
+            self._known[name] = kind
+            return kind
+
+        return decorate
+
+    def names(self, pattern: str = "*") -> list[str]:
+        """Return the names that match a wildcard ``pattern``, sorted."""
+        return sorted(fnmatch.filter(self._known, pattern))
+
+    def get(self, name: str) -> type[T]:
+        """Return the class enrolled as ``name``.
+
+        Raises:
+            ConfigError: There is none; the text names the nearest ones.
+        """
+        if name not in self._known:
+            near = did_you_mean(str(name), self.names())
+            raise ConfigError(f"there is no {self._what} {name!r}.{near} See `vlprompt list {self._what}s`.")
+        return self._known[name]
