@@ -30,7 +30,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vlprompt.data import FewShotData, FewShotTask, FileSource, Sample, find_card  # noqa: E402
+from vlprompt.data import FewShotData
+from vlprompt.datasets import FewShotTask, FileSource, Sample, find_card  # noqa: E402
 
 BATCH = 100
 CLASSES = 10

@@ -74,7 +74,7 @@ def _measured(options: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from vlprompt import create_method, load_backbone
-    from vlprompt.engine.meta_config import MetaConfig
+    from vlprompt.config.meta import MetaConfig
     from vlprompt.engine.meta_module import MetaModule
     from vlprompt.meta import Regulator, RegulatorSettings
 

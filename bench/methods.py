@@ -195,7 +195,7 @@ def _as_published(method: Any, images: Any) -> None:
     method.backbone.text.algorithm = "padded"
     image_tower.LAST_BLOCK_FOR_CLASS_TOKEN = False
     if method.name == "clip_adapter":
-        from vlprompt.objectives.targets import template_features
+        from vlprompt.prompts.zero_shot import template_features
 
         method.class_weights = lambda: template_features(method.backbone, method.class_names, method.settings.templates)
     if method.name == "prograd":
@@ -211,7 +211,7 @@ def _as_published(method: Any, images: Any) -> None:
         method.backbone.image.folded = lambda pixels: None
     kept = {"visual_prompt": "class_weights", "promptkd": "taught_text"}.get(method.name)
     if kept:
-        from vlprompt.objectives.targets import template_features
+        from vlprompt.prompts.zero_shot import template_features
 
         # VP's code has spaces for hyphens.
         names = [name.replace("-", " ") if method.name == "visual_prompt" else name for name in method.class_names]

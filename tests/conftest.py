@@ -67,7 +67,7 @@ def toy_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data root with the same small pictures as ``styles`` and as ``plain``: ``<domain>/<split>/<class>/<n>.png``."""
     from PIL import Image, ImageOps
 
-    from vlprompt.data import load_dataset
+    from vlprompt.datasets import load_dataset
 
     # Domains are looks that the demo's CLIP finds unequally hard, so that their accuracies differ.
     looks: dict[str, Callable[[Any], Any]] = {
@@ -100,10 +100,11 @@ def toy_sets(toy_pictures: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ``toy-styles`` has the clean domains a, b and c, each with a noisy version and a with a blurred one too, and names
     them in the order c, a, b. Both have 4 classes.
     """
-    from vlprompt.data import Card, FileSource, Sample, SplitLists, cards, load_dataset, readers
-    from vlprompt.data.cards import Classes, Templates
-    from vlprompt.data.options import FolderOptions
-    from vlprompt.data.report import Report
+    from vlprompt.datasets import Card, FileSource, Sample, SplitLists, load_dataset, readers
+    from vlprompt.datasets import catalogue as cards
+    from vlprompt.datasets.card import Classes, Templates
+    from vlprompt.datasets.options import FolderOptions
+    from vlprompt.datasets.report import Report
 
     names = load_dataset("demo", shots=1).class_names[:TOY_CLASSES]
 

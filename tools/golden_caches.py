@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from vlprompt.caches import Adaptation, CacheRecipe, TFUPTrained, TipAdapter, TipAdapterF, grid
 from vlprompt.caches.tfup import candidate_divergence, kl_matrix
-from vlprompt.objectives.targets import filled_in, mean_features, raw_features, template_features
+from vlprompt.prompts.zero_shot import filled_in, mean_features, raw_features, template_features
 
 Results = Iterator[tuple[str, Any]]
 _ADAPTERS = {"text_residual": "text_res", "image_down": "image_fc0", "image_up": "image_fc2"}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import vlprompt
 from vlprompt.backbone import Backbone, VisualTokens
 from vlprompt.methods.teacher import Teacher
-from vlprompt.objectives.targets import template_features
+from vlprompt.prompts.zero_shot import template_features
 
 Results = Iterator[tuple[Any, ...]]
 

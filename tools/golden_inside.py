@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import vlprompt
 from vlprompt.backbone import Added
-from vlprompt.engine.config import RecipeConfig
+from vlprompt.config.run import RecipeConfig
 from vlprompt.engine.recipe import make_optimizer
 from vlprompt.objectives.gradient_dropout import drop
 from vlprompt.prompts.inside import masked

@@ -336,7 +336,7 @@ def _restore_parts(golden: Any, made: Any, images: torch.Tensor, labels: torch.T
 
 
 def _restore_run(golden: Any, names: Names, images: torch.Tensor, labels: torch.Tensor, own: dict[str, Any]) -> Results:
-    from vlprompt.engine.config import RecipeConfig
+    from vlprompt.config.run import RecipeConfig
     from vlprompt.engine.recipe import learning_rate
 
     run = golden.meta["cases"]["run"]

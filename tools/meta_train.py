@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vlprompt.cli import main  # noqa: E402  (the clone has to be on the path first)
+from vlprompt.cli.main import main  # noqa: E402  (the clone has to be on the path first)
 
 if __name__ == "__main__":
     sys.exit(main(["meta-train", *sys.argv[1:]]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from vlprompt.version import __version__ as __version__
 
 # Public names and the modules they live in; a module is imported when one of its names is first used, so that
 # ``import vlprompt`` is quick.
@@ -15,18 +15,18 @@ _HOMES = {
     "Head": "vlprompt.io.head",
     "PromptMethod": "vlprompt.methods",
     "PromptModule": "vlprompt.engine.module",
-    "Run": "vlprompt.evaluation.run",
+    "Run": "vlprompt.runs.run",
     "VlpromptError": "vlprompt.errors",
     "create_method": "vlprompt.methods",
     "list_backbones": "vlprompt.backbone",
-    "list_datasets": "vlprompt.data",
+    "list_datasets": "vlprompt.datasets",
     "list_methods": "vlprompt.methods",
     "load_backbone": "vlprompt.backbone",
-    "load_dataset": "vlprompt.data",
+    "load_dataset": "vlprompt.datasets",
     "load_head": "vlprompt.io.head",
-    "load_pairs": "vlprompt.data",
+    "load_pairs": "vlprompt.pairs",
     "register": "vlprompt.methods",
-    "train": "vlprompt.evaluation.run",
+    "train": "vlprompt.runs.run",
 }
 
 __all__ = [
@@ -52,12 +52,14 @@ __all__ = [
 
 if TYPE_CHECKING:
     from vlprompt.backbone import Backbone, list_backbones, load_backbone
-    from vlprompt.data import FewShotData, list_datasets, load_dataset, load_pairs
+    from vlprompt.data import FewShotData
+    from vlprompt.datasets import list_datasets, load_dataset
     from vlprompt.engine.module import PromptModule
     from vlprompt.errors import VlpromptError
-    from vlprompt.evaluation.run import Run, train
     from vlprompt.io.head import Head, load_head
     from vlprompt.methods import PromptMethod, create_method, list_methods, register
+    from vlprompt.pairs import load_pairs
+    from vlprompt.runs.run import Run, train
 
 
 def __getattr__(name: str) -> Any:

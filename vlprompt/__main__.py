@@ -2,7 +2,7 @@
 
 import sys
 
-from vlprompt.cli import main
+from vlprompt.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,8 +14,9 @@ from vlprompt.caches import EpochRecipe, LinearProbe, LPPlusPlus, TaskResidual
 from vlprompt.caches.linear_probe import penalised_loss
 from vlprompt.caches.lp_plus_plus import step_sizes
 from vlprompt.caches.search import search_exponent
-from vlprompt.caches.training import orders, warm_cosine
+from vlprompt.caches.training import orders
 from vlprompt.errors import ConfigError, DataError
+from vlprompt.schedule import warm_cosine
 
 C, N, D = 5, 20, 16
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from vlprompt.data import FeatureStore, FileSource, Sample, extract
+from vlprompt.data import FeatureStore, extract
 from vlprompt.data import test_view as clip_view
 from vlprompt.data.features import Rows
 from vlprompt.data.tally import images_encoded, tally
+from vlprompt.datasets import FileSource, Sample
 from vlprompt.errors import ConfigError, DataError
 
 KEY = {"backbone": "abc", "view": "center", "n": 3}

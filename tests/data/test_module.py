@@ -14,8 +14,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from vlprompt.data import FewShotData, FewShotTask
+from vlprompt.data import FewShotData
 from vlprompt.data.tally import tally
+from vlprompt.datasets import FewShotTask
 from vlprompt.errors import ConfigError, DataError
 
 

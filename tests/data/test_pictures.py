@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from vlprompt.data import FileSource, Sample, train_view
 from vlprompt.data import test_view as clip_view
+from vlprompt.data import train_view
 from vlprompt.data.batches import ImageBatches, automatic_workers, labels_of, make_loader
 from vlprompt.data.pictures import Pictures, _free_memory
 from vlprompt.data.samplers import derived_seed
 from vlprompt.data.views import View
+from vlprompt.datasets import FileSource, Sample
 
 SIZES = [(40, 30), (7, 5), (1, 1), (16, 16), (3, 200), (900, 40), (1200, 900)]
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from vlprompt.engine.config import BackboneConfig, DataConfig, RecipeConfig, RunConfig, TrainerConfig
+from vlprompt.config.run import BackboneConfig, DataConfig, RecipeConfig, RunConfig, TrainerConfig
 from vlprompt.errors import ConfigError, DataError
-from vlprompt.evaluation.run import run
+from vlprompt.runs.run import run
 
 CLASSES = ("cat", "dog", "owl")
 

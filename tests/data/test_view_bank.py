@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vlprompt.data import FewShotData, FewShotTask, FileSource, view_bank
+from vlprompt.data import FewShotData, view_bank
 from vlprompt.data.tally import tally
 from vlprompt.data.view_images import Drawn, ViewImages
 from vlprompt.data.views import View
+from vlprompt.datasets import FewShotTask, FileSource
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.testtime.views import TestViews
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 
-from vlprompt.data import FewShotTask, load_dataset
+from vlprompt.datasets import FewShotTask, load_dataset
 from vlprompt.methods import PromptMethod, create_method
 
 MIXTURE = {"templates": ["a photo of a {}.", "an icon of a {}.", "a {} drawn."], "groups": [1, 1, 1]}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlprompt.engine.config import TrainerConfig
+from vlprompt.config.run import TrainerConfig
 from vlprompt.engine.fit import check_devices, make_trainer, quiet
 from vlprompt.errors import ConfigError
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import vlprompt
-from vlprompt.data import FewShotData, FewShotTask
-from vlprompt.engine.config import RecipeConfig
+from vlprompt.config.run import RecipeConfig
+from vlprompt.data import FewShotData
+from vlprompt.datasets import FewShotTask
 from vlprompt.engine.metrics import MultilabelScores
 from vlprompt.engine.recipe import learning_rate
 from vlprompt.errors import ConfigError, HeadError

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vlprompt.engine.config import RecipeConfig
+from vlprompt.config.run import RecipeConfig
 from vlprompt.engine.recipe import learning_rate, make_optimizer
 
 # Epochs, full rate, and rates by epoch (counted from 0) as the specification prints them.

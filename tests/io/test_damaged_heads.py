@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vlprompt
-from vlprompt.cli import main
+from vlprompt.cli.main import main
 from vlprompt.io import Head
 
 Damage = Callable[[Path], Any]

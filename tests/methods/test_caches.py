@@ -16,12 +16,12 @@ from vlprompt import create_method, load_head
 from vlprompt.backbone import Backbone
 from vlprompt.caches import RowClassifier
 from vlprompt.errors import ClassNameError, ConfigError, HeadError
-from vlprompt.evaluation.feeding import use_of_test_images
 from vlprompt.io.head import Head
 from vlprompt.methods import PromptMethod
 from vlprompt.methods.cached import own_rows
 from vlprompt.methods.fitting import Shots
-from vlprompt.objectives.targets import mean_features
+from vlprompt.prompts.zero_shot import mean_features
+from vlprompt.runs.feeding import use_of_test_images
 
 NAMES = ["cat", "annual crop land", "aeroplane"]
 #: Settings that keep the tests short.

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from vlprompt import Head, PromptModule, create_method, list_methods, load_head
 from vlprompt.backbone import Backbone
-from vlprompt.engine.config import RecipeConfig, RunConfig
+from vlprompt.cli.parse import parse_run
+from vlprompt.config.run import RecipeConfig, RunConfig
 from vlprompt.engine.recipe import learning_rate
 from vlprompt.errors import ConfigError, HeadError
-from vlprompt.evaluation import folder
-from vlprompt.evaluation.folder import config_sha256
-from vlprompt.evaluation.prepare import build_method
 from vlprompt.meta import adapted, differentiable, inner_rates, task_loss
 from vlprompt.methods import PromptMethod
 from vlprompt.methods.registry import get_method_class
-from vlprompt.parsing import parse_run
 from vlprompt.prompts import list_decompositions
+from vlprompt.runs import folder
+from vlprompt.runs.folder import config_sha256
+from vlprompt.runs.prepare import build_method
 
 NAMES = ["cat", "annual crop land", "aeroplane", "sea_lake"]
 LABELS = torch.tensor([0, 1, 2, 3])

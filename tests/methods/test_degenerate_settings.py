@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlprompt import create_method
 from vlprompt.backbone import Backbone
-from vlprompt.engine.config import RecipeConfig
+from vlprompt.config.run import RecipeConfig
 from vlprompt.engine.recipe import learning_rate
 from vlprompt.errors import BackboneError, ConfigError
 from vlprompt.methods import PromptMethod

@@ -15,7 +15,7 @@ from torch import Tensor
 import vlprompt
 from vlprompt.backbone import Added, Backbone
 from vlprompt.backbone.added import run_block
-from vlprompt.engine.config import RecipeConfig
+from vlprompt.config.run import RecipeConfig
 from vlprompt.errors import ConfigError, HeadError
 from vlprompt.io import Head, load_head
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
-from vlprompt.objectives.targets import template_features
+from vlprompt.prompts.zero_shot import template_features
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from vlprompt import create_method
 from vlprompt.backbone import Backbone, VisualTokens
-from vlprompt.objectives.targets import template_features
 from vlprompt.prompts import UnifiedPrompts
+from vlprompt.prompts.zero_shot import template_features
 
 NAMES = ["cat", "annual crop land", "sea_lake"]
 

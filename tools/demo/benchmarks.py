@@ -1,7 +1,7 @@
 """Which drawings the demo's benchmarks consist of: split files in CoOp's format, and captioned pairs.
 
 In every one of them shots, validation and test share no drawing. Variants (``#3``, ``#noise``) are made when an image
-is read (:mod:`vlprompt.data.variants`), so an archive holds a drawing once.
+is read (:mod:`vlprompt.datasets.variants`), so an archive holds a drawing once.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from torch import Tensor
 from vlprompt import create_method
 from vlprompt.backbone import Backbone
 from vlprompt.data.features import extract
-from vlprompt.data.images import ZipSource
-from vlprompt.data.records import Sample
-from vlprompt.data.variants import CORRUPTIONS, VariantSource
 from vlprompt.data.views import test_view
+from vlprompt.datasets.images import ZipSource
+from vlprompt.datasets.records import Sample
+from vlprompt.datasets.variants import CORRUPTIONS, VariantSource
 
 TEMPLATES = ("an emoji of a {}.", "a photo of a {}.", "a drawing of a {}.", "{}", "an icon of a {}.")
 #: Styles on which the training seed was chosen; what they say of the chosen one is not a result.

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlprompt.data.pictures import Pictures
-from vlprompt.data.records import Sample
 from vlprompt.data.samplers import Key, derived_seed
 from vlprompt.data.views import Pixels
+from vlprompt.datasets.records import Sample
 from vlprompt.errors import DataError
 
 Batch = dict[str, Tensor]

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 from vlprompt.data.batches import Batch, FeatureBatches, ImageBatches, automatic_workers, labels_of, make_loader
 from vlprompt.data.features import FeatureStore, Rows, default_folder, encode_all
 from vlprompt.data.pictures import KEEP_BYTES, Pictures
-from vlprompt.data.records import SPLITS, Sample, lines_sha256
 from vlprompt.data.samplers import EvalSampler, TrainSampler
 from vlprompt.data.tally import count_skipped, gathered
-from vlprompt.data.task import FewShotTask
 from vlprompt.data.view_bank import ViewBank, ViewFeatures, ViewRows, rows_or_error
 from vlprompt.data.view_images import Drawn, Generated, PictureBank, ViewImages, other_views
 from vlprompt.data.views import PreprocessLike, View, check_kind, describe_view
+from vlprompt.datasets.records import SPLITS, Sample, lines_sha256
+from vlprompt.datasets.task import FewShotTask
 from vlprompt.errors import ConfigError, DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ ON_BAD_IMAGE = ("error", "skip")
 
 
 class FewShotData(pl.LightningDataModule):
-    """Batches of a :class:`~vlprompt.data.FewShotTask`, the same ones whatever the number of processes or workers.
+    """Batches of a :class:`~vlprompt.datasets.FewShotTask`, the same ones whatever the number of processes or workers.
 
     A batch is a dict:
 

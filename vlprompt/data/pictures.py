@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from vlprompt.data.records import Sample
 from vlprompt.data.views import Pixels, View
+from vlprompt.datasets.records import Sample
 
 #: Bytes of decoded pictures that a split keeps at most in a process and its workers, unless it is told otherwise.
 KEEP_BYTES = 2 * 2**30

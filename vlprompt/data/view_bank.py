@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vlprompt.data.batches import Batch, FeatureBatches, make_loader
 from vlprompt.data.features import FeatureStore, Rows
-from vlprompt.data.records import Sample, lines_sha256
 from vlprompt.data.samplers import Key
 from vlprompt.data.view_images import Drawn, Generated, ViewImages
+from vlprompt.datasets.records import Sample, lines_sha256
 from vlprompt.errors import DataError
 
 #: Views that one entry of the store holds at most: what a killed run computes again.

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from vlprompt.data.batches import Batch, ImageBatches
-from vlprompt.data.images import ImageSource
 from vlprompt.data.pictures import Pictures
-from vlprompt.data.records import Sample
 from vlprompt.data.samplers import Key, derived_seed
 from vlprompt.data.views import Pixels, PreprocessLike, View, describe_view
+from vlprompt.datasets.images import ImageSource
+from vlprompt.datasets.records import Sample
 from vlprompt.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class PictureBank(Protocol):
-    """What views need to know of a :class:`~vlprompt.data.diffusion.DiffusionBank`."""
+    """What views need to know of a :class:`~vlprompt.generation.DiffusionBank`."""
 
     @property
     def recipe_id(self) -> str:

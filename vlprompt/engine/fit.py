@@ -16,8 +16,8 @@ from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 
+from vlprompt.config.run import RecipeConfig, TrainerConfig
 from vlprompt.engine.callbacks import LAST_CHECKPOINT, AtomicCheckpointIO, MetricsFile, last_checkpoint_callback
-from vlprompt.engine.config import RecipeConfig, TrainerConfig
 from vlprompt.engine.metrics import plain_score, score
 from vlprompt.engine.module import PromptModule
 from vlprompt.errors import ConfigError

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vlprompt.config.meta import MetaConfig
 from vlprompt.data.batches import automatic_workers, make_loader
 from vlprompt.data.pictures import KEEP_BYTES, Pictures
-from vlprompt.data.records import Sample
 from vlprompt.data.samplers import Key, KeySampler
 from vlprompt.data.views import PreprocessLike, View
-from vlprompt.engine.meta_config import MetaConfig
+from vlprompt.datasets.records import Sample
 from vlprompt.meta.tasks import Task
 
 Batch = dict[str, Any]

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from vlprompt.engine.meta_config import MetaConfig
+from vlprompt.config.meta import MetaConfig
 from vlprompt.engine.module import FrozenInside
 from vlprompt.errors import ConfigError
 from vlprompt.meta import Regulator, adapted, differentiable, inner_rates, task_loss

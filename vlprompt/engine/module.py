@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from vlprompt.engine.config import RecipeConfig
+from vlprompt.config.run import RecipeConfig
 from vlprompt.engine.metrics import MULTILABEL, make_scores
 from vlprompt.engine.recipe import learning_rate, make_optimizer
 from vlprompt.errors import ConfigError, HeadError

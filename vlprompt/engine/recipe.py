@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from vlprompt.caches.training import warm_cosine
-from vlprompt.engine.config import RecipeConfig
+from vlprompt.config.run import RecipeConfig
+from vlprompt.schedule import warm_cosine
 
 SECOND_BETA = 0.999
 

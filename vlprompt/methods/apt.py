@@ -20,8 +20,8 @@ from vlprompt.backbone import Added, TokenLayout
 from vlprompt.errors import ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
-from vlprompt.objectives.targets import template_features
 from vlprompt.prompts import CONTEXT_STD, Diffusion, check_templates, template_layout
+from vlprompt.prompts.zero_shot import template_features
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from vlprompt.caches import FeatureClassifier
 from vlprompt.errors import ClassNameError, HeadError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.fitting import Shots
-from vlprompt.objectives.targets import template_features
+from vlprompt.prompts.zero_shot import template_features
 
 
 class CachedMethod(PromptMethod):

@@ -19,8 +19,8 @@ from vlprompt.errors import ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
 from vlprompt.objectives.base import Step
-from vlprompt.objectives.targets import template_features
 from vlprompt.prompts import LowRank, check_templates, template_layout
+from vlprompt.prompts.zero_shot import template_features
 
 #: From where to where a position reaches, in twelfths of a tower's blocks (loralib/utils.py has twelve, or L/14's 24).
 POSITIONS = {"all": (0, 12), "bottom": (0, 4), "mid": (4, 8), "up": (8, 12), "half-bottom": (0, 6), "half-up": (6, 12)}

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlprompt.config.settings import check_settings
 from vlprompt.errors import ConfigError
 from vlprompt.methods.registry import register
 from vlprompt.methods.taught import TaughtMethod
 from vlprompt.objectives.base import Step
 from vlprompt.prompts import Projector, VisualPrompts, check_templates
-from vlprompt.settings_types import check_settings
 
 
 @dataclass(frozen=True)

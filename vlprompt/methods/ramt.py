@@ -25,8 +25,8 @@ from vlprompt.errors import ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
 from vlprompt.objectives.base import Step
-from vlprompt.objectives.targets import template_features
 from vlprompt.prompts import Masks, check_templates, template_layout
+from vlprompt.prompts.zero_shot import template_features
 
 _MLP = (".mlp.c_fc.weight", ".mlp.c_proj.weight")
 _ATTENTION = ("in_proj_weight", "out_proj.weight", *(f"attnpool.{part}_proj.weight" for part in "qkvc"))

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from vlprompt.backbone import Backbone
+from vlprompt.config.settings import check_types
 from vlprompt.errors import ConfigError, did_you_mean
 from vlprompt.methods.base import PromptMethod
 from vlprompt.registry import Registry
-from vlprompt.settings_types import check_types
 
 _METHODS: Registry[PromptMethod] = Registry("method")
 M = TypeVar("M", bound=type[PromptMethod])

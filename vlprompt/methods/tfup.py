@@ -13,12 +13,12 @@ from typing import Literal
 from torch import Tensor
 
 from vlprompt.caches import TFUP
+from vlprompt.config.settings import check_settings
 from vlprompt.methods.cached import CachedMethod
 from vlprompt.methods.fitting import Shots
 from vlprompt.methods.registry import register
-from vlprompt.objectives.targets import raw_template_features
 from vlprompt.prompts import check_templates
-from vlprompt.settings_types import check_settings
+from vlprompt.prompts.zero_shot import raw_template_features
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import Literal
 from torch import Tensor
 
 from vlprompt.caches import Adaptation, CacheRecipe, TFUPTrained
+from vlprompt.config.settings import check_settings
 from vlprompt.errors import ConfigError
 from vlprompt.methods.fitting import Shots
 from vlprompt.methods.registry import register
 from vlprompt.methods.tfup import TFUPMethod, TFUPSettings
-from vlprompt.settings_types import check_settings
 
 
 @dataclass(frozen=True)

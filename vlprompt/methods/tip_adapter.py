@@ -14,12 +14,12 @@ from typing import Literal
 from torch import Tensor
 
 from vlprompt.caches import TipAdapter, grid
+from vlprompt.config.settings import check_settings
 from vlprompt.errors import ConfigError
 from vlprompt.methods.cached import CachedMethod, keys_of
 from vlprompt.methods.fitting import Shots
 from vlprompt.methods.registry import register
 from vlprompt.prompts import check_templates
-from vlprompt.settings_types import check_settings
 
 
 @dataclass(frozen=True)

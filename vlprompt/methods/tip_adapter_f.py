@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vlprompt.caches import CacheRecipe, TipAdapterF
+from vlprompt.config.settings import check_settings
 from vlprompt.methods.cached import keys_of
 from vlprompt.methods.fitting import Shots
 from vlprompt.methods.registry import register
 from vlprompt.methods.tip_adapter import TipAdapterMethod, TipAdapterSettings
-from vlprompt.settings_types import check_settings
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
-from vlprompt.objectives.targets import template_features
 from vlprompt.prompts import PixelPrompt, check_templates
 from vlprompt.prompts.pixels import Shape
+from vlprompt.prompts.zero_shot import template_features
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 from vlprompt.errors import ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
-from vlprompt.objectives.targets import template_features
 from vlprompt.prompts import VisualPrompts, check_templates
+from vlprompt.prompts.zero_shot import template_features
 
 
 @dataclass(frozen=True)

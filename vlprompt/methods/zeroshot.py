@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
-from vlprompt.objectives.targets import template_features
 from vlprompt.prompts import check_templates
+from vlprompt.prompts.zero_shot import template_features
 
 SELECTED_TEMPLATES = (
     "itap of a {}.",

@@ -177,7 +177,7 @@ def create_objective(name: str, host: Host, given: Mapping[str, Any] | None = No
     wrong = [f"{key!r}.{did_you_mean(str(key), known)}" for key in given if key not in known]
     if wrong:
         raise ConfigError(f"objective {name!r} has no setting " + "; nor ".join(wrong))
-    from vlprompt.settings_types import check_types
+    from vlprompt.config.settings import check_types
 
     check_types(kind.Settings, given, f"objectives.{name}")
     return kind(host, kind.Settings(**given))

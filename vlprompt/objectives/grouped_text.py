@@ -11,8 +11,8 @@ from torch import Tensor
 from vlprompt.errors import ConfigError
 from vlprompt.objectives.base import Host, Objective, Step, Terms, non_negative, register_objective
 from vlprompt.objectives.mixture import text_to_text_loss
-from vlprompt.objectives.targets import template_features
 from vlprompt.prompts.words import check_templates
+from vlprompt.prompts.zero_shot import template_features
 
 
 @dataclass(frozen=True)

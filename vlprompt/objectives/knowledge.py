@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt.objectives.base import Host, Objective, Step, Terms, non_negative, register_objective
-from vlprompt.objectives.targets import template_features
+from vlprompt.prompts.zero_shot import template_features
 
 
 @dataclass(frozen=True)

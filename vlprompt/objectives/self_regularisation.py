@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt.objectives.base import Host, Objective, Step, Terms, non_negative, register_objective, unit
-from vlprompt.objectives.targets import template_features
 from vlprompt.objectives.templates import PROMPTSRC_TEMPLATES
 from vlprompt.prompts.words import check_templates
+from vlprompt.prompts.zero_shot import template_features
 
 
 @dataclass(frozen=True)

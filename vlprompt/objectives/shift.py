@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlprompt.errors import ConfigError
 from vlprompt.objectives.base import Host, Objective, Step, Terms, non_negative, register_objective
-from vlprompt.objectives.targets import template_features
+from vlprompt.prompts.zero_shot import template_features
 
 
 @dataclass(frozen=True)

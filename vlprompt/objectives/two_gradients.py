@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlprompt.errors import ConfigError
 from vlprompt.objectives.base import Host, Objective, Step, Terms, unit
-from vlprompt.objectives.targets import template_features
+from vlprompt.prompts.zero_shot import template_features
 
 
 class TwoGradients(Objective):

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from vlprompt.backbone.layout import Reach, TokenLayout, WordUpdate
 from vlprompt.backbone.text_tower import TextTower
+from vlprompt.config.settings import check_settings, check_types
 from vlprompt.errors import ConfigError, did_you_mean
 from vlprompt.registry import Registry
-from vlprompt.settings_types import check_settings, check_types
 
 
 @dataclass(frozen=True)

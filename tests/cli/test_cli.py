@@ -1,0 +1,449 @@
+"""The command line: what each command calls and prints, exit codes, and one-screen errors without tracebacks."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import vlprompt
+from vlprompt.cli.main import COMMANDS, head_folder, main
+from vlprompt.cli.parse import parse_run
+from vlprompt.config.keys import to_yaml
+from vlprompt.errors import DataError, HeadError
+from vlprompt.methods import list_methods
+
+ROOT = Path(__file__).parents[2]
+Calls = list[tuple[str, Any]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
+    """Stands in for what the commands call: notes name and arguments, returns small results."""
+    noted: Calls = []
+
+    def stub(module: str, name: str, result: Any) -> None:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            noted.append((name, (*args, kwargs)))
+            return result
+
+        fake = sys.modules.get(module) if getattr(sys.modules.get(module), "is_stub", False) else None
+        if fake is None:
+            fake = types.ModuleType(module)
+            vars(fake)["is_stub"] = True
+            monkeypatch.setitem(sys.modules, module, fake)
+        vars(fake)[name] = call
+
+    folder = Path("runs/toy")
+    run = types.SimpleNamespace(folder=folder, head_dir=folder / "head", table=lambda: "the table")
+    predictions = [
+        {
+            "path": "a [b] :cat:.png",
+            "classes": [{"name": "fox", "probability": 0.75}, {"name": "owl", "probability": 0.2}],
+        }
+    ]
+    stub("vlprompt.runs.run", "run", run)
+    stub("vlprompt.runs.run", "evaluate_head", {"accuracy": 87.5, "correct": 7, "total": 8})
+    stub("vlprompt.runs.dry_run", "dry_run", "the shapes")
+    stub("vlprompt.protocols.base_to_new", "base_to_new", ({}, "both tables"))
+    stub("vlprompt.protocols.domains", "domain_generalisation", ({}, "the domains"))
+    stub("vlprompt.runs.predict", "predict", predictions)
+    ranks = types.ModuleType("vlprompt.runs.folder")
+    vars(ranks)["is_main_process"] = lambda: True
+    monkeypatch.setitem(sys.modules, ranks.__name__, ranks)
+    monkeypatch.chdir(tmp_path)
+    return noted
+
+
+@pytest.fixture
+def fails(calls: Calls, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """``fails(*argv)``: the text on standard error of a command that must end with 2 and call and print nothing."""
+
+    def check(*argv: str) -> str:
+        assert main(argv) == 2
+        out, err = capsys.readouterr()
+        assert err.startswith("vlprompt: error: ") and not out and not calls
+        assert len(err.splitlines()) <= 30 and len(err) < 2500
+        return err
+
+    return check
+
+
+def make_run(folder: Path, *, head: bool = True, **data: str) -> Path:
+    """A run folder as training leaves it: config.yaml and, if finished, head/config.json."""
+    config = parse_run(["--config", "mocoop/demo", *(f"--data.{key}={value}" for key, value in data.items())])
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    if head:
+        (folder / "head").mkdir()
+        (folder / "head" / "config.json").write_text("{}")
+    return folder
+
+
+# -- train ----------------------------------------------------------------------------------------------------------
+def test_train_runs_the_configuration_and_says_where_things_are(
+    calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--data.shots", "4", "--config", "mocoop/demo"]) == 0
+    expected = parse_run(["--config", "mocoop/demo", "--data.shots", "4"])
+    assert calls == [("run", (expected, {"force": False}))]
+    assert capsys.readouterr().out == "the table\nhead:       runs/toy/head\nrun folder: runs/toy\n"
+
+
+def test_train_force_is_handed_on(calls: Calls) -> None:
+    assert main(["train", "--force", "--config", "mocoop/demo"]) == 0
+    assert calls[0][1][-1] == {"force": True}
+
+
+def test_train_print_config_prints_a_file_that_gives_the_same_run(
+    calls: Calls, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["--config", "coop/demo", "--settings.context_length", "4", "--seed", "3"]
+    assert main(["train", *words, "--print-config"]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert parse_run(["--config", "printed.yaml"]) == parse_run(words)
+    assert not calls
+
+
+def test_train_dry_run_prints_its_text_and_trains_nothing(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--config", "coop/demo", "--dry-run"]) == 0
+    assert [name for name, _ in calls] == ["dry_run"] and capsys.readouterr().out == "the shapes\n"
+
+
+def test_only_the_first_process_prints(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    vars(sys.modules["vlprompt.runs.folder"])["is_main_process"] = lambda: False
+    assert main(["train", "--config", "coop/demo"]) == 0
+    assert capsys.readouterr().out == "" and len(calls) == 1
+
+
+def test_an_interrupted_training_ends_with_130_and_says_how_to_go_on(
+    calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    vars(sys.modules["vlprompt.runs.run"])["run"] = interrupt
+    assert main(["train", "--config", "coop/demo"]) == 130
+    assert capsys.readouterr().err == "vlprompt: stopped; the same command resumes it\n"
+
+
+def test_an_error_on_purpose_is_printed_as_it_is_and_a_bug_shows_itself(
+    calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(error: Exception) -> Callable[..., None]:
+        def call(*args: Any, **kwargs: Any) -> None:
+            raise error
+
+        return call
+
+    vars(sys.modules["vlprompt.runs.run"])["run"] = fail(DataError("no images in 'here'"))
+    assert main(["train", "--config", "coop/demo"]) == 2
+    assert capsys.readouterr().err == "vlprompt: error: no images in 'here'\n"
+    vars(sys.modules["vlprompt.runs.run"])["run"] = fail(ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        main(["train", "--config", "coop/demo"])
+
+
+# -- base-to-new ----------------------------------------------------------------------------------------------------
+def test_base_to_new_takes_several_configurations_and_seeds(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", "coop/demo", "--seeds", "4, 5", "--config", "mocoop/demo", "--recipe.epochs", "2"]
+    assert main(["base-to-new", *words]) == 0
+    ((name, (configs, seeds, options)),) = calls
+    assert name == "base_to_new" and seeds == [4, 5] and options["force"] is False
+    assert [(config.method, config.recipe.epochs) for config in configs] == [("coop", 2), ("mocoop", 2)]
+    assert capsys.readouterr().out == "both tables\n"
+    options["report"](types.SimpleNamespace(folder="runs/one"))
+    assert capsys.readouterr().out == "run folder: runs/one\n"
+
+
+def test_base_to_new_runs_three_seeds_by_default_and_without_a_file(calls: Calls) -> None:
+    assert main(["base-to-new", "--method", "coop", "--force"]) == 0
+    configs, seeds, options = calls[0][1]
+    assert [config.method for config in configs] == ["coop"] and seeds == [1, 2, 3] and options["force"] is True
+
+
+def test_base_to_new_print_config_prints_every_configuration(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["base-to-new", "--config", "coop/demo", "--config", "zeroshot/demo", "--print-config"]) == 0
+    first, second = capsys.readouterr().out.split("---\n")
+    assert first.startswith("method: coop\n") and second.startswith("method: zeroshot\n") and not calls
+
+
+def test_base_to_new_takes_data_sets(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["base-to-new", "--config", "coop/demo", "--config", "zeroshot/demo", "--datasets", "demo, dtd,Food-101"]
+    assert main(words) == 0
+    configs, _, options = calls.pop()[1]
+    assert [config.data.name for config in configs] == ["demo", "demo"]
+    assert options["datasets"] == ["demo", "dtd", "food101"]
+    assert main(words[:3]) == 0 and calls.pop()[1][-1]["datasets"] is None
+    capsys.readouterr()
+    assert main([*words, "--print-config"]) == 0
+    printed = [yaml.safe_load(text) for text in capsys.readouterr().out.split("---\n")]
+    assert [(one["method"], one["data"]["name"]) for one in printed] == [
+        (method, name) for method in ("coop", "zeroshot") for name in ("demo", "dtd", "food101")
+    ]
+
+
+# -- domains --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("protocol", ["leave-one-out", "single-source"])
+def test_domains_takes_a_protocol_configurations_and_seeds(
+    protocol: str, calls: Calls, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--config", "coop/demo", "--protocol", protocol, "--config", "mocoop/demo", "--data.shots", "2"]
+    assert main(["domains", *words, "--seeds", "4,5", "--force"]) == 0
+    ((name, (configs, told, seeds, options)),) = calls
+    assert (name, told, seeds, options["force"]) == ("domain_generalisation", protocol, [4, 5], True)
+    assert [(config.method, config.data.shots) for config in configs] == [("coop", 2), ("mocoop", 2)]
+    assert capsys.readouterr().out == "the domains\n"
+    options["report"](types.SimpleNamespace(folder="runs/one"))
+    assert capsys.readouterr().out == "run folder: runs/one\n"
+    assert main(["domains", *words, "--print-config"]) == 0 and len(calls) == 1
+    assert len(capsys.readouterr().out.split("---\n")) == 2
+
+
+def test_domains_of_one_run_are_keys(calls: Calls) -> None:
+    assert main(["train", "--config", "coop/demo", "--data.source", "[a, b]", "--data.target", '["c", c+noise]']) == 0
+    data = calls[0][1][0].data
+    assert (data.source, data.target) == (["a", "b"], ["c", "c+noise"])
+
+
+# -- saved heads ----------------------------------------------------------------------------------------------------
+def test_eval_uses_the_runs_own_data_with_overrides(
+    calls: Calls, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    make_run(tmp_path / "run", shots="2")
+    for place in ("run", "run/head"):
+        assert main(["eval", place, "--data.classes", "new", "--seed", "3"]) == 0
+        name, (head, data, seed, _) = calls.pop()
+        assert name == "evaluate_head" and head == Path("run/head") and seed == 3
+        assert (data.name, data.shots, data.classes) == ("demo", 2, "new")
+        assert capsys.readouterr().out == "demo, new classes: 87.50 % (7/8 images)\n"
+
+
+def test_eval_of_a_head_alone_needs_the_name_of_the_data(
+    calls: Calls, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    make_run(tmp_path / "run")
+    (tmp_path / "run" / "head").rename(tmp_path / "mine")
+    assert "'mine' is a head without its run; say --data.name NAME" in fails("eval", "mine")
+    assert main(["eval", "mine", "--data.name", "folder", "--data.root", "here"]) == 0
+    data = calls[0][1][1]
+    assert (data.name, data.root) == ("folder", "here")
+
+
+def test_predict_prints_a_table_that_keeps_brackets_and_colons(
+    calls: Calls, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    make_run(tmp_path / "run")
+    assert main(["predict", "run", "--top", "2", "a.png", "folder"]) == 0
+    assert calls == [("predict", (Path("run/head"), [Path("a.png"), Path("folder")], 2, {}))]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[1:] == [["a", "[b]", ":cat:.png", "fox", "75.0", "%"], ["owl", "20.0", "%"]]
+
+
+def test_predict_json_is_json(calls: Calls, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    assert main(["predict", "run/head", "a.png", "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert entry["classes"][0] == {"name": "fox", "probability": 0.75} and calls[0][1][2] == 5
+
+
+def test_an_unfinished_run_says_how_to_finish_it(fails: Callable[..., str], tmp_path: Path) -> None:
+    make_run(tmp_path / "run", head=False)
+    assert "Resume it with: vlprompt train --config run/config.yaml" in fails("predict", "run", "a.png")
+
+
+def test_head_folder_takes_a_run_or_a_head(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert head_folder(str(run)) == head_folder(str(run / "head")) == run / "head"
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for name, words in (
+        ("file", "is a file"),
+        ("empty", "holds neither"),
+        ("none", "no such folder"),
+        ("x" * 999, "no such"),
+    ):
+        with pytest.raises(HeadError, match=words):
+            head_folder(str(tmp_path / name))
+
+
+# -- lists and help -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["methods", "--names"], list_methods()),
+        (["methods", "zeros*", "--names"], ["zeroshot"]),
+        (["objectives", "know*", "--names"], ["knowledge"]),
+        (["decompositions", "--names"], ["dept", "ept"]),
+        (["protocols", "*shot"], ["few-shot"]),
+        (["datasets", "caltech*"], ["caltech101"]),
+        (["backbones", "demo"], ["demo"]),
+    ],
+)
+def test_list_prints_names_one_per_line(
+    words: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["list", *words]) == 0
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_that_begins_with_its_use(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("--help", "-h"):
+        assert main([command, word]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(f"vlprompt {command} ") and max(map(len, out.splitlines())) <= 140
+
+
+def test_the_help_of_train_lists_keys_and_the_settings_of_the_named_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--data.shots " in out and "--settings.*" in out and "--settings.context_length" not in out
+    assert main(["train", "--method", "coop", "--help"]) == 0
+    assert "--settings.context_length " in capsys.readouterr().out
+
+
+def test_overview_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {command} " in out for command in COMMANDS)
+    assert main([]) == 2 and capsys.readouterr().out == out
+    assert main(["--version"]) == 0 and capsys.readouterr().out == f"vlprompt {vlprompt.__version__}\n"
+
+
+# -- malformed command lines ----------------------------------------------------------------------------------------
+BAD_COMMANDS = {
+    "unknown command": ("trian", ["there is no command 'trian'. Did you mean 'train'"]),
+    "option before the command": ("--config coop/demo train", ["a command comes first, not '--config'"]),
+    "train without anything": ("train", ["no --config FILE; for a first run: --config mocoop/demo"]),
+    "train with a bad option": ("train --config coop/demo --forse", ["no key '--forse'. Did you mean '--force'"]),
+    "train with a value for a flag": ("train --config coop/demo --dry-run=no", ["--dry-run takes no value", "'no'"]),
+    "train with an unknown file": ("train --config coop/dmo", ["--config 'coop/dmo'", "configs/coop/demo.yaml"]),
+    "train with another method's setting": (
+        "train --config mocoop/demo --method coop",
+        ["there is no key 'settings.templates'"],
+    ),
+    "train with a bad setting": ("train --config mocoop/demo --settings.top_k 9", ["settings.top_k is 9", "1 to 5"]),
+    "train with groups that do not add up": (
+        "train --config mocoop/demo --settings.groups [1,2]",
+        ["command line", "[1, 2] adds up to 3"],
+    ),
+    "seeds that are words": ("base-to-new --config coop/demo --seeds one", ["--seeds is 'one'", "such as 1,2,3"]),
+    "an empty seed": ("base-to-new --config coop/demo --seeds 1,,3", ["--seeds is '1,,3'"]),
+    "a negative seed": ("base-to-new --config coop/demo --seeds=-1", ["--seeds is '-1'"]),
+    "a seed too large": ("base-to-new --config coop/demo --seeds 4294967296", ["--seeds is '4294967296'"]),
+    "a seed twice": ("base-to-new --config coop/demo --seeds 1,1", ["names a seed twice"]),
+    "seeds without a value": ("base-to-new --config coop/demo --seeds", ["--seeds has no value"]),
+    "seed beside seeds": ("base-to-new --config coop/demo --seed 2", ["--seed has no meaning", "--seeds says which"]),
+    "classes for both": ("base-to-new --config coop/demo --data.classes new", ["--data.classes has no meaning"]),
+    "one of two files unknown": ("base-to-new --config coop/demo --config coop/dmo", ["--config 'coop/dmo'"]),
+    "an unknown data set": (
+        "base-to-new --config coop/demo --datasets demo,dtt",
+        ["command line: --datasets: 'dtt' is no data set. Did you mean 'dtd'"],
+    ),
+    "a data set twice": ("base-to-new --config coop/demo --datasets dtd,demo,dtd", ["datasets: 'dtd' is named twice"]),
+    "an empty data set": ("base-to-new --config coop/demo --datasets demo,", ["datasets: '' is no data set. Accept"]),
+    "data sets and a data set": (
+        "base-to-new --config coop/demo --datasets demo --data.name dtd",
+        ["--data.name has no meaning", "--datasets says which"],
+    ),
+    "data sets without a value": ("base-to-new --config coop/demo --datasets", ["--datasets has no value"]),
+    "domains without a protocol": (
+        "domains --config coop/demo",
+        ["command line: --protocol is ''; accepted: leave-one-out or single-source"],
+    ),
+    "domains with a misspelled protocol": (
+        "domains --config coop/demo --protocol leave-out",
+        ["--protocol is 'leave-out'; accepted: leave-one-out or", "Did you mean 'leave-one-out'"],
+    ),
+    "domains without anything": ("domains", ["no --config FILE", "--protocol is ''"]),
+    "domains with data sets": ("domains --config coop/demo --datasets demo", ["no key '--datasets'"]),
+    "what the protocol sets": (
+        "domains --config coop/demo --protocol single-source --data.source [a] --data.target [b] --seed 1",
+        ["--data.source has no meaning for `vlprompt domains`: the protocol", "--data.target has no", "--seed has no"],
+    ),
+    "domains of base classes": (
+        "domains --config coop/demo --protocol single-source --data.classes base",
+        ["--data.classes has no meaning", "all classes are run"],
+    ),
+    "domains that are no list": ("train --config coop/demo --data.source a", ["--data.source is 'a'", "a list, each"]),
+    "eval of nothing": ("eval", ["eval takes one RUN folder, got 0"]),
+    "eval of two": ("eval a b", ["eval takes one RUN folder, got 2"]),
+    "eval of a folder that is not there": ("eval nowhere", ["RUN 'nowhere': there is no such folder"]),
+    "eval with a configuration": ("eval nowhere --config coop/demo", ["--config has no meaning"]),
+    "eval with a recipe": ("eval nowhere --recipe.lr 1", ["'--recipe.lr' is not an option of `vlprompt eval`"]),
+    "eval with bad classes": ("eval nowhere --data.classes old", ["--data.classes is 'old'", "'all', 'base' or 'new'"]),
+    "predict nothing": ("predict", ["missing RUN and IMAGE"]),
+    "predict without images": ("predict .", ["missing IMAGE", "RUN '.' holds neither"]),
+    "top zero": ("predict . a.png --top 0", ["--top is '0'; accepted: a whole number of classes, 1 or more"]),
+    "top text": ("predict . a.png --top many", ["--top is 'many'"]),
+    "top without a value": ("predict . a.png --top", ["--top has no value"]),
+    "predict with an override": ("predict . a.png --tap 3", ["'--tap' is not an option", "Did you mean '--top'"]),
+    "predict with a configuration": ("predict . a.png --config x", ["'--config' is not an option"]),
+    "list nothing": ("list", ["list what? Accepted: methods, objectives, decompositions, datasets"]),
+    "list something else": ("list metods", ["there is no list 'metods'. Did you mean 'methods'"]),
+    "list without a match": ("list methods *mocop*", ["none of the methods matches '*mocop*'. Did you mean 'mocoop'"]),
+    "list with words expanded by the shell": ("list methods coop.py data", ["'data' is one word too many"]),
+    "list with an option": ("list methods --all", ["'--all' is not an option of `vlprompt list`."]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_COMMANDS)
+def test_a_malformed_command_names_the_culprit(case: str, fails: Callable[..., str], tmp_path: Path) -> None:
+    command, culprits = BAD_COMMANDS[case]
+    err = fails(*command.split())
+    assert all(culprit in err for culprit in culprits), err
+    assert not list(tmp_path.iterdir())
+
+
+def test_problems_of_the_form_and_of_the_values_come_together(fails: Callable[..., str]) -> None:
+    err = fails(
+        "base-to-new", "--config", "coop/demo", "--seeds", "x", "--data.shots", "y", "word", "--recipe.lr", "-1"
+    )
+    assert err.startswith("vlprompt: error: 4 problems:\n")
+    for culprit in ("--seeds is 'x'", "--data.shots is 'y'", "'word' stands alone", "recipe.lr is -1"):
+        assert err.count(culprit) == 1
+
+
+# -- as a user types it ---------------------------------------------------------------------------------------------
+def as_typed(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python on ``words`` elsewhere, without an installed vlprompt on its path."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_door_of_training_works_from_any_folder_without_a_traceback(tmp_path: Path) -> None:
+    words = ("--config", "configs/mocoop/demo.yaml", "--data.shot", "4", "--recipe.lr", "fast")
+    done = as_typed(str(ROOT / "tools" / "train.py"), *words, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("vlprompt: error: 2 problems:\n") and "Traceback" not in done.stderr
+    assert "'--data.shots'" in done.stderr and "--recipe.lr is 'fast'" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("file", "name"), [("base_to_new.py", "base-to-new"), ("domains.py", "domains")])
+def test_the_door_of_a_protocol_and_the_module_give_the_same_command(file: str, name: str, tmp_path: Path) -> None:
+    door = as_typed(str(ROOT / "tools" / file), "--help", cwd=tmp_path)
+    module = as_typed("-m", "vlprompt", name, "--help", cwd=ROOT)
+    assert door.returncode == module.returncode == 0 and door.stderr == module.stderr == ""
+    assert door.stdout == module.stdout and door.stdout.startswith(f"vlprompt {name} ")
+
+
+def test_help_loads_no_heavy_package(tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from vlprompt.cli.main import main; "
+        "main(['train', '--help']); "
+        "print({'torch', 'pytorch_lightning', 'open_clip', 'rich'} & set(sys.modules))"
+    )
+    done = as_typed("-c", code, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    *text, loaded = done.stdout.splitlines()
+    assert loaded == "set()" and len(text) > 30

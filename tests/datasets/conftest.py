@@ -1,0 +1,5 @@
+"""Fixtures: small pictures, preprocessing and a toy task."""
+
+from tests.fixtures.data import paint, preprocess, toy_task
+
+__all__ = ["paint", "preprocess", "toy_task"]

@@ -1,0 +1,132 @@
+"""Strangers' archives: what comes out of them, and that nothing else does."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import re
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.datasets.archives import Files, tar_of, tree, zip_of
+from vlprompt.datasets.acquire.unpack import gunzip, unpack
+from vlprompt.errors import DataError
+
+
+def tar_with(change: Callable[[tarfile.TarInfo], None], name: str = "a.txt") -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        good = tarfile.TarInfo("good.txt")
+        good.size = 4
+        archive.addfile(good, io.BytesIO(b"good"))
+        info = tarfile.TarInfo(name)
+        change(info)
+        archive.addfile(info)
+    return stream.getvalue()
+
+
+def as_link(kind: bytes, to: str) -> Callable[[tarfile.TarInfo], None]:
+    def change(info: tarfile.TarInfo) -> None:
+        info.type, info.linkname = kind, to
+
+    return change
+
+
+def zip_with_link() -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("good.txt", b"good")
+        info = zipfile.ZipInfo("link")
+        info.external_attr = 0o120777 << 16
+        archive.writestr(info, "/etc/passwd")
+    return stream.getvalue()
+
+
+HOSTILE = {
+    "tar absolute": (tar_of({"good.txt": b"", "/etc/x": b"x"}), "is absolute"),
+    "tar up": (tar_of({"good.txt": b"", "../x": b"x"}), "leaves the image folder"),
+    "tar up inside": (tar_of({"good.txt": b"", "a/../../x": b"x"}), "leaves the image folder"),
+    "tar drive": (tar_of({"good.txt": b"", "C:/x": b"x"}), "is absolute"),
+    "tar backslash": (tar_of({"good.txt": b"", "..\\x": b"x"}), "backslash"),
+    "tar symlink out": (tar_with(as_link(tarfile.SYMTYPE, "/etc/passwd")), "a link out of the archive"),
+    "tar symlink up": (tar_with(as_link(tarfile.SYMTYPE, "../outside.txt")), "a link out of the archive"),
+    "tar hard link out": (tar_with(as_link(tarfile.LNKTYPE, "/etc/passwd")), "a link out of the archive"),
+    "tar fifo": (tar_with(as_link(tarfile.FIFOTYPE, "")), "a device"),
+    "tar character device": (tar_with(as_link(tarfile.CHRTYPE, "")), "a device"),
+    "tar link to itself": (tar_with(as_link(tarfile.SYMTYPE, "a.txt")), ""),
+    "zip up": (zip_of({"good.txt": b"", "../x": b"x"}), "leaves the image folder"),
+    "zip absolute": (zip_of({"good.txt": b"", "/x": b"x"}), "is absolute"),
+    "zip link": (zip_with_link(), "a link or a device"),
+    "file in the way": (tar_of({"a": b"x", "a/b": b"y"}), ""),
+    "torn tar.gz": (tar_of({f"{n}": os.urandom(2000) for n in range(9)})[:9000], "damaged"),
+    "torn zip": (zip_of({"a": os.urandom(2000)})[:1500], "neither a tar nor a zip"),
+    "no archive": (b"<html>log in</html>", "neither a tar nor a zip"),
+    "empty": (tar_of({}), "holds nothing"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_archives_leave_nothing_behind(name: str, tmp_path: Path) -> None:
+    data, match = HOSTILE[name]
+    (tmp_path / "toy.tar").write_bytes(data)
+    (tmp_path / "outside.txt").write_text("outside")
+    before = tree(tmp_path)
+    with pytest.raises(DataError, match=match or "toy.tar|in failed") as caught:
+        unpack(tmp_path / "toy.tar", tmp_path / "in")
+    assert str(tmp_path) in str(caught.value)
+    assert tree(tmp_path) == before and not list((tmp_path / "in").iterdir())
+
+
+def test_a_tar_file_that_ends_with_a_zip_file(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_of({"a": b"a", "b.zip": zip_of({"x": b"x"})}, "w"))
+    assert unpack(tmp_path / "a.tar", tmp_path / "out").made == ["a", "b.zip"]
+
+
+def test_a_link_inside_becomes_a_copy(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_with(as_link(tarfile.SYMTYPE, "good.txt"), "link.txt"))
+    assert unpack(tmp_path / "a.tar", tmp_path / "out").files == 2
+    copy = tmp_path / "out" / "link.txt"
+    assert copy.read_bytes() == b"good" and not copy.is_symlink()
+
+
+def test_modes_and_owners_of_an_archive_do_not_count(tmp_path: Path) -> None:
+    def change(info: tarfile.TarInfo) -> None:
+        info.mode, info.uid = 0o4777, 12345
+
+    (tmp_path / "a.tar").write_bytes(tar_with(change))
+    unpack(tmp_path / "a.tar", tmp_path / "out")
+    status = (tmp_path / "out" / "a.txt").stat()
+    assert status.st_mode & 0o7111 == 0 and status.st_uid == os.getuid()
+
+
+@pytest.mark.parametrize("pack", [tar_of, zip_of])
+def test_limits(pack: Callable[[Files], bytes], tmp_path: Path) -> None:
+    (tmp_path / "bomb").write_bytes(pack({"a": bytes(2_000_000), "b": b"", "c": b""}))
+    with pytest.raises(DataError, match="more bytes come out of it"):
+        unpack(tmp_path / "bomb", tmp_path / "out", most_bytes=1_000_000)
+    with pytest.raises(DataError, match="more files come out of it"):
+        unpack(tmp_path / "bomb", tmp_path / "out", most_files=2)
+    assert not list((tmp_path / "out").iterdir())
+    assert unpack(tmp_path / "bomb", tmp_path / "out").files == 3
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(bytes(2_000_000)))
+    with pytest.raises(DataError, match="more bytes come out of it"):
+        gunzip(tmp_path / "bomb.gz", tmp_path / "bomb.idx", most_bytes=1_000_000)
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(b"idx")[:-4])
+    with pytest.raises(DataError, match="bomb.gz cannot be decompressed"):
+        gunzip(tmp_path / "bomb.gz", tmp_path / "bomb.idx")
+    assert not (tmp_path / "bomb.idx").exists()
+
+
+def test_what_an_archive_should_hold(tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(zip_of({"x/y/a": b"a", "xy/b": b"b", "x/c": b"c"}))
+    with pytest.raises(DataError, match=re.escape("holds nothing under 'z'")):
+        unpack(tmp_path / "a.zip", tmp_path / "out", strip="z")
+    with pytest.raises(DataError, match="does not hold 'inner.tar': it is not the published one"):
+        unpack(tmp_path / "a.zip", tmp_path / "out", inner="inner.tar")
+    assert unpack(tmp_path / "a.zip", tmp_path / "out", strip="x/y").made == ["a"]
+    assert tree(tmp_path / "out") == {"a": b"a"}

@@ -1,0 +1,304 @@
+"""Banks of generated pictures: found by content, made once, resumed after a kill, never believed when damaged."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from vlprompt.datasets import FileSource, Sample, ZipSource
+from vlprompt.errors import ConfigError, DataError
+from vlprompt.generation import DiffusionBank, GenerationSettings, Recipe, content_sha256, open_bank
+from vlprompt.generation.bank import make_bank
+from vlprompt.generation.making import ATTEMPTS, Progress, fill
+
+FACTS: dict[str, Any] = {"format": "png", "seed": 0, "call": {"guidance_scale": 3.0}}
+
+
+class Painter:
+    """Makes a picture of noise out of an image's corner and the seed; counts."""
+
+    def __init__(self, flagged: int = 0) -> None:
+        self.batches: list[int] = []
+        self.flagged = flagged
+
+    @property
+    def pictures(self) -> int:
+        return sum(self.batches)
+
+    def make(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image | None]:
+        self.batches.append(len(images))
+        found: list[Image.Image | None] = []
+        for image, seed in zip(images, seeds, strict=True):
+            corner = np.asarray(image)[0, 0].tolist()
+            noise = np.random.default_rng([seed, *corner]).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+            found.append(Image.fromarray(noise))
+        for place in range(min(self.flagged, len(found))):
+            found[place] = None
+        self.flagged = max(0, self.flagged - len(images))
+        return found
+
+
+@pytest.fixture
+def samples(tmp_path: Path, paint: Callable[..., Path]) -> list[Sample]:
+    return [Sample(f"{n}.png", 0, FileSource(str(paint(tmp_path / "images" / f"{n}.png", n)))) for n in range(4)]
+
+
+@pytest.fixture
+def bank(tmp_path: Path) -> DiffusionBank:
+    return make_bank(tmp_path / "bank", Recipe(FACTS, {"options": "--pipeline p"}))
+
+
+def files(bank: DiffusionBank) -> dict[str, tuple[bytes, int]]:
+    found = sorted(bank.folder.rglob("*.png"))
+    return {path.relative_to(bank.folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+
+
+def pixels(pictures: Sequence[Image.Image]) -> list[bytes]:
+    return [picture.tobytes() for picture in pictures]
+
+
+def test_filled_once(bank: DiffusionBank, samples: list[Sample]) -> None:
+    first, told = Painter(), list[Progress]()
+    filled = fill(bank, first, samples, 5, 3, told.append)
+    assert (filled.images, filled.found, filled.made, filled.remade) == (4, 0, 20, 0)
+    assert first.batches == [3] * 6 + [2], "batches go on from one image to the next"
+    assert [one.done for one in told if one.stage == "checking"] == [1, 2, 3, 4]
+    making = [one for one in told if one.stage == "making"]
+    assert [one.done for one in making] == [0, 3, 6, 9, 12, 15, 18, 20] and {one.total for one in making} == {20}
+    assert making[0].left is None and making[3].left is not None and making[3].left > 0 and making[-1].left == 0
+    second = Painter()
+    again = fill(bank, second, samples, 5, 3)
+    assert second.batches == [] and (again.found, again.made) == (20, 0)
+    assert fill(bank, second, samples, 7, 100).made == 8 and second.batches == [8]
+    for sample in samples:
+        seven = pixels(bank.pictures(sample.source, 7))
+        assert len(set(seven)) == 7 and pixels(bank.pictures(sample.source, 5)) == seven[:5]
+
+
+def test_batches_do_not_change_pictures(bank: DiffusionBank, samples: list[Sample], tmp_path: Path) -> None:
+    other = make_bank(tmp_path / "other", bank.recipe)
+    fill(bank, Painter(), samples, 5, 3)
+    fill(other, Painter(), samples[::-1], 5, 7)
+    assert {name: data for name, (data, _) in files(bank).items()} == {
+        name: data for name, (data, _) in files(other).items()
+    }
+
+
+def test_pictures_are_found_by_content(bank: DiffusionBank, samples: list[Sample], tmp_path: Path) -> None:
+    fill(bank, Painter(), samples[:1], 2, 2)
+    source: Any = samples[0].source
+    renamed = tmp_path / "elsewhere.bin"
+    renamed.write_bytes(Path(source.path).read_bytes())
+    assert pixels(bank.pictures(FileSource(str(renamed)), 2)) == pixels(bank.pictures(source, 2))
+    twice = [*samples, Sample("copy.png", 1, FileSource(str(renamed)))]
+    painter = Painter()
+    filled = fill(bank, painter, twice, 2, 2)
+    assert filled.images == 4 and painter.pictures == 6
+    with pytest.raises(DataError, match=r"nowhere.png cannot be read"):
+        bank.pictures(FileSource(str(tmp_path / "nowhere.png")), 1)
+
+
+def test_images_without_a_file_of_their_own(bank: DiffusionBank, samples: list[Sample], tmp_path: Path) -> None:
+    import zipfile
+
+    source: Any = samples[0].source
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(source.path, "x/0.png")
+    zipped = ZipSource(str(tmp_path / "a.zip"), "x/0.png")
+    fill(bank, Painter(), [Sample("x/0.png", 0, zipped)], 2, 2)
+    assert len(bank.pictures(zipped, 2)) == 2
+    picture = zipped.open()
+    assert picture.width != picture.height
+
+    class Turned:
+        def open(self) -> Image.Image:
+            return Image.frombytes("RGB", (picture.height, picture.width), picture.tobytes())
+
+        def stamp(self) -> str:
+            return ""
+
+    assert content_sha256(Turned()) != content_sha256(zipped), "the same bytes in another shape"
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "other", "record", "no record"])
+def test_damage_is_found_and_remade(damage: str, bank: DiffusionBank, samples: list[Sample]) -> None:
+    fill(bank, Painter(), samples, 3, 4)
+    whole, image = files(bank), content_sha256(samples[1].source)
+    path = bank.path(image, 2)
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[-20] ^= 1
+    if damage in ("flip", "cut", "other"):
+        other = bank.path(image, 1).read_bytes()
+        path.write_bytes({"flip": bytes(data), "cut": bytes(data[:-5]), "other": other}[damage])
+    record = path.parent / "pictures.json"
+    if damage == "record":
+        record.write_text(record.read_text()[:-9])
+    elif damage == "no record":
+        record.unlink()
+    elif damage == "gone":
+        path.unlink()
+    with pytest.raises(DataError, match=r"(damaged or gone|0 of the 3 pictures of .*1.png).*vlprompt bank --bank"):
+        bank.pictures(samples[1].source, 3)
+    assert len(bank.pictures(samples[0].source, 3)) == 3
+    painter = Painter()
+    filled = fill(bank, painter, samples, 3, 4)
+    lost = 3 if "record" in damage else 1
+    assert painter.pictures == lost and filled.remade == (0 if "record" in damage else 1) and filled.found == 12 - lost
+    assert {name: data for name, (data, _) in files(bank).items()} == {name: data for name, (data, _) in whole.items()}
+    kept = {name: stat for name, stat in whole.items() if image not in name or (lost == 1 and "002" not in name)}
+    assert kept.items() <= files(bank).items(), "nothing else was written"
+
+
+def test_too_few_pictures_name_image_pipeline_and_command(bank: DiffusionBank, samples: list[Sample]) -> None:
+    fill(bank, Painter(), samples[:1], 2, 2)
+    with pytest.raises(DataError) as caught:
+        bank.pictures(samples[0].source, 63)
+    text = str(caught.value)
+    assert "has 2 of the 63 pictures of" in text and "0.png" in text
+    assert f"vlprompt bank --bank {bank.folder.parent} --count 63 --pipeline p --data.name NAME" in text
+
+
+class Slow(Painter):
+    def make(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image | None]:
+        time.sleep(0.05)
+        return super().make(images, seeds)
+
+
+def test_a_killed_bank_goes_on(bank: DiffusionBank, samples: list[Sample], tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=fill, args=(bank, Slow(), samples, 30, 2))
+    process.start()
+    deadline = time.monotonic() + 60
+    while len(files(bank)) < 40 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    home = bank.path(content_sha256(samples[1].source), 0).parent
+    (home / ".writing-1-abcdef01.tmp").write_bytes(b"half")
+    finished = {}
+    for sample in samples:
+        image = content_sha256(sample.source)
+        finished |= {
+            bank.path(image, number): bank.path(image, number).stat().st_mtime_ns for number in bank.record(image)
+        }
+    assert 30 < len(finished) < 120
+    painter = Painter()
+    filled = fill(bank, painter, samples, 30, 8)
+    assert filled.found == len(finished) and painter.pictures == 120 - len(finished)
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items()), "finished ones were not redone"
+    assert not list(bank.folder.rglob("*.tmp"))
+    whole = make_bank(tmp_path / "whole", bank.recipe)
+    fill(whole, Painter(), samples, 30, 8)
+    assert {name: data for name, (data, _) in files(bank).items()} == {n: data for n, (data, _) in files(whole).items()}
+
+
+def test_two_processes_fill_one_bank(bank: DiffusionBank, samples: list[Sample]) -> None:
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=fill, args=(bank, Painter(), part, 6, 2)) for part in (samples, samples[::-1])]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    painter = Painter()
+    assert fill(bank, painter, samples, 6, 2).found == 24 and painter.pictures == 0
+
+
+def test_flagged_pictures_are_drawn_again(bank: DiffusionBank, samples: list[Sample]) -> None:
+    painter = Painter(flagged=5)
+    fill(bank, painter, samples[:1], 4, 4)
+    assert painter.batches == [4, 4, 1], "all four, all four again, and the one of these that was flagged"
+    assert len(set(pixels(bank.pictures(samples[0].source, 4)))) == 4
+    with pytest.raises(DataError, match=r"flags every picture of 1.png .*--safety-checker off"):
+        fill(bank, Painter(flagged=4 * ATTEMPTS + 4), samples[1:2], 4, 4)
+
+
+def test_unreadable_images(bank: DiffusionBank, samples: list[Sample]) -> None:
+    for position in (1, 2):
+        path = Path(samples[position].source.path)  # type: ignore[attr-defined]
+        path.unlink() if position == 1 else path.write_bytes(path.read_bytes()[:50])
+    painter = Painter()
+    with pytest.raises(DataError, match=r"1.png cannot be read"):
+        fill(bank, painter, samples, 2, 2)
+    assert painter.pictures == 0, "found before anything was made"
+    filled = fill(bank, painter, samples, 2, 2, skip=True)
+    assert filled.skipped == ["1.png", "2.png"] and filled.made == 4
+
+
+def test_open_bank(bank: DiffusionBank, tmp_path: Path) -> None:
+    for path in (bank.folder, bank.folder.parent):
+        assert open_bank(path).recipe_id == bank.recipe_id
+    with pytest.raises(ConfigError, match=r"data.bank '.*none' is no folder. Make them: .*vlprompt bank"):
+        open_bank(tmp_path / "none")
+    with pytest.raises(ConfigError, match="holds no generated pictures"):
+        open_bank(tmp_path)
+    other = make_bank(tmp_path / "bank", Recipe({**FACTS, "seed": 1}, {"options": "--seed 1"}))
+    with pytest.raises(ConfigError, match=rf"several recipes. Give one of:(.|\n)*{other.folder.name}: --seed 1"):
+        open_bank(bank.folder.parent)
+    text = (bank.folder / "recipe.json").read_text()
+    for changed, match in ((text.replace("3.0", "4.0"), "was changed"), (text[:-9], "is not the recipe")):
+        (bank.folder / "recipe.json").write_text(changed)
+        with pytest.raises(DataError, match=match):
+            open_bank(bank.folder)
+    (bank.folder / "recipe.json").write_text(text.replace("bank 1", "bank 9"))
+    with pytest.raises(DataError, match="'vlprompt diffusion bank 9'"):
+        open_bank(bank.folder)
+
+
+def test_a_bank_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written to .*--bank FOLDER"):
+        make_bank(tmp_path / "file", Recipe(FACTS))
+
+
+@pytest.mark.parametrize(("kind", "lossless"), [("png", True), ("webp", True), ("jpeg", False)])
+def test_formats(kind: str, lossless: bool, samples: list[Sample], tmp_path: Path) -> None:
+    bank = make_bank(tmp_path / kind, Recipe({**FACTS, "format": kind}))
+    fill(bank, Painter(), samples[:1], 1, 1)
+    image = content_sha256(samples[0].source)
+    assert bank.path(image, 0).suffix == f".{kind}" and bank.path(image, 0).is_file()
+    (found,) = bank.pictures(samples[0].source, 1)
+    (made,) = Painter().make([samples[0].source.open()], [bank.recipe.seed_of(image, 0)])
+    assert made is not None and (found.tobytes() == made.tobytes()) is lossless
+
+
+@given(st.integers(0, 100), st.integers(0, 100), st.integers(0, 3))
+def test_seeds_tell_pictures_apart(one: int, other: int, attempt: int) -> None:
+    recipe = Recipe(FACTS)
+    seed = recipe.seed_of("a", one, attempt)
+    assert 0 <= seed < 2**63
+    assert (seed == recipe.seed_of("a", other, attempt)) is (one == other)
+    assert seed not in (recipe.seed_of("b", one, attempt), recipe.seed_of("a", one, attempt + 1))
+    assert seed != Recipe({**FACTS, "seed": 1}).seed_of("a", one, attempt)
+
+
+def test_a_recipe_is_its_facts() -> None:
+    recipe = Recipe(FACTS, {"options": "x"})
+    assert recipe.id == Recipe(dict(reversed(FACTS.items())), {"options": "y"}).id
+    assert recipe.id != Recipe({**FACTS, "call": {"guidance_scale": 3.5}}).id
+    assert json.loads(recipe.text())["id"] == recipe.id
+
+
+def test_settings_are_difftpts_and_are_checked() -> None:
+    usual = GenerationSettings()
+    assert (usual.steps, usual.guidance, usual.eta) == (50, 3.0, 0.0) and usual.problems() == []
+    assert usual.pipeline == "lambdalabs/sd-image-variations-diffusers"
+    wrong = GenerationSettings(pipeline="", steps=0, guidance=-1, eta=2, strength=0, size=12, seed=-1)
+    texts = wrong.problems()
+    for name in ("pipeline", "steps", "guidance", "eta", "strength", "size", "seed"):
+        assert sum(text.startswith(f"--{name} is ") for text in texts) == 1
+    (text,) = GenerationSettings(steps=4, strength=0.2).problems()
+    assert "leaves none of 4 steps; accepted: 0.25 or more" in text

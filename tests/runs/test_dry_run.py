@@ -1,0 +1,119 @@
+"""The dry run: what it says about runs that could start, and about those that lack images and weights."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vlprompt.cli.parse import parse_run
+from vlprompt.config.run import RunConfig
+from vlprompt.errors import ConfigError, DataError
+from vlprompt.runs.dry_run import dry_run
+
+ROOT = Path(__file__).parents[2]
+Tiny = Callable[..., RunConfig]
+Command = Callable[..., "subprocess.Popen[str]"]
+
+
+def lines_of(text: str) -> dict[str, str]:
+    return {line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines() if line[:1].strip()}
+
+
+@pytest.mark.parametrize("method", ["coop", "mocoop", "zeroshot"])
+def test_demo(method: str, tmp_path: Path) -> None:
+    config = parse_run(["--config", str(ROOT / "configs" / method / "demo.yaml"), "--output", str(tmp_path / "out")])
+    text = dry_run(config)
+    found = lines_of(text)
+    assert "demo" in found["backbone"] and "50 classes (base), 800 training and 450 test images" in found["data"]
+    assert "note:" not in text and not (tmp_path / "out").exists()
+    if method == "zeroshot":
+        assert found["learnables"] == "none" and "steps" not in found
+        return
+    epochs = config.recipe.epochs
+    assert found["steps"] == f"25 per epoch x {epochs} epochs = {25 * epochs} updates"
+    assert "GiB" in found["memory"] and "tokens a step (packed)" in found["text"]
+    assert found["logits"].startswith("[32, 50]")
+
+
+def test_numbers_are_the_run_s_own(tiny: Tiny) -> None:
+    from vlprompt.runs.run import run
+
+    config = tiny("mocoop", epochs=3, accumulate=2, shots=3, batch_size=4)
+    text = dry_run(config)
+    done = run(config)
+    learned = done.head().method.learnable_state()
+    assert f"{sum(t.numel() for t in learned.values()):,} numbers in {len(learned)} tensors" in text
+    assert "5 classes (all), 15 training and 13 test images" in text
+    assert "3 per epoch x 3 epochs = 6 updates" in text
+    assert str(done.folder) in text
+
+
+def test_all_that_is_learned_is_counted(tmp_path: Path) -> None:
+    example = str(ROOT / "configs" / "maple" / "promptsrc-dept" / "demo.yaml")
+    for classes in ("base", "new"):
+        text = dry_run(parse_run(["--config", example, "--data.classes", classes]))
+        assert "115,010 numbers in 11 tensors" in text  # MaPLe's 112,320, and (77 + 192) 10 of the pair
+
+
+def test_unlabelled_images_of_the_other_half_are_counted(tmp_path: Path) -> None:
+    counts = []
+    for method in ("coop", "promptkd"):
+        where = str(ROOT / "configs" / method / "demo.yaml")
+        text = dry_run(parse_run(["--config", where, "--data.shots", "16", "--data.classes", "base"]))
+        counts.append(int(text.partition("(base), ")[2].partition(" training")[0]))
+    assert counts == [800, 1600]
+
+
+def test_short_batch(tiny: Tiny) -> None:
+    text = dry_run(tiny("coop", shots=1, batch_size=32))
+    assert "[5, 5] per step" in text and "1 per epoch x 2 epochs = 2 updates" in text
+
+
+def test_wrong_values(tiny: Tiny) -> None:
+    with pytest.raises(ConfigError, match="recipe.epochs is 0"):
+        dry_run(tiny("coop", epochs=0))
+    unknown = tiny("coop")
+    unknown.settings["context_lenght"] = 3
+    with pytest.raises(ConfigError, match="context_lenght.*context_length"):
+        dry_run(unknown)
+
+
+def test_own_folder_that_is_not_there(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny("coop")
+    config.data.root = str(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="nowhere"):  # nobody but the folder knows its classes
+        dry_run(config)
+
+
+def test_imagenet_without_images_and_weights(tmp_path: Path, command: Command) -> None:
+    nothing = {"VLPROMPT_CACHE": str(tmp_path), "VLPROMPT_DATA": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    started = time.monotonic()
+    process = command("tools/train.py", "--config", "configs/mocoop/imagenet.yaml", "--dry-run", **nothing)
+    output, errors = process.communicate(timeout=120)
+    seconds = time.monotonic() - started
+    print(f"{seconds:.1f} s")
+    assert process.returncode == 0, errors
+    found = lines_of(output)
+    assert "500 classes (base), 8000 training" in found["data"]
+    assert found["steps"] == "8000 per epoch x 10 epochs = 80000 updates"
+    assert "note: no images: " in output and "note: no weights, random ones stand in: " in output
+    assert len(output.splitlines()) <= 40 and not list(tmp_path.rglob("*.safetensors"))
+    assert seconds < 60  # 20 on a machine that does nothing else
+
+
+def test_imagenet_as_typed(tmp_path: Path, command: Command) -> None:
+    nothing = {"VLPROMPT_CACHE": str(tmp_path), "VLPROMPT_DATA": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    out = str(tmp_path / "runs")
+    process = command("tools/train.py", "--config", "configs/mocoop/imagenet.yaml", "--output", out, **nothing)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and output == ""
+    assert len(errors.splitlines()) <= 30 and "Traceback" not in errors
+    assert "two things are missing" in errors
+    assert f"looked for:  {tmp_path}/imagenet" in errors and "where from:" in errors and "--data.root FOLDER" in errors
+    assert "https://huggingface.co/timm/vit_base_patch16_clip_224.openai" in errors and str(tmp_path) in errors
+    assert "--backbone.pretrained" in errors
+    assert not (tmp_path / "runs").exists()

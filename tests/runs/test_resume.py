@@ -1,0 +1,267 @@
+"""Killed with SIGKILL at any point and run again: the same final weights, bit for bit, and at most one epoch lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vlprompt.cli.parse import parse_run
+from vlprompt.config.run import RunConfig
+from vlprompt.engine.callbacks import read_metrics
+from vlprompt.engine.module import PromptModule
+from vlprompt.runs.run import run
+
+Tiny = Callable[..., RunConfig]
+FolderOf = Callable[[RunConfig], Path]
+ROOT = Path(__file__).parents[2]
+EPOCHS = 4  # of 2 steps each: 10 images in batches of 4
+KINDS: dict[str, dict[str, Any]] = {
+    "coop": {"epochs": EPOCHS, "lr": 0.1},
+    # Everything that a resumed run could get wrong: random views, two optimiser groups, clipping, accumulation.
+    "mocoop": {
+        "settings": {"tune_layer_norms": True},
+        "view": "random",
+        "epochs": EPOCHS,
+        "lr": 0.1,
+        "gradient_clip": 1.0,
+        "accumulate": 2,
+    },
+    # A loader process asks for batches before the epoch is said; without kept features it decodes images.
+    "workers": {
+        "method": "coop",
+        "view": "random",
+        "epochs": EPOCHS,
+        "lr": 0.1,
+        "workers": 1,
+        "cached_views": 0,
+    },
+}
+# What is killed, and when: at the n-th training step, or before or after the n-th file of a name is put in place.
+POINTS = [
+    ("step", "", 2),  # within the first epoch
+    ("step", "", 6),  # within the third
+    ("before", "env.json", 1),
+    ("before", "metrics.jsonl", 2),
+    ("after", "metrics.jsonl", 3),  # the epoch's line is written, its checkpoint is not
+    ("before", "last.ckpt", 2),
+    ("after", "last.ckpt", 2),
+    ("after", "last.ckpt", EPOCHS),  # trained, but not evaluated
+    ("after", "head.safetensors", 1),  # half of a head
+    ("after", "config.json", 1),  # the whole head, no results
+    ("before", "results.json", 1),
+]
+
+
+def configured(kind: str, tiny: Tiny, output: Path) -> RunConfig:
+    return tiny(**{"method": kind, **KINDS[kind]}, output=str(output))
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(config: RunConfig, when: str, name: str, number: int) -> None:
+    """Start the run in a process of its own that kills itself at the point, and wait for its end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            seen = [0]
+
+            def at_the_point(matches: bool) -> bool:
+                seen[0] += matches
+                return matches and seen[0] == number
+
+            replace, step = os.replace, PromptModule.training_step
+
+            def watched_replace(source: Any, target: Any) -> None:
+                hit = at_the_point(Path(target).name == name)
+                if hit and when == "before":
+                    die()
+                replace(source, target)
+                if hit:
+                    die()
+
+            def watched_step(module: PromptModule, batch: Any, batch_idx: int) -> torch.Tensor:
+                if at_the_point(when == "step"):
+                    die()
+                return step(module, batch, batch_idx)
+
+            os.replace, PromptModule.training_step = watched_replace, watched_step  # type: ignore[assignment]
+            run(config)
+        finally:
+            os._exit(1)  # the point was not reached
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What has to be equal: the head's tensors, the metrics, the results but for the seconds that they took."""
+    results = json.loads((folder / "results.json").read_text())
+    kept = {name: results[name] for name in ("results", "zeroshot", "config_sha256", "data", "backbone")}
+    head = hashlib.sha256((folder / "head" / "head.safetensors").read_bytes()).hexdigest()
+    return {
+        "head": head,
+        "metrics": (folder / "metrics.jsonl").read_text(),
+        "epochs": results["train"]["epochs"],
+        **kept,
+    }
+
+
+def epochs_kept(folder: Path) -> tuple[int, int]:
+    """Epochs that the metrics tell of, and epochs that the last checkpoint holds."""
+    path = folder / "last.ckpt"
+    kept = (
+        torch.load(path, weights_only=True)["loops"]["fit_loop"]["epoch_progress"]["current"] if path.is_file() else {}
+    )
+    return len(read_metrics(folder / "metrics.jsonl")), kept.get("processed", 0)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> dict[str, dict[str, Any]]:
+    """The outcomes of runs that nothing disturbed, by kind."""
+    return {}
+
+
+@pytest.fixture
+def expected(tiny: Tiny, folder_of: FolderOf, tmp_path: Path, uninterrupted: dict[str, Any]) -> Callable[[str], Any]:
+    def of(kind: str) -> dict[str, Any]:
+        if kind not in uninterrupted:
+            config = configured(kind, tiny, tmp_path / "whole")
+            run(config)
+            uninterrupted[kind] = outcome(folder_of(config))
+        return uninterrupted[kind]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("kind", "point"),
+    [*(("mocoop", point) for point in POINTS), *(("coop", POINTS[i]) for i in (1, 5)), ("workers", POINTS[1])],
+)
+def test_killed_and_run_again(
+    kind: str,
+    point: tuple[str, str, int],
+    tiny: Tiny,
+    folder_of: FolderOf,
+    tmp_path: Path,
+    expected: Callable[[str], dict[str, Any]],
+) -> None:
+    config = configured(kind, tiny, tmp_path / "runs")
+    folder = folder_of(config)
+    killed(config, *point)
+    assert not (folder / "results.json").exists()
+    logged, kept = epochs_kept(folder)
+    assert logged - 1 <= kept <= logged  # at most the current epoch is lost
+    done = run(config)
+    assert not done.reused
+    assert outcome(folder) == expected(kind)
+    assert [line["epoch"] for line in read_metrics(folder / "metrics.jsonl")] == list(range(EPOCHS))
+    assert {entry.name for entry in folder.iterdir()} == {
+        *("config.yaml", "env.json", "metrics.jsonl", "last.ckpt", "head", "results.json")
+    }
+
+
+def test_only_what_is_left_is_trained(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configured("coop", tiny, tmp_path / "runs")
+    killed(config, "after", "last.ckpt", 3)
+    steps: list[int] = []
+    step = PromptModule.training_step
+
+    def counted(module: PromptModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        steps.append(module.current_epoch)
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(PromptModule, "training_step", counted)
+    run(config)
+    assert steps == [3, 3]
+
+
+def test_interrupted_and_run_again(
+    tiny: Tiny, folder_of: FolderOf, tmp_path: Path, expected: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C reaches the caller as such (Lightning alone would turn it into an exit with status 1)."""
+    config = configured("coop", tiny, tmp_path / "runs")
+    step, before = PromptModule.training_step, signal.getsignal(signal.SIGINT)
+
+    def interrupted(module: PromptModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        if module.current_epoch == 2:
+            raise KeyboardInterrupt
+        return step(module, batch, batch_idx)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(PromptModule, "training_step", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run(config)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert epochs_kept(folder_of(config)) == (2, 2)
+    run(config)
+    assert outcome(folder_of(config)) == expected("coop")
+
+
+@pytest.mark.slow
+def test_the_command_killed_three_times(
+    pictures: Path,
+    tmp_path: Path,
+    folder_of: FolderOf,
+    command: Callable[..., subprocess.Popen[str]],
+) -> None:
+    words = [
+        "--config",
+        str(ROOT / "configs" / "mocoop" / "demo.yaml"),
+        "--data.name",
+        "folder",
+        "--data.root",
+        str(pictures),
+    ]
+    words += ["--data.view", "random", "--data.shots", "2", "--settings.tune_layer_norms", "true"]
+    words += ["--recipe.epochs", "12", "--recipe.batch_size", "2", "--recipe.lr", "0.05", "--trainer.progress", "false"]
+    config = parse_run([*words, "--output", str(tmp_path / "whole")])
+    run(config)
+    whole = outcome(folder_of(config))
+
+    config = parse_run([*words, "--output", str(tmp_path / "runs")])
+    folder = folder_of(config)
+
+    def start() -> subprocess.Popen[str]:
+        return command("tools/train.py", *words, "--output", str(tmp_path / "runs"))
+
+    def lines() -> int:
+        path = folder / "metrics.jsonl"
+        return path.read_text().count("\n") if path.is_file() else 0
+
+    reached: list[int] = []
+    points: list[Callable[[], bool]] = [
+        lambda: (folder / "env.json").is_file(),  # in the first epoch, or just before it
+        lambda: lines() >= 4,  # amid training
+        lambda: lines() == 12,  # while the last checkpoint is written or the test images are evaluated
+    ]
+    for point in points:
+        process, deadline = start(), time.monotonic() + 120
+        while not point() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.kill()
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors
+        assert not (folder / "results.json").exists()
+        logged, kept = epochs_kept(folder)
+        assert logged - 1 <= kept <= logged
+        assert kept >= (reached[-1] if reached else 0)  # nothing that was kept is lost by a later start
+        reached.append(kept)
+    assert reached[0] <= 1 and 3 <= reached[1] < 12 and reached[2] >= 11
+    process = start()
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert f"run folder: {folder}" in output
+    assert outcome(folder) == whole

@@ -1,0 +1,355 @@
+"""The run folder: what it holds, when it is reused, redone, resumed or refused."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import vlprompt
+from vlprompt.cli.parse import parse_run
+from vlprompt.config.run import RunConfig
+from vlprompt.datasets import load_dataset
+from vlprompt.engine.callbacks import read_metrics
+from vlprompt.engine.recipe import learning_rate
+from vlprompt.errors import BackboneError, ConfigError, DataError, HeadError, VlpromptError
+from vlprompt.methods.mocoop import MoCoOpSettings
+from vlprompt.runs.folder import config_sha256
+from vlprompt.runs.run import Run, complete, evaluate_head, harmonic_mean, run
+
+Tiny = Callable[..., RunConfig]
+FILES = {"config.yaml", "env.json", "metrics.jsonl", "last.ckpt", "head", "results.json"}
+
+
+def one_screen(error: BaseException) -> str:
+    text = str(error)
+    assert 0 < len(text.splitlines()) <= 25 and "Traceback" not in text
+    return text
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    """When each file was last put in place; the configuration may be written again."""
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != "config.yaml"}
+
+
+@pytest.fixture
+def finished(tiny: Tiny) -> tuple[RunConfig, Run]:
+    config = tiny("mocoop", classes="base", epochs=3, lr=0.1)
+    return config, run(config)
+
+
+def test_folder_holds_what_is_promised(finished: tuple[RunConfig, Run], tmp_path: Path) -> None:
+    config, done = finished
+    folder = done.folder
+    assert folder.parent == tmp_path / "runs" / "mocoop" / "folder"
+    assert folder.name == f"base-2shot-seed1-{config_sha256(complete(config))[:8]}"
+    assert {entry.name for entry in folder.iterdir()} == FILES and not done.reused
+
+    environment = json.loads((folder / "env.json").read_text())
+    assert environment["seeds"] == {"run": 1, "shots": 1}
+    assert {"vlprompt", "torch", "open_clip_torch", "pytorch-lightning", "python"} <= environment["versions"].keys()
+    assert set(environment["inputs"]) == {"split", "choice of shots", "backbone", "initial prompts"}
+    assert {"command", "git", "machine"} <= environment.keys()
+
+    results = json.loads((folder / "results.json").read_text())
+    assert results == done.results and results["schema"] == 1
+    assert results["config_sha256"] == config_sha256(complete(config)) and results["method"] == "mocoop"
+    task = load_dataset("folder", root=config.data.root, shots=2, classes="base")
+    assert results["data"]["split_sha256"] == task.split_sha256 == environment["inputs"]["split"]
+    assert results["backbone"]["fingerprint"] == environment["inputs"]["backbone"]
+    for part in ("results", "zeroshot"):
+        scores = results[part]
+        assert (scores["base"]["total"], scores["new"]["total"]) == (9, 4)
+        for score in (scores["base"], scores["new"]):
+            assert score["accuracy"] == 100 * score["correct"] / score["total"]
+        assert scores["harmonic_mean"] == harmonic_mean(scores["base"]["accuracy"], scores["new"]["accuracy"])
+    assert results["train"]["epochs"] == 3 and results["train"]["seconds"] > 0
+
+    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
+    head = load_file(folder / "head" / "head.safetensors")
+    learned = {name.removeprefix("learnable."): value for name, value in head.items() if name.startswith("learnable.")}
+    assert {name.removeprefix("method."): value.shape for name, value in checkpoint["state_dict"].items()} == {
+        name: value.shape for name, value in learned.items()
+    }
+    assert all(torch.equal(checkpoint["state_dict"][f"method.{name}"], value) for name, value in learned.items())
+    assert "mocoop" in done.table() and "zero-shot" in done.table() and "harmonic mean" in done.table()
+
+
+def test_kept_configuration_is_this_run(finished: tuple[RunConfig, Run]) -> None:
+    config, done = finished
+    kept = yaml.safe_load((done.folder / "config.yaml").read_text(encoding="utf-8"))
+    assert kept["recipe"]["epochs"] == 3 and kept["data"]["root"] == config.data.root
+    again = parse_run(["--config", str(done.folder / "config.yaml")])
+    assert run(again).reused  # so that `vlprompt train --config RUN/config.yaml` resumes or shows it
+
+
+def test_logged_rates_are_the_schedule(finished: tuple[RunConfig, Run]) -> None:
+    config, done = finished
+    lines = read_metrics(done.folder / "metrics.jsonl")
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert [line["lr"] for line in lines] == pytest.approx([learning_rate(e, 0.1, config.recipe) for e in range(3)])
+    for line in lines:
+        terms = line["train/ce"] + line["train/text"] + line["train/gate"]
+        assert line["train/loss"] == pytest.approx(terms, rel=1e-6)
+
+
+def test_finished_run_is_reused(finished: tuple[RunConfig, Run]) -> None:
+    config, done = finished
+    before = stamps(done.folder)
+    shown_otherwise = replace(config, trainer=replace(config.trainer, progress=True))
+    again = run(shown_otherwise)  # what cannot change a result does not make another run
+    assert again.reused and again.folder == done.folder and again.results == done.results
+    assert again.table() == done.table()
+    assert stamps(done.folder) == before
+
+
+def test_reused_run_has_the_trained_tensors(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny("coop", lr=0.1)
+    task = load_dataset("folder", root=config.data.root, shots=2)
+    backbone = vlprompt.load_backbone("demo")
+
+    def trained() -> tuple[Run, dict[str, torch.Tensor]]:
+        method = vlprompt.create_method("coop", backbone, task.class_names, context_init="an emoji of a")
+        done = vlprompt.train(method, task, output=str(tmp_path), view="center", epochs=2, lr=0.1, batch_size=4)
+        return done, method.learnable_state()
+
+    (first, learned), (second, restored) = trained(), trained()
+    assert (first.reused, second.reused) == (False, True)
+    torch.testing.assert_close(restored, learned, rtol=0, atol=0)
+    torch.testing.assert_close(second.head(backbone).method.learnable_state(), learned, rtol=0, atol=0)
+
+
+def test_force_redoes(finished: tuple[RunConfig, Run]) -> None:
+    config, done = finished
+    before, head = stamps(done.folder), (done.head_dir / "head.safetensors").read_bytes()
+    again = run(config, force=True)
+    after = stamps(done.folder)
+    assert not again.reused and before.keys() == after.keys()
+    assert all(after[path] > before[path] for path in before)
+    assert hashlib.sha256((done.head_dir / "head.safetensors").read_bytes()).digest() == hashlib.sha256(head).digest()
+
+
+@pytest.mark.parametrize("change", [{"epochs": 1}, {"shots": 1}, {"seed": 2}, {"lr": 0.2}, {"view": "random"}])
+def test_what_changes_a_result_makes_another_run(change: dict[str, Any], tiny: Tiny) -> None:
+    assert config_sha256(tiny("coop", **change)) != config_sha256(tiny("coop"))
+
+
+def test_settings_left_out_are_the_defaults(tiny: Tiny) -> None:
+    short, long = tiny("mocoop"), tiny("mocoop", {"top_k": 2, "text_loss_weight": 5.0})
+    del short.settings["groups"], short.settings["templates"], long.settings["groups"]
+    long.settings["templates"] = list(MoCoOpSettings.templates)
+    assert config_sha256(complete(short)) == config_sha256(complete(long))
+    open_template = complete(tiny("zeroshot"))  # the data set's own is filled in by the run
+    assert not open_template.settings.get("templates")
+
+
+def test_other_pictures_are_refused(tiny: Tiny, pictures: Path, tmp_path: Path) -> None:
+    config = tiny("coop")
+    done = run(config)
+    before = stamps(done.folder)
+    other = tmp_path / "others"
+    for path in sorted(pictures.rglob("*.png")):
+        place = other / path.relative_to(pictures)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(path.read_bytes())
+    moved = replace(config, data=replace(config.data, root=str(other)))
+    assert run(moved).reused  # the same pictures in another place
+    next((other / "train").rglob("*.png")).rename(next((other / "train").iterdir()) / "another name.png")
+    with pytest.raises(ConfigError, match="was started from another split.*--force.*another --output") as caught:
+        run(moved)
+    assert str(done.folder) in one_screen(caught.value)
+    assert stamps(done.folder) == before
+    assert not run(moved, force=True).reused
+
+
+def test_locked_by_another_process(finished: tuple[RunConfig, Run]) -> None:
+    config, done = finished
+    ready, hold = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        lock = (done.folder.parent / f".{done.folder.name}.lock").open("w")
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        os.write(ready[1], b"!")
+        os.close(hold[1])
+        os.read(hold[0], 1)
+        os._exit(0)
+    try:
+        os.read(ready[0], 1)
+        before = stamps(done.folder)
+        for force in (False, True):
+            with pytest.raises(ConfigError, match="another process is running in .*; wait for it, or stop it first"):
+                run(config, force=force)
+        assert stamps(done.folder) == before
+    finally:
+        os.close(hold[1])
+        os.waitpid(child, 0)
+    assert run(config).reused
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("results.json", b'{"schema": 1, "resu', "results.json cannot be read .*--force"),
+        ("results.json", b"[]", "results.json holds no JSON object.*--force"),
+        ("results.json", b"{}", "results.json is damaged or of another version.*--force"),
+        ("results.json", b'{"schema": 99}', "results.json is damaged or of another version.*--force"),
+        ("env.json", b"\xff\xfe", "env.json cannot be read .*--force"),
+        ("env.json", b"{}", "env.json is damaged: it lacks 'inputs'.*--force"),
+        ("env.json", b'{"inputs": [1]}', "env.json is damaged: it lacks 'inputs'.*--force"),
+        ("env.json", None, "holds results.json and last.ckpt but no env.json.*--force"),
+        ("head/head.safetensors", b"junk", "(?s)finished but its head cannot be used; redo it with --force.*damaged"),
+        ("head/config.json", None, "(?s)finished but its head cannot be used; redo it with --force.*holds no head"),
+    ],
+)
+def test_damaged_finished_run(
+    name: str, content: bytes | None, message: str, finished: tuple[RunConfig, Run], tmp_path: Path
+) -> None:
+    config, done = finished
+    if content is None:
+        (done.folder / name).unlink()
+    else:
+        (done.folder / name).write_bytes(content)
+    before = stamps(done.folder)
+    with pytest.raises((ConfigError, HeadError), match=message) as caught:
+        run(config)
+    one_screen(caught.value)
+    assert stamps(done.folder) == before
+    again = run(config, force=True)  # the remedy that the message names
+    assert again.results["results"] == done.results["results"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("last.ckpt", b"", r"last.ckpt cannot be read .*--force"),
+        ("last.ckpt", b"PK\x03\x04 cut short", r"last.ckpt cannot be read .*--force"),
+        ("metrics.jsonl", b'{"epoch": 0, "l', "metrics.jsonl, line 1, is no epoch's metrics.*--force"),
+    ],
+)
+def test_damaged_unfinished_run(
+    name: str, content: bytes, message: str, finished: tuple[RunConfig, Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, done = finished
+    (done.folder / "results.json").unlink()
+    (done.folder / name).write_bytes(content)
+    if name == "metrics.jsonl":
+        (done.folder / "last.ckpt").unlink()
+    with pytest.raises(VlpromptError, match=message) as caught:
+        run(config)
+    one_screen(caught.value)
+    assert not (done.folder / "results.json").exists()
+    assert run(config, force=True).results["results"] == done.results["results"]
+
+
+def test_what_a_killed_writer_left_does_no_harm(finished: tuple[RunConfig, Run]) -> None:
+    config, done = finished
+    head = (done.head_dir / "head.safetensors").read_bytes()
+    (done.folder / "results.json").unlink()
+    for name in (".results.json.4711.tmp", ".last.ckpt.tmp", ".metrics.jsonl.1.tmp", ".env.json.2.tmp"):
+        (done.folder / name).write_bytes(b"half")
+    (done.folder / ".head.abc").mkdir()
+    (done.folder / ".head.abc" / "head.safetensors").write_bytes(b"half")
+    (done.head_dir / "config.json").unlink()  # killed while the old head was removed
+    again = run(config)
+    assert again.results["results"] == done.results["results"]
+    assert {entry.name for entry in done.folder.iterdir()} == FILES
+    assert (done.head_dir / "head.safetensors").read_bytes() == head
+
+
+def test_zeroshot_has_nothing_to_train(tiny: Tiny) -> None:
+    done = run(tiny("zeroshot"))
+    assert done.results["results"] == done.results["zeroshot"]
+    assert done.results["train"]["epochs"] == 0
+    assert {entry.name for entry in done.folder.iterdir()} == FILES - {"metrics.jsonl", "last.ckpt"}
+    assert run(tiny("zeroshot")).reused
+
+
+def test_class_specific_context_says_why_new_classes_are_missing(tiny: Tiny) -> None:
+    done = run(tiny("coop", {"context_init": "", "class_specific": True, "context_length": 2}, classes="base"))
+    assert done.results["results"]["new"] is None and "class_specific" in done.results["results"]["why_no_new"]
+    assert done.results["zeroshot"]["new"]["total"] == 4
+    assert "-" in done.table()
+
+
+def test_one_head_on_other_classes_and_data(finished: tuple[RunConfig, Run]) -> None:
+    config, done = finished
+    before = stamps(done.folder)
+    for classes in ("base", "new"):
+        found = evaluate_head(done.head_dir, replace(config.data, classes=classes))
+        assert {name: found[name] for name in ("accuracy", "correct", "total")} == done.results["results"][classes]
+    assert stamps(done.folder) == before and {entry.name for entry in done.folder.iterdir()} == FILES
+
+
+def test_settings_of_training_reach_the_trainer(tiny: Tiny) -> None:
+    wide, narrow = tiny("coop", epochs=3, accumulate=2, lr=0.1), tiny("coop", epochs=3, accumulate=1, lr=0.1)
+    steps = {}
+    for config in (wide, narrow):
+        steps[config.trainer.accumulate] = torch.load(run(config).folder / "last.ckpt", weights_only=True)[
+            "global_step"
+        ]
+    assert steps == {1: 6, 2: 3}
+
+
+def test_all_that_is_missing_is_told_at_once(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny("coop")
+    config.data.root, config.backbone.name = str(tmp_path / "nowhere"), "ViT-B-61"
+    with pytest.raises(ConfigError) as caught:
+        run(config)
+    text = one_screen(caught.value)
+    assert text.startswith("two things are missing.\n\n1. ") and "\n\n2. " in text
+    assert "nowhere" in text and "'ViT-B-16'" in text
+    config.backbone.name = "demo"
+    with pytest.raises(DataError, match="nowhere"):
+        run(config)
+    with pytest.raises(BackboneError, match="ViT-B-61"):
+        run(replace(tiny("coop"), backbone=replace(config.backbone, name="ViT-B-61")))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_all_wrong_values_are_told_at_once(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run(tiny("coop", shots=0, epochs=0, lr=float("nan"), accumulate=0, seed=-1, batch_size=3, devices=2))
+    text = one_screen(caught.value)
+    for name in ("data.shots", "recipe.epochs", "recipe.lr", "trainer.accumulate", "seed", "recipe.batch_size"):
+        assert f"{name} is" in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_train_refuses_what_does_not_fit(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny("coop")
+    task = load_dataset("folder", root=config.data.root, shots=2)
+    method = vlprompt.create_method("coop", vlprompt.load_backbone("demo"), task.class_names[:2])
+    with pytest.raises(ConfigError, match="made for 2 classes.*the data has 5.*create it with data.class_names"):
+        vlprompt.train(method, task, output=str(tmp_path))
+    method = vlprompt.create_method("coop", method.backbone, task.class_names)
+    with pytest.raises(ConfigError, match="no field epoch; accepted: .*epochs"):
+        vlprompt.train(method, task, output=str(tmp_path), epoch=3)
+    with pytest.raises(ConfigError, match="recipe.lr is 0"):
+        vlprompt.train(method, task, output=str(tmp_path), lr=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_global_random_state_does_not_matter(tiny: Tiny, tmp_path: Path) -> None:
+    heads = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        config = tiny(
+            "coop", {"context_init": "", "context_length": 2}, view="random", output=str(tmp_path / str(seed))
+        )
+        heads.append((run(config).head_dir / "head.safetensors").read_bytes())
+    assert heads[0] == heads[1]
+
+
+def test_harmonic_mean() -> None:
+    assert harmonic_mean(80.0, 60.0) == pytest.approx(2 * 80 * 60 / 140)
+    assert harmonic_mean(0.0, 0.0) == 0.0

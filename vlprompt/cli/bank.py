@@ -1,0 +1,163 @@
+"""The command ``vlprompt bank`` (tools/make_diffusion_bank.py): a diffusion model's pictures of a data set's images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_run, read_command_line
+from vlprompt.config.values import accepted_values, from_text
+from vlprompt.datasets.records import SPLITS
+from vlprompt.errors import ConfigError, bulleted
+from vlprompt.generation.recipe import COUNT, TOOL, GenerationSettings
+
+if TYPE_CHECKING:
+    from vlprompt.generation.making import Filled, Progress
+
+BANK_HELP = f"""\
+{TOOL} --bank FOLDER --data.name NAME [--data.root DIR] [options]
+
+Makes pictures of every test image with a diffusion model, for methods that look at such (DiffTPT). They are found by
+the content of the image, shared by all runs, and made once: the same command goes on where it was stopped, remakes
+what is damaged, and with a larger --count makes only the further ones. Runs take them with --data.bank FOLDER.
+
+  --bank FOLDER           where pictures are kept; every recipe (what follows but --count) has a folder of its own there
+  --data.KEY VALUE        the images, as `vlprompt train` takes them (--data.name, --data.root, --data.classes, ...)
+  --split SPLIT           test (default), val or train
+  --count N               pictures of each image ({COUNT})
+  --pipeline NAME         folder or name on the hub of any diffusers pipeline that makes pictures of images (DiffTPT's,
+                          {GenerationSettings.pipeline}); `tiny` and `tiny-img2img`
+                          have random weights and make noise, to try this out
+  --revision REV          branch, tag or commit on the hub
+  --safety-checker X      on (default) or off
+  --precision X           auto (default: fp16 on a GPU, else fp32), fp32, fp16 or bf16
+  --steps N, --guidance X, --eta X, --scheduler CLASS, --size PIXELS, --seed N
+                          how pictures are made (50, 3, 0, the pipeline's own, the pipeline's own, 0)
+  --strength X, --prompt TEXT
+                          of img2img pipelines (0.8, "a photo")
+  --format X              png (default) and webp are lossless; jpeg has quality 75
+  --batch-size N          pictures that are made at once (16); changes none of them beyond rounding
+  --device X              auto (default), cpu, cuda, cuda:1, mps
+  --offline               use what is on this machine, and do not ask the hub
+
+Example: {TOOL} --bank banks --data.name imagenet_r --data.root data --safety-checker off
+"""
+
+FLAGS = ("offline",)
+_OWN: Mapping[str, Any] = {"bank": str, "split": str, "count": int, "batch-size": int, "device": str}
+_HINTS = {name.replace("_", "-"): hint for name, hint in get_type_hints(GenerationSettings).items()}
+OPTIONS = (*_OWN, *_HINTS)
+
+
+def bank(words: list[str]) -> int:
+    """Make the pictures that ``words`` ask for.
+
+    Raises:
+        VlpromptError: Options that are not accepted, all of them at once; a pipeline or data that cannot be used.
+    """
+    line = read_command_line(words, "bank", flags=FLAGS, options=OPTIONS)
+    own, settings = _values(line)
+    config, problems = check_run(line, within=("data.",))
+    if config is None or problems:
+        texts = list(dict.fromkeys(problems))
+        count = "1 problem" if len(texts) == 1 else f"{len(texts)} problems"
+        raise ConfigError(f"{count}:\n{bulleted(texts)}\nSee `{TOOL} --help`.")
+    from vlprompt.generation.bank import make_bank
+    from vlprompt.generation.making import fill
+    from vlprompt.generation.pipeline import load_maker
+    from vlprompt.runs.prepare import load_task
+
+    samples = getattr(load_task(config.data, config.seed), own["split"])
+    if not samples:
+        raise ConfigError(f"--split is {own['split']!r}, and {config.data.name} has no such images")
+    maker = load_maker(settings, _device(own["device"]), offline="offline" in line.flags)
+    kept = make_bank(Path(own["bank"]), maker.recipe)
+    print(f"{len(samples):,} {own['split']} images of {config.data.name}, {own['count']} pictures each; {kept.folder}")
+    skip = config.data.on_bad_image == "skip"
+    with _shown() as tell:
+        filled = fill(kept, maker, samples, own["count"], own["batch-size"], tell, skip=skip)
+    print(_told(filled))
+    print(f"runs take them with: --data.bank {kept.folder}")
+    return 0
+
+
+def _values(line: CommandLine) -> tuple[dict[str, Any], GenerationSettings]:
+    """Return the command's own values and the settings; what is wrong is noted in ``line``."""
+    found: dict[str, Any] = {"split": "test", "count": COUNT, "batch-size": 16, "device": "auto"}
+    for name, text in line.options.items():
+        hint = _OWN.get(name) or _HINTS[name]
+        try:
+            found[name] = from_text(hint, text)
+        except ValueError:
+            line.problems.append(f"{COMMAND_LINE}: --{name} is {text!r}; accepted: {accepted_values(hint)}")
+    if not line.options.get("bank"):
+        line.problems.append(f"{COMMAND_LINE}: --bank FOLDER is missing: where the pictures are kept")
+    for name in ("count", "batch-size"):
+        if found[name] < 1:
+            line.problems.append(f"{COMMAND_LINE}: --{name} is {found[name]}; accepted: 1 or more")
+    if found["split"] not in SPLITS:
+        line.problems.append(f"{COMMAND_LINE}: --split is {found['split']!r}; accepted: {', '.join(SPLITS)}")
+    if line.configs:
+        line.problems.append(f"{COMMAND_LINE}: --config has no meaning here; give --data.name NAME")
+        line.configs.clear()
+    given = {name.replace("-", "_"): found[name] for name in _HINTS if name in found}
+    settings = GenerationSettings(**given)
+    line.problems += [f"{COMMAND_LINE}: {text}" for text in settings.problems()]
+    return found, settings
+
+
+def _device(name: str) -> Any:
+    from vlprompt.backbone.backbone import checked_device
+
+    if name != "auto":
+        return checked_device(name)
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@contextmanager
+def _shown() -> Iterator[Any]:
+    """Give a function that shows progress: bars with the time left on a terminal, a line every minute elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+    bars, tasks = Bars(*columns, console=console, disable=not console.is_terminal), dict[str, TaskID]()
+    told = {"at": time.monotonic()}
+
+    def tell(progress: Progress) -> None:
+        left = "" if progress.left is None else f"{time_text(progress.left)} left"
+        if progress.stage not in tasks:
+            tasks[progress.stage] = bars.add_task(progress.stage, total=progress.total, left=left)
+        bars.update(tasks[progress.stage], completed=progress.done, left=left)
+        over = progress.stage == "making" and progress.done == progress.total
+        if not console.is_terminal and (over or time.monotonic() - told["at"] >= 60):
+            told["at"] = time.monotonic()
+            print(f"{progress.stage}: {progress.done:,} of {progress.total:,}, {left or 'begun'}", flush=True)
+
+    with bars:
+        yield tell
+
+
+def time_text(seconds: float) -> str:
+    """Return a time in words: ``40 s``, ``12 min``, ``3 h 05 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _told(filled: Filled) -> str:
+    text = f"{filled.images:,} images: {filled.found:,} pictures were there, {filled.made:,} made"
+    if filled.remade:
+        text += f" (of which {filled.remade:,} anew: they were damaged or gone)"
+    if filled.skipped:
+        names = ", ".join(filled.skipped[:3])
+        text += f"; {len(filled.skipped):,} images could not be read and were left out ({names}, ...)"
+    return text

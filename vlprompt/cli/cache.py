@@ -1,0 +1,146 @@
+"""``vlprompt cache list | prune``: what the feature store holds, and making room."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from typing import Any
+
+from vlprompt.cli.parse import COMMAND_LINE, CommandLine, read_command_line, refuse
+from vlprompt.errors import did_you_mean
+
+CACHE_HELP = """\
+vlprompt cache list
+vlprompt cache prune [--all] [--older-than DAYS] [--max-size SIZE] [--dry-run]
+
+Image features are computed once and kept in $VLPROMPT_CACHE/features, or ~/.cache/vlprompt/features. They can always be
+computed again.
+
+  list              show the entries, the last used first
+  prune             remove damaged entries, those of other versions, and what killed processes left; and also:
+  --all             every entry
+  --older-than D    entries that were not used for D days
+  --max-size SIZE   the least recently used entries, until the rest has at most SIZE, such as 500MB or 2GB
+  --dry-run         say what would be removed and remove nothing
+
+Example: vlprompt cache prune --older-than 30 --max-size 2GB
+"""
+
+ACTIONS = ("list", "prune")
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def cache(words: list[str]) -> int:
+    """Run ``vlprompt cache`` with ``words`` and return its exit status.
+
+    Raises:
+        ConfigError: Options that are not accepted; all of them.
+        DataError: A file that cannot be removed.
+    """
+    line = read_command_line(
+        words, "cache", flags=("all", "dry-run"), options=("older-than", "max-size"), operands=True
+    )
+    for key in (*line.overrides, *(["config"] if line.configs else [])):
+        line.refuse(key, ())
+    action = line.operands[0] if line.operands else ""
+    if not action:
+        line.problems.append(f"{COMMAND_LINE}: cache what? Accepted: {', '.join(ACTIONS)}")
+    elif action not in ACTIONS:
+        line.problems.append(f"{COMMAND_LINE}: there is no `vlprompt cache {action}`.{did_you_mean(action, ACTIONS)}")
+    for extra in line.operands[1:]:
+        line.problems.append(f"{COMMAND_LINE}: {extra!r} is one word too many")
+    if action == "list":
+        for name in (*line.flags, *line.options):
+            line.problems.append(f"{COMMAND_LINE}: --{name} has no meaning for `vlprompt cache list`")
+    days, size = _days(line), _size(line)
+    if line.problems:
+        refuse(line.problems, "cache")
+    if action == "list":
+        return _list()
+    return _prune("all" in line.flags, days, size, "dry-run" in line.flags)
+
+
+def _days(line: CommandLine) -> float | None:
+    text = line.options.get("older-than")
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text):
+        line.problems.append(f"{COMMAND_LINE}: --older-than is {text!r}; accepted: a number of days, such as 30")
+        return None
+    return float(text)
+
+
+def _size(line: CommandLine) -> int | None:
+    text = line.options.get("max-size")
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)", text)
+    unit = found[2].upper() or "B" if found else ""
+    if found is None or unit not in _UNITS:
+        line.problems.append(f"{COMMAND_LINE}: --max-size is {text!r}; accepted: a size such as 500MB, 2GB or 1.5GiB")
+        return None
+    return int(float(found[1]) * _UNITS[unit])
+
+
+def _list() -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vlprompt.data.eviction import entries
+    from vlprompt.data.features import default_folder
+
+    found = entries(default_folder())
+    if found:
+        table = Table("entry", "data set", "split", "backbone", "view", "shape", box=None, pad_edge=False)
+        table.add_column("size", justify="right")
+        table.add_column("last used")
+        for entry in found:
+            view = entry.key.get("view", "")
+            view = "random" if "random" in view else "center" if view else entry.why
+            view += f", seed {entry.key['seed']}, epoch {entry.key['epoch']}" if "epoch" in entry.key else ""
+            table.add_row(
+                entry.path.stem[:12],
+                *(str(entry.key.get(name, "-")) for name in ("dataset", "split")),
+                str(entry.key.get("backbone", "-"))[:12],
+                view,
+                "x".join(map(str, entry.shape)) or "-",
+                size_text(entry.size),
+                time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used)),
+            )
+        # Names are texts, whatever brackets or colons they hold.
+        console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 1_000)
+        console.print(table)
+    print(_total(found, f"in {default_folder()}"))
+    return 0
+
+
+def _prune(everything: bool, days: float | None, size: int | None, dry_run: bool) -> int:
+    from vlprompt.data.eviction import prune, remove
+    from vlprompt.data.features import default_folder
+
+    folder = default_folder()
+    gone, stay = prune(folder, everything=everything, older_than=days, max_size=size)
+    if not dry_run:
+        remove(folder, gone)
+    for entry in gone:
+        name = entry.path.name if entry.path.suffix == ".tmp" else entry.path.stem[:12]
+        about = f" {entry.key['dataset']}" if "dataset" in entry.key else ""
+        print(f"{name}{about} ({size_text(entry.size)}): {entry.why}")
+    print(f"{_total(gone, 'would be removed' if dry_run else 'removed')}; {_total(stay, 'left')}")
+    return 0
+
+
+def _total(found: list[Any], where: str) -> str:
+    count = "1 file" if len(found) == 1 else f"{len(found)} files"
+    return f"{count}, {size_text(sum(entry.size for entry in found))}, {where}"
+
+
+def size_text(size: int) -> str:
+    """Return a size with its unit, such as ``12.3 MB``."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000  # type: ignore[assignment]
+    return f"{size:.1f} GB"

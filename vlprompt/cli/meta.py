@@ -1,0 +1,108 @@
+"""``vlprompt meta-train``: a prompt initialisation and a gradient regulator, learned across tasks made of captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_config, key_table, read_command_line, refuse
+from vlprompt.cli.protocols import configs_of, numbers, print_run, say
+from vlprompt.config.keys import to_yaml
+
+FLAGS = ("print-config", "inspect", "force")
+META_HELP = """\
+vlprompt meta-train --config FILE [--a.b VALUE ...] [--inspect] [--print-config] [--force]
+
+GRAM-R, a reconstruction of GRAM (arXiv 2303.06571): image-caption pairs are clustered into topics and visual domains,
+and over tasks drawn from them a method's start is learned together with a function that regulates its gradients. The
+same command resumes an unfinished training. Afterwards any training takes the result:
+  vlprompt train ... --init gram:FOLDER    the start, and every prompt gradient passes through the regulator
+  vlprompt train ... --start FOLDER        the start alone
+
+  --config FILE     a path, or one of vlprompt's own such as gram/coop-demo; several files: later ones win
+  --a.b VALUE       overrides a key of the files, wherever it stands
+  --inspect         write an HTML page of topics, domains and tasks with thumbnails, print its path and stop
+  --print-config    print the resolved configuration and stop
+  --force           train again although the run is finished
+
+Example: vlprompt meta-train --config gram/coop-demo
+"""
+META_EVAL_HELP = """\
+vlprompt meta-eval RUN [RUN2 ...] --config FILE [--config FILE2 ...] [--shots 1,2,4] [--seeds 1,2,3,4,5]
+                   [--a.b VALUE ...] [--force]
+
+Shows what meta-trainings are worth: trains each configuration on a few images of the base classes from its usual start,
+from the start that its RUN learned, and from that with the regulator, and prints base and new accuracy and their
+harmonic mean beside zero-shot, with standard errors over the seeds.
+
+  RUN               the folder of a meta-training, one for each --config, in the same order
+  --config FILE     a training of the same method and settings, such as coop/demo
+  --shots, --seeds  numbers of training images per class (default 1,2,4) and seeds (default 1,2,3,4,5)
+  --a.b VALUE       overrides a key in all configurations
+  --force           train again what is finished
+
+Example: vlprompt meta-eval runs/gram/coop-demo-pairs --config coop/demo --shots 1 --seeds 1,2
+"""
+
+
+def meta_keys_help(words: list[str]) -> str:
+    """Return every key with its default."""
+    from vlprompt.config.meta import MetaRunConfig
+
+    return f"\nKeys, defaults and what they accept:\n{key_table(root=MetaRunConfig)}\n"
+
+
+def meta_train_command(words: list[str]) -> int:
+    """``vlprompt meta-train``."""
+    from vlprompt.config.meta import MetaRunConfig
+
+    line = read_command_line(words, "meta-train", flags=FLAGS)
+    _need_config(line)
+    config, problems = check_config(line, MetaRunConfig)
+    if config is None or problems:
+        refuse(problems, "meta-train")
+    if "print-config" in line.flags:
+        print(to_yaml(config), end="")
+        return 0
+    from vlprompt.runs.meta_run import inspect, meta_train
+
+    if "inspect" in line.flags:
+        print(inspect(config))
+        return 0
+    folder, results = meta_train(config, force="force" in line.flags)
+    last, took = results["last"], results["train"]
+    say(
+        f"{config.method} meta-trained on {results['pairs']:,} pairs, {results['tasks']}\n"
+        f"last losses: support {last['train/support']:.3f}, query {last['train/query']:.3f}; {took['seconds']:.0f} s\n"
+        f"train with:  --init gram:{folder}   (start and regulator)\n"
+        f"        or:  --start {folder}       (the start alone)"
+    )
+    return 0
+
+
+def meta_eval_command(words: list[str]) -> int:
+    """``vlprompt meta-eval``."""
+    line = read_command_line(words, "meta-eval", flags=("force",), options=("shots", "seeds"), operands=True)
+    shots, seeds = numbers(line, "shots") or [1, 2, 4], numbers(line, "seeds") or [1, 2, 3, 4, 5]
+    if len(line.operands) != len(line.configs):
+        line.problems.append(
+            f"{COMMAND_LINE}: meta-eval takes one RUN for each --config; got {len(line.operands)} and "
+            f"{len(line.configs)}"
+        )
+    own = "meta-eval says which"
+    fixed = {
+        "seed": "--seeds says which",
+        "data.shots": "--shots says how many",
+        "data.classes": "base and new are tested",
+    }
+    configs = configs_of(line, fixed | {"start": own, "init": own})
+    from vlprompt.protocols.meta_compare import compare_starts
+
+    hosts = list(zip(configs, map(Path, line.operands), strict=True))
+    _, table = compare_starts(hosts, shots, seeds, force="force" in line.flags, report=print_run)
+    say(table)
+    return 0
+
+
+def _need_config(line: CommandLine) -> None:
+    if not line.configs and "method" not in line.overrides:
+        line.problems.append(f"{COMMAND_LINE}: no --config FILE; for a first run: --config gram/coop-demo")

@@ -1,0 +1,256 @@
+"""The commands of several runs: ``base-to-new``, ``domains``, ``eval --protocol``, ``search`` and ``compare``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_run, read_command_line, refuse
+from vlprompt.config.keys import to_yaml
+from vlprompt.config.run import RunConfig
+from vlprompt.config.yaml import shown, yaml_node, yaml_value
+from vlprompt.errors import ConfigError, VlpromptError
+
+PROTOCOL_FLAGS = ("print-config", "force")
+
+
+# -- shared by all commands -----------------------------------------------------------------------------------------
+def say(text: str) -> None:
+    """Print ``text`` once: Lightning starts the processes beside the first with the same command line."""
+    from vlprompt.runs.folder import is_main_process
+
+    if is_main_process():
+        print(text)
+
+
+def need_config(line: CommandLine) -> None:
+    """Note that ``line`` names neither a configuration nor a method."""
+    if not line.configs and "method" not in line.overrides:
+        line.problems.append(f"{COMMAND_LINE}: no --config FILE; for a first run: --config mocoop/demo")
+
+
+def need_no_config(line: CommandLine) -> None:
+    """Note every ``--config`` and override of a command that takes none."""
+    for key in (*line.overrides, *(["config"] if line.configs else [])):
+        line.refuse(key, ())
+
+
+# -- protocols ------------------------------------------------------------------------------------------------------
+def base_to_new_command(words: list[str]) -> int:
+    """``vlprompt base-to-new``."""
+    line = read_command_line(words, "base-to-new", flags=PROTOCOL_FLAGS, options=("seeds", "datasets"))
+    datasets = _names(line, "datasets")
+    fixed = {"seed": "--seeds says which", "data.classes": "base and new classes are both run"}
+    if datasets is not None:
+        fixed["data.name"] = "--datasets says which, so leave one of the two away"
+    seeds = numbers(line, "seeds") or [1, 2, 3]
+    configs = configs_of(line, fixed)
+    if "print-config" in line.flags:
+        on_each = [config.with_data(name=name) for config in configs for name in datasets or ()]
+        return _print_configs(on_each or configs)
+    from vlprompt.protocols.base_to_new import base_to_new
+
+    force = "force" in line.flags
+    _, table = base_to_new(configs, seeds, datasets=datasets, force=force, report=print_run)
+    say(table)
+    return 0
+
+
+def domains_command(words: list[str]) -> int:
+    """``vlprompt domains``."""
+    from vlprompt.datasets.domains import check_protocol
+
+    line = read_command_line(words, "domains", flags=PROTOCOL_FLAGS, options=("seeds", "protocol"))
+    protocol: Any = line.options.get("protocol", "")
+    try:
+        check_protocol(protocol)
+    except ConfigError as error:
+        line.problems.append(f"{COMMAND_LINE}: --{error}")
+    seeds = numbers(line, "seeds") or [1, 2, 3]
+    configs = configs_of(line, {"seed": "--seeds says which", "data.classes": "all classes are run"} | _BY_DOMAIN)
+    if "print-config" in line.flags:
+        return _print_configs(configs)
+    from vlprompt.protocols.domains import domain_generalisation
+
+    _, table = domain_generalisation(configs, protocol, seeds, force="force" in line.flags, report=print_run)
+    say(table)
+    return 0
+
+
+_BY_DOMAIN = dict.fromkeys(("data.source", "data.target"), "the protocol says which domains")
+
+
+def protocol_command(words: list[str]) -> int:
+    """``vlprompt eval --protocol``."""
+    from vlprompt.protocols.protocol_files import CONFIG, find_protocol
+
+    options = ("protocol", "seeds", "datasets", "targets", "shots")
+    line = read_command_line(words, "eval", flags=PROTOCOL_FLAGS, options=options)
+    seeds, shots = numbers(line, "seeds"), numbers(line, "shots")
+    datasets, targets = _names(line, "datasets"), _names(line, "targets")
+    protocol = None
+    try:
+        protocol = find_protocol(line.options.get("protocol", ""))
+    except ConfigError as error:
+        line.problems.append(f"{COMMAND_LINE}: --{error}")
+    fixed = {"seed": "--seeds says which", "data.classes": "the protocol says which classes"}
+    if protocol is not None:
+        if datasets is not None or protocol.data != (CONFIG,):
+            fixed["data.name"] = f"{protocol.name} names its own data sets; --datasets says which others"
+        if shots is not None or protocol.shots:
+            fixed["data.shots"] = "--shots says how many"
+        fixed |= _BY_DOMAIN if protocol.part == "domains" else {}
+    configs = configs_of(line, fixed)
+    if protocol is None:
+        refuse(line.problems, "eval")
+    from vlprompt.protocols.protocols import Overrides, expanded, overridden, run_protocol
+
+    own = Overrides(seeds, datasets, targets, shots)
+    if "print-config" in line.flags:
+        return _print_configs(expanded(overridden(protocol, own), configs))
+    _, table = run_protocol(protocol, configs, own, force="force" in line.flags, report=print_run)
+    say(table)
+    return 0
+
+
+def configs_of(line: CommandLine, fixed: Mapping[str, str]) -> list[RunConfig]:
+    """Return the configuration of each file of ``line``; refuse the line if anything is wrong with it.
+
+    Args:
+        line: The command line, with the problems of the command's own options.
+        fixed: Keys that the command sets itself, with why they cannot be overridden.
+    """
+    need_config(line)
+    for key, why in fixed.items():
+        if key in line.overrides:
+            line.problems.append(f"{COMMAND_LINE}: --{key} has no meaning for `vlprompt {line.command}`: {why}")
+    configs, problems = [], []
+    for files in [[name] for name in line.configs] or [[]]:
+        config, found = check_run(line, files)
+        problems += found
+        if config is not None:
+            configs.append(config)
+    if problems:
+        refuse(problems, line.command)
+    return configs
+
+
+def _print_configs(configs: Sequence[RunConfig]) -> int:
+    print("---\n".join(to_yaml(config) for config in configs), end="")
+    return 0
+
+
+def print_run(run: Any) -> None:
+    """Say where a finished run is."""
+    print(f"run folder: {run.folder}")
+
+
+def _names(line: CommandLine, option: str) -> list[str] | None:
+    """Return the data sets that ``--datasets`` or ``--targets`` names, groups resolved; None without the option."""
+    from vlprompt.protocols.groups import dataset_names
+
+    if option not in line.options:
+        return None
+    try:
+        return dataset_names([name.strip() for name in line.options[option].split(",")], option)
+    except ConfigError as error:
+        line.problems.append(f"{COMMAND_LINE}: --{error}")
+        return []
+
+
+def numbers(line: CommandLine, option: str) -> list[int] | None:
+    """Return the numbers of ``--seeds`` or ``--shots``; None without the option."""
+    if option not in line.options:
+        return None
+    text = line.options[option]
+    parts = [part.strip() for part in text.split(",")]
+    if option == "seeds":
+        accepted = f"accepted: different whole numbers from 0 to {2**32 - 1} with commas, such as 1,2,3"
+        good = all(re.fullmatch(r"[0-9]{1,10}", part) and int(part) < 2**32 for part in parts)
+    else:
+        accepted = "accepted: different numbers of images per class with commas, such as 1,2,4,8,16; -1 for all of them"
+        good = all(part == "-1" or re.fullmatch(r"[1-9][0-9]{0,6}", part) for part in parts)
+    if not good:
+        line.problems.append(f"{COMMAND_LINE}: --{option} is {text!r}; {accepted}")
+        return []
+    numbers = [int(part) for part in parts]
+    if len(set(numbers)) < len(numbers):
+        line.problems.append(
+            f"{COMMAND_LINE}: --{option} is {text!r}, which names a {option.rstrip('s')} twice; {accepted}"
+        )
+    return numbers
+
+
+# -- choosing and comparing -----------------------------------------------------------------------------------------
+def search_command(words: list[str]) -> int:
+    """``vlprompt search``."""
+    words, grids = _taken(words, "grid")
+    line = read_command_line(words, "search", flags=("print-config", "force", "oracle"), options=("on",))
+    grid = _grid(line, grids)
+    need_config(line)
+    for key in grid:
+        if key in line.overrides:
+            line.problems.append(f"{COMMAND_LINE}: --{key} is given, and --grid tries values of {key}; leave one away")
+    config, problems = check_run(line)
+    if config is None or problems:
+        refuse(problems, "search")
+    from vlprompt.protocols.search import candidates_of, search
+
+    if "print-config" in line.flags:
+        return _print_configs([one for _, one in candidates_of(config, grid)])
+    on, oracle, force = line.options.get("on", "val"), "oracle" in line.flags, "force" in line.flags
+    found = search(config, grid, on, oracle, force=force, report=print)
+    say(f"{found.table()}\nbest:       {found.folder / 'best.yaml'}\nrun folder: {found.run.folder}")
+    return 0
+
+
+def _taken(words: Sequence[str], option: str) -> tuple[list[str], list[str | None]]:
+    """Return ``words`` without ``--option VALUE``, which may stand several times, and its values."""
+    left, values, rest = [], list[str | None](), list(words)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith(f"--{option}="):
+            values.append(word.partition("=")[2])
+        elif word == f"--{option}":
+            values.append(rest.pop(0) if rest and not rest[0].startswith("--") else None)
+        else:
+            left.append(word)
+    return left, values
+
+
+def _grid(line: CommandLine, texts: Sequence[str | None]) -> dict[str, list[Any]]:
+    """Return the values of each ``--grid KEY=VALUE,VALUE``, read as YAML lists are."""
+    grid: dict[str, list[Any]] = {}
+    if not texts:
+        line.problems.append(f"{COMMAND_LINE}: no --grid KEY=VALUE,VALUE, such as --grid recipe.lr=0.002,0.02")
+    for text in texts:
+        key, equals, values = (text or "").partition("=")
+        if not equals or not key or not values:
+            line.problems.append(f"{COMMAND_LINE}: --grid is {shown(text or '')}; accepted: KEY=VALUE,VALUE")
+            continue
+        if key in grid:
+            line.problems.append(f"{COMMAND_LINE}: --grid {key} is given twice; write all values in one")
+            continue
+        try:
+            loader, node = yaml_node(f"[{values}]")
+            grid[key] = list(yaml_value(loader, node)) if node is not None else []
+        except VlpromptError as error:
+            why = str(error).removeprefix("line 1: ")
+            line.problems.append(f"{COMMAND_LINE}: --grid {key} has {shown(values)} ({why}); put texts in quotes")
+    return grid
+
+
+def compare_command(words: list[str]) -> int:
+    """``vlprompt compare``; the status is 1 where the data protocol differs."""
+    line = read_command_line(words, "compare", operands=True)
+    need_no_config(line)
+    if len(line.operands) != 2:
+        line.problems.append(f"{COMMAND_LINE}: compare takes two runs, got {len(line.operands)}: vlprompt compare A B")
+    if line.problems:
+        refuse(line.problems, "compare")
+    from vlprompt.protocols.compare import compare
+
+    found = compare(*line.operands)
+    print(found.text())
+    return 0 if found.same_data else 1

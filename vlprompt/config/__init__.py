@@ -1,0 +1,1 @@
+"""Configurations: dataclasses, their files and their validation."""

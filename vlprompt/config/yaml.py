@@ -1,0 +1,248 @@
+"""Configuration files: found by path or by name, read without guessing, every leaf with the line it came from.
+
+YAML is read by PyYAML's safe loader with the plain scalars of YAML 1.2; repeated keys, aliases and tags are refused,
+and nothing is executed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlprompt.errors import ConfigError, nearest
+
+MAX_CONFIG_BYTES = 1_000_000
+_EXPECTED = "a configuration is a mapping such as 'method: mocoop'"
+
+
+# -- reading YAML -------------------------------------------------------------------------------------------------
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with 1.2's plain scalars: ``1e-3`` is a number; ``010``, ``1:30``, ``no`` and dates are texts."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse aliases (a configuration says each thing once; nested ones grow without bound) and explicit tags."""
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        mark, tag = event.start_mark, getattr(event, "tag", None)
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not accepted", problem_mark=mark)
+        if tag is not None:
+            raise yaml.MarkedYAMLError(problem=f"tags ({tag}) are not accepted", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
+_FLOAT = re.compile(r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$")
+for _tag, _pattern, _first in (
+    ("float", _FLOAT, list("-+.0123456789")),
+    ("int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789")),
+    ("bool", re.compile(r"^(?:true|false|True|False|TRUE|FALSE)$"), list("tTfF")),
+    ("null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Short lists on one line; quotes for what this reader, or any YAML 1.1 reader, would not take for a text."""
+
+
+def _represent_list(dumper: yaml.SafeDumper, value: list[Any]) -> yaml.Node:
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=len(str(value)) <= 100)
+
+
+_Dumper.add_representer(list, _represent_list)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value and where it came from; ``typed`` is False for command-line text (None: the value is missing)."""
+
+    value: Any
+    source: str
+    typed: bool
+
+
+def yaml_node(text: str) -> tuple[_Loader, yaml.Node | None]:
+    """Return the loader and the one document of ``text``; raises ConfigError with the line number."""
+    try:
+        loader = _Loader(text)
+        return loader, loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise ConfigError(f"{where}not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError("not usable YAML: nested too deeply") from None
+
+
+def yaml_value(loader: _Loader, node: yaml.Node) -> Any:
+    """Return the value of ``node``; raises ConfigError for repeated keys, keys that are lists, and endless numbers."""
+    try:
+        _refuse_repeats(node)
+        return loader.construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"line {node.start_mark.line + 1}: not usable: {problem}") from None
+    except RecursionError:
+        raise ConfigError(f"line {node.start_mark.line + 1}: nested too deeply") from None
+
+
+def _refuse_repeats(node: yaml.Node) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if str(key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+            _refuse_repeats(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeats(item)
+
+
+def read_config(path: Path, sections: Collection[str], problems: list[str]) -> dict[str, Given]:
+    """Return the dotted keys of a configuration file with their values; what is wrong inside goes to ``problems``.
+
+    Raises:
+        ConfigError: The file as a whole cannot be used: unreadable, too large, not UTF-8, not YAML, not a mapping.
+    """
+    name = shown_path(path)
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            size = f"{path.stat().st_size:,} bytes"
+            raise ConfigError(f"{name} holds {size}; a configuration has at most {MAX_CONFIG_BYTES:,}")
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {error.strerror}") from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{name}, line {line}: not UTF-8 text (byte {raw[error.start]:#04x})") from None
+    try:
+        loader, root = yaml_node(text)
+    except ConfigError as error:
+        raise ConfigError(f"{name}, {error}") from None
+    if root is None:
+        raise ConfigError(f"{name} holds no keys; {_EXPECTED}")
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{name}, line {root.start_mark.line + 1}: a list or a text stands here; {_EXPECTED}")
+    given: dict[str, Given] = {}
+    _Leaves(loader, name, sections, given, problems).collect(root)
+    return given
+
+
+@dataclass
+class _Leaves:
+    """The walk over one file: leaves into ``given`` under dotted keys, what is wrong into ``problems``."""
+
+    loader: _Loader
+    name: str
+    sections: Collection[str]
+    given: dict[str, Given]
+    problems: list[str]
+
+    def collect(self, node: yaml.MappingNode, prefix: str = "") -> None:
+        """Take the keys of ``node``, going down into sections only."""
+        seen: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            source = f"{self.name}, line {line}"
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.problems.append(f"{source}: a key is a list or a mapping; keys are names")
+                continue
+            key = prefix + key_node.value
+            if "." in key_node.value:
+                first, _, rest = key.partition(".")
+                fix = f"in a file write '{first}: {{{rest}: ...}}'"
+                self.problems.append(f"{source}: {shown(key)}: dotted keys are for the command line; {fix}")
+            elif key in seen:
+                self.problems.append(f"{source}: {shown(key)} stands twice (first in line {seen[key]})")
+            elif key not in self.sections:
+                self._leaf(key, value_node, source)
+            elif isinstance(value_node, yaml.MappingNode):
+                self.collect(value_node, key + ".")
+            else:
+                self.problems.append(f"{source}: {key!r} is a section: keys stand indented under it, or it is left out")
+            seen.setdefault(key, line)
+
+    def _leaf(self, key: str, node: yaml.Node, source: str) -> None:
+        try:
+            self.given[key] = Given(yaml_value(self.loader, node), source, True)
+        except ConfigError as error:
+            self.problems.append(f"{self.name}, {error} (key {shown(key)})")
+
+
+def yaml_text(value: Any, *, flow: bool = False) -> str:
+    """Return plain values, lists, tuples and mappings as YAML that this module reads back; ``flow``: on one line."""
+    plain = _plain(value)
+    text: str = yaml.dump(
+        plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow
+    )
+    return text.removesuffix("...\n").rstrip("\n") if flow else text
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+# -- finding configuration files ------------------------------------------------------------------------------------
+def config_root() -> Path | None:
+    """Return the folder of vlprompt's own configurations, in the wheel or in the clone, if there is one."""
+    package = Path(__file__).resolve().parent.parent
+    for root in (package / "assets" / "configs", package.parent / "configs"):
+        if root.is_dir():
+            return root
+    return None
+
+
+def find_config(name: str) -> Path:
+    """Return the file that ``--config NAME`` means: a path, or one of vlprompt's own such as ``mocoop/demo``.
+
+    Raises:
+        ConfigError: No such file; the text names the nearest ones.
+    """
+    root = config_root()
+    own = name.removeprefix("./").removeprefix("configs/")
+    candidates = [Path(name), Path(name + ".yaml")]
+    if root is not None and ".." not in Path(own).parts and not Path(own).is_absolute():
+        candidates += [root / own, root / (own + ".yaml")]
+    for path in candidates:
+        if os.path.isfile(path):  # unlike Path.is_file, False for a name that is too long
+            return path
+    if os.path.isdir(name):
+        example = f"{name.rstrip('/')}/demo.yaml"
+        raise ConfigError(f"--config {shown(name)}: this is a folder; name one file in it, such as {example}")
+    known = [path.relative_to(root).with_suffix("").as_posix() for path in sorted(root.rglob("*.yaml"))] if root else []
+    found = nearest(own.removesuffix(".yaml").removesuffix(".yml"), known)
+    if not found:  # a path elsewhere: its last two parts say which configuration was meant
+        found = nearest("/".join(Path(own).with_suffix("").parts[-2:]), known)
+    hint = " Did you mean " + " or ".join(f"configs/{near}.yaml" for near in found) + "?" if found else ""
+    where = f" or in {shown_path(root)}" if root else ""
+    raise ConfigError(f"--config {shown(name)}: there is no such file here{where}.{hint}")
+
+
+# -- words ----------------------------------------------------------------------------------------------------------
+def shown(value: Any) -> str:
+    """Return ``repr(value)``, cut to a size that fits on a screen."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:70]}...{text[-20:]}"
+
+
+def shown_path(path: Path) -> str:
+    """Return ``path`` as short as it can be typed from the current folder."""
+    try:
+        return path.resolve().relative_to(Path.cwd()).as_posix()
+    except (ValueError, OSError):
+        return str(path)

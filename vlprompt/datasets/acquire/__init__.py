@@ -1,0 +1,1 @@
+"""Getting data sets: downloads, archives, checks, and cards of the user's own."""

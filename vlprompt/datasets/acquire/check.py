@@ -1,0 +1,152 @@
+"""Looks a data set over: everything that is wrong with it, without torch and, unless asked to decode, in seconds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlprompt.datasets.card import Card
+from vlprompt.datasets.images import FileSource, ImageSource
+from vlprompt.datasets.readers import new_report, read_into
+from vlprompt.datasets.readers.images import torn_files
+from vlprompt.datasets.records import SPLITS, Sample, SplitLists, labels_of, lines_sha256
+from vlprompt.datasets.report import Problem, Report
+from vlprompt.errors import DataError
+
+_SMALLEST_SIDE = 8
+#: What the published protocols take of every class.
+_MOST_SHOTS = 16
+
+
+@dataclass
+class Checked:
+    """What :func:`check` found.
+
+    Attributes:
+        name: Name of the data set.
+        base: The folder that was looked at.
+        problems: Everything that is wrong.
+        facts: Counts and hashes of what could be read.
+        remedy: What helps.
+    """
+
+    name: str
+    base: Path
+    problems: list[Problem]
+    facts: dict[str, Any] = field(default_factory=dict)
+    remedy: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the data set cannot be used."""
+        return any(not problem.warning for problem in self.problems)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        problems = [
+            {"code": one.code, "severity": "warning" if one.warning else "error", "text": one.text}
+            for one in self.problems
+        ]
+        return {"name": self.name, "folder": str(self.base), "ok": not self.failed, "problems": problems, **self.facts}
+
+
+def check(
+    card: Card,
+    root: str | Path | None = None,
+    *,
+    decode: bool = False,
+    hash_images: bool = False,
+    strict: bool = False,
+) -> Checked:
+    """Read a data set and note everything that is wrong with it (rules S01 to S20).
+
+    Args:
+        card: Its card, with the split that is meant.
+        root: The data root.
+        decode: Decode every image (rule S16); otherwise only files that do not end as their format does are decoded.
+        hash_images: Compare the bytes of training and test images (rule S12).
+        strict: Take sizes that differ from the card's for an error (rule S13).
+    """
+    report = new_report(card, card.base(root))
+    lists: SplitLists | None = None
+    try:
+        lists = read_into(card, root, report)
+    except DataError as error:
+        if not report.failed:
+            report.error("S15", str(error))
+    if lists is not None:
+        _look_at(card, lists, report, decode, hash_images)
+    problems = report.problems
+    if strict:
+        problems = [Problem(one.code, one.text, one.warning and one.code != "S13") for one in problems]
+    facts = {} if lists is None else _facts(card, lists, report)
+    return Checked(card.name, card.base(root), problems, facts, report.remedy)
+
+
+def _look_at(card: Card, lists: SplitLists, report: Report, decode: bool, hash_images: bool) -> None:
+    sources = {sample.id: sample.source for split in SPLITS for sample in getattr(lists, split)}
+    damaged = _undecodable(sources) if decode else torn_files(sources.items())
+    report.errors("S16", [f"{name}: {text}" for name, text in damaged])
+    if hash_images:
+        report.problems += _twins(lists)
+    shots = Counter(label for sample in lists.train for label in labels_of(sample))
+    short = [label for label in range(len(lists.class_names)) if 0 < shots[label] < _MOST_SHOTS]
+    if short and lists.train and not card.packaged:
+        fewest = min(shots[label] for label in short)
+        some = "1 class has" if len(short) == 1 else f"{len(short)} classes have"
+        text = f"{some} fewer than {_MOST_SHOTS} training images, the fewest {fewest}; dassl-v1 takes all of them"
+        report.warn("S17", text)
+    for name in lists.class_names:
+        if ("/" in name or "\\" in name) and name not in card.classes.names:
+            report.warn("S19", f"class name {name!r} holds a path separator; it is kept for prompts")
+
+
+def _undecodable(sources: dict[str, ImageSource]) -> list[tuple[str, str]]:
+    def look(item: tuple[str, ImageSource]) -> tuple[str, str] | None:
+        name, source = item
+        try:
+            width, height = source.open().size
+        except DataError as error:
+            return name, str(error)
+        small = min(width, height) < _SMALLEST_SIDE
+        return (name, f"{width} x {height} pixels; both sides need {_SMALLEST_SIDE}") if small else None
+
+    # Pillow lets other threads run while it decodes.
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return [found for found in pool.map(look, sources.items()) if found is not None]
+
+
+def _twins(lists: SplitLists) -> list[Problem]:
+    trained = _hashes([*lists.train, *lists.val])
+    found = []
+    for digest, name in _hashes(lists.test).items():
+        other = trained.get(digest)
+        if other is not None and other != name:
+            found.append(Problem("S12", f"{name} (test) and {other} are the same file", warning=True))
+    return found
+
+
+def _hashes(samples: Iterable[Sample]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for sample in samples:
+        if isinstance(sample.source, FileSource):
+            with open(sample.source.path, "rb") as stream:
+                found.setdefault(hashlib.sha256(stream.read()).hexdigest(), sample.id)
+    return found
+
+
+def _facts(card: Card, lists: SplitLists, report: Report) -> dict[str, Any]:
+    return {
+        "split": card.split,
+        "classes": len(lists.class_names),
+        **{split: len(getattr(lists, split)) for split in SPLITS},
+        "class_names_sha256": lines_sha256(lists.class_names),
+        "content_sha256": lists.content_sha256() if not report.failed else None,
+        "published": report.facts.get("published"),
+    }

@@ -1,0 +1,302 @@
+"""``vlprompt data get``: fetches what a card allows to be fetched, and says what to fetch by hand.
+
+Only over https, with resume, never past a checksum that differs, never over a file of the user's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from vlprompt.datasets.acquire.transfer import Network, Tell, Unreachable, download
+from vlprompt.datasets.acquire.unpack import gunzip, unpack
+from vlprompt.datasets.card import Card, Source
+from vlprompt.datasets.paths import path_problem
+from vlprompt.datasets.readers import new_report, read_into
+from vlprompt.errors import DataError, VlpromptError
+
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
+_RECORD = ".vlprompt-get.json"
+
+
+def get(
+    card: Card,
+    root: str | Path | None = None,
+    *,
+    source_file: str | Path | None = None,
+    report: Tell = print,
+    network: Network = Network(),  # noqa: B008  (frozen)
+) -> list[str]:
+    """Fetch the parts of a data set that may be fetched; page and licence are told first.
+
+    Args:
+        card: The data set's card.
+        root: The data root (:func:`vlprompt.datasets.card.data_root`).
+        source_file: A file that the user fetched by hand, to take instead of the network.
+        report: Takes every line of the report.
+        network: How files are fetched.
+
+    Returns:
+        What is left to be done by hand, line by line (:func:`steps`); empty if nothing is.
+
+    Raises:
+        DataError: If a file cannot be reached, differs from its checksum, cannot be unpacked or would replace a file.
+    """
+    if card.packaged:
+        report(f"{card.name} is part of vlprompt; there is nothing to fetch.")
+        return []
+    base = card.base(root)
+    for page in dict.fromkeys(source.page for source in card.sources if source.page):
+        report(f"page:     {page}")
+    report(f"licence:  {card.licence.text}" + (f" ({card.licence.page})" if card.licence.page else ""))
+    report(f"folder:   {base}")
+    job = _Job(card, base, "" if root is None else f" --root {root}", report, network)
+    if source_file is not None:
+        with _alone(base, card.name):
+            job.take(Path(source_file).expanduser())
+    elif _is_complete(card, root):
+        report(f"{card.name} is there already and can be read.")
+    elif fetchable := [source for source in card.sources if job.fetchable(source)]:
+        with _alone(base, card.name):
+            for source in fetchable:
+                job.fetch(source)
+    return steps(card, root, network=network)
+
+
+def steps(card: Card, root: str | Path | None = None, *, network: Network = Network()) -> list[str]:  # noqa: B008
+    """Return what has to be fetched by hand, and where it goes; empty if all of it is there or can be fetched."""
+    job = _Job(card, card.base(root), "" if root is None else f" --root {root}", print, network)
+    left = [one for one in card.sources if not (card.packaged or job.fetchable(one) or job.is_there(one))]
+    if not left or _is_complete(card, root):
+        return []
+    lines = [line for source in left for line in job.by_hand(source)]
+    return [*lines, f"how:      {card.notes.strip()}", f"check it: vlprompt data check {card.name}{job.where}"]
+
+
+def _is_complete(card: Card, root: str | Path | None) -> bool:
+    """Return whether the data set can be read as it is, with the card's sizes, however it came there."""
+    found = new_report(card, card.base(root))
+    try:
+        read_into(card, root, found)
+    except VlpromptError:
+        return False
+    return not found.failed and all(problem.code != "S13" for problem in found.problems)
+
+
+@contextmanager
+def _alone(base: Path, name: str) -> Iterator[None]:
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(base / ".vlprompt-get.lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise DataError(f"Another `vlprompt data get {name}` is at work in {base}. Wait for it to end.") from error
+    except (OSError, NotImplementedError) as error:
+        raise DataError(f"Folder {base} cannot be written to: {error}. Give another data root: --root DIR") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@dataclass(frozen=True)
+class _Job:
+    card: Card
+    base: Path
+    where: str
+    tell: Tell
+    network: Network
+
+    # -- what a source is ---------------------------------------------------------------------------------------------
+    def fetchable(self, source: Source) -> bool:
+        return source.url is not None and urllib.parse.urlsplit(source.url).scheme in self.network.schemes
+
+    def name(self, source: Source) -> str:
+        """Return the file's name as it is published; empty where the card does not say it."""
+        if source.url is not None:
+            return urllib.parse.unquote(urllib.parse.urlsplit(source.url).path).rpartition("/")[2]
+        name = source.what if "." in source.what.strip(".") and not set(" /\\") & set(source.what) else ""
+        return name or (source.to or "").rpartition("/")[2]
+
+    def target(self, source: Source) -> Path | None:
+        """Return the folder an archive is unpacked into, or the file's place; None where the card does not say."""
+        if source.unpack is not None:
+            return self.base / source.unpack
+        if source.to is not None:
+            return self.base / source.to
+        name = self.name(source)
+        return None if not name or path_problem(name) or name.lower().endswith(_ARCHIVES) else self.base / name
+
+    def is_there(self, source: Source) -> bool:
+        target = self.target(source)
+        if target is None:
+            return False
+        if source.unpack is None:
+            return target.is_file()
+        made = self.record().get(self.key(source))
+        return isinstance(made, list) and bool(made) and all((target / str(name)).exists() for name in made)
+
+    def by_hand(self, source: Source) -> list[str]:
+        target, sums = self.target(source), _sums(source)
+        lines = [f"by hand:  {source.what}, from {source.url or source.page or 'the page of the data set'}"]
+        lines += [f"          expected {', '.join(sums)}"] if sums else []
+        if target is not None:
+            lines += [f"          goes to {target}", f"          or: {self.command}"]
+        return lines
+
+    @property
+    def command(self) -> str:
+        return f"vlprompt data get {self.card.name}{self.where} --from FILE"
+
+    # -- what was done before -----------------------------------------------------------------------------------------
+    def key(self, source: Source) -> str:
+        return source.sha256 or source.md5 or source.url or source.what
+
+    def record(self) -> dict[str, Any]:
+        try:
+            content = json.loads((self.base / _RECORD).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def remember(self, source: Source, made: list[str]) -> None:
+        path = self.base / _RECORD
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({**self.record(), self.key(source): made}, indent=1), encoding="utf-8")
+        os.replace(temporary, path)
+
+    # -- fetching -----------------------------------------------------------------------------------------------------
+    def fetch(self, source: Source) -> None:
+        assert source.url is not None
+        name, target = self.name(source), self.target(source)
+        if target is None or path_problem(name):
+            raise DataError(
+                f"Card {self.card.name}: {source.url} names no file, or the card no folder to unpack it into."
+            )
+        if self.is_there(source):
+            self.tell(f"{source.what}: already there, in {target}")
+            return
+        if source.unpack is None:
+            _refuse_other(target)
+        file = self.base / name
+        mine = not file.exists()
+        if mine:
+            part = self.base / f"{name}.part"
+            try:
+                download(source.url, part, bool(_sums(source)), self.network, self.tell)
+            except Unreachable as error:
+                raise DataError(
+                    f"{source.url} cannot be fetched: {error}.\nFetch it by hand, on another machine if need be, then "
+                    f"run: {self.command}\n(it goes to {target})"
+                ) from error
+            _check_sums(part, source, f"{source.url} is not the published file", remove=True)
+            os.replace(part, file)
+        else:
+            self.tell(f"{source.what}: {file} is there")
+            _check_sums(file, source, f"{file} is not the published file; remove it")
+        self.put(source, file, target)
+        # What was downloaded is only in the way once it is unpacked; a file that was there before is the user's.
+        if mine and file != target:
+            file.unlink()
+
+    def take(self, file: Path) -> None:
+        """Put a file that the user fetched where it belongs."""
+        if not file.is_file():
+            raise DataError(f"--from is {file}, which is no file.")
+        source = self._belongs_to(file)
+        target = self.target(source)
+        if target is None:
+            raise DataError(
+                f"The card of {self.card.name} does not say where {source.what} goes. {self.card.notes.strip()}"
+            )
+        if source.unpack is None and target.is_file() and _hash(target, "sha256") == _hash(file, "sha256"):
+            self.tell(f"{source.what}: already there, {target}")
+            return
+        if source.unpack is None:
+            _refuse_other(target)
+        if not _sums(source):
+            self.tell(f"{file} is taken for {source.what} by its name; its checksum is not known")
+        self.put(source, file, target)
+
+    def _belongs_to(self, file: Path) -> Source:
+        own = {kind: _hash(file, kind) for kind in ("md5", "sha256")}
+        sources = [*self.card.sources, *self._split_file()]
+        for source in sources:
+            if any(getattr(source, kind) == value for kind, value in own.items()):
+                return source
+        for source in sources:
+            if file.name in (self.name(source), source.what, (source.to or "").rpartition("/")[2]):
+                _check_sums(file, source, f"{file} is not the published {source.what}")
+                return source
+        known = [f"  {self.name(source) or source.what}  {', '.join(_sums(source))}".rstrip() for source in sources]
+        raise DataError(
+            f"{file} is no part of {self.card.name}: neither its name nor its checksum (md5 {own['md5']}, sha256 "
+            f"{own['sha256']}) is known. The parts:\n" + "\n".join(known)
+        )
+
+    def _split_file(self) -> list[Source]:
+        """The split file, where the card names none among its sources; reading it compares its content."""
+        name = getattr(self.card.options, "split_file", None)
+        return (
+            [Source(name, to=name)] if name and all(name not in (one.what, one.to) for one in self.card.sources) else []
+        )
+
+    def put(self, source: Source, file: Path, target: Path) -> None:
+        """Unpack, decompress or copy ``file`` to where it belongs."""
+        if source.unpack is not None:
+            done = unpack(file, target, strip=source.strip, inner=source.inner)
+            self.remember(source, done.made)
+            self.tell(f"{source.what}: {done.files:,} files unpacked into {target}")
+            if done.kept:
+                some = f"{len(done.kept):,}, the first {target / done.kept[0]}"
+                self.tell(
+                    f"{source.what}: files that were there and stay as they were: {some}; move them away for new ones"
+                )
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.name.endswith(".gz") and not target.name.endswith(".gz"):
+            gunzip(file, target)
+        elif file != target:
+            temporary = target.with_name(target.name + ".part")
+            shutil.copyfile(file, temporary)
+            os.replace(temporary, target)
+        self.tell(f"{source.what}: {target}")
+
+
+def _refuse_other(target: Path) -> None:
+    if os.path.lexists(target):
+        raise DataError(f"{target} is there already and is never replaced. Move it away to have the published file.")
+
+
+# -- checksums --------------------------------------------------------------------------------------------------------
+def _sums(source: Source) -> list[str]:
+    return [f"{kind} {value}" for kind in ("md5", "sha256") if (value := getattr(source, kind))]
+
+
+def _hash(path: Path, kind: str) -> str:
+    with open(path, "rb") as stream:
+        digest = hashlib.new(kind, usedforsecurity=False) if kind == "md5" else hashlib.new(kind)
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_sums(path: Path, source: Source, text: str, *, remove: bool = False) -> None:
+    for kind in ("md5", "sha256"):
+        expected = getattr(source, kind)
+        if expected and (found := _hash(path, kind)) != expected.lower():
+            if remove:
+                path.unlink()
+            raise DataError(
+                f"{text}: its {kind} is {found}, expected {expected}." + (" It was removed." if remove else "")
+            )

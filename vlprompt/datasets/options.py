@@ -1,0 +1,142 @@
+"""What a card may tell each reader: ``reader_options`` in the YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Paths = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class SplitJsonOptions:
+    """CoOp's split file.
+
+    Attributes:
+        split_file: The file, under the data set's folder.
+        image_dir: Folder of the images; sample ids are relative to it.
+        index_by: ``relative_path``, or ``basename``: an image may lie in any sub-folder, its name alone finds it, for
+            copies of a data set that were packed otherwise.
+        archive: Zip archive that holds the images. ``{}`` in its name stands for the first folder of an image's path:
+            every such folder has an archive of its own.
+        variants: Whether a path may end in ``#`` and a variant (:mod:`vlprompt.datasets.variants`).
+    """
+
+    split_file: str
+    image_dir: str = "."
+    index_by: Literal["relative_path", "basename"] = "relative_path"
+    archive: str | None = None
+    variants: bool = False
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """Class folders.
+
+    Attributes:
+        image_dir: Folder that ``splits`` are relative to; sample ids are relative to it.
+        splits: For train, val and test the folders that hold class folders; ``{domain}`` stands for the folder of each
+            domain. Empty for a user's own folder, in either layout of
+            :func:`vlprompt.datasets.readers.folder.read_folder`.
+        sort: Order of the class folders: ``bytes`` of their names, or ``int``, their value.
+        ignore: Names that are passed over, files or folders.
+        lower: Whether class names are the folders' in lower case (after sorting).
+    """
+
+    image_dir: str = "."
+    splits: Paths = field(default_factory=dict)
+    sort: Literal["bytes", "int"] = "bytes"
+    ignore: tuple[str, ...] = ()
+    lower: bool = False
+
+
+@dataclass(frozen=True)
+class ListFileOptions:
+    """Text lists of images with their labels.
+
+    Attributes:
+        splits: For train, val and test the list files, under the data set's folder. ``{domain}`` and ``{class}`` stand
+            for the file words of each domain and class.
+        image_dir: Folder of the images; sample ids are relative to it.
+        format: ``lines`` (an image and its label), ``per_class`` (a file per class, lines of an image and 1, 0 or -1;
+            only 1 counts), ``coco`` (instance annotations) or ``jsonl`` (an object on every line).
+        label: What stands behind the image: ``number`` or ``name`` of its class, or ``folder``: nothing, the name is
+            the first folder of the path.
+        first_label: The lowest number.
+        suffix: What the image's name lacks, such as ``.jpg``.
+        names_file: A list of the classes in label order, where the card does not name them.
+        folders: Folder of the images of each split, under ``image_dir``.
+        image_key: Key of the image's path in a ``jsonl`` object.
+        label_key: Key of its label.
+    """
+
+    splits: Paths
+    image_dir: str = "."
+    format: Literal["lines", "per_class", "coco", "jsonl"] = "lines"
+    label: Literal["number", "name", "folder"] = "number"
+    first_label: int = 0
+    suffix: str = ""
+    names_file: str | None = None
+    folders: Mapping[str, str] = field(default_factory=dict)
+    image_key: str = "path"
+    label_key: str = "label"
+
+
+@dataclass(frozen=True)
+class TorchvisionOptions:
+    """A data set that torchvision reads.
+
+    Attributes:
+        dataset: Name of the class in ``torchvision.datasets``.
+        splits: For train, val and test the arguments that select it.
+    """
+
+    dataset: str
+    splits: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """Archives of many images.
+
+    Attributes:
+        splits: For train, val and test the folder of the shards (``webdataset``), or the files (``parquet``; ``*`` is a
+            wildcard).
+        format: ``webdataset`` tar files in CLIP_benchmark's layout, or Hugging Face's ``parquet`` files.
+        image_key: Column of the images in ``parquet`` files.
+        label_key: Column of the labels.
+    """
+
+    splits: Paths
+    format: Literal["webdataset", "parquet"] = "webdataset"
+    image_key: str = "image"
+    label_key: str = "label"
+
+
+@dataclass(frozen=True)
+class PairsOptions:
+    """Images with captions: a JSON object with ``image`` and ``caption`` on every line of ``split_file``.
+
+    Attributes:
+        split_file: The file, under the data set's folder.
+        image_dir: Folder of the images.
+        archive: As in :class:`SplitJsonOptions`.
+        variants: As in :class:`SplitJsonOptions`.
+    """
+
+    split_file: str
+    image_dir: str = "."
+    archive: str | None = None
+    variants: bool = False
+
+
+ReaderOptions = SplitJsonOptions | FolderOptions | ListFileOptions | TorchvisionOptions | ShardOptions | PairsOptions
+OPTIONS: Mapping[str, type[Any]] = {
+    "split_json": SplitJsonOptions,
+    "folder": FolderOptions,
+    "list_file": ListFileOptions,
+    "torchvision": TorchvisionOptions,
+    "shards": ShardOptions,
+    "pairs": PairsOptions,
+}

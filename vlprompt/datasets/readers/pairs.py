@@ -1,0 +1,19 @@
+"""Refusal of data sets of image-caption pairs where a data set with classes is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NoReturn
+
+from vlprompt.datasets.card import Card
+from vlprompt.datasets.report import Report
+from vlprompt.errors import ConfigError
+
+
+def refuse_pairs(card: Card, base: Path, report: Report) -> NoReturn:
+    """Say that ``card`` has no classes; :func:`vlprompt.load_dataset` asks for them."""
+    del base, report
+    raise ConfigError(
+        f"{card.name!r} has captions, not classes: use vlprompt.load_pairs({card.name!r}). `vlprompt list datasets` "
+        "shows all data sets."
+    )

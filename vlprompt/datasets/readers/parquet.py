@@ -1,0 +1,141 @@
+"""Hugging Face's image data sets as parquet files, for :mod:`vlprompt.datasets.readers.shards`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlprompt.datasets.card import Card
+from vlprompt.datasets.images import decode_rgb
+from vlprompt.datasets.options import ShardOptions
+from vlprompt.datasets.readers.missing import missing_text
+from vlprompt.datasets.readers.rows import Row, Rows
+from vlprompt.datasets.report import Report
+from vlprompt.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """An image in a parquet file.
+
+    Attributes:
+        path: The file.
+        column: Its column of images.
+        group: Number of the row group.
+        row: Number of the row in the group.
+    """
+
+    path: str
+    column: str
+    group: int
+    row: int
+
+    def open(self) -> Image:
+        """Decode the image. Raises :class:`~vlprompt.errors.DataError` that names it."""
+        name = f"{self.path}, row {self.row} of group {self.group}"
+        try:
+            data = _group(self.path, self.column, self.group, self._state())[self.row].as_py()
+        except (DataError, MemoryError):
+            raise
+        except Exception as error:  # Arrow's errors have no common type
+            raise DataError(f"Image {name} cannot be read: {str(error)[:200]}.") from error
+        data = data.get("bytes") if isinstance(data, dict) else data
+        if not isinstance(data, bytes):
+            raise DataError(f"Image {name} is not in the file; it is only named there. Fetch a copy with the images.")
+        return decode_rgb(data, name)
+
+    def stamp(self) -> str:
+        """Return size and modification time of the file, and the image's place in it."""
+        return f"{self._state()}-{self.group}-{self.row}"
+
+    def _state(self) -> str:
+        try:
+            status = os.stat(self.path)
+        except OSError as error:
+            raise DataError(f"File {self.path} cannot be read: {error.strerror or error}.") from error
+        return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+@functools.lru_cache(maxsize=4)
+def _group(path: str, column: str, group: int, state: str) -> Any:
+    """Return the images of a row group, still encoded; they are in memory, so forks may share them."""
+    del state
+    with import_module("pyarrow.parquet").ParquetFile(path) as file:
+        return file.read_row_group(group, columns=[column]).column(column)
+
+
+def read_parquet(card: Card, options: ShardOptions, split: str, base: Path, report: Report) -> Rows:
+    """Return the rows of a split; keys are row numbers over all of its files, which are taken in the order of names."""
+    try:
+        parquet = import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise DataError(f"Reading {card.name} needs pyarrow, which is not installed: pip install pyarrow") from error
+    files: list[Path] = []
+    for pattern in options.splits[split]:
+        own = sorted(base.glob(pattern), key=os.fsencode)
+        if not own:
+            raise DataError(missing_text(card, base, f"{base / pattern} (does not exist)"))
+        files += own
+    rows: list[Row] = []
+    names: list[str] = []
+    for path in files:
+        name = path.relative_to(base).as_posix()
+        try:
+            with parquet.ParquetFile(path) as file:
+                schema = file.schema_arrow
+                wrong = _column_problem(schema, options)
+                counts = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+                labels = [] if wrong else file.read(columns=[options.label_key]).column(options.label_key).to_pylist()
+        except MemoryError:
+            raise
+        except Exception as error:  # Arrow's errors have no common type
+            report.error("S01", f"{name} cannot be read as a parquet file: {str(error)[:200]}")
+            continue
+        if wrong:
+            report.error("S03", f"{name}: {wrong}")
+            continue
+        found = _names(schema.metadata or {}, options.label_key)
+        if names and found and found != names:
+            report.error("S20", f"{name} names its classes otherwise than the files before it")
+        names = names or found
+        places = ((group, row) for group, count in enumerate(counts) for row in range(count))
+        for (group, row), label in zip(places, labels, strict=True):
+            key = str(len(rows))
+            source = ParquetSource(str(path), options.image_key, group, row)
+            listed = label if isinstance(label, list) else [label]
+            if any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in listed):
+                report.error("S06", f"{name}: row {key} has label {str(label)[:40]}; whole numbers from 0 are expected")
+                label = []
+            rows.append(Row(key, tuple(sorted(set(label))) if isinstance(label, list) else label, source))
+    return Rows(rows, [], names)
+
+
+def _column_problem(schema: Any, options: ShardOptions) -> str:
+    """Return why the columns cannot be used, or an empty text."""
+    absent = [name for name in (options.image_key, options.label_key) if name not in schema.names]
+    if absent:
+        return f"there is no column {absent[0]!r}; there are: {', '.join(schema.names)[:200]}"
+    kind = str(schema.field(options.image_key).type)
+    if not (kind in ("binary", "large_binary") or (kind.startswith("struct<") and "bytes: " in kind)):
+        return f"column {options.image_key!r} holds {kind[:80]}; images are expected (struct of bytes and path)"
+    return ""
+
+
+def _names(metadata: dict[bytes, bytes], column: str) -> list[str]:
+    """Return the names of the ClassLabel feature, or of a list of it, that Hugging Face's ``datasets`` writes."""
+    try:
+        feature = json.loads(metadata[b"huggingface"])["info"]["features"][column]
+        if isinstance(feature, list):
+            feature = feature[0]
+        names = feature["names"] if "names" in feature else feature["feature"]["names"]
+    except (KeyError, ValueError, TypeError, IndexError, RecursionError):
+        return []
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []

@@ -1,0 +1,232 @@
+"""Reader of archives of many images: webdataset's tar files in CLIP_benchmark's layout, and Hugging Face's parquet.
+
+Nothing is unpacked to disk: images are read by their place (:mod:`vlprompt.datasets.readers.tar_files`).
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlprompt.datasets.card import Card, stated_class_names
+from vlprompt.datasets.options import ShardOptions
+from vlprompt.datasets.readers.checks import check_duplicates, check_names
+from vlprompt.datasets.readers.missing import missing_text
+from vlprompt.datasets.readers.parquet import read_parquet
+from vlprompt.datasets.readers.published import compare_with_card
+from vlprompt.datasets.readers.rows import Row, Rows
+from vlprompt.datasets.readers.tar_files import (
+    IMAGES,
+    LARGEST_TEXT,
+    MOST_SHARDS,
+    Index,
+    Member,
+    ShardSource,
+    checked_place,
+    kept_index,
+    members,
+    whole,
+)
+from vlprompt.datasets.records import SPLITS, Sample, SplitLists, class_name_problem, labels_of
+from vlprompt.datasets.report import Report
+from vlprompt.errors import DataError
+
+_SCHEMA = 1
+
+
+
+
+
+
+def read_shards(card: Card, base: Path, report: Report) -> SplitLists:
+    """Read the shards of ``card`` under ``base``; sample ids are ``<split>:<key>`` or ``<split>:<row>``.
+
+    Raises:
+        DataError: If shards are missing or nothing is left to read; problems that reading survives are in ``report``.
+    """
+    options = card.options
+    assert isinstance(options, ShardOptions)
+    found: dict[str, Rows] = {}
+    word: dict[str, str] = {}
+    for split, paths in options.splits.items():
+        # Two splits of the same shards have the same images, under one id.
+        word[split] = next(name for name, other in options.splits.items() if other == paths)
+        found[split] = found[word[split]] if word[split] in found else _rows(card, options, split, base, report)
+    own = next((rows.names for rows in found.values() if rows.names), [])
+    names = stated_class_names(card) or own or _class_names(base)
+    report.errors(
+        "S09", [f"label {label}: {text}" for label, one in enumerate(names) if (text := class_name_problem(one))]
+    )
+    if not names:
+        report.error("S20", "there are no class names: neither on the card nor beside the shards")
+        report.stop()
+    check_names(names, report)
+    samples: dict[str, list[Sample]] = {split: [] for split in SPLITS}
+    left_out = set(card.excluded)
+    for split, rows in found.items():
+        _check_labels(split, rows, len(names), report)
+        ids = ((f"{word[split]}:{row.key}", row) for row in rows.rows)
+        samples[split] = [Sample(name, row.label, row.source) for name, row in ids if name not in left_out]
+        if not rows.rows and split != "val":
+            report.error("S02", f"the shards of {split} hold no images")
+    shared = "val" in word and word["val"] == word.get("test")
+    paths_of = {split: [] if split == "val" and shared else [one.id for one in samples[split]] for split in SPLITS}
+    check_duplicates(paths_of, card.same_images, report)
+    if "train" in options.splits:
+        trained = {label for sample in samples["train"] for label in labels_of(sample)}
+        report.errors(
+            "S07", [f"class {name!r} has no training image" for i, name in enumerate(names) if i not in trained]
+        )
+    lists = SplitLists(names, samples["train"], samples["val"], samples["test"], sample_val=not shared)
+    if not report.failed:
+        compare_with_card(card, lists, report)
+    return lists
+
+
+def _rows(card: Card, options: ShardOptions, split: str, base: Path, report: Report) -> Rows:
+    if options.format == "parquet":
+        return read_parquet(card, options, split, base, report)
+    whole = Rows([], [], [])
+    for folder in options.splits[split]:
+        part = _webdataset(card, base, folder, report)
+        whole = Rows(whole.rows + part.rows, sorted({*whole.widths, *part.widths}), [])
+    return whole
+
+
+def _check_labels(split: str, rows: Rows, count: int, report: Report) -> None:
+    """Rule S06: labels lie within the classes; a vector of labels has a value for every class."""
+    wrong = [width for width in rows.widths if width != count]
+    report.errors(
+        "S06", [f"{split}: a label vector has {width:,} values; there are {count:,} classes" for width in wrong]
+    )
+    for row in rows.rows:
+        for label in row.label if isinstance(row.label, tuple) else (row.label,):
+            if not 0 <= label < count:
+                report.error("S06", f"{split}:{row.key}: label {label}; 0 to {count - 1:,} are expected")
+
+
+def _class_names(base: Path) -> list[str]:
+    try:
+        text = (base / "classnames.txt").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{base / 'classnames.txt'} cannot be read: {error}. Fetch it again.") from error
+    # A line for every label, empty ones too: a missing one would shift all names behind it.
+    return [line.strip() for line in text.rstrip("\n").split("\n")]
+
+
+# -- webdataset -------------------------------------------------------------------------------------------------------
+#: shard number, offset, size, key, label or labels
+Entry = tuple[int, int, int, str, int | list[int]]
+
+
+def _webdataset(card: Card, base: Path, folder: str, report: Report) -> Rows:
+    place = base / folder
+    count_file = place / "nshards.txt"
+    if not count_file.is_file():
+        raise DataError(missing_text(card, base, f"{count_file} (does not exist; it holds the number of shards)"))
+    text = count_file.read_bytes()[:100].decode("ascii", "replace").strip()
+    if not (text.isdigit() and 0 < int(text) <= MOST_SHARDS):
+        report.error("S03", f"{folder}/nshards.txt holds {text[:40]!r}; the number of shards is expected")
+        report.stop()
+    shards = [place / f"{number}.tar" for number in range(int(text))]
+    report.errors("S15", [f"shard {folder}/{path.name} is missing" for path in shards if not path.is_file()])
+    shards = [path for path in shards if path.is_file()]
+    if not shards:
+        report.stop()
+    entries, widths = _index(shards, folder, report)
+    rows = []
+    for number, offset, size, key, label in entries:
+        source = ShardSource(str(shards[number]), offset, size, key)
+        rows.append(Row(key, tuple(label) if isinstance(label, list) else label, source))
+    return Rows(rows, widths, [])
+
+
+def _index(shards: list[Path], folder: str, report: Report) -> tuple[list[Entry], list[int]]:
+    """Return where every image lies, and the widths of the label vectors."""
+
+    def read() -> Index:
+        entries: dict[str, Entry] = {}
+        widths: set[int] = set()
+        for number, path in enumerate(shards):
+            for entry in _scan(path, number, f"{folder}/{path.name}", widths, report):
+                if entry[3] in entries:
+                    report.error(
+                        "S11", f"{entry[3]} is twice in {folder}: in {entries[entry[3]][0]}.tar and {path.name}"
+                    )
+                entries.setdefault(entry[3], entry)
+        return {"schema": _SCHEMA, "entries": list(entries.values()), "widths": sorted(widths)}
+
+    def check(content: Any) -> Index:
+        if content["schema"] != _SCHEMA:
+            raise ValueError("another schema")
+        entries = [_entry(one, len(shards)) for one in content["entries"]]
+        return {"schema": _SCHEMA, "entries": entries, "widths": [whole(one) for one in content["widths"]]}
+
+    found = kept_index(shards, [_SCHEMA], check, read, report)
+    return found["entries"], found["widths"]
+
+
+def _entry(value: Any, shards: int) -> Entry:
+    *place, label = value
+    return (*checked_place(place, shards), [*map(whole, label)] if isinstance(label, list) else whole(label))
+
+
+def _scan(path: Path, number: int, name: str, widths: set[int], report: Report) -> list[Entry]:
+    """Read through one shard."""
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, int | list[int]] = {}
+    keys: dict[str, None] = {}
+    for member in members(path, name, ("cls", "npy"), report):
+        if member.ending in IMAGES:
+            if member.key in images:
+                report.error("S11", f"{name}: {member.key} is there twice")
+            keys[member.key] = None
+            images[member.key] = member.offset, member.size
+        elif member.ending in ("cls", "npy"):
+            keys[member.key] = None
+            _take_label(member, labels, widths, name, report)
+    for key in keys:
+        if key not in images:
+            report.error("S03", f"{name}: {key} has no image ({', '.join(IMAGES)})")
+        elif key not in labels:
+            report.error("S03", f"{name}: {key} has no label (.cls or .npy)")
+    return [(number, *images[key], key, labels[key]) for key in keys if key in images and key in labels]
+
+
+def _take_label(
+    member: Member, labels: dict[str, int | list[int]], widths: set[int], name: str, report: Report
+) -> None:
+    data = member.data or b""
+    if member.ending == "cls":
+        text = data.decode("ascii", "replace").strip()
+        if text.isdigit() and len(text) < 7:
+            labels[member.key] = int(text)
+        else:
+            report.error("S06", f"{name}: {member.name} holds {text[:40]!r}; a whole number from 0 is expected")
+        return
+    vector = _vector(data)
+    if vector is None:
+        report.error("S06", f"{name}: {member.name} is no NumPy file of one row of 0 and 1")
+    else:
+        labels[member.key] = [index for index, value in enumerate(vector) if value]
+        widths.add(len(vector))
+
+
+def _vector(data: bytes) -> list[int] | None:
+    """Return a multi-label vector of 0 and 1. The header is looked at first: it may promise an array of any size."""
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, kind = header(stream)
+        if len(shape) != 1 or shape[0] > LARGEST_TEXT or kind.kind not in "biuf":
+            return None
+        values = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, OSError, EOFError, TypeError, SyntaxError):
+        return None
+    return [int(value) for value in values] if np.isin(values, (0, 1)).all() else None

@@ -1,0 +1,215 @@
+"""Reader of CoOp's split files: ``{"train": [[path, label, name], ...], "val": [...], "test": [...]}``.
+
+A split file is a stranger's file. It is checked against the rules of datasets.md 6.3, and whatever can still be checked
+after a problem is checked too, so that all of them are told at once. In a data set with domains an item may have four
+values, as in Soft-Prompt-Generation's files: path, label, number of the domain, name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlprompt.datasets.card import Card
+from vlprompt.datasets.options import SplitJsonOptions
+from vlprompt.datasets.paths import path_problem
+from vlprompt.datasets.readers.checks import check_duplicates, check_names, label_problem
+from vlprompt.datasets.readers.images import find_images
+from vlprompt.datasets.readers.missing import missing_text
+from vlprompt.datasets.readers.published import compare_with_card
+from vlprompt.datasets.records import SPLITS, Sample, SplitLists, class_name_problem
+from vlprompt.datasets.report import Report
+from vlprompt.datasets.variants import CORRUPTIONS, split_variant, variant_problem
+from vlprompt.errors import DataError, did_you_mean
+
+_LARGEST_FILE = 64 * 2**20
+_DEEPEST = 4
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item of a split file; what cannot be used of it is ``None``."""
+
+    path: str | None
+    label: int | None
+    name: str | None
+    domain: str = ""
+
+
+Items = dict[str, list[Item]]
+
+
+def read_split_json(card: Card, base: Path, report: Report) -> SplitLists:
+    """Read the split file of ``card`` under ``base`` and find its images.
+
+    A missing split file is never made anew: the split would differ from the published one and depend on the order of
+    a directory listing. A split whose size or content differs from the published one is accepted with a warning.
+
+    Raises:
+        DataError: If there is nothing left to read; problems that reading survives are in ``report``.
+    """
+    options = card.options
+    assert isinstance(options, SplitJsonOptions)
+    path = base / options.split_file
+    if not path.is_file():
+        note = "the split file is missing; it is not made anew, because another split gives other results"
+        raise DataError(missing_text(card, base, f"{path} ({note})"))
+    raw = _read_bytes(path, report)
+    items = _items(_parse(raw, path, report), card, options.variants, report)
+    names = _class_names(items, path, report)
+    check_duplicates({split: [item.path for item in items[split]] for split in SPLITS}, card.same_images, report)
+    entries = list(dict.fromkeys(item.path for split in SPLITS for item in items[split] if item.path is not None))
+    sources = find_images(card, base, entries, report)
+    parts = {
+        split: [
+            Sample(item.path, item.label, sources[item.path], item.domain or _domain(card, item.path))
+            for item in items[split]
+            if item.path is not None and item.label is not None and item.path in sources
+            and item.path not in card.excluded
+        ]
+        for split in SPLITS
+    }  # fmt: skip
+    lists = SplitLists(names, parts["train"], parts["val"], parts["test"])
+    if not report.failed:
+        compare_with_card(card, lists, report, hashlib.sha256(raw).hexdigest())
+    return lists
+
+
+def _read_bytes(path: Path, report: Report) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST_FILE:
+            report.error("S01", f"{path} has {size:,} bytes; at most {_LARGEST_FILE:,} are read")
+            report.stop()
+        return path.read_bytes()
+    except OSError as error:
+        report.error("S01", f"{path} cannot be read: {error.strerror or error}")
+        report.stop()
+
+
+def _parse(raw: bytes, path: Path, report: Report) -> dict[str, list[Any]]:
+    """Rules S01 and S02: JSON without repeated keys; an object of exactly three lists."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in table:
+                raise ValueError(f"key {key!r} appears twice")
+            table[key] = value
+        return table
+
+    def no_constant(word: str) -> Any:
+        raise ValueError(f"{word} is not JSON")
+
+    content: Any = None
+    try:
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
+    except RecursionError:
+        report.error("S01", f"{path} is nested too deeply; at most {_DEEPEST} levels are read")
+    except ValueError as error:  # also what JSON and UTF-8 errors are
+        report.error("S01", f"{path} is not valid JSON: {str(error)[:200]}")
+    if report.failed:
+        report.stop()
+    if not isinstance(content, dict):
+        report.error(
+            "S02", f"{path} holds a {type(content).__name__}; expected an object of the lists train, val, test"
+        )
+        report.stop()
+    report.errors("S02", [f"unknown key {key!r}.{did_you_mean(key, SPLITS)}" for key in content if key not in SPLITS])
+    for split in SPLITS:
+        value = content.get(split)
+        if split not in content:
+            report.error("S02", f"key {split!r} is missing")
+        elif not isinstance(value, list):
+            report.error("S02", f"{split!r} is a {type(value).__name__}; a list is expected")
+        elif not value and split != "val":
+            report.error("S02", f"{split!r} is empty; only 'val' may be")
+    if any(not isinstance(content.get(split), list) for split in SPLITS):
+        report.stop()
+    return content
+
+
+def _items(content: dict[str, list[Any]], card: Card, variants: bool, report: Report) -> Items:
+    """Rules S03, S04, S06 and S09: each item is ``[path, label, name]`` with safe and sensible parts."""
+    items: Items = {}
+    words = list(card.domains)
+    for split in SPLITS:
+        items[split] = []
+        for index, item in enumerate(content[split]):
+            where = f"{split}[{index}]"
+            if not isinstance(item, list) or len(item) not in ((3, 4) if words else (3,)):
+                got = f"{len(item)} values" if isinstance(item, list) else f"a {type(item).__name__}"
+                report.error("S03", f"{where}: expected [path, label, class name], got {got}")
+                continue
+            entry, label, name = item[0], item[1], item[-1]
+            found = path_problem(entry) or (variant_problem(entry) if variants else None)
+            wrong = {"S04": found, "S06": label_problem(label), "S09": class_name_problem(name)}
+            domain = ""
+            if len(item) == 4:
+                number = item[2]
+                if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(words):
+                    domain = words[number]
+                else:
+                    report.error("S03", f"{where}: domain {str(number)[:40]!r}; expected a number below {len(words)}")
+            for code, text in wrong.items():
+                if text:
+                    report.error(code, f"{where}: {text}")
+            good = {
+                code: None if text else value
+                for (code, text), value in zip(wrong.items(), (entry, label, name), strict=True)
+            }
+            items[split].append(Item(good["S04"], good["S06"], good["S09"], domain))
+    if not any(items.values()):
+        report.stop()
+    return items
+
+
+
+
+def _class_names(items: Items, path: Path, report: Report) -> list[str]:
+    """Rules S07-S10 and S19: labels 0..n-1, all in train; one name per label. Two labels with one name only warn."""
+    seen: dict[int, dict[str, None]] = {}
+    for split in SPLITS:
+        for item in items[split]:
+            if item.label is not None:
+                seen.setdefault(item.label, {}).update({} if item.name is None else {item.name: None})
+    if not seen:
+        report.stop()
+    in_train = {item.label for item in items["train"]}
+    readable = None not in in_train  # else what never occurs in train may stand in what could not be read
+    last = max(seen)
+    if 0 not in seen and set(seen) == set(range(1, last + 1)):
+        report.error("S08", f"labels run 1..{last} instead of 0..{last - 1}: subtract 1 from every label")
+    else:
+        absent = [label for label in range(last + 1) if label not in seen]
+        text = f"never occurs (0..{last} expected); class names would shift"
+        report.errors("S07", [f"label {label} {text}" for label in absent])
+    for label in sorted(seen):
+        if readable and label not in in_train:
+            name = next(iter(seen[label]), "?")
+            report.error("S07", f"label {label} ({name!r}) never occurs in train")
+        if len(seen[label]) > 1:
+            spelled = " and ".join(repr(name) for name in list(seen[label])[:4])
+            report.error("S09", f"label {label} is called {spelled}")
+    names = [next(iter(seen.get(label, ())), "") for label in range(last + 1)]
+    check_names(names, report)
+    return names
+
+
+
+
+
+
+def _domain(card: Card, entry: str) -> str:
+    """Return the domain of an image: its first folder, and its corruption if it has one."""
+    if not card.domains:
+        return ""
+    variant = split_variant(entry)[1] if isinstance(card.options, SplitJsonOptions) and card.options.variants else ""
+    folder = entry.partition("/")[0]
+    own = next((name for name, word in card.domains.items() if word == folder), folder)
+    return own + (f"+{variant}" if variant in CORRUPTIONS else "")
+
+

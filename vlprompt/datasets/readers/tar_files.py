@@ -1,0 +1,185 @@
+"""Webdataset's tar files: their members, images that are read by their place, and an index of these places.
+
+A tar file has no table of contents. The first reading notes where every image lies in an index in the cache folder, so
+that images can be read in any order and in any process without a second pass. Nothing is unpacked to disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vlprompt.datasets.images import decode_rgb
+from vlprompt.datasets.paths import path_problem
+from vlprompt.datasets.report import Report
+from vlprompt.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+#: Endings of the members that are images.
+IMAGES = ("webp", "png", "jpg", "jpeg")
+MOST_SHARDS = 100_000
+#: Largest member that is taken for a label or a text, in bytes.
+LARGEST_TEXT = 2**20
+#: webdataset's rule: what stands before the first dot of the file name is the key.
+_MEMBER = re.compile(r"^((?:.*/)?[^./][^/.]*)\.([^/]+)$")
+#: What is kept of shards, as JSON values.
+Index = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ShardSource:
+    """An image inside a tar file.
+
+    Attributes:
+        path: The tar file.
+        offset: Where the image's bytes begin.
+        size: How many there are.
+        key: What the image is called there.
+    """
+
+    path: str
+    offset: int
+    size: int
+    key: str
+
+    def open(self) -> Image:
+        """Decode the image. Raises :class:`~vlprompt.errors.DataError` that names it."""
+        name = f"{self.path}:{self.key}"
+        try:
+            # Opened for every image: an open file would share its position with forked workers and with threads.
+            with open(self.path, "rb") as stream:
+                stream.seek(self.offset)
+                data = stream.read(self.size)
+        except OSError as error:
+            raise DataError(f"Image {name} cannot be read: {error.strerror or error}.") from error
+        if len(data) < self.size:
+            raise DataError(f"Image {name} cannot be read: the shard ends within it. Fetch the shard again.")
+        return decode_rgb(data, name)
+
+    def stamp(self) -> str:
+        """Return size and modification time of the shard, and the image's place in it."""
+        try:
+            status = os.stat(self.path)
+        except OSError as error:
+            raise DataError(f"Shard {self.path} cannot be read: {error.strerror or error}.") from error
+        return f"{status.st_size}-{status.st_mtime_ns}-{self.offset}"
+
+
+class Member(NamedTuple):
+    """A plain file in a shard; ``data`` is its content where that was asked for and is not too large."""
+
+    name: str
+    key: str
+    ending: str
+    offset: int
+    size: int
+    data: bytes | None
+
+
+def members(path: Path, name: str, texts: Sequence[str], report: Report) -> Iterator[Member]:
+    """Read through one shard and give its plain files that have an ending, in order.
+
+    Links and devices, paths that cannot be used (rule S04) and what the file's end cuts off are noted in ``report``.
+
+    Args:
+        path: The shard.
+        name: What problems call it.
+        texts: Endings, in lower case, of the members whose content is wanted.
+        report: Takes the problems.
+    """
+    try:
+        size = path.stat().st_size
+        with tarfile.open(path, "r:") as archive:  # "r:": in a compressed one, images have no place of their own
+            for member in archive:
+                own = member.name.removeprefix("./")
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    report.error(
+                        "S04", f"{name}: {own[:80]!r} is a link, a device or sparse; only plain files are read"
+                    )
+                elif problem := path_problem(own):
+                    report.error("S04", f"{name}: {problem}")
+                elif match := _MEMBER.match(own):
+                    if member.offset_data + member.size > size:
+                        report.error("S01", f"{name} ends within {member.name}")
+                        continue
+                    ending = match[2].lower()
+                    wanted = ending in texts and member.size <= LARGEST_TEXT
+                    stream = archive.extractfile(member) if wanted else None
+                    data = None if stream is None else stream.read()
+                    yield Member(own, match[1], ending, member.offset_data, member.size, data)
+    except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError) as error:
+        report.error("S01", f"shard {name} cannot be read as a plain tar file: {str(error)[:200]}")
+
+
+def kept_index(
+    shards: Sequence[Path],
+    about: Sequence[Any],
+    check: Callable[[Any], Index],
+    read: Callable[[], Index],
+    report: Report,
+) -> Index:
+    """Return the index of ``shards``, from the cache if they were indexed before and had no problems.
+
+    Args:
+        shards: The files; the index is another one where sizes or modification times are.
+        about: What kind of index it is, as JSON values.
+        check: Returns a kept index, or raises ValueError, KeyError or TypeError if it is damaged.
+        read: Reads the shards through.
+        report: Takes the problems.
+    """
+    status = [(str(path), found.st_size, found.st_mtime_ns) for path in shards for found in [path.stat()]]
+    key = hashlib.sha256(json.dumps([*about, status]).encode()).hexdigest()
+    own = os.environ.get("VLPROMPT_CACHE") or "~/.cache/vlprompt"
+    file = Path(own).expanduser() / "shards" / f"{key}.json"
+    try:
+        return check(json.loads(file.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass  # not there, or damaged: the shards are read again
+    before = len(report.problems)
+    content = read()
+    if len(report.problems) == before:
+        _store(file, content)
+    return content
+
+
+def checked_place(value: Any, shards: int) -> tuple[int, int, int, str]:
+    """Return number of the shard, offset, size and name of an image in a kept index; raises ValueError or TypeError."""
+    number, offset, size, name = value
+    if not isinstance(name, str) or path_problem(name) or not whole(number) < shards:
+        raise ValueError(f"{value!r} is no place in an index")
+    return number, whole(offset), whole(size), name
+
+
+def whole(value: Any) -> int:
+    """Return ``value`` if it is a whole number from 0; raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is no whole number")
+    return value
+
+
+def _store(file: Path, content: Index) -> None:
+    temporary = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".writing-", delete=False) as stream:
+            temporary = stream.name
+            json.dump(content, stream)
+        os.replace(temporary, file)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        text = f"The index of the shards cannot be kept in {file.parent} ({error}); they are read through every time."
+        warnings.warn(f"{text} Give another folder: export VLPROMPT_CACHE=FOLDER", stacklevel=2)

@@ -1,0 +1,94 @@
+"""The records that readers return: samples and split lists."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vlprompt.datasets.images import ImageSource
+
+SPLITS = ("train", "val", "test")
+Label = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One labelled image.
+
+    Attributes:
+        id: POSIX path relative to the data set's image folder; the sample's name in hashes and results.
+        label: Class index from 0; a tuple of them, in rising order, in a multi-label data set.
+        source: Where the pixels come from; ``source.open()`` gives a PIL RGB image.
+        domain: The domain it belongs to, in data sets that have domains (:attr:`vlprompt.datasets.Card.domains`).
+    """
+
+    id: str
+    label: Label
+    source: ImageSource
+    domain: str = ""
+
+
+@dataclass(frozen=True)
+class SplitLists:
+    """A whole data set as read: class names by label and the three lists in their official order.
+
+    Attributes:
+        class_names: Names by label, spelled as on the card (underscores kept).
+        train: Training samples; empty in a data set that only tests.
+        val: Validation samples; may be empty.
+        test: Test samples.
+        sampler: Name of the few-shot rule: ``dassl-v1`` on lists in file order, ``sorted-v1`` where the order is that
+            of sorted file names (CoOp's own order there depends on the file system and cannot be reproduced).
+        sample_val: Whether the few-shot rule also draws validation images (not for ImageNet, whose validation list is
+            its test list).
+    """
+
+    class_names: list[str]
+    train: list[Sample]
+    val: list[Sample]
+    test: list[Sample]
+    sampler: str = "dassl-v1"
+    sample_val: bool = True
+
+    def content_sha256(self) -> str:
+        """Return the SHA-256 of lines ``split<TAB>path<TAB>label<TAB>name`` joined by LF (datasets.md 1.1)."""
+        digest, first = hashlib.sha256(), True
+        for split in SPLITS:
+            for sample in getattr(self, split):
+                own = labels_of(sample)
+                label, name = (",".join(words) for words in (map(str, own), (self.class_names[one] for one in own)))
+                line = f"{split}\t{sample.id}\t{label}\t{name}"
+                digest.update((line if first else "\n" + line).encode())
+                first = False
+        return digest.hexdigest()
+
+
+def lines_sha256(lines: Iterable[str]) -> str:
+    """Return the SHA-256 of ``lines`` joined by LF, without a final LF."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def labels_of(sample: Sample) -> tuple[int, ...]:
+    """Return the sample's labels: one, or all of them in a multi-label data set."""
+    return sample.label if isinstance(sample.label, tuple) else (sample.label,)
+
+
+def counted(count: int, noun: str) -> str:
+    """Return ``1 image`` or ``7 images``."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
+
+
+def class_name_problem(name: object) -> str | None:
+    """Return why ``name`` cannot be a class name, or ``None`` if it can (rule S09)."""
+    if not isinstance(name, str):
+        return f"class name {name!r} is not text"
+    if not name.strip():
+        return "the class name is empty"
+    if len(name) > 200:
+        return f"class name {name[:30] + '...'!r} has {len(name)} characters; at most 200 are accepted"
+    if not name.isprintable():
+        return f"class name {name!r} has unprintable characters"
+    if "{" in name or "}" in name:
+        return f"class name {name!r} has braces, which break templates"
+    return None

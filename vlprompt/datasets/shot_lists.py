@@ -1,0 +1,200 @@
+"""Few-shot lists that can be passed on: which images a draw took, in JSON lines, with a hash.
+
+The first line says what was drawn from what; every other line is an image::
+
+    {"schema": "vlprompt shots 1", "dataset": "caltech101", "split_sha256": "fb8d...", "sampler": "dassl-v1",
+     "shots": 16, "seed": 1, "train": 1600, "val": 400, "sha256": "3b1c..."}
+    {"part": "train", "path": "Faces/image_0313.jpg", "label": 0}
+
+``sha256`` is the hash of all lines behind the first, joined by LF. A list holds no images and no absolute paths.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlprompt.datasets.card import Card
+from vlprompt.datasets.paths import path_problem
+from vlprompt.datasets.readers import read_dataset
+from vlprompt.datasets.records import Label, Sample, SplitLists, lines_sha256
+from vlprompt.datasets.report import Report
+
+SCHEMA = "vlprompt shots 1"
+_LARGEST_FILE = 256 * 2**20
+_HEADER = ("dataset", "split_sha256", "sampler", "shots", "seed", "train", "val", "sha256")
+PARTS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class ShotList:
+    """A few-shot list.
+
+    Attributes:
+        header: What was drawn from what: the first line.
+        rows: For ``train`` and ``val`` the path and label of every image, in sampler order.
+    """
+
+    header: Mapping[str, Any]
+    rows: Mapping[str, Sequence[tuple[str, Label]]]
+
+
+def shot_list_text(
+    train: Sequence[Sample],
+    val: Sequence[Sample],
+    *,
+    dataset: str,
+    split_sha256: str,
+    sampler: str,
+    shots: int,
+    seed: int,
+) -> str:
+    """Return the file of a draw."""
+    lines = [
+        json.dumps({"part": part, "path": sample.id, "label": sample.label}, ensure_ascii=False)
+        for part, samples in zip(PARTS, (train, val), strict=True)
+        for sample in samples
+    ]
+    header = {
+        "schema": SCHEMA, "dataset": dataset, "split_sha256": split_sha256, "sampler": sampler, "shots": shots,
+        "seed": seed, "train": len(train), "val": len(val), "sha256": lines_sha256(lines),
+    }  # fmt: skip
+    return "\n".join([json.dumps(header, ensure_ascii=False), *lines]) + "\n"
+
+
+def read_shot_list(path: Path) -> ShotList:
+    """Read a list and check its form and hash.
+
+    Raises:
+        DataError: If it cannot be read, is not such a list, or was changed; all problems are listed.
+    """
+    report = Report(f"Few-shot list {path}", "Make it again: vlprompt data shots NAME --shots N --seed K --export FILE")
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            report.error("S01", f"it is larger than {_LARGEST_FILE:,} bytes")
+            report.stop()
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        report.error("S01", f"it cannot be read: {error}")
+        report.stop()
+    header = _object(lines[0])
+    if header is None or header.get("schema") != SCHEMA:
+        report.error("S18", f'the first line is not {{"schema": "{SCHEMA}", ...}}')
+        report.stop()
+    report.errors("S18", [f"the first line lacks {key!r}" for key in _HEADER if key not in header])
+    rows: dict[str, list[tuple[str, Label]]] = {part: [] for part in PARTS}
+    for number, line in enumerate(lines[1:], 2):
+        row = _object(line)
+        label = None if row is None else _label(row.get("label"))
+        if row is None or set(row) != {"part", "path", "label"} or row["part"] not in PARTS or label is None:
+            report.error("S03", f'line {number}: expected {{"part": "train" or "val", "path": ..., "label": ...}}')
+        elif problem := path_problem(row["path"]):
+            report.error("S04", f"line {number}: {problem}")
+        else:
+            rows[row["part"]].append((row["path"], label))
+    if not report.failed and header["sha256"] != lines_sha256(lines[1:]):
+        report.error("S18", "the lines do not have the hash that the first line says: the list was changed")
+    report.finish()
+    return ShotList(header, rows)
+
+
+def use_shot_list(chosen: ShotList, lists: SplitLists, dataset: str, where: Path) -> tuple[list[Sample], list[Sample]]:
+    """Return the training and validation samples that the list names, in its order.
+
+    Images are looked for in the training and the validation list, never in the test list.
+
+    Raises:
+        DataError: If the list is of another data set or split, or an image is unknown or has another label (rule S18).
+    """
+    header = chosen.header
+    remedy = f"Draw anew: vlprompt data shots {dataset} --shots N --seed K --export FILE"
+    report = Report(f"Few-shot list {where}", remedy)
+    if header["dataset"] != dataset:
+        report.error("S18", f"it is of data set {header['dataset']!r}, not of {dataset!r}")
+        report.stop()
+    if header["split_sha256"] is not None and header["split_sha256"] != lists.content_sha256():
+        report.error("S18", "it was drawn from another split of the data set")
+        report.stop()
+    known = {sample.id: sample for sample in [*lists.val, *lists.train]}
+    tested = {sample.id for sample in lists.test}
+    found: dict[str, list[Sample]] = {part: [] for part in PARTS}
+    for part, rows in chosen.rows.items():
+        for path, label in rows:
+            sample = known.get(path)
+            if sample is None:
+                kind = "is a test image" if path in tested else "is not in the data set"
+                report.error("S18", f"{part}: {path} {kind}")
+            elif sample.label != label:
+                report.error("S18", f"{part}: {path} has label {label}, but {sample.label} in the data set")
+            else:
+                found[part].append(sample)
+    if not found["train"]:
+        report.error("S18", "it names no training images")
+    report.finish()
+    return found["train"], found["val"]
+
+
+def import_published(path: Path, card: Card, root: str | Path | None = None) -> str:
+    """Return our own list for an index file that cross_modal_adaptation published (``shot_16-seed_1.json``).
+
+    Such a file holds, for ``train`` and ``val``, items with ``impath`` (beginning with its maker's folders), ``label``
+    and ``classname``.
+
+    Raises:
+        DataError: The file is no such index, or names images or labels that the data set does not have.
+    """
+    report = Report(
+        f"Index file {path}", "Expected: an index file of github.com/linzhiqiu/cross_modal_adaptation, indices/."
+    )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = {
+            part: [(item["impath"], item["label"], item["classname"]) for item in content[part]["data"]]
+            for part in PARTS
+        }
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        report.error("S01", f"it cannot be read: {type(error).__name__}: {str(error)[:100]}")
+        report.stop()
+    lists = read_dataset(card, root)
+    known = {sample.id: sample for sample in [*lists.val, *lists.train]}
+    found: dict[str, list[Sample]] = {part: [] for part in PARTS}
+    for part, items in rows.items():
+        for impath, label, name in items:
+            pieces = str(impath).split("/")
+            sample = next((known[own] for at in range(len(pieces)) if (own := "/".join(pieces[at:])) in known), None)
+            if sample is None:
+                report.error("S18", f"{part}: {str(impath)[:200]} is no training or validation image of {card.name}")
+            elif sample.label != label or lists.class_names[label] != name:
+                report.error("S18", f"{part}: {sample.id} has label {str(label)[:20]}, {str(name)[:60]!r}, there")
+            else:
+                found[part].append(sample)
+    report.finish()
+    shots, seed = (int(word) if (word := _word(path.stem, key)) else 0 for key in ("shot", "seed"))
+    return shot_list_text(
+        found["train"], found["val"], dataset=card.name, split_sha256=lists.content_sha256(), sampler="imported",
+        shots=shots or -1, seed=seed,
+    )  # fmt: skip
+
+
+def _word(stem: str, key: str) -> str:
+    """Return the number behind ``key_`` in ``shot_16-seed_1``."""
+    match = re.search(rf"{key}_([0-9]{{1,6}})", stem)
+    return match.group(1) if match else ""
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _label(value: Any) -> Label | None:
+    if isinstance(value, list) and all(_label(one) is not None for one in value):
+        return tuple(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

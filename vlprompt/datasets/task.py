@@ -1,0 +1,246 @@
+"""A few-shot task: the samples, names and hashes that one run works on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from vlprompt.datasets.card import Card, Metric, describe
+from vlprompt.datasets.catalogue import find_card, list_datasets
+from vlprompt.datasets.domains import domains_of, keep_domains
+from vlprompt.datasets.readers import read_dataset
+from vlprompt.datasets.records import Sample, SplitLists, labels_of, lines_sha256
+from vlprompt.datasets.shot_lists import read_shot_list, use_shot_list
+from vlprompt.datasets.shots import check_draw, class_labels, fewshot, find_sampler, keep_labels
+from vlprompt.errors import ClassNameError, ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class FewShotTask:
+    """What :func:`load_dataset` returns.
+
+    Attributes:
+        name: Name of the data set.
+        class_names: Names of the classes in play, by label.
+        all_class_names: Names of all classes of the data set in its own label order (base classes come first).
+        template: Prompt with ``{}`` for the class name.
+        train: Few-shot training samples, labels from 0 within ``class_names``.
+        val: Validation samples (at most 4 per class, except with ``shots=-1`` and on ImageNet); may be empty.
+        test: All test samples of the classes in play, of the ``target`` domains.
+        shots: Training images per class, or -1 for all.
+        seed: Seed of the draw.
+        classes: ``all``, ``base`` or ``new``.
+        split_sha256: Content hash of the whole split, before any draw.
+        shots_sha256: SHA-256 of the ids in ``train``, joined by LF.
+        card: The data set's card.
+        sampler: Name of the few-shot rule (:data:`vlprompt.datasets.shots.SAMPLERS`), or that of a list's.
+        root: The data root as it was given to :func:`load_dataset`.
+        source: Domains that ``train`` and ``val`` were drawn from; empty for all.
+        target: Domains of ``test``; empty for all.
+        request: What :func:`load_dataset` was asked for besides the name.
+    """
+
+    name: str
+    class_names: list[str]
+    all_class_names: list[str]
+    template: str
+    train: list[Sample] = field(repr=False)
+    val: list[Sample] = field(repr=False)
+    test: list[Sample] = field(repr=False)
+    shots: int
+    seed: int
+    classes: Literal["all", "base", "new"]
+    split_sha256: str
+    shots_sha256: str
+    card: Card = field(repr=False)
+    sampler: str = "dassl-v1"
+    root: str | None = None
+    source: tuple[str, ...] = ()
+    target: tuple[str, ...] = ()
+    request: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def metric(self) -> Metric:
+        """The data set's headline metric."""
+        return self.card.metric
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether labels are tuples: an image may have several."""
+        return self.card.multilabel
+
+    def counterpart(self) -> FewShotTask:
+        """Return the task of the other half of the classes: ``new`` for ``base`` and the reverse, from the same draw.
+
+        Raises:
+            ConfigError: If this task has all classes.
+        """
+        if self.classes == "all":
+            raise ConfigError("A task over all classes has no other half; load it with data.classes base or new.")
+        return load_dataset(self.name, **{**self.request, "classes": "new" if self.classes == "base" else "base"})
+
+    def by_domain(self) -> dict[str, FewShotTask]:
+        """Return this task with the test samples of one domain alone, for each domain that is tested.
+
+        A data set without domains gives an empty dict.
+        """
+        names = domains_of(self.card, self.test) if self.card.domains else []
+        return {name: replace(self, test=[one for one in self.test if one.domain == name]) for name in names}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a results file records of the data, as plain JSON values."""
+        facts = self.card.facts
+        published = None if facts.content_sha256 is None else facts.content_sha256 == self.split_sha256
+        if self.card.split.endswith(".json"):
+            published = False  # a split file of the user's
+        domains = {"source": list(self.source), "target": list(self.target)} if self.card.domains else {}
+        return {
+            "name": self.name,
+            "card_sha256": lines_sha256([json.dumps(describe(self.card), sort_keys=True)]),
+            "reader": self.card.reader,
+            "split": self.card.split,
+            "metric": self.metric,
+            "classes": self.classes,
+            "class_count": len(self.class_names),
+            "class_names_sha256": lines_sha256(self.class_names),
+            "template": self.template,
+            "shots": self.shots,
+            "seed": self.seed,
+            "sampler": self.sampler,
+            "train": len(self.train),
+            "val": len(self.val),
+            "test": len(self.test),
+            "split_sha256": self.split_sha256,
+            "split_published": published,
+            "shots_sha256": self.shots_sha256,
+            "val_sha256": lines_sha256(sample.id for sample in self.val),
+            **domains,
+        }
+
+
+def load_dataset(
+    name: str,
+    *,
+    root: str | Path | None = None,
+    shots: int = 16,
+    seed: int = 1,
+    classes: str = "all",
+    template: str | None = None,
+    source: Sequence[str] = (),
+    target: Sequence[str] = (),
+    split: str | None = None,
+    sampler: str | None = None,
+    shots_file: str | Path | None = None,
+) -> FewShotTask:
+    """Read a data set and draw its few-shot task.
+
+    The draw is made over all classes and filtered afterwards, so base and new of one seed come from one draw
+    (datasets.md 2.1). Domains are chosen before the draw: ``shots`` images per class come from all of ``source``.
+
+    Args:
+        name: Name or alias of a data set (:func:`~vlprompt.datasets.list_datasets`); ``folder`` for your own images.
+        root: Folder that holds the data sets; for ``folder``, the folder of images itself. ``None`` takes the
+            environment's ``VLPROMPT_DATA``, else ``data``. The packaged demo needs none.
+        shots: Training images per class, or -1 for the complete lists.
+        seed: Seed of the draw, 0 or more.
+        classes: ``all``, or the ``base`` or ``new`` half of the classes, with labels from 0.
+        template: A prompt instead of the card's; it holds ``{}`` once.
+        source: Domains to train on, where the data set has domains; empty for all.
+        target: Domains to test on, where the data set has domains; empty for all.
+        split: One of the card's splits, or a split file of your own in the data set's folder; ``None`` for the first.
+        sampler: How shots are drawn (:data:`vlprompt.datasets.shots.SAMPLERS`); ``None`` for what fits the data set.
+        shots_file: A few-shot list (:mod:`vlprompt.datasets.shot_lists`) instead of a draw; ``shots`` and ``seed``
+            are then the list's.
+
+    Raises:
+        ConfigError: If a name is unknown, a value is out of range, or the domains leave nothing to train or test on.
+        ClassNameError: If the template does not hold ``{}`` exactly once.
+        DataError: If the data are missing or cannot be used.
+    """
+    request = {
+        "root": root, "shots": shots, "seed": seed, "classes": classes, "template": template, "source": source,
+        "target": target, "split": split, "sampler": sampler, "shots_file": shots_file,
+    }  # fmt: skip
+    card = find_card(name).with_split(split)
+    check_draw(shots, seed)
+    if classes not in ("all", "base", "new"):
+        raise ConfigError(f"data.classes is {classes!r}; accepted: all, base, new.")
+    if template is not None and (template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1):
+        raise ClassNameError(f"data.template is {template!r}; it must hold {{}} exactly once, for the class name.")
+    if sampler is not None:
+        find_sampler(sampler)
+    whole = read_dataset(card, root)
+    lists = _part(card, whole, source, target)
+    if shots_file is not None:
+        chosen = read_shot_list(Path(shots_file))
+        train, val = use_shot_list(chosen, lists, card.name, Path(shots_file))
+        sampler, shots, seed = (chosen.header[key] for key in ("sampler", "shots", "seed"))
+    else:
+        sampler = sampler or ("elevater-v1" if card.multilabel and lists.train else lists.sampler)
+        train, val = fewshot(lists.train, lists.val, shots, seed, sampler=sampler, sample_val=lists.sample_val)
+    test = lists.test
+    class_names = list(lists.class_names)
+    if classes != "all":
+        # A data set that only tests has no training list that would say which classes there are.
+        labels = class_labels([label for sample in train or test for label in labels_of(sample)], classes)
+        train, val, test = (keep_labels(part, labels) for part in (train, val, test))
+        class_names = [lists.class_names[label] for label in labels]
+    if target and not test:
+        raise ConfigError(f"data.target is {list(target)}, which has no test images of the {classes} classes.")
+    return FewShotTask(
+        name=card.name,
+        class_names=class_names,
+        all_class_names=list(lists.class_names),
+        template=card.template if template is None else template,
+        train=train,
+        val=val,
+        test=list(test),
+        shots=shots,
+        seed=seed,
+        classes=classes,  # type: ignore[arg-type]
+        split_sha256=whole.content_sha256(),
+        shots_sha256=lines_sha256(sample.id for sample in train),
+        card=card,
+        sampler=str(sampler),
+        root=None if root is None else str(root),
+        source=tuple(source),
+        target=tuple(target),
+        request=request,
+    )
+
+
+def _part(card: Card, whole: SplitLists, source: Sequence[str], target: Sequence[str]) -> SplitLists:
+    """Return the domains that are asked for; where train and test hold the same images, domains have to part them."""
+    lists = keep_domains(card, whole, source, target)
+    if not card.same_images:
+        return lists
+    if not source and not target:
+        return replace(lists, train=[], val=[])  # nothing may be trained on what is tested
+    tested = {sample.id for sample in lists.test}
+    if shared := sum(sample.id in tested for sample in [*lists.train, *lists.val]):
+        raise ConfigError(
+            f"{shared:,} images of {card.name} would be trained on and tested: name data.source and data.target "
+            f"without a domain in common. Domains: {', '.join(card.domains)}"
+        )
+    return lists
+
+
+def dataset_names(names: Sequence[str]) -> list[str]:
+    """Return the data sets' own names for ``names``, which may be aliases.
+
+    Raises:
+        ConfigError: None is named, one is unknown, or one is named twice; all problems are listed.
+    """
+    found, problems = [], []
+    for name in names:
+        try:
+            found.append(find_card(name).name)
+        except ConfigError:
+            problems.append(f"{name!r} is no data set.{did_you_mean(str(name), list_datasets())}")
+    problems += [f"{name!r} is named twice." for name in dict.fromkeys(found) if found.count(name) > 1]
+    if problems or not found:
+        raise ConfigError("datasets: " + (" ".join(problems) or "none is named; accepted: names with commas, demo,dtd"))
+    return found

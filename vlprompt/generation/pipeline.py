@@ -1,0 +1,284 @@
+"""A diffusers pipeline as a maker of pictures: images and seeds in, pictures of one size out."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlprompt.errors import ConfigError, DataError, did_you_mean
+from vlprompt.generation.libraries import import_diffusers, quiet
+from vlprompt.generation.recipe import OFFICIAL, GenerationSettings, Recipe
+from vlprompt.generation.tiny import TINY, save_tiny
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+VARIATION = "StableDiffusionImageVariationPipeline"
+#: Constants of CLIP's preprocessing, which the image-variation weights were trained with.
+_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_WEIGHTS = (".safetensors", ".bin", ".json", ".txt", ".model")
+
+
+
+
+
+
+class PictureMaker:
+    """A loaded pipeline with its settings.
+
+    Attributes:
+        recipe: Everything that pictures depend on besides image and seed.
+    """
+
+    def __init__(self, pipe: Any, settings: GenerationSettings, name: str, weights_sha256: str, precision: str) -> None:
+        """Wrap ``pipe``; ``name`` is its class, ``precision`` fp32, fp16 or bf16; see :func:`load_maker`."""
+        self._pipe, self.settings, self.variation = pipe, settings, name == VARIATION
+        denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+        own = getattr(getattr(denoiser, "config", None), "sample_size", None)
+        own = own * getattr(pipe, "vae_scale_factor", 8) if isinstance(own, int) else 512
+        self.size = settings.size or own
+        wanted: dict[str, Any] = {
+            "num_inference_steps": settings.steps,
+            "guidance_scale": settings.guidance,
+            "eta": settings.eta,
+            **({} if self.variation else {"strength": settings.strength}),
+        }
+        known = inspect.signature(pipe.__call__).parameters
+        self._numbers = {key: value for key, value in wanted.items() if key in known}
+        self._sides = {key: self.size for key in ("height", "width") if key in known}
+        conditioning = "shorter side to size bicubic; center crop; img2img"
+        if self.variation:
+            side = self._encoder_size = int(pipe.image_encoder.config.image_size)
+            conditioning = f"squash {side} bicubic without antialiasing; CLIP mean and std; image embedding"
+        diffusers, transformers = import_diffusers()
+        facts = {
+            "pipeline": type(pipe).__name__,
+            "weights_sha256": weights_sha256,
+            "scheduler": {"class": type(pipe.scheduler).__name__, "config": _plain(pipe.scheduler.config)},
+            "call": self._numbers,
+            "prompt": None if self.variation else settings.prompt,
+            "size": self.size,
+            "precision": precision,
+            "conditioning": conditioning,
+            "safety_checker": getattr(pipe, "safety_checker", None) is not None,
+            "format": settings.format,
+            "seed": settings.seed,
+        }
+        versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+        versions |= {"transformers": transformers.__version__}
+        self.recipe = Recipe(facts, {"options": _options(settings), "versions": versions})
+
+    def make(self, images: Sequence[Image], seeds: Sequence[int]) -> list[Image | None]:
+        """Generate a picture of each image.
+
+        Each has a generator of its own, on the CPU, so that it does not depend on the rest of the batch (beyond
+        rounding).
+
+        Args:
+            images: PIL RGB images, one for each picture; the same one several times for several pictures of it.
+            seeds: Their seeds.
+
+        Returns:
+            PIL RGB pictures of ``size`` x ``size``; None for one that the safety checker flagged.
+        """
+        from PIL import Image
+
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        inputs: dict[str, Any] = {**self._numbers, "generator": generators, "output_type": "np"}
+        if self.variation:
+            inputs |= {"image": torch.stack([self._condition(image) for image in images]), **self._sides}
+        else:
+            inputs |= {"image": torch.stack([self._start(image) for image in images])}
+            inputs |= {"prompt": [self.settings.prompt] * len(images)}
+        try:
+            with torch.no_grad():
+                result = self._pipe(**inputs)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"--batch-size is {len(images)}, more pictures than the memory of the device takes; give less"
+            ) from error
+        flagged = getattr(result, "nsfw_content_detected", None) or [False] * len(images)
+        pixels = (np.asarray(result.images) * 255).round().clip(0, 255).astype(np.uint8)
+        return [None if bad else Image.fromarray(one) for one, bad in zip(pixels, flagged, strict=True)]
+
+    def _condition(self, image: Image) -> Tensor:
+        """Return what DiffTPT shows the image encoder, ``[3, S, S]``; a tensor is not resized by the pipeline."""
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import functional as F
+
+        side = self._encoder_size
+        # The weights were trained without antialiasing, an oversight that has to be repeated.
+        resized = F.resize(F.to_tensor(image), [side, side], InterpolationMode.BICUBIC, antialias=False)
+        conditioned: Tensor = F.normalize(resized, _MEAN, _STD)
+        return conditioned
+
+    def _start(self, image: Image) -> Tensor:
+        """Return what img2img starts from ``[3, size, size]``, in 0..1."""
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import functional as F
+
+        resized = F.resize(image, self.size, InterpolationMode.BICUBIC)
+        start: Tensor = F.to_tensor(F.center_crop(resized, [self.size, self.size]))
+        return start
+
+
+def load_maker(settings: GenerationSettings, device: str | torch.device, *, offline: bool = False) -> PictureMaker:
+    """Load a pipeline onto ``device``.
+
+    Args:
+        settings: Which, and how it is used.
+        device: Where it runs.
+        offline: Whether to look for it on this machine alone.
+
+    Raises:
+        ConfigError: A value that is not accepted, a pipeline that is not found or that makes no pictures of images, or
+            no diffusers.
+        DataError: Files of the pipeline that cannot be read.
+    """
+    if problems := settings.problems():
+        raise ConfigError("; ".join(problems))
+    diffusers, _ = import_diffusers()
+    device = torch.device(device)
+    precision = settings.precision
+    if precision == "auto":
+        precision = "fp16" if device.type == "cuda" else "fp32"
+    with _folder(settings, offline) as folder:
+        index = _index(folder, settings.pipeline)
+        name = index["_class_name"]
+        pipe = _load(diffusers, folder, settings, index, _TYPES[precision])
+        digest = _weights_sha256(folder, index, settings.safety_checker == "off")
+    if settings.scheduler is not None:
+        kind = getattr(diffusers, settings.scheduler, None)
+        if not isinstance(kind, type) or not hasattr(kind, "set_timesteps"):
+            known = [one for one in dir(diffusers) if one.endswith("Scheduler")]
+            raise ConfigError(f"--scheduler is {settings.scheduler!r}.{did_you_mean(settings.scheduler, known)}")
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)  # type: ignore[attr-defined]
+    pipe.set_progress_bar_config(disable=True)
+    if hasattr(pipe.vae, "enable_slicing"):
+        pipe.vae.enable_slicing()  # decoding is what takes most memory
+    return PictureMaker(pipe.to(device), settings, name, digest, precision)
+
+
+def _load(diffusers: Any, folder: Path, settings: GenerationSettings, index: dict[str, Any], dtype: Any) -> Any:
+    name = index["_class_name"]
+    # What a pipeline was saved without has to be named when it is loaded.
+    more: dict[str, Any] = {part: None for part, value in index.items() if value == [None, None]}
+    if settings.safety_checker == "off" and "safety_checker" in index:
+        more |= {"safety_checker": None, "requires_safety_checker": False}
+    kind = getattr(diffusers, VARIATION) if name == VARIATION else diffusers.AutoPipelineForImage2Image
+    try:
+        with quiet():
+            return kind.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True, **more)
+    except ValueError as error:
+        if "find a pipeline linked to" not in str(error):
+            raise _unreadable(settings, error) from error
+        raise ConfigError(
+            f"--pipeline {settings.pipeline} is a {name}, which makes no pictures of images; accepted: {VARIATION}, or "
+            "a pipeline that diffusers' AutoPipelineForImage2Image knows, such as StableDiffusionPipeline"
+        ) from error
+    except Exception as error:  # what diffusers and transformers raise on damaged files has no common type
+        raise _unreadable(settings, error) from error
+
+
+def _unreadable(settings: GenerationSettings, error: Exception) -> DataError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return DataError(
+        f"Pipeline {settings.pipeline} cannot be loaded: {first[:300]}. Fetch its files anew: "
+        f"hf download {settings.pipeline} --local-dir FOLDER, then --pipeline FOLDER"
+    )
+
+
+@contextlib.contextmanager
+def _folder(settings: GenerationSettings, offline: bool) -> Iterator[Path]:
+    """Give the folder with the pipeline's files."""
+    name = settings.pipeline
+    local = Path(name).expanduser()
+    if name in TINY:
+        with tempfile.TemporaryDirectory() as folder:
+            yield save_tiny(Path(folder), name)
+    elif local.is_dir():
+        yield local
+    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ConfigError(
+            f"--pipeline {name!r}: there is no such folder, and names on the hub are OWNER/NAME; accepted: a folder "
+            f"with model_index.json, a name such as {OFFICIAL[0]}, or {' or '.join(TINY)}"
+        )
+    else:
+        yield _fetched(settings, offline)
+
+
+def _fetched(settings: GenerationSettings, offline: bool) -> Path:
+    name = settings.pipeline
+    revision = settings.revision or (OFFICIAL[1] if name == OFFICIAL[0] else None)
+    diffusers, _ = import_diffusers()
+    try:
+        return Path(diffusers.DiffusionPipeline.download(name, revision=revision, local_files_only=offline))
+    except Exception as error:  # the hub's errors, the network's and the file system's
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"--pipeline {name} (revision {revision or 'newest'}) cannot be had from the Hugging Face hub"
+            f"{', which was not asked' if offline else ''}: {first[:300]}. Fetch it where there is a network, "
+            f"hf download {name}{f' --revision {revision}' if revision else ''} --local-dir FOLDER, and give "
+            "--pipeline FOLDER"
+        ) from error
+
+
+def _index(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        if isinstance(found["_class_name"], str):
+            return found
+    except OSError:
+        raise ConfigError(
+            f"--pipeline {name}: the folder has no model_index.json, so it is not what diffusers' save_pretrained "
+            "writes; accepted: a folder that has one"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise DataError(f"{folder / 'model_index.json'} does not say which pipeline it is. Fetch the pipeline anew.")
+
+
+def _weights_sha256(folder: Path, index: dict[str, Any], unchecked: bool) -> str:
+    """Return a hash of all files that pictures depend on, wherever the folder lies and whatever it is called."""
+    digest = hashlib.sha256()
+    parts = sorted(name for name, value in index.items() if isinstance(value, list))
+    for part in parts:
+        if unchecked and part == "safety_checker":
+            continue
+        for path in sorted((folder / part).rglob("*")):
+            if path.suffix in _WEIGHTS and path.is_file():
+                content = hashlib.sha256()
+                with open(path, "rb") as stream:
+                    while piece := stream.read(2**24):
+                        content.update(piece)
+                digest.update(f"{path.relative_to(folder).as_posix()}\t{content.hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _options(settings: GenerationSettings) -> str:
+    """Return the options that make these settings, as they stand on a command line."""
+    import shlex
+
+    usual = GenerationSettings()
+    return " ".join(
+        f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+        for name, value in vars(settings).items()
+        if name == "pipeline" or value != getattr(usual, name)
+    )
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """Return a scheduler's configuration as JSON values, without what names versions and places."""
+    found: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
+    return {key: value for key, value in found.items() if not key.startswith("_")}

@@ -1,0 +1,184 @@
+"""Features of image-caption pairs, computed once and kept in the feature store.
+
+Lists of pairs may be long: they are encoded and kept in parts, so that a run that was killed goes on where it was. An
+image with several captions, or a caption of several images, is encoded once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from vlprompt.data.batches import ImageBatches, automatic_workers
+from vlprompt.data.features import FeatureStore, Rows, default_folder, encode_all
+from vlprompt.data.pictures import Pictures
+from vlprompt.data.tally import count_skipped
+from vlprompt.data.view_bank import rows_or_error
+from vlprompt.data.views import PreprocessLike, View, describe_view
+from vlprompt.datasets.images import ImageSource
+from vlprompt.datasets.records import Sample, lines_sha256
+from vlprompt.errors import ConfigError, DataError
+from vlprompt.pairs.load import Pair
+
+#: Images or captions that one entry of the store holds: at most what a killed run computes again.
+PART = 10_000
+_Item = TypeVar("_Item", bound=Hashable)
+
+
+def image_features(
+    pairs: Sequence[Pair],
+    preprocess: PreprocessLike,
+    encode: Callable[[Tensor], Tensor],
+    *,
+    fingerprint: str,
+    store: FeatureStore | str | Path | None = None,
+    device: str | torch.device = "cpu",
+    batch_size: int = 100,
+    workers: int | None = None,
+    skip: bool = False,
+) -> Rows:
+    """Return the raw features of the pairs' images under the weights' own test view.
+
+    Args:
+        pairs: The N pairs.
+        preprocess: The backbone's preprocessing.
+        encode: Images ``[B, 3, H, W]`` on ``device`` to raw features ``[B, D]``.
+        fingerprint: The backbone's fingerprint, part of the store's key.
+        store: The feature store or its folder; ``None`` takes :func:`~vlprompt.data.features.default_folder`.
+        device: Where ``encode`` wants its images.
+        batch_size: Images per call of ``encode``.
+        workers: Processes that decode images; ``None`` chooses as :class:`~vlprompt.data.FewShotData` does.
+        skip: Whether images that cannot be read are left out instead of raised. They are counted among the training
+            images that were skipped (:mod:`vlprompt.data.tally`).
+
+    Returns:
+        Features ``[N, D]``, float32, on the CPU, and the positions of the pairs whose image was left out; their rows
+        are zeros.
+
+    Raises:
+        ConfigError: No fingerprint, or a number out of range.
+        DataError: An image that cannot be read, unless ``skip``; no image that can be read.
+    """
+    _check(fingerprint, batch_size)
+    kept, view = _opened(store), View(preprocess, "center")
+    facts = {
+        "backbone": fingerprint,
+        "view": describe_view(preprocess, "center"),
+        "dataset": "pairs",
+        "split": "images",
+    }
+
+    def rows(images: Sequence[tuple[str, ImageSource]]) -> Rows:
+        samples = [Sample(name, 0, source) for name, source in images]
+
+        def compute() -> Rows:
+            batches = ImageBatches(Pictures(samples, view), torch.zeros(len(samples)), skip=skip)
+            processes = automatic_workers(len(samples)) if workers is None else workers
+            try:
+                return encode_all(encode, batches, batch_size, device, processes)
+            except DataError:
+                if not skip:
+                    raise
+                return Rows(torch.zeros(len(samples), 0), tuple(range(len(samples))))  # other parts may have images
+
+        key = {**facts, "samples_sha256": lines_sha256(f"{one.id}\t{_stamp(one.source, skip)}" for one in samples)}
+        found = rows_or_error(kept, key, compute, samples, skip)
+        count_skipped("train", (samples[position].id for position in found.missing))
+        return found
+
+    return _in_parts([(pair.id, pair.source) for pair in pairs], rows, "image")
+
+
+def caption_features(
+    captions: Sequence[str],
+    encode_text: Callable[[list[str]], Tensor],
+    *,
+    fingerprint: str,
+    store: FeatureStore | str | Path | None = None,
+    batch_size: int = 256,
+) -> Tensor:
+    """Return the raw features ``[N, D]`` of captions, float32, on the CPU.
+
+    The store counts the captions that it encodes as it counts images.
+
+    Args:
+        captions: The N captions.
+        encode_text: n captions to raw features ``[n, D]``.
+        fingerprint: What features depend on beside the captions, part of the store's key: the backbone's fingerprint,
+            and how ``encode_text`` cuts or completes captions if it does.
+        store: As for :func:`image_features`.
+        batch_size: Captions per call of ``encode_text``.
+
+    Raises:
+        ConfigError: No fingerprint, a number out of range, or ``encode_text`` returns another number of rows.
+        DataError: There are no captions.
+    """
+    _check(fingerprint, batch_size)
+    kept = _opened(store)
+    facts = {"backbone": fingerprint, "dataset": "pairs", "split": "captions"}
+
+    def rows(texts: Sequence[str]) -> Rows:
+        def compute() -> Rows:
+            found = []
+            with torch.no_grad():
+                for start in range(0, len(texts), batch_size):
+                    batch = list(texts[start : start + batch_size])
+                    features = encode_text(batch).float().cpu()
+                    if features.ndim != 2 or len(features) != len(batch):
+                        shape = tuple(features.shape)
+                        raise ConfigError(f"encode_text made {shape} of {len(batch)} captions; accepted: [n, D].")
+                    found.append(features)
+            return Rows(torch.cat(found))
+
+        # As JSON: a caption may hold line ends, which part the lines of the hash.
+        return kept.rows({**facts, "texts_sha256": lines_sha256(map(json.dumps, texts))}, compute)
+
+    return _in_parts(captions, rows, "caption").features
+
+
+def _in_parts(items: Sequence[_Item], part: Callable[[Sequence[_Item]], Rows], noun: str) -> Rows:
+    """Return the rows of ``items`` from those of the distinct ones, which ``part`` gives for some of them at a time."""
+    place = {item: position for position, item in enumerate(dict.fromkeys(items))}
+    distinct = list(place)
+    if not distinct:
+        raise DataError(f"There are no {noun}s to compute features of.")
+    blocks: list[Tensor] = []
+    missing: set[int] = set()
+    for start in range(0, len(distinct), PART):
+        rows = part(distinct[start : start + PART])
+        blocks.append(rows.features)
+        missing.update(start + position for position in rows.missing)
+    if len(missing) == len(distinct):
+        raise DataError(f"None of the {len(distinct)} {noun}s can be read.")
+    # Of a part without any readable image even the number of features is not known.
+    width = max(block.shape[1] for block in blocks)
+    features = torch.cat([block if block.shape[1] else block.new_zeros(len(block), width) for block in blocks])
+    if len(distinct) == len(items):
+        return Rows(features, tuple(sorted(missing)))
+    index = [place[item] for item in items]
+    return Rows(features[index], tuple(position for position, own in enumerate(index) if own in missing))
+
+
+def _stamp(source: ImageSource, skip: bool) -> str:
+    try:
+        return source.stamp()
+    except DataError:
+        if not skip:
+            raise
+        return "unreadable"
+
+
+def _opened(store: FeatureStore | str | Path | None) -> FeatureStore:
+    return store if isinstance(store, FeatureStore) else FeatureStore(store or default_folder())
+
+
+def _check(fingerprint: str, batch_size: int) -> None:
+    if not fingerprint:
+        raise ConfigError("Cached features need the backbone's fingerprint: pass fingerprint=backbone.fingerprint")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size!r}; accepted: whole numbers from 1.")

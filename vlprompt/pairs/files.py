@@ -1,0 +1,220 @@
+"""Images and their captions from a user's own files: lists, and folders with texts beside the images.
+
+What :func:`vlprompt.load_pairs` reads, with :mod:`vlprompt.pairs.shards`. All of these are a stranger's files:
+whatever is wrong with them is noted in a :class:`~vlprompt.datasets.report.Report`, so that all of it is told at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlprompt.datasets.images import IMAGE_SUFFIXES, FileSource, ImageSource
+from vlprompt.datasets.paths import check_files, path_problem
+from vlprompt.datasets.readers.folder import is_image
+from vlprompt.datasets.readers.tar_files import LARGEST_TEXT
+from vlprompt.datasets.report import Report
+
+#: The columns' names, in any case: ours, those of open_clip and those of Hugging Face's imagefolder.
+_IMAGE_NAMES, _CAPTION_NAMES = ("image", "filepath", "file_name"), ("caption", "title", "text")
+_LONGEST_CAPTION = 2000
+_LARGEST_LIST = 2**30
+
+
+class Found(NamedTuple):
+    """An image with one of its captions; the ``id`` is its path, in shards behind the shard's."""
+
+    id: str
+    caption: str
+    source: ImageSource
+
+
+def caption_problem(caption: object) -> str | None:
+    """Return why ``caption`` cannot be used, or ``None`` if it can (rule S03)."""
+    if not isinstance(caption, str) or not 0 < len(caption.strip()) <= _LONGEST_CAPTION:
+        accepted = f"expected a text of 1 to {_LONGEST_CAPTION:,} characters"
+        return f"the caption is {str(caption)[:40]!r}; {accepted}"
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        return f"the caption {caption[:40]!r} is not valid Unicode"
+    return None
+
+
+# -- lists ------------------------------------------------------------------------------------------------------------
+def read_list(path: Path, report: Report) -> list[tuple[str, str]]:
+    """Return the image paths and captions of a list: a table if it ends in .csv or .tsv, else an object on every line.
+
+    Raises:
+        DataError: The file cannot be read, or has no columns of images and captions; other problems are in ``report``.
+    """
+    text = _list_text(path, report)
+    ending = path.suffix.lower()
+    found = _table(text, ending == ".tsv", report) if ending in (".csv", ".tsv") else _objects(text, report)
+    rows: list[tuple[str, str]] = []
+    for number, image, caption in found:
+        if problem := path_problem(image):
+            report.error("S04", f"line {number}: {problem}")
+        elif problem := caption_problem(caption):
+            report.error("S03", f"line {number}: {problem}")
+        else:
+            rows.append((image, caption.strip()))
+    if not rows and not report.failed:
+        report.error("S02", "there are no lines with pairs")
+    return rows
+
+
+def _list_text(path: Path, report: Report) -> str:
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(_LARGEST_LIST + 1)
+    except OSError as error:
+        report.error("S01", f"the file cannot be read: {error.strerror or error}")
+        report.stop()
+    if len(data) > _LARGEST_LIST:
+        report.error("S01", f"the file has more than {_LARGEST_LIST:,} bytes")
+        report.stop()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        report.error("S01", f"line {line}: {_no_utf8(error)}")
+        report.stop()
+
+
+def _objects(text: str, report: Report) -> Iterator[tuple[int, Any, Any]]:
+    """Give line number, image and caption of every JSON object that has both."""
+    # Not splitlines: a text in JSON may hold other line ends as they are.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        columns = _columns(list(row)) if isinstance(row, dict) else None
+        if columns is None:
+            report.error("S03", f'line {number}: expected {{"image": PATH, "caption": TEXT}}, got {line[:60]!r}')
+        else:
+            values = list(row.values())
+            yield number, values[columns[0]], values[columns[1]]
+
+
+def _table(text: str, tabs: bool, report: Report) -> Iterator[tuple[int, str, str]]:
+    """Give line number, image and caption of every row under the header."""
+    head = text.partition("\n")[0]
+    # open_clip's own tables are called .csv and have tabs.
+    delimiter = "\t" if tabs or ("\t" in head and "," not in head) else ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    columns: tuple[int, int] | None = None
+    width = 0
+    while True:
+        number = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            report.error("S03", f"line {number}: no row of a table: {error}")
+            continue
+        if not row:
+            continue
+        if columns is None:
+            columns, width = _columns(row), len(row)
+            if columns is None:
+                names = [" or ".join(accepted) for accepted in (_IMAGE_NAMES, _CAPTION_NAMES)]
+                expected = f"a column of images ({names[0]}) and one of captions ({names[1]}) are expected"
+                report.error("S03", f"line {number}: the header is {str(row)[:200]}; {expected}")
+                report.stop()
+        elif len(row) != width:
+            quoted = '; a caption with the separator in it stands in "quotation marks"'
+            report.error("S03", f"line {number}: the header has {width} fields, this line has {len(row)}{quoted}")
+        else:
+            yield number, row[columns[0]], row[columns[1]]
+
+
+def _columns(names: Sequence[str]) -> tuple[int, int] | None:
+    """Return where image and caption stand among ``names``: the first of the accepted names that is there."""
+    plain = [name.strip().lower() for name in names]
+    image, caption = (
+        next((plain.index(name) for name in accepted if name in plain), None)
+        for accepted in (_IMAGE_NAMES, _CAPTION_NAMES)
+    )
+    return None if image is None or caption is None else (image, caption)
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+def read_sidecars(base: Path, report: Report) -> list[Found]:
+    """Return the images under ``base`` with the captions beside them, in the order of their paths' UTF-8 bytes.
+
+    Every line of ``a.txt`` that is not empty is a caption of ``a.jpg``. What begins with a dot is passed over.
+    """
+    images: list[str] = []
+
+    def unreadable(error: OSError) -> None:
+        report.error("S15", f"folder {error.filename} cannot be read: {error.strerror}")
+
+    for place, folders, files in os.walk(base, onerror=unreadable):
+        inside = os.path.relpath(place, base)
+        prefix = "" if inside == "." else Path(inside).as_posix() + "/"
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = sorted(name for name in folders if os.path.islink(os.path.join(place, name)))
+        report.errors("S05", [f"{prefix}{name}/ is a link to a folder, which is not followed" for name in links])
+        images += [prefix + name for name in files if is_image(name) and not name.startswith(".")]
+    images.sort(key=os.fsencode)
+    if not images:
+        report.error("S02", f"there are neither .tar files nor images ({', '.join(IMAGE_SUFFIXES)})")
+    problems = {image: problem for image in images if (problem := path_problem(image))}
+    report.errors("S04", problems.values())
+    texts = {image: f"{image.rpartition('.')[0]}.txt" for image in images if image not in problems}
+    missing, outside = map(set, check_files(base, dict.fromkeys([*texts, *texts.values()])))
+    report.errors("S05", [f'"{path}" is reached through a link that leads out of {base}' for path in sorted(outside)])
+    report.errors("S15", [f"{image} is no file" for image in texts if image in missing])
+    report.errors("S15", [f"{image} has no text {text}" for image, text in texts.items() if text in missing])
+    unusable = missing | outside
+    return [
+        Found(image, caption, FileSource(os.path.join(base, image)))
+        for image, text in texts.items()
+        if image not in unusable and text not in unusable
+        for caption in captions_of(_text_of(base / text), text, report)
+    ]
+
+
+def _text_of(path: Path) -> bytes | None:
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(LARGEST_TEXT + 1)
+    except OSError:
+        return None
+    return data if len(data) <= LARGEST_TEXT else None
+
+
+def captions_of(data: bytes | None, name: str, report: Report) -> list[str]:
+    """Return the lines of a text that are not empty; none of them where something is wrong.
+
+    Args:
+        data: The text; ``None`` where it cannot be read or is too large.
+        name: What problems call it.
+        report: Takes the problems.
+    """
+    if data is None:
+        report.error("S01", f"{name} cannot be read or has more than {LARGEST_TEXT:,} bytes")
+        return []
+    try:
+        lines = data.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        report.error("S01", f"{name}: {_no_utf8(error)}")
+        return []
+    captions = [line.strip() for line in lines if line.strip()]
+    problems = [problem for caption in captions or [""] if (problem := caption_problem(caption))]
+    report.errors("S03", [f"{name}: {problem}" for problem in problems])
+    return [] if problems else captions
+
+
+def _no_utf8(error: UnicodeDecodeError) -> str:
+    return f"byte {error.start:,} is no UTF-8 ({error.reason}); save it as UTF-8"

@@ -1,0 +1,135 @@
+"""Images with captions: those of the data sets that have them, and a user's own files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlprompt.datasets.card import Card, Classes, Templates
+from vlprompt.datasets.catalogue import find_card, list_datasets
+from vlprompt.datasets.images import ImageSource
+from vlprompt.datasets.options import PairsOptions
+from vlprompt.datasets.readers.images import find_images
+from vlprompt.datasets.readers.missing import missing_text
+from vlprompt.datasets.report import Report
+from vlprompt.errors import ConfigError, DataError, did_you_mean
+from vlprompt.pairs.files import read_list, read_sidecars
+from vlprompt.pairs.shards import find_shards, read_shards
+
+_LISTS = (".jsonl", ".csv", ".tsv")
+_PATHS = (
+    "a .jsonl, .csv or .tsv list with image and caption; a folder of images, each with a .txt of the same name; or "
+    "webdataset's shards, not compressed: a .tar file, a folder of them, or a pattern such as shards-{0000..0009}.tar"
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and what is said about it.
+
+    Attributes:
+        id: POSIX path of the image; in shards ``<shard>/<member>``.
+        caption: The text.
+        source: Where the pixels come from; ``source.open()`` gives a PIL RGB image.
+        domain: The first folder of the image's path where the card names domains, else empty.
+    """
+
+    id: str
+    caption: str
+    source: ImageSource
+    domain: str = ""
+
+
+def load_pairs(source: str | Path = "demo-pairs", *, root: str | Path | None = None) -> list[Pair]:
+    """Return the image-caption pairs of a data set that has them, or of files, in order; at least one.
+
+    An image with several captions is in several pairs. A path leads to one of these:
+
+    - a list: a ``.jsonl`` file with an object on every line, or a ``.csv`` or ``.tsv`` table with a header. The image
+      is under ``image``, ``filepath`` (open_clip) or ``file_name`` (Hugging Face), the caption under ``caption``,
+      ``title`` or ``text``, in any case; what else there is counts for nothing. Image paths are relative to the list's
+      folder, or to ``root``, and do not leave it;
+    - a folder with images at any depth: every line of ``a.txt`` that is not empty is a caption of ``a.jpg`` beside it.
+      If it holds ``.tar`` files, only these are read;
+    - webdataset's shards: a ``.tar`` file, a folder of them, or a pattern such as ``shards-{0000..0009}.tar``. The
+      captions of ``KEY.jpg`` are in ``KEY.txt``, a line each, or one is in ``KEY.json`` under ``caption``.
+
+    Args:
+        source: Name or alias of a data set (these come first; a folder of that name is ``./NAME``), or a path.
+        root: For a data set, the folder that holds the data sets; what is packaged needs none. For a list, the folder
+            of the images.
+
+    Raises:
+        ConfigError: There is neither such a data set nor such a path; the data set holds classes instead of captions;
+            ``root`` where it means nothing.
+        DataError: Files or images are missing or cannot be used; all problems are listed.
+    """
+    card = _card(source)
+    if card is not None:
+        assert isinstance(card.options, PairsOptions)
+        base = card.base(root)
+        path = base / card.options.split_file
+        if not path.is_file():
+            raise DataError(missing_text(card, base, f"{path} (does not exist)"))
+        return _listed(card, path, base)
+    path = Path(os.path.abspath(os.path.expanduser(source)))
+    if path.suffix.lower() in _LISTS and os.path.isfile(path):
+        base = path.parent if root is None else Path(os.path.abspath(os.path.expanduser(root)))
+        if not base.is_dir():
+            raise ConfigError(f"root is {str(root)!r}, which is no folder; accepted: the folder of the list's images.")
+        return _listed(Card(path.name, "pairs", PairsOptions(path.name), Classes(), Templates("{}")), path, base)
+    shards = find_shards(path)
+    if not os.path.isdir(path) and not shards:
+        near = did_you_mean(str(source), _known())
+        raise ConfigError(
+            f"{str(source)!r} is neither a data set nor a path of image-caption pairs.{near} A path leads to {_PATHS}."
+        )
+    if root is not None:
+        raise ConfigError(f"root is {str(root)!r}, but only the images of a list may lie elsewhere; {path} is none.")
+    if shards:
+        how = "Correct the shards, or fetch them again: plain tar files of KEY.jpg, .png or .webp and KEY.txt or .json."
+        report = Report(f"Shards {path}", how)
+        found = read_shards(shards, report)
+    else:
+        how = "Correct the files, or take them out. Every image needs a .txt of the same name beside it, in UTF-8."
+        report = Report(f"Folder of pairs {path}", how)
+        found = read_sidecars(path, report)
+    report.finish()
+    return [Pair(*one) for one in found]
+
+
+def _card(source: str | Path) -> Card | None:
+    """Return the card that ``source`` names, or ``None`` if it is a path."""
+    if isinstance(source, Path):
+        return None
+    try:
+        card = find_card(source)
+    except ConfigError:
+        if isinstance(source, str) and source:
+            return None
+        raise
+    if card.reader != "pairs":
+        known = _known()
+        path = f"; for your own files ./{source}" if os.path.exists(source) else ""
+        raise ConfigError(
+            f"{card.name!r} has classes, not captions.{did_you_mean(source, known)} Data sets with captions: "
+            f"{', '.join(known)}. For classes use vlprompt.load_dataset({card.name!r}){path}"
+        )
+    return card
+
+
+def _known() -> list[str]:
+    return [name for name in list_datasets() if find_card(name).reader == "pairs"]
+
+
+def _listed(card: Card, path: Path, base: Path) -> list[Pair]:
+    report = Report(f"List of pairs {path}", "Correct the lines, or leave them out.")
+    rows = read_list(path, report)
+    sources = find_images(card, base, [image for image, _ in rows], report)
+    report.finish()
+    return [
+        Pair(image, caption, sources[image], image.partition("/")[0] if card.domains else "") for image, caption in rows
+    ]
+
+

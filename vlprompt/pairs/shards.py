@@ -1,0 +1,143 @@
+"""Images and their captions from webdataset's shards, for :func:`vlprompt.load_pairs`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlprompt.datasets.readers.tar_files import (
+    IMAGES,
+    LARGEST_TEXT,
+    MOST_SHARDS,
+    Index,
+    Member,
+    ShardSource,
+    checked_place,
+    kept_index,
+    members,
+)
+from vlprompt.datasets.report import Report
+from vlprompt.errors import ConfigError
+from vlprompt.pairs.files import Found, caption_problem, captions_of
+
+_RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
+_SCHEMA = 1
+
+
+def find_shards(path: Path) -> list[Path]:
+    """Return the shards that ``path`` means: itself, those in the folder, those of the pattern; else an empty list.
+
+    Raises:
+        ConfigError: A range that runs down, or over more than 100,000 shards.
+    """
+    if os.path.isdir(path):
+        try:
+            names = sorted(os.listdir(path), key=os.fsencode)
+        except OSError:
+            return []  # the reader of folders says why
+        return [path / name for name in names if name.lower().endswith(".tar") and not name.startswith(".")]
+    if path.suffix.lower() != ".tar":
+        return []
+    ranges = [(int(first), int(last)) for first, last in _RANGE.findall(str(path))]
+    if os.path.exists(path) or not ranges:
+        return [path]
+    if any(first > last for first, last in ranges) or math.prod(b - a + 1 for a, b in ranges) > MOST_SHARDS:
+        raise ConfigError(
+            f"The pattern {path} has a range that cannot be used; accepted: {{FIRST..LAST}} with FIRST up to LAST, at "
+            f"most {MOST_SHARDS:,} shards."
+        )
+    return [Path(name) for name in _expanded(str(path))]
+
+
+def _expanded(pattern: str) -> list[str]:
+    found = _RANGE.search(pattern)
+    if found is None:
+        return [pattern]
+    # As in a shell: a leading zero says that all numbers have as many digits.
+    padded = any(len(end) > 1 and end.startswith("0") for end in found.groups())
+    width = max(map(len, found.groups())) if padded else 0
+    head, tails = pattern[: found.start()], _expanded(pattern[found.end() :])
+    return [f"{head}{n:0{width}}{tail}" for n in range(int(found[1]), int(found[2]) + 1) for tail in tails]
+
+
+def read_shards(shards: Sequence[Path], report: Report) -> list[Found]:
+    """Return the images of shards with their captions, in order.
+
+    A member ``KEY.jpg`` (or .jpeg, .png, .webp) has its captions in ``KEY.txt``, a line each, or, where there is none,
+    one in ``KEY.json`` under ``caption``. The id of an image is ``<shard>/<member>``.
+
+    Raises:
+        DataError: All shards are missing; other problems are in ``report``.
+    """
+    base = os.path.commonpath([shard.parent for shard in shards])
+    report.errors("S15", [f"shard {shard} is missing" for shard in shards if not os.path.isfile(shard)])
+    shards = [shard for shard in shards if os.path.isfile(shard)]
+    if not shards:
+        report.stop()
+    names = [Path(os.path.relpath(shard, base)).as_posix() for shard in shards]
+
+    def read() -> Index:
+        numbered = enumerate(zip(shards, names, strict=True))
+        entries = [entry for number, (shard, name) in numbered for entry in _scan(shard, number, name, report)]
+        return {"schema": _SCHEMA, "entries": entries}
+
+    def check(content: Any) -> Index:
+        if content["schema"] != _SCHEMA:
+            raise ValueError("another schema")
+        for *place, captions in content["entries"]:
+            checked_place(place, len(shards))
+            if not isinstance(captions, list) or any(map(caption_problem, captions)):
+                raise ValueError(f"{captions!r} are no captions")
+        return {"schema": _SCHEMA, "entries": content["entries"]}
+
+    index = kept_index(shards, ["captions", _SCHEMA], check, read, report)
+    found = [
+        Found(f"{names[number]}/{name}", caption, ShardSource(str(shards[number]), offset, size, name))
+        for number, offset, size, name, captions in index["entries"]
+        for caption in captions
+    ]
+    if not found and not report.failed:
+        report.error("S02", "there are no images with captions")
+    return found
+
+
+def _scan(shard: Path, number: int, name: str, report: Report) -> list[tuple[int, int, int, str, list[str]]]:
+    """Read through one shard."""
+    files: dict[str, dict[str, Member]] = {}
+    for member in members(shard, name, ("txt", "json"), report):
+        kind = "image" if member.ending in IMAGES else member.ending
+        if kind in ("image", "txt", "json"):
+            if kind in files.setdefault(member.key, {}):
+                report.error("S11", f"{name}: {member.key} is there twice ({member.ending})")
+            files[member.key][kind] = member
+    entries = []
+    for key, own in files.items():
+        image, text = own.get("image"), own.get("txt") or own.get("json")
+        if image is None:
+            report.error("S03", f"{name}: {key} has no image ({', '.join(IMAGES)})")
+        elif text is None:
+            report.error("S03", f"{name}: {key} has no caption (.txt or .json)")
+        else:
+            read = captions_of if "txt" in own else _json_caption
+            captions = read(text.data, f"{name}: {text.name}", report)
+            entries.append((number, image.offset, image.size, image.name, captions))
+    return entries
+
+
+def _json_caption(data: bytes | None, name: str, report: Report) -> list[str]:
+    try:
+        content = json.loads(data or b"")
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or "caption" not in content:
+        report.error("S03", f'{name}: an object with "caption" is expected, of at most {LARGEST_TEXT:,} bytes')
+    elif problem := caption_problem(content["caption"]):
+        report.error("S03", f"{name}: {problem}")
+    else:
+        return [content["caption"].strip()]
+    return []

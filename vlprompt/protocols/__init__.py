@@ -1,0 +1,1 @@
+"""Protocols: grids of runs, and the tables that compare them."""

@@ -1,0 +1,155 @@
+"""Why do two runs disagree? What their results files record of data, choices, backbone and versions, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlprompt.config.yaml import shown
+from vlprompt.errors import ConfigError
+from vlprompt.runs.folder import RESULTS, read_json
+from vlprompt.runs.selection import is_oracle
+
+# Where a fact stands in results.json, and what it is called. These make up the data protocol: numbers of runs that
+# differ here are not comparable.
+_PROTOCOL: Mapping[str, str] = {
+    "data.name": "data set",
+    "data.card_sha256": "the data set's card",
+    "data.reader": "reader",
+    "data.split": "split",
+    "data.split_sha256": "content of the split file",
+    "data.class_names_sha256": "class names or their order",
+    "data.classes": "classes",
+    "data.template": "template",
+    "data.metric": "metric",
+    "data.shots": "shots",
+    "data.seed": "seed",
+    "data.sampler": "few-shot sampler",
+    "data.shots_sha256": "training images",
+    "data.val_sha256": "validation images",
+    "data.test": "number of test images",
+    "data.source": "domains to train on",
+    "data.target": "domains to test on",
+    "data.transform.train": "training transform",
+    "data.transform.test": "test transform",
+}
+_OTHER: Mapping[str, str] = {
+    "method": "method",
+    "config.settings": "settings of the method",
+    "config.decomposition": "decomposition",
+    "config.recipe": "recipe",
+    "selection.on": "images that hyperparameters were chosen on",
+    "backbone.name": "backbone",
+    "backbone.pretrained": "weights",
+    "backbone.precision": "precision of the backbone",
+    "backbone.fingerprint": "content of the weights",
+}
+_OPTIONAL = ("data.source", "data.target", "selection.", "config.decomposition")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` found.
+
+    Attributes:
+        data: Differences of the data protocol, in words.
+        other: Other differences: method, recipe, backbone, versions.
+    """
+
+    data: Sequence[str]
+    other: Sequence[str]
+
+    @property
+    def same_data(self) -> bool:
+        """Whether both runs follow one data protocol."""
+        return not self.data
+
+    def text(self) -> str:
+        """Return everything as lines to print."""
+        lines = ["the data protocol is the same" if self.same_data else "the data protocol differs:"]
+        lines += [f"  - {one}" for one in self.data]
+        lines += ["also different:", *(f"  - {one}" for one in self.other)] if self.other else []
+        return "\n".join(lines)
+
+
+def compare(first: str | Path, second: str | Path) -> Comparison:
+    """Return what differs between two runs, given as run folders or as ``results.json`` files.
+
+    Raises:
+        ConfigError: One of them is no finished run.
+    """
+    return compare_results(read_results(first), read_results(second))
+
+
+def read_results(place: str | Path) -> dict[str, Any]:
+    """Return the content of the results file that ``place`` is, or that lies in the run folder ``place``.
+
+    Raises:
+        ConfigError: There is none, or it is damaged.
+    """
+    path = Path(place)
+    if path.is_dir():
+        path = path / RESULTS
+    found = read_json(path)
+    if found is None:
+        raise ConfigError(f"{shown(str(place))} holds no {RESULTS}; give the folder of a finished run, or that file")
+    if not isinstance(found.get("data"), dict) or not isinstance(found.get("backbone"), dict):
+        raise ConfigError(f"{shown(str(place))} is no results file of a run: it lacks 'data' or 'backbone'")
+    return found
+
+
+def compare_results(first: Mapping[str, Any], second: Mapping[str, Any]) -> Comparison:
+    """Return what differs between the contents of two results files."""
+    data = [line for key, words in _PROTOCOL.items() if (line := _difference(key, words, first, second))]
+    oracles = [is_oracle([one]) for one in (first, second)]
+    if oracles[0] != oracles[1]:
+        data.append(f"hyperparameters: chosen by an oracle in the {'first' if oracles[0] else 'second'} run alone")
+    other = [line for key, words in _OTHER.items() if (line := _difference(key, words, first, second))]
+    versions = [one.get("versions") or {} for one in (first, second)]
+    for package in sorted(versions[0].keys() | versions[1].keys()):
+        ours, theirs = (one.get(package) for one in versions)
+        if ours != theirs:
+            other.append(f"version of {package}: {_words(ours)} against {_words(theirs)}")
+    return Comparison(data, other)
+
+
+def _difference(key: str, words: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
+    ours, theirs = _fact(key, first), _fact(key, second)
+    if key.startswith(_OPTIONAL):  # older runs record nothing where younger ones record that there is none
+        ours, theirs = ours or None, theirs or None
+    if ours == theirs:
+        # Two runs that both say nothing of what every run records are not known to be equal.
+        missing = ours is None and not key.startswith(_OPTIONAL) and _parent_lacks(key, first)
+        return f"{words}: neither run records it; run them anew with --force" if missing else None
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        names = [name for name in dict.fromkeys([*ours, *theirs]) if ours.get(name) != theirs.get(name)]
+        parts = [f"{name} {_words(ours.get(name))} against {_words(theirs.get(name))}" for name in names]
+        return f"{words}: " + ", ".join(parts)
+    return f"{words}: {_words(ours)} against {_words(theirs)}"
+
+
+def _fact(key: str, results: Mapping[str, Any]) -> Any:
+    value: Any = results
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _parent_lacks(key: str, results: Mapping[str, Any]) -> bool:
+    """Return whether ``key`` is absent; a value of null is one that was recorded."""
+    parent, _, name = key.rpartition(".")
+    where = _fact(parent, results) if parent else results
+    return not isinstance(where, Mapping) or name not in where
+
+
+def _words(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    text = value if isinstance(value, str) else repr(value)
+    if len(text) == 64 and all(letter in "0123456789abcdef" for letter in text):
+        return text[:12] + "..."
+    return repr(value) if len(text) < 250 else shown(value)

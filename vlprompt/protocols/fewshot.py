@@ -1,0 +1,138 @@
+"""The few-shot protocol: all classes, several numbers of shots, several seeds; accuracy per data set and shot.
+
+Accuracies are averaged over seeds; the average over data sets counts every set once, whatever its size (datasets.md 3).
+The spread is the population standard deviation, over seeds for a data set and over data sets for the average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from vlprompt.config.run import RunConfig
+from vlprompt.engine.metrics import headline
+from vlprompt.errors import ConfigError
+from vlprompt.protocols.groups import dataset_names
+from vlprompt.protocols.protocol import (
+    check_several,
+    keep,
+    marks,
+    over_seeds,
+    result_parts,
+    row_name,
+    run_seeds,
+    shared_marks,
+    spread,
+    spread_text,
+    table_rows,
+)
+from vlprompt.runs.prepare import load_all
+from vlprompt.runs.run import Run
+from vlprompt.runs.tables import data_words, metric_words, render
+
+SCHEMA = 1
+AVERAGE = "average"
+
+
+def few_shot(
+    configs: Sequence[RunConfig],
+    shots: Sequence[int] = (1, 2, 4, 8, 16),
+    seeds: Sequence[int] = (1, 2, 3),
+    *,
+    datasets: Sequence[str] | None = None,
+    force: bool = False,
+    report: Callable[[Run], None] | None = None,
+) -> tuple[dict[str, Any], str]:
+    """Run every configuration with every number of shots and every seed; return the results and the table.
+
+    Finished runs are reused and unfinished ones resumed, so the same call goes on where it stopped.
+
+    Args:
+        configs: What to compare; ``data.classes`` is set to ``all``, ``data.shots`` and ``seed`` to each of theirs.
+        shots: Training images per class; -1 for all.
+        seeds: Seeds of the shots and of the training.
+        datasets: Names, aliases or groups of data sets to run every configuration on, in place of its ``data.name``.
+        force: Run everything anew.
+        report: Called after every run.
+
+    Raises:
+        ConfigError: No configurations, shots, seeds or data sets, one of them twice, or an unknown data set.
+        DataError: Data sets that are missing: all of them, before anything is trained.
+        VlpromptError: Whatever a single run raises.
+    """
+    check_several("few-shot", configs, seeds)
+    if not shots or len(set(shots)) != len(shots):
+        raise ConfigError(f"shots are {list(shots)}; accepted: different numbers of images per class, such as 1,2,4")
+    configs = [config.with_data(classes="all") for config in configs]
+    names = None if datasets is None else dataset_names(datasets)
+    groups = [[config] if names is None else [config.with_data(name=name) for name in names] for config in configs]
+    everywhere = {(one.data.name, one.data.root): one.with_data(shots=1).data for group in groups for one in group}
+    load_all(list(everywhere.values()), seeds[0])
+    cells, average = [], []
+    for group in groups:
+        own = []
+        for config in group:
+            runs = {
+                count: run_seeds(config.with_data(shots=count), seeds, force=force, report=report) for count in shots
+            }
+            own.append(_cell(config, runs))
+        cells += own
+        if len(own) > 1:
+            average.append(_average(own))
+    results: dict[str, Any] = {"schema": SCHEMA, "protocol": "few-shot", "seeds": list(seeds), "shots": list(shots)}
+    results |= {"cells": cells, **({AVERAGE: average} if average else {})}
+    keep("few_shot", results, [config for group in groups for config in group], list(seeds), list(shots))
+    return results, few_shot_table(cells, list(shots), list(seeds), average)
+
+
+def _cell(config: RunConfig, runs: dict[int, list[Run]]) -> dict[str, Any]:
+    rows = {
+        label: {
+            str(count): {
+                "per_seed": [one.results[part]["all"] for one in own],
+                **spread([headline(one.results[part]["all"]) for one in own]),
+            }
+            for count, own in runs.items()
+        }
+        for label, part in result_parts(config.method).items()
+    }
+    everything = [one for own in runs.values() for one in own]
+    return {
+        "method": config.method,
+        "data": everything[0].results["data"]["name"],
+        "rows": rows,
+        **marks(everything),
+    }
+
+
+def _average(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the unweighted average of one configuration's ``cells``, one per data set, in the form of a cell."""
+    first = cells[0]
+    rows = {
+        label: {count: spread([cell["rows"][label][count]["mean"] for cell in cells]) for count in row}
+        for label, row in first["rows"].items()
+    }
+    names = [cell["data"] for cell in cells]
+    return {"method": first["method"], "data": AVERAGE, "datasets": names, "rows": rows, **shared_marks(cells)}
+
+
+def few_shot_table(
+    cells: Sequence[dict[str, Any]], shots: Sequence[int], seeds: Sequence[int], average: Sequence[dict[str, Any]] = ()
+) -> str:
+    """Return the table of all cells by number of shots, zero-shot once per data set, and of their averages."""
+    words = metric_words(cell.get("metric", "accuracy") for cell in cells)
+    title = f"few-shot {words} in % by images per class, {over_seeds(seeds)}"
+    table = Table("data", "method")
+    for count in shots:
+        table.add_column("all" if count == -1 else f"{count} shot{'s' if count > 1 else ''}", justify="right")
+    sets = len(average[0]["datasets"]) if average else 0
+    for part, several in ((cells, len(seeds) > 1), (average, True)):
+        for cell, label in table_rows(part):
+            texts = [spread_text(cell["rows"][label][str(count)], several) for count in shots]
+            table.add_row(data_words(cell["data"], cell.get("metric", "accuracy")), row_name(cell, label), *texts)
+        if average:
+            table.add_section()
+    caption = f"average: unweighted mean and deviation over {sets} data sets" if average else ""
+    return render(table, title, caption)

@@ -1,0 +1,110 @@
+"""What meta-learning is worth: accuracy from the usual start, from the learned one, and from that with its regulator.
+
+Every run trains on a few images of the base classes and is tested on base and new classes (:mod:`base_to_new`).
+Accuracies and their harmonic mean H are taken per seed; the mean over seeds stands with its standard error, the sample
+deviation over the root of the number of seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from vlprompt.config.run import GRAM, RunConfig
+from vlprompt.engine.metrics import headline
+from vlprompt.protocols.protocol import ZERO_SHOT, check_several, keep, over_seeds, run_seeds
+from vlprompt.runs.run import Run
+from vlprompt.runs.tables import render
+
+SCHEMA = 1
+STARTS = ("usual start", "learned start", "learned start, regulated")
+_COLUMNS = ("base", "new", "H")
+
+
+def compare_starts(
+    hosts: Sequence[tuple[RunConfig, Path]],
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    force: bool = False,
+    report: Callable[[Run], None] | None = None,
+) -> tuple[dict[str, Any], str]:
+    """Train every host from each start, with each number of shots and seed; return the results and the table.
+
+    Finished runs are reused and unfinished ones resumed.
+
+    Args:
+        hosts: Configurations with the folder of the meta-training that belongs to each; ``data.classes``,
+            ``data.shots``, ``seed``, ``start`` and ``init`` are set here.
+        shots: Training images per class.
+        seeds: Seeds of the shots and of the training.
+        force: Train anew.
+        report: Called after every run.
+
+    Raises:
+        ConfigError: No configurations or seeds, or a seed twice.
+        VlpromptError: Whatever a single run raises.
+    """
+    check_several("meta-eval", [config for config, _ in hosts], seeds)
+    cells: list[dict[str, Any]] = []
+    for config, folder in hosts:
+        starts = (config, replace(config, start=str(folder)), replace(config, init=f"{GRAM}{folder}"))
+        for count in shots:
+            for label, own in zip(STARTS, starts, strict=True):
+                wanted = own.with_data(classes="base", shots=count)
+                runs = run_seeds(wanted, seeds, force=force, report=report)
+                if label == STARTS[0]:
+                    cells.append(_cell(config, count, ZERO_SHOT, [one.results["zeroshot"] for one in runs]))
+                cells.append(_cell(config, count, label, [one.results["results"] for one in runs]))
+    results = {"schema": SCHEMA, "protocol": "meta", "seeds": list(seeds), "cells": cells}
+    keep(
+        "meta", results, [config for config, _ in hosts], [str(folder) for _, folder in hosts], list(shots), list(seeds)
+    )
+    return results, _table(results)
+
+
+def _cell(config: RunConfig, shots: int, label: str, scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    values = {
+        "base": [headline(one["base"]) for one in scores],
+        "new": [headline(one["new"]) for one in scores],
+        "H": [float(one["harmonic_mean"]) for one in scores],
+    }
+    return {
+        "method": config.method,
+        "data": config.data.name,
+        "shots": shots,
+        "start": label,
+        **{name: {**_mean(own), "per_seed": own} for name, own in values.items()},
+    }
+
+
+def _mean(values: Sequence[float]) -> dict[str, float | None]:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "standard_error": error}
+
+
+def _table(results: dict[str, Any]) -> str:
+    table = Table("method", "data", "shots", "start")
+    for name in _COLUMNS:
+        table.add_column(name, justify="right")
+    before = None
+    for cell in results["cells"]:
+        place = (cell["method"], cell["data"], str(cell["shots"]))
+        if before is not None and place != before:
+            table.add_section()
+        shown = place if place != before else ("", "", "")
+        before = place
+        table.add_row(*shown, cell["start"], *(_text(cell[name]) for name in _COLUMNS))
+    seeds = over_seeds(results["seeds"]).replace("deviation", "standard error")
+    return render(table, f"accuracy in %, {seeds}")
+
+
+def _text(value: dict[str, Any]) -> str:
+    error = value["standard_error"]
+    return f"{value['mean']:.2f}" if error is None else f"{value['mean']:.2f} ± {error:.2f}"

@@ -1,0 +1,1 @@
+"""Runs: training, evaluation, run folders, result tables and predictions."""

@@ -1,0 +1,240 @@
+"""A run's folder: where it is, what it was made from, and whether it is finished, unfinished or in use."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+
+from vlprompt.config.meta import MetaRunConfig
+from vlprompt.config.run import RunConfig
+from vlprompt.config.yaml import yaml_text
+from vlprompt.engine.callbacks import LAST_CHECKPOINT, write_text
+from vlprompt.errors import ConfigError
+from vlprompt.io.regulators import REGULATOR_FILE
+from vlprompt.version import __version__
+
+CONFIG, ENVIRONMENT, RESULTS, HEAD = "config.yaml", "env.json", "results.json", "head"
+VALIDATION, TARGETS = "validation.json", "targets"
+_PACKAGES = (
+    *("torch", "torchvision", "open_clip_torch", "timm"),
+    *("pytorch-lightning", "torchmetrics", "numpy", "pillow"),
+)
+# What cannot change a result: where things lie, how many processes share the work, what is shown meanwhile.
+_INDIFFERENT: dict[str, tuple[str, ...] | None] = {
+    "output": None,
+    "data": ("root", "workers", "bank"),
+    "trainer": ("devices", "accelerator", "progress", "loggers"),
+}
+
+
+def sha256_of(value: Any) -> str:
+    """Return the SHA-256 of plain values, as canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def config_sha256(config: RunConfig) -> str:
+    """Return the SHA-256 of everything in ``config`` that can change a result."""
+    plain = dataclasses.asdict(config)
+    for part, names in _INDIFFERENT.items():
+        for name in names or ():
+            del plain[part][name]
+        if names is None:
+            del plain[part]
+    for name in ("start", "init", "decomposition"):  # younger than runs that people have
+        if not plain[name]:
+            del plain[name]
+    return sha256_of(plain)
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Return ``output/method/dataset/<classes>-<shots>shot-seed<seed>-<hash>``; equal settings, equal folder."""
+    data = config.data
+    shots = "all" if data.shots == -1 else f"{data.shots}shot"
+    name = f"{data.classes}-{shots}-seed{config.seed}-{config_sha256(config)[:8]}"
+    return Path(config.output) / config.method / data.name / name
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes (Lightning starts the others with a rank in the environment)."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+
+
+def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """Return the SHA-256 over names and bytes of ``tensors``."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def opened(folder: Path, config: RunConfig | MetaRunConfig, inputs: dict[str, str], *, force: bool) -> Iterator[None]:
+    """Hold ``folder`` for this run; write its configuration and environment, or check that they are this run's.
+
+    Args:
+        folder: The run's folder.
+        config: The resolved configuration.
+        inputs: Checksums of what the run starts from (split, weights, initial learnables).
+        force: Remove what an earlier run left.
+
+    Raises:
+        ConfigError: Another process is running there, the folder was made from other inputs, or it cannot be made.
+    """
+    if not is_main_process():
+        _agree()
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder.parent / f".{folder.name}.lock").open("w")
+    except OSError as error:
+        _agree(refused=True)
+        raise ConfigError(
+            f"the run folder {folder} cannot be made: {error.strerror or error}. Choose another place: --output FOLDER"
+        ) from error
+    ready = False
+    try:
+        _hold(lock, folder)
+        if force:
+            _clear(folder)
+        _check_inputs(folder, inputs)
+        _sweep(folder)
+        write_text(folder / CONFIG, yaml_text(dataclasses.asdict(config)))
+        if not (folder / ENVIRONMENT).is_file():
+            write_text(folder / ENVIRONMENT, json.dumps(environment(config) | {"inputs": inputs}, indent=1) + "\n")
+        ready = True
+        _agree()
+        yield
+    finally:
+        if not ready:
+            _agree(refused=True)
+        lock.close()
+
+
+def _hold(lock: IO[str], folder: Path) -> None:
+    # A record lock belongs to this process alone. One of flock would pass to forked loader processes, which outlive a
+    # killed run by some seconds and would keep it from being resumed.
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ConfigError(f"another process is running in {folder}; wait for it, or stop it first") from None
+
+
+def _agree(refused: bool = False) -> None:
+    """Let no process of this run go on before the first has prepared the folder; end the others where it refuses.
+
+    The first run of a command has one process as yet, its Trainer starts the others; later runs have them all.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    on_gpu = dist.get_backend() == "nccl"
+    flag = torch.tensor([int(refused)], device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu")
+    dist.broadcast(flag, src=0)
+    if flag.item() and not is_main_process():
+        sys.exit(2)  # the first process says why
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed writer left under temporary names; the folder is held, so nobody is writing."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+    for path in folder.glob(f".{HEAD}.*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_inputs(folder: Path, inputs: dict[str, str]) -> None:
+    known = read_json(folder / ENVIRONMENT)
+    if known is None:
+        if found := [name for name in (RESULTS, LAST_CHECKPOINT) if (folder / name).exists()]:
+            raise ConfigError(
+                f"{folder} holds {' and '.join(found)} but no {ENVIRONMENT}, which says what they were made from. "
+                "Add --force to remove them and start anew, or choose another --output."
+            )
+        return
+    recorded = known.get("inputs")
+    if not isinstance(recorded, dict):
+        raise ConfigError(f"{folder / ENVIRONMENT} is damaged: it lacks 'inputs'; start the run anew with --force")
+    changed = [name for name, value in inputs.items() if recorded.get(name) != value]
+    if changed:
+        raise ConfigError(
+            f"{folder} was started from another {', '.join(changed)}; its results would not be this run's. "
+            "Add --force to remove it and start anew, or choose another --output."
+        )
+
+
+def _clear(folder: Path) -> None:
+    # What marks the run as finished goes first and what says where it came from last, should this be interrupted.
+    for name in (RESULTS, LAST_CHECKPOINT, "metrics.jsonl", VALIDATION, REGULATOR_FILE):
+        (folder / name).unlink(missing_ok=True)
+    for name in (HEAD, TARGETS, "tensorboard", "wandb"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (CONFIG, ENVIRONMENT):
+        (folder / name).unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in ``path``; None when there is no such file.
+
+    Raises:
+        ConfigError: The file is not a JSON object.
+    """
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); start the run anew with --force") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds no JSON object; start the run anew with --force")
+    return value
+
+
+def environment(config: RunConfig | MetaRunConfig) -> dict[str, Any]:
+    """Return what a result may depend on beside its configuration: versions, git state, seed, machine, command."""
+    return {
+        "command": sys.argv,
+        "git": _git(),
+        "versions": versions(),
+        "seeds": {"run": config.seed, "shots": config.seed},
+        "machine": {
+            "platform": platform.platform(),
+            "gpus": torch.cuda.device_count(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of vlprompt, of what its numbers depend on, and of Python."""
+    found = {"vlprompt": __version__}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found | {"python": platform.python_version()}
+
+
+def _git() -> dict[str, Any] | None:
+    def ask(*words: str) -> str:
+        here = Path(__file__).resolve().parent
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,98 @@
+"""Predictions of a saved head for image files and folders of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlprompt.data.views import View, test_view
+from vlprompt.datasets.images import IMAGE_SUFFIXES, FileSource
+from vlprompt.errors import ConfigError, DataError, bulleted
+from vlprompt.io.head import load_head
+
+
+def predict(
+    folder: str | Path, paths: Sequence[str | Path], top: int = 5, *, batch_size: int = 64, device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """Return, for every image, its ``top`` classes with their probabilities, best first.
+
+    Args:
+        folder: A head's or a run's folder.
+        paths: Image files, and folders that are searched for images at any depth.
+        top: Classes per image; more than there are gives all of them.
+        batch_size: Images per forward pass.
+        device: Where to compute.
+
+    Returns:
+        ``[{"path": str, "classes": [{"name": str, "probability": float}, ...]}, ...]`` in the order of the images.
+
+    Raises:
+        ConfigError: ``top`` below 1.
+        DataError: Files that are missing, or that are no images: all of them; nothing is predicted then.
+        HeadError: The head cannot be loaded.
+    """
+    if top < 1:
+        raise ConfigError(f"--top is {top}; accepted: 1 or more")
+    files = image_files(paths)
+    head = load_head(folder, device=device)
+    view = test_view(head.backbone.preprocess)
+    found: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    for start in range(0, len(files), batch_size):
+        batch = files[start : start + batch_size]
+        pictures = [_view_of(path, view, wrong) for path in batch]
+        if wrong:
+            continue  # nothing will be predicted; what else cannot be read is said together
+        images = torch.stack([picture for picture in pictures if picture is not None])
+        probabilities = head(images.to(head.backbone.device)).softmax(dim=-1).cpu()
+        best = probabilities.topk(min(top, len(head.class_names)), dim=-1)
+        for path, values, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
+            classes = [{"name": head.class_names[i], "probability": p} for p, i in zip(values, indices, strict=True)]
+            found.append({"path": str(path), "classes": classes})
+    if wrong:
+        raise DataError(wrong[0] if len(wrong) == 1 else "images that cannot be used:\n" + bulleted(wrong, limit=8))
+    return found
+
+
+def _view_of(path: Path, view: View, wrong: list[str]) -> torch.Tensor | None:
+    """Return the image ``[3, H, W]`` as the backbone sees it; None, and a line in ``wrong``, if it cannot be read."""
+    try:
+        image: torch.Tensor = view(FileSource(str(path)).open())
+    except DataError as error:
+        wrong.append(str(error))
+        return None
+    return image
+
+
+def image_files(paths: Sequence[str | Path]) -> list[Path]:
+    """Return the image files that ``paths`` name, folders searched in byte order of their paths.
+
+    Raises:
+        DataError: A path that does not exist, a folder without images, or no paths at all.
+    """
+    files: list[Path] = []
+    wrong = []
+    for path in map(Path, paths):
+        if os.path.isdir(path):  # os.path: False for names that no file can have
+            inside = [p for p in path.rglob("*") if _is_image(p, path)]
+            files += sorted(inside, key=lambda p: p.as_posix().encode())
+            if not inside:
+                wrong.append(f"{path}: a folder without images ({', '.join(IMAGE_SUFFIXES)})")
+        elif os.path.isfile(path):
+            files.append(path)
+        else:
+            text = str(path)
+            wrong.append(f"{text if len(text) <= 150 else text[:120] + '...'}: there is no such file or folder")
+    if wrong or not files:
+        raise DataError("nothing to predict:\n" + bulleted(wrong or ["no images were given"]))
+    return files
+
+
+def _is_image(path: Path, folder: Path) -> bool:
+    # As in data folders, what is hidden (._x.jpg of macOS, .thumbnails/) is no image of the user's.
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return not hidden and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()

@@ -1,0 +1,67 @@
+"""Tables of results as plain text, for the terminal and for files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vlprompt.engine.metrics import METRICS, headline
+from vlprompt.runs.selection import is_oracle, stamped
+
+
+def render(table: Table, title: str = "", caption: str = "") -> str:
+    """Return a rich table as text of at most 120 columns.
+
+    ``title`` and ``caption`` stand on lines of their own; a title of the table itself is broken at the table's width.
+    """
+    out = io.StringIO()
+    Console(file=out, width=120, force_terminal=False, color_system=None).print(table)
+    return "\n".join(text for text in (title, out.getvalue().rstrip(), caption) if text)
+
+
+def results_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Return one row for zero-shot and one per run (the content of its ``results.json``), over one data set."""
+    first = runs[0]
+    data = first["data"]
+    columns = [name for name in ("all", "base", "new") if name in first["results"]]
+    metric = str(first["results"][columns[0]].get("metric", "accuracy"))
+    title = f"{data['name']}: {METRICS[metric]} in %, {data['shots']} shots, seed {data['seed']}"
+    table = Table("method")
+    for name in columns:
+        table.add_column(f"{name} (correct/total)" if metric == "accuracy" else name, justify="right")
+    if "new" in columns:
+        table.add_column("harmonic mean", justify="right")
+    rows = [] if first["method"] == "zeroshot" else [("zero-shot", first["zeroshot"])]
+    for label, scores in [
+        *rows,
+        *((stamped(one["method"], is_oracle([one]), one.get("test_images")), one["results"]) for one in runs),
+    ]:
+        cells = [score_text(scores.get(name)) for name in columns]
+        if "new" in columns:
+            mean = scores.get("harmonic_mean")
+            cells.append("-" if mean is None else f"{mean:.2f}")
+        table.add_row(label, *cells)
+    return render(table, title)
+
+
+def score_text(score: Mapping[str, Any] | None) -> str:
+    """Return a score's headline number, with the exact counts of an accuracy; a dash for none."""
+    if score is None:
+        return "-"
+    counts = f" ({score['correct']}/{score['total']})" if "metric" not in score else ""
+    return f"{headline(score):.2f}{counts}"
+
+
+def metric_words(metrics: Iterable[str]) -> str:
+    """Return what a table over data sets with these headline ``metrics`` measures."""
+    found = list(dict.fromkeys(metrics))
+    return METRICS[found[0]] if len(found) == 1 else "score"
+
+
+def data_words(name: str, metric: str) -> str:
+    """Return a data set's name for a table; with the metric, where that is not accuracy."""
+    return name if metric == "accuracy" else f"{name} ({METRICS[metric]})"
