@@ -1,0 +1,228 @@
+"""What annotations accept: bounds as metadata, their words in messages, and the strict form that pydantic checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import AfterValidator, BeforeValidator, Strict
+from pydantic_core import PydanticCustomError
+
+
+# -- metadata of annotations ------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """Words in place of the generated ones: ``Annotated[Positive | None, Words("1 or more, or null")]``."""
+
+    words: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Holds:
+    """A condition on a value, and the words for what is accepted: ``Annotated[str, Holds(str.isalpha, "letters")]``."""
+
+    condition: Callable[[Any], bool]
+    words: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Multiline:
+    """Marks a text that may hold line breaks and tabs."""
+
+
+Positive: TypeAlias = Annotated[int, Ge(1)]
+Count: TypeAlias = Annotated[int, Ge(0)]
+Seed: TypeAlias = Annotated[int, Ge(0), Le(2**32 - 1)]
+NonNegative: TypeAlias = Annotated[float, Ge(0)]
+Above0: TypeAlias = Annotated[float, Gt(0)]
+Fraction: TypeAlias = Annotated[float, Ge(0), Le(1)]
+Below1: TypeAlias = Annotated[float, Ge(0), Lt(1)]
+Name: TypeAlias = Annotated[str, MinLen(1)]
+Lines: TypeAlias = Annotated[str, _Multiline()]
+Template: TypeAlias = Annotated[
+    str, Holds(lambda text: text.count("{}") == 1, "a text with {} once, for the class name")
+]
+
+
+# -- hints ------------------------------------------------------------------------------------------------------------
+@functools.cache
+def field_hints(kind: type) -> Mapping[str, Any]:
+    """Return the annotations of the fields that a dataclass takes, bounds included."""
+    hints = get_type_hints(kind, include_extras=True)
+    return types.MappingProxyType({entry.name: hints[entry.name] for entry in dataclasses.fields(kind) if entry.init})
+
+
+def options(hint: Any) -> tuple[Any, ...]:
+    """Return the alternatives of a union, or the hint alone."""
+    inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    return get_args(inner) if get_origin(inner) in (Union, types.UnionType) else (hint,)
+
+
+def bare(hint: Any) -> Any:
+    """Return a hint without its metadata, and without ``None`` if a single alternative is left then."""
+    if get_origin(hint) is Annotated:
+        return bare(get_args(hint)[0])
+    some = [option for option in options(hint) if option is not type(None)]
+    return bare(some[0]) if len(some) < len(options(hint)) == 2 else hint
+
+
+def literals(hint: Any) -> list[Any]:
+    """Return the values that the Literal parts of a hint name."""
+    kinds = [bare(option) for option in options(hint)]
+    return [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
+
+
+def is_list(hint: Any) -> bool:
+    """Return whether a bare hint is that of a list or tuple."""
+    return (get_origin(hint) or hint) in (list, tuple, Sequence, Iterable)
+
+
+def is_mapping(hint: Any) -> bool:
+    """Return whether a bare hint is that of a mapping with keys of any name."""
+    return (get_origin(hint) or hint) in (dict, Mapping)
+
+
+def is_dataclass(hint: Any) -> bool:
+    """Return whether a bare hint is a dataclass."""
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def _metadata(hint: Any) -> tuple[Any, ...]:
+    return tuple(hint.__metadata__) if get_origin(hint) is Annotated else ()
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+_PLAIN_WORDS: Mapping[Any, str] = {
+    int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", type(None): "null",
+    Any: "any value",
+}  # fmt: skip
+
+
+def accepted_values(hint: Any) -> str:
+    """Return in words what a hint accepts: ``"a whole number of 1 or more"``, ``"'all', 'base' or 'new'"``."""
+    metadata = _metadata(hint)
+    for entry in metadata:
+        if isinstance(entry, Words | Holds):
+            return entry.words
+    inner = get_args(hint)[0] if metadata else hint
+    args = get_args(inner)
+    if get_origin(inner) is Literal:
+        return _either([repr(value) for value in args])
+    if get_origin(inner) in (Union, types.UnionType):
+        return _either([accepted_values(option) for option in args])
+    if is_list(inner):
+        return _list_words(inner, metadata)
+    if inner in _PLAIN_WORDS:
+        return _PLAIN_WORDS[inner] + (_length_words(metadata) if inner is str else _range_words(metadata))
+    if is_dataclass(inner):
+        names = list(field_hints(inner))
+        return "a table of " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    return "a table" if is_mapping(inner) else str(getattr(inner, "__name__", inner))
+
+
+def _either(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+def _list_words(hint: Any, metadata: Iterable[Any]) -> str:
+    args = get_args(hint)
+    items = [arg for arg in args if arg is not Ellipsis]
+    if get_origin(hint) is tuple and Ellipsis not in args and items:
+        return f"a list of {len(items)}: " + ", ".join(accepted_values(item) for item in items)
+    length = _length_words(metadata, "items")
+    return f"a list{length}, each item {accepted_values(items[0])}" if items else f"a list{length}"
+
+
+def _bounds(metadata: Iterable[Any], *names: str) -> Iterator[Any]:
+    """Yield the bounds ``names`` of an annotation; None where it has none."""
+    entries = list(metadata)
+    for name in names:
+        yield next((getattr(entry, name) for entry in entries if hasattr(entry, name)), None)
+
+
+def _length_words(metadata: Iterable[Any], unit: str = "characters") -> str:
+    least, most = _bounds(metadata, "min_length", "max_length")
+    if (least, most) == (1, None):
+        return " that is not empty"
+    words = _range_words([Ge(least)] * (least is not None) + [Le(most)] * (most is not None))
+    return words and f"{words} {unit}"
+
+
+def _range_words(metadata: Iterable[Any]) -> str:
+    """Return bounds in words that follow "a whole number"."""
+    least, above, most, below = _bounds(metadata, "ge", "gt", "le", "lt")
+    upper = f"at most {most}" if most is not None else f"below {below}" if below is not None else ""
+    if above is not None:
+        return f" above {above}" + (f", {upper}" if upper else "")
+    if least is None:
+        return f" {'of ' if most is not None else ''}{upper}".rstrip()
+    return f" from {least} to {upper.removeprefix('at most ')}" if upper else f" of {least} or more"
+
+
+# -- strict hints for pydantic ----------------------------------------------------------------------------------------
+def _refused(why: str = "") -> PydanticCustomError:
+    return PydanticCustomError("refused", "{why}", {"why": why})
+
+
+def _check_text(text: str, allowed: str = "") -> str:
+    if any(unicodedata.category(char) in ("Cc", "Cs") and char not in allowed for char in text):
+        raise _refused("the text holds control characters or is not valid UTF-8")
+    return text
+
+
+def _check_lines(text: str) -> str:
+    return _check_text(text, "\n\t")
+
+
+def _check_list(value: Any) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise _refused()
+    return value
+
+
+def _check_literal(choices: tuple[Any, ...], value: Any) -> Any:
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise _refused()
+    return value
+
+
+def _check_condition(holds: Holds, value: Any) -> Any:
+    if not holds.condition(value):
+        raise _refused()
+    return value
+
+
+def strict(hint: Any) -> Any:
+    """Return a hint as pydantic is to check it: scalars strict, lists and tuples to tuples, mappings to dicts."""
+    metadata = _metadata(hint)
+    if metadata:
+        inner = get_args(hint)[0]
+        checks = [
+            AfterValidator(functools.partial(_check_condition, one)) for one in metadata if isinstance(one, Holds)
+        ]
+        base = Annotated[str, Strict(), AfterValidator(_check_lines)] if _Multiline() in metadata else strict(inner)
+        parts = (base, *metadata, *checks)
+        return Annotated[parts]
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is str:
+        return Annotated[str, Strict(), AfterValidator(_check_text)]
+    if hint in (int, float, bool):
+        return Annotated[hint, Strict()]
+    if origin is Literal:
+        return Annotated[hint, BeforeValidator(functools.partial(_check_literal, args))]
+    if origin in (Union, types.UnionType):
+        return Union[tuple(strict(option) for option in args)]  # noqa: UP007
+    if is_list(hint):
+        of_any_length = origin is not tuple or Ellipsis in args
+        items = tuple(strict(arg) for arg in args if arg is not Ellipsis) or (Any,)
+        tuples = tuple[items[0], ...] if of_any_length else tuple[items]  # type: ignore[valid-type]
+        return Annotated[tuples, BeforeValidator(_check_list)]
+    if is_mapping(hint):
+        key, value = args or (Any, Any)
+        return dict[strict(key), strict(value)]  # type: ignore[misc]
+    return hint

@@ -1,0 +1,374 @@
+"""Validated dataclasses: types and bounds are read from annotations, and all problems are reported at once.
+
+:func:`validated` makes a frozen dataclass whose values pydantic checks. Scalars are strict (``True`` is no int, ``"3"``
+no number, ``3.0`` no int; an int is accepted for a float), lists become tuples, mappings become nested dataclasses, and
+NaN and infinity are refused. Bounds stand in the annotation: ``depth: Annotated[int, Ge(1), Le(12)]``, or one of the
+aliases below. What fields say together is checked by ``__post_init__``, which raises ConfigError.
+
+Example:
+    >>> from typing import Literal
+    >>> @validated("settings")
+    ... class Settings:
+    ...     depth: Positive = 9
+    ...     mode: Literal["front", "end"] = "end"
+    >>> Settings(depth=2)
+    Settings(depth=2, mode='end')
+    >>> _, problems = validate(Settings, {"depth": 0, "mode": "ende"})
+    >>> for problem in problems:
+    ...     print(problem.text)
+    settings.depth is 0; accepted: a whole number of 1 or more
+    settings.mode is 'ende'; accepted: 'front' or 'end'. Did you mean 'end'?
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import MISSING
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar, cast, get_args, get_origin, get_type_hints
+
+import pydantic.dataclasses
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import dataclass_transform
+
+from vlprompt.config.hints import (
+    Above0,
+    Below1,
+    Count,
+    Fraction,
+    Holds,
+    Lines,
+    Name,
+    NonNegative,
+    Positive,
+    Seed,
+    Template,
+    Words,
+    accepted_values,
+    bare,
+    field_hints,
+    is_dataclass,
+    is_list,
+    is_mapping,
+    literals,
+    options,
+    strict,
+)
+from vlprompt.config.yaml import shown, yaml_node, yaml_value
+from vlprompt.errors import ConfigError, nearest
+
+__all__ = [
+    "Above0", "Below1", "Count", "Fraction", "Ge", "Gt", "Holds", "Le", "Lines", "Lt", "MaxLen", "MinLen", "Name",
+    "NonNegative", "Positive", "Problem", "Seed", "Template", "Words", "accepted_values", "convert", "field_hints",
+    "from_text", "literals", "validate", "validated",
+]  # fmt: skip
+
+T = TypeVar("T")
+
+
+# -- dataclasses ------------------------------------------------------------------------------------------------------
+_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
+_DEFERRED: ContextVar[bool] = ContextVar("deferred", default=False)
+"""Whether ``__post_init__`` does nothing for now, because :func:`validate` calls it when every field is known."""
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def validated(where: str = "settings") -> Callable[[type[T]], type[T]]:
+    """Return a decorator that makes a frozen dataclass whose values are checked.
+
+    ``dataclasses.fields``, ``replace`` and ``asdict`` work as for any dataclass. ``__post_init__`` may raise
+    ConfigError for values that contradict each other; its text, a line a problem, names fields as ``where.field``.
+
+    Args:
+        where: The section that the fields belong to, for the texts of errors; ``""`` for none.
+
+    Raises:
+        ConfigError: By the class when it is made of values that are not accepted; all of them are listed.
+    """
+    namespace = sys._getframe(1).f_locals
+
+    def decorate(cls: type[T]) -> type[T]:
+        hints = get_type_hints(cls, localns=namespace, include_extras=True)
+        own = cls.__dict__.get("__annotations__", {})
+        cls.__annotations__ = {name: hint if _is_class_variable(hint := hints[name]) else strict(hint) for name in own}
+        if "__post_init__" in cls.__dict__:
+            cls.__post_init__ = _deferrable(cls.__post_init__)  # type: ignore[attr-defined]
+        made: Any = pydantic.dataclasses.dataclass(frozen=True, config=_CONFIG)(cls)
+        made.__init__ = _checked_init(made, where)
+        made.__where__ = where
+        return made  # type: ignore[no-any-return]
+
+    return decorate
+
+
+def _is_class_variable(hint: Any) -> bool:
+    return hint is ClassVar or get_origin(hint) is ClassVar
+
+
+def _deferrable(check: Callable[[Any], None]) -> Callable[[Any], None]:
+    @functools.wraps(check)
+    def __post_init__(self: Any) -> None:
+        if not _DEFERRED.get():
+            check(self)
+
+    return __post_init__
+
+
+def _checked_init(cls: Any, where: str) -> Callable[..., None]:
+    names = [entry.name for entry in dataclasses.fields(cls) if entry.init]
+
+    def __init__(self: Any, *args: Any, **values: Any) -> None:
+        given = dict(zip(names, args, strict=False))
+        if len(args) > len(names) or given.keys() & values.keys():
+            raise TypeError(f"{cls.__name__} takes the values {', '.join(names)}, each once")
+        instance, problems = validate(cls, {**given, **values}, where)
+        if instance is None or problems:
+            raise ConfigError("\n".join(problem.text for problem in problems))
+        vars(self).update(vars(instance))
+
+    return __init__
+
+
+# -- validation -------------------------------------------------------------------------------------------------------
+class Problem(NamedTuple):
+    """What is wrong: the dotted ``key``, and the whole ``text``, which names it."""
+
+    key: str
+    text: str
+
+
+def validate(kind: type[T], values: Mapping[str, Any], where: str | None = None) -> tuple[T | None, list[Problem]]:
+    """Return an instance of a dataclass made of ``values``, and every problem of them.
+
+    A field that is a dataclass takes an instance, or a mapping, whose values replace those of the field's default.
+    Contradictions (``__post_init__``) are listed together with values that are not accepted, unless they concern these.
+
+    Args:
+        kind: A :func:`validated` dataclass. A plain one is checked in the same way.
+        values: By the names of its fields.
+        where: What precedes the names of fields in keys; the class's own if None, nothing if empty.
+
+    Returns:
+        The instance, None if it cannot be made; and the problems, none if all is well.
+    """
+    checked = _checked_form(cast(Any, kind))
+    where = checked.__where__ if where is None else where
+    problems: list[Problem] = []
+    token = _DEFERRED.set(True)
+    try:
+        instance, refused = _make(checked, values, where, problems)
+        if refused:  # the rest is judged with the defaults in place of what is refused
+            instance, _ = _make(checked, _without(values, refused), where, [])
+    finally:
+        _DEFERRED.reset(token)
+    if instance is None:
+        return None, problems
+    if checked is kind:
+        texts = _contradictions(instance, where)
+    else:
+        instance, texts = _plain_instance(kind, instance)
+    wrong = {problem.key for problem in problems}
+    for text in texts:
+        keys = re.findall(r"\w+(?:\.\w+)*", text)
+        if not wrong.intersection(keys):
+            problems.append(Problem(keys[0] if keys else where, text))
+    return (None if problems else instance), problems
+
+
+_Path: TypeAlias = tuple[str, ...]
+
+
+def _make(kind: Any, values: Mapping[str, Any], where: str, problems: list[Problem]) -> tuple[Any, list[_Path]]:
+    """Return an instance, or None with the paths of the fields that are refused, noted in ``problems``."""
+    complete = _over_defaults(kind, values)
+    try:
+        return kind.__pydantic_validator__.validate_python(complete), []
+    except ValidationError as error:
+        by_path: dict[str, Problem] = {}
+        refused = []
+        for entry in error.errors(include_url=False):
+            place = _Place(kind, complete, where).at(entry["loc"])
+            refused.append(place.names)
+            by_path.setdefault(place.path, Problem(place.key, place.text(entry.get("ctx", {}).get("why", ""))))
+        problems += by_path.values()
+        return None, refused
+
+
+@dataclasses.dataclass
+class _Place:
+    """A place in nested values: its hint, its value, the dotted path, and the names of the fields down to it."""
+
+    hint: Any
+    value: Any
+    path: str
+    names: _Path = ()
+    key: str = ""
+    siblings: Sequence[str] = ()
+
+    def at(self, steps: tuple[Any, ...]) -> _Place:
+        """Return the place that pydantic's ``steps`` lead to; of a union or of a mapping's key, the whole."""
+        for step in steps[:-2] if steps[-1:] == ("[key]",) else steps:
+            kind = bare(self.hint)
+            if is_dataclass(kind) and isinstance(self.value, Mapping):
+                hints = field_hints(kind)
+                self.siblings = list(hints)
+                self.hint, self.value = hints.get(step, MISSING), self.value.get(step, MISSING)
+                self.path = f"{self.path}.{step}".removeprefix(".")
+                self.names, self.key = (*self.names, str(step)), self.path
+            elif is_list(kind) and isinstance(step, int) and step < len(self.value):
+                items = [arg for arg in get_args(kind) if arg is not Ellipsis] or [Any]
+                self.hint, self.value = items[step if step < len(items) else 0], self.value[step]
+                self.path += f"[{step}]"
+            elif is_mapping(kind) and step in self.value:
+                self.hint, self.value = (*get_args(kind), Any, Any)[1], self.value[step]
+                self.path += f".{step}"
+            else:
+                break
+        return self
+
+    def text(self, why: str = "") -> str:
+        """Return what is wrong here; ``why`` says more than what is accepted."""
+        if self.hint is MISSING:
+            section = self.path.removesuffix(self.names[-1])
+            near = nearest(self.names[-1][:100], self.siblings)
+            names = [repr(section + name) for name in near] or [section + name for name in self.siblings[:12]]
+            hint = f"Did you mean {' or '.join(names)}?" if near else f"Accepted: {', '.join(names)}."
+            return f"there is no key {shown(self.path)}. {hint}"
+        if self.value is MISSING:
+            return f"{self.path} is missing; accepted: {accepted_values(self.hint)}"
+        why = f" ({why})" if why else ""
+        return f"{self.path} is {shown(self.value)}{why}; accepted: {accepted_values(self.hint)}{_meant(self)}"
+
+
+def _meant(place: _Place) -> str:
+    choices = {str(choice): choice for choice in literals(place.hint)}
+    near = nearest(place.value[:100], choices, 1) if isinstance(place.value, str) else []
+    return f". Did you mean {choices[near[0]]!r}?" if near else ""
+
+
+def _over_defaults(kind: Any, values: Mapping[str, Any], defaults: Any = None) -> dict[str, Any]:
+    """Return ``values`` over those of the instance ``defaults``; mappings of nested dataclasses likewise."""
+    complete = {} if defaults is None else {name: getattr(defaults, name) for name in field_hints(kind)}
+    for name, value in values.items():
+        nested = bare(field_hints(kind).get(name))
+        if is_dataclass(nested) and isinstance(value, Mapping):
+            default = complete.get(name, _default(kind, name))
+            value = _over_defaults(nested, value, default if isinstance(default, nested) else None)
+        complete[name] = value
+    return complete
+
+
+def _default(kind: Any, name: str) -> Any:
+    entry = next(entry for entry in dataclasses.fields(kind) if entry.name == name)
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
+
+
+def _without(values: Mapping[str, Any], refused: Iterable[_Path]) -> dict[str, Any]:
+    """Return a copy of nested mappings without the values at these paths."""
+    inner: dict[str, list[_Path]] = {}
+    for name, *rest in refused:
+        inner.setdefault(name, []).append(tuple(rest))
+    return {
+        name: _without(value, inner[name]) if name in inner else value
+        for name, value in values.items()
+        if name not in inner or (isinstance(value, Mapping) and () not in inner[name])
+    }
+
+
+def _contradictions(instance: Any, where: str) -> list[str]:
+    """Return what ``__post_init__`` of nested dataclasses and of this one refuse; keys start with ``where``."""
+    kind: Any = type(instance)
+    found = []
+    for name in field_hints(kind):
+        for path, value in _items(getattr(instance, name), f"{where}.{name}".removeprefix(".")):
+            found += _contradictions(value, path)
+    try:
+        getattr(instance, "__post_init__", lambda: None)()
+    except ConfigError as error:
+        declared = kind.__where__
+        text = (
+            re.sub(rf"\b{re.escape(declared)}\.", f"{where}." if where else "", str(error)) if declared else str(error)
+        )
+        found += text.splitlines()
+    return found
+
+
+def _items(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield the validated dataclasses that ``value`` is or holds, with their paths."""
+    if hasattr(type(value), "__where__"):
+        yield path, value
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _items(item, f"{path}[{index}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _items(item, f"{path}.{key}")
+
+
+@functools.cache
+def _checked_form(kind: Any) -> Any:
+    """Return a validated dataclass, or for a plain one its like with the same fields."""
+    if "__where__" in vars(kind):
+        return kind
+    namespace: dict[str, Any] = {"__annotations__": field_hints(kind), "__module__": kind.__module__}
+    for entry in dataclasses.fields(kind):
+        if entry.init and entry.default_factory is not MISSING:
+            namespace[entry.name] = dataclasses.field(default_factory=entry.default_factory)
+        elif entry.init and entry.default is not MISSING:
+            namespace[entry.name] = entry.default
+    return validated("")(type(kind.__name__, (), namespace))
+
+
+def _plain_instance(kind: type[T], checked: Any) -> tuple[T | None, list[str]]:
+    """Return the plain dataclass with the checked values, or None and what it refuses."""
+    try:
+        return kind(**vars(checked)), []
+    except ConfigError as error:
+        return None, str(error).splitlines()
+
+
+# -- single values ----------------------------------------------------------------------------------------------------
+@functools.cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(strict(hint), config=ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True))
+
+
+def convert(hint: Any, value: Any) -> Any:
+    """Return ``value`` as ``hint`` wants it: an int becomes a float, a list a tuple.
+
+    Raises:
+        ValueError: It is not accepted; the text, if any, says why.
+    """
+    try:
+        return _adapter(hint).validate_python(value)
+    except ValidationError as error:
+        why = [entry.get("ctx", {}).get("why", "") for entry in error.errors(include_url=False)]
+        raise ValueError("".join(why[:1])) from None
+
+
+def from_text(hint: Any, text: str) -> Any:
+    """Return the value of command-line ``text``: the text itself where ``hint`` takes texts, else what YAML reads.
+
+    Raises:
+        ValueError: It is not accepted; the text, if any, says why.
+    """
+    kinds = {bare(option) for option in options(hint)}
+    if text in ("null", "~") and type(None) in kinds:
+        return None
+    if text in literals(hint) or (str in kinds and kinds <= {str, type(None)}):
+        return convert(hint, text)
+    try:
+        loader, node = yaml_node(text)
+        return convert(hint, None if node is None else yaml_value(loader, node))
+    except ConfigError as error:
+        if str not in kinds:
+            raise ValueError(str(error).removeprefix("line 1: ")) from None
+    except ValueError:
+        if str not in kinds:
+            raise
+    return convert(hint, text)
