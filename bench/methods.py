@@ -134,7 +134,7 @@ def _child(options: argparse.Namespace) -> int:
     own = {"cocoop": {"images_at_once": 1 if naive else 4}, "clip_lora": {"dropout": 0.0}, "ramt": {"strength": 0.0}}
     settings = {**own, **FITTED}.get(name, {})
     method = vlprompt.create_method(name, backbone, list(names), **settings).train()
-    for _, parameter in method.learnables():
+    for _, parameter in method.trainable_parameters():
         if not parameter.any():  # a factor that starts at zero hides the other's gradient
             torch.nn.init.normal_(parameter.data, std=0.01)
     batch = 32 if name in FITTED else BATCHES.get(name, 4)
@@ -173,19 +173,19 @@ def _gradient_step(method: Any, inputs: Any, labels: Any) -> dict[str, Any]:
     terms = method.losses(inputs, labels)
     torch.stack(list(terms.values())).sum().backward()
     found = {f"loss {key}": term.detach().reshape(1) for key, term in terms.items()}
-    return found | {key: p.grad for key, p in method.learnables() if p.grad is not None}
+    return found | {key: p.grad for key, p in method.trainable_parameters() if p.grad is not None}
 
 
 def _fitting_step(method: Any, inputs: Any, labels: Any) -> dict[str, Any]:
     """Return what one step of fitting on images, or on their features, makes."""
     import torch
 
-    from vlprompt.methods.fitting import Shots
+    from vlprompt.methods.fitting import FewShotFeatures
 
     with torch.no_grad():
         features = method.image_features(inputs) if inputs.ndim == 4 else inputs
-    method.fit(Shots(features[None], labels, features[:0], labels[:0], features[:0], features[None, :0]))
-    return method.learnable_state()
+    method.fit(FewShotFeatures(features[None], labels, features[:0], labels[:0], features[:0], features[None, :0]))
+    return method.trained_state()
 
 
 def _as_published(method: Any, images: Any) -> None:
@@ -197,7 +197,7 @@ def _as_published(method: Any, images: Any) -> None:
     if method.name == "clip_adapter":
         from vlprompt.prompts.zero_shot import template_features
 
-        method.class_weights = lambda: template_features(method.backbone, method.class_names, method.settings.templates)
+        method.text_features = lambda: template_features(method.backbone, method.class_names, method.settings.templates)
     if method.name == "prograd":
         method._frozen_features = lambda inputs, features: method.backbone.encode_image(images)
     if method.name == "clip_lora":
@@ -209,7 +209,7 @@ def _as_published(method: Any, images: Any) -> None:
         }
     if method.name == "visual_prompt":
         method.backbone.image.folded = lambda pixels: None
-    kept = {"visual_prompt": "class_weights", "promptkd": "taught_text"}.get(method.name)
+    kept = {"visual_prompt": "text_features", "promptkd": "taught_text"}.get(method.name)
     if kept:
         from vlprompt.prompts.zero_shot import template_features
 

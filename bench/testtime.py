@@ -134,7 +134,7 @@ def _naive_tpt(method: Any, views: Any) -> tuple[float, Any]:
 
     context = method.ctx.detach().clone().requires_grad_()
     # Not timed: the cotangent of the text, so that the graph of one piece after the other can be held and followed.
-    whole = method.start_weights().detach().clone().requires_grad_()
+    whole = method.initial_text_features().detach().clone().requires_grad_()
     logits = backbone.logit_scale * views @ whole.t()
     chosen = method.select(logits.detach()[None], views[None])[0]
     cotangent = torch.autograd.grad(marginal_entropy(logits[chosen]), whole)[0].split(_PIECE)

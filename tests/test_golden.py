@@ -303,7 +303,7 @@ def slope_of_method(naive: Naive, images: Array, labels: Array, ctx: Array, dire
     from vlprompt.backbone import Backbone
 
     method = create_method("coop", Backbone.from_state_dict(naive.state), NAMES, context_length=len(ctx))
-    method.load_learnable_state({"prompt.ctx": torch.from_numpy(ctx)})
+    method.load_trained_state({"prompt.ctx": torch.from_numpy(ctx)})
     features = method.image_features(torch.from_numpy(images))
     sum(method.losses(features, torch.from_numpy(labels)).values()).backward()
     return float((method.prompt.ctx.grad.numpy() * direction).sum())

@@ -112,7 +112,7 @@ def check_zeroshot(golden: Golden) -> Results:
     for case, options in golden.meta["cases"].items():
         names = golden.meta["class_names"]
         method = vlprompt.create_method("zeroshot", golden.backbone, names, templates=options["templates"])
-        yield f"{case}/text_features", method.class_weights()
+        yield f"{case}/text_features", method.text_features()
         yield f"{case}/eval_logits", method(images)
 
 
@@ -134,7 +134,7 @@ def check_coop(golden: Golden) -> Results:
         start = golden.tensor(f"{case}/param/ctx")
         if options["ctx_init"]:  # then the words determine the start
             yield f"{case}/param/ctx", method.prompt.ctx.detach().clone()
-        method.load_learnable_state({"prompt.ctx": start})
+        method.load_trained_state({"prompt.ctx": start})
         words = [name.replace("_", " ") for name in names]
         yield f"{case}/tokens", golden.tokens([f"{method.prompt.placeholder} {word}." for word in words])
         yield f"{case}/name_lens", [len(golden.backbone.text.tokens(word)) - 2 for word in words]
@@ -150,7 +150,7 @@ def _trained(method: Any, case: str, images: torch.Tensor, labels: torch.Tensor,
     total = torch.stack(list(terms.values())).sum()
     yield f"{case}/loss/total", total
     total.backward()
-    for name, parameter in method.learnables():
+    for name, parameter in method.trainable_parameters():
         yield f"{case}/grad/{names[name]}", parameter.grad
     method.eval()
     yield f"{case}/eval_logits", method(images)
@@ -182,10 +182,10 @@ def check_mocoop(golden: Golden) -> Results:
                 yield f"{case}/official_init/ctx_{side}_{g}", getattr(method.experts, side)[g].detach().clone()
         for i, name in enumerate(method.norms.names if method.norms else []):
             names[f"norms.values.{i}"] = f"image_encoder.{name}"
-        own = method.learnable_state()
+        own = method.trained_state()
         given = {name: f"{case}/param/{names[name]}" for name in own}
         state = {name: golden.tensor(at) if at in golden.arrays else own[name] for name, at in given.items()}
-        method.load_learnable_state(state)
+        method.load_trained_state(state)
         yield from ((f"{case}/{name}", value) for name, value in _mocoop_parts(method, golden, options, images, labels))
         yield from _trained(method, case, images, labels, names)
         if f"{case}/new_class_eval_logits" in golden.arrays:
@@ -211,10 +211,10 @@ def _mocoop_parts(method: Any, golden: Golden, options: Any, images: torch.Tenso
     yield "topk_indices", chosen
     yield "topk_weights", weights
     used = (gates > 0).any(dim=0) if method.settings.drop_unused_experts else None
-    experts = method.expert_weights(used)
+    experts = method.expert_text_features(used)
     yield "expert_text_features", experts
     yield "mixed_text_features", torch.einsum("bg,gcd->bcd", gates, experts)
-    whole = method.expert_weights(used, virtual=True) if method.virtual else experts
+    whole = method.expert_text_features(used, virtual=True) if method.virtual else experts
     yield "text_loss_logits", (whole @ prototypes.transpose(1, 2)).flatten(0, 1)
     affinity = torch.einsum("bd,gbd->bg", unit, prototypes[:, labels])
     yield "group_affinity", affinity

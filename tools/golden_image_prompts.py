@@ -30,8 +30,8 @@ def check_visual_prompt(golden: Any) -> Results:
         yield "logits_no_prompt", made.logits(golden.backbone.encode_image(images))
         words = [name.replace("_", " ").replace("-", " ") for name in hyper["classes"]]
         yield "text_tokens", golden.tokens([hyper["template"].format(word) for word in words])
-        names = {name: f"pad_{name[7:]}" if case == "padding" else "patch" for name, _ in made.learnables()}
-        made.load_learnable_state({own: golden.tensor(f"{case}_init_{name}")[0] for own, name in names.items()})
+        names = {name: f"pad_{name[7:]}" if case == "padding" else "patch" for name, _ in made.trainable_parameters()}
+        made.load_trained_state({own: golden.tensor(f"{case}_init_{name}")[0] for own, name in names.items()})
         optimizer = torch.optim.SGD(made.parameter_groups(hyper["lr"]), lr=hyper["lr"], momentum=hyper["momentum"])
         losses, rates = [], []
         for step in range(2):
@@ -48,9 +48,13 @@ def check_visual_prompt(golden: Any) -> Results:
             losses.append(loss.detach())
             optimizer.zero_grad()
             loss.backward()
-            yield from ((f"{case}_step{step}_grad_{names[own]}", p.grad[None]) for own, p in made.learnables())
+            yield from (
+                (f"{case}_step{step}_grad_{names[own]}", p.grad[None]) for own, p in made.trainable_parameters()
+            )
             optimizer.step()
-            yield from ((f"{case}_step{step}_after_{names[own]}", p.detach()[None]) for own, p in made.learnables())
+            yield from (
+                (f"{case}_step{step}_after_{names[own]}", p.detach()[None]) for own, p in made.trainable_parameters()
+            )
         yield f"{case}_loss", torch.stack(losses)
         yield f"{case}_lr", rates
 
@@ -87,7 +91,7 @@ def check_upt(golden: Any) -> Results:
         visual = torch.cat([golden.tensor(name).float() for name in (f"{case}_param[vpt_embeddings]", *deep)])
         names = {f"prompts.{ours}": name for ours, name in _UPT.items() if f"{case}_param[{name}]" in golden.arrays}
         given = {ours: golden.tensor(f"{case}_param[{name}]").float() for ours, name in names.items()}
-        made.load_learnable_state({**given, "prompts.visual": visual})
+        made.load_trained_state({**given, "prompts.visual": visual})
         tokens = prompts.tokens()
         yield f"{case}_text_context", prompts.vectors()
         yield f"{case}_vision_prompt", tokens.input[None]
@@ -97,7 +101,7 @@ def check_upt(golden: Any) -> Results:
         yield f"{case}_tokens", _cut(golden, f"{' '.join(['X'] * options['coop'])} {{}}.", options)
         step = made.step(images, labels)
         yield f"{case}_image_features", step.unit_image
-        yield f"{case}_text_features", step.class_weights
+        yield f"{case}_text_features", step.text_features
         logits = step.logits
         if options.get("pertask"):  # the first half of the classes is task 0; foreign logits count as 0
             of = torch.arange(len(options["names"])) * 2 // len(options["names"])
@@ -132,7 +136,7 @@ def _stepped(golden: Any, case: str, made: Any, names: Any, logits: Any, labels:
     optimizer = torch.optim.SGD(made.parameter_groups(options["lr"]), momentum=0.9, weight_decay=5e-4)
     loss.backward()
     optimizer.step()
-    for name, parameter in made.learnables():
+    for name, parameter in made.trainable_parameters():
         for kind, value in (("grad", parameter.grad), ("after", parameter.detach())):
             parts = {names.get(name): value}
             if name == "prompts.visual":
@@ -187,7 +191,7 @@ def _teacher(golden: Any) -> Any:
     names = _tokens("image_encoder", depth, "visual") | _tokens("text_encoder", depth, "context")
     del names["context.input"]
     names["context.ctx"] = "prompt_learner.ctx"
-    made.load_learnable_state({own: golden.tensor(f"teacher/param/{name}") for own, name in names.items()})
+    made.load_trained_state({own: golden.tensor(f"teacher/param/{name}") for own, name in names.items()})
     return made
 
 
@@ -212,10 +216,10 @@ def check_promptkd(golden: Any) -> Results:
         names = _tokens("image_encoder", options["depth_vision"], "visual")
         names |= {f"projector.{ours}": _TRANS + name for ours, name in _PROJECTOR.items()}
         statistics = {f"projector.running_{name}": f"{_TRANS}1.running_{name}" for name in ("mean", "var")}
-        shapes = {name: value.shape for name, value in made.learnable_state().items()}
+        shapes = {name: value.shape for name, value in made.trained_state().items()}
         given = {ours: golden.tensor(f"{case}/param/{name}").reshape(shapes[ours]) for ours, name in names.items()}
         given |= {ours: golden.tensor(f"{case}/buffer/{name}") for ours, name in statistics.items()}
-        made.load_learnable_state({**given, "teacher_text": made.teacher_text})
+        made.load_trained_state({**given, "teacher_text": made.teacher_text})
         made.eval()  # before the step, which changes the statistics
         with torch.no_grad():
             yield f"{case}/eval_image_features", made.unit_image(made.image_features(images))
@@ -230,8 +234,8 @@ def check_promptkd(golden: Any) -> Results:
         yield f"{case}/loss/total", loss
         yield f"{case}/loss/kd", loss / options["kd_weight"]
         loss.backward()
-        largest = max(float(p.grad.abs().max()) for _, p in made.learnables())
-        for ours, parameter in made.learnables():
+        largest = max(float(p.grad.abs().max()) for _, p in made.trainable_parameters())
+        for ours, parameter in made.trainable_parameters():
             at = f"{case}/grad/{names[ours]}"
             # A bias in front of batch norm has no gradient: compared with a tenth of the largest, at 1e-5 of it.
             size = largest / 10 if ours == "projector.linear1.bias" else 0.0

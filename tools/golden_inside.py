@@ -48,13 +48,13 @@ def check_clip_lora(golden: Any) -> Results:
             "clip_lora", golden.backbone, names, dropout=0.0, templates=options["templates"], **settings
         )
         assert abs(made.base_model.scale - options["scaling"]) < 1e-12
-        assert sorted(_published(name) for name, _ in made.learnables()) == sorted(options["learnables"])
+        assert sorted(_published(name) for name, _ in made.trainable_parameters()) == sorted(options["learnables"])
         zeroshot = vlprompt.create_method("zeroshot", golden.backbone, names, templates=options["templates"])
         cosines = zeroshot(images) / golden.backbone.logit_scale
         yield f"{case}/zeroshot_logits", options["logit_scale"] * cosines
         source = "qkv_all" if case == "qkv_all_no_dropout_path" else case
-        state = {name: golden.tensor(f"{source}/param/{_published(name)}") for name, _ in made.learnables()}
-        made.load_learnable_state(state)
+        state = {name: golden.tensor(f"{source}/param/{_published(name)}") for name, _ in made.trainable_parameters()}
+        made.load_trained_state(state)
         grads = "grad" if source == case else "grad_as_run"
         if grads == "grad_as_run":
             made.base_model.added = _without_input_gradient(made.base_model.added)
@@ -63,12 +63,12 @@ def check_clip_lora(golden: Any) -> Results:
         loss = made.step_losses(step)["ce"]
         yield f"{case}/loss/total", loss
         loss.backward()
-        yield from ((f"{case}/{grads}/{_published(name)}", p.grad) for name, p in made.learnables())
+        yield from ((f"{case}/{grads}/{_published(name)}", p.grad) for name, p in made.trainable_parameters())
         # Published evaluation takes the first template, even where training had the ensemble of all.
         first = vlprompt.create_method(
             "clip_lora", golden.backbone, names, dropout=0.0, templates=options["templates"][:1], **settings
         )
-        first.load_learnable_state(state)
+        first.load_trained_state(state)
         yield f"{case}/eval_cosines", _merged_cosines(first, images)
 
 
@@ -77,7 +77,7 @@ def _merged_cosines(made: Any, images: torch.Tensor) -> torch.Tensor:
     """Evaluation as published: the updates are merged into the weights of both towers."""
     backbone, low_rank = made.eval().backbone, made.base_model
     image = backbone.encode_image(images, overrides=made.image_overrides())
-    text = made.class_weights()
+    text = made.text_features()
     if made.has_text_prompts():
         overrides = low_rank.merged("", backbone.text.parameters())
         text = F.normalize(backbone.text.encode(made.layout, overrides=overrides)[0], dim=-1)
@@ -103,18 +103,18 @@ def check_ramt(golden: Any) -> Results:
     )
     words = [name.replace("_", " ").lower() for name in hyper["names"]]
     yield "text_tokens", golden.tokens([hyper["template"].replace("{}", word) for word in words])
-    yield "text_features", made.class_weights()
+    yield "text_features", made.text_features()
     names = {_score_name(name): name for name in hyper["mask_names"]}
-    assert [name for name, _ in made.learnables()] == list(names)
+    assert [name for name, _ in made.trainable_parameters()] == list(names)
     with torch.no_grad():
-        yield "logits_original", made.score(made.unit_image(golden.backbone.encode_image(images)), made.class_weights())
+        yield "logits_original", made.score(made.unit_image(golden.backbone.encode_image(images)), made.text_features())
         yield "logits_all_ones", made(images)
     draw = {
         own: torch.from_numpy(tiny_clip.draw("ramt." + name, p.shape, hyper["seed"], std=0.004, mean=0.01))
-        for (own, name), (_, p) in zip(names.items(), made.learnables(), strict=True)
+        for (own, name), (_, p) in zip(names.items(), made.trainable_parameters(), strict=True)
     }
-    made.load_learnable_state(draw)
-    scores = dict(made.learnables())
+    made.load_trained_state(draw)
+    scores = dict(made.trainable_parameters())
     total = sum(p.numel() for p in scores.values())
     below = sum(int((p < hyper["thr"]).sum()) for p in scores.values())
     yield "sparsity_percent", torch.tensor(100 * below / total)
@@ -124,7 +124,7 @@ def check_ramt(golden: Any) -> Results:
 
 
 def _ramt_step(golden: Any, made: Any, images: Any, labels: Any, names: dict[str, str]) -> Results:
-    hyper, scores = golden.meta["hyper"], dict(made.learnables())
+    hyper, scores = golden.meta["hyper"], dict(made.trainable_parameters())
     step = made.step(images, labels)
     yield "step_logits", step.logits
     yield "step_acc", 100 * (step.logits.argmax(dim=-1) == labels).double().mean()

@@ -22,8 +22,8 @@ Names = dict[str, str]
 def make(golden: Any, case: str, names: Names, method: str, **settings: Any) -> Any:
     """Return the method with the case's learnables; ``names`` maps ours to the published ones."""
     made = vlprompt.create_method(method, golden.backbone, golden.meta["class_names"], **settings)
-    state = made.learnable_state()
-    made.load_learnable_state(
+    state = made.trained_state()
+    made.load_trained_state(
         {own: golden.tensor(f"{case}/param/{names[own]}") if own in names else state[own] for own in state}
     )
     return made.train()
@@ -40,7 +40,7 @@ def trained(made: Any, case: str, images: torch.Tensor, labels: torch.Tensor, na
     yield from ((f"{case}/loss/{name}", term) for name, term in terms.items())
     yield f"{case}/loss/total", total
     total.backward()
-    yield from ((f"{case}/grad/{names[name]}", p.grad) for name, p in made.learnables() if name in names)
+    yield from ((f"{case}/grad/{names[name]}", p.grad) for name, p in made.trainable_parameters() if name in names)
     made.eval()
     with torch.no_grad():
         yield f"{case}/eval_logits", made(images)
@@ -204,7 +204,7 @@ def check_promptsrc(golden: Any) -> Results:
         yield f"{case}/frozen_text_features", target
         yield f"{case}/frozen_image_features", frozen
         yield f"{case}/frozen_log_probs", (golden.backbone.logit_scale * frozen @ target.t()).log_softmax(-1)
-        yield f"{case}/text_features", step.class_weights
+        yield f"{case}/text_features", step.text_features
         yield f"{case}/image_features", step.unit_image
         yield from trained(made, case, images, labels, names)
 
@@ -223,10 +223,10 @@ def _aggregation(golden: Any, options: Any, images: torch.Tensor) -> Results:
     yield "gpa/weights_f64", gaussian_weights(epochs, mean, deviation)
     for epoch in range(epochs):
         with torch.no_grad():
-            for own, parameter in made.learnables():
+            for own, parameter in made.trainable_parameters():
                 parameter.copy_(golden.tensor(f"gpa/epoch{epoch + 1}/{names[own]}"))
         made.epoch_end(epoch, epochs)
-    yield from ((f"gpa/final/{names[own]}", parameter.detach()) for own, parameter in made.learnables())
+    yield from ((f"gpa/final/{names[own]}", parameter.detach()) for own, parameter in made.trainable_parameters())
     made.eval()
     yield "gpa/eval_logits", made(images)
 
@@ -389,7 +389,7 @@ def _restore_run(golden: Any, names: Names, images: torch.Tensor, labels: torch.
     seen["r_vision_f64"].append(float(surgery.image_strength))
     yield from ((f"run/{name}", np.array([np.asarray(v) for v in values])) for name, values in seen.items())
     yield from ((f"run/loss/{name}", torch.stack(values)) for name, values in losses.items())
-    learnables = dict(made.learnables())
+    learnables = dict(made.trainable_parameters())
     yield from ((f"run/final/{theirs}", learnables[ours].detach()) for ours, theirs in names.items())
     made.eval()
     with torch.no_grad():

@@ -53,16 +53,16 @@ def _tuned(golden: Any, case: str, method: str, own: dict[str, Any]) -> Results:
     made: Any = vlprompt.create_method(method, golden.backbone, hyper["classnames"], **own)
     if words:  # then the words determine the start
         yield f"{case}_ctx_init", made.ctx
-    made.load_learnable_state({"ctx": start})
+    made.load_trained_state({"ctx": start})
     placeholder = words.replace("[CLS] ", "") or " ".join(["X"] * len(start))
     names = [name.replace("_", " ") for name in hyper["classnames"]]
     yield f"{case}_tokens", golden.tokens([f"{placeholder} {name}." for name in names]).astype("int32")
     images = golden.tensor("views").float()[: len(arrays[f"{case}_loss"])]
     with torch.no_grad():
         views = made.unit_views(images)
-        logits = golden.backbone.logit_scale * views @ made.start_weights().t()
+        logits = golden.backbone.logit_scale * views @ made.initial_text_features().t()
     yield f"{case}_image_features", views
-    yield f"{case}_text_features_init", made.start_weights().detach()
+    yield f"{case}_text_features_init", made.initial_text_features().detach()
     yield f"{case}_view_logits", logits
     yield f"{case}_zs_logits", logits[:, 0]
     if method == "difftpt":

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from vlprompt.data import augmix as module
 from vlprompt.data.augmix import OPERATIONS, augmix
-from vlprompt.data.views import View
+from vlprompt.data.transforms import View
 
 
 class Preprocess:

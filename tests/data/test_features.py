@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vlprompt.data import FeatureStore, extract
-from vlprompt.data import test_view as clip_view
+from vlprompt.data import test_transform as clip_view
 from vlprompt.data.features import Rows
 from vlprompt.data.tally import images_encoded, tally
 from vlprompt.datasets import FileSource, Sample

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from vlprompt.data import test_view as clip_view
-from vlprompt.data import train_view
+from vlprompt.data import test_transform as clip_view
+from vlprompt.data import train_transform
 from vlprompt.data.batches import ImageBatches, automatic_workers, labels_of, make_loader
 from vlprompt.data.pictures import Pictures, _free_memory
 from vlprompt.data.samplers import derived_seed
-from vlprompt.data.views import View
+from vlprompt.data.transforms import View
 from vlprompt.datasets import FileSource, Sample
 
 SIZES = [(40, 30), (7, 5), (1, 1), (16, 16), (3, 200), (900, 40), (1200, 900)]
@@ -69,7 +69,7 @@ def test_random_views_of_kept_pixels_are_torchvisions(
     workers: int, mode: str, interpolation: str, tmp_path: Path, preprocess: Any
 ) -> None:
     weights = dataclasses.replace(preprocess, interpolation=interpolation)
-    pictures = Pictures(samples(tmp_path, mode), train_view(weights), 10**8, workers)
+    pictures = Pictures(samples(tmp_path, mode), train_transform(weights), 10**8, workers)
     images, wanted = ImageBatches(pictures, torch.zeros(len(SIZES)), seed=5), reference(weights)
     for epoch in range(6):
         assert pictures.kept() == (len(SIZES) if epoch else 0)
@@ -149,7 +149,7 @@ def test_memory_that_is_promised_is_not_taken(counted: list[Sample], preprocess:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024
 
     before = resident()
-    pictures = Pictures(counted, train_view(preprocess), 2**30, 2)
+    pictures = Pictures(counted, train_transform(preprocess), 2**30, 2)
     pictures.pixels(0)
     assert pictures.kept() == 1 and resident() - before < 2**24
 

@@ -50,16 +50,16 @@ def test_the_second_run_encodes_nothing(method: str, data: dict[str, Any], encod
     assert second.results["images"] == {"encoded": 0, "skipped": {"train": 0, "val": 0, "test": 0, "ids": []}}
     assert json.loads((second.folder / "results.json").read_text())["images"]["encoded"] == 0
     assert first.results["results"] == second.results["results"]
-    assert torch.equal(first.head().class_weights(), second.head().class_weights())
+    assert torch.equal(first.head().text_features(), second.head().text_features())
 
 
 def test_kept_views_train_as_fresh_ones(pictures: Path) -> None:
     kept, fresh = (run(config(pictures, "runs", cached_views=views)) for views in (None, 0))
     assert (kept.results["images"]["encoded"], fresh.results["images"]["encoded"]) == (45, 0)
-    one, two = kept.head().class_weights(), fresh.head().class_weights()
+    one, two = kept.head().text_features(), fresh.head().text_features()
     torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
     assert kept.results["results"] == fresh.results["results"]
-    few = run(config(pictures, "runs", cached_views=1)).head().class_weights()
+    few = run(config(pictures, "runs", cached_views=1)).head().text_features()
     assert not torch.allclose(few, two, rtol=1e-4, atol=1e-5)
 
 

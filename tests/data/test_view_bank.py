@@ -13,8 +13,8 @@ from PIL import Image
 
 from vlprompt.data import FewShotData, view_bank
 from vlprompt.data.tally import tally
+from vlprompt.data.transforms import View
 from vlprompt.data.view_images import Drawn, ViewImages
-from vlprompt.data.views import View
 from vlprompt.datasets import FewShotTask, FileSource
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.testtime.views import TestViews
@@ -114,8 +114,8 @@ def test_a_view_depends_on_seed_image_and_number_alone(task: FewShotTask, prepro
 def test_view_features(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
     data = build(task, preprocess, tmp_path)
     for split, number in (("train", 5), ("val", 3), ("test", 7)):
-        test_view = data.view_features(split, 0, "center")
-        assert test_view.shape == (1, number, 8) and torch.equal(test_view[0], data.features(split))
+        test_transform = data.view_features(split, 0, "center")
+        assert test_transform.shape == (1, number, 8) and torch.equal(test_transform[0], data.features(split))
         random, half = (data.view_features(split, 2, kind) for kind in ("random", "random-half"))
         assert random.shape == half.shape == (2, number, 8) and not torch.equal(random, half)
     with pytest.raises(ConfigError, match="-1 views"):

@@ -48,7 +48,7 @@ def test_own_trainer_with_few_shot_data(
 ) -> None:
     method = make_method(name)
     before = {key: value.clone() for key, value in method.backbone.state_dict().items()}
-    start = method.learnable_state()
+    start = method.trained_state()
     data = FewShotData(task, method.backbone.preprocess, batch_size=4, test_batch_size=5)
     trainer = own_trainer()
     module = vlprompt.PromptModule(method, RecipeConfig(epochs=2))
@@ -60,7 +60,7 @@ def test_own_trainer_with_few_shot_data(
     assert all(torch.equal(after[key], value) for key, value in before.items())
     assert all(parameter.grad is None for parameter in method.backbone.parameters())
     assert not method.backbone.model.training
-    changed = {key for key, value in method.learnable_state().items() if not torch.equal(value, start[key])}
+    changed = {key for key, value in method.trained_state().items() if not torch.equal(value, start[key])}
     assert changed == {key for key, value in start.items() if value.numel()}
 
 
@@ -83,7 +83,7 @@ def test_features_in_place_of_images(make_method: Make, own_trainer: Trainers, t
     features = DataLoader(TensorDataset(one.backbone.encode_image(pictures), labels), batch_size=4)
     for method, loader in ((one, images), (other, features)):
         own_trainer().fit(vlprompt.PromptModule(method, RecipeConfig(epochs=2)), loader)
-    torch.testing.assert_close(one.learnable_state(), other.learnable_state(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(one.trained_state(), other.trained_state(), rtol=1e-5, atol=1e-7)
 
 
 def test_loss_is_the_sum_of_its_terms(make_method: Make, task: FewShotTask) -> None:
@@ -112,7 +112,7 @@ def test_rates_of_two_groups(make_method: Make, own_trainer: Trainers, task: Few
     assert rates.seen[0] == pytest.approx([1e-5, 1e-5])  # the warm-up rate is the same for both
     groups = method.parameter_groups(0.01)
     both = [id(p) for group in groups for p in group["params"]]
-    assert sorted(both) == sorted(id(p) for _, p in method.learnables())
+    assert sorted(both) == sorted(id(p) for _, p in method.trainable_parameters())
 
 
 def test_a_group_with_rate_zero_stays(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
@@ -133,19 +133,19 @@ def test_optimiser_is_the_published_one(make_method: Make) -> None:
 @pytest.mark.parametrize("by_trainer", [False, True])
 def test_gradient_clip(by_trainer: bool, make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
     method, norm = make_method("mocoop"), 1e-3
-    start = method.learnable_state()
+    start = method.trained_state()
     recipe = RecipeConfig(epochs=1, lr=1.0, warmup_epochs=0, momentum=0, weight_decay=0)
     recipe.gradient_clip = 1e9 if by_trainer else norm
     trainer = own_trainer(max_epochs=1, limit_train_batches=1, gradient_clip_val=norm if by_trainer else None)
     trainer.fit(vlprompt.PromptModule(method, recipe), plain_loader(method, task))
     scale = {name: 0.1 if "norms" in name else 1.0 for name in start}  # the groups' rates
-    steps = [(value - start[name]) / scale[name] for name, value in method.learnable_state().items()]
+    steps = [(value - start[name]) / scale[name] for name, value in method.trained_state().items()]
     assert math.sqrt(sum(float(step.double().square().sum()) for step in steps)) == pytest.approx(norm, rel=1e-2)
 
 
 def test_loss_that_is_not_finite_says_what_to_do(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
     method = make_method("coop")
-    method.load_learnable_state({name: value * float("nan") for name, value in method.learnable_state().items()})
+    method.load_trained_state({name: value * float("nan") for name, value in method.trained_state().items()})
     with pytest.raises(
         ConfigError, match=r"not finite in epoch 0 \(ce nan\).*--recipe.lr.*--trainer.precision 32-true"
     ):
@@ -173,12 +173,14 @@ def test_checkpoint_holds_learnables_and_needs_no_unpickling(
     trainer.fit(module, plain_loader(method, task))
     trainer.save_checkpoint(tmp_path / "own.ckpt")
     checkpoint = torch.load(tmp_path / "own.ckpt", weights_only=True)
-    names = {f"method.{name}" for name, _ in method.learnables()}
+    names = {f"method.{name}" for name, _ in method.trainable_parameters()}
     assert set(checkpoint["state_dict"]) == names == set(module.state_dict())
     fresh = vlprompt.PromptModule(make_method("mocoop"))
     fresh.load_state_dict(checkpoint["state_dict"])
-    torch.testing.assert_close(fresh.method.learnable_state(), method.learnable_state(), rtol=0, atol=0)
-    assert (tmp_path / "own.ckpt").stat().st_size < 20 * sum(p.numel() for _, p in method.learnables()) + 50_000
+    torch.testing.assert_close(fresh.method.trained_state(), method.trained_state(), rtol=0, atol=0)
+    assert (tmp_path / "own.ckpt").stat().st_size < 20 * sum(
+        p.numel() for _, p in method.trainable_parameters()
+    ) + 50_000
 
 
 def test_a_user_resumes_with_an_own_trainer(
@@ -195,7 +197,7 @@ def test_a_user_resumes_with_an_own_trainer(
     own_trainer(max_epochs=3).fit(
         vlprompt.PromptModule(again, recipe), datamodule=data, ckpt_path=str(tmp_path / "half.ckpt"), weights_only=True
     )
-    torch.testing.assert_close(again.learnable_state(), whole.learnable_state(), rtol=0, atol=0)
+    torch.testing.assert_close(again.trained_state(), whole.trained_state(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])

@@ -35,7 +35,7 @@ def made(backbone: Backbone, method: str = "coop", seed: int = 1, **settings: An
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = vlprompt.create_method(method, backbone, NAMES, **given)
-    made.load_learnable_state({k: v + 0.1 * torch.randn_like(v) for k, v in made.learnable_state().items()})
+    made.load_trained_state({k: v + 0.1 * torch.randn_like(v) for k, v in made.trained_state().items()})
     return Head(made)
 
 
@@ -81,7 +81,7 @@ def test_a_mixture_with_tuned_norms_serves_another_model_image_by_image(demo: Ba
     features = model.encode_image(images)  # type: ignore[operator]
     assert not torch.allclose(features, plain_model.encode_image(images), rtol=1e-3)
     logits = plain_model.logit_scale.exp() * torch.einsum(
-        "bd,bcd->bc", F.normalize(features, dim=-1), head.class_weights(features)
+        "bd,bcd->bc", F.normalize(features, dim=-1), head.text_features(features)
     )
     expected = head(images)
     assert float((logits - expected).abs().max()) <= 1e-5 * float(expected.abs().max())

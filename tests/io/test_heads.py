@@ -41,8 +41,8 @@ def trained(name: str, backbone: vlprompt.Backbone, **settings: Any) -> Head:
     """A head whose learnables were moved away from where they start."""
     torch.manual_seed(3)
     method = vlprompt.create_method(name, backbone, NAMES, **{**SETTINGS.get(name, {}), **settings})
-    state = {key: value + 0.05 * torch.randn_like(value) for key, value in method.learnable_state().items()}
-    method.load_learnable_state(state)
+    state = {key: value + 0.05 * torch.randn_like(value) for key, value in method.trained_state().items()}
+    method.load_trained_state(state)
     return Head(method, {"epochs": 1})
 
 
@@ -63,9 +63,9 @@ def test_a_new_process_gives_the_same_bits(
 
 
 @pytest.mark.parametrize("name", ["zeroshot", "coop"])
-def test_class_weights_serve_plain_open_clip_code(name: str, demo: vlprompt.Backbone, images: torch.Tensor) -> None:
+def test_text_features_serve_plain_open_clip_code(name: str, demo: vlprompt.Backbone, images: torch.Tensor) -> None:
     head, model = trained(name, demo), demo.model
-    weights = head.class_weights()
+    weights = head.text_features()
     assert weights.shape == (3, 192)
     torch.testing.assert_close(weights.norm(dim=-1), torch.ones(3))
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_a_mixture_serves_plain_open_clip_code_image_by_image(
     model = head.attach(demo.model)
     with torch.no_grad():
         features = model.encode_image(images)
-        weights = head.class_weights(features)
+        weights = head.text_features(features)
         plain = model.logit_scale.exp() * torch.einsum("bd,bcd->bc", F.normalize(features, dim=-1), weights)
     assert weights.shape == (6, 3, 192)
     torch.testing.assert_close(plain, head(images), rtol=1e-5, atol=1e-4)
@@ -91,8 +91,8 @@ def test_a_mixture_serves_plain_open_clip_code_image_by_image(
 
 
 def test_one_matrix_of_a_mixture_comes_with_a_warning(demo: vlprompt.Backbone) -> None:
-    with pytest.warns(UserWarning, match=r"class_weights\(features\)"):
-        weights = trained("mocoop", demo).class_weights()
+    with pytest.warns(UserWarning, match=r"text_features\(features\)"):
+        weights = trained("mocoop", demo).text_features()
     torch.testing.assert_close(weights.norm(dim=-1), torch.ones(3))
 
 

@@ -101,7 +101,7 @@ class Outer:
         self.replay = False
 
     def tensors(self) -> dict[str, Tensor]:
-        return dict(self.method.learnables())
+        return dict(self.method.trainable_parameters())
 
     def loss(self) -> Tensor:
         """Return the outer loss; with ``replay`` the inner gradients are those of the first call, constants."""
@@ -174,7 +174,7 @@ def test_outer_gradients_are_finite_differences(
 def test_without_inner_rate_it_is_the_plain_query_gradient(wide: Backbone, name: str) -> None:
     method = host(name, wide)
     batch, labels = inputs(method, 2), torch.arange(3)
-    tensors = dict(method.learnables())
+    tensors = dict(method.trainable_parameters())
     moved = adapted(
         lambda some: task_loss(method, some, inputs(method, 1), labels, "cross-entropy"),
         tensors,
@@ -208,7 +208,7 @@ def test_infonce_is_symmetric_cross_entropy(wide: Backbone) -> None:
     batch, labels = inputs(method, 1), torch.arange(3)
     logits = method(batch)
     losses = [torch.nn.functional.cross_entropy(own, labels) for own in (logits, logits.t())]
-    found = task_loss(method, dict(method.learnables()), batch, labels, "infonce")
+    found = task_loss(method, dict(method.trainable_parameters()), batch, labels, "infonce")
     torch.testing.assert_close(found, torch.stack(losses).mean())
 
 

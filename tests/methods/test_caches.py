@@ -19,7 +19,7 @@ from vlprompt.errors import ClassNameError, ConfigError, HeadError
 from vlprompt.io.head import Head
 from vlprompt.methods import PromptMethod
 from vlprompt.methods.cached import own_rows
-from vlprompt.methods.fitting import Shots
+from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.prompts.zero_shot import mean_features
 from vlprompt.runs.feeding import use_of_test_images
 
@@ -46,7 +46,7 @@ def make(backbone: Backbone, name: str, **own: Any) -> PromptMethod:
     return create_method(name, backbone, NAMES, **{**SMALL[name], **own})
 
 
-def shots_for(method: PromptMethod, seed: int = 1, val: int = 9) -> Shots:
+def shots_for(method: PromptMethod, seed: int = 1, val: int = 9) -> FewShotFeatures:
     """Features that lie around the classes' text features, as many views as the method asks for."""
     text, draw = method.cache.text, torch.Generator().manual_seed(4)  # type: ignore[union-attr]
 
@@ -55,7 +55,7 @@ def shots_for(method: PromptMethod, seed: int = 1, val: int = 9) -> Shots:
 
     labels, truth = torch.arange(3).repeat(4), torch.arange(val) % 3
     images = torch.arange(30) % 3
-    return Shots(
+    return FewShotFeatures(
         train=around(labels, max(method.fit_views(), 1)),
         labels=labels,
         val=around(truth),
@@ -66,7 +66,7 @@ def shots_for(method: PromptMethod, seed: int = 1, val: int = 9) -> Shots:
     )
 
 
-def fitted(backbone: Backbone, name: str, **own: Any) -> tuple[PromptMethod, Shots]:
+def fitted(backbone: Backbone, name: str, **own: Any) -> tuple[PromptMethod, FewShotFeatures]:
     method = make(backbone, name, **own)
     shots = shots_for(method)
     method.fit(shots)
@@ -95,9 +95,9 @@ def test_fitting_depends_on_the_shots_and_their_seed_alone(tiny_backbone: Backbo
     torch.manual_seed(12345)
     again = make(tiny_backbone, name)
     again.fit(shots)
-    assert method.learnable_state().keys() == set(method.fitted)
-    for key, value in again.learnable_state().items():
-        assert value.dtype == torch.float32 and torch.equal(value, method.learnable_state()[key])
+    assert method.trained_state().keys() == set(method.fitted)
+    for key, value in again.trained_state().items():
+        assert value.dtype == torch.float32 and torch.equal(value, method.trained_state()[key])
     assert bool((method(shots.val).argmax(-1) == shots.val_labels).double().mean() > 0.6)
     if name in ("tip_adapter_f", "tfup_t"):
         other = make(tiny_backbone, name)
@@ -115,17 +115,17 @@ def test_a_saved_head_gives_the_same_logits(tiny_backbone: Backbone, name: str, 
 @every_cache
 def test_a_state_that_contradicts_itself_changes_nothing(tiny_backbone: Backbone, name: str) -> None:
     method, shots = fitted(tiny_backbone, name)
-    before, state = method(shots.val), method.learnable_state()
+    before, state = method(shots.val), method.trained_state()
     cache = method.cache
     key = f"cache.{cache.per_class[-1] if isinstance(cache, RowClassifier) else 'labels'}"
     with pytest.raises(HeadError, match="do not fit the method"):
-        method.load_learnable_state({**state, key: state[key][:-1]})
+        method.load_trained_state({**state, key: state[key][:-1]})
     with pytest.raises(HeadError, match=f"{key}: missing"):
-        method.load_learnable_state({k: v for k, v in state.items() if k != key})
+        method.load_trained_state({k: v for k, v in state.items() if k != key})
     assert torch.equal(method(shots.val), before)
     fewer = create_method(name, tiny_backbone, NAMES[:2], **SMALL[name])
     with pytest.raises(HeadError, match="do not fit the method"):
-        fewer.load_learnable_state(state)
+        fewer.load_trained_state(state)
 
 
 @every_cache
@@ -147,14 +147,14 @@ def test_repeated_names_are_taken_in_turn() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "taskres"])  # whose rows are the whole classifier
-def test_class_weights_are_zero_shot_s_and_a_fitted_cache_warns(tiny_backbone: Backbone, name: str) -> None:
+def test_text_features_are_zero_shot_s_and_a_fitted_cache_warns(tiny_backbone: Backbone, name: str) -> None:
     method, _ = fitted(tiny_backbone, name)
     with pytest.warns(UserWarning, match=f"{name} scores by more than class weights"):
-        weights = method.class_weights()
-    torch.testing.assert_close(weights, create_method("zeroshot", tiny_backbone, NAMES).class_weights())
+        weights = method.text_features()
+    torch.testing.assert_close(weights, create_method("zeroshot", tiny_backbone, NAMES).text_features())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        make(tiny_backbone, name).class_weights()
+        make(tiny_backbone, name).text_features()
 
 
 @every_cache

@@ -82,8 +82,8 @@ def test_parameter_counts_are_the_published_ones(tiny_state_dict: Any) -> None:
         ({"class_specific": True}, 4 * 16 * 512),
     ):
         method = create_method("coop", wide, NAMES, **own)
-        assert [name for name, _ in method.learnables()] == ["prompt.ctx"]
-        assert sum(p.numel() for _, p in method.learnables()) == count
+        assert [name for name, _ in method.trainable_parameters()] == ["prompt.ctx"]
+        assert sum(p.numel() for _, p in method.trainable_parameters()) == count
 
 
 def test_words_override_length_and_class_specific(tiny_backbone: Backbone) -> None:
@@ -102,10 +102,10 @@ def test_class_specific_context_serves_its_own_classes_only(tiny_backbone: Backb
 
 def test_context_of_one_class_moves_that_class_alone(tiny_backbone: Backbone) -> None:
     method = create_method("coop", tiny_backbone, NAMES, class_specific=True, context_length=2)
-    before = method.class_weights().detach()
+    before = method.text_features().detach()
     with torch.no_grad():
         method.prompt.ctx[2] += torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
-    moved = (method.class_weights().detach() - before).abs().amax(dim=-1)
+    moved = (method.text_features().detach() - before).abs().amax(dim=-1)
     assert float(moved[2]) > 1e-3 and float(moved[[0, 1, 3]].max()) < 1e-6
 
 

@@ -58,8 +58,8 @@ def train(method: PromptMethod, images: Tensor, count: int = 2) -> PromptMethod:
     for _ in range(count):
         optimizer.zero_grad()
         torch.stack(list(method.losses(images, LABELS).values())).sum().backward()
-        assert all(p.grad is not None for _, p in method.learnables())
-        torch.nn.utils.clip_grad_norm_([p for _, p in method.learnables()], 1.0)
+        assert all(p.grad is not None for _, p in method.trainable_parameters())
+        torch.nn.utils.clip_grad_norm_([p for _, p in method.trainable_parameters()], 1.0)
         optimizer.step()
     return method
 
@@ -74,7 +74,7 @@ def test_every_text_prompt_starts_as_its_host_and_trains_from_there(
     if not type(method).own_decomposition:
         host = make(tiny_backbone, name)
         assert torch.equal(method(images), host(images))  # the host's learnables are drawn as without it
-        apart = {key for key, _ in method.learnables()} - {key for key, _ in host.learnables()}
+        apart = {key for key, _ in method.trainable_parameters()} - {key for key, _ in host.trainable_parameters()}
         assert apart and all(key.startswith("decomposition.") for key in apart)
         assert [key for key, _ in method.prompt_tensors()] == [key for key, _ in host.prompt_tensors()]
     before = method(images).detach()
@@ -82,9 +82,9 @@ def test_every_text_prompt_starts_as_its_host_and_trains_from_there(
         method.decomposition.B.normal_(std=0.1)  # type: ignore[union-attr]
     # Scores hang on it: what this method learns goes through encode_text.
     assert not torch.allclose(method(images), before, rtol=1e-3, atol=1e-3)
-    state = train(method, images).learnable_state()
+    state = train(method, images).trained_state()
     again = train(make(tiny_backbone, name, kind), images, 1)
-    again.load_learnable_state(state)
+    again.load_trained_state(state)
     assert torch.equal(again(images), method(images))
 
 
@@ -128,10 +128,10 @@ def test_it_stands_beside_objectives(tiny_backbone: Backbone, images: Tensor) ->
     method = make(tiny_backbone, "maple", "dept", depth=2, objectives=both)
     assert set(method.losses(images, LABELS)) == {"ce", "scl_text", "scl_image", "scl_logits"}
     train(method, images)
-    kept = method.learnable_state()
+    kept = method.trained_state()
     method.epoch_end(0, 2)
     method.epoch_end(1, 2)
-    averaged = method.learnable_state()
+    averaged = method.trained_state()
     # Both epochs ended alike, so their average is what they were; the pair is averaged with the rest.
     torch.testing.assert_close(averaged["decomposition.B"], kept["decomposition.B"])
     assert bool(kept["decomposition.B"].any())
@@ -169,7 +169,7 @@ def test_rates_stand_beside_those_of_layer_norms(tiny_backbone: Backbone) -> Non
     groups = method.parameter_groups(1.0)
     assert [group["lr"] for group in groups] == [1.0, 0.5, 0.01]
     assert [id(p) for p in groups[2]["params"]] == [id(p) for p in method.decomposition.parameters()]  # type: ignore[union-attr]
-    assert sum(len(group["params"]) for group in groups) == len(method.learnables())
+    assert sum(len(group["params"]) for group in groups) == len(method.trainable_parameters())
 
 
 # -- learning across tasks --------------------------------------------------------------------------------------------
@@ -189,11 +189,11 @@ def test_inner_steps_reach_the_decomposition_at_its_own_rate(
     rates = inner_rates(method, 0.1)
     assert rates["prompt.ctx"] == pytest.approx(0.1) and rates["decomposition.B"] == pytest.approx(0.01)
     with differentiable(order):
-        moved = adapted(loss, dict(method.learnables()), rates, order=order, regulate=regulate)
+        moved = adapted(loss, dict(method.trainable_parameters()), rates, order=order, regulate=regulate)
         query = loss(moved)
     assert not torch.equal(moved["decomposition.B"], method.decomposition.B)  # type: ignore[union-attr]
     query.backward()
-    assert all(parameter.grad is not None for _, parameter in method.learnables())
+    assert all(parameter.grad is not None for _, parameter in method.trainable_parameters())
     assert "decomposition.B" in seen  # a regulator leaves it as it is: it is no prompt
     assert [name for name, _ in method.prompt_tensors()] == ["prompt.ctx"]
 

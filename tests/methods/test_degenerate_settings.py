@@ -48,7 +48,7 @@ def test_a_silent_meta_network_is_coop(tiny_backbone: Backbone, images: Tensor) 
         method.meta_net.linear2.weight.zero_()  # type: ignore[union-attr, operator]
         method.meta_net.linear2.bias.zero_()  # type: ignore[union-attr, operator]
     close(method(images), make(tiny_backbone, "coop", context_init=WORDS)(images))
-    close(method.class_weights(), make(tiny_backbone, "coop", context_init=WORDS).class_weights())
+    close(method.text_features(), make(tiny_backbone, "coop", context_init=WORDS).text_features())
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 100])
@@ -58,7 +58,9 @@ def test_cocoop_does_not_depend_on_how_many_images_are_encoded_together(
     reference, method = make(tiny_backbone, "cocoop"), make(tiny_backbone, "cocoop", images_at_once=at_once)
     for one in (reference, method):
         torch.stack(list(one.losses(images, LABELS).values())).sum().backward()
-    for (name, expected), (_, found) in zip(reference.learnables(), method.learnables(), strict=True):
+    for (name, expected), (_, found) in zip(
+        reference.trainable_parameters(), method.trainable_parameters(), strict=True
+    ):
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
@@ -134,7 +136,7 @@ def test_image_tokens_need_a_vision_transformer() -> None:
         with pytest.raises(BackboneError, match="has no extra image tokens.*ModifiedResNet"):
             create_method(name, resnet, NAMES)
     for name in ("coop", "cocoop", "kgcoop", "prograd", "ramt"):
-        assert create_method(name, resnet, NAMES).learnables()
+        assert create_method(name, resnet, NAMES).trainable_parameters()
 
 
 def test_schedules_are_the_published_ones() -> None:

@@ -104,12 +104,12 @@ def test_training_changes_every_learnable_and_nothing_else(
     tiny_backbone: Backbone, images: Tensor, name: str, own: Mapping[str, Any]
 ) -> None:
     method = make(tiny_backbone, name, own)
-    frozen, before = digest(tiny_backbone), method.learnable_state()
+    frozen, before = digest(tiny_backbone), method.trained_state()
     losses = list(steps(method.train(), images, LABELS, 3))
     assert len(losses) == 3 and all(loss >= 0 for loss in losses)
-    after = method.learnable_state()
+    after = method.trained_state()
     assert digest(tiny_backbone) == frozen
-    learnables = {key: after[key] for key, _ in method.learnables()}
+    learnables = {key: after[key] for key, _ in method.trainable_parameters()}
     unchanged = {key for key, value in learnables.items() if value.numel() and torch.equal(value, before[key])}
     assert unchanged <= STILL.get(name, set())
 
@@ -121,12 +121,12 @@ def test_learnables_are_float32_and_none_is_the_backbones(
     method = make(tiny_backbone, name, own)
     of_backbone = {id(parameter) for parameter in tiny_backbone.parameters()}
     shared_memory = {parameter.data_ptr() for parameter in tiny_backbone.parameters()}
-    for _, parameter in method.learnables():
+    for _, parameter in method.trainable_parameters():
         assert parameter.dtype == torch.float32 and parameter.requires_grad
         assert id(parameter) not in of_backbone
         assert not parameter.numel() or parameter.data_ptr() not in shared_memory
     wants_gradient = {id(p) for p in method.parameters() if p.requires_grad}
-    assert wants_gradient == {id(parameter) for _, parameter in method.learnables()}
+    assert wants_gradient == {id(parameter) for _, parameter in method.trainable_parameters()}
 
 
 @every_method
@@ -135,9 +135,9 @@ def test_parameter_groups_hold_every_learnable_once(tiny_backbone: Backbone, nam
     groups = method.parameter_groups(0.1)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert len(grouped) == len(set(grouped))
-    assert set(grouped) == {id(parameter) for _, parameter in method.learnables()}
+    assert set(grouped) == {id(parameter) for _, parameter in method.trainable_parameters()}
     assert all(0 <= group["lr"] <= 0.1 for group in groups)
-    assert bool(groups) == bool(method.learnables())
+    assert bool(groups) == bool(method.trainable_parameters())
 
 
 @every_method
@@ -146,20 +146,20 @@ def test_state_goes_round_and_misfits_change_nothing(
 ) -> None:
     method = make(tiny_backbone, name, own)
     list(steps(method, images, LABELS, 1))
-    state = method.learnable_state()
+    state = method.trained_state()
     assert all(value.dtype == torch.float32 and not value.requires_grad for value in state.values())
     torch.manual_seed(99)
     other = create_method(name, tiny_backbone, NAMES, **own)
-    other.load_learnable_state(state)
+    other.load_trained_state(state)
     assert torch.equal(score(other, images), score(method, images))
     with pytest.raises(HeadError, match="no_such_tensor"):
-        other.load_learnable_state({**state, "no_such_tensor": torch.zeros(1)})
+        other.load_trained_state({**state, "no_such_tensor": torch.zeros(1)})
     for key in list(state)[:2]:
         with pytest.raises(HeadError, match=f"{key}: shape"):
-            other.load_learnable_state({**state, key: torch.zeros(1, 2, 3)})
+            other.load_trained_state({**state, key: torch.zeros(1, 2, 3)})
         with pytest.raises(HeadError, match=f"{key}: missing"):
-            other.load_learnable_state({k: v for k, v in state.items() if k != key})
-    assert all(torch.equal(value, state[key]) for key, value in other.learnable_state().items())
+            other.load_trained_state({k: v for k, v in state.items() if k != key})
+    assert all(torch.equal(value, state[key]) for key, value in other.trained_state().items())
     # The state is a copy: writing into it leaves the method as it was.
     for value in state.values():
         value.zero_()
@@ -231,15 +231,15 @@ def test_an_image_does_not_see_the_rest_of_its_batch(
 
 
 @every_method
-def test_class_weights_are_unit_rows_that_give_the_logits(
+def test_text_features_are_unit_rows_that_give_the_logits(
     tiny_backbone: Backbone, images: Tensor, name: str, own: Mapping[str, Any]
 ) -> None:
     method = make(tiny_backbone, name, own).eval()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        weights = method.class_weights()
+        weights = method.text_features()
         features = method.image_features(images)
-        exact = method.class_weights(features)
+        exact = method.text_features(features)
         logits = method.logits(features)
     assert weights.shape == (5, 64)
     torch.testing.assert_close(weights.norm(dim=-1), torch.ones(5))
@@ -270,12 +270,12 @@ def test_bf16_backbone_stays_near_float32(
 ) -> None:
     narrow = Backbone.from_state_dict(tiny_state_dict(), precision="bf16")
     wide_method, method = make(tiny_backbone, name, own).eval(), make(narrow, name, own).eval()
-    method.load_learnable_state(wide_method.learnable_state())
+    method.load_trained_state(wide_method.trained_state())
     logits = method(images)
     assert logits.dtype == torch.float32
     # Little more than half a unit where logits have a scale of 100 (seed_methods 12.5, 6).
     assert float((logits - wide_method(images)).detach().abs().max()) < 0.7 * float(tiny_backbone.logit_scale) / 100
-    assert all(value.dtype == torch.float32 for value in method.learnable_state().values())
+    assert all(value.dtype == torch.float32 for value in method.trained_state().values())
     list(steps(method, images, LABELS, 1))
     assert bool(method(images).isfinite().all())
 
@@ -290,7 +290,9 @@ def test_a_deep_copy_is_a_method_of_its_own(
     assert torch.equal(score(other, images), logits)
     list(steps(other.train(), images, LABELS, 2))
     assert torch.equal(score(method, images), logits)
-    assert not {p.data_ptr() for _, p in other.learnables() if p.numel()} & {p.data_ptr() for p in method.parameters()}
+    assert not {p.data_ptr() for _, p in other.trainable_parameters() if p.numel()} & {
+        p.data_ptr() for p in method.parameters()
+    }
 
 
 @pytest.mark.parametrize("name", list_methods())
@@ -310,8 +312,8 @@ def test_equal_seeds_give_equal_losses_and_weights(
 ) -> None:
     first, again = make(tiny_backbone, name, own), make(tiny_backbone, name, own)
     assert list(steps(first, images, LABELS, 3)) == list(steps(again, images, LABELS, 3))
-    state = again.learnable_state()
-    assert all(torch.equal(value, state[key]) for key, value in first.learnable_state().items())
+    state = again.trained_state()
+    assert all(torch.equal(value, state[key]) for key, value in first.trained_state().items())
 
 
 @every_method
@@ -320,7 +322,7 @@ def test_eight_images_of_two_classes_can_be_learned_by_heart(
 ) -> None:
     method = make(tiny_backbone, name, own, ["cat", "annual crop land"])
     if not method.parameter_groups(0.05):
-        assert set(method.learnable_state()) == set(method.fitted)  # nothing to learn with by gradient steps
+        assert set(method.trained_state()) == set(method.fitted)  # nothing to learn with by gradient steps
         return
     images = torch.from_numpy(tiny_clip.draw_images("by heart", 8, 64))
     labels = torch.tensor([0, 1] * 4)
@@ -339,7 +341,7 @@ def test_eight_images_of_two_classes_can_be_learned_by_heart(
         optimizer.zero_grad()
         # Without regularisers: whether the learnables could, not whether they are let.
         torch.stack(list(method.terms(method.train().step(inputs, labels)).values())).sum().backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in method.learnables()], 1.0)
+        torch.nn.utils.clip_grad_norm_([p for _, p in method.trainable_parameters()], 1.0)
         optimizer.step()
     assert torch.equal(method.eval()(images).argmax(dim=-1), labels)
 
@@ -362,7 +364,7 @@ def test_losses_are_named_finite_scalars(
     method = make(tiny_backbone, name, own)
     terms = method.losses(images, LABELS)
     assert terms and all(isinstance(key, str) and term.shape == () and term.isfinite() for key, term in terms.items())
-    if method.unlabelled() != "none" and method.learnables():
+    if method.unlabelled() != "none" and method.trainable_parameters():
         assert "ce" not in terms
         return
     scores = method.logits(method.image_features(images)) if method.online else method(images)
@@ -376,7 +378,9 @@ def test_settings_can_be_written_down_and_read_back(tiny_backbone: Backbone, nam
 
     method = make(tiny_backbone, name, own)
     again = make(tiny_backbone, name, json.loads(json.dumps(method.settings_dict())))
-    assert [(key, value.shape) for key, value in again.learnables()] == [(k, v.shape) for k, v in method.learnables()]
+    assert [(key, value.shape) for key, value in again.trainable_parameters()] == [
+        (k, v.shape) for k, v in method.trainable_parameters()
+    ]
 
 
 @pytest.mark.parametrize("name", list_methods())

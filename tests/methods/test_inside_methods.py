@@ -37,7 +37,7 @@ def trained(backbone: Backbone, name: str, images: Tensor, **own: Any) -> Any:
     """Two steps of Adam from learnables that were moved away from their start."""
     method = make(backbone, name, **own)
     spread = 0.004 if name == "ramt" else 0.1
-    method.load_learnable_state({k: v + spread * torch.randn_like(v) for k, v in method.learnable_state().items()})
+    method.load_trained_state({k: v + spread * torch.randn_like(v) for k, v in method.trained_state().items()})
     optimizer = torch.optim.Adam(method.parameter_groups(1e-3))
     for _ in range(2):
         optimizer.zero_grad()
@@ -51,7 +51,7 @@ def equals_frozen(method: Any, images: Tensor) -> bool:
     backbone = method.backbone
     plain = backbone.encode_image(images, added=Added())  # the same steps with nothing in between
     text = not method.has_text_prompts() or torch.equal(
-        method.class_weights(), F.normalize(backbone.text.encode(method.layout)[0], dim=-1)
+        method.text_features(), F.normalize(backbone.text.encode(method.layout)[0], dim=-1)
     )
     return text and torch.equal(method.image_features(images), plain)
 
@@ -79,8 +79,8 @@ def test_apt_with_tokens_of_zero_is_zero_shot_clip_exactly(tiny_backbone: Backbo
     method = make(tiny_backbone, "apt")
     zeroshot = make(tiny_backbone, "zeroshot")(images)
     assert not torch.allclose(method(images), zeroshot, atol=1e-3), "as published it starts elsewhere"
-    method.load_learnable_state(
-        {k: v if k.endswith(("down.weight", "sigma")) else v * 0 for k, v in method.learnable_state().items()}
+    method.load_trained_state(
+        {k: v if k.endswith(("down.weight", "sigma")) else v * 0 for k, v in method.trained_state().items()}
     )
     with torch.no_grad():
         assert equals_frozen(method, images)
@@ -106,7 +106,7 @@ def test_lora_drops_in_training_steps_and_never_scores_so(tiny_backbone: Backbon
     ],
 )
 def test_lora_stands_in_the_chosen_blocks(tiny_backbone: Backbone, own: dict[str, Any], blocks: list[int]) -> None:
-    names = [name for name, _ in make(tiny_backbone, "clip_lora", **own).learnables()]
+    names = [name for name, _ in make(tiny_backbone, "clip_lora", **own).trainable_parameters()]
     assert {int(name.split("resblocks.")[1].split(".")[0]) for name in names} == set(blocks)
     assert len(names) == 2 * 2 * 3 * len(blocks)
     twelve = vlprompt.methods.get_method_class("clip_lora").Settings(position="mid").blocks(12)
@@ -166,9 +166,9 @@ def test_without_strength_the_dropout_is_none(tiny_backbone: Backbone, images: T
     for own in ({"gradient_dropout": False}, {"strength": 0.0}, {"strength": 1.0}):
         method = make(tiny_backbone, "ramt", **own)
         torch.manual_seed(1)  # with and without the dropout's own seed
-        method.load_learnable_state({k: v + 0.004 * torch.randn_like(v) for k, v in method.learnable_state().items()})
+        method.load_trained_state({k: v + 0.004 * torch.randn_like(v) for k, v in method.trained_state().items()})
         torch.stack(list(method.losses(images, LABELS).values())).sum().backward()
-        found.append(torch.cat([p.grad.flatten() for _, p in method.learnables()]))
+        found.append(torch.cat([p.grad.flatten() for _, p in method.trainable_parameters()]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-8)
     assert 0 < int((found[2] == 0).sum()) < found[2].numel()
 
@@ -177,7 +177,7 @@ def test_a_head_holds_bits_and_scores_alike(tiny_backbone: Backbone, images: Ten
     method = trained(tiny_backbone, "ramt", images, side="both")
     folder = Head(method).save_pretrained(tmp_path / "head")
     kept = {k: v for k, v in load_file(str(folder / "head.safetensors")).items() if k.startswith("learnable.masks.")}
-    numbers = sum(p.numel() for _, p in method.learnables())
+    numbers = sum(p.numel() for _, p in method.trainable_parameters())
     assert {v.dtype for v in kept.values()} == {torch.uint8} and sum(v.numel() for v in kept.values()) == numbers / 8
     head = load_head(folder, tiny_backbone)
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_a_head_holds_bits_and_scores_alike(tiny_backbone: Backbone, images: Ten
     follower = make(tiny_backbone, "ramt", side="both")
     follower.start_from(method.head_state())
     assert torch.equal(follower.eval()(images), method(images))
-    values = torch.cat([p.detach().flatten() for _, p in follower.learnables()])
+    values = torch.cat([p.detach().flatten() for _, p in follower.trainable_parameters()])
     assert values.unique().tolist() == pytest.approx([0.0, 0.01])
     name = next(iter(method.head_state()))
     with pytest.raises(HeadError, match="expected uint8"):
@@ -198,7 +198,10 @@ def test_a_head_holds_bits_and_scores_alike(tiny_backbone: Backbone, images: Ten
 def test_masks_of_the_published_kinds() -> None:
     backbone = vlprompt.backbone.shapes_only("ViT-B-16")
     sizes = {
-        kind: sum(p.numel() for _, p in vlprompt.create_method("ramt", backbone, NAMES, candidates=kind).learnables())
+        kind: sum(
+            p.numel()
+            for _, p in vlprompt.create_method("ramt", backbone, NAMES, candidates=kind).trainable_parameters()
+        )
         for kind in ("attention", "mlp", "all")
     }
     assert sizes == {"attention": 28_901_376, "mlp": 56_623_104, "all": 28_901_376 + 56_623_104}
@@ -206,7 +209,7 @@ def test_masks_of_the_published_kinds() -> None:
 
 def test_a_resnet_is_masked_as_well() -> None:
     backbone = vlprompt.backbone.shapes_only("RN50")
-    names = [name for name, _ in vlprompt.create_method("ramt", backbone, NAMES).learnables()]
+    names = [name for name, _ in vlprompt.create_method("ramt", backbone, NAMES).trainable_parameters()]
     assert (
         "masks.visual.layer1.0.conv1.weight.scores" in names and "masks.visual.attnpool.c_proj.weight.scores" in names
     )
@@ -220,7 +223,7 @@ def test_a_resnet_is_masked_as_well() -> None:
     with torch.no_grad():
         assert torch.equal(method.image_features(pixels), small.encode_image(pixels))
     torch.stack(list(method.losses(pixels, LABELS).values())).sum().backward()
-    assert all(float(p.grad.abs().max()) > 0 for _, p in method.learnables())
+    assert all(float(p.grad.abs().max()) > 0 for _, p in method.trainable_parameters())
 
 
 # -- APT --------------------------------------------------------------------------------------------------------------
@@ -255,7 +258,7 @@ def test_softmax_lambda_is_the_identity_that_apt_approximates(tiny_backbone: Bac
 
 def test_softmax_lambda_is_trained_and_refuses_what_it_has_not(tiny_backbone: Backbone, images: Tensor) -> None:
     method = make(tiny_backbone, "apt", normaliser="softmax-lambda", text_tokens=3, image_tokens=4)
-    assert {tuple(p.shape) for _, p in method.learnables()} == {(3, 128), (4, 128)}
+    assert {tuple(p.shape) for _, p in method.trainable_parameters()} == {(3, 128), (4, 128)}
     optimizer = torch.optim.Adam(method.parameter_groups(0.05))
     losses = []
     for _ in range(25):
@@ -304,9 +307,7 @@ def test_a_resumed_training_draws_and_steps_as_one_that_went_through(
     def moved() -> Any:
         method = make(tiny_backbone, name)
         if name == "ramt":
-            method.load_learnable_state(
-                {k: v + 0.004 * torch.randn_like(v) for k, v in method.learnable_state().items()}
-            )
+            method.load_trained_state({k: v + 0.004 * torch.randn_like(v) for k, v in method.trained_state().items()})
         return method
 
     whole, half, again = moved(), moved(), moved()
@@ -315,7 +316,7 @@ def test_a_resumed_training_draws_and_steps_as_one_that_went_through(
     torch.manual_seed(99)
     fit(again, 3, tmp_path / "half.ckpt")
     assert not torch.equal(
-        torch.cat([v.flatten() for v in half.learnable_state().values()]),
-        torch.cat([v.flatten() for v in whole.learnable_state().values()]),
+        torch.cat([v.flatten() for v in half.trained_state().values()]),
+        torch.cat([v.flatten() for v in whole.trained_state().values()]),
     )
-    torch.testing.assert_close(again.learnable_state(), whole.learnable_state(), rtol=0, atol=0)
+    torch.testing.assert_close(again.trained_state(), whole.trained_state(), rtol=0, atol=0)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from vlprompt import create_method
 from vlprompt.backbone import Backbone
-from vlprompt.methods.fitting import Shots
+from vlprompt.methods.fitting import FewShotFeatures
 
 NAMES = ["cat", "annual crop land", "aeroplane"]
 
 
-def shots_of(text: Tensor, views: int = 1, val: int = 9) -> Shots:
+def shots_of(text: Tensor, views: int = 1, val: int = 9) -> FewShotFeatures:
     draw = torch.Generator().manual_seed(4)
 
     def around(labels: Tensor, *more: int) -> Tensor:
@@ -25,7 +25,7 @@ def shots_of(text: Tensor, views: int = 1, val: int = 9) -> Shots:
 
     labels, truth = torch.arange(3).repeat(4), torch.arange(val) % 3
     nothing = torch.empty(0, 64)
-    return Shots(around(labels, views), labels, around(truth), truth, nothing, nothing[None][:0])
+    return FewShotFeatures(around(labels, views), labels, around(truth), truth, nothing, nothing[None][:0])
 
 
 # -- CLIP-Adapter -----------------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def test_clip_adapter_blends_raw_features_as_published(tiny_backbone: Backbone, 
         g = tiny_backbone.encode_image(images)
         hidden = (g @ first.t()).clamp(min=0)
         blended = 0.2 * (hidden @ second.t()).clamp(min=0) + 0.8 * g
-        text = create_method("zeroshot", tiny_backbone, NAMES).class_weights()
+        text = create_method("zeroshot", tiny_backbone, NAMES).text_features()
         expected = tiny_backbone.logit_scale * blended / blended.norm(dim=-1, keepdim=True) @ text.t()
         torch.testing.assert_close(method(images), expected, rtol=1e-5, atol=1e-5)
         # The start is drawn: it is not zero-shot.
@@ -65,7 +65,9 @@ def test_clip_adapter_trains_on_kept_features_and_moves_the_image_side(tiny_back
     for inputs in (images, tiny_backbone.encode_image(images)):
         method.zero_grad()
         method.losses(inputs, labels)["ce"].backward()
-        gradients.append([parameter.grad.clone() for _, parameter in method.learnables() if parameter.grad is not None])
+        gradients.append(
+            [parameter.grad.clone() for _, parameter in method.trainable_parameters() if parameter.grad is not None]
+        )
     assert len(gradients[0]) == 2 and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
@@ -75,28 +77,28 @@ def test_taskres_adds_to_the_raw_text_feature(tiny_backbone: Backbone) -> None:
     method: Any = create_method("taskres", tiny_backbone, NAMES, templates=templates, views=0, epochs=4, lr=0.5)
     raw = method.cache.raw_text
     assert not torch.allclose(raw.norm(dim=-1), torch.ones(3))
-    torch.testing.assert_close(method.class_weights(), F.normalize(raw, dim=-1))
+    torch.testing.assert_close(method.text_features(), F.normalize(raw, dim=-1))
     shots = shots_of(raw)
     method.fit(shots)
     expected = F.normalize(raw + 0.5 * method.cache.residual, dim=-1)
-    torch.testing.assert_close(method.class_weights(), expected)
+    torch.testing.assert_close(method.text_features(), expected)
     logits = tiny_backbone.logit_scale * F.normalize(shots.val, dim=-1) @ expected.t()
     torch.testing.assert_close(method(shots.val), logits)
     other = method.with_classes([NAMES[2], NAMES[0]])
-    torch.testing.assert_close(other.class_weights(), expected[[2, 0]], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(other.text_features(), expected[[2, 0]], rtol=1e-4, atol=1e-5)
 
 
 # -- linear probe, LP++ -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["linear_probe", "lp_plus_plus"])
 def test_what_is_chosen_on_validation_images_needs_them(name: str, tiny_backbone: Backbone) -> None:
-    text = create_method("zeroshot", tiny_backbone, NAMES).class_weights()
+    text = create_method("zeroshot", tiny_backbone, NAMES).text_features()
 
     def fitted(val: int = 9, **own: Any) -> Any:
         method = create_method(name, tiny_backbone, NAMES, **own)
         method.fit(shots_of(text, val=val))
         return method
 
-    blind, still, searched = fitted(val=0).learnable_state(), fitted(search=False).learnable_state(), fitted()
+    blind, still, searched = fitted(val=0).trained_state(), fitted(search=False).trained_state(), fitted()
     assert all(torch.equal(value, still[key]) for key, value in blind.items())
     if name == "linear_probe":  # LP++ keeps the last of equally good iterations, which are many here
         assert float(searched.cache.c) != pytest.approx(float(still["cache.c"]))

@@ -47,7 +47,7 @@ def test_one_expert_alone_is_coop(mocoop: Any, tiny_backbone: Backbone, images: 
     one = mocoop(templates=["a photo of a {}."], groups=[1], top_k=1, **PLAIN)
     coop = create_method("coop", tiny_backbone, NAMES, context_init="a photo of a")
     moved = coop.prompt.ctx.detach() + 0.05 * torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
-    coop.load_learnable_state({"prompt.ctx": moved})
+    coop.load_trained_state({"prompt.ctx": moved})
     with torch.no_grad():
         one.experts.before[0].copy_(moved)
     # CoOp's prompt ends in a period and the expert's, trained on all classes, does not: compare the same prompts.
@@ -106,7 +106,7 @@ def test_token_counted_experts_start_as_plain_clip_with_the_template(mocoop: Any
     method = mocoop(templates=templates, groups=[1, 1, 1, 1], context_counting="tokens")
     words = [template.removesuffix(".") for template in templates]
     plain = F.normalize(tiny_backbone.text.encode(template_layout(tiny_backbone.text, NAMES, words)), dim=-1)
-    torch.testing.assert_close(method.expert_weights(), plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(method.expert_text_features(), plain, rtol=1e-4, atol=1e-5)
 
 
 def test_text_term_is_a_unit_diagonal_at_the_start_with_periods_on_both_sides(mocoop: Any) -> None:
@@ -117,7 +117,7 @@ def test_text_term_is_a_unit_diagonal_at_the_start_with_periods_on_both_sides(mo
         tune_layer_norms=False,
     )
     method = create_method("mocoop", method.backbone, NAMES, all_class_names=ALL_NAMES, **method.settings_dict())
-    cosines = method.expert_weights(virtual=True) @ method.prototypes.transpose(1, 2)
+    cosines = method.expert_text_features(virtual=True) @ method.prototypes.transpose(1, 2)
     assert cosines.shape == (3, 6, 6)
     torch.testing.assert_close(cosines.diagonal(dim1=1, dim2=2), torch.ones(3, 6), rtol=0, atol=1e-5)
 
@@ -149,18 +149,18 @@ def test_gates_bear_mixed_precision_on_a_gpu(mocoop: Any, monkeypatch: pytest.Mo
     torch.testing.assert_close(gates.float().sum(dim=-1), torch.ones(2), rtol=0, atol=1e-2)
 
 
-def test_logits_are_those_of_the_mixed_class_weights(mocoop: Any, images: Tensor) -> None:
+def test_logits_are_those_of_the_mixed_text_features(mocoop: Any, images: Tensor) -> None:
     method = mocoop()
     features = method.image_features(images)
     unit = F.normalize(features, dim=-1)
-    gates, experts = method.route(unit)[1], method.expert_weights()
-    mixed = method.class_weights(features).detach()
+    gates, experts = method.route(unit)[1], method.expert_text_features()
+    mixed = method.text_features(features).detach()
     expected = torch.stack([sum(gates[i, g] * experts[g] for g in range(4)) for i in range(len(images))])
     torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-6)
     # Not normalised again: experts that disagree shrink the logits (seed_methods 1.d, 8).
     assert bool((mixed.norm(dim=-1) <= 1 + 1e-6).all()) and float(mixed.norm(dim=-1).min()) < 0.99999
     with pytest.warns(UserWarning, match="per image"):
-        assert method.class_weights().shape == (4, 64)
+        assert method.text_features().shape == (4, 64)
 
 
 def test_the_class_loss_teaches_the_top_experts_and_the_gate_loss_all(mocoop: Any, images: Tensor) -> None:
@@ -218,14 +218,14 @@ def test_correction_is_added_before_normalisation_and_shared(mocoop: Any) -> Non
     raw = method.backbone.text.encode(method.layout, method.experts.vectors())
     with torch.no_grad():
         method.w.normal_()
-    torch.testing.assert_close(method.expert_weights(), F.normalize(raw + method.w, dim=-1))
+    torch.testing.assert_close(method.expert_text_features(), F.normalize(raw + method.w, dim=-1))
     assert mocoop(text_correction=False).w is None
 
 
 @pytest.mark.parametrize("temperature", [1.0, 100.0])
 def test_text_temperature_scales_the_cosines(mocoop: Any, images: Tensor, temperature: float) -> None:
     method = mocoop(text_temperature=temperature)
-    cosines = temperature * method.expert_weights() @ method.prototypes.transpose(1, 2)
+    cosines = temperature * method.expert_text_features() @ method.prototypes.transpose(1, 2)
     expected = -5 * cosines.log_softmax(dim=-1).diagonal(dim1=1, dim2=2).mean()
     torch.testing.assert_close(losses(method, images)["text"], expected, rtol=1e-4, atol=1e-5)
 
@@ -245,7 +245,7 @@ def test_dropped_experts_have_zero_features_and_no_gradient(mocoop: Any, images:
     picked = method.route(F.normalize(method.image_features(images[:1]), dim=-1))[1][0] > 0
     terms, kept = losses(method, images[:1]), losses(whole, images[:1])
     torch.testing.assert_close(terms["ce"], kept["ce"])
-    cosines = method.expert_weights() @ method.prototypes.transpose(1, 2)
+    cosines = method.expert_text_features() @ method.prototypes.transpose(1, 2)
     each = -cosines.log_softmax(dim=-1).diagonal(dim1=1, dim2=2).mean(dim=-1)
     expected = 5 * torch.where(picked, each, torch.full((4,), math.log(4))).mean()  # zero features: all alike
     torch.testing.assert_close(terms["text"], expected, rtol=1e-4, atol=1e-5)
@@ -285,7 +285,7 @@ def test_parameter_counts_are_the_published_formula(tiny_state_dict: Any, tiny_b
     own = yaml.safe_load((CONFIGS / "imagenet.yaml").read_text())["settings"]
     method = create_method("mocoop", wide, NAMES, **own)
     counts: dict[str, int] = {}
-    for name, parameter in method.learnables():
+    for name, parameter in method.trainable_parameters():
         counts[name.split(".")[0]] = counts.get(name.split(".")[0], 0) + parameter.numel()
     contexts = sum(b + a for b, a in method.experts.lengths)
     assert counts == {"experts": contexts * 512, "gate": 10_260, "w": 512, "norms": 4 * 2 * 2 * 128}
@@ -297,7 +297,7 @@ def test_parameter_counts_are_the_published_formula(tiny_state_dict: Any, tiny_b
         experts, contexts = len(method.settings.groups), sum(b + a for b, a in method.experts.lengths)
         norms = 2048 if method.settings.tune_layer_norms else 0
         total = contexts * 128 + 65 * experts + (64 if method.settings.text_correction else 0) + norms
-        assert sum(p.numel() for _, p in method.learnables()) == total
+        assert sum(p.numel() for _, p in method.trainable_parameters()) == total
 
 
 @pytest.mark.parametrize(

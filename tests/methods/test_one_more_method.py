@@ -51,7 +51,7 @@ class Toy(PromptMethod):
         text = template_features(self.backbone, self.class_names, ["a photo of a {}."])
         self.register_buffer("text", text, persistent=False)
 
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the moved weights ``[C, D]``."""
         return F.normalize(self.get_buffer("text") + self.shift, dim=-1)
 '''

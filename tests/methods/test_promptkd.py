@@ -66,7 +66,7 @@ def test_the_loss_is_the_equation_and_labels_do_not_count(tiny_backbone: Backbon
     hidden = array(method.image_features(images)) @ array(net.linear1.weight).T + array(net.linear1.bias)
     hidden = (hidden - hidden.mean(axis=0)) / np.sqrt(hidden.var(axis=0) + 1e-5)
     projected = np.maximum(hidden, 0) @ array(net.linear2.weight).T + array(net.linear2.bias)
-    text, scale = array(zeroshot.class_weights()), float(tiny_backbone.logit_scale)
+    text, scale = array(zeroshot.text_features()), float(tiny_backbone.logit_scale)
     own = log_softmax(scale * unit(projected) @ text.T / temperature)
     target = log_softmax(array(zeroshot(images)) / temperature)
     expected = 50.0 * temperature**2 * (np.exp(target) * (target - own)).sum() / (6 * len(ALL))
@@ -115,7 +115,7 @@ def test_a_head_needs_no_teacher(
     assert float(statistics.abs().max()) > 0
     head = Head(method)
     folder = head.save_pretrained(tmp_path / "head")
-    assert head.class_weights().shape == (3, 192) and method.learnable_state()["teacher_text"].shape == (5, 192)
+    assert head.text_features().shape == (3, 192) and method.trained_state()["teacher_text"].shape == (5, 192)
     new = head.with_classes(["red apple", *ALL[3:]])  # the teacher is still there to be asked
     shutil.rmtree(teacher)
     again = load_head(folder, tiny_backbone)
@@ -130,12 +130,12 @@ def test_a_head_needs_no_teacher(
 def test_a_teacher_is_a_head_or_a_backbone(tiny_backbone: Backbone, demo: Backbone, teacher: Path) -> None:
     taught = student(demo, teacher)
     assert taught.teacher.method.backbone is demo, "the same weights are not kept twice"
-    expected = load_head(teacher, demo).with_classes(ALL).class_weights()
+    expected = load_head(teacher, demo).with_classes(ALL).text_features()
     torch.testing.assert_close(taught.teacher_text, expected)
     assert student(tiny_backbone).settings.teacher_dim == 64
     other = student(tiny_backbone, "demo")
     zeroshot = create_method("zeroshot", demo, ALL)
-    assert other.settings.teacher_dim == 192 and torch.equal(other.teacher_text, zeroshot.class_weights())
+    assert other.settings.teacher_dim == 192 and torch.equal(other.teacher_text, zeroshot.text_features())
     cache = create_method("tip_adapter", tiny_backbone, BASE)
     with pytest.raises(ConfigError, match="head of tip_adapter cannot teach"):
         Teacher(cache, tiny_backbone)
@@ -151,9 +151,9 @@ def test_a_teacher_scores_as_it_does_by_itself(tiny_backbone: Backbone, images: 
     """With what its objectives add to its features (RESTORE's adapters), and a student can teach in its turn."""
     for name in ("restore", "promptkd"):
         method = create_method(name, tiny_backbone, ALL).eval()
-        method.load_learnable_state({key: value + 0.02 for key, value in method.learnable_state().items()})
+        method.load_trained_state({key: value + 0.02 for key, value in method.trained_state().items()})
         teacher = Teacher(method, tiny_backbone)
-        found = teacher.logits(teacher.image_features(images), teacher.class_weights(ALL))
+        found = teacher.logits(teacher.image_features(images), teacher.text_features(ALL))
         torch.testing.assert_close(found, method(images).detach())
         assert teacher.dim == 64 and not found.requires_grad
 
@@ -162,7 +162,7 @@ def test_the_published_numbers_of_learnables() -> None:
     backbone = shapes_only("ViT-B-16")
     for settings in ({"teacher": "ViT-L-14:openai"}, {"teacher_dim": 768}):
         method = create_method("promptkd", backbone, BASE, **settings)
-        assert sum(parameter.numel() for _, parameter in method.learnables()) == 1_013_760
+        assert sum(parameter.numel() for _, parameter in method.trainable_parameters()) == 1_013_760
 
 
 def test_the_projector_is_the_published_stack_of_layers() -> None:

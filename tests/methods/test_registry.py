@@ -46,7 +46,7 @@ def test_a_decorator_is_the_whole_enrolment(clean_registry: None, tiny_backbone:
     Mine.Settings = Settings
     assert "mine" in list_methods("m*") and get_method_class("mine") is Mine and Mine.name == "mine"
     method = registry.create_method("mine", tiny_backbone, ["cat"], strength=2)
-    assert method.strength == 2 and method.learnables() == [] and method.parameter_groups(0.1) == []
+    assert method.strength == 2 and method.trainable_parameters() == [] and method.parameter_groups(0.1) == []
 
 
 def test_a_name_is_given_once(clean_registry: None) -> None:

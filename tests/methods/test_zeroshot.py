@@ -34,7 +34,7 @@ def open_clips_weights(backbone: Backbone, templates: list[str]) -> torch.Tensor
 def test_weights_and_logits_are_open_clips(tiny_backbone: Backbone, images: torch.Tensor, templates: list[str]) -> None:
     method = create_method("zeroshot", tiny_backbone, NAMES, templates=templates)
     weights = open_clips_weights(tiny_backbone, templates)
-    torch.testing.assert_close(method.class_weights(), weights, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(method.text_features(), weights, rtol=1e-5, atol=1e-5)
     features = F.normalize(tiny_backbone.model.encode_image(images), dim=-1)
     expected = tiny_backbone.model.logit_scale.exp() * features @ weights.t()
     torch.testing.assert_close(method(images), expected, rtol=1e-4, atol=1e-4)
@@ -52,20 +52,20 @@ def test_ensemble_puts_seven_selected_templates_in_front(tiny_backbone: Backbone
     ensemble = create_method("zeroshot", tiny_backbone, NAMES, templates=own, ensemble=True)
     assert len(SELECTED_TEMPLATES) == 7
     expected = open_clips_weights(tiny_backbone, [*SELECTED_TEMPLATES, *own])
-    torch.testing.assert_close(ensemble.class_weights(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ensemble.text_features(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_second_ensemble_is_the_same_as_the_first(tiny_backbone: Backbone) -> None:
     # The official code extends a list on its class (prompt_learners 3.0).
-    first = create_method("zeroshot", tiny_backbone, NAMES, ensemble=True).class_weights()
-    assert torch.equal(create_method("zeroshot", tiny_backbone, NAMES, ensemble=True).class_weights(), first)
+    first = create_method("zeroshot", tiny_backbone, NAMES, ensemble=True).text_features()
+    assert torch.equal(create_method("zeroshot", tiny_backbone, NAMES, ensemble=True).text_features(), first)
 
 
 def test_there_is_nothing_to_train(tiny_backbone: Backbone) -> None:
     method = create_method("zeroshot", tiny_backbone, NAMES)
-    assert method.parameter_groups(0.1) == [] and method.learnable_state() == {}
-    assert not method.class_weights().requires_grad
-    method.load_learnable_state({})
+    assert method.parameter_groups(0.1) == [] and method.trained_state() == {}
+    assert not method.text_features().requires_grad
+    method.load_trained_state({})
 
 
 @pytest.mark.parametrize(

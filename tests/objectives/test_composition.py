@@ -50,7 +50,7 @@ def train(method: PromptMethod, images: Tensor, count: int = 2, lr: float = 0.01
         optimizer.zero_grad()
         loss = torch.stack(list(method.losses(images, LABELS).values())).sum()
         loss.backward()
-        assert all(p.grad is not None for _, p in method.learnables()), (
+        assert all(p.grad is not None for _, p in method.trainable_parameters()), (
             "a learnable without gradient stops several processes"
         )
         optimizer.step()
@@ -69,7 +69,7 @@ def test_every_pair_trains_or_is_refused_with_the_reason(
         assert IMPOSSIBLE[name, objective] in str(caught.value)
         return
     method = make(tiny_backbone, name, objectives={objective: {}})
-    if not method.learnables():
+    if not method.trainable_parameters():
         assert objective in ("aggregation", "projected_gradient", "gradient_dropout")
         return
     assert len(train(method, images)) == 2
@@ -106,7 +106,7 @@ def test_the_papers_distance_is_twice_the_codes(tiny_backbone: Backbone, images:
     """KgCoOp's paper has the mean squared distance of unit vectors, its code one minus the mean cosine."""
     code, paper = (make(tiny_backbone, "kgcoop", context_init="", variant=one) for one in ("code", "paper"))
     step = paper.step(images, LABELS)
-    squared = ((step.class_weights - paper.active[0].target) ** 2).sum(-1).mean()
+    squared = ((step.text_features - paper.active[0].target) ** 2).sum(-1).mean()
     found = [float(one.losses(images, LABELS)["knowledge"].detach()) for one in (code, paper)]
     assert found[1] == pytest.approx(2 * found[0]) == pytest.approx(8 * float(squared.detach()), rel=1e-4)
 
@@ -158,7 +158,7 @@ def test_surgery_grows_once_and_is_saved(tiny_backbone: Backbone) -> None:
     surgery.epoch_end(3, 6)
     assert float(surgery.text_strength) == grown  # type: ignore[arg-type]
     other = make(tiny_backbone, "restore", depth=3)
-    other.load_learnable_state(method.learnable_state())
+    other.load_trained_state(method.trained_state())
     assert float(other.active[0].text_strength) == grown  # type: ignore[arg-type]
 
 
@@ -171,14 +171,14 @@ def test_aggregation_is_the_average_under_the_curve(tiny_backbone: Backbone) -> 
     for epoch in range(3):
         with torch.no_grad():
             method.prompt.ctx.add_(1.0)  # type: ignore[union-attr, operator]
-        seen.append(method.learnable_state()["prompt.ctx"])
+        seen.append(method.trained_state()["prompt.ctx"])
         # What a checkpoint holds carries the sums: a method restored in the middle ends alike.
         restored = make(tiny_backbone, "coop", context_length=2, objectives={"aggregation": {"mean": 2.0}})
         restored.load_state_dict(method.state_dict())
         method = restored
         method.epoch_end(epoch, 3)
     expected = sum(w * s for w, s in zip(gaussian_weights(3, 2, 1).float(), seen, strict=True))
-    torch.testing.assert_close(method.learnable_state()["prompt.ctx"], expected)
+    torch.testing.assert_close(method.trained_state()["prompt.ctx"], expected)
 
 
 def test_projection() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlprompt.data import FeatureStore
-from vlprompt.data import test_view as clip_view
+from vlprompt.data import test_transform as clip_view
 from vlprompt.data.tally import tally
 from vlprompt.datasets import FileSource
 from vlprompt.errors import ConfigError, DataError

@@ -93,15 +93,15 @@ def absorbed(p: Any, context: Tensor, update: Tensor) -> Tensor:
 def test_features_and_gradients_are_those_of_the_equations(name: str, reach: str, tiny_backbone: Backbone) -> None:
     method = make(tiny_backbone, name, decomposition={name: {"reach": reach, "rank": 3}})
     context, part = method.get_parameter("prompt.ctx"), own(method)
-    found = method.class_weights()
+    found = method.text_features()
     update = low_rank(part)
     changed = absorbed(part, context, update) if name == "ept" else context
     expected = by_hand(tiny_backbone, changed, update, reach)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    learnables = [parameter for _, parameter in method.learnables()]
+    learnables = [parameter for _, parameter in method.trainable_parameters()]
     cotangent = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
     gradients = [torch.autograd.grad((one * cotangent).sum(), learnables) for one in (found, expected)]
-    for (key, _), ours, theirs in zip(method.learnables(), *gradients, strict=True):
+    for (key, _), ours, theirs in zip(method.trainable_parameters(), *gradients, strict=True):
         assert bool(theirs.any()), key
         assert float((ours - theirs).abs().max()) <= 1e-3 * float(theirs.abs().max()), key
 
@@ -109,13 +109,13 @@ def test_features_and_gradients_are_those_of_the_equations(name: str, reach: str
 def test_what_follows_end_of_text_changes_nothing(tiny_backbone: Backbone) -> None:
     """Rows of the update that no name reaches have no effect, and so no gradient."""
     method = make(tiny_backbone, "dept", decomposition={"dept": {"reach": "end-of-text"}})
-    before = method.class_weights().detach()
+    before = method.text_features().detach()
     longest = max(len(tiny_backbone.text.tokens(name.replace("_", " "))) - 2 for name in NAMES)
     reached = longest + 2  # the period and end-of-text
     with torch.no_grad():
         own(method).A[reached:] = 1e3
-    assert torch.equal(method.class_weights().detach(), before)
-    method.class_weights().sum().backward()
+    assert torch.equal(method.text_features().detach(), before)
+    method.text_features().sum().backward()
     assert not bool(own(method).A.grad[reached:].any()) and bool(own(method).A.grad[:reached].any(dim=1).all())
 
 
@@ -123,12 +123,13 @@ def test_what_follows_end_of_text_changes_nothing(tiny_backbone: Backbone) -> No
 def test_the_budget_is_the_papers() -> None:
     """l d = m d + (L + d) r: 16 vectors of CoOp against 4 and rank 10, on ViT-B/16 (seed_methods 11.1 and 12.3)."""
     method = create_method("dept", shapes_only("ViT-B-16"), ["cat"])
-    counts = {name: parameter.numel() for name, parameter in method.learnables()}
+    counts = {name: parameter.numel() for name, parameter in method.trainable_parameters()}
     assert counts == {"prompt.ctx": 2_048, "decomposition.A": 770, "decomposition.B": 5_120}
     assert sum(counts.values()) == 7_938 <= 16 * 512 and (16 - 4) * 512 // (77 + 512) == 10
     method = create_method("ept", shapes_only("ViT-B-16"), ["cat"])
     assert (
-        sum(parameter.numel() for _, parameter in method.learnables()) == 7_938 + 6 * 512 * 8 + 3 * (2 * 32 + 1) * 512
+        sum(parameter.numel() for _, parameter in method.trainable_parameters())
+        == 7_938 + 6 * 512 * 8 + 3 * (2 * 32 + 1) * 512
     )
 
 
@@ -160,7 +161,7 @@ def test_the_folded_context_gives_the_same_logits_without_the_modules(tiny_backb
         folded = part.context(context, part.update(), torch.ones(1, 4, dtype=torch.bool))[0]
         assert float((folded - context).abs().max()) > 1e-2
     state = {"prompt.ctx": folded, "decomposition.A": part.A.detach(), "decomposition.B": part.B.detach()}
-    dept.load_learnable_state(state)
+    dept.load_trained_state(state)
     torch.testing.assert_close(dept(images), ept(images), rtol=1e-5, atol=1e-5)
 
 
@@ -223,8 +224,8 @@ def test_experts_of_unequal_length_are_each_treated_alone(tiny_backbone: Backbon
             other.copy_(value)
         assert key
     torch.testing.assert_close(
-        both.expert_weights()[1],
-        alone.expert_weights()[0],
+        both.expert_text_features()[1],
+        alone.expert_text_features()[0],
         rtol=1e-5,
         atol=1e-5,  # type: ignore[operator]
     )

@@ -90,14 +90,14 @@ def test_a_prompt_of_zeros_is_zero_shot(tiny_backbone: Backbone, images: Tensor)
     zeroshot = create_method("zeroshot", tiny_backbone, ["cat", "sea_lake"], templates=["This is a photo of a {}"])
     assert not torch.allclose(method(images), zeroshot(images), atol=1e-2)
     with torch.no_grad():
-        for _, parameter in method.learnables():
+        for _, parameter in method.trainable_parameters():
             parameter.zero_()
     torch.testing.assert_close(method(images), zeroshot(images), rtol=1e-5, atol=1e-5)
 
 
 def test_hyphens_are_spaces_in_the_text(tiny_backbone: Backbone) -> None:
     one, other = (create_method("visual_prompt", tiny_backbone, [name]) for name in ("pickup-truck", "Pickup_truck"))
-    assert torch.equal(one.class_weights(), other.class_weights())
+    assert torch.equal(one.text_features(), other.text_features())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -107,7 +107,7 @@ def test_a_resnet_takes_pixels_too(shape: str, tmp_path: Any) -> None:
     images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert backbone.image.folded(torch.zeros(3, 64, 64)) is None
     torch.stack(list(method.losses(images, torch.arange(3)).values())).sum().backward()
-    assert all(float(p.grad.abs().max()) > 0 for _, p in method.learnables())  # type: ignore[union-attr]
+    assert all(float(p.grad.abs().max()) > 0 for _, p in method.trainable_parameters())  # type: ignore[union-attr]
     method.eval()
     with torch.no_grad():
         expected = method(images)

@@ -74,8 +74,8 @@ def test_an_idle_block_leaves_coop_and_deep_image_tokens(tiny_backbone: Backbone
             layer.weight.zero_()
             layer.bias.zero_()
     coop = create_method("coop", tiny_backbone, NAMES, context_length=4, class_token_position="middle")
-    coop.load_learnable_state({"prompt.ctx": prompts.context.ctx})
-    torch.testing.assert_close(method.class_weights(), coop.class_weights())
+    coop.load_trained_state({"prompt.ctx": prompts.context.ctx})
+    torch.testing.assert_close(method.text_features(), coop.text_features())
     first, *deep = prompts.visual
     tokens = VisualTokens(first, dict(enumerate(deep, 1)), position="after_class", before_ln_pre=False)
     torch.testing.assert_close(method.image_features(images), tiny_backbone.encode_image(images, tokens))
@@ -97,4 +97,4 @@ def test_classes_of_several_tasks_do_not_see_each_other(tiny_backbone: Backbone,
         torch.testing.assert_close(both.with_classes(NAMES)(images), both(images)[:, :3], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(both(images)[:, 3], both(images)[:, 0], rtol=1e-5, atol=1e-5)
     frozen = template_features(tiny_backbone, NAMES, ["a photo of a {}."])
-    assert not torch.allclose(both.class_weights()[:3], frozen, atol=1e-2)
+    assert not torch.allclose(both.text_features()[:3], frozen, atol=1e-2)

@@ -45,7 +45,7 @@ def test_numbers_are_the_run_s_own(tiny: Tiny) -> None:
     config = tiny("mocoop", epochs=3, accumulate=2, shots=3, batch_size=4)
     text = dry_run(config)
     done = run(config)
-    learned = done.head().method.learnable_state()
+    learned = done.head().method.trained_state()
     assert f"{sum(t.numel() for t in learned.values()):,} numbers in {len(learned)} tensors" in text
     assert "5 classes (all), 15 training and 13 test images" in text
     assert "3 per epoch x 3 epochs = 6 updates" in text

@@ -115,14 +115,14 @@ for name in vlprompt.list_methods():
     for part in range(2):
         method.zero_grad()
         Loss(method)(images[part], labels[part]).backward()
-        alone.append([p.grad.clone() for _, p in method.learnables()])
+        alone.append([p.grad.clone() for _, p in method.trainable_parameters()])
     method.zero_grad()
     both = DistributedDataParallel(Loss(method))
     worst = 0.0
     for step in range(2):
         method.zero_grad()
         both(images[rank], labels[rank]).backward()
-        for (_, p), a, b in zip(method.learnables(), *alone):
+        for (_, p), a, b in zip(method.trainable_parameters(), *alone):
             wanted = (a + b) / 2
             if not p.numel():
                 continue
@@ -136,7 +136,7 @@ for part in (slice(None), rank):
     loss = Loss(vlprompt.create_method("ramt", backbone, names).train())
     given = (torch.cat(images), torch.cat(labels)) if part == slice(None) else (images[rank], labels[rank])
     (loss if part == slice(None) else DistributedDataParallel(loss))(*given).backward()
-    found.append(torch.cat([p.grad.flatten() for _, p in loss.method.learnables()]))
+    found.append(torch.cat([p.grad.flatten() for _, p in loss.method.trainable_parameters()]))
 if rank == 0:
     worst = float((found[0] - found[1]).abs().max() / found[0].abs().max())
     os.write(1, (json.dumps(["draws", worst]) + "\\n").encode())

@@ -300,7 +300,7 @@ def test_a_host_with_a_decomposition_is_learned_and_used(tmp_path: Path, tiny: T
     """Its tensors are part of the start; the regulator is of the prompts alone."""
     own = {"dept": {"rank": 3}}
     config = dataclasses.replace(meta_config(tmp_path, steps=2, tasks_per_step=1, save_every=1), decomposition=own)
-    start = dict(host(config, load_backbone("demo"), ["one", "two"]).learnables())
+    start = dict(host(config, load_backbone("demo"), ["one", "two"]).trainable_parameters())
     folder, _ = meta_train(config)
     learned = load_file(folder / "head" / "head.safetensors")
     assert not torch.equal(learned["learnable.decomposition.B"], start["decomposition.B"].detach())

@@ -71,10 +71,10 @@ def test_every_mode_gets_probabilities_that_add_up(run_folder: Path, photos: Pat
 
 
 def test_the_numbers_are_those_of_the_head(run_folder: Path, photos: Path) -> None:
-    from vlprompt.data.views import test_view
+    from vlprompt.data.transforms import test_transform
 
     head = load_head(run_folder)
-    image = test_view(head.backbone.preprocess)(Image.open(photos / "a" / "alpha.png").convert("RGB"))
+    image = test_transform(head.backbone.preprocess)(Image.open(photos / "a" / "alpha.png").convert("RGB"))
     expected = head(image[None]).softmax(-1)[0]
     (entry,) = predict(run_folder / "head", [photos / "a" / "alpha.png"], top=2)
     assert [guess["name"] for guess in entry["classes"]] == [NAMES[i] for i in expected.topk(2).indices.tolist()]

@@ -75,7 +75,7 @@ trainer = pl.Trainer(
 )
 trainer.fit(module, datamodule=data)
 (scores,) = trainer.test(module, datamodule=data, verbose=False)
-ctx = method.learnable_state()["prompt.ctx"]
+ctx = method.trained_state()["prompt.ctx"]
 for turn in (0, 1):  # such a long line takes several writes
     if rank == turn:
         say("OWN " + json.dumps({"rank": rank, "scores": scores, "ctx": ctx.tolist()}))
@@ -226,7 +226,7 @@ def one_process(pictures: Path) -> tuple[dict[str, float], torch.Tensor]:
     )
     trainer.fit(module, datamodule=data)
     (scores,) = trainer.test(module, datamodule=data, verbose=False)
-    return dict(scores), method.learnable_state()["prompt.ctx"]
+    return dict(scores), method.trained_state()["prompt.ctx"]
 
 
 @pytest.mark.slow

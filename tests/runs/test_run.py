@@ -121,12 +121,12 @@ def test_reused_run_has_the_trained_tensors(tiny: Tiny, tmp_path: Path) -> None:
     def trained() -> tuple[Run, dict[str, torch.Tensor]]:
         method = vlprompt.create_method("coop", backbone, task.class_names, context_init="an emoji of a")
         done = vlprompt.train(method, task, output=str(tmp_path), view="center", epochs=2, lr=0.1, batch_size=4)
-        return done, method.learnable_state()
+        return done, method.trained_state()
 
     (first, learned), (second, restored) = trained(), trained()
     assert (first.reused, second.reused) == (False, True)
     torch.testing.assert_close(restored, learned, rtol=0, atol=0)
-    torch.testing.assert_close(second.head(backbone).method.learnable_state(), learned, rtol=0, atol=0)
+    torch.testing.assert_close(second.head(backbone).method.trained_state(), learned, rtol=0, atol=0)
 
 
 def test_force_redoes(finished: tuple[RunConfig, Run]) -> None:

@@ -26,22 +26,22 @@ def test_tpt_without_steps_scores_like_the_head_it_starts_from(tiny: Tiny, coop:
     done = run(tiny("tpt", settings={"crops": 3, "steps": 0}, start=start))
     assert done.results["per_class"]["results"] == coop.results["per_class"]["results"]
     assert done.results["config"]["start"] == start
-    context = done.head().method.learnable_state()["ctx"]
-    assert torch.equal(context, coop.head().method.learnable_state()["prompt.ctx"])
+    context = done.head().method.trained_state()["ctx"]
+    assert torch.equal(context, coop.head().method.trained_state()["prompt.ctx"])
 
 
 def test_tuning_moves_on_from_the_start(tiny: Tiny, coop: Run) -> None:
     tuned = run(tiny("tpt", settings={"crops": 9, "lr": 0.05}, start=str(coop.folder)))
     assert tuned.results["test_images"] == "test-tuned"
     # The head keeps the start; each image's own context is forgotten.
-    context = tuned.head().method.learnable_state()["ctx"]
-    assert torch.equal(context, coop.head().method.learnable_state()["prompt.ctx"])
+    context = tuned.head().method.trained_state()["ctx"]
+    assert torch.equal(context, coop.head().method.trained_state()["prompt.ctx"])
 
 
 def test_training_goes_on_from_another_run(tiny: Tiny, coop: Run) -> None:
     again = run(tiny("coop", epochs=1, lr=1e-9, warmup_epochs=0, start=str(coop.folder)))
     assert again.folder != coop.folder
-    states = [one.head().method.learnable_state()["prompt.ctx"] for one in (again, coop)]
+    states = [one.head().method.trained_state()["prompt.ctx"] for one in (again, coop)]
     torch.testing.assert_close(*states, rtol=0, atol=1e-6)
 
 

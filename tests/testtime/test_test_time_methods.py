@@ -73,9 +73,9 @@ def test_one_image_is_scored_by_the_start_with_a_warning(tiny_backbone: Backbone
     with pytest.warns(UserWarning, match=r"give it \d+ views"):
         logits = method(images[:, 0])
     expected = tiny_backbone.logit_scale * F.normalize(method.image_features(images[:, 0]), dim=-1)
-    torch.testing.assert_close(logits, expected @ method.start_weights().t())
+    torch.testing.assert_close(logits, expected @ method.initial_text_features().t())
     with pytest.warns(UserWarning, match="without adaptation"):
-        assert torch.equal(method.class_weights(), method.start_weights())
+        assert torch.equal(method.text_features(), method.initial_text_features())
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_tpt_starts_from_a_trained_context(tiny_backbone: Backbone, images: Tens
     torch.manual_seed(2)
     trained = create_method(source, tiny_backbone, NAMES, context_init="", context_length=length)
     method = make(tiny_backbone, "tpt", lr=0.0)
-    method.start_from(trained.learnable_state())
+    method.start_from(trained.trained_state())
     assert method.layout.context_length == length
     torch.testing.assert_close(method(images), trained(images[:, 0]).detach(), rtol=1e-4, atol=1e-3)
     moved = method.with_classes(["cat", "sea lake"])
@@ -146,14 +146,14 @@ def test_other_starts_are_refused(tiny_backbone: Backbone, source: str, own: dic
     method = make(tiny_backbone, "difftpt")
     before = method.ctx.clone()
     with pytest.raises(HeadError, match=why):
-        method.start_from(create_method(source, tiny_backbone, NAMES, **own).learnable_state())
+        method.start_from(create_method(source, tiny_backbone, NAMES, **own).trained_state())
     assert torch.equal(method.ctx, before)
 
 
 @pytest.mark.parametrize("name", [*EPISODIC, "tda"])
 def test_heads_are_saved_and_loaded(tiny_backbone: Backbone, images: Tensor, name: str, tmp_path: Path) -> None:
     method = make(tiny_backbone, name)
-    assert not method.learnables() and not method.parameter_groups(0.1)
+    assert not method.trainable_parameters() and not method.parameter_groups(0.1)
     Head(method).save_pretrained(tmp_path / "head")
     loaded = load_head(tmp_path / "head", tiny_backbone)
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_promptalign_of_no_steps_or_rate_is_maple(tiny_backbone: Backbone, image
     expected = maple(images[:, 0]).detach()
     for own in ({"steps": 0}, {"lr": 0.0}):
         method = make(tiny_backbone, "promptalign", **own)
-        method.start_from(maple.learnable_state())
+        method.start_from(maple.trained_state())
         torch.testing.assert_close(method(images), expected, rtol=1e-4, atol=1e-3)
 
 
@@ -209,7 +209,7 @@ def test_promptalign_is_a_plain_loop_over_maple(tiny_backbone: Backbone, images:
 
     own = {"alignment_weight": 100.0, "lr": 0.004, "confidence": 0.5, "steps": 2, "images_at_once": 2}
     method = make(tiny_backbone, "promptalign", **own)
-    method.start_from(maple.learnable_state())
+    method.start_from(maple.trained_state())
     source = images.flatten(0, 1).flip(-1)
     method.measure_source(source.split(5))
     with torch.no_grad(), block_inputs(tiny_backbone.image, 2) as seen:
@@ -220,8 +220,8 @@ def test_promptalign_is_a_plain_loop_over_maple(tiny_backbone: Backbone, images:
     rows = []
     for views in images:
         one: Any = create_method("maple", tiny_backbone, NAMES, depth=3)
-        one.load_learnable_state(copy.deepcopy(maple.learnable_state()))
-        optimizer = torch.optim.AdamW([p for _, p in one.learnables()], 0.004)
+        one.load_trained_state(copy.deepcopy(maple.trained_state()))
+        optimizer = torch.optim.AdamW([p for _, p in one.trainable_parameters()], 0.004)
         chosen = most_confident(one(views)[None].detach(), 0.5)[0]
         for _ in range(2):
             with block_inputs(tiny_backbone.image, 2) as seen:
@@ -248,9 +248,9 @@ def test_promptalign_keeps_its_statistics(tiny_backbone: Backbone, images: Tenso
     torch.testing.assert_close(loaded(images), method(images), rtol=1e-3, atol=1e-2)
     # Statistics belong to the prompts that they were measured with.
     other = make(tiny_backbone, "promptalign", alignment_weight=10.0)
-    other.start_from(method.learnable_state())
+    other.start_from(method.trained_state())
     assert other.source_mean.numel() and other.source_variance.numel()
-    other.start_from({k: v for k, v in method.learnable_state().items() if not k.startswith("source_")})
+    other.start_from({k: v for k, v in method.trained_state().items() if not k.startswith("source_")})
     assert not other.source_mean.numel()
     with pytest.raises(ConfigError, match="no images"):
         other.measure_source([])

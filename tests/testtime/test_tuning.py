@@ -127,8 +127,8 @@ def test_the_jacobian_gives_the_gradients_of_backward_passes(
     assert derivatives.shape == (5, 64, 5, 128)
     other.adapt(views)
     assert other._derivatives is derivatives  # computed once
-    other.load_learnable_state({"ctx": other.ctx + 0.1})
-    plain.load_learnable_state({"ctx": other.ctx})
+    other.load_trained_state({"ctx": other.ctx + 0.1})
+    plain.load_trained_state({"ctx": other.ctx})
     torch.testing.assert_close(other.tuned(views).gradients, plain.tuned(views).gradients, rtol=1e-3, atol=1e-5)
     monkeypatch.setattr(tuning, "_memory", lambda device: 1000)
     with pytest.raises(ConfigError, match="settings.jacobian"):

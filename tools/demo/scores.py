@@ -15,7 +15,7 @@ from torch import Tensor
 from vlprompt import create_method
 from vlprompt.backbone import Backbone
 from vlprompt.data.features import extract
-from vlprompt.data.views import test_view
+from vlprompt.data.transforms import test_transform
 from vlprompt.datasets.images import ZipSource
 from vlprompt.datasets.records import Sample
 from vlprompt.datasets.variants import CORRUPTIONS, VariantSource
@@ -67,12 +67,12 @@ def style_scores(backbone: Backbone, data: Path, styles: tuple[str, ...] = HELD_
 def _weights(backbone: Backbone, names: list[str]) -> Tensor:
     method = create_method("zeroshot", backbone, names, templates=list(TEMPLATES))
     with torch.no_grad():
-        return method.class_weights()
+        return method.text_features()
 
 
 def _features(backbone: Backbone, sources: list[Any]) -> Tensor:
     samples = [Sample(str(index), 0, source) for index, source in enumerate(sources)]
-    return F.normalize(extract(backbone.encode_image, samples, test_view(backbone.preprocess), 256), dim=-1)
+    return F.normalize(extract(backbone.encode_image, samples, test_transform(backbone.preprocess), 256), dim=-1)
 
 
 def _accuracy(scores: Tensor) -> float:

@@ -23,7 +23,7 @@ class APE(KeyValueCache):
     """``logits = scale f W^T + alpha exp(-beta (1 - f' K'^T)) (V r)``, where primes stand for the chosen channels.
 
     Args:
-        class_weights: Text classifier ``[C, D]``.
+        text_features: Text classifier ``[C, D]``.
         logit_scale: What cosines are multiplied by.
         channels: Q, how many channels are kept.
         weights: Of the two parts of a channel's score: likeness between classes, variance of the text features.
@@ -39,7 +39,7 @@ class APE(KeyValueCache):
 
     def __init__(
         self,
-        class_weights: Tensor,
+        text_features: Tensor,
         logit_scale: float | Tensor = 100.0,
         *,
         channels: int,
@@ -48,16 +48,16 @@ class APE(KeyValueCache):
         beta: float = 1.0,
         gamma: float = 0.1,
     ) -> None:
-        super().__init__(class_weights, logit_scale, alpha=alpha, beta=beta)
-        if not 1 <= channels <= class_weights.shape[1]:
+        super().__init__(text_features, logit_scale, alpha=alpha, beta=beta)
+        if not 1 <= channels <= text_features.shape[1]:
             raise ConfigError(
-                f"settings.channels is {channels}; accepted: 1 to {class_weights.shape[1]}, the backbone's feature size"
+                f"settings.channels is {channels}; accepted: 1 to {text_features.shape[1]}, the backbone's feature size"
             )
         self.count, self.weights = channels, weights
-        self._keep("keys", class_weights.new_zeros(0, channels))
-        self._keep("channels", class_weights.new_zeros(0))
-        self._keep("divergence", class_weights.new_zeros(0))
-        self._keep("gamma", class_weights.new_tensor(gamma))
+        self._keep("keys", text_features.new_zeros(0, channels))
+        self._keep("channels", text_features.new_zeros(0))
+        self._keep("divergence", text_features.new_zeros(0))
+        self._keep("gamma", text_features.new_tensor(gamma))
 
     def fit(self, features: Tensor, labels: Tensor) -> APE:
         """Choose the channels and make a weighted key of each image.

@@ -23,22 +23,22 @@ class FeatureClassifier(nn.Module):
     """Zero-shot classification of features; a subclass adds what it was fitted on. Before that it is zero-shot.
 
     Args:
-        class_weights: Text classifier ``[C, D]``, one row per class; rows are brought to length 1 for scoring.
+        text_features: Text classifier ``[C, D]``, one row per class; rows are brought to length 1 for scoring.
         logit_scale: What cosines are multiplied by. The published codes have 100, that of OpenAI's CLIP.
 
     Raises:
-        ConfigError: ``class_weights`` is no matrix, or has no rows.
+        ConfigError: ``text_features`` is no matrix, or has no rows.
     """
 
     fitted: ClassVar[tuple[str, ...]] = ()
-    """Buffers that :meth:`fit` sets; with them and ``class_weights`` the classifier can be made anew."""
+    """Buffers that :meth:`fit` sets; with them and ``text_features`` the classifier can be made anew."""
 
-    def __init__(self, class_weights: Tensor, logit_scale: float | Tensor = 100.0) -> None:
+    def __init__(self, text_features: Tensor, logit_scale: float | Tensor = 100.0) -> None:
         super().__init__()
-        if class_weights.ndim != 2 or not class_weights.numel():
-            raise ConfigError(f"class_weights has shape {list(class_weights.shape)}; accepted: [C, D], 1 or more each")
-        self._keep("unit_text", F.normalize(class_weights, dim=-1))
-        self._keep("logit_scale", torch.as_tensor(logit_scale).to(class_weights).reshape(()))
+        if text_features.ndim != 2 or not text_features.numel():
+            raise ConfigError(f"text_features has shape {list(text_features.shape)}; accepted: [C, D], 1 or more each")
+        self._keep("unit_text", F.normalize(text_features, dim=-1))
+        self._keep("logit_scale", torch.as_tensor(logit_scale).to(text_features).reshape(()))
 
     def _keep(self, name: str, value: Tensor) -> None:
         with torch.inference_mode(False):
@@ -188,7 +188,7 @@ class KeyValueCache(FeatureClassifier):
     image are added up instead of N times C multiplied.
 
     Args:
-        class_weights: As in :class:`FeatureClassifier`.
+        text_features: As in :class:`FeatureClassifier`.
         logit_scale: As there.
         alpha: Weight of what the cache says; 0 is zero-shot.
         beta: Sharpness of the affinities; 0 lets all keys speak alike.
@@ -197,13 +197,13 @@ class KeyValueCache(FeatureClassifier):
     fitted: ClassVar[tuple[str, ...]] = ("keys", "labels", "alpha", "beta")
 
     def __init__(
-        self, class_weights: Tensor, logit_scale: float | Tensor = 100.0, *, alpha: float = 1.0, beta: float = 1.0
+        self, text_features: Tensor, logit_scale: float | Tensor = 100.0, *, alpha: float = 1.0, beta: float = 1.0
     ) -> None:
-        super().__init__(class_weights, logit_scale)
-        self._keep("keys", class_weights.new_zeros(0, class_weights.shape[1]))
-        self._keep("labels", class_weights.new_zeros(0))
-        self._keep("alpha", class_weights.new_tensor(alpha))
-        self._keep("beta", class_weights.new_tensor(beta))
+        super().__init__(text_features, logit_scale)
+        self._keep("keys", text_features.new_zeros(0, text_features.shape[1]))
+        self._keep("labels", text_features.new_zeros(0))
+        self._keep("alpha", text_features.new_tensor(alpha))
+        self._keep("beta", text_features.new_tensor(beta))
 
     @property
     def key_labels(self) -> Tensor:

@@ -20,7 +20,7 @@ class GDA(RowClassifier):
     """``logits = scale f W^T + alpha (f W_g^T + b)`` with ``W_g = mu P`` and ``b_c = -ln C - mu_c P mu_c^T / 2``.
 
     Args:
-        class_weights: Text classifier ``[C, D]``.
+        text_features: Text classifier ``[C, D]``.
         logit_scale: What cosines are multiplied by.
         alpha: Weight of the Gaussian classifier; 0 is zero-shot.
     """
@@ -28,11 +28,11 @@ class GDA(RowClassifier):
     fitted = ("weight", "bias", "alpha")
     per_class = ("weight", "bias")
 
-    def __init__(self, class_weights: Tensor, logit_scale: float | Tensor = 100.0, *, alpha: float = 1.0) -> None:
-        super().__init__(class_weights, logit_scale)
-        self._keep("weight", class_weights.new_zeros(0, class_weights.shape[1]))
-        self._keep("bias", class_weights.new_zeros(0))
-        self._keep("alpha", class_weights.new_tensor(alpha))
+    def __init__(self, text_features: Tensor, logit_scale: float | Tensor = 100.0, *, alpha: float = 1.0) -> None:
+        super().__init__(text_features, logit_scale)
+        self._keep("weight", text_features.new_zeros(0, text_features.shape[1]))
+        self._keep("bias", text_features.new_zeros(0))
+        self._keep("alpha", text_features.new_tensor(alpha))
 
     def fit(self, features: Tensor, labels: Tensor) -> GDA:
         """Estimate means and the shrunk precision ``P = D pinv((n - 1) S + tr(S) I)``, in double precision.

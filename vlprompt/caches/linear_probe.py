@@ -24,7 +24,7 @@ class LinearProbe(RowClassifier):
     penalty. (Of two classes scikit-learn learns one row, not two, and so penalises differently.)
 
     Args:
-        class_weights: Text classifier ``[C, D]``: what is zero-shot before :meth:`fit`, and a possible start.
+        text_features: Text classifier ``[C, D]``: what is zero-shot before :meth:`fit`, and a possible start.
         logit_scale: What cosines are multiplied by.
         c: Inverse strength of the penalty; 0.316 is that of CLIP's README.
         normalised: Bring features to length 1 first, as few-shot protocols do; CLIP's README takes them raw.
@@ -40,7 +40,7 @@ class LinearProbe(RowClassifier):
 
     def __init__(
         self,
-        class_weights: Tensor,
+        text_features: Tensor,
         logit_scale: float | Tensor = 100.0,
         *,
         c: float = 0.316,
@@ -49,10 +49,10 @@ class LinearProbe(RowClassifier):
         iterations: int = 1000,
         tolerance: float = 1e-4,
     ) -> None:
-        super().__init__(class_weights, logit_scale)
-        self._keep("weight", class_weights.new_zeros(0, class_weights.shape[1]))
-        self._keep("bias", class_weights.new_zeros(0))
-        self._keep("c", class_weights.new_tensor(c))
+        super().__init__(text_features, logit_scale)
+        self._keep("weight", text_features.new_zeros(0, text_features.shape[1]))
+        self._keep("bias", text_features.new_zeros(0))
+        self._keep("c", text_features.new_tensor(c))
         self.normalised, self.start = normalised, start
         self.iterations, self.tolerance = iterations, tolerance
 

@@ -20,7 +20,7 @@ class LPPlusPlus(RowClassifier):
     """``logits_k = f w_k + b_k + alpha_k (f t_k)``, without temperature; w, b and alpha are learned.
 
     Args:
-        class_weights: Text classifier ``[C, D]``, the rows t.
+        text_features: Text classifier ``[C, D]``, the rows t.
         logit_scale: What cosines are multiplied by before :meth:`fit`; afterwards alpha stands in its place.
         iterations: Steps over all images at once.
         momentum: Of the steps of w and b.
@@ -35,7 +35,7 @@ class LPPlusPlus(RowClassifier):
 
     def __init__(
         self,
-        class_weights: Tensor,
+        text_features: Tensor,
         logit_scale: float | Tensor = 100.0,
         *,
         iterations: int = 300,
@@ -44,10 +44,10 @@ class LPPlusPlus(RowClassifier):
         alpha_start: float = 250.0,
         accumulate: bool = True,
     ) -> None:
-        super().__init__(class_weights, logit_scale)
-        self._keep("weight", class_weights.new_zeros(0, class_weights.shape[1]))
-        self._keep("bias", class_weights.new_zeros(0))
-        self._keep("alpha", class_weights.new_zeros(0))
+        super().__init__(text_features, logit_scale)
+        self._keep("weight", text_features.new_zeros(0, text_features.shape[1]))
+        self._keep("bias", text_features.new_zeros(0))
+        self._keep("alpha", text_features.new_zeros(0))
         self.iterations, self.momentum, self.accumulate = iterations, momentum, accumulate
         self.alpha_every, self.alpha_start = alpha_every, alpha_start
 

@@ -22,7 +22,7 @@ class TaskResidual(RowClassifier):
     """``logits = scale f normalise(t + alpha x)^T``: x ``[C, D]`` is learned and starts at zero.
 
     Args:
-        class_weights: Raw text features t ``[C, D]``.
+        text_features: Raw text features t ``[C, D]``.
         logit_scale: What cosines are multiplied by.
         alpha: Weight of the residual; 0 is zero-shot.
         recipe: Epochs, batch size, learning rate.
@@ -33,15 +33,15 @@ class TaskResidual(RowClassifier):
 
     def __init__(
         self,
-        class_weights: Tensor,
+        text_features: Tensor,
         logit_scale: float | Tensor = 100.0,
         *,
         alpha: float = 0.5,
         recipe: EpochRecipe = TASKRES_RECIPE,
     ) -> None:
-        super().__init__(class_weights, logit_scale)
-        self._keep("raw_text", class_weights)
-        self._keep("residual", class_weights.new_zeros(0, class_weights.shape[1]))
+        super().__init__(text_features, logit_scale)
+        self._keep("raw_text", text_features)
+        self._keep("residual", text_features.new_zeros(0, text_features.shape[1]))
         self.alpha, self.recipe = alpha, recipe
 
     def adapted_text(self) -> Tensor:

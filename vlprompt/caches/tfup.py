@@ -21,7 +21,7 @@ class TFUP(KeyValueCache):
     S, between 0 and 2, falls with the divergence of the class probabilities of image and key. So A may exceed 1.
 
     Args:
-        class_weights: Text classifier ``[C, D]``.
+        text_features: Text classifier ``[C, D]``.
         logit_scale: What cosines are multiplied by.
         alpha: Weight of what the cache says; 0 is zero-shot.
         beta: Sharpness of the affinities.
@@ -34,7 +34,7 @@ class TFUP(KeyValueCache):
 
     def __init__(
         self,
-        class_weights: Tensor,
+        text_features: Tensor,
         logit_scale: float | Tensor = 100.0,
         *,
         alpha: float = 0.3,
@@ -42,7 +42,7 @@ class TFUP(KeyValueCache):
         temperature: float = 10.0,
         shots: int = 0,
     ) -> None:
-        super().__init__(class_weights, logit_scale, alpha=alpha, beta=beta)
+        super().__init__(text_features, logit_scale, alpha=alpha, beta=beta)
         if shots < 0:
             raise ConfigError(f"settings.shots is {shots}; accepted: 0 for the paper's rule, or 1 or more images")
         self.temperature, self.shots = temperature, shots

@@ -52,7 +52,7 @@ class TFUPTrained(TFUP):
     features g, A two linear maps without bias, each followed by a ReLU, of width D / 4.
 
     Args:
-        class_weights: Raw (not normalised) text classifier ``[C, D]``: its size sets the residual's effect.
+        text_features: Raw (not normalised) text classifier ``[C, D]``: its size sets the residual's effect.
         logit_scale: What cosines are multiplied by.
         alpha: Weight of the cache.
         beta: Sharpness of its affinities.
@@ -66,7 +66,7 @@ class TFUPTrained(TFUP):
 
     def __init__(
         self,
-        class_weights: Tensor,
+        text_features: Tensor,
         logit_scale: float | Tensor = 100.0,
         *,
         alpha: float = 0.3,
@@ -76,12 +76,12 @@ class TFUPTrained(TFUP):
         recipe: CacheRecipe = TFUP_T_RECIPE,
         adaptation: Adaptation = Adaptation(),
     ) -> None:
-        super().__init__(class_weights, logit_scale, alpha=alpha, beta=beta, temperature=temperature, shots=shots)
+        super().__init__(text_features, logit_scale, alpha=alpha, beta=beta, temperature=temperature, shots=shots)
         self.recipe, self.own = recipe, adaptation
-        self._keep("raw_text", class_weights)
-        dim = class_weights.shape[1]
+        self._keep("raw_text", text_features)
+        dim = text_features.shape[1]
         for name, shape in zip(_NAMES, ((0, dim), (0, dim), (dim, 0)), strict=True):
-            self._keep(name, class_weights.new_zeros(*shape))
+            self._keep(name, text_features.new_zeros(*shape))
 
     def fit(
         self,

@@ -42,7 +42,7 @@ class TipAdapterF(TipAdapter):
     """The cache whose keys are trained by cross-entropy, from those of :class:`TipAdapter`.
 
     Args:
-        class_weights: As in :class:`TipAdapter`.
+        text_features: As in :class:`TipAdapter`.
         logit_scale: As there.
         alpha: As there; fixed while keys are trained.
         beta: As there; fixed while keys are trained.
@@ -51,14 +51,14 @@ class TipAdapterF(TipAdapter):
 
     def __init__(
         self,
-        class_weights: Tensor,
+        text_features: Tensor,
         logit_scale: float | Tensor = 100.0,
         *,
         alpha: float = 1.0,
         beta: float = 1.0,
         recipe: CacheRecipe = TIP_ADAPTER_F_RECIPE,
     ) -> None:
-        super().__init__(class_weights, logit_scale, alpha=alpha, beta=beta)
+        super().__init__(text_features, logit_scale, alpha=alpha, beta=beta)
         self.recipe = recipe
 
     def fit(

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from vlprompt.data.features import FeatureStore, extract
     from vlprompt.data.module import FewShotData
     from vlprompt.data.samplers import EvalSampler, TrainSampler
-    from vlprompt.data.views import describe_view, test_view, train_view
+    from vlprompt.data.transforms import describe_transform, test_transform, train_transform
 
 _HOMES = {
     "features": ("FeatureStore", "extract"),
     "module": ("FewShotData",),
     "samplers": ("EvalSampler", "TrainSampler"),
-    "views": ("describe_view", "test_view", "train_view"),
+    "transforms": ("describe_transform", "test_transform", "train_transform"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -27,10 +27,10 @@ __all__ = [
     "FeatureStore",
     "FewShotData",
     "TrainSampler",
-    "describe_view",
+    "describe_transform",
     "extract",
-    "test_view",
-    "train_view",
+    "test_transform",
+    "train_transform",
 ]
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlprompt.data.pictures import Pictures
 from vlprompt.data.samplers import Key, derived_seed
-from vlprompt.data.views import Pixels
+from vlprompt.data.transforms import Pixels
 from vlprompt.datasets.records import Sample
 from vlprompt.errors import DataError
 

@@ -23,7 +23,7 @@ from vlprompt.data.batches import ImageBatches, make_loader
 from vlprompt.data.pictures import Pictures
 from vlprompt.data.samplers import Key
 from vlprompt.data.tally import count_encoded
-from vlprompt.data.views import View
+from vlprompt.data.transforms import View
 from vlprompt.datasets.records import Sample
 from vlprompt.errors import ConfigError, DataError
 

@@ -17,9 +17,9 @@ from vlprompt.data.features import FeatureStore, Rows, default_folder, encode_al
 from vlprompt.data.pictures import KEEP_BYTES, Pictures
 from vlprompt.data.samplers import EvalSampler, TrainSampler
 from vlprompt.data.tally import count_skipped, gathered
+from vlprompt.data.transforms import PreprocessLike, View, check_kind, describe_transform
 from vlprompt.data.view_bank import ViewBank, ViewFeatures, ViewRows, rows_or_error
 from vlprompt.data.view_images import Drawn, Generated, PictureBank, ViewImages, other_views
-from vlprompt.data.views import PreprocessLike, View, check_kind, describe_view
 from vlprompt.datasets.records import SPLITS, Sample, lines_sha256
 from vlprompt.datasets.task import FewShotTask
 from vlprompt.errors import ConfigError, DataError, did_you_mean
@@ -182,7 +182,7 @@ class FewShotData(pl.LightningDataModule):
         """
         return {
             "backbone": self.fingerprint,
-            "view": describe_view(self.preprocess, "center" if view is None else self.view),
+            "view": describe_transform(self.preprocess, "center" if view is None else self.view),
             "dataset": self.task.name,
             "split": split,
             "split_sha256": self.task.split_sha256,
@@ -207,7 +207,7 @@ class FewShotData(pl.LightningDataModule):
             split: ``train``, ``val`` or ``test``.
             count: Number of views; 0 for the test view.
             kind: Kind of the random views, ``random``, ``random-half``, ``crop`` or ``augmix``
-                (:class:`~vlprompt.data.views.View`); of no meaning for the test view.
+                (:class:`~vlprompt.data.transforms.View`); of no meaning for the test view.
 
         Raises:
             ConfigError: Without an encoder; an unknown split or kind; a negative count.

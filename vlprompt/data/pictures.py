@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vlprompt.data.views import Pixels, View
+from vlprompt.data.transforms import Pixels, View
 from vlprompt.datasets.records import Sample
 
 #: Bytes of decoded pictures that a split keeps at most in a process and its workers, unless it is told otherwise.

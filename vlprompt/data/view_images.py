@@ -13,7 +13,7 @@ from torch import Tensor
 from vlprompt.data.batches import Batch, ImageBatches
 from vlprompt.data.pictures import Pictures
 from vlprompt.data.samplers import Key, derived_seed
-from vlprompt.data.views import Pixels, PreprocessLike, View, describe_view
+from vlprompt.data.transforms import Pixels, PreprocessLike, View, describe_transform
 from vlprompt.datasets.images import ImageSource
 from vlprompt.datasets.records import Sample
 from vlprompt.errors import ConfigError, DataError
@@ -40,7 +40,7 @@ class Drawn:
 
     Args:
         preprocess: The backbone's preprocessing.
-        kind: A kind of :class:`~vlprompt.data.views.View`; of ``center`` there is but one.
+        kind: A kind of :class:`~vlprompt.data.transforms.View`; of ``center`` there is but one.
         count: Number of views.
         seed: Seed of the draws.
     """
@@ -58,7 +58,7 @@ class Drawn:
 
     def facts(self) -> dict[str, Any]:
         """Return description, number and seed."""
-        text = describe_view(self.preprocess, self.view.kind)
+        text = describe_transform(self.preprocess, self.view.kind)
         return {"view": text, "views": self.count, "seed": self.seed}
 
     def pixels(self, sample: Sample, picture: Image) -> Iterator[Pixels]:
@@ -86,7 +86,7 @@ class Generated:
 
     def facts(self) -> dict[str, Any]:
         """Return description, number and the bank's recipe."""
-        text = describe_view(self.preprocess, "center")
+        text = describe_transform(self.preprocess, "center")
         return {"view": text, "views": self.count, "recipe": self.bank.recipe_id}
 
     def pixels(self, sample: Sample, picture: Image) -> Iterator[Pixels]:

@@ -15,7 +15,7 @@ from vlprompt.config.meta import MetaConfig
 from vlprompt.data.batches import automatic_workers, make_loader
 from vlprompt.data.pictures import KEEP_BYTES, Pictures
 from vlprompt.data.samplers import Key, KeySampler
-from vlprompt.data.views import PreprocessLike, View
+from vlprompt.data.transforms import PreprocessLike, View
 from vlprompt.datasets.records import Sample
 from vlprompt.meta.tasks import Task
 

@@ -59,7 +59,7 @@ class MetaModule(FrozenInside):
         regulator = self.regulator
         tensors = adapted(
             support_loss,
-            dict(self.method.learnables()),
+            dict(self.method.trainable_parameters()),
             inner_rates(self.method, own.inner_lr),
             steps=own.inner_steps,
             order=own.order,
@@ -73,7 +73,7 @@ class MetaModule(FrozenInside):
     def configure_optimizers(self) -> Any:
         """Return Adam over initialisation and regulator, each with its rate, and the schedule per outer step."""
         own = self.config
-        groups = [{"params": [parameter for _, parameter in self.method.learnables()], "lr": own.lr}]
+        groups = [{"params": [parameter for _, parameter in self.method.trainable_parameters()], "lr": own.lr}]
         if self.regulator is not None:
             groups.append({"params": list(self.regulator.parameters()), "lr": own.regulator_lr})
         optimizer = torch.optim.Adam(groups, lr=own.lr)

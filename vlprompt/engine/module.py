@@ -176,7 +176,7 @@ def check_trainable(method: PromptMethod, metric: str) -> None:
 
     Cross-entropy takes a multi-hot row for a probability vector without a word, and learns something else.
     """
-    if metric in MULTILABEL and method.learnables() and not getattr(method, "trains_multilabel", False):
+    if metric in MULTILABEL and method.trainable_parameters() and not getattr(method, "trains_multilabel", False):
         raise ConfigError(
             f"method {method.name!r} is trained by cross-entropy over one label an image, and these images have "
             "several; evaluate them instead: --method zeroshot, or a trained head with `vlprompt eval RUN`"

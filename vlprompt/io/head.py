@@ -62,14 +62,23 @@ class Head(nn.Module):
         return logits
 
     @torch.no_grad()
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the classifier ``[C, D]``: the transpose of open_clip's zero-shot weights.
 
-        ``exp(logit_scale) * unit image features @ class_weights().T`` are the head's logits. A mixture of prompts has
+        ``exp(logit_scale) * unit image features @ text_features().T`` are the head's logits. A mixture of prompts has
         class weights per image: give it raw image ``features`` ``[B, D]`` for its exact ``[B, C, D]``; without them it
         warns and returns the mean expert.
         """
-        return self.method.class_weights(features)
+        return self.method.text_features(features)
+
+    @torch.no_grad()
+    def zero_shot_classifier(self) -> Tensor:
+        """Return the classifier ``[D, C]`` in the orientation of ``open_clip.build_zero_shot_classifier``.
+
+        ``exp(logit_scale) * unit image features @ zero_shot_classifier()`` are the logits of a head with one text
+        feature per class.
+        """
+        return self.method.zero_shot_classifier()
 
     def with_classes(self, class_names: Sequence[str]) -> Head:
         """Return the head with the same learned tensors for other classes.
@@ -130,7 +139,7 @@ class Head(nn.Module):
             raise HeadError(f"{folder} {what}; a head is saved into a new folder or over another head")
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            weights = self.method.class_weights()
+            weights = self.method.text_features()
         tensors = {_LEARNABLE + name: value for name, value in self.method.head_state().items()}
         tensors["class_weights"] = weights.detach().float().cpu().contiguous()
         with _writing(folder):

@@ -97,7 +97,7 @@ def task_loss(
 def inner_rates(method: PromptMethod, rate: float) -> dict[str, float]:
     """Return the inner rate of each learnable, with the method's own factors (MoCoOp's layer norms learn slower)."""
     of = {id(parameter): group["lr"] for group in method.parameter_groups(rate) for parameter in group["params"]}
-    return {name: of.get(id(parameter), 0.0) for name, parameter in method.learnables()}
+    return {name: of.get(id(parameter), 0.0) for name, parameter in method.trainable_parameters()}
 
 
 @contextmanager

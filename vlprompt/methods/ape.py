@@ -15,7 +15,7 @@ from vlprompt.caches import APE, grid
 from vlprompt.config.settings import check_settings
 from vlprompt.errors import ConfigError
 from vlprompt.methods.cached import CachedMethod, keys_of
-from vlprompt.methods.fitting import Shots
+from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.registry import register
 from vlprompt.prompts import check_templates
 
@@ -86,7 +86,7 @@ class APEMethod(CachedMethod):
             gamma=own.gamma,
         )
 
-    def fit(self, shots: Shots) -> None:
+    def fit(self, shots: FewShotFeatures) -> None:
         """Choose the channels, fill the cache and search alpha, beta and gamma."""
         own = self.settings
         self.cache.fit(keys_of(shots, own.views)[0], shots.labels)

@@ -95,7 +95,7 @@ class APT(PromptMethod):
             self.layout = template_layout(text, self.class_names, [own.templates[0]])
         else:
             features = template_features(self.backbone, self.class_names, own.templates)
-            self.register_buffer("text_features", features, persistent=False)
+            self.register_buffer("frozen_text", features, persistent=False)
 
     def _blocks(self, count: int, width: int, blocks: Sequence[Any]) -> nn.ModuleList:
         own = self.settings
@@ -113,10 +113,10 @@ class APT(PromptMethod):
         """Return raw image features ``[B, D]`` with the tokens."""
         return self.backbone.encode_image(images, added=self._added(self.image) if self.image is not None else None)
 
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the unit text features ``[C, D]`` of the template."""
         if self.text is None:
-            return self.unit_text(self.get_buffer("text_features"))
+            return self.unit_text(self.get_buffer("frozen_text"))
         text, added = self.backbone.text, self._added(self.text)
         return self.once("classes", lambda: self.unit_text(text.encode(self.layout, added=added)[0]))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlprompt.backbone import Backbone, TokenLayout
 from vlprompt.errors import ClassNameError, ConfigError, bulleted
-from vlprompt.methods.fitting import Shots
+from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.learned import Learned
 from vlprompt.objectives.base import Objective, Step, check_objectives, create_objective
 from vlprompt.prompts.decomposed import Decomposition, check_decomposition, create_decomposition
@@ -25,7 +25,7 @@ class PromptMethod(Learned):
     """A frozen backbone, the learnables of one method, and the classes they are applied to.
 
     A subclass names its :attr:`Settings`, creates its learnables in :meth:`build`, and says how it scores
-    (:meth:`class_weights` or :meth:`logits`) and how it is trained (:meth:`losses`). Everything that trains, saves or
+    (:meth:`text_features` or :meth:`logits`) and how it is trained (:meth:`losses`). Everything that trains, saves or
     evaluates talks to the methods of this class only.
 
     Args:
@@ -51,8 +51,8 @@ class PromptMethod(Learned):
     tests; or those of a reconstruction, where the paper has other models or no equations."""
     template_setting: ClassVar[str | None] = None
     """Name of the setting that the data set's own template fills when it is left open; None: the method takes none."""
-    weights_per: ClassVar[Literal["class", "expert", "image"]] = "class"
-    """What :meth:`training_weights` has a set of text features for: ``[C, D]``, ``[G, C, D]`` or ``[B, C, D]``."""
+    text_features_per: ClassVar[Literal["class", "expert", "image"]] = "class"
+    """What :meth:`training_text_features` has text features for: ``[C, D]``, ``[G, C, D]`` or ``[B, C, D]``."""
     learns_image_side: bool = False
     """True when image features depend on learnables, so that features cannot be computed once and kept."""
     any_tower: ClassVar[bool] = False
@@ -60,7 +60,7 @@ class PromptMethod(Learned):
     fits: ClassVar[bool] = False
     """True when :meth:`fit` does the learning, on frozen features, instead of gradient steps over images."""
     fit_view: ClassVar[Literal["random", "random-half"]] = "random"
-    """Kind of the random views of training images that :meth:`fit` gets (:mod:`vlprompt.data.views`)."""
+    """Kind of the random views of training images that :meth:`fit` gets (:mod:`vlprompt.data.transforms`)."""
     test_views: TestViews | None = None
     """Views of every evaluated image that :meth:`forward` gets, ``[B, V, D]`` or ``[B, V, 3, H, W]``; None: one."""
     needs_gradient: bool = False
@@ -150,9 +150,13 @@ class PromptMethod(Learned):
             return text.encode(layout, context, deep)
         return own.encode(text, layout, context, deep, self.once("word update", own.update))
 
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the classifier: unit rows ``[C, D]``, the ``open_clip`` zero-shot weights (transposed)."""
         raise NotImplementedError
+
+    def zero_shot_classifier(self) -> Tensor:
+        """Return the classifier ``[D, C]`` in the orientation of ``open_clip``: unit columns."""
+        return self.text_features().t()
 
     def unit_image(self, features: Tensor) -> Tensor:
         """Return raw image ``features`` ``[B, D]`` as they are scored: adapted by objectives, of length 1."""
@@ -168,11 +172,11 @@ class PromptMethod(Learned):
 
     def logits(self, features: Tensor) -> Tensor:
         """Return ``[B, C]``: exp(logit scale) times the cosine of raw image ``features`` ``[B, D]`` and each class."""
-        return self.score(self.unit_image(features), self.class_weights())
+        return self.score(self.unit_image(features), self.text_features())
 
-    def score(self, unit_image: Tensor, class_weights: Tensor) -> Tensor:
+    def score(self, unit_image: Tensor, text_features: Tensor) -> Tensor:
         """Return the logits ``[B, C]`` of unit features ``[B, D]`` and class weights ``[C, D]``."""
-        return self.backbone.logit_scale * unit_image @ class_weights.t()
+        return self.backbone.logit_scale * unit_image @ text_features.t()
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits ``[B, C]`` of images ``[B, 3, H, W]`` or of raw image features ``[B, D]``."""
@@ -200,16 +204,16 @@ class PromptMethod(Learned):
         """Return what a training step computes before any loss."""
         features = self.image_features(inputs) if inputs.ndim == 4 else inputs
         unit_image = self.unit_image(features)
-        weights = self.training_weights(unit_image, features)
+        weights = self.training_text_features(unit_image, features)
         logits = self.training_logits(unit_image, weights)
         return Step(labels, features, unit_image, weights, logits, lambda: self._frozen_features(inputs, features))
 
-    def training_weights(self, unit_image: Tensor, features: Tensor) -> Tensor:
+    def training_text_features(self, unit_image: Tensor, features: Tensor) -> Tensor:
         """Return the unit text features that objectives see: ``[C, D]``, ``[G, C, D]`` or ``[B, C, D]``."""
-        return self.class_weights()
+        return self.text_features()
 
     def training_logits(self, unit_image: Tensor, weights: Tensor) -> Tensor:
-        """Return the logits ``[B, C]`` of :meth:`training_weights`."""
+        """Return the logits ``[B, C]`` of :meth:`training_text_features`."""
         return self.score(unit_image, weights)
 
     def terms(self, step: Step) -> dict[str, Tensor]:
@@ -240,7 +244,7 @@ class PromptMethod(Learned):
     @property
     def sees_images(self) -> bool:
         """Whether scores depend on more of an image than its frozen feature and fixed class weights."""
-        return self.learns_image_side or self.adapts_features or self.weights_per != "class"
+        return self.learns_image_side or self.adapts_features or self.text_features_per != "class"
 
     def has_text_prompts(self) -> bool:
         """Whether text features depend on learnables: whether a training step encodes text."""
@@ -260,7 +264,7 @@ class PromptMethod(Learned):
             objective.epoch_end(epoch, epochs)
 
     # -- fitting on features ------------------------------------------------------------------------------------
-    def fit(self, shots: Shots) -> None:
+    def fit(self, shots: FewShotFeatures) -> None:
         """Learn from frozen features; methods with :attr:`fits` do."""
         raise NotImplementedError
 
@@ -313,7 +317,7 @@ class PromptMethod(Learned):
             return compute()
         device = self.backbone.device
         autocast = torch.is_autocast_enabled(device.type)
-        state = (device, autocast, *((id(p), p._version) for _, p in self.learnables()))
+        state = (device, autocast, *((id(p), p._version) for _, p in self.trainable_parameters()))
         if key not in self._remembered or self._remembered[key][0] != state:
             self._remembered[key] = (state, compute())
         return self._remembered[key][1]
@@ -340,7 +344,7 @@ class PromptMethod(Learned):
                 objectives=self.objective_settings,
                 decomposition=self.decomposition_settings,
             )
-        other.load_learnable_state(self.learnable_state())
+        other.load_trained_state(self.trained_state())
         return other.to(self.backbone.device).train(self.training)
 
     def settings_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from vlprompt.caches import FeatureClassifier
 from vlprompt.errors import ClassNameError, HeadError
 from vlprompt.methods.base import PromptMethod
-from vlprompt.methods.fitting import Shots
+from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.prompts.zero_shot import template_features
 
 
@@ -56,17 +56,17 @@ class CachedMethod(PromptMethod):
         """Return logits ``[B, C]`` of raw image ``features`` ``[B, D]``."""
         return self.cache.logits(features.float())
 
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the zero-shot classifier ``[C, D]``, and warn where that is not all: the rest is no unit rows."""
         if self.cache.is_fitted:
             warnings.warn(
-                f"{self.name} scores by more than class weights: by what it was fitted on; class_weights() are the "
+                f"{self.name} scores by more than class weights: by what it was fitted on; text_features() are the "
                 "zero-shot classifier alone",
                 stacklevel=2,
             )
         return self.cache.text
 
-    def training_weights(self, unit_image: Tensor, features: Tensor) -> Tensor:
+    def training_text_features(self, unit_image: Tensor, features: Tensor) -> Tensor:
         """Return the zero-shot classifier ``[C, D]``."""
         return self.cache.text
 
@@ -75,7 +75,7 @@ class CachedMethod(PromptMethod):
         return self.cache.logits(unit_image)
 
     # -- keeping ------------------------------------------------------------------------------------------------
-    def load_learnable_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
         """Set what was fitted from ``state``.
 
         Raises:
@@ -87,7 +87,7 @@ class CachedMethod(PromptMethod):
             wrong = self.cache.misfits({name.removeprefix("cache."): value for name, value in state.items()})
             if wrong:
                 raise HeadError(f"these tensors do not fit the method {self.name!r}:\n  " + "\n  ".join(wrong))
-        super().load_learnable_state(state)
+        super().load_trained_state(state)
 
     def with_classes(self, class_names: Sequence[str]) -> PromptMethod:
         """Return the method for some or all of its classes, in any order, or, while nothing is fitted, for any.
@@ -104,7 +104,7 @@ class CachedMethod(PromptMethod):
             )
         other = type(self)(self.backbone, class_names, self.settings).to(self.backbone.device)
         state = self.cache.for_classes(own_rows(self.class_names, class_names))
-        other.load_learnable_state({f"cache.{name}": value for name, value in state.items()})
+        other.load_trained_state({f"cache.{name}": value for name, value in state.items()})
         return other.train(self.training)
 
 
@@ -119,7 +119,7 @@ def own_rows(class_names: Sequence[str], wanted: Sequence[str]) -> list[int]:
     return rows
 
 
-def keys_of(shots: Shots, views: int) -> tuple[Tensor, Tensor]:
+def keys_of(shots: FewShotFeatures, views: int) -> tuple[Tensor, Tensor]:
     """Return the views ``[V, N, D]`` that keys are made of, and those that follow them, for training."""
     count = views or 1
     rest = shots.train[count:]

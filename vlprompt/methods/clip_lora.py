@@ -102,25 +102,25 @@ class CLIPLoRA(PromptMethod):
             self.layout = template_layout(text, self.class_names, [own.templates[0]])
         else:
             features = template_features(self.backbone, self.class_names, own.templates)
-            self.register_buffer("text_features", features, persistent=False)
+            self.register_buffer("frozen_text", features, persistent=False)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return raw image features ``[B, D]`` with the updates."""
         added = self.base_model.added("visual.") if self.learns_image_side else None
         return self.backbone.encode_image(images, added=added)
 
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the unit text features ``[C, D]`` of the template."""
         if self.settings.encoder == "vision":
-            return self.unit_text(self.get_buffer("text_features"))
+            return self.unit_text(self.get_buffer("frozen_text"))
         text = self.backbone.text
         added = self.base_model.added("")
         return self.once("classes", lambda: self.unit_text(text.encode(self.layout, added=added)[0]))
 
-    def score(self, unit_image: Tensor, class_weights: Tensor) -> Tensor:
+    def score(self, unit_image: Tensor, text_features: Tensor) -> Tensor:
         """Return the logits ``[B, C]``."""
         scale = self.settings.logit_scale
-        return (self.backbone.logit_scale if scale is None else scale) * unit_image @ class_weights.t()
+        return (self.backbone.logit_scale if scale is None else scale) * unit_image @ text_features.t()
 
     def step(self, inputs: Tensor, labels: Tensor) -> Step:
         """Return what a training step computes, with dropout while the method trains."""

@@ -46,7 +46,7 @@ class CoCoOp(PromptMethod):
     """Context vectors and the meta-network that shifts them."""
 
     Settings = CoCoOpSettings
-    weights_per = "image"
+    text_features_per = "image"
     settings: CoCoOpSettings
 
     def build(self) -> None:
@@ -61,7 +61,7 @@ class CoCoOp(PromptMethod):
         shifted: Tensor = self.prompt.ctx + self.meta_net(unit_image).unsqueeze(1)
         return shifted
 
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return each image's classifier ``[B, C, D]`` of raw image ``features`` ``[B, D]``.
 
         Without features, return ``[C, D]``: the classifier of the unshifted context, an approximation for code that
@@ -80,16 +80,16 @@ class CoCoOp(PromptMethod):
             return torch.cat([checkpoint(encode, own, use_reentrant=False) for own in contexts])
         return torch.cat([encode(own) for own in contexts])
 
-    def score(self, unit_image: Tensor, class_weights: Tensor) -> Tensor:
+    def score(self, unit_image: Tensor, text_features: Tensor) -> Tensor:
         """Return the logits ``[B, C]`` of unit features ``[B, D]`` and each image's weights ``[B, C, D]``."""
-        return self.backbone.logit_scale * torch.einsum("bd,bcd->bc", unit_image, class_weights)
+        return self.backbone.logit_scale * torch.einsum("bd,bcd->bc", unit_image, text_features)
 
     def logits(self, features: Tensor) -> Tensor:
         """Return ``[B, C]``: every image against the classes as its own prompts have them."""
         unit_image = self.unit_image(features)
         return self.score(unit_image, self._weights(unit_image))
 
-    def training_weights(self, unit_image: Tensor, features: Tensor) -> Tensor:
+    def training_text_features(self, unit_image: Tensor, features: Tensor) -> Tensor:
         """Return each image's unit text features ``[B, C, D]``."""
         return self._weights(unit_image)
 

@@ -58,7 +58,7 @@ class CoOp(PromptMethod):
         self.prompt = TextContext(self.backbone.text, own.context_length, own.context_init, classes)
         self.layout = self.prompt.layout(self.backbone.text, self.class_names, own.class_token_position)
 
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the unit text features of the learned prompts ``[C, D]``."""
         return self.once("classes", lambda: self.unit_text(self.encode_text(self.layout, self.prompt.ctx)[0]))
 

@@ -45,21 +45,21 @@ class ViewsMethod(PromptMethod):
         units: Tensor = self.unit_image(raw.flatten(0, 1)).reshape(raw.shape)
         return units
 
-    def start_weights(self) -> Tensor:
+    def initial_text_features(self) -> Tensor:
         """Return the unit class weights ``[C, D]`` before any test image was seen."""
         raise NotImplementedError
 
     def logits(self, features: Tensor) -> Tensor:
         """Return ``[B, C]`` of raw image ``features`` ``[B, D]`` by the weights of the start: nothing is adapted."""
-        return self.score(self.unit_image(features), self.start_weights())
+        return self.score(self.unit_image(features), self.initial_text_features())
 
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the unit class weights ``[C, D]`` of the start, and warn: the method is no linear classifier."""
         warnings.warn(
-            f"{self.name} adapts to every test image; class_weights() are those it starts from, without adaptation",
+            f"{self.name} adapts to every test image; text_features() are those it starts from, without adaptation",
             stacklevel=2,
         )
-        return self.start_weights()
+        return self.initial_text_features()
 
 
 class EpisodicMethod(ViewsMethod):
@@ -96,9 +96,9 @@ class TunedMethod(EpisodicMethod):
         """Return True: the context is tuned, if only at test time."""
         return True
 
-    def load_learnable_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
         """Set the start, which is kept in buffers, and forget what was computed for another."""
-        super().load_learnable_state(state)
+        super().load_trained_state(state)
         self._remembered.clear()
 
 
@@ -114,6 +114,6 @@ class TemplateViewsMethod(ViewsMethod):
         self.register_buffer("weights", weights, persistent=False)
         self.test_views = TestViews(own.crops, own.augmix)
 
-    def start_weights(self) -> Tensor:
+    def initial_text_features(self) -> Tensor:
         """Return the unit text features ``[C, D]``."""
         return self.unit_text(self.get_buffer("weights"))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Shots:
+class FewShotFeatures:
     """Raw (not normalised) frozen image features, float32, on the method's device.
 
     Attributes:

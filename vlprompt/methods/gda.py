@@ -11,7 +11,7 @@ from torch import Tensor
 from vlprompt.caches import GDA
 from vlprompt.config.settings import check_settings
 from vlprompt.methods.cached import CachedMethod
-from vlprompt.methods.fitting import Shots
+from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.registry import register
 from vlprompt.prompts import check_templates
 
@@ -52,7 +52,7 @@ class GDAMethod(CachedMethod):
         """Return the unfitted classifier."""
         return GDA(text, scale, alpha=self.settings.alpha)
 
-    def fit(self, shots: Shots) -> None:
+    def fit(self, shots: FewShotFeatures) -> None:
         """Estimate the Gaussians and search alpha."""
         self.cache.fit(shots.train, shots.labels)
         if self.settings.search and len(shots.val_labels):

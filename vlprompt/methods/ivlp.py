@@ -62,7 +62,7 @@ class IVLP(PromptMethod):
         """Return raw image features ``[B, D]`` with the tokens, if there are any."""
         return self.backbone.encode_image(images, self.visual.tokens() if self.visual else None)
 
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the unit text features ``[C, D]`` of the learned prompts."""
         own = self.context
         return self.once("classes", lambda: self.unit_text(self.encode_text(self.layout, own.ctx, own.layers())[0]))

@@ -18,7 +18,7 @@ class Learned(nn.Module):
     fitted: tuple[str, ...] = ()
     """Buffers (dotted names) that belong to the head beside its learnables; their shapes may depend on the shots."""
 
-    def learnables(self) -> list[tuple[str, nn.Parameter]]:
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the named learnable parameters; the backbone's are never among them."""
         return [(name, parameter) for name, parameter in self.named_parameters() if not name.startswith("backbone.")]
 
@@ -30,7 +30,7 @@ class Learned(nn.Module):
         What is learned across tasks (:mod:`vlprompt.meta`) acts on their gradients.
         """
         found = []
-        for name, parameter in self.learnables():
+        for name, parameter in self.trainable_parameters():
             owner = self.get_submodule(name.rpartition(".")[0])
             layer = type(owner).__module__.startswith("torch.nn.") and not isinstance(owner, nn.ParameterList)
             layer = layer or name.startswith(("objectives.", "decomposition."))
@@ -42,7 +42,7 @@ class Learned(nn.Module):
         """Return optimiser groups; an empty list says that there is nothing to train."""
         of_their_own = [(parameters, factor) for parameters, factor in self.rate_factors() if parameters]
         apart = {id(parameter) for parameters, _ in of_their_own for parameter in parameters}
-        others = [parameter for _, parameter in self.learnables() if id(parameter) not in apart]
+        others = [parameter for _, parameter in self.trainable_parameters() if id(parameter) not in apart]
         groups = [{"params": others, "lr": lr}] if others else []
         return groups + [{"params": parameters, "lr": lr * factor} for parameters, factor in of_their_own]
 
@@ -51,27 +51,27 @@ class Learned(nn.Module):
         return []
 
     # -- keeping ------------------------------------------------------------------------------------------------
-    def learnable_state(self) -> dict[str, Tensor]:
+    def trained_state(self) -> dict[str, Tensor]:
         """Return copies of the learnables by name, float32 on the CPU."""
         return {name: value.detach().cpu().clone() for name, value in self._kept().items()}
 
     def head_state(self) -> dict[str, Tensor]:
         """Return what a head's file holds of the learnables; a method may pack them, and says what is lost."""
-        return self.learnable_state()
+        return self.trained_state()
 
     def load_head_state(self, state: Mapping[str, Tensor]) -> None:
         """Set the learnables from :meth:`head_state` of such a method.
 
         Raises:
-            HeadError: As :meth:`load_learnable_state`.
+            HeadError: As :meth:`load_trained_state`.
         """
-        self.load_learnable_state(state)
+        self.load_trained_state(state)
 
     def _kept(self) -> dict[str, Tensor]:
         """Return what scoring depends on beside the backbone: learnables, and what was fitted."""
-        return dict(self.learnables()) | {name: self.get_buffer(name) for name in self.fitted}
+        return dict(self.trainable_parameters()) | {name: self.get_buffer(name) for name in self.fitted}
 
-    def load_learnable_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
         """Set the learnables from ``state``.
 
         Raises:

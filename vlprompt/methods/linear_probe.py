@@ -16,7 +16,7 @@ from vlprompt.caches import LinearProbe
 from vlprompt.config.settings import check_settings
 from vlprompt.errors import ConfigError
 from vlprompt.methods.cached import CachedMethod
-from vlprompt.methods.fitting import Shots
+from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.registry import register
 from vlprompt.prompts import check_templates
 
@@ -72,6 +72,6 @@ class LinearProbeMethod(CachedMethod):
         own = self.settings
         return LinearProbe(text, scale, c=own.c, normalised=own.normalised, start=own.start, iterations=own.iterations)
 
-    def fit(self, shots: Shots) -> None:
+    def fit(self, shots: FewShotFeatures) -> None:
         """Find the classifier, and c where it is searched."""
         self.cache.fit(shots.train, shots.labels, val=(shots.val, shots.val_labels) if self.settings.search else None)

@@ -17,7 +17,7 @@ from vlprompt.caches import LPPlusPlus
 from vlprompt.config.settings import check_settings
 from vlprompt.errors import ConfigError
 from vlprompt.methods.cached import CachedMethod
-from vlprompt.methods.fitting import Shots
+from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.registry import register
 from vlprompt.prompts import check_templates
 
@@ -79,7 +79,7 @@ class LPPlusPlusMethod(CachedMethod):
             accumulate=own.accumulate,
         )
 
-    def fit(self, shots: Shots) -> None:
+    def fit(self, shots: FewShotFeatures) -> None:
         """Take the steps; keep the best iteration on the validation images, where there are any."""
         val = (shots.val, shots.val_labels) if self.settings.search else None
         self.cache.fit(shots.train, shots.labels, val=val, seed=shots.seed)

@@ -55,7 +55,7 @@ class MaPLe(PromptMethod):
         """Return raw image features ``[B, D]`` with the mapped tokens."""
         return self.backbone.encode_image(images, self.prompts.tokens())
 
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the unit text features ``[C, D]`` of the learned prompts."""
         own = self.prompts.context
         return self.once("classes", lambda: self.unit_text(self.encode_text(self.layout, own.ctx, own.layers())[0]))

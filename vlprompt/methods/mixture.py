@@ -23,7 +23,7 @@ class PromptMixture(PromptMethod):
     all classes of the data set, where they differ.
     """
 
-    weights_per = "expert"
+    text_features_per = "expert"
     settings: Any
     experts: ExpertContexts
     gate: nn.Linear
@@ -31,7 +31,7 @@ class PromptMixture(PromptMethod):
     layout: TokenLayout
     virtual_layout: TokenLayout
 
-    def expert_weights(self, used: Tensor | None = None, *, virtual: bool = False) -> Tensor:
+    def expert_text_features(self, used: Tensor | None = None, *, virtual: bool = False) -> Tensor:
         """Return unit text features ``[G, C, D]`` of the experts' prompts, ``w`` added before normalisation.
 
         Args:
@@ -56,7 +56,7 @@ class PromptMixture(PromptMethod):
         top, chosen = logits.topk(self.settings.top_k, dim=-1)
         return logits, torch.zeros_like(logits).scatter(-1, chosen, top.softmax(dim=-1).to(logits.dtype))
 
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the mixtures ``[B, C, D]`` of raw image ``features`` ``[B, D]``: the exact classifier of each image.
 
         Without features, return ``[C, D]``: the mean expert, an approximation for code that takes one matrix only; a
@@ -64,28 +64,28 @@ class PromptMixture(PromptMethod):
         """
         if features is None:
             warnings.warn(
-                "a mixture of prompts has class weights per image; class_weights(features) gives them exactly "
+                "a mixture of prompts has class weights per image; text_features(features) gives them exactly "
                 "[B, C, D], this [C, D] is the mean of the experts",
                 stacklevel=2,
             )
-            return F.normalize(self.expert_weights().mean(dim=0), dim=-1)
+            return F.normalize(self.expert_text_features().mean(dim=0), dim=-1)
         gates = self.route(self.unit_image(features))[1]
-        return torch.einsum("bg,gcd->bcd", gates, self.expert_weights())
+        return torch.einsum("bg,gcd->bcd", gates, self.expert_text_features())
 
     def logits(self, features: Tensor) -> Tensor:
         """Return ``[B, C]``: the gate-weighted sum of the experts' logits for raw ``features`` ``[B, D]``."""
         unit = self.unit_image(features)
-        return self._mix(unit, self.route(unit)[1], self.expert_weights())
+        return self._mix(unit, self.route(unit)[1], self.expert_text_features())
 
-    def _mix(self, unit: Tensor, gates: Tensor, expert_weights: Tensor) -> Tensor:
+    def _mix(self, unit: Tensor, gates: Tensor, expert_text_features: Tensor) -> Tensor:
         # <v, sum_g a_g t_gc> = sum_g a_g <v, t_gc>: no [B, C, D] mixture is formed.
-        cosines = torch.einsum("bd,gcd->bgc", unit, expert_weights)
+        cosines = torch.einsum("bd,gcd->bgc", unit, expert_text_features)
         return self.backbone.logit_scale * torch.einsum("bg,bgc->bc", gates, cosines)
 
     # -- training -----------------------------------------------------------------------------------------------
-    def training_weights(self, unit_image: Tensor, features: Tensor) -> Tensor:
+    def training_text_features(self, unit_image: Tensor, features: Tensor) -> Tensor:
         """Return the experts' unit features ``[G, C, D]``; zero for experts that are left out."""
-        return self.expert_weights(self._used(self.route(unit_image)[1]))
+        return self.expert_text_features(self._used(self.route(unit_image)[1]))
 
     def training_logits(self, unit_image: Tensor, weights: Tensor) -> Tensor:
         """Return the mixed logits ``[B, C]``."""

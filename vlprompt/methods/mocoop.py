@@ -130,9 +130,9 @@ class MoCoOp(PromptMixture):
         own, terms = self.settings, super().terms(step)
         routing, gates = self.route(step.unit_image)
         if own.text_loss_weight:
-            whole = step.class_weights
+            whole = step.text_features
             if self.virtual:
-                whole = self.expert_weights(self._used(gates), virtual=True)
+                whole = self.expert_text_features(self._used(gates), virtual=True)
             terms["text"] = own.text_loss_weight * text_to_text_loss(whole, self.prototypes, own.text_temperature)
         if own.gate_loss_weight:
             affinity = torch.einsum("bd,gbd->bg", step.unit_image, self.prototypes[:, step.labels])

@@ -52,10 +52,10 @@ class MTA(TemplateViewsMethod, EpisodicMethod):
 
     def adapt(self, views: Tensor) -> Tensor:
         """Return the logits ``[B, C]`` of the modes of B images' views ``[B, V, D]``."""
-        return self.score(self.modes(views).mode, self.start_weights())
+        return self.score(self.modes(views).mode, self.initial_text_features())
 
     def modes(self, views: Tensor) -> MeanShift:
         """Return modes, inlierness scores, bandwidths and affinities of B images' views."""
         own, unit_views = self.settings, self.unit_views(views)
-        logits = self.backbone.logit_scale * unit_views @ self.start_weights().t()
+        logits = self.backbone.logit_scale * unit_views @ self.initial_text_features().t()
         return mean_shift(unit_views, logits, lambda_q=own.lambda_q, lambda_y=own.lambda_y)

@@ -88,7 +88,7 @@ class PromptAlign(TunedMethod):
         """Return raw image features ``[B, D]`` with the tokens of the start."""
         return self.backbone.encode_image(images, self.prompts.tokens())
 
-    def start_weights(self) -> Tensor:
+    def initial_text_features(self) -> Tensor:
         """Return the unit text features ``[C, D]`` of the start."""
         text, own = self.backbone.text, self.prompts.context
         return self.once("start", lambda: self.unit_text(text.encode(self.layout, own.ctx, own.layers())[0]))
@@ -109,7 +109,7 @@ class PromptAlign(TunedMethod):
         """Start from the prompts of a MaPLe head, or from another PromptAlign head with its statistics."""
         none = torch.zeros(0, 0, 0)  # statistics belong to the prompts they were measured with
         given = {name: value for name, value in state.items() if not name.startswith("objectives.")}
-        self.load_learnable_state({"source_mean": none, "source_variance": none, **given})
+        self.load_trained_state({"source_mean": none, "source_variance": none, **given})
 
     @torch.inference_mode(False)
     def adapt(self, views: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class PromptAlign(TunedMethod):
             why = "no source statistics: call measure_source(images) first, or set settings.alignment_weight to 0"
             raise ConfigError(f"{self.name} has {why}")
         with torch.no_grad():
-            logits = self.backbone.logit_scale * self.unit_views(views) @ self.start_weights().t()
+            logits = self.backbone.logit_scale * self.unit_views(views) @ self.initial_text_features().t()
             if not own.steps or not len(views):
                 return logits[:, 0]
             chosen = gather_views(views, most_confident(logits, own.confidence))

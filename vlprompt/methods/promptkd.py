@@ -76,7 +76,7 @@ class PromptKD(TaughtMethod):
         """Return the unit projections ``[B, E]`` of raw ``features`` ``[B, D]``, batch norm as learned."""
         return F.normalize(self.projector(features), dim=-1)
 
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the teacher's unit text features ``[C, E]``."""
         return self.taught_text()[: len(self.class_names)]
 
@@ -90,7 +90,7 @@ class PromptKD(TaughtMethod):
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Return the distillation term ``kd``."""
         own = self.settings
-        target = self.teacher.logits(step.frozen_features(), step.class_weights) / own.temperature
+        target = self.teacher.logits(step.frozen_features(), step.text_features) / own.temperature
         divergence = F.kl_div(
             (step.logits / own.temperature).log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True
         )

@@ -93,7 +93,7 @@ class RAMT(PromptMethod):
             self.layout = template_layout(text, self.class_names, [own.templates[0]])
         else:
             features = template_features(self.backbone, self.class_names, own.templates, average="raw")
-            self.register_buffer("text_features", features, persistent=False)
+            self.register_buffer("frozen_text", features, persistent=False)
 
     def _candidates(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kind = self.settings.candidates
@@ -118,10 +118,10 @@ class RAMT(PromptMethod):
         """Return the masked weights of the image tower."""
         return self.masks.overrides("visual.", self.backbone.image.parameters())
 
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the unit text features ``[C, D]``."""
         if self.settings.side == "image":
-            return self.unit_text(self.get_buffer("text_features"))
+            return self.unit_text(self.get_buffer("frozen_text"))
         text = self.backbone.text
         overrides = self.masks.overrides("", text.parameters())
         return self.once("classes", lambda: self.unit_text(text.encode(self.layout, overrides=overrides)[0]))

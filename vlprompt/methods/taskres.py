@@ -15,7 +15,7 @@ from torch import Tensor
 from vlprompt.caches import EpochRecipe, TaskResidual
 from vlprompt.config.settings import check_settings
 from vlprompt.methods.cached import CachedMethod
-from vlprompt.methods.fitting import Shots
+from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.registry import register
 from vlprompt.prompts import check_templates
 from vlprompt.prompts.zero_shot import raw_template_features
@@ -73,10 +73,10 @@ class TaskRes(CachedMethod):
         )
         return TaskResidual(text, scale, alpha=own.alpha, recipe=recipe)
 
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the unit text features with their residuals ``[C, D]``: these are the whole classifier."""
         return self.cache.adapted_text()
 
-    def fit(self, shots: Shots) -> None:
+    def fit(self, shots: FewShotFeatures) -> None:
         """Train the residual; the last epoch's is kept."""
         self.cache.fit(shots.train, shots.labels, seed=shots.seed)

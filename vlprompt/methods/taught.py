@@ -63,7 +63,7 @@ class TaughtMethod(PromptMethod):
         if teacher.dim != self.settings.teacher_dim:
             raise ConfigError(f"the teacher's features have {teacher.dim} numbers, not {self.settings.teacher_dim}")
         self._teacher, self._taught = [teacher], True
-        self.teacher_text = teacher.class_weights(self.all_class_names).to(self.backbone.device)
+        self.teacher_text = teacher.text_features(self.all_class_names).to(self.backbone.device)
 
     def taught_text(self) -> Tensor:
         """Return the teacher's unit text features ``[A, E]`` of all classes."""
@@ -80,13 +80,13 @@ class TaughtMethod(PromptMethod):
         """Return that training images are learned from without labels."""
         return "train"
 
-    def load_learnable_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
         """Set the learnables, the running statistics and the teacher's text features; the teacher is not needed then.
 
         Raises:
             HeadError: As for any method; nothing has been changed then.
         """
-        super().load_learnable_state(state)
+        super().load_trained_state(state)
         self._taught = True
 
     def _takes(self, name: str, own: Tensor, given: Tensor) -> bool:
@@ -101,7 +101,7 @@ class TaughtMethod(PromptMethod):
         with torch.random.fork_rng(devices=[]):
             other = type(self)(self.backbone, class_names, self.settings)
         other._teacher = self._teacher
-        other.load_learnable_state({**self.learnable_state(), "teacher_text": self._text_of(class_names)})
+        other.load_trained_state({**self.trained_state(), "teacher_text": self._text_of(class_names)})
         return other.to(self.backbone.device).train(self.training)
 
     def _text_of(self, class_names: Sequence[str]) -> Tensor:
@@ -109,7 +109,7 @@ class TaughtMethod(PromptMethod):
         text = self.taught_text()
         if new:
             try:
-                text = torch.cat([text, self.teacher.class_weights(new).to(text)])
+                text = torch.cat([text, self.teacher.text_features(new).to(text)])
             except VlpromptError as error:
                 raise ClassNameError(
                     f"{new[0]!r} is none of the {len(text)} classes that were learned with, and the teacher, which "

@@ -137,5 +137,5 @@ class TDA(TemplateViewsMethod):
     def scored(self, views: Tensor) -> Scored:
         """Return the logits of the next B images, and what each cache contributes."""
         unit_views = self.unit_views(views)
-        own = summarise(unit_views, self.start_weights(), self.backbone.logit_scale, self.settings.confidence)
+        own = summarise(unit_views, self.initial_text_features(), self.backbone.logit_scale, self.settings.confidence)
         return self.caches.score(own)

@@ -26,7 +26,7 @@ class Teacher:
     """
 
     def __init__(self, method: PromptMethod, student: Backbone) -> None:
-        plain = method.weights_per == "class" and not (method.fits or method.online or method.test_views)
+        plain = method.text_features_per == "class" and not (method.fits or method.online or method.test_views)
         if not plain:
             raise ConfigError(
                 f"a head of {method.name} cannot teach: it does not score by one text feature per class; accepted: "
@@ -47,23 +47,23 @@ class Teacher:
         """E, the width of its features."""
         return self.method.class_dim
 
-    def class_weights(self, class_names: Sequence[str]) -> Tensor:
+    def text_features(self, class_names: Sequence[str]) -> Tensor:
         """Return its unit text features ``[C, E]`` for ``class_names``."""
         with torch.inference_mode(False), torch.no_grad():
             method = self.method
             if list(class_names) != method.class_names:
                 method = method.with_classes(class_names)
-            return method.class_weights().clone()
+            return method.text_features().clone()
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return its raw image features, without gradient."""
         with torch.no_grad():
             return self.method.image_features(images)
 
-    def logits(self, features: Tensor, class_weights: Tensor) -> Tensor:
+    def logits(self, features: Tensor, text_features: Tensor) -> Tensor:
         """Return its logits ``[B, C]`` of its raw image ``features`` and its text features ``[C, E]``."""
         with torch.no_grad():
-            return self.method.score(self.method.unit_image(features), class_weights)
+            return self.method.score(self.method.unit_image(features), text_features)
 
 
 def load_teacher(where: str, student: Backbone, class_names: Sequence[str], template: str) -> Teacher:

@@ -15,7 +15,7 @@ from torch import Tensor
 from vlprompt.caches import TFUP
 from vlprompt.config.settings import check_settings
 from vlprompt.methods.cached import CachedMethod
-from vlprompt.methods.fitting import Shots
+from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.registry import register
 from vlprompt.prompts import check_templates
 from vlprompt.prompts.zero_shot import raw_template_features
@@ -73,6 +73,6 @@ class TFUPMethod(CachedMethod):
         """Return the split that images are chosen from."""
         return self.settings.unlabelled
 
-    def fit(self, shots: Shots) -> None:
+    def fit(self, shots: FewShotFeatures) -> None:
         """Choose the images and keep them."""
         self.cache.fit(shots.unlabelled)

@@ -14,7 +14,7 @@ from torch import Tensor
 from vlprompt.caches import Adaptation, CacheRecipe, TFUPTrained
 from vlprompt.config.settings import check_settings
 from vlprompt.errors import ConfigError
-from vlprompt.methods.fitting import Shots
+from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.registry import register
 from vlprompt.methods.tfup import TFUPMethod, TFUPSettings
 
@@ -100,7 +100,7 @@ class TFUPTMethod(TFUPMethod):
         """Return how many random views of the unlabelled images are trained on."""
         return self.settings.views
 
-    def fit(self, shots: Shots) -> None:
+    def fit(self, shots: FewShotFeatures) -> None:
         """Fill the cache and train the adapters."""
         chosen = self.settings.select_on != "last" and len(shots.val_labels) > 0
         val = (shots.val, shots.val_labels) if chosen else None

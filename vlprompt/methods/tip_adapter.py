@@ -17,7 +17,7 @@ from vlprompt.caches import TipAdapter, grid
 from vlprompt.config.settings import check_settings
 from vlprompt.errors import ConfigError
 from vlprompt.methods.cached import CachedMethod, keys_of
-from vlprompt.methods.fitting import Shots
+from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.registry import register
 from vlprompt.prompts import check_templates
 
@@ -67,12 +67,12 @@ class TipAdapterMethod(CachedMethod):
         """Return the empty cache."""
         return TipAdapter(text, scale, alpha=self.settings.alpha, beta=self.settings.beta)
 
-    def fit(self, shots: Shots) -> None:
+    def fit(self, shots: FewShotFeatures) -> None:
         """Fill the cache and search alpha and beta."""
         self.cache.fit(keys_of(shots, self.fit_views())[0], shots.labels)
         self.search(shots)
 
-    def search(self, shots: Shots) -> None:
+    def search(self, shots: FewShotFeatures) -> None:
         """Set alpha and beta to the best on the validation images, where there are any."""
         own = self.settings
         if own.search and len(shots.val_labels):

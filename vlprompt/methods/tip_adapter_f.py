@@ -14,7 +14,7 @@ from torch import Tensor
 from vlprompt.caches import CacheRecipe, TipAdapterF
 from vlprompt.config.settings import check_settings
 from vlprompt.methods.cached import keys_of
-from vlprompt.methods.fitting import Shots
+from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.registry import register
 from vlprompt.methods.tip_adapter import TipAdapterMethod, TipAdapterSettings
 
@@ -64,7 +64,7 @@ class TipAdapterFMethod(TipAdapterMethod):
         own = self.settings
         return (own.views or 1) + own.epoch_views if own.views or own.epoch_views else 0
 
-    def fit(self, shots: Shots) -> None:
+    def fit(self, shots: FewShotFeatures) -> None:
         """Fill the cache, train its keys, then search alpha and beta."""
         keys, rest = keys_of(shots, self.settings.views)
         val = (shots.val, shots.val_labels) if len(shots.val_labels) else None

@@ -102,7 +102,7 @@ class TPT(TunedMethod):
         self._remembered.clear()
         self._derivatives: Tensor | None = None
 
-    def start_weights(self) -> Tensor:
+    def initial_text_features(self) -> Tensor:
         """Return the unit text features ``[C, D]`` of the context that every image starts from."""
         return self.once("start", lambda: self._encode(self.layout, self.ctx[None])[0])
 
@@ -127,9 +127,9 @@ class TPT(TunedMethod):
         """Return the views ``[B, n]`` that drive the loss, by logits ``[B, V, C]`` and unit features ``[B, V, D]``."""
         return most_confident(logits, self.settings.confidence)
 
-    def load_learnable_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
         """Set the context; its number of vectors may be another."""
-        super().load_learnable_state(state)
+        super().load_trained_state(state)
         self._arrange()
 
     def start_from(self, state: Mapping[str, Tensor]) -> None:
@@ -138,4 +138,4 @@ class TPT(TunedMethod):
         Raises:
             HeadError: Other learned tensors, or context that belongs to single classes.
         """
-        self.load_learnable_state({"ctx": generic_context(self.name, state)})
+        self.load_trained_state({"ctx": generic_context(self.name, state)})

@@ -73,7 +73,7 @@ class UPT(PromptMethod):
         """Return raw image features ``[B, D]`` with the projected tokens."""
         return self.backbone.encode_image(images, self.prompts.tokens())
 
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the unit text features ``[C, D]`` of the projected context."""
         return self.once("classes", lambda: self.unit_text(self.encode_text(self.layout, self.prompts.vectors())[0]))
 

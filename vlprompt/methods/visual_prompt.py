@@ -52,7 +52,7 @@ class VisualPrompt(PromptMethod):
         self.prompt = PixelPrompt(self.backbone.preprocess.size, own.prompt_size, own.shape)
         names = [name.replace("-", " ") for name in self.class_names]
         features = template_features(self.backbone, names, [own.template])
-        self.register_buffer("text_features", features, persistent=False)
+        self.register_buffer("frozen_text", features, persistent=False)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return raw image features ``[B, D]`` with the prompt."""
@@ -62,6 +62,6 @@ class VisualPrompt(PromptMethod):
         """Return what a vision transformer's position embedding becomes with the prompt in it."""
         return self.backbone.image.folded(self.prompt.pixels()) or {}
 
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the fixed unit text features ``[C, D]``."""
-        return self.unit_text(self.get_buffer("text_features"))
+        return self.unit_text(self.get_buffer("frozen_text"))

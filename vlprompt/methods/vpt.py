@@ -50,15 +50,15 @@ class VPT(PromptMethod):
         own = self.settings
         self.visual = VisualPrompts(self.backbone.image, own.image_tokens, own.image_depth)
         features = template_features(self.backbone, self.class_names, [own.template])
-        self.register_buffer("text_features", features, persistent=False)
+        self.register_buffer("frozen_text", features, persistent=False)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return raw image features ``[B, D]`` with the tokens."""
         return self.backbone.encode_image(images, self.visual.tokens())
 
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the fixed unit text features ``[C, D]``."""
-        return self.unit_text(self.get_buffer("text_features"))
+        return self.unit_text(self.get_buffer("frozen_text"))
 
     def deep_prompts(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the image tokens of deeper layers."""

@@ -63,4 +63,4 @@ class ZERO(TemplateViewsMethod, EpisodicMethod):
 
     def view_logits(self, views: Tensor) -> Tensor:
         """Return the logits ``[B, V, C]`` of all views."""
-        return self.backbone.logit_scale * self.unit_views(views) @ self.start_weights().t()
+        return self.backbone.logit_scale * self.unit_views(views) @ self.initial_text_features().t()

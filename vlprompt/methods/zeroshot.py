@@ -58,6 +58,6 @@ class ZeroShot(PromptMethod):
         weights = template_features(self.backbone, self.class_names, [*selected, *self.settings.templates])
         self.register_buffer("weights", weights, persistent=False)
 
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the ensembled unit text features ``[C, D]``."""
         return self.unit_text(self.get_buffer("weights"))

@@ -53,7 +53,7 @@ class Aggregation(Objective):
 
     def prepare(self) -> None:
         """Create a sum for every learnable."""
-        for index, (name, parameter) in enumerate(self.host.learnables()):
+        for index, (name, parameter) in enumerate(self.host.trainable_parameters()):
             self._sums[name] = f"sum_{index}"
             self.register_buffer(f"sum_{index}", torch.zeros_like(parameter, dtype=torch.float32))
 
@@ -61,7 +61,7 @@ class Aggregation(Objective):
         """Add this epoch's learnables; after the last epoch put the average in their place."""
         weight = float(gaussian_weights(epochs, self.settings.mean, self.settings.deviation)[epoch])
         with torch.no_grad():
-            for name, parameter in self.host.learnables():
+            for name, parameter in self.host.trainable_parameters():
                 total: Tensor = getattr(self, self._sums[name])
                 total += weight * parameter.float()
                 if epoch == epochs - 1:

@@ -24,7 +24,7 @@ class Step:
         labels: ``[B]``.
         features: Raw image features ``[B, D]``, before any objective changed them.
         unit_image: Unit image features ``[B, D]`` that were scored.
-        class_weights: Unit text features: ``[C, D]``, ``[G, C, D]`` for G experts, or ``[B, C, D]`` for each image.
+        text_features: Unit text features: ``[C, D]``, ``[G, C, D]`` for G experts, or ``[B, C, D]`` for each image.
         logits: ``[B, C]``.
         frozen_features: Computes raw features ``[B, D]`` of the same images without any learnable, without gradient.
     """
@@ -32,7 +32,7 @@ class Step:
     labels: Tensor
     features: Tensor
     unit_image: Tensor
-    class_weights: Tensor
+    text_features: Tensor
     logits: Tensor
     frozen_features: Callable[[], Tensor]
 
@@ -45,9 +45,9 @@ class Host(Protocol):
     backbone: Any
     class_names: list[str]
     learns_image_side: bool
-    weights_per: ClassVar[Literal["class", "expert", "image"]]
+    text_features_per: ClassVar[Literal["class", "expert", "image"]]
 
-    def learnables(self) -> list[tuple[str, nn.Parameter]]:
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the named learnables."""
 
     def deep_prompts(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -59,7 +59,7 @@ class Host(Protocol):
     def unit_image(self, features: Tensor) -> Tensor:
         """Return image features as they are scored."""
 
-    def class_weights(self, features: Tensor | None = None) -> Tensor:
+    def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the classifier."""
 
     def deep_layers(self) -> int:

@@ -63,9 +63,9 @@ class GroupedText(Objective):
 
     def add(self, step: Step, terms: Terms) -> Terms:
         """Add the term ``grouped_text``."""
-        weights, prototypes = step.class_weights, self.prototypes
+        weights, prototypes = step.text_features, self.prototypes
         sets = weights if weights.ndim == 3 else weights.unsqueeze(0)
-        if self.host.weights_per == "expert" and len(sets) == len(prototypes):
+        if self.host.text_features_per == "expert" and len(sets) == len(prototypes):
             loss = text_to_text_loss(sets, prototypes, self.settings.temperature)
         else:
             every = [text_to_text_loss(sets, one.expand_as(sets), self.settings.temperature) for one in prototypes]

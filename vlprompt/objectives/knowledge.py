@@ -48,7 +48,7 @@ class Knowledge(Objective):
 
     def add(self, step: Step, terms: Terms) -> Terms:
         """Add the term ``knowledge``; experts and images are averaged over."""
-        cosines = F.cosine_similarity(step.class_weights, self.target, dim=-1, eps=1e-7)
+        cosines = F.cosine_similarity(step.text_features, self.target, dim=-1, eps=1e-7)
         distance = 1 - cosines.mean()
         if self.settings.variant == "paper":
             distance = 2 * distance  # of unit vectors: |a - b|^2 = 2 (1 - cos)

@@ -10,17 +10,17 @@ ROUTING_BOOST = 10.0
 """Added to the best affinities before the routing target's softmax (MoCoOp: prompting/moe.py 110-127)."""
 
 
-def text_to_text_loss(expert_weights: Tensor, prototypes: Tensor, temperature: float = 1.0) -> Tensor:
+def text_to_text_loss(expert_text_features: Tensor, prototypes: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the mean cross-entropy of each expert's class features against its group's prototypes.
 
     MoCoOp's grouped text supervision (seed_methods 1.b), after LASP's text-to-text loss.
 
     Args:
-        expert_weights: ``[G, C, D]`` features of the learned prompts, unit length.
+        expert_text_features: ``[G, C, D]`` features of the learned prompts, unit length.
         prototypes: ``[G, C, D]`` features of the hand-written templates, unit length; class c's is the target of row c.
         temperature: Factor on the cosines: 1 in MoCoOp's official code, exp(logit scale) in LASP.
     """
-    cosines = temperature * expert_weights @ prototypes.transpose(1, 2)  # [G, C, C]
+    cosines = temperature * expert_text_features @ prototypes.transpose(1, 2)  # [G, C, C]
     target = torch.arange(cosines.shape[1], device=cosines.device).expand(len(cosines), -1)
     return F.cross_entropy(cosines.flatten(0, 1), target.flatten())
 

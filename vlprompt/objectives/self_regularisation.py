@@ -57,7 +57,7 @@ class SelfRegularisation(Objective):
         """Add the terms whose weight is not 0. Image features that nothing is learned on differ by nothing."""
         own, found = self.settings, dict(terms)
         if own.text:
-            found["scl_text"] = own.text * (step.class_weights - self.target).abs().mean()
+            found["scl_text"] = own.text * (step.text_features - self.target).abs().mean()
         if own.image and self.host.learns_image_side:
             found["scl_image"] = own.image * (step.unit_image - self._frozen(step)).abs().mean()
         if own.logits:

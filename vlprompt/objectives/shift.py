@@ -82,7 +82,7 @@ class ShiftConsistency(Objective):
         if self.settings.variant == "code":
             text, image = self.shifts()
         else:
-            text = _relative(step.class_weights, self.target.expand_as(step.class_weights))
+            text = _relative(step.text_features, self.target.expand_as(step.text_features))
             image = _relative(step.unit_image, F.normalize(step.frozen_features(), dim=-1))
         return {**terms, "shift": self.settings.weight * ((text - image) ** 2).sum()}
 
@@ -100,7 +100,7 @@ def feature_shift(host: Host, images: Tensor | None, template: str) -> dict[str,
             features = host.image_features(images)
             frozen = F.normalize(host.backbone.encode_image(images), dim=-1)
             image = float(_relative(host.unit_image(features), frozen))
-        weights = host.class_weights(None if host.weights_per == "class" else features)
+        weights = host.text_features(None if host.text_features_per == "class" else features)
         text = float(_relative(weights, frozen_text.expand_as(weights)))
     return {"text": text, "image": image, "gap": text - image}
 

@@ -53,7 +53,7 @@ class TwoGradients(Objective):
         values = {name: term.detach() for name, term in {**terms, "general": general}.items()}
         if not torch.is_grad_enabled():
             return values
-        learnables = [parameter for _, parameter in self.host.learnables()]
+        learnables = [parameter for _, parameter in self.host.trainable_parameters()]
         share = _share(len(step.labels), task.device)
         # The graph is kept for the next objective of this kind. What only one of the losses depends on has gradient 0.
         first, second = (

@@ -18,8 +18,8 @@ from vlprompt.data.batches import ImageBatches, automatic_workers
 from vlprompt.data.features import FeatureStore, Rows, default_folder, encode_all
 from vlprompt.data.pictures import Pictures
 from vlprompt.data.tally import count_skipped
+from vlprompt.data.transforms import PreprocessLike, View, describe_transform
 from vlprompt.data.view_bank import rows_or_error
-from vlprompt.data.views import PreprocessLike, View, describe_view
 from vlprompt.datasets.images import ImageSource
 from vlprompt.datasets.records import Sample, lines_sha256
 from vlprompt.errors import ConfigError, DataError
@@ -68,7 +68,7 @@ def image_features(
     kept, view = _opened(store), View(preprocess, "center")
     facts = {
         "backbone": fingerprint,
-        "view": describe_view(preprocess, "center"),
+        "view": describe_transform(preprocess, "center"),
         "dataset": "pairs",
         "split": "images",
     }

@@ -47,7 +47,7 @@ def capabilities(names: Sequence[str]) -> list[Capability]:
         method = create_method(name, backbone, ["cat", "dog"])
         about = (sys.modules[get_method_class(name).__module__].__doc__ or "").splitlines()[0]
         about = about.removesuffix(".").partition(" (")[0]
-        learnables = sum(parameter.numel() for _, parameter in method.learnables())
+        learnables = sum(parameter.numel() for _, parameter in method.trainable_parameters())
         towers = "vision transformers" if method.learns_image_side and not method.any_tower else "any"
         text, image = method.has_text_prompts(), method.learns_image_side
         source = _learns_from(method)
@@ -62,7 +62,7 @@ def _learns_from(method: PromptMethod) -> str:
         return "each test image"
     if method.unlabelled() != "none":
         return "unlabelled images"
-    return "labelled images" if method.fits or method.learnables() else "-"
+    return "labelled images" if method.fits or method.trainable_parameters() else "-"
 
 
 HEADINGS = ("method", "learns from", "text", "image", "features kept", "image towers", "learnables", "checked against")

@@ -38,7 +38,7 @@ def dry_run(config: RunConfig) -> str:
         method = make_method(config, backbone, names, everything, template)
     if task is not None:
         train_images = len(training_task(method, task).train)
-    learnables = method.learnables()
+    learnables = method.trainable_parameters()
     count = sum(parameter.numel() for _, parameter in learnables)
     recipe = config.recipe
     steps = max(1, train_images // recipe.batch_size) if train_images else 0

@@ -18,7 +18,7 @@ from vlprompt.datasets import FewShotTask
 from vlprompt.datasets.records import lines_sha256
 from vlprompt.errors import ConfigError
 from vlprompt.methods import PromptMethod
-from vlprompt.methods.fitting import Shots
+from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.runs.selection import judge
 
 
@@ -51,7 +51,7 @@ def data_of(config: RunConfig, method: PromptMethod, task: FewShotTask) -> FewSh
     )
 
 
-def shots_of(config: RunConfig, method: PromptMethod, task: FewShotTask) -> Shots:
+def shots_of(config: RunConfig, method: PromptMethod, task: FewShotTask) -> FewShotFeatures:
     """Return the frozen features that ``method.fit`` learns from, out of the feature store.
 
     Validation images that are test images too are left out: nothing is chosen on test images unless the method's
@@ -74,7 +74,7 @@ def shots_of(config: RunConfig, method: PromptMethod, task: FewShotTask) -> Shot
     nothing = torch.empty(0, method.backbone.embed_dim, device=device)
     split = _chosen_on(method, task)
     views = method.unlabelled_view_count() if where != "none" else 0
-    return Shots(
+    return FewShotFeatures(
         train=features("train", method.fit_views(), method.fit_view),
         labels=labels("train"),
         val=nothing if split is None else features(split, 0, "center")[0],

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vlprompt.data.views import View, test_view
+from vlprompt.data.transforms import View, test_transform
 from vlprompt.datasets.images import IMAGE_SUFFIXES, FileSource
 from vlprompt.errors import ConfigError, DataError, bulleted
 from vlprompt.io.head import load_head
@@ -39,7 +39,7 @@ def predict(
         raise ConfigError(f"--top is {top}; accepted: 1 or more")
     files = image_files(paths)
     head = load_head(folder, device=device)
-    view = test_view(head.backbone.preprocess)
+    view = test_transform(head.backbone.preprocess)
     found: list[dict[str, Any]] = []
     wrong: list[str] = []
     for start in range(0, len(files), batch_size):

@@ -160,7 +160,7 @@ def moved_to(config: RunConfig, method: PromptMethod, task: FewShotTask) -> Prom
     if with_own_template(type(method), config.settings, "") == config.settings or method.fits and not same:
         return method.with_classes(task.class_names)
     moved = build_method(config, method.backbone, task)
-    moved.load_learnable_state(method.learnable_state())
+    moved.load_trained_state(method.trained_state())
     return moved.train(method.training)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vlprompt.backbone import Backbone
-from vlprompt.data import describe_view, test_view
+from vlprompt.data import describe_transform, test_transform
 from vlprompt.datasets import FewShotTask
 from vlprompt.errors import DataError
 from vlprompt.methods import PromptMethod
@@ -25,7 +25,7 @@ def data_record(task: FewShotTask, backbone: Backbone, view: str) -> dict[str, A
         backbone: Whose preprocessing the views have.
         view: The training view, ``random`` or ``center``.
     """
-    seen = {part: describe_view(backbone.preprocess, kind) for part, kind in (("train", view), ("test", "center"))}
+    seen = {part: describe_transform(backbone.preprocess, kind) for part, kind in (("train", view), ("test", "center"))}
     return {**task.describe(), "protocol": PROTOCOLS[task.classes], "transform": seen}
 
 
@@ -34,9 +34,9 @@ def shift_record(method: PromptMethod, task: FewShotTask) -> dict[str, Any] | No
 
     The image side is measured on the first 64 test images that can be read (:func:`vlprompt.objectives.feature_shift`).
     """
-    if not method.learnables():
+    if not method.trainable_parameters():
         return None
-    view, pictures = test_view(method.backbone.preprocess), []
+    view, pictures = test_transform(method.backbone.preprocess), []
     for sample in task.test[:SHIFT_IMAGES] if method.sees_images else ():
         try:
             pictures.append(view(sample.source.open()))

@@ -221,7 +221,7 @@ def _inputs(config: RunConfig, method: PromptMethod, task: FewShotTask) -> dict[
         "split": task.split_sha256,
         "choice of shots": task.shots_sha256,
         "backbone": method.backbone.fingerprint,
-        "initial prompts": tensors_sha256(method.learnable_state()),
+        "initial prompts": tensors_sha256(method.trained_state()),
         **({} if regulator is None else {"gradient regulator": tensors_sha256(regulator.state_dict())}),
     }
 
@@ -291,7 +291,7 @@ def _load_trained(method: PromptMethod, folder: Path) -> None:
         trained = load_head(folder / HEAD, method.backbone)
     except HeadError as error:
         raise HeadError(f"the run is finished but its head cannot be used; redo it with --force.\n{error}") from error
-    method.load_learnable_state(trained.method.learnable_state())
+    method.load_trained_state(trained.method.trained_state())
 
 
 def tested(

@@ -76,16 +76,16 @@ class Summary:
     predictions: Tensor
 
 
-def summarise(views: Tensor, class_weights: Tensor, scale: Tensor | float, confidence: float = 0.1) -> Summary:
+def summarise(views: Tensor, text_features: Tensor, scale: Tensor | float, confidence: float = 0.1) -> Summary:
     """Return the summary of unit ``views`` ``[B, V, D]`` by their surest views; of one view, that view.
 
     Args:
         views: Unit features.
-        class_weights: ``[C, D]``.
+        text_features: ``[C, D]``.
         scale: Factor of cosines.
         confidence: Fraction of the views that are kept, at least one.
     """
-    logits = scale * views @ class_weights.t()
+    logits = scale * views @ text_features.t()
     if views.shape[1] > 1:
         chosen = most_confident(logits, confidence)
         views, logits = gather_views(views, chosen), gather_views(logits, chosen)

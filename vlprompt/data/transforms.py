@@ -149,16 +149,16 @@ class View:
         return numbers.div_(255).sub_(mean).div_(std)
 
 
-def test_view(preprocess: PreprocessLike) -> View:
+def test_transform(preprocess: PreprocessLike) -> View:
     """Return the weights' own test view (see :class:`View`)."""
     return View(preprocess, "center")
 
 
 # pytest collects functions of this name wherever they are imported.
-test_view.__test__ = False  # type: ignore[attr-defined]
+test_transform.__test__ = False  # type: ignore[attr-defined]
 
 
-def train_view(preprocess: PreprocessLike, kind: str = "random") -> View:
+def train_transform(preprocess: PreprocessLike, kind: str = "random") -> View:
     """Return CoOp's training view (``random``, ``random-tensor``) or the deterministic test view (``center``).
 
     Raises:
@@ -167,7 +167,7 @@ def train_view(preprocess: PreprocessLike, kind: str = "random") -> View:
     return View(preprocess, kind)
 
 
-def describe_view(preprocess: PreprocessLike, kind: str) -> str:
+def describe_transform(preprocess: PreprocessLike, kind: str) -> str:
     """Return the view as one line of text: for results files and the feature store's keys."""
     size, mode = preprocess.size, _interpolation(preprocess, kind)
     if kind not in ASKED_KINDS and check_kind(kind) == "center":

@@ -8,9 +8,9 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from vlprompt.data import describe_view, train_view
-from vlprompt.data import test_view as clip_view
-from vlprompt.data.views import View, check_kind
+from vlprompt.data import describe_transform, train_transform
+from vlprompt.data import test_transform as clip_view
+from vlprompt.data.transforms import View, check_kind
 from vlprompt.errors import ConfigError
 
 
@@ -42,7 +42,7 @@ def test_the_test_view_is_clips(size: tuple[int, int], mode: str) -> None:
 
 
 def test_random_view_uses_the_cpu_generator() -> None:
-    view, picture = train_view(Preprocess(), "random"), noise(64, 48)
+    view, picture = train_transform(Preprocess(), "random"), noise(64, 48)
     torch.manual_seed(3)
     first, second = view(picture), view(picture)
     torch.manual_seed(3)
@@ -52,7 +52,7 @@ def test_random_view_uses_the_cpu_generator() -> None:
 
 def test_center_view_is_the_test_view() -> None:
     picture = noise(40, 60)
-    assert torch.equal(train_view(Preprocess(), "center")(picture), clip_view(Preprocess())(picture))
+    assert torch.equal(train_transform(Preprocess(), "center")(picture), clip_view(Preprocess())(picture))
 
 
 @pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
@@ -67,7 +67,7 @@ def test_every_resize_mode_is_open_clips(mode: str, size: tuple[int, int]) -> No
 
 def test_refused() -> None:
     with pytest.raises(ConfigError, match="data.view is 'centre'. Did you mean 'center'"):
-        train_view(Preprocess(), "centre")
+        train_transform(Preprocess(), "centre")
 
     class Odd(Preprocess):
         interpolation = "bicubical"
@@ -83,8 +83,8 @@ def test_descriptions_tell_views_apart() -> None:
     class Squashed(Preprocess):
         resize_mode = "squash"
 
-    texts = {describe_view(pre, kind) for pre in (Preprocess(), Larger()) for kind in ("random", "center")}
-    texts.add(describe_view(Squashed(), "center"))
+    texts = {describe_transform(pre, kind) for pre in (Preprocess(), Larger()) for kind in ("random", "center")}
+    texts.add(describe_transform(Squashed(), "center"))
     assert len(texts) == 5 and all("\n" not in text and "bicubic" in text for text in texts)
 
 
@@ -105,7 +105,7 @@ def test_the_tensor_view_takes_the_same_crops_and_nearly_the_same_pixels(mode: s
             got = quick.pixels(source).astype(int)
             assert torch.equal(torch.get_rng_state(), after)
             assert np.abs(got - expected).max() <= 8 and np.abs(got - expected).mean() < 0.5
-    assert "by tensor" in describe_view(Preprocess(), "random-tensor")
+    assert "by tensor" in describe_transform(Preprocess(), "random-tensor")
 
 
 @pytest.mark.parametrize("kind", ["crop", "random-half"])
@@ -134,7 +134,7 @@ def test_views_that_methods_ask_for_are_no_data_views() -> None:
         assert View(Preprocess(), kind).kind == kind
         with pytest.raises(ConfigError, match=f"data.view is '{kind}'"):
             check_kind(kind)
-    texts = {describe_view(Preprocess(), kind) for kind in ("random", "random-half", "crop", "augmix", "center")}
+    texts = {describe_transform(Preprocess(), kind) for kind in ("random", "random-half", "crop", "augmix", "center")}
     assert len(texts) == 5
-    assert "scale 0.5-1 ratio 3/4-4/3 bicubic; mirror 0.5;" in describe_view(Preprocess(), "random-half")
-    assert "scale 0.08-1 ratio 3/4-4/3 bilinear; mirror 0.5; AugMix" in describe_view(Preprocess(), "augmix")
+    assert "scale 0.5-1 ratio 3/4-4/3 bicubic; mirror 0.5;" in describe_transform(Preprocess(), "random-half")
+    assert "scale 0.08-1 ratio 3/4-4/3 bilinear; mirror 0.5; AugMix" in describe_transform(Preprocess(), "augmix")
