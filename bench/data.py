@@ -163,7 +163,7 @@ def _naive(folder: Path, view: str, workers: int) -> Any:
 
 
 def _ours(task: FewShotTask, view: str, workers: int) -> Any:
-    data = FewShotData(task, Clip(), batch_size=min(BATCH, len(task.train)), view=view, workers=workers)
+    data = FewShotData(task, Clip(), batch_size=min(BATCH, len(task.train)), transform=view, workers=workers)
     return data.train_dataloader()
 
 

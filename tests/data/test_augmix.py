@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from vlprompt.data import augmix as module
 from vlprompt.data.augmix import OPERATIONS, augmix
-from vlprompt.data.transforms import View
+from vlprompt.data.transforms import Transform
 
 
 class Preprocess:
@@ -119,7 +119,7 @@ def test_mixtures_stay_between_black_and_white(seed: int) -> None:
 
 def test_mixing_pixels_is_mixing_normalised_pictures() -> None:
     """TPT normalises before it mixes."""
-    view = View(Preprocess(), "augmix")
+    view = Transform(Preprocess(), "augmix")
     rng = np.random.default_rng(3)
     pictures = [torch.from_numpy(rng.integers(0, 256, (3, 8, 8)).astype(np.float32)) for _ in range(4)]
     weights = torch.tensor([0.4, *(0.6 * rng.dirichlet(np.ones(3)))], dtype=torch.float32)
@@ -130,7 +130,7 @@ def test_mixing_pixels_is_mixing_normalised_pictures() -> None:
 
 def test_the_view_mixes_the_crop() -> None:
     """The view's crop is that of the kind without AugMix, and drawn from torch's generator like it."""
-    crop, mixed, picture = View(Preprocess(), "crop"), View(Preprocess(), "augmix"), noise(90, 70)
+    crop, mixed, picture = Transform(Preprocess(), "crop"), Transform(Preprocess(), "augmix"), noise(90, 70)
     for seed in range(4):
         torch.manual_seed(seed)
         expected = crop.pixels(picture)

@@ -101,9 +101,9 @@ def test_cached_features(task: FewShotTask, preprocess: Any, tmp_path: Path) -> 
         calls.append(len(images))
         return images.flatten(1)[:, ::97]
 
-    def build(view: str = "center", **changes: Any) -> FewShotData:
+    def build(transform: str = "center", **changes: Any) -> FewShotData:
         settings = {"encode": encode, "fingerprint": "f", "features": tmp_path / "store", **changes}
-        return FewShotData(task, preprocess, batch_size=4, view=view, **settings)
+        return FewShotData(task, preprocess, batch_size=4, transform=transform, **settings)
 
     data = build()
     data.prepare_data()
@@ -111,7 +111,7 @@ def test_cached_features(task: FewShotTask, preprocess: Any, tmp_path: Path) -> 
     data.setup("fit")
     batches = epoch(data)
     assert "images" not in batches[0] and batches[0]["features"].shape == (4, 8)
-    center = FewShotData(task, preprocess, batch_size=4, view="center")
+    center = FewShotData(task, preprocess, batch_size=4, transform="center")
     for cached, live in zip(batches, epoch(center), strict=True):
         assert torch.equal(cached["index"], live["index"])
         torch.testing.assert_close(cached["features"], live["images"].flatten(1)[:, ::97])
@@ -146,7 +146,7 @@ def test_features_need_a_fingerprint_and_an_encoder(task: FewShotTask, preproces
         {"workers": -1},
         {"seed": -1},
         {"seed": None},
-        {"view": "left"},
+        {"transform": "left"},
         {"on_bad_image": "skp"},
         {"cached_views": -1},
         {"cached_views": 2},
@@ -214,7 +214,7 @@ def test_skipping(how: str, task: FewShotTask, preprocess: Any, tmp_path: Path) 
     if how == "workers":
         settings["workers"] = 2
     if how in ("center", "cached views"):
-        settings |= {"encode": encode, "fingerprint": "f", "view": "center" if how == "center" else "random"}
+        settings |= {"encode": encode, "fingerprint": "f", "transform": "center" if how == "center" else "random"}
         settings |= {"cached_views": 2 if how == "cached views" else 0}
     data = FewShotData(task, preprocess, batch_size=9, **settings)
     with pytest.warns(UserWarning, match="left out: 6 .*on_bad_image"), tally() as counts:
@@ -273,7 +273,7 @@ def test_nothing_readable(task: FewShotTask, preprocess: Any, tmp_path: Path) ->
     spoil(task, "train", *range(11))
     with pytest.raises(DataError, match="None of the 11 training images can be read"):
         FewShotData(task, preprocess, on_bad_image="skip").train_dataloader()
-    cached: dict[str, Any] = {"encode": encode, "fingerprint": "f", "features": tmp_path, "view": "center"}
+    cached: dict[str, Any] = {"encode": encode, "fingerprint": "f", "features": tmp_path, "transform": "center"}
     with pytest.raises(DataError, match="None of the 11 images can be read"):
         FewShotData(task, preprocess, on_bad_image="skip", **cached).train_dataloader()
     spoil(task, "test", *range(7))
@@ -333,7 +333,7 @@ def test_test_images_are_not_kept(task: FewShotTask, preprocess: Any) -> None:
     data = FewShotData(task, preprocess, batch_size=11)
     for loader, kept in ((data.train_dataloader(), 11), (data.val_dataloader(), 3), (data.test_dataloader(), 0)):
         assert len(list(loader)) > 0
-        assert loader.dataset.pictures.kept() == kept  # type: ignore[union-attr]
+        assert loader.dataset.cache.kept() == kept  # type: ignore[union-attr]
 
 
 def test_no_validation_images(task: FewShotTask, preprocess: Any) -> None:

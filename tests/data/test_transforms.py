@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlprompt.data import describe_transform, train_transform
 from vlprompt.data import test_transform as clip_view
-from vlprompt.data.transforms import View, check_kind
+from vlprompt.data.transforms import Transform, check_kind
 from vlprompt.errors import ConfigError
 
 
@@ -66,7 +66,7 @@ def test_every_resize_mode_is_open_clips(mode: str, size: tuple[int, int]) -> No
 
 
 def test_refused() -> None:
-    with pytest.raises(ConfigError, match="data.view is 'centre'. Did you mean 'center'"):
+    with pytest.raises(ConfigError, match="transform is 'centre'. Did you mean 'center'"):
         train_transform(Preprocess(), "centre")
 
     class Odd(Preprocess):
@@ -95,7 +95,7 @@ def test_the_tensor_view_takes_the_same_crops_and_nearly_the_same_pixels(mode: s
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 255, (size[1] // 8 + 2, size[0] // 8 + 2, 3), dtype=np.uint8))
     picture = coarse.resize(size, Image.Resampling.BICUBIC).convert(mode).convert("RGB")
-    exact, quick = View(Preprocess(), "random"), View(Preprocess(), "random-tensor")
+    exact, quick = Transform(Preprocess(), "random"), Transform(Preprocess(), "random-tensor")
     for seed in range(8):
         torch.manual_seed(seed)
         expected = exact.pixels(picture).astype(int)
@@ -121,7 +121,7 @@ def test_the_views_that_methods_ask_for_are_torchvisions(kind: str) -> None:
     )
     normalise = transforms.Normalize(Preprocess.mean, Preprocess.std)
     whole = transforms.Compose([crop, transforms.RandomHorizontalFlip(0.5), transforms.ToTensor(), normalise])
-    view, picture = View(Preprocess(), kind), noise(70, 50)
+    view, picture = Transform(Preprocess(), kind), noise(70, 50)
     for seed in range(6):
         torch.manual_seed(seed)
         expected = whole(picture)
@@ -131,8 +131,8 @@ def test_the_views_that_methods_ask_for_are_torchvisions(kind: str) -> None:
 
 def test_views_that_methods_ask_for_are_no_data_views() -> None:
     for kind in ("crop", "augmix"):
-        assert View(Preprocess(), kind).kind == kind
-        with pytest.raises(ConfigError, match=f"data.view is '{kind}'"):
+        assert Transform(Preprocess(), kind).kind == kind
+        with pytest.raises(ConfigError, match=f"transform is '{kind}'"):
             check_kind(kind)
     texts = {describe_transform(Preprocess(), kind) for kind in ("random", "random-half", "crop", "augmix", "center")}
     assert len(texts) == 5

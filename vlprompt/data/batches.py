@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vlprompt.data.pictures import Pictures
+from vlprompt.data.pixel_cache import PixelCache
 from vlprompt.data.samplers import Key, derived_seed
 from vlprompt.data.transforms import Pixels
 from vlprompt.datasets.records import Sample
@@ -84,7 +84,7 @@ class ImageBatches(_Keyed):
     With ``skip``, images that cannot be read are left out and their positions are in ``skipped``.
 
     Args:
-        pictures: Where the pixels come from.
+        cache: Where the pixels come from.
         labels: Of all samples.
         positions: The samples that keys count; ``None`` for all.
         seed: Seed of random views, ``None`` for the center view.
@@ -93,7 +93,7 @@ class ImageBatches(_Keyed):
 
     def __init__(
         self,
-        pictures: Pictures,
+        cache: PixelCache,
         labels: Tensor,
         positions: Sequence[int] | None = None,
         *,
@@ -101,10 +101,10 @@ class ImageBatches(_Keyed):
         skip: bool = False,
     ) -> None:
         super().__init__(labels, positions)
-        self.pictures, self.seed, self.skip = pictures, seed, skip
+        self.cache, self.seed, self.skip = cache, seed, skip
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        size = self.pictures.view.size
+        size = self.cache.transform.size
         images = torch.empty(len(keys), 3, size, size, dtype=torch.uint8)
         read: list[int] = []
         skipped: list[int] = []
@@ -125,13 +125,13 @@ class ImageBatches(_Keyed):
 
     def _pixels(self, epoch: int, position: int) -> Pixels:
         if self.seed is None:
-            return self.pictures.pixels(position)
+            return self.cache.pixels(position)
         # Only the CPU generator is seeded and restored: torch.manual_seed would also disturb those of other devices.
         generator = torch.default_generator
         state = generator.get_state()
         generator.manual_seed(derived_seed(self.seed, epoch, position))
         try:
-            return self.pictures.pixels(position)
+            return self.cache.pixels(position)
         finally:
             generator.set_state(state)
 
@@ -172,7 +172,7 @@ def make_loader(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
-        # Pictures are kept in memory that forked workers share; on Linux nothing that a worker runs minds the fork.
+        # Pixels are kept in memory that forked workers share; on Linux nothing that a worker runs minds the fork.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         persistent_workers=persistent and workers > 0,
         collate_fn=partial(_with_scale, scale=scale),

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlprompt.data.batches import ImageBatches, make_loader
-from vlprompt.data.pictures import Pictures
+from vlprompt.data.pixel_cache import PixelCache
 from vlprompt.data.samplers import Key
 from vlprompt.data.tally import count_encoded
-from vlprompt.data.transforms import View
+from vlprompt.data.transforms import Transform
 from vlprompt.datasets.records import Sample
 from vlprompt.errors import ConfigError, DataError
 
@@ -187,7 +187,7 @@ def read_entry(path: Path, key: str | None = None) -> Rows | None:
 def extract(
     encode: Callable[[Tensor], Tensor],
     samples: Sequence[Sample],
-    view: View,
+    transform: Transform,
     batch_size: int = 100,
     device: str | torch.device = "cpu",
     workers: int = 0,
@@ -197,7 +197,7 @@ def extract(
     Args:
         encode: Images ``[B, 3, H, W]`` on ``device`` to raw features ``[B, D]``.
         samples: What to encode.
-        view: A deterministic view.
+        transform: A deterministic transform.
         batch_size: Images per call of ``encode``.
         device: Where ``encode`` wants its images.
         workers: Processes that decode images.
@@ -208,7 +208,7 @@ def extract(
     Raises:
         DataError: If an image cannot be decoded, or there are no samples.
     """
-    images = ImageBatches(Pictures(samples, view), torch.zeros(len(samples)))
+    images = ImageBatches(PixelCache(samples, transform), torch.zeros(len(samples)))
     return encode_all(encode, images, batch_size, device, workers).features
 
 
@@ -230,7 +230,7 @@ def encode_all(
     with torch.no_grad():
         for batch in make_loader(images, keys, batch_size, workers):
             if len(batch["images"]):
-                numbers = images.pictures.view.finish(batch["images"].to(device))
+                numbers = images.cache.transform.finish(batch["images"].to(device))
                 found.append(encode(numbers).float().cpu())
                 read += batch["index"].tolist()
     if not found:

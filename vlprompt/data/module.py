@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 
 from vlprompt.data.batches import Batch, FeatureBatches, ImageBatches, automatic_workers, labels_of, make_loader
 from vlprompt.data.features import FeatureStore, Rows, default_folder, encode_all
-from vlprompt.data.pictures import KEEP_BYTES, Pictures
+from vlprompt.data.multi_view import Drawn, Generated, ImageBank, MultiViewImages, other_views
+from vlprompt.data.pixel_cache import KEEP_BYTES, PixelCache
 from vlprompt.data.samplers import EvalSampler, TrainSampler
 from vlprompt.data.tally import count_skipped, gathered
-from vlprompt.data.transforms import PreprocessLike, View, check_kind, describe_transform
-from vlprompt.data.view_bank import ViewBank, ViewFeatures, ViewRows, rows_or_error
-from vlprompt.data.view_images import Drawn, Generated, PictureBank, ViewImages, other_views
+from vlprompt.data.transforms import PreprocessLike, Transform, check_kind, describe_transform
+from vlprompt.data.view_features import MultiViewFeatures, ViewEncoder, ViewRows, rows_or_error
 from vlprompt.datasets.records import SPLITS, Sample, lines_sha256
 from vlprompt.datasets.task import FewShotTask
 from vlprompt.errors import ConfigError, DataError, did_you_mean
@@ -45,15 +45,15 @@ class FewShotData(pl.LightningDataModule):
     The randomness of a training image depends on ``(seed, epoch, index)`` alone, so resumed runs, other numbers of
     workers and other numbers of ranks give bit-identical images. Evaluation counts every image exactly once.
 
-    Training and validation images are decoded once and kept (:class:`~vlprompt.data.pictures.Pictures`); test images
-    are read once and are not. Under a Trainer, images travel to the device as uint8 and are normalised there.
+    Training and validation images are decoded once and kept (:class:`~vlprompt.data.pixel_cache.PixelCache`). Test
+    images are read once and not kept. Under a Trainer, images are moved to the device as uint8 and normalised there.
 
     Args:
         task: The task.
         preprocess: The backbone's preprocessing: ``size``, ``mean``, ``std``, ``interpolation``.
         batch_size: Global training batch, over all processes.
         test_batch_size: Evaluation batch per process.
-        view: ``random`` (CoOp's training view) or ``center`` (the deterministic test view).
+        transform: ``random`` (CoOp's training transform) or ``center`` (the deterministic test transform).
         seed: Seed of order and augmentation.
         workers: Processes per DataLoader that decode images; 0 decodes in this one; ``None``: none for fewer than 256
             images, else up to 8, the cores shared evenly with the other processes.
@@ -71,8 +71,8 @@ class FewShotData(pl.LightningDataModule):
         keep_bytes: Bytes of decoded pictures to keep per split, at most; what does not fit is decoded again.
         test_views: Views of every test image: the test view, then crops, then generated pictures under the test view.
             ``None`` for the test view alone, without a dimension for views. Crop ``v`` depends on
-            ``(seed, image id, v)`` alone. Their features are stored (:mod:`vlprompt.data.view_bank`).
-        view_images: Whether test batches have the views as images, not as features; then they hold
+            ``(seed, image id, v)`` alone. Their features are stored (:mod:`vlprompt.data.view_features`).
+        views_as_images: Whether test batches have the views as images, not as features; then they hold
             ``max(1, test_batch_size // V)`` test images.
         generated: The bank of generated pictures, needed if ``test_views`` has some.
 
@@ -87,7 +87,7 @@ class FewShotData(pl.LightningDataModule):
         *,
         batch_size: int = 32,
         test_batch_size: int = 100,
-        view: str = "random",
+        transform: str = "random",
         seed: int = 1,
         workers: int | None = None,
         features: FeatureStore | str | Path | None = None,
@@ -98,8 +98,8 @@ class FewShotData(pl.LightningDataModule):
         on_bad_image: str = "error",
         keep_bytes: int = KEEP_BYTES,
         test_views: TestViews | None = None,
-        view_images: bool = False,
-        generated: PictureBank | None = None,
+        views_as_images: bool = False,
+        generated: ImageBank | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -118,23 +118,25 @@ class FewShotData(pl.LightningDataModule):
             raise ConfigError("Cached features need the backbone's fingerprint: pass fingerprint=backbone.fingerprint")
         if cached_views and encode is None:
             raise ConfigError("cached_views stores features, which need an encoder: pass encode= or cached_views=0.")
-        if test_views is not None and encode is None and not view_images:
-            raise ConfigError("Features of test_views need an encoder: pass encode= or view_images=True.")
-        self.task, self.preprocess, self.view = task, preprocess, check_kind(view)
+        if test_views is not None and encode is None and not views_as_images:
+            raise ConfigError("Features of test_views need an encoder: pass encode= or views_as_images=True.")
+        self.task, self.preprocess, self.transform = task, preprocess, check_kind(transform)
         self.batch_size, self.test_batch_size, self.seed, self.workers = batch_size, test_batch_size, seed, workers
         self.encode, self.fingerprint, self.device = encode, fingerprint, device
-        self.cached_views = cached_views if view != "center" else 0
+        self.cached_views = cached_views if transform != "center" else 0
         self.skip, self.keep_bytes = on_bad_image == "skip", keep_bytes
-        self.test_views, self.view_images = test_views, view_images
+        self.test_views, self.views_as_images = test_views, views_as_images
         self._first = Drawn(preprocess, "center", 1, seed)
         self._others = [] if test_views is None else other_views(preprocess, test_views, generated, seed)
         self.store = features if isinstance(features, FeatureStore) else FeatureStore(features or default_folder())
         # With more ranks than test images some ranks have nothing to do; that is right and no reason to stop.
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        self._views: dict[str, View] = {kind: View(preprocess, kind) for kind in ("center", self.view)}
+        self._transforms: dict[str, Transform] = {
+            kind: Transform(preprocess, kind) for kind in ("center", self.transform)
+        }
         self._rows: dict[tuple[str, int | None], Rows] = {}
         self._several: dict[tuple[str, str, int], ViewRows] = {}
-        self._kept: dict[str, Pictures] = {}
+        self._kept: dict[str, PixelCache] = {}
         self._stamps: dict[str, list[str]] = {}
 
     def prepare_data(self) -> None:
@@ -150,14 +152,14 @@ class FewShotData(pl.LightningDataModule):
         rank, world_size = self._world()
         labels = self._labels("train")
         dataset: FeatureBatches | ImageBatches
-        if self.encode is not None and (self.cached_views or self.view == "center"):
+        if self.encode is not None and (self.cached_views or self.transform == "center"):
             positions = self._readable(self._rows_of("train", self._view_number(0)).missing)
             dataset = FeatureBatches(self._train_features, labels, positions)
         else:
-            dataset = self._images("train", self.view)
+            dataset = self._images("train", self.transform)
             if self.skip:
                 # Found before the first step, so that every process leaves out the same and batches stay whole.
-                dataset = self._images("train", self.view, self._readable(self._unreadable(dataset)))
+                dataset = self._images("train", self.transform, self._readable(self._unreadable(dataset)))
         sampler = TrainSampler(len(dataset), self.batch_size, seed=self.seed, rank=rank, world_size=world_size)
         return self._loader("train", dataset, sampler, sampler.local_batch_size, sampler.scale())
 
@@ -182,7 +184,7 @@ class FewShotData(pl.LightningDataModule):
         """
         return {
             "backbone": self.fingerprint,
-            "view": describe_transform(self.preprocess, "center" if view is None else self.view),
+            "view": describe_transform(self.preprocess, "center" if view is None else self.transform),
             "dataset": self.task.name,
             "split": split,
             "split_sha256": self.task.split_sha256,
@@ -207,7 +209,7 @@ class FewShotData(pl.LightningDataModule):
             split: ``train``, ``val`` or ``test``.
             count: Number of views; 0 for the test view.
             kind: Kind of the random views, ``random``, ``random-half``, ``crop`` or ``augmix``
-                (:class:`~vlprompt.data.transforms.View`); of no meaning for the test view.
+                (:class:`~vlprompt.data.transforms.Transform`); of no meaning for the test view.
 
         Raises:
             ConfigError: Without an encoder; an unknown split or kind; a negative count.
@@ -238,16 +240,16 @@ class FewShotData(pl.LightningDataModule):
         return rows
 
     def _compute(self, split: str, view: int | None) -> Rows:
-        images = self._images(split, "center" if view is None else self.view, keep=view is not None)
+        images = self._images(split, "center" if view is None else self.transform, keep=view is not None)
         workers = self._workers(len(images))
         return encode_all(self._encoder(), images, self.test_batch_size, self.device, workers, view or 0)
 
     def _view_rows(self, split: str, part: Drawn | Generated) -> ViewRows:
-        samples, name = self._samples(split), (split, part.view.kind, part.count)
+        samples, name = self._samples(split), (split, part.transform.kind, part.count)
         if name not in self._several:
             facts = {"backbone": self.fingerprint, "dataset": self.task.name, "split": split}
             size = self.test_batch_size
-            bank = ViewBank(self.store, self._encoder(), facts, size, self.device, self._workers, self.skip)
+            bank = ViewEncoder(self.store, self._encoder(), facts, size, self.device, self._workers, self.skip)
             rows = self._several[name] = bank.rows(samples, self._lines(split), part)
             count_skipped(split, (samples[position].id for position in rows.missing))
         return self._several[name]
@@ -265,9 +267,9 @@ class FewShotData(pl.LightningDataModule):
 
     def _load(self, splits: Sequence[str]) -> None:
         for split in splits:
-            if self.encode is not None and self._samples(split) and (split != "train" or self.view == "center"):
+            if self.encode is not None and self._samples(split) and (split != "train" or self.transform == "center"):
                 self.features(split)
-                for part in self._others if split == "test" and not self.view_images else ():
+                for part in self._others if split == "test" and not self.views_as_images else ():
                     self._view_rows(split, part)
 
     def _wanted(self, stage: str | None) -> Sequence[str]:
@@ -334,11 +336,11 @@ class FewShotData(pl.LightningDataModule):
     ) -> ImageBatches:
         samples = self._samples(split)
         if not keep:
-            pictures = Pictures(samples, self._views[kind])
+            pictures = PixelCache(samples, self._transforms[kind])
         else:
             room = self.keep_bytes // self._world()[1]
             if split not in self._kept:
-                self._kept[split] = Pictures(samples, self._views[kind], room, self._workers(len(samples)))
+                self._kept[split] = PixelCache(samples, self._transforms[kind], room, self._workers(len(samples)))
             pictures = self._kept[split]
         seed = self.seed if kind != "center" else None
         return ImageBatches(pictures, self._labels(split), positions, seed=seed, skip=self.skip)
@@ -348,8 +350,8 @@ class FewShotData(pl.LightningDataModule):
         dataset: FeatureBatches | ImageBatches
         labels, size = self._labels(split), self.test_batch_size
         several = split == "test" and self.test_views is not None
-        if several and self.view_images:
-            dataset = ViewImages(self._samples(split), [self._first, *self._others], labels, skip=self.skip)
+        if several and self.views_as_images:
+            dataset = MultiViewImages(self._samples(split), [self._first, *self._others], labels, skip=self.skip)
             size = max(1, size // dataset.views)
         elif self.encode is not None:
             others = [self._view_rows(split, part) for part in self._others] if several else []
@@ -357,7 +359,7 @@ class FewShotData(pl.LightningDataModule):
             positions = [position for position in range(len(self._samples(split))) if position not in missing]
             dataset = FeatureBatches(lambda _: self.features(split), labels, positions)
             if several:
-                dataset = ViewFeatures(self.features(split), others, labels, positions)
+                dataset = MultiViewFeatures(self.features(split), others, labels, positions)
         else:
             once = self.trainer is not None and self.trainer.state.fn != "fit"
             dataset = self._images(split, "center", keep=split == "val" and not once)
@@ -388,5 +390,5 @@ class FewShotData(pl.LightningDataModule):
 
     def _finished(self, batch: Any) -> Any:
         if isinstance(batch, dict) and "images" in batch and batch["images"].dtype == torch.uint8:
-            return {**batch, "images": self._views[self.view].finish(batch["images"])}
+            return {**batch, "images": self._transforms[self.transform].finish(batch["images"])}
         return batch

@@ -52,11 +52,11 @@ Kind = Literal["random", "random-tensor", "random-half", "center"]
 def check_kind(kind: str) -> Kind:
     """Return ``kind`` or raise a :class:`~vlprompt.errors.ConfigError`."""
     if kind not in KINDS:
-        raise ConfigError(f"data.view is {kind!r}.{did_you_mean(str(kind), KINDS)}")
+        raise ConfigError(f"transform is {kind!r}.{did_you_mean(str(kind), KINDS)}")
     return kind  # type: ignore[return-value]
 
 
-class View:
+class Transform:
     """A view in two parts: the pixels of one image, which workers make, and their numbers, made for whole batches.
 
     ``view(picture)`` is both for one image: a PIL RGB image to float32 ``[3, size, size]``.
@@ -149,22 +149,22 @@ class View:
         return numbers.div_(255).sub_(mean).div_(std)
 
 
-def test_transform(preprocess: PreprocessLike) -> View:
-    """Return the weights' own test view (see :class:`View`)."""
-    return View(preprocess, "center")
+def test_transform(preprocess: PreprocessLike) -> Transform:
+    """Return the weights' own test view (see :class:`Transform`)."""
+    return Transform(preprocess, "center")
 
 
 # pytest collects functions of this name wherever they are imported.
 test_transform.__test__ = False  # type: ignore[attr-defined]
 
 
-def train_transform(preprocess: PreprocessLike, kind: str = "random") -> View:
+def train_transform(preprocess: PreprocessLike, kind: str = "random") -> Transform:
     """Return CoOp's training view (``random``, ``random-tensor``) or the deterministic test view (``center``).
 
     Raises:
         ConfigError: If ``kind`` is another word.
     """
-    return View(preprocess, kind)
+    return Transform(preprocess, kind)
 
 
 def describe_transform(preprocess: PreprocessLike, kind: str) -> str:

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlprompt.config.meta import MetaConfig
 from vlprompt.data.batches import automatic_workers, make_loader
-from vlprompt.data.pictures import KEEP_BYTES, Pictures
+from vlprompt.data.pixel_cache import KEEP_BYTES, PixelCache
 from vlprompt.data.samplers import Key, KeySampler
-from vlprompt.data.transforms import PreprocessLike, View
+from vlprompt.data.transforms import PreprocessLike, Transform
 from vlprompt.datasets.records import Sample
 from vlprompt.meta.tasks import Task
 
@@ -50,7 +50,7 @@ class TaskBatches(Dataset[Batch]):
         pictures: The pairs' pictures, for a method that learns on the image side; None: batches hold features.
     """
 
-    def __init__(self, task: Callable[[int, int], Task], features: Tensor, pictures: Pictures | None = None) -> None:
+    def __init__(self, task: Callable[[int, int], Task], features: Tensor, pictures: PixelCache | None = None) -> None:
         self.task, self.features, self.pictures = task, features, pictures
 
     def __getitem__(self, key: Key) -> Batch:
@@ -97,7 +97,7 @@ class MetaData(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.task, self.features, self.config = task, features, config
-        self.images, self.view, self.workers = images, View(preprocess, "center"), workers
+        self.images, self.view, self.workers = images, Transform(preprocess, "center"), workers
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return this process's tasks."""
@@ -108,7 +108,7 @@ class MetaData(pl.LightningDataModule):
         if self.images is not None:
             chosen = self.workers
             workers = automatic_workers(len(self.images), world_size) if chosen is None else chosen
-            pictures = Pictures(self.images, self.view, KEEP_BYTES, workers)
+            pictures = PixelCache(self.images, self.view, KEEP_BYTES, workers)
         sampler = StepSampler(self.config, rank=rank, world_size=world_size)
         tasks: Any = TaskBatches(self.task, self.features, pictures)
         return make_loader(tasks, sampler, None, workers, persistent=True)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from vlprompt.data.batches import ImageBatches, automatic_workers
 from vlprompt.data.features import FeatureStore, Rows, default_folder, encode_all
-from vlprompt.data.pictures import Pictures
+from vlprompt.data.pixel_cache import PixelCache
 from vlprompt.data.tally import count_skipped
-from vlprompt.data.transforms import PreprocessLike, View, describe_transform
-from vlprompt.data.view_bank import rows_or_error
+from vlprompt.data.transforms import PreprocessLike, Transform, describe_transform
+from vlprompt.data.view_features import rows_or_error
 from vlprompt.datasets.images import ImageSource
 from vlprompt.datasets.records import Sample, lines_sha256
 from vlprompt.errors import ConfigError, DataError
@@ -65,7 +65,7 @@ def image_features(
         DataError: An image that cannot be read, unless ``skip``; no image that can be read.
     """
     _check(fingerprint, batch_size)
-    kept, view = _opened(store), View(preprocess, "center")
+    kept, view = _opened(store), Transform(preprocess, "center")
     facts = {
         "backbone": fingerprint,
         "view": describe_transform(preprocess, "center"),
@@ -77,7 +77,7 @@ def image_features(
         samples = [Sample(name, 0, source) for name, source in images]
 
         def compute() -> Rows:
-            batches = ImageBatches(Pictures(samples, view), torch.zeros(len(samples)), skip=skip)
+            batches = ImageBatches(PixelCache(samples, view), torch.zeros(len(samples)), skip=skip)
             processes = automatic_workers(len(samples)) if workers is None else workers
             try:
                 return encode_all(encode, batches, batch_size, device, processes)

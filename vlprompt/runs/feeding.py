@@ -31,7 +31,7 @@ def data_of(config: RunConfig, method: PromptMethod, task: FewShotTask) -> FewSh
     backbone, views = method.backbone, method.test_views
     more: dict[str, Any] = {}
     if views is not None:
-        more = {"test_views": views, "view_images": method.learns_image_side}
+        more = {"test_views": views, "views_as_images": method.learns_image_side}
         if views.generated:
             more["generated"] = _bank(config, method)
     return FewShotData(
@@ -39,7 +39,7 @@ def data_of(config: RunConfig, method: PromptMethod, task: FewShotTask) -> FewSh
         backbone.preprocess,
         batch_size=config.recipe.batch_size,
         test_batch_size=config.recipe.test_batch_size,
-        view=config.data.view,
+        transform=config.data.view,
         seed=config.seed,
         workers=config.data.workers,
         on_bad_image=config.data.on_bad_image,
@@ -132,7 +132,7 @@ def task_feature(config: RunConfig, method: PromptMethod, task: FewShotTask) -> 
     data = FewShotData(
         task,
         backbone.preprocess,
-        view="center",
+        transform="center",
         workers=config.data.workers,
         on_bad_image=config.data.on_bad_image,
         encode=backbone.encode_image,

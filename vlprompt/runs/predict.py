@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vlprompt.data.transforms import View, test_transform
+from vlprompt.data.transforms import Transform, test_transform
 from vlprompt.datasets.images import IMAGE_SUFFIXES, FileSource
 from vlprompt.errors import ConfigError, DataError, bulleted
 from vlprompt.io.head import load_head
@@ -58,7 +58,7 @@ def predict(
     return found
 
 
-def _view_of(path: Path, view: View, wrong: list[str]) -> torch.Tensor | None:
+def _view_of(path: Path, view: Transform, wrong: list[str]) -> torch.Tensor | None:
     """Return the image ``[3, H, W]`` as the backbone sees it; None, and a line in ``wrong``, if it cannot be read."""
     try:
         image: torch.Tensor = view(FileSource(str(path)).open())

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vlprompt.data.batches import Batch, FeatureBatches, make_loader
 from vlprompt.data.features import FeatureStore, Rows
+from vlprompt.data.multi_view import Drawn, Generated, MultiViewImages
 from vlprompt.data.samplers import Key
-from vlprompt.data.view_images import Drawn, Generated, ViewImages
 from vlprompt.datasets.records import Sample, lines_sha256
 from vlprompt.errors import DataError
 
@@ -47,7 +47,7 @@ class ViewRows:
         return torch.cat([block[:, : self.count] for block in self.blocks]).transpose(0, 1).contiguous()
 
 
-class ViewFeatures(FeatureBatches):
+class MultiViewFeatures(FeatureBatches):
     """Batches of the features of several views, ``[b, V, D]``: the test view's and then those of ``parts``.
 
     Args:
@@ -69,7 +69,7 @@ class ViewFeatures(FeatureBatches):
         return {**batch, "features": torch.cat([batch["features"][:, None], *others], 1)}
 
 
-class ViewBank:
+class ViewEncoder:
     """Computes the features of many views, block by block, as far as the store does not have them.
 
     Each block is an entry of its own, so that a killed run loses at most the block it was at. The test view is no part
@@ -131,7 +131,7 @@ class ViewBank:
         return ViewRows(tuple(whole), asked, tuple(missing))
 
     def _compute(self, samples: Sequence[Sample], part: Drawn | Generated) -> Rows:
-        images = ViewImages(samples, [part], torch.zeros(len(samples)), skip=self.skip)
+        images = MultiViewImages(samples, [part], torch.zeros(len(samples)), skip=self.skip)
         keys: list[Key] = [(0, index) for index in range(len(samples))]
         found: dict[int, Tensor] = {}
         size = max(1, round(self.batch_size / part.count))
@@ -140,7 +140,7 @@ class ViewBank:
                 if not len(batch["index"]):
                     continue
                 numbers = batch["images"].flatten(0, 1).to(self.device)
-                numbers = numbers if images.mixed else part.view.finish(numbers)
+                numbers = numbers if images.mixed else part.transform.finish(numbers)
                 pieces = numbers.chunk(math.ceil(len(numbers) / self.batch_size))
                 features = torch.cat([self.encode(piece).float().cpu() for piece in pieces])
                 several = features.unflatten(0, (len(batch["index"]), part.count))

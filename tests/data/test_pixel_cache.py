@@ -18,9 +18,9 @@ from torchvision import transforms
 from vlprompt.data import test_transform as clip_view
 from vlprompt.data import train_transform
 from vlprompt.data.batches import ImageBatches, automatic_workers, labels_of, make_loader
-from vlprompt.data.pictures import Pictures, _free_memory
+from vlprompt.data.pixel_cache import PixelCache, _free_memory
 from vlprompt.data.samplers import derived_seed
-from vlprompt.data.transforms import View
+from vlprompt.data.transforms import Transform
 from vlprompt.datasets import FileSource, Sample
 
 SIZES = [(40, 30), (7, 5), (1, 1), (16, 16), (3, 200), (900, 40), (1200, 900)]
@@ -59,7 +59,7 @@ def decoded(sample: Sample) -> Image.Image:
 
 def drawn(images: ImageBatches, epoch: int) -> torch.Tensor:
     batch = images.__getitems__([(epoch, index) for index in range(len(images))])
-    return images.pictures.view.finish(batch["images"])
+    return images.cache.transform.finish(batch["images"])
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
@@ -69,13 +69,13 @@ def test_random_views_of_kept_pixels_are_torchvisions(
     workers: int, mode: str, interpolation: str, tmp_path: Path, preprocess: Any
 ) -> None:
     weights = dataclasses.replace(preprocess, interpolation=interpolation)
-    pictures = Pictures(samples(tmp_path, mode), train_transform(weights), 10**8, workers)
-    images, wanted = ImageBatches(pictures, torch.zeros(len(SIZES)), seed=5), reference(weights)
+    cache = PixelCache(samples(tmp_path, mode), train_transform(weights), 10**8, workers)
+    images, wanted = ImageBatches(cache, torch.zeros(len(SIZES)), seed=5), reference(weights)
     for epoch in range(6):
-        assert pictures.kept() == (len(SIZES) if epoch else 0)
+        assert cache.kept() == (len(SIZES) if epoch else 0)
         for image, index in zip(drawn(images, epoch), range(len(SIZES)), strict=True):
             torch.manual_seed(derived_seed(5, epoch, index))
-            assert torch.equal(image, wanted(decoded(pictures.samples[index]))), (epoch, index)
+            assert torch.equal(image, wanted(decoded(cache.samples[index]))), (epoch, index)
 
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])
@@ -85,14 +85,14 @@ def test_center_views_of_kept_pixels_are_those_of_the_image(
 ) -> None:
     weights = dataclasses.replace(preprocess, resize_mode=resize_mode)
     # A line of pixels has no shorter side that could be scaled to the input's without its longer side growing absurd.
-    pictures = Pictures(samples(tmp_path, mode)[:4], clip_view(weights), 10**7)
-    images = ImageBatches(pictures, torch.zeros(4))
+    cache = PixelCache(samples(tmp_path, mode)[:4], clip_view(weights), 10**7)
+    images = ImageBatches(cache, torch.zeros(4))
     ends = transforms.Compose([transforms.ToTensor(), transforms.Normalize(weights.mean, weights.std)])
     for _ in range(2):
-        for image, sample in zip(drawn(images, 0), pictures.samples, strict=True):
+        for image, sample in zip(drawn(images, 0), cache.samples, strict=True):
             pixels = clip_view(weights).pixels(decoded(sample)).transpose(1, 2, 0)
             assert torch.equal(image, ends(Image.fromarray(pixels)))
-    assert pictures.kept() == 4
+    assert cache.kept() == 4
 
 
 class Counted(FileSource):
@@ -119,8 +119,8 @@ def counted(tmp_path: Path, paint: Callable[..., Path]) -> list[Sample]:
 def test_each_picture_is_decoded_once(
     kind: str, workers: int, counted: list[Sample], tmp_path: Path, preprocess: Any
 ) -> None:
-    pictures = Pictures(counted, View(preprocess, kind), 10**6, workers)
-    images = ImageBatches(pictures, torch.zeros(9), seed=1 if kind == "random" else None)
+    cache = PixelCache(counted, Transform(preprocess, kind), 10**6, workers)
+    images = ImageBatches(cache, torch.zeros(9), seed=1 if kind == "random" else None)
     keys = [(0, index) for index in range(9)]
     first = [batch["images"] for batch in make_loader(images, keys, 2, workers)]
     again = [batch["images"] for batch in make_loader(images, keys[::-1], 2, workers)]  # others decode which by now
@@ -134,10 +134,10 @@ def test_each_picture_is_decoded_once(
 def test_what_does_not_fit_is_decoded_again(
     keep: int, kept: int, counted: list[Sample], tmp_path: Path, preprocess: Any
 ) -> None:
-    pictures = Pictures(counted, clip_view(preprocess), keep)
-    images = ImageBatches(pictures, torch.zeros(9))
+    cache = PixelCache(counted, clip_view(preprocess), keep)
+    images = ImageBatches(cache, torch.zeros(9))
     assert torch.equal(drawn(images, 0), drawn(images, 0))
-    assert pictures.kept() == kept and len(opened(tmp_path)) == 18 - kept
+    assert cache.kept() == kept and len(opened(tmp_path)) == 18 - kept
 
 
 def test_memory_that_is_promised_is_not_taken(counted: list[Sample], preprocess: Any) -> None:
@@ -149,26 +149,26 @@ def test_memory_that_is_promised_is_not_taken(counted: list[Sample], preprocess:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024
 
     before = resident()
-    pictures = Pictures(counted, train_transform(preprocess), 2**30, 2)
-    pictures.pixels(0)
-    assert pictures.kept() == 1 and resident() - before < 2**24
+    cache = PixelCache(counted, train_transform(preprocess), 2**30, 2)
+    cache.pixels(0)
+    assert cache.kept() == 1 and resident() - before < 2**24
 
 
 def test_without_memory_nothing_is_kept(
     counted: list[Sample], preprocess: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlprompt.data.pictures._free_memory", lambda: 100)
-    pictures = Pictures(counted, clip_view(preprocess), 10**6)
-    pictures.pixels(0)
-    assert pictures.kept() == 0
+    monkeypatch.setattr("vlprompt.data.pixel_cache._free_memory", lambda: 100)
+    cache = PixelCache(counted, clip_view(preprocess), 10**6)
+    cache.pixels(0)
+    assert cache.kept() == 0
 
     def refuse(*_: Any) -> Any:
         raise OSError("no memory")
 
-    monkeypatch.setattr("vlprompt.data.pictures._free_memory", lambda: 10**9)
-    monkeypatch.setattr("vlprompt.data.pictures.mmap.mmap", refuse)
-    pictures = Pictures(counted, clip_view(preprocess), 10**6, 2)
-    assert pictures.pixels(0).shape == (3, 16, 16) and pictures.kept() == 0
+    monkeypatch.setattr("vlprompt.data.pixel_cache._free_memory", lambda: 10**9)
+    monkeypatch.setattr("vlprompt.data.pixel_cache.mmap.mmap", refuse)
+    cache = PixelCache(counted, clip_view(preprocess), 10**6, 2)
+    assert cache.pixels(0).shape == (3, 16, 16) and cache.kept() == 0
 
 
 def test_free_memory_is_a_number_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,15 +178,15 @@ def test_free_memory_is_a_number_of_this_machine(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_copy_for_a_spawned_worker_keeps_nothing(counted: list[Sample], preprocess: Any) -> None:
-    pictures = Pictures(counted, clip_view(preprocess), 10**6)
-    expected = pictures.pixels(0)
-    twin = copy.copy(pictures)  # by what a pickle for a worker would hold
-    assert np.array_equal(twin.pixels(0), expected) and (pictures.kept(), twin.kept()) == (1, 0)
+    cache = PixelCache(counted, clip_view(preprocess), 10**6)
+    expected = cache.pixels(0)
+    twin = copy.copy(cache)  # by what a pickle for a worker would hold
+    assert np.array_equal(twin.pixels(0), expected) and (cache.kept(), twin.kept()) == (1, 0)
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 16, 16), (0, 3, 16, 16)])
 def test_finishing_a_batch_is_to_tensor_and_normalize(shape: tuple[int, ...], preprocess: Any) -> None:
-    view = View(dataclasses.replace(preprocess, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28)), "center")
+    view = Transform(dataclasses.replace(preprocess, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28)), "center")
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
     got = view.finish(pixels)
     assert got.dtype == torch.float32 and got.shape == shape and got.is_contiguous()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from vlprompt.data.batches import Batch, ImageBatches
-from vlprompt.data.pictures import Pictures
+from vlprompt.data.pixel_cache import PixelCache
 from vlprompt.data.samplers import Key, derived_seed
-from vlprompt.data.transforms import Pixels, PreprocessLike, View, describe_transform
+from vlprompt.data.transforms import Pixels, PreprocessLike, Transform, describe_transform
 from vlprompt.datasets.images import ImageSource
 from vlprompt.datasets.records import Sample
 from vlprompt.errors import ConfigError, DataError
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vlprompt.testtime.views import TestViews
 
 
-class PictureBank(Protocol):
+class ImageBank(Protocol):
     """What views need to know of a :class:`~vlprompt.generation.DiffusionBank`."""
 
     @property
@@ -40,13 +40,13 @@ class Drawn:
 
     Args:
         preprocess: The backbone's preprocessing.
-        kind: A kind of :class:`~vlprompt.data.transforms.View`; of ``center`` there is but one.
+        kind: A kind of :class:`~vlprompt.data.transforms.Transform`; of ``center`` there is but one.
         count: Number of views.
         seed: Seed of the draws.
     """
 
     def __init__(self, preprocess: PreprocessLike, kind: str, count: int, seed: int) -> None:
-        self.preprocess, self.view, self.count, self.seed = preprocess, View(preprocess, kind), count, seed
+        self.preprocess, self.transform, self.count, self.seed = preprocess, Transform(preprocess, kind), count, seed
 
     def shared(self) -> Drawn:
         """Return the views to compute and keep: 32 where 31 are asked for, and 64 for 63; else these.
@@ -54,11 +54,11 @@ class Drawn:
         Methods that count the test view among theirs, as TPT does, and those that do not, as DiffTPT, then share them.
         """
         rounded = -(-self.count // 16) * 16
-        return Drawn(self.preprocess, self.view.kind, rounded, self.seed) if rounded == self.count + 1 else self
+        return Drawn(self.preprocess, self.transform.kind, rounded, self.seed) if rounded == self.count + 1 else self
 
     def facts(self) -> dict[str, Any]:
         """Return description, number and seed."""
-        text = describe_transform(self.preprocess, self.view.kind)
+        text = describe_transform(self.preprocess, self.transform.kind)
         return {"view": text, "views": self.count, "seed": self.seed}
 
     def pixels(self, sample: Sample, picture: Image) -> Iterator[Pixels]:
@@ -69,7 +69,7 @@ class Drawn:
             state = generator.get_state()
             generator.manual_seed(derived_seed(self.seed, number, view))
             try:
-                yield self.view.pixels(picture)
+                yield self.transform.pixels(picture)
             finally:
                 generator.set_state(state)
 
@@ -77,8 +77,13 @@ class Drawn:
 class Generated:
     """The test views of the first ``count`` pictures that a bank has of an image (DiffTPT, ``difftpt_utils.py``)."""
 
-    def __init__(self, preprocess: PreprocessLike, bank: PictureBank, count: int) -> None:
-        self.preprocess, self.view, self.bank, self.count = preprocess, View(preprocess, "center"), bank, count
+    def __init__(self, preprocess: PreprocessLike, bank: ImageBank, count: int) -> None:
+        self.preprocess, self.transform, self.bank, self.count = (
+            preprocess,
+            Transform(preprocess, "center"),
+            bank,
+            count,
+        )
 
     def shared(self) -> Generated:
         """Return the views to compute and keep: these."""
@@ -92,10 +97,10 @@ class Generated:
     def pixels(self, sample: Sample, picture: Image) -> Iterator[Pixels]:
         """Give the views' pixels; raises DataError if the bank does not have so many pictures."""
         for made in self.bank.pictures(sample.source, self.count):
-            yield self.view.pixels(made)
+            yield self.transform.pixels(made)
 
 
-class ViewImages(ImageBatches):
+class MultiViewImages(ImageBatches):
     """Batches of all views of an image, ``[b, V, 3, S, S]``: each image is decoded once for all of them.
 
     Pixels are uint8; if a part has float32 ones (AugMix), the batch is normalised already.
@@ -117,12 +122,12 @@ class ViewImages(ImageBatches):
         *,
         skip: bool = False,
     ) -> None:
-        super().__init__(Pictures(samples, parts[0].view), labels, positions, skip=skip)
+        super().__init__(PixelCache(samples, parts[0].transform), labels, positions, skip=skip)
         self.parts, self.views = parts, sum(part.count for part in parts)
-        self.mixed = any(part.view.mixed for part in parts)
+        self.mixed = any(part.transform.mixed for part in parts)
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        samples, size = self.pictures.samples, self.pictures.view.size
+        samples, size = self.cache.samples, self.cache.transform.size
         kind = torch.float32 if self.mixed else torch.uint8
         images = torch.empty(len(keys), self.views, 3, size, size, dtype=kind)
         read, skipped = list[int](), list[int]()
@@ -141,7 +146,7 @@ class ViewImages(ImageBatches):
                 np.copyto(place, one)
             read.append(position)
         shown = images[: len(read)]
-        shown = self.pictures.view.finish(shown) if self.mixed else shown
+        shown = self.cache.transform.finish(shown) if self.mixed else shown
         batch = {"images": shown, **self.batch(torch.tensor(read, dtype=torch.int64))}
         if self.skip:
             batch["skipped"] = torch.tensor(skipped, dtype=torch.int64)
@@ -149,7 +154,7 @@ class ViewImages(ImageBatches):
 
 
 def other_views(
-    preprocess: PreprocessLike, views: TestViews, bank: PictureBank | None, seed: int
+    preprocess: PreprocessLike, views: TestViews, bank: ImageBank | None, seed: int
 ) -> list[Drawn | Generated]:
     """Return the views of a test image beside the test view: crops, then generated pictures.
 

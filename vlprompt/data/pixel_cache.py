@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from vlprompt.data.transforms import Pixels, View
+from vlprompt.data.transforms import Pixels, Transform
 from vlprompt.datasets.records import Sample
 
 #: Bytes of decoded pictures that a split keeps at most in a process and its workers, unless it is told otherwise.
 KEEP_BYTES = 2 * 2**30
 
 
-class Pictures:
+class PixelCache:
     """The pixels of samples under a view; each picture is decoded once as long as there is room.
 
     For the center view the finished pixels are kept, for the random view the picture as decoded, because crops are cut
@@ -31,13 +31,13 @@ class Pictures:
 
     Args:
         samples: Where the pictures come from.
-        view: What is made of them.
+        transform: Makes the pixels.
         keep: Bytes to keep at most; not more than half of the memory that is free. 0 keeps nothing.
         workers: Processes that will decode; each fills a part of its own of the memory, so none waits for another.
     """
 
-    def __init__(self, samples: Sequence[Sample], view: View, keep: int = 0, workers: int = 0) -> None:
-        self.samples, self.view = samples, view
+    def __init__(self, samples: Sequence[Sample], transform: Transform, keep: int = 0, workers: int = 0) -> None:
+        self.samples, self.transform = samples, transform
         keep = min(keep, _free_memory() // 2)
         self._kept: _Held | _Shared | None = None
         if keep and not workers:
@@ -58,11 +58,11 @@ class Pictures:
         """
         kept = None if self._kept is None else self._kept.get(position)
         if kept is not None:
-            return self.view.pixels(kept) if self.view.random else kept
+            return self.transform.pixels(kept) if self.transform.random else kept
         picture = self.samples[position].source.open()
-        pixels = self.view.pixels(picture)
+        pixels = self.transform.pixels(picture)
         if self._kept is not None:
-            self._kept.put(position, picture if self.view.random else pixels)
+            self._kept.put(position, picture if self.transform.random else pixels)
         return pixels
 
     def kept(self) -> int:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vlprompt.data import FewShotData, view_bank
+from vlprompt.data import FewShotData, view_features
+from vlprompt.data.multi_view import Drawn, MultiViewImages
 from vlprompt.data.tally import tally
-from vlprompt.data.transforms import View
-from vlprompt.data.view_images import Drawn, ViewImages
+from vlprompt.data.transforms import Transform
 from vlprompt.datasets import FewShotTask, FileSource
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.testtime.views import TestViews
@@ -68,7 +68,7 @@ def test_batches_of_features(task: FewShotTask, preprocess: Any, tmp_path: Path)
     found = features(data)
     assert torch.equal(found[:, 0], data.features("test")), "view 0 is the test view, to the bit"
     assert torch.equal(found[:, 1:4], data.view_features("test", 3, "crop").transpose(0, 1))
-    center = View(preprocess, "center")
+    center = Transform(preprocess, "center")
     for number in range(7):
         for made in range(2):
             expected = center(Image.new("RGB", (20, 30), (10 * number, 40 * made, 0)))[None]
@@ -81,20 +81,20 @@ def test_views_as_images_are_those_whose_features_are_kept(
     augmix: bool, task: FewShotTask, preprocess: Any, tmp_path: Path
 ) -> None:
     views: dict[str, Any] = {"test_views": TestViews(3, augmix, 1), "generated": Bank()}
-    data = build(task, preprocess, tmp_path, test_batch_size=11, view_images=True, **views)
+    data = build(task, preprocess, tmp_path, test_batch_size=11, views_as_images=True, **views)
     batches = list(data.test_dataloader())
     assert [tuple(batch["images"].shape) for batch in batches] == [(2, 5, 3, 16, 16)] * 3 + [(1, 5, 3, 16, 16)]
     images = torch.cat([batch["images"] for batch in batches])
     assert images.dtype == torch.float32
     kept = features(build(task, preprocess, tmp_path, **views))
     torch.testing.assert_close(Encoder()(images.flatten(0, 1)).unflatten(0, (7, 5)), kept, rtol=0, atol=1e-6)
-    plain = FewShotData(task, preprocess, view_images=True, workers=0, test_views=TestViews(0))
+    plain = FewShotData(task, preprocess, views_as_images=True, workers=0, test_views=TestViews(0))
     center = torch.cat([batch["images"] for batch in plain.test_dataloader()])
     assert center.shape == (7, 1, 3, 16, 16) and torch.equal(center[:, 0], images[:, 0])
 
 
 def test_a_trainer_moves_bytes(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
-    data = FewShotData(task, preprocess, view_images=True, workers=0, test_views=TestViews(2))
+    data = FewShotData(task, preprocess, views_as_images=True, workers=0, test_views=TestViews(2))
     loader = data.test_dataloader()
     raw = loader.dataset.__getitems__([(0, 1)])  # type: ignore[attr-defined]
     assert raw["images"].dtype == torch.uint8
@@ -163,7 +163,7 @@ def test_a_killed_run_goes_on_at_its_block(
     task: FewShotTask, preprocess: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = build(task, preprocess, tmp_path / "whole").view_features("test", 3, "crop")
-    monkeypatch.setattr(view_bank, "BLOCK_VIEWS", 6)  # two images a block
+    monkeypatch.setattr(view_features, "BLOCK_VIEWS", 6)  # two images a block
 
     class Dies(Encoder):
         def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -196,7 +196,7 @@ def test_each_image_is_decoded_once_for_its_views(
     assert len(opened) == len(set(opened)) == 7
     opened.clear()
     assert len(
-        list(FewShotData(task, preprocess, view_images=True, workers=0, test_views=TestViews(4)).test_dataloader())
+        list(FewShotData(task, preprocess, views_as_images=True, workers=0, test_views=TestViews(4)).test_dataloader())
     )
     assert len(opened) == len(set(opened)) == 7
 
@@ -206,7 +206,7 @@ def test_skipping(images: bool, task: FewShotTask, preprocess: Any, tmp_path: Pa
     whole = features(build(task, preprocess, tmp_path / "whole", test_views=TestViews(2)))
     for position in (0, 1, 5):
         Path(task.test[position].source.path).write_bytes(b"none")  # type: ignore[attr-defined]
-    views: dict[str, Any] = {"test_views": TestViews(2), "view_images": images}
+    views: dict[str, Any] = {"test_views": TestViews(2), "views_as_images": images}
     data = build(task, preprocess, tmp_path, on_bad_image="skip", **views)
     with pytest.warns(UserWarning, match="left out: 3 "), tally() as counts:
         batches = list(data.test_dataloader())
@@ -224,7 +224,7 @@ def test_skipping(images: bool, task: FewShotTask, preprocess: Any, tmp_path: Pa
 def test_a_block_without_a_readable_image(
     task: FewShotTask, preprocess: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(view_bank, "BLOCK_VIEWS", 4)
+    monkeypatch.setattr(view_features, "BLOCK_VIEWS", 4)
     for position in (2, 3):
         Path(task.test[position].source.path).unlink()  # type: ignore[attr-defined]
     data = build(task, preprocess, tmp_path, on_bad_image="skip", test_views=TestViews(2))
@@ -246,16 +246,16 @@ def test_a_bank_without_an_images_pictures_is_an_error_to_a_run_that_skips(
             raise DataError("no pictures of it")
 
     for images in (False, True):
-        settings: dict[str, Any] = {"view_images": images, "on_bad_image": "skip", "generated": Empty()}
+        settings: dict[str, Any] = {"views_as_images": images, "on_bad_image": "skip", "generated": Empty()}
         with pytest.raises(DataError, match="no pictures of it"):
             list(build(task, preprocess, tmp_path, test_views=TestViews(0, generated=1), **settings).test_dataloader())
 
 
 def test_refused(task: FewShotTask, preprocess: Any) -> None:
-    with pytest.raises(ConfigError, match="encode= or view_images=True"):
+    with pytest.raises(ConfigError, match="encode= or views_as_images=True"):
         FewShotData(task, preprocess, test_views=TestViews(2))
     with pytest.raises(ConfigError, match="2 generated pictures: pass their bank"):
-        FewShotData(task, preprocess, view_images=True, test_views=TestViews(1, generated=2))
+        FewShotData(task, preprocess, views_as_images=True, test_views=TestViews(1, generated=2))
 
 
 def test_ranks_share_test_images(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
@@ -286,8 +286,8 @@ def test_more_views_than_a_batch(task: FewShotTask, preprocess: Any, tmp_path: P
 
     found = build(task, preprocess, tmp_path, encode, test_batch_size=4).view_features("test", 9, "crop")
     assert max(sizes) <= 4 and sum(sizes) == 63
-    images = ViewImages(task.test, [Drawn(preprocess, "crop", 9, 1)], torch.zeros(7))
+    images = MultiViewImages(task.test, [Drawn(preprocess, "crop", 9, 1)], torch.zeros(7))
     before = torch.get_rng_state()
     raw = images.__getitems__([(0, 3)])["images"]
     assert torch.equal(torch.get_rng_state(), before)
-    torch.testing.assert_close(found[:, 3], Encoder()(View(preprocess, "crop").finish(raw[0])))
+    torch.testing.assert_close(found[:, 3], Encoder()(Transform(preprocess, "crop").finish(raw[0])))
