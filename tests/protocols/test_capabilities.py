@@ -34,9 +34,9 @@ PUBLISHED = {
 SOURCES = ("coop", "zeroshot", "tip_adapter", "tfup", "promptkd", "tpt", "tda")
 
 
-def test_learnables_are_the_published_numbers() -> None:
+def test_parameter_counts_are_the_published_numbers() -> None:
     found = {one.name: one for one in capabilities(list_methods())}
-    assert {name: found[name].trainable_parameters for name in PUBLISHED} == PUBLISHED
+    assert {name: found[name].parameters for name in PUBLISHED} == PUBLISHED
     assert all(one.cached is not one.image for one in found.values())
     frozen_text = "ape gda mta promptkd ramt tda tfup tfup_t tip_adapter tip_adapter_f visual_prompt vpt zero zeroshot"
     frozen_text += " clip_adapter taskres linear_probe lp_plus_plus"

@@ -31,7 +31,7 @@ def test_demo(method: str, tmp_path: Path) -> None:
     assert "demo" in found["backbone"] and "50 classes (base), 800 training and 450 test images" in found["data"]
     assert "note:" not in text and not (tmp_path / "out").exists()
     if method == "zeroshot":
-        assert found["learnables"] == "none" and "steps" not in found
+        assert found["parameters"] == "none" and "steps" not in found
         return
     epochs = config.recipe.epochs
     assert found["steps"] == f"25 per epoch x {epochs} epochs = {25 * epochs} updates"

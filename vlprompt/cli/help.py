@@ -9,7 +9,7 @@ unfinished run and shows a finished one.
   --config FILE     a path, or one of vlprompt's own such as mocoop/demo; several files: later ones win
   --a.b VALUE       overrides a key of the files, wherever it stands; lists as '[1, 2]', nothing as null
   --print-config    print the resolved configuration and stop
-  --dry-run         print shapes, learnables, memory and steps and stop
+  --dry-run         print shapes, parameters, memory and steps and stop
   --force           train again although the run is finished
 
 Example: vlprompt train --config mocoop/demo --data.shots 4 --recipe.epochs 5

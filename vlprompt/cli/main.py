@@ -314,7 +314,7 @@ def _print_methods(names: list[str], as_markdown: bool) -> None:
     from rich.table import Table
 
     table = Table(*HEADINGS[:-2], box=None, pad_edge=False)
-    table.add_column(f"learnables on {ARCHITECTURE}", justify="right")
+    table.add_column(f"parameters on {ARCHITECTURE}", justify="right")
     table.add_column(HEADINGS[-1])
     for one in found:
         table.add_row(*cells(one))

@@ -24,7 +24,7 @@ class Capability:
         image: Whether it learns on the image side; training then needs gradients through the image tower.
         cached: Whether image features can be computed once and kept.
         towers: Which image towers it works with.
-        learnables: Numbers it learns on OpenAI's ViT-B/16.
+        parameters: Numbers it learns on OpenAI's ViT-B/16.
         checked: What its numbers are held to: official code, equations, or a reconstruction.
     """
 
@@ -35,7 +35,7 @@ class Capability:
     image: bool
     cached: bool
     towers: str
-    learnables: int
+    parameters: int
     checked: str
 
 
@@ -47,11 +47,11 @@ def capabilities(names: Sequence[str]) -> list[Capability]:
         method = create_method(name, backbone, ["cat", "dog"])
         about = (sys.modules[get_method_class(name).__module__].__doc__ or "").splitlines()[0]
         about = about.removesuffix(".").partition(" (")[0]
-        learnables = sum(parameter.numel() for _, parameter in method.trainable_parameters())
+        parameters = sum(parameter.numel() for _, parameter in method.trainable_parameters())
         towers = "vision transformers" if method.learns_image_side and not method.any_tower else "any"
         text, image = method.has_text_prompts(), method.learns_image_side
         source = _learns_from(method)
-        found.append(Capability(name, about, source, text, image, not image, towers, learnables, method.checked))
+        found.append(Capability(name, about, source, text, image, not image, towers, parameters, method.checked))
     return found
 
 
@@ -65,7 +65,7 @@ def _learns_from(method: PromptMethod) -> str:
     return "labelled images" if method.fits or method.trainable_parameters() else "-"
 
 
-HEADINGS = ("method", "learns from", "text", "image", "features kept", "image towers", "learnables", "checked against")
+HEADINGS = ("method", "learns from", "text", "image", "features kept", "image towers", "parameters", "checked against")
 
 
 def cells(one: Capability) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ def cells(one: Capability) -> tuple[str, ...]:
         return "yes" if value else "-"
 
     what = said(one.text), said(one.image), said(one.cached)
-    return one.name, one.learns_from, *what, one.towers, f"{one.learnables:,}", one.checked
+    return one.name, one.learns_from, *what, one.towers, f"{one.parameters:,}", one.checked
 
 
 def markdown(found: Sequence[Capability]) -> str:

@@ -50,7 +50,7 @@ def dry_run(config: RunConfig) -> str:
         f"{'an unknown number of' if test_images is None else test_images} test images",
         f"folder      {run_folder(config)}",
         "",
-        f"learnables  {count:,} numbers in {len(learnables)} tensors" if learnables else "learnables  none",
+        f"parameters  {count:,} numbers in {len(learnables)} tensors" if learnables else "parameters  none",
         *_shapes(learnables),
     ]
     if learnables:
