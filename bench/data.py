@@ -186,7 +186,7 @@ def _epochs(build: Callable[[], Any]) -> tuple[float, float]:
 
 def _check(folder: Path, task: FewShotTask, view: str) -> None:
     """Compare a batch of each epoch with torchvision's views: bit for bit, or within 8 of 255 levels by tensor."""
-    from vlprompt.data.samplers import derived_seed
+    from vlprompt._random import derived_seed
 
     transform = _transform(view)
     loader = _ours(task, view, 0)

@@ -54,9 +54,6 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     stub("vlprompt.protocols.base_to_new", "base_to_new", ({}, "both tables"))
     stub("vlprompt.protocols.domains", "domain_generalisation", ({}, "the domains"))
     stub("vlprompt.runs.predict", "predict", predictions)
-    ranks = types.ModuleType("vlprompt.runs.folder")
-    vars(ranks)["is_main_process"] = lambda: True
-    monkeypatch.setitem(sys.modules, ranks.__name__, ranks)
     monkeypatch.chdir(tmp_path)
     return noted
 
@@ -116,8 +113,10 @@ def test_train_dry_run_prints_its_text_and_trains_nothing(calls: Calls, capsys: 
     assert [name for name, _ in calls] == ["dry_run"] and capsys.readouterr().out == "the shapes\n"
 
 
-def test_only_the_first_process_prints(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
-    vars(sys.modules["vlprompt.runs.folder"])["is_main_process"] = lambda: False
+def test_only_the_first_process_prints(
+    calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert main(["train", "--config", "coop/demo"]) == 0
     assert capsys.readouterr().out == "" and len(calls) == 1
 

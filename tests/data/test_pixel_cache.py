@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from vlprompt._random import derived_seed
 from vlprompt.data import test_transform as clip_view
 from vlprompt.data import train_transform
 from vlprompt.data.batches import ImageBatches, automatic_workers, labels_of, make_loader
 from vlprompt.data.pixel_cache import PixelCache, _free_memory
-from vlprompt.data.samplers import derived_seed
 from vlprompt.data.transforms import Transform
 from vlprompt.datasets import FileSource, Sample
 

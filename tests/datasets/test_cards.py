@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vlprompt.datasets
+from vlprompt._files import sha256_lines
 from vlprompt.datasets import Card, card_class_names, data_root, find_card, list_datasets, load_dataset
 from vlprompt.datasets.card import ASSETS, Classes, Source, Split, imagenet_names
 from vlprompt.datasets.card_files import read_card
 from vlprompt.datasets.catalogue import list_groups
 from vlprompt.datasets.options import OPTIONS
-from vlprompt.datasets.records import lines_sha256
 from vlprompt.errors import ClassNameError, ConfigError, DataError
 
 ELEVEN = {
@@ -59,7 +59,7 @@ def test_all_cards_load() -> None:
         assert card.sizes is not None and "test" in card.sizes and card.licence.text and card.notes
         names = card_class_names(card)
         assert names is not None and len(names) == classes
-        assert card.classes.names_sha256 in (None, lines_sha256(names))
+        assert card.classes.names_sha256 in (None, sha256_lines(names))
     for name in ELEVEN:
         assert set(find_card(name).sizes or ()) == {"train", "val", "test"}
     assert list_groups()["fewshot11"] == sorted(ELEVEN) and len(list_groups()["cross10"]) == 10

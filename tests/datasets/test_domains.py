@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from vlprompt._files import sha256_lines
 from vlprompt.datasets import FewShotTask, FileSource, Sample, SplitLists, fewshot, find_card, load_dataset, readers
 from vlprompt.datasets.domains import PROTOCOLS, check_protocol, domain_rounds, domains_of, split_domain
-from vlprompt.datasets.records import lines_sha256
 from vlprompt.datasets.task import dataset_names
 from vlprompt.errors import ConfigError
 
@@ -57,7 +57,7 @@ def test_the_draw_is_over_the_chosen_domains(seed: int, load: Load) -> None:
     train, val = ([one for one in part if one.domain in "ab"] for part in (whole.train, whole.val))
     assert (task.train, task.val) == fewshot(train, val, 2, seed)
     assert Counter(sample.label for sample in task.train) == {0: 2, 1: 2, 2: 2, 3: 2}
-    assert task.shots_sha256 == lines_sha256(sample.id for sample in task.train)
+    assert task.shots_sha256 == sha256_lines(sample.id for sample in task.train)
     assert task.test == whole.test
 
 

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlprompt._files import sha256_lines
 from vlprompt.datasets import FileSource, Sample, SplitLists, class_labels, fewshot, keep_labels
-from vlprompt.datasets.records import lines_sha256
 from vlprompt.errors import ConfigError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "fewshot_caltech101.json").read_text())
@@ -36,7 +36,7 @@ CALTECH = SplitLists([row[1] for row in GOLDEN["classes"]], samples("train"), sa
 
 
 def ids_hash(part: list[Sample]) -> str:
-    return lines_sha256(sample.id for sample in part)
+    return sha256_lines(sample.id for sample in part)
 
 
 def test_the_compact_split_is_the_published_one() -> None:
@@ -200,13 +200,14 @@ def test_the_draw_is_the_same_in_other_pythons() -> None:
     """The draw needs no package, so any Python that is here can make it."""
     code = """
 import json, random, sys
-from vlprompt.datasets.records import Sample, lines_sha256
+from vlprompt.datasets.records import Sample
+from vlprompt._files import sha256_lines
 from vlprompt.datasets.shots import SAMPLERS, fewshot
 train = [Sample(f"{label}/{number}", label, None) for label in range(30) for number in range(20)]
 val = [Sample(f"{label}/v{number}", label, None) for label in range(30) for number in range(5)]
 random.seed(99)
 drawn = [fewshot(train, val, 16, 1, sampler=name) for name in sorted(SAMPLERS)]
-print(lines_sha256(sample.id for pair in drawn for part in pair for sample in part))
+print(sha256_lines(sample.id for pair in drawn for part in pair for sample in part))
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     found = {}

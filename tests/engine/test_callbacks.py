@@ -1,4 +1,4 @@
-"""Files that survive being killed: text, checkpoints, metrics."""
+"""Files that survive being killed: checkpoints and metrics."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlprompt.engine.callbacks import AtomicCheckpointIO, read_metrics, write_text
+from vlprompt.engine.callbacks import AtomicCheckpointIO, read_metrics
 from vlprompt.errors import ConfigError, HeadError
 
 CHECKPOINT = {"state_dict": {"a": torch.arange(3.0)}, "epoch": 1, "loops": {}}
@@ -16,18 +16,6 @@ CHECKPOINT = {"state_dict": {"a": torch.arange(3.0)}, "epoch": 1, "loops": {}}
 
 def fail(*_: Any) -> None:
     raise OSError("disk full")
-
-
-def test_text_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "new" / "a.json"
-    write_text(path, "one")
-    write_text(path, "two ä")
-    assert path.read_text(encoding="utf-8") == "two ä"
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_text(path, "three")
-    assert path.read_text(encoding="utf-8") == "two ä"
-    assert [entry.name for entry in path.parent.iterdir()] == ["a.json"]
 
 
 def test_checkpoint_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

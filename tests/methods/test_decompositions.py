@@ -241,7 +241,7 @@ def test_runs_without_one_keep_their_folders(monkeypatch: pytest.MonkeyPatch) ->
     plain, decomposed = RunConfig(), RunConfig(decomposition={"dept": {"rank": 3}})
     assert config_sha256(plain) != config_sha256(decomposed) != config_sha256(RunConfig(decomposition={"dept": {}}))
     hashed: list[dict[str, Any]] = []
-    monkeypatch.setattr(folder, "sha256_of", hashed.append)
+    monkeypatch.setattr(folder, "sha256_json", hashed.append)
     config_sha256(plain)
     assert "decomposition" not in hashed[0]  # as before there were decompositions
 

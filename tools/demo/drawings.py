@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image
 from sources import Emoji, Icon, Picture
 
+from vlprompt._files import replacing
+
 SIDE, MARGIN = 64, 2
 
 
@@ -52,9 +54,9 @@ def _write(folder: Path, style: str, keys: list[str], pictures: list[Picture], p
         for key, pixels in zip(keys, pool.map(render, pictures, chunksize=32), strict=True)
         if pixels is not None
     ]
-    temporary = folder / f".{style}.tmp.npz"
-    np.savez(temporary, keys=json.dumps([key for key, _ in found]), pixels=np.stack([pixels for _, pixels in found]))
-    os.replace(temporary, folder / f"{style}.npz")
+    keys, pixels = json.dumps([key for key, _ in found]), np.stack([pixels for _, pixels in found])
+    with replacing(folder / f"{style}.npz") as temporary, temporary.open("wb") as file:
+        np.savez(file, keys=keys, pixels=pixels)
     return len(found)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +19,8 @@ from safetensors.torch import save
 from sources import HELD_OUT, HERE, ICONS, KINDS, SHARE_ALIKE, TRAINING, Emoji, load_json
 from torch import Tensor, nn
 from views import MEAN, STD
+
+from vlprompt._files import sha256_bytes, write_bytes
 
 _TIME = (2026, 1, 1, 0, 0, 0)
 MANIFEST = "manifest.json"
@@ -214,12 +214,9 @@ def weight_files(texts: Texts, student: nn.Module, token_ids: Sequence[int]) -> 
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write ``files`` into ``folder``, each under a temporary name first."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write ``files`` into ``folder``, each atomically."""
     for name, data in files.items():
-        temporary = folder / f".{name}.tmp"
-        temporary.write_bytes(data)
-        os.replace(temporary, folder / name)
+        write_bytes(folder / name, data)
 
 
 def manifest(assets: Path) -> dict[str, Any]:
@@ -237,7 +234,7 @@ def manifest(assets: Path) -> dict[str, Any]:
                 licence = "unreadable"
         data = file.read_bytes()
         rows[file.relative_to(assets).as_posix()] = {
-            "sha256": hashlib.sha256(data).hexdigest(),
+            "sha256": sha256_bytes(data),
             "bytes": len(data),
             "licence": licence,
         }

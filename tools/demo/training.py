@@ -29,6 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from views import Views
 
+from vlprompt._files import replacing
+
 EMOJI_A_BATCH, ICONS_A_BATCH, KIND_SHARE = 192, 64, 0.12
 WARMUP, KEEP_EVERY = 60, 200
 #: Processes that prepare batches for a GPU; a CPU prepares its own.
@@ -247,9 +249,8 @@ def run(stage: Stage, name: str, corpus: Corpus, seed: int, steps: int, file: Pa
                 "learner": stage.learner.state_dict(),
                 "optimisers": [optimiser.state_dict() for optimiser in stage.optimisers],
             }
-            temporary = file.with_name(f".{file.name}.tmp")
-            torch.save(state, temporary)
-            os.replace(temporary, file)
+            with replacing(file) as temporary, temporary.open("wb") as stream:
+                torch.save(state, stream)
 
 
 def train_contrast(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlprompt._random import seeded_random
 from vlprompt.errors import BackboneError
 
 Config = dict[str, Any]
@@ -220,9 +221,8 @@ def build_model(config: Config, *, quick_gelu: bool, precision: str, seed: int =
     if timm:
         config["vision_cfg"]["timm_model_pretrained"] = False
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with seeded_random(seed), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.default_generator.manual_seed(seed)
             model: nn.Module = kind(**config, cast_dtype=narrow)
     except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

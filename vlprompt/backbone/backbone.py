@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlprompt._files import sha256_tensors
 from vlprompt.backbone.added import Added
 from vlprompt.backbone.architecture import build_model, check_model_text, check_precision, config_from_shapes
 from vlprompt.backbone.image_tower import ImageTower, VisualTokens
@@ -324,15 +324,13 @@ def checked_device(device: str | torch.device) -> torch.device:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    digest = hashlib.sha256()
+    kinds = []
     for name, module in model.named_modules():
         kind = type(module).__name__
         if hasattr(module, "num_heads"):
-            digest.update(f"{name}: {module.num_heads} heads\n".encode())
+            kinds.append(f"{name}: {module.num_heads} heads\n")
         if "GELU" in kind:
-            digest.update(f"{name}: {kind}\n".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}: {tensor.dtype} {list(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
-    return digest.hexdigest()
+            kinds.append(f"{name}: {kind}\n")
+    return sha256_tensors(
+        model.state_dict(), lambda name, tensor: f"{name}: {tensor.dtype} {list(tensor.shape)}\n", start="".join(kinds)
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlprompt._files import file_checksum
 from vlprompt.backbone.architecture import ARCHIVE_FIELDS, same_shapes_as
 from vlprompt.errors import BackboneError, bulleted
 
@@ -116,14 +116,11 @@ def openai_archives() -> dict[str, str]:
 
 
 def _read_openai_archive(path: Path) -> dict[str, Tensor]:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() not in openai_archives():
+    checksum = file_checksum(path)
+    if checksum not in openai_archives():
         raise BackboneError(
             f"{path} is a TorchScript archive: a program as well as weights. Only OpenAI's releases are opened, and "
-            f"its SHA-256 ({digest.hexdigest()[:12]}...) is none of theirs.\n"
+            f"its SHA-256 ({checksum[:12]}...) is none of theirs.\n"
             "For OpenAI's weights use --backbone.pretrained openai, which takes the safetensors release.\n"
             + _CONVERT.format(load=f"torch.jit.load('{path}', map_location='cpu').state_dict()")
         )

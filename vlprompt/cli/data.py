@@ -232,7 +232,7 @@ def _shots(words: list[str]) -> int:
     part = line.options.get("part", "train")
     if part not in ("train", "val", "test"):
         raise ConfigError(f"--part is {part!r}; accepted: train, val or test")
-    from vlprompt.datasets.records import lines_sha256
+    from vlprompt._files import sha256_lines
     from vlprompt.datasets.shot_lists import shot_list_text
     from vlprompt.datasets.task import load_dataset
 
@@ -254,11 +254,11 @@ def _shots(words: list[str]) -> int:
     if "paths" in line.flags:
         print("\n".join(sample.id for sample in chosen[part]))
     elif "print-hash" in line.flags:
-        print(lines_sha256(sample.id for sample in chosen[part]))
+        print(sha256_lines(sample.id for sample in chosen[part]))
     else:
         print(f"{task.name}, {task.classes} classes, {task.shots} shots, seed {task.seed}, {task.sampler}")
         for name, samples in chosen.items():
-            print(f"  {name:<5} {len(samples):>7,} images  SHA-256 {lines_sha256(sample.id for sample in samples)}")
+            print(f"  {name:<5} {len(samples):>7,} images  SHA-256 {sha256_lines(sample.id for sample in samples)}")
         if export:
             print(f"written: {export}; use it with --data.shots_file {export}")
     return 0

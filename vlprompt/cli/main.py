@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import vlprompt
+from vlprompt._dist import local_rank
 from vlprompt.cli.bank import BANK_HELP
 from vlprompt.cli.bank import bank as bank_command
 from vlprompt.cli.cache import CACHE_HELP
@@ -63,13 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _notes():
             return _dispatch(words)
     except VlpromptError as error:
-        rank = os.environ.get("LOCAL_RANK", "0")
-        who = "vlprompt" if rank == "0" else f"vlprompt (process {rank})"
+        rank = local_rank()
+        who = f"vlprompt (process {rank})" if rank else "vlprompt"
         print(f"{who}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         resumes = words[:1] and words[0] in RESUMED
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if local_rank() == 0:
             print("vlprompt: stopped" + ("; the same command resumes it" if resumes else ""), file=sys.stderr)
         return 130
 

@@ -18,7 +18,7 @@ PROTOCOL_FLAGS = ("print-config", "force")
 # -- shared by all commands -----------------------------------------------------------------------------------------
 def say(text: str) -> None:
     """Print ``text`` once: Lightning starts the processes beside the first with the same command line."""
-    from vlprompt.runs.folder import is_main_process
+    from vlprompt._dist import is_main_process
 
     if is_main_process():
         print(text)

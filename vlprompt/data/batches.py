@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from vlprompt._random import derived_seed, seeded_random
 from vlprompt.data.pixel_cache import PixelCache
-from vlprompt.data.samplers import Key, derived_seed
+from vlprompt.data.samplers import Key
 from vlprompt.data.transforms import Pixels
 from vlprompt.datasets.records import Sample
 from vlprompt.errors import DataError
@@ -126,14 +127,8 @@ class ImageBatches(_Keyed):
     def _pixels(self, epoch: int, position: int) -> Pixels:
         if self.seed is None:
             return self.cache.pixels(position)
-        # Only the CPU generator is seeded and restored: torch.manual_seed would also disturb those of other devices.
-        generator = torch.default_generator
-        state = generator.get_state()
-        generator.manual_seed(derived_seed(self.seed, epoch, position))
-        try:
+        with seeded_random(derived_seed(self.seed, epoch, position)):
             return self.cache.pixels(position)
-        finally:
-            generator.set_state(state)
 
 
 class Loader(DataLoader[Batch]):

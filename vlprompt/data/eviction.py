@@ -15,11 +15,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
+from vlprompt._files import LEFTOVER
 from vlprompt.data.features import LOCKS, SCHEMA, lock_of, read_entry
 from vlprompt.errors import DataError
 
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
-_TEMPORARY = re.compile(r"\.writing-([0-9a-f]{64})-.+\.tmp")
 _LOCK = re.compile(r"[0-9a-f]{64}\.lock")
 DAY = 86_400
 
@@ -82,8 +82,8 @@ def prune(
     """
     gone = [
         Entry(path, path.stat().st_size, 0.0, {}, (), "left by a writer that was killed")
-        for path in _own(folder, _TEMPORARY)
-        if _unlocked(folder / f"{_TEMPORARY.fullmatch(path.name)[1]}.safetensors")  # type: ignore[index]
+        for path in _own(folder, LEFTOVER)
+        if _ENTRY.fullmatch(name := LEFTOVER.sub(r"\1.safetensors", path.name)) and _unlocked(folder / name)
     ]
     stay: list[Entry] = []
     left = max_size

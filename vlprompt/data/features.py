@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlprompt._files import canonical_json, leftovers, replacing, sha256_tensors, sha256_text
 from vlprompt.data.batches import ImageBatches, make_loader
 from vlprompt.data.pixel_cache import PixelCache
 from vlprompt.data.samplers import Key
@@ -64,7 +62,7 @@ class FeatureStore:
 
     def path(self, key: Mapping[str, Any]) -> Path:
         """Return the file of ``key``: the SHA-256 of its canonical JSON."""
-        return self.folder / f"{hashlib.sha256(_canonical(key).encode()).hexdigest()}.safetensors"
+        return self.folder / f"{sha256_text(_canonical(key))}.safetensors"
 
     def get(self, key: Mapping[str, Any], compute: Callable[[], Tensor]) -> Tensor:
         """Return the tensor stored under ``key``, or compute and store it.
@@ -125,23 +123,16 @@ class FeatureStore:
             lock.release()
 
     def _write(self, path: Path, key: str, rows: Rows) -> None:
-        """Write an entry. The caller holds its lock: temporary files of this name are of writers that were killed."""
+        """Write an entry. The caller holds its lock: temporary files of this name are left by killed writers."""
         tensors = {"features": rows.features, "missing": torch.tensor(rows.missing, dtype=torch.int64)}
         metadata = {"schema": SCHEMA, "key": key, "sha256": _sha256(tensors)}
-        temporary = None
         try:
-            for stale in self.folder.glob(f".writing-{path.stem}-*.tmp"):
+            for stale in leftovers(self.folder, path.stem):
                 stale.unlink(missing_ok=True)
-            descriptor, temporary = tempfile.mkstemp(f"-{os.getpid()}.tmp", f".writing-{path.stem}-", self.folder)
-            os.close(descriptor)
-            save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, path)
-            temporary = None
+            with replacing(path) as temporary:
+                save_file(tensors, temporary, metadata=metadata)
         except (OSError, SafetensorError) as error:
             raise self._unwritable(error) from error
-        finally:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
 
     def _unwritable(self, error: Exception) -> DataError:
         return DataError(
@@ -247,16 +238,10 @@ def encode_all(
 
 def _canonical(key: Mapping[str, Any]) -> str:
     try:
-        return json.dumps(key, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+        return canonical_json(key)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"A feature store key must consist of JSON values: {error}.") from error
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if tensor.numel():
-            flat: Any = tensor.contiguous().reshape(-1)
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
-    return digest.hexdigest()
+    return sha256_tensors(tensors, lambda name, tensor: f"{name} {tensor.dtype} {tuple(tensor.shape)}\n")

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vlprompt._dist import gathered, rank_and_size
+from vlprompt._files import sha256_lines
 from vlprompt.data.batches import Batch, FeatureBatches, ImageBatches, automatic_workers, labels_of, make_loader
 from vlprompt.data.features import FeatureStore, Rows, default_folder, encode_all
 from vlprompt.data.multi_view import Drawn, Generated, ImageBank, MultiViewImages, other_views
 from vlprompt.data.pixel_cache import KEEP_BYTES, PixelCache
 from vlprompt.data.samplers import EvalSampler, TrainSampler
-from vlprompt.data.tally import count_skipped, gathered
+from vlprompt.data.tally import count_skipped
 from vlprompt.data.transforms import PreprocessLike, Transform, check_kind, describe_transform
 from vlprompt.data.view_features import MultiViewFeatures, ViewEncoder, ViewRows, rows_or_error
-from vlprompt.datasets.records import SPLITS, Sample, lines_sha256
+from vlprompt.datasets.records import SPLITS, Sample
 from vlprompt.datasets.task import FewShotTask
 from vlprompt.errors import ConfigError, DataError, did_you_mean
 
@@ -188,7 +190,7 @@ class FewShotData(pl.LightningDataModule):
             "dataset": self.task.name,
             "split": split,
             "split_sha256": self.task.split_sha256,
-            "samples_sha256": lines_sha256(self._lines(split)),
+            "samples_sha256": sha256_lines(self._lines(split)),
             **({} if view is None else {"seed": self.seed, "epoch": view}),
         }
 
@@ -322,9 +324,7 @@ class FewShotData(pl.LightningDataModule):
         """Return this process's rank and the number of processes."""
         if self.trainer is not None:
             return self.trainer.global_rank, self.trainer.world_size
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
+        return rank_and_size()
 
     def _workers(self, images: int) -> int:
         if self.workers is not None:

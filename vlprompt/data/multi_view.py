@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlprompt._random import derived_seed, hashed_number, seeded_random
 from vlprompt.data.batches import Batch, ImageBatches
 from vlprompt.data.pixel_cache import PixelCache
-from vlprompt.data.samplers import Key, derived_seed
+from vlprompt.data.samplers import Key
 from vlprompt.data.transforms import Pixels, PreprocessLike, Transform, describe_transform
 from vlprompt.datasets.images import ImageSource
 from vlprompt.datasets.records import Sample
@@ -63,15 +63,10 @@ class Drawn:
 
     def pixels(self, sample: Sample, picture: Image) -> Iterator[Pixels]:
         """Give the views' pixels; the state of torch's generator stays as it is."""
-        number = int.from_bytes(hashlib.sha256(sample.id.encode()).digest()[:8], "big")
+        number = hashed_number(sample.id)
         for view in range(1, self.count + 1):
-            generator = torch.default_generator
-            state = generator.get_state()
-            generator.manual_seed(derived_seed(self.seed, number, view))
-            try:
+            with seeded_random(derived_seed(self.seed, number, view)):
                 yield self.transform.pixels(picture)
-            finally:
-                generator.set_state(state)
 
 
 class Generated:

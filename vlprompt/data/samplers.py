@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 import torch
 from torch.utils.data import DistributedSampler
 
+from vlprompt._random import derived_seed
 from vlprompt.errors import ConfigError
 
 #: What a sampler yields: epoch and position in the list of samples.
 Key = tuple[int, int]
-
-
-def derived_seed(*parts: int) -> int:
-    """Return a 63-bit seed that depends on every part: for one generator per (seed, epoch, index)."""
-    digest = hashlib.sha256(":".join(str(part) for part in parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 class KeySampler(DistributedSampler[Key]):

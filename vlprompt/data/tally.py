@@ -6,11 +6,10 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
+from vlprompt._dist import gathered
 
-_T = TypeVar("_T")
 _SHOWN = 20
 
 
@@ -81,12 +80,3 @@ def tally() -> Iterator[Tally]:
             "the images that could be read; data.on_bad_image error stops at the first.",
             stacklevel=1,
         )
-
-
-def gathered(value: _T) -> list[_T]:
-    """Return the ``value`` of every process, by rank; all have to call this. Of one process, a list with its own."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values

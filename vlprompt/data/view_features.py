@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlprompt._files import sha256_lines
 from vlprompt.data.batches import Batch, FeatureBatches, make_loader
 from vlprompt.data.features import FeatureStore, Rows
 from vlprompt.data.multi_view import Drawn, Generated, MultiViewImages
 from vlprompt.data.samplers import Key
-from vlprompt.datasets.records import Sample, lines_sha256
+from vlprompt.datasets.records import Sample
 from vlprompt.errors import DataError
 
 #: Views that one entry of the store holds at most: what a killed run computes again.
@@ -115,7 +116,7 @@ class ViewEncoder:
         missing: list[int] = []
         for start in range(0, len(samples), size):
             block = samples[start : start + size]
-            key = {**self.facts, **part.facts(), "samples_sha256": lines_sha256(stamps[start : start + size])}
+            key = {**self.facts, **part.facts(), "samples_sha256": sha256_lines(stamps[start : start + size])}
             rows = rows_or_error(self.store, key, partial(self._compute, block, part), block, self.skip)
             blocks.append(rows.features)
             missing += [start + position for position in rows.missing]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+from vlprompt._files import sha256_lines
 from vlprompt.datasets.images import ImageSource
 
 SPLITS = ("train", "val", "test")
@@ -53,20 +52,12 @@ class SplitLists:
 
     def content_sha256(self) -> str:
         """Return the SHA-256 of lines ``split<TAB>path<TAB>label<TAB>name`` joined by LF (datasets.md 1.1)."""
-        digest, first = hashlib.sha256(), True
-        for split in SPLITS:
-            for sample in getattr(self, split):
-                own = labels_of(sample)
-                label, name = (",".join(words) for words in (map(str, own), (self.class_names[one] for one in own)))
-                line = f"{split}\t{sample.id}\t{label}\t{name}"
-                digest.update((line if first else "\n" + line).encode())
-                first = False
-        return digest.hexdigest()
+        return sha256_lines(self._line(split, sample) for split in SPLITS for sample in getattr(self, split))
 
-
-def lines_sha256(lines: Iterable[str]) -> str:
-    """Return the SHA-256 of ``lines`` joined by LF, without a final LF."""
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    def _line(self, split: str, sample: Sample) -> str:
+        labels = labels_of(sample)
+        names = ",".join(self.class_names[label] for label in labels)
+        return f"{split}\t{sample.id}\t{','.join(map(str, labels))}\t{names}"
 
 
 def labels_of(sample: Sample) -> tuple[int, ...]:

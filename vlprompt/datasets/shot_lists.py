@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlprompt._files import sha256_lines
 from vlprompt.datasets.card import Card
 from vlprompt.datasets.paths import path_problem
 from vlprompt.datasets.readers import read_dataset
-from vlprompt.datasets.records import Label, Sample, SplitLists, lines_sha256
+from vlprompt.datasets.records import Label, Sample, SplitLists
 from vlprompt.datasets.report import Report
 
 SCHEMA = "vlprompt shots 1"
@@ -61,7 +62,7 @@ def shot_list_text(
     ]
     header = {
         "schema": SCHEMA, "dataset": dataset, "split_sha256": split_sha256, "sampler": sampler, "shots": shots,
-        "seed": seed, "train": len(train), "val": len(val), "sha256": lines_sha256(lines),
+        "seed": seed, "train": len(train), "val": len(val), "sha256": sha256_lines(lines),
     }  # fmt: skip
     return "\n".join([json.dumps(header, ensure_ascii=False), *lines]) + "\n"
 
@@ -96,7 +97,7 @@ def read_shot_list(path: Path) -> ShotList:
             report.error("S04", f"line {number}: {problem}")
         else:
             rows[row["part"]].append((row["path"], label))
-    if not report.failed and header["sha256"] != lines_sha256(lines[1:]):
+    if not report.failed and header["sha256"] != sha256_lines(lines[1:]):
         report.error("S18", "the lines do not have the hash that the first line says: the list was changed")
     report.finish()
     return ShotList(header, rows)

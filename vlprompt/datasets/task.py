@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from vlprompt._files import sha256_json, sha256_lines
 from vlprompt.datasets.card import Card, Metric, describe
 from vlprompt.datasets.catalogue import find_card, list_datasets
 from vlprompt.datasets.domains import domains_of, keep_domains
 from vlprompt.datasets.readers import read_dataset
-from vlprompt.datasets.records import Sample, SplitLists, labels_of, lines_sha256
+from vlprompt.datasets.records import Sample, SplitLists, labels_of
 from vlprompt.datasets.shot_lists import read_shot_list, use_shot_list
 from vlprompt.datasets.shots import check_draw, class_labels, fewshot, find_sampler, keep_labels
 from vlprompt.errors import ClassNameError, ConfigError, did_you_mean
@@ -99,13 +99,13 @@ class FewShotTask:
         domains = {"source": list(self.source), "target": list(self.target)} if self.card.domains else {}
         return {
             "name": self.name,
-            "card_sha256": lines_sha256([json.dumps(describe(self.card), sort_keys=True)]),
+            "card_sha256": sha256_json(describe(self.card)),
             "reader": self.card.reader,
             "split": self.card.split,
             "metric": self.metric,
             "classes": self.classes,
             "class_count": len(self.class_names),
-            "class_names_sha256": lines_sha256(self.class_names),
+            "class_names_sha256": sha256_lines(self.class_names),
             "template": self.template,
             "shots": self.shots,
             "seed": self.seed,
@@ -116,7 +116,7 @@ class FewShotTask:
             "split_sha256": self.split_sha256,
             "split_published": published,
             "shots_sha256": self.shots_sha256,
-            "val_sha256": lines_sha256(sample.id for sample in self.val),
+            "val_sha256": sha256_lines(sample.id for sample in self.val),
             **domains,
         }
 
@@ -202,7 +202,7 @@ def load_dataset(
         seed=seed,
         classes=classes,  # type: ignore[arg-type]
         split_sha256=whole.content_sha256(),
-        shots_sha256=lines_sha256(sample.id for sample in train),
+        shots_sha256=sha256_lines(sample.id for sample in train),
         card=card,
         sampler=str(sampler),
         root=None if root is None else str(root),

@@ -8,11 +8,11 @@ and a test image has corrupted twins. Only data sets whose card says ``variants:
 
 from __future__ import annotations
 
-import hashlib
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vlprompt._random import hashed_number
 from vlprompt.datasets.images import ImageSource
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _noisy(picture: Image, key: str) -> Image:
     from PIL import Image
 
     # NumPy promises the bits of PCG64 for ever, not those of its normal numbers: sums of uniform ones take their place.
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+    seed = hashed_number(key)
     pixels = np.asarray(picture, dtype=np.float64)
     raw = np.random.PCG64(seed).random_raw(12 * pixels.size).reshape(12, *pixels.shape)
     normal = (raw >> np.uint64(11)).astype(np.float64).sum(0) / 2.0**53 - 6.0

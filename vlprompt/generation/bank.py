@@ -10,18 +10,15 @@ is not there. Several processes may read and fill a bank at once.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import io
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from vlprompt._files import file_checksum, leftovers, sha256_bytes, write_bytes, write_json, write_text
 from vlprompt.datasets.images import FileSource, ImageSource, decode_rgb
 from vlprompt.errors import ConfigError, DataError, bulleted
 from vlprompt.generation.recipe import TOOL, Format, Recipe, read_recipe
@@ -45,11 +42,11 @@ def content_sha256(source: ImageSource) -> str:
     """
     if isinstance(source, FileSource):
         try:
-            return hashlib.sha256(Path(source.path).read_bytes()).hexdigest()
+            return file_checksum(source.path)
         except OSError as error:
             raise DataError(f"Image {source.path} cannot be read: {error.strerror or error}.") from error
     picture = source.open()
-    return hashlib.sha256(f"RGB {picture.width} {picture.height}\n".encode() + picture.tobytes()).hexdigest()
+    return sha256_bytes(f"RGB {picture.width} {picture.height}\n".encode() + picture.tobytes())
 
 
 class DiffusionBank:
@@ -131,15 +128,14 @@ class DiffusionBank:
         try:
             home.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock"):
-                for stale in home.glob(".writing-*.tmp"):  # nobody else is writing: left by a process that was killed
+                for stale in leftovers(home):  # the lock is held: a killed process left them
                     stale.unlink(missing_ok=True)
                 record = self.record(image)
                 for number, picture in pictures.items():
                     data = encoded(picture, self.recipe.format)
-                    write(self.path(image, number), data)
-                    record[number] = hashlib.sha256(data).hexdigest()
-                text = json.dumps({"image": image, "name": name, "pictures": dict(sorted(record.items()))}, indent=1)
-                write(home / RECORD, text.encode() + b"\n")
+                    write_bytes(self.path(image, number), data)
+                    record[number] = sha256_bytes(data)
+                write_json(home / RECORD, {"image": image, "name": name, "pictures": dict(sorted(record.items()))})
         except OSError as error:
             raise _unwritable(self.folder, error) from error
 
@@ -154,7 +150,7 @@ class DiffusionBank:
             data = self.path(image, number).read_bytes()
         except OSError:
             return None
-        return data if hashlib.sha256(data).hexdigest() == record[number] else None
+        return data if sha256_bytes(data) == record[number] else None
 
     def _command(self, count: int) -> str:
         given = self.recipe.about.get("options", "")
@@ -190,7 +186,7 @@ def make_bank(root: Path, recipe: Recipe) -> DiffusionBank:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             if not (folder / RECIPE).is_file():
-                write(folder / RECIPE, recipe.text().encode())
+                write_text(folder / RECIPE, recipe.text())
     except OSError as error:
         raise _unwritable(root, error) from error
     kept = _read(folder)
@@ -206,20 +202,6 @@ def encoded(picture: Image, kind: Format) -> bytes:
     stream = io.BytesIO()
     picture.save(stream, format=kind.upper(), **_ENCODERS[kind])
     return stream.getvalue()
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that there is never half of it."""
-    # Not by tempfile, whose files nobody else may read: banks are shared.
-    temporary = path.parent / f".writing-{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        with open(temporary, "xb") as stream:
-            stream.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def _read(folder: Path) -> Recipe:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import json
 import tempfile
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlprompt._files import file_checksum, sha256_text
 from vlprompt.errors import ConfigError, DataError, did_you_mean
 from vlprompt.generation.libraries import import_diffusers, quiet
 from vlprompt.generation.recipe import OFFICIAL, GenerationSettings, Recipe
@@ -251,19 +251,15 @@ def _index(folder: Path, name: str) -> dict[str, Any]:
 
 def _weights_sha256(folder: Path, index: dict[str, Any], unchecked: bool) -> str:
     """Return a hash of all files that pictures depend on, wherever the folder lies and whatever it is called."""
-    digest = hashlib.sha256()
+    lines = []
     parts = sorted(name for name, value in index.items() if isinstance(value, list))
     for part in parts:
         if unchecked and part == "safety_checker":
             continue
         for path in sorted((folder / part).rglob("*")):
             if path.suffix in _WEIGHTS and path.is_file():
-                content = hashlib.sha256()
-                with open(path, "rb") as stream:
-                    while piece := stream.read(2**24):
-                        content.update(piece)
-                digest.update(f"{path.relative_to(folder).as_posix()}\t{content.hexdigest()}\n".encode())
-    return digest.hexdigest()
+                lines.append(f"{path.relative_to(folder).as_posix()}\t{file_checksum(path)}\n")
+    return sha256_text("".join(lines))
 
 
 def _options(settings: GenerationSettings) -> str:

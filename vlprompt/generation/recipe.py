@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vlprompt._files import canonical_json, sha256_text
+from vlprompt._random import hashed_number
 from vlprompt.errors import DataError
 
 SCHEMA = "vlprompt diffusion bank 1"
@@ -95,7 +96,7 @@ class Recipe:
     @property
     def id(self) -> str:
         """SHA-256 of the facts."""
-        return hashlib.sha256(json.dumps(self.facts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return sha256_text(canonical_json(self.facts))
 
     @property
     def format(self) -> Format:
@@ -112,7 +113,7 @@ class Recipe:
             attempt: How often it was drawn before and flagged by the safety checker.
         """
         text = f"{image}|{number}|{self.id}" + (f"|{attempt}" if attempt else "")
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+        return hashed_number(text) >> 1
 
     def text(self) -> str:
         """Return the recipe as the text of its file."""

@@ -11,8 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from vlprompt._random import seeded_random
 from vlprompt.generation.libraries import import_diffusers, quiet
 
 #: Names that stand for these pipelines wherever a pipeline is named.
@@ -28,8 +27,7 @@ def save_tiny(folder: Path, name: str = "tiny", seed: int = 0) -> Path:
         seed: Seed of the weights.
     """
     diffusers, transformers = import_diffusers()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded_random(seed):
         parts = _parts(diffusers)
         small: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "projection_dim": 16}
         small |= {"num_hidden_layers": 2, "num_attention_heads": 2}

@@ -24,9 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vlprompt._files import file_checksum
+from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.errors import BackboneError, HeadError, VlpromptError
-from vlprompt.io.head_files import CONFIG_FILE, SCHEMA, TENSOR_FILE, find_head, read_config, read_tensors, sha256
+from vlprompt.io.head_files import CONFIG_FILE, SCHEMA, TENSOR_FILE, find_head, read_config, read_tensors
 from vlprompt.methods import PromptMethod, create_method
 
 _LEARNABLE = "learnable."
@@ -147,7 +149,7 @@ class Head(nn.Module):
             staging = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", dir=folder.parent))
             try:
                 save_file(tensors, staging / TENSOR_FILE)
-                config = self._config() | {"tensors_sha256": sha256(staging / TENSOR_FILE)}
+                config = self._config() | {"tensors_sha256": file_checksum(staging / TENSOR_FILE)}
                 text = json.dumps(config, indent=1, ensure_ascii=False)
                 (staging / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
                 os.chmod(staging, 0o755)
@@ -218,7 +220,7 @@ def load_head(folder: str | Path, backbone: Backbone | None = None, *, device: s
     _check_backbone(backbone, config, folder)
     try:
         names, everything = config["class_names"], config["all_class_names"]
-        with torch.random.fork_rng(devices=[]):
+        with restored_random():
             method = create_method(
                 config["method"],
                 backbone,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vlprompt._files import file_checksum
 from vlprompt.errors import HeadError
 
 SCHEMA = 1
@@ -102,7 +102,7 @@ def read_tensors(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     """
     path = folder / TENSOR_FILE
     try:
-        found = sha256(path)
+        found = file_checksum(path)
     except OSError as error:
         raise HeadError(f"{path} cannot be read: {error.strerror or error}") from error
     if found != config["tensors_sha256"]:
@@ -117,10 +117,3 @@ def read_tensors(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

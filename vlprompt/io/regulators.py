@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlprompt._files import replacing, sha256_tensors
+from vlprompt._random import restored_random
 from vlprompt.errors import HeadError, VlpromptError, bulleted
 from vlprompt.meta import Regulator, RegulatorSettings
 from vlprompt.methods import PromptMethod
@@ -25,7 +23,7 @@ SCHEMA = "vlprompt regulator 1"
 
 
 def save_regulator(regulator: Regulator, folder: Path) -> Path:
-    """Write ``folder/regulator.safetensors`` under a temporary name, rename it, and return it."""
+    """Write ``folder/regulator.safetensors`` atomically and return it."""
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in regulator.state_dict().items()}
     settings = {**dataclasses.asdict(regulator.settings), "gate_bias": str(regulator.settings.gate_bias)}  # or "inf"
     metadata = {
@@ -35,13 +33,8 @@ def save_regulator(regulator: Regulator, folder: Path) -> Path:
         "embed_dim": str(regulator.embed_dim),
         "sha256": _sha256(tensors),
     }
-    descriptor, temporary = tempfile.mkstemp(".tmp", ".regulator-", folder)
-    os.close(descriptor)
-    try:
+    with replacing(folder / REGULATOR_FILE) as temporary:
         save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, folder / REGULATOR_FILE)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return folder / REGULATOR_FILE
 
 
@@ -66,7 +59,7 @@ def load_regulator(folder: str | Path, method: PromptMethod) -> Regulator:
         settings, shapes = json.loads(metadata["settings"]), json.loads(metadata["shapes"])
         settings["gate_bias"] = float(settings["gate_bias"])  # may be infinite
         _check_shapes(shapes, method, path)
-        with torch.random.fork_rng(devices=[]):
+        with restored_random():
             regulator = Regulator(shapes, int(metadata["embed_dim"]), RegulatorSettings(**settings))
         regulator.load_state_dict(tensors)
     except VlpromptError:
@@ -97,8 +90,4 @@ def _check_shapes(shapes: Mapping[str, Any], method: PromptMethod, path: Path) -
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return sha256_tensors(tensors, lambda name, tensor: f"{name} {tuple(tensor.shape)}\n")

@@ -6,7 +6,6 @@ reconstruction of specs/seed_methods.md 3.b: both levels are spherical k-means o
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from dataclasses import dataclass, fields
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlprompt._files import replacing, sha256_tensors
 from vlprompt.errors import ConfigError, DataError, bulleted
 
 SCHEMA = "vlprompt clusters 1"
@@ -75,21 +75,18 @@ class Clusters:
         return dict(sorted(found.items()))
 
     def save(self, path: str | Path) -> None:
-        """Write the clusters to a safetensors file, under a temporary name first.
+        """Write the clusters to a safetensors file, atomically.
 
         Raises:
             DataError: If the file cannot be written.
         """
         path = Path(path)
         tensors = {field.name: getattr(self, field.name).contiguous() for field in fields(self)}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(tensors, temporary, metadata={"schema": SCHEMA, "sha256": _sha256(tensors)})
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                save_file(tensors, temporary, metadata={"schema": SCHEMA, "sha256": _sha256(tensors)})
         except (OSError, SafetensorError) as error:
             raise DataError(f"Clusters cannot be written to {path}: {error}. Give another folder.") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Clusters:
@@ -228,7 +225,4 @@ def _derived(*parts: int) -> int:
 
 
 def _sha256(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, x in sorted(tensors.items()):
-        digest.update(f"{name} {x.dtype} {list(x.shape)}\n".encode() + x.numpy().tobytes())
-    return digest.hexdigest()
+    return sha256_tensors(tensors, lambda name, x: f"{name} {x.dtype} {list(x.shape)}\n")

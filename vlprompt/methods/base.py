@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, TokenLayout
 from vlprompt.errors import ClassNameError, ConfigError, bulleted
 from vlprompt.methods.fitting import FewShotFeatures
@@ -336,7 +337,7 @@ class PromptMethod(Learned):
         Raises:
             ClassNameError: The learnables belong to the old classes (class-specific context).
         """
-        with torch.random.fork_rng(devices=[]):  # its fresh learnables are replaced at once
+        with restored_random():  # its fresh learnables are replaced at once
             other = type(self)(
                 self.backbone,
                 class_names,

@@ -6,10 +6,10 @@ import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlprompt._dist import sum_over_processes
 from vlprompt.backbone import TokenLayout
 from vlprompt.methods.base import PromptMethod
 from vlprompt.prompts import ExpertContexts
@@ -97,8 +97,4 @@ class PromptMixture(PromptMethod):
 
 def _by_any_process(used: Tensor) -> Tensor:
     """Return ``used`` ``[G]`` over the whole batch, which several processes may share."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return used
-    counts = used.int()
-    dist.all_reduce(counts)
-    return counts > 0
+    return sum_over_processes(used.int()) > 0

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vlprompt._random import restored_random
 from vlprompt.errors import ClassNameError, ConfigError, VlpromptError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.cached import own_rows
@@ -98,7 +99,7 @@ class TaughtMethod(PromptMethod):
         Raises:
             ClassNameError: New names, and the teacher cannot be asked any more.
         """
-        with torch.random.fork_rng(devices=[]):
+        with restored_random():
             other = type(self)(self.backbone, class_names, self.settings)
         other._teacher = self._teacher
         other.load_trained_state({**self.trained_state(), "teacher_text": self._text_of(class_names)})

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlprompt._dist import in_group, sum_over_processes
 from vlprompt.errors import ConfigError
 from vlprompt.objectives.base import Host, Objective, Step, Terms, unit
 from vlprompt.prompts.zero_shot import template_features
@@ -71,10 +71,7 @@ class TwoGradients(Objective):
     def _mean(gradients: tuple[Tensor, ...], share: float) -> list[Tensor]:
         """Return the gradients of the global batch, where several processes share it."""
         found = [gradient * share for gradient in gradients] if share != 1 else list(gradients)
-        if dist.is_available() and dist.is_initialized():
-            for gradient in found:
-                dist.all_reduce(gradient)
-        return found
+        return [sum_over_processes(gradient) for gradient in found]
 
 
 def check_temperature(settings: Any, where: str) -> None:
@@ -85,8 +82,6 @@ def check_temperature(settings: Any, where: str) -> None:
 
 def _share(count: int, device: torch.device) -> float:
     """Return this process's part of the global batch."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_group():
         return 1.0
-    total = torch.tensor(float(count), device=device)
-    dist.all_reduce(total)
-    return count / float(total)
+    return count / float(sum_over_processes(torch.tensor(float(count), device=device)))

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from vlprompt._files import sha256_lines
 from vlprompt.data.batches import ImageBatches, automatic_workers
 from vlprompt.data.features import FeatureStore, Rows, default_folder, encode_all
 from vlprompt.data.pixel_cache import PixelCache
@@ -21,7 +22,7 @@ from vlprompt.data.tally import count_skipped
 from vlprompt.data.transforms import PreprocessLike, Transform, describe_transform
 from vlprompt.data.view_features import rows_or_error
 from vlprompt.datasets.images import ImageSource
-from vlprompt.datasets.records import Sample, lines_sha256
+from vlprompt.datasets.records import Sample
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.pairs.load import Pair
 
@@ -86,7 +87,7 @@ def image_features(
                     raise
                 return Rows(torch.zeros(len(samples), 0), tuple(range(len(samples))))  # other parts may have images
 
-        key = {**facts, "samples_sha256": lines_sha256(f"{one.id}\t{_stamp(one.source, skip)}" for one in samples)}
+        key = {**facts, "samples_sha256": sha256_lines(f"{one.id}\t{_stamp(one.source, skip)}" for one in samples)}
         found = rows_or_error(kept, key, compute, samples, skip)
         count_skipped("train", (samples[position].id for position in found.missing))
         return found
@@ -136,7 +137,7 @@ def caption_features(
             return Rows(torch.cat(found))
 
         # As JSON: a caption may hold line ends, which part the lines of the hash.
-        return kept.rows({**facts, "texts_sha256": lines_sha256(map(json.dumps, texts))}, compute)
+        return kept.rows({**facts, "texts_sha256": sha256_lines(map(json.dumps, texts))}, compute)
 
     return _in_parts(captions, rows, "caption").features
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vlprompt._random import seeded_random
+
 
 class Draws(nn.Module):
     """A seed of its own and a count of the steps drawn for; both lie in the training checkpoint, not in heads.
@@ -32,12 +34,5 @@ class Draws(nn.Module):
         """
         seed, count = self.seed_and_count.tolist()
         self.seed_and_count[1] += 1
-        own = (seed * 1_000_003 + count) % 2**63
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            # Only what is put back is seeded: torch.manual_seed would also disturb the generators of other devices.
-            torch.default_generator.manual_seed(own)
-            if devices:
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(own)
+        with seeded_random((seed * 1_000_003 + count) % 2**63, device):
             yield

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlprompt._dist import rank_and_size, sum_over_processes
+
 MOMENTUM = 0.1
 """How much of a batch enters the running statistics: PyTorch's default, which the official code has."""
 
@@ -48,7 +50,7 @@ class Projector(nn.Module):
 
     def average(self) -> None:
         """Make the running statistics those of all processes, each of which saw its share of the batches."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for statistic in (self.running_mean, self.running_var):
-                torch.distributed.all_reduce(statistic)
-                statistic /= torch.distributed.get_world_size()
+        processes = rank_and_size()[1]
+        for statistic in (self.running_mean, self.running_var) if processes > 1 else ():
+            sum_over_processes(statistic)
+            statistic /= processes

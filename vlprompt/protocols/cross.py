@@ -9,19 +9,19 @@ gave is kept beside the run, under a name made from all that it depends on, so t
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
+from vlprompt._dist import is_main_process
+from vlprompt._files import sha256_json, write_json
+from vlprompt._random import restored_random
 from vlprompt.backbone import load_backbone
 from vlprompt.config.run import RunConfig
 from vlprompt.datasets import FewShotTask
-from vlprompt.engine.callbacks import write_text
 from vlprompt.engine.fit import make_trainer
 from vlprompt.engine.metrics import METRICS, headline
 from vlprompt.errors import ConfigError, VlpromptError
@@ -41,7 +41,7 @@ from vlprompt.protocols.protocol import (
     spread_text,
     table_rows,
 )
-from vlprompt.runs.folder import TARGETS, is_main_process, read_json, sha256_of
+from vlprompt.runs.folder import TARGETS, read_json
 from vlprompt.runs.prepare import build_method, complete, device_of, load_all, moved_to, zeroshot_method
 from vlprompt.runs.record import data_record
 from vlprompt.runs.run import Run, tested
@@ -127,7 +127,7 @@ def _check_moves(config: RunConfig, source: FewShotTask, target: FewShotTask) ->
         dataclasses.replace(task, class_names=task.class_names[:2], all_class_names=task.class_names[:2])
         for task in (source, target)
     ]
-    with torch.random.fork_rng(devices=[]):
+    with restored_random():
         method = build_method(config, backbone, few[0])
         try:
             moved_to(config, method, few[1])
@@ -148,14 +148,14 @@ def _target(done: Run, config: RunConfig, task: FewShotTask, force: bool) -> dic
         "data": {name: data[name] for name in ("name", "class_names_sha256", "template", "split_sha256", "test")},
         "preprocess": head_facts.get("preprocess"),
     }
-    path = done.folder / TARGETS / f"{task.name}-{sha256_of(key)[:16]}.json"
+    path = done.folder / TARGETS / f"{task.name}-{sha256_json(key)[:16]}.json"
     known = None if force else _kept(path, key)
     if known is not None:
         return known
     head = load_head(done.head_dir, device=device_of(config.trainer))
     found = {"key": key, **_test(config, head, task, done.folder)}
     if is_main_process():
-        write_text(path, json.dumps(found, indent=1) + "\n")
+        write_json(path, found)
     return found
 
 

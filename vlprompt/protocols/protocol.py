@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vlprompt._dist import is_main_process
+from vlprompt._files import sha256_json, write_json
 from vlprompt.config.run import RunConfig
-from vlprompt.engine.callbacks import write_text
 from vlprompt.errors import ConfigError
-from vlprompt.runs.folder import config_sha256, is_main_process, sha256_of
+from vlprompt.runs.folder import config_sha256
 from vlprompt.runs.run import Run, run
 from vlprompt.runs.selection import is_oracle, stamped
 
@@ -43,8 +43,8 @@ def run_seeds(
 def keep(stem: str, results: dict[str, Any], configs: Sequence[RunConfig], *more: Any) -> None:
     """Write ``results`` as ``<stem>-<hash>.json`` beside the runs; the hash is over ``configs`` and ``more``."""
     if is_main_process():
-        key = sha256_of([[config_sha256(config) for config in configs], *more])[:8]
-        write_text(Path(configs[0].output) / f"{stem}-{key}.json", json.dumps(results, indent=1) + "\n")
+        key = sha256_json([[config_sha256(config) for config in configs], *more])[:8]
+        write_json(Path(configs[0].output) / f"{stem}-{key}.json", results)
 
 
 def result_parts(method: str) -> dict[str, str]:

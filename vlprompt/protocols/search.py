@@ -11,23 +11,23 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from rich.table import Table
 
+from vlprompt._dist import is_main_process
+from vlprompt._files import sha256_json, write_json, write_text
 from vlprompt.config.keys import RUN_KEYS, settings_keys, to_yaml
 from vlprompt.config.run import RunConfig
 from vlprompt.config.values import accepted_values, convert
 from vlprompt.config.yaml import shown, yaml_text
-from vlprompt.engine.callbacks import write_text
 from vlprompt.engine.metrics import METRICS, headline
 from vlprompt.errors import ConfigError, bulleted, did_you_mean
 from vlprompt.methods import get_method_class
 from vlprompt.prompts import get_decomposition_class
-from vlprompt.runs.folder import RESULTS, config_sha256, is_main_process, sha256_of
+from vlprompt.runs.folder import RESULTS, config_sha256
 from vlprompt.runs.prepare import complete, load_task
 from vlprompt.runs.run import Run, run, validate
 from vlprompt.runs.selection import SELECTION, Verdict, judge, record, selection_of, stamped
@@ -104,7 +104,7 @@ def search(
     verdict = judge(task.name, on, [one.id for one in task.val], [one.id for one in task.test], oracle=oracle)
     if inherited is not None and inherited["oracle"]:
         verdict = Verdict(verdict.on, oracle=True, reason=f"it goes on from an oracle's choice: {inherited['reason']}")
-    key = sha256_of([config_sha256(config), {name: list(values) for name, values in grid.items()}, on, oracle])[:8]
+    key = sha256_json([config_sha256(config), {name: list(values) for name, values in grid.items()}, on, oracle])[:8]
     folder = Path(config.output) / f"search-{key}"
     inside = [dataclasses.replace(one, output=str(folder)) for _, one in candidates]
     _keep(folder, record(verdict, grid, [], {}))  # first, so that no result of the search is ever without its stamp
@@ -125,7 +125,7 @@ def search(
     if done.results.get("selection") != selection:
         done.results["selection"] = selection
         if is_main_process():
-            write_text(done.folder / RESULTS, json.dumps(done.results, indent=1) + "\n")
+            write_json(done.folder / RESULTS, done.results)
     if is_main_process():
         write_text(folder / BEST, to_yaml(inside[best]))
     return Search(folder, selection, done)
@@ -133,7 +133,7 @@ def search(
 
 def _keep(folder: Path, selection: dict[str, Any]) -> None:
     if is_main_process():
-        write_text(folder / SELECTION, json.dumps(selection, indent=1) + "\n")
+        write_json(folder / SELECTION, selection)
 
 
 def candidates_of(config: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[tuple[dict[str, Any], RunConfig]]:

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlprompt._files import sha256_lines
 from vlprompt.config.run import RunConfig
 from vlprompt.data import FewShotData
 from vlprompt.datasets import FewShotTask
-from vlprompt.datasets.records import lines_sha256
 from vlprompt.errors import ConfigError
 from vlprompt.methods import PromptMethod
 from vlprompt.methods.fitting import FewShotFeatures
@@ -123,7 +123,7 @@ def training_task(method: PromptMethod, task: FewShotTask) -> FewShotTask:
     if method.fits or method.unlabelled() != "train" or task.classes == "all":
         return task
     train = [*task.train, *task.counterpart().train]
-    return replace(task, train=train, shots_sha256=lines_sha256(sample.id for sample in train))
+    return replace(task, train=train, shots_sha256=sha256_lines(sample.id for sample in train))
 
 
 def task_feature(config: RunConfig, method: PromptMethod, task: FewShotTask) -> Tensor:

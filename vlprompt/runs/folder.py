@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -18,12 +16,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-import torch.distributed as dist
 
+from vlprompt._dist import first_process_says, is_main_process
+from vlprompt._files import sha256_json, sha256_tensors, write_json, write_text
 from vlprompt.config.meta import MetaRunConfig
 from vlprompt.config.run import RunConfig
 from vlprompt.config.yaml import yaml_text
-from vlprompt.engine.callbacks import LAST_CHECKPOINT, write_text
+from vlprompt.engine.callbacks import LAST_CHECKPOINT
 from vlprompt.errors import ConfigError
 from vlprompt.io.regulators import REGULATOR_FILE
 from vlprompt.version import __version__
@@ -42,11 +41,6 @@ _INDIFFERENT: dict[str, tuple[str, ...] | None] = {
 }
 
 
-def sha256_of(value: Any) -> str:
-    """Return the SHA-256 of plain values, as canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()
-
-
 def config_sha256(config: RunConfig) -> str:
     """Return the SHA-256 of everything in ``config`` that can change a result."""
     plain = dataclasses.asdict(config)
@@ -58,7 +52,7 @@ def config_sha256(config: RunConfig) -> str:
     for name in ("start", "init", "decomposition"):  # younger than runs that people have
         if not plain[name]:
             del plain[name]
-    return sha256_of(plain)
+    return sha256_json(plain)
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -69,18 +63,9 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.output) / config.method / data.name / name
 
 
-def is_main_process() -> bool:
-    """Whether this process is the one that writes (Lightning starts the others with a rank in the environment)."""
-    return int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
-
-
 def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
     """Return the SHA-256 over names and bytes of ``tensors``."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return sha256_tensors(tensors, lambda name, tensor: name)
 
 
 @contextlib.contextmanager
@@ -117,7 +102,7 @@ def opened(folder: Path, config: RunConfig | MetaRunConfig, inputs: dict[str, st
         _sweep(folder)
         write_text(folder / CONFIG, yaml_text(dataclasses.asdict(config)))
         if not (folder / ENVIRONMENT).is_file():
-            write_text(folder / ENVIRONMENT, json.dumps(environment(config) | {"inputs": inputs}, indent=1) + "\n")
+            write_json(folder / ENVIRONMENT, environment(config) | {"inputs": inputs})
         ready = True
         _agree()
         yield
@@ -141,12 +126,7 @@ def _agree(refused: bool = False) -> None:
 
     The first run of a command has one process as yet, its Trainer starts the others; later runs have them all.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    on_gpu = dist.get_backend() == "nccl"
-    flag = torch.tensor([int(refused)], device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu")
-    dist.broadcast(flag, src=0)
-    if flag.item() and not is_main_process():
+    if first_process_says(refused) and not is_main_process():
         sys.exit(2)  # the first process says why
 
 

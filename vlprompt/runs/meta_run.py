@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +13,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from vlprompt._dist import is_main_process
+from vlprompt._files import sha256_json, write_json, write_text
 from vlprompt.backbone import Backbone
 from vlprompt.config.meta import MetaRunConfig
 from vlprompt.datasets.records import Sample
-from vlprompt.engine.callbacks import read_metrics, write_text
+from vlprompt.engine.callbacks import read_metrics
 from vlprompt.engine.fit import METRICS, check_devices, fit, make_trainer
 from vlprompt.engine.memory import peak_memory
 from vlprompt.engine.meta_data import MetaData
@@ -32,7 +33,7 @@ from vlprompt.methods import PromptMethod, create_method
 from vlprompt.pairs.features import caption_features, image_features
 from vlprompt.pairs.load import Pair, load_pairs
 from vlprompt.prompts import template_layout
-from vlprompt.runs.folder import HEAD, RESULTS, is_main_process, opened, read_json, sha256_of, versions
+from vlprompt.runs.folder import HEAD, RESULTS, opened, read_json, versions
 from vlprompt.runs.prepare import configured_backbone
 
 SCHEMA = 1
@@ -127,7 +128,7 @@ def meta_train(config: MetaRunConfig, *, force: bool = False) -> tuple[Path, dic
             Head(method, facts).save_pretrained(folder / HEAD)
             if regulator is not None:
                 save_regulator(regulator, folder)
-            write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")  # last: it marks the run as finished
+            write_json(folder / RESULTS, results)  # last: it marks the run as finished
         return folder, results
 
 
@@ -282,8 +283,8 @@ def _inputs(config: MetaRunConfig, tasks: Tasks, backbone: Backbone) -> dict[str
     if not plain["decomposition"]:  # younger than meta-trainings that people have
         del plain["decomposition"]
     return {
-        "configuration": sha256_of([plain, config.trainer.precision]),
-        "set of pairs": sha256_of(
+        "configuration": sha256_json([plain, config.trainer.precision]),
+        "set of pairs": sha256_json(
             [[pair.id, caption] for pair, caption in zip(tasks.pairs, tasks.captions, strict=True)]
         ),
         "backbone": backbone.fingerprint,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from vlprompt._dist import local_rank
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.config.run import GRAM, BackboneConfig, DataConfig, RunConfig, TrainerConfig
 from vlprompt.datasets import FewShotTask, load_dataset
@@ -51,7 +51,7 @@ def configured_backbone(config: BackboneConfig, trainer: TrainerConfig) -> Backb
 def device_of(config: TrainerConfig) -> str:
     """Return the device of this process: its own GPU where GPUs are used, else the CPU."""
     if config.accelerator != "cpu" and torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        return f"cuda:{local_rank()}"
     return "cpu"
 
 

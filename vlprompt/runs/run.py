@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +11,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from vlprompt._dist import is_main_process
+from vlprompt._files import write_json
 from vlprompt.backbone import Backbone
 from vlprompt.config.run import BackboneConfig, DataConfig, RecipeConfig, RunConfig, TrainerConfig
 from vlprompt.data.tally import tally
 from vlprompt.datasets import FewShotTask
-from vlprompt.engine.callbacks import LAST_CHECKPOINT, read_metrics, write_text
+from vlprompt.engine.callbacks import LAST_CHECKPOINT, read_metrics
 from vlprompt.engine.fit import METRICS, check_devices, fit, make_trainer, score, test
 from vlprompt.engine.memory import peak_memory
 from vlprompt.engine.meta_module import GradientRegulation
@@ -39,7 +40,6 @@ from vlprompt.runs.folder import (
     RESULTS,
     VALIDATION,
     config_sha256,
-    is_main_process,
     opened,
     read_json,
     run_folder,
@@ -211,7 +211,7 @@ def _run(config: RunConfig, method: PromptMethod, task: FewShotTask, *, force: b
             facts["selection"] = {"on": chosen["on"], "oracle": chosen["oracle"]}  # a head may travel alone
         if is_main_process():
             Head(method, facts).save_pretrained(folder / HEAD)
-            write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")  # last: it marks the run as finished
+            write_json(folder / RESULTS, results)  # last: it marks the run as finished
         return Run(folder, results)
 
 
@@ -274,7 +274,7 @@ def validate(config: RunConfig, *, force: bool = False) -> dict[str, Any]:
         found, _ = tested(config, _trained(config, method, task, folder), method, task)
         if is_main_process():
             kept = {"schema": SCHEMA, "val_sha256": task.describe()["val_sha256"], "val": found}
-            write_text(folder / VALIDATION, json.dumps(kept, indent=1) + "\n")
+            write_json(folder / VALIDATION, kept)
         return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -11,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlprompt._files import file_checksum, sha256_lines
 from vlprompt.datasets.card import Card
 from vlprompt.datasets.images import FileSource, ImageSource
 from vlprompt.datasets.readers import new_report, read_into
 from vlprompt.datasets.readers.images import torn_files
-from vlprompt.datasets.records import SPLITS, Sample, SplitLists, labels_of, lines_sha256
+from vlprompt.datasets.records import SPLITS, Sample, SplitLists, labels_of
 from vlprompt.datasets.report import Problem, Report
 from vlprompt.errors import DataError
 
@@ -136,8 +136,7 @@ def _hashes(samples: Iterable[Sample]) -> dict[str, str]:
     found: dict[str, str] = {}
     for sample in samples:
         if isinstance(sample.source, FileSource):
-            with open(sample.source.path, "rb") as stream:
-                found.setdefault(hashlib.sha256(stream.read()).hexdigest(), sample.id)
+            found.setdefault(file_checksum(sample.source.path), sample.id)
     return found
 
 
@@ -146,7 +145,7 @@ def _facts(card: Card, lists: SplitLists, report: Report) -> dict[str, Any]:
         "split": card.split,
         "classes": len(lists.class_names),
         **{split: len(getattr(lists, split)) for split in SPLITS},
-        "class_names_sha256": lines_sha256(lists.class_names),
+        "class_names_sha256": sha256_lines(lists.class_names),
         "content_sha256": lists.content_sha256() if not report.failed else None,
         "published": report.facts.get("published"),
     }

@@ -5,7 +5,6 @@ Only over https, with resume, never past a checksum that differs, never over a f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from vlprompt._files import file_checksum, replacing, write_json
 from vlprompt.datasets.acquire.transfer import Network, Tell, Unreachable, download
 from vlprompt.datasets.acquire.unpack import gunzip, unpack
 from vlprompt.datasets.card import Card, Source
@@ -170,10 +170,7 @@ class _Job:
         return content if isinstance(content, dict) else {}
 
     def remember(self, source: Source, made: list[str]) -> None:
-        path = self.base / _RECORD
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({**self.record(), self.key(source): made}, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(self.base / _RECORD, {**self.record(), self.key(source): made})
 
     # -- fetching -----------------------------------------------------------------------------------------------------
     def fetch(self, source: Source) -> None:
@@ -219,7 +216,7 @@ class _Job:
             raise DataError(
                 f"The card of {self.card.name} does not say where {source.what} goes. {self.card.notes.strip()}"
             )
-        if source.unpack is None and target.is_file() and _hash(target, "sha256") == _hash(file, "sha256"):
+        if source.unpack is None and target.is_file() and file_checksum(target) == file_checksum(file):
             self.tell(f"{source.what}: already there, {target}")
             return
         if source.unpack is None:
@@ -229,7 +226,7 @@ class _Job:
         self.put(source, file, target)
 
     def _belongs_to(self, file: Path) -> Source:
-        own = {kind: _hash(file, kind) for kind in ("md5", "sha256")}
+        own = {kind: file_checksum(file, kind) for kind in ("md5", "sha256")}
         sources = [*self.card.sources, *self._split_file()]
         for source in sources:
             if any(getattr(source, kind) == value for kind, value in own.items()):
@@ -267,9 +264,8 @@ class _Job:
         if file.name.endswith(".gz") and not target.name.endswith(".gz"):
             gunzip(file, target)
         elif file != target:
-            temporary = target.with_name(target.name + ".part")
-            shutil.copyfile(file, temporary)
-            os.replace(temporary, target)
+            with replacing(target) as temporary:
+                shutil.copyfile(file, temporary)
         self.tell(f"{source.what}: {target}")
 
 
@@ -283,18 +279,10 @@ def _sums(source: Source) -> list[str]:
     return [f"{kind} {value}" for kind in ("md5", "sha256") if (value := getattr(source, kind))]
 
 
-def _hash(path: Path, kind: str) -> str:
-    with open(path, "rb") as stream:
-        digest = hashlib.new(kind, usedforsecurity=False) if kind == "md5" else hashlib.new(kind)
-        while chunk := stream.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _check_sums(path: Path, source: Source, text: str, *, remove: bool = False) -> None:
     for kind in ("md5", "sha256"):
         expected = getattr(source, kind)
-        if expected and (found := _hash(path, kind)) != expected.lower():
+        if expected and (found := file_checksum(path, kind)) != expected.lower():
             if remove:
                 path.unlink()
             raise DataError(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from vlprompt._files import sha256_text, write_text
 from vlprompt.config.yaml import yaml_text
 from vlprompt.datasets.card import Card, Classes, Templates
 from vlprompt.datasets.catalogue import find_card, list_datasets, own_card_folder
@@ -114,7 +113,7 @@ def own_split(card: Card, root: str | Path | None = None) -> Path:
         for split, members in cut_class(folder, files).items():
             content[split] += [[f"{folder}/{file}", label, names.get(folder, folder)] for file in members]
     text = json.dumps(content, indent=4) + "\n"
-    path = base / f"split_local_{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+    path = base / f"split_local_{sha256_text(text)[:8]}.json"
     write_file(path, text)
     return path
 
@@ -128,20 +127,12 @@ def _split_text(lists: SplitLists) -> str:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write under a temporary name and rename, so that no half-written file is ever seen."""
-    temporary = None
+    """Write ``text`` to ``path`` atomically.
+
+    Raises:
+        DataError: It cannot be written.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=".writing-", delete=False
-        ) as out:
-            temporary = out.name
-            out.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        temporary = None
+        write_text(path, text)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)

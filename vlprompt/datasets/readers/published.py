@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from vlprompt._files import sha256_lines
 from vlprompt.datasets.card import Card
-from vlprompt.datasets.records import SPLITS, SplitLists, lines_sha256
+from vlprompt.datasets.records import SPLITS, SplitLists
 from vlprompt.datasets.report import Report
 
 _CUSTOM = "results on it cannot be compared with published ones"
@@ -43,5 +44,5 @@ def check_classes(card: Card, names: list[str], report: Report) -> None:
         f"label {label} is {name!r}; the card says {said!r}{order}" for label, (name, said) in pairs if name != said
     ]
     report.errors("S20", differ)
-    if not facts.names and facts.names_sha256 not in (None, lines_sha256(names)):
+    if not facts.names and facts.names_sha256 not in (None, sha256_lines(names)):
         report.error("S20", f"the class names or their order differ from the card's{order}")

@@ -7,12 +7,12 @@ values, as in Soft-Prompt-Generation's files: path, label, number of the domain,
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlprompt._files import sha256_bytes
 from vlprompt.datasets.card import Card
 from vlprompt.datasets.options import SplitJsonOptions
 from vlprompt.datasets.paths import path_problem
@@ -74,7 +74,7 @@ def read_split_json(card: Card, base: Path, report: Report) -> SplitLists:
     }  # fmt: skip
     lists = SplitLists(names, parts["train"], parts["val"], parts["test"])
     if not report.failed:
-        compare_with_card(card, lists, report, hashlib.sha256(raw).hexdigest())
+        compare_with_card(card, lists, report, sha256_bytes(raw))
     return lists
 
 

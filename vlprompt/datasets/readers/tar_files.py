@@ -6,18 +6,17 @@ that images can be read in any order and in any process without a second pass. N
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import tarfile
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vlprompt._files import sha256_text, write_text
 from vlprompt.datasets.images import decode_rgb
 from vlprompt.datasets.paths import path_problem
 from vlprompt.datasets.report import Report
@@ -141,7 +140,7 @@ def kept_index(
         report: Takes the problems.
     """
     status = [(str(path), found.st_size, found.st_mtime_ns) for path in shards for found in [path.stat()]]
-    key = hashlib.sha256(json.dumps([*about, status]).encode()).hexdigest()
+    key = sha256_text(json.dumps([*about, status]))
     own = os.environ.get("VLPROMPT_CACHE") or "~/.cache/vlprompt"
     file = Path(own).expanduser() / "shards" / f"{key}.json"
     try:
@@ -171,15 +170,8 @@ def whole(value: Any) -> int:
 
 
 def _store(file: Path, content: Index) -> None:
-    temporary = None
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".writing-", delete=False) as stream:
-            temporary = stream.name
-            json.dump(content, stream)
-        os.replace(temporary, file)
+        write_text(file, json.dumps(content))
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         text = f"The index of the shards cannot be kept in {file.parent} ({error}); they are read through every time."
         warnings.warn(f"{text} Give another folder: export VLPROMPT_CACHE=FOLDER", stacklevel=2)
