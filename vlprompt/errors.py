@@ -1,8 +1,8 @@
-"""What a user did wrong, said so that the user can put it right.
+"""Errors that a user can fix, and helpers for their texts.
 
 Every error that vlprompt raises on purpose is a :class:`VlpromptError`. Its text is complete: what was wrong, the
-value, what is accepted, and the command or edit that fixes it. The command line prints the text alone and ends with
-status 2; only a bug ends in a traceback.
+value, what is accepted, and the command or edit that fixes it. The command line prints only the text and exits with
+status 2. Only a bug ends in a traceback.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 
 class VlpromptError(Exception):
-    """Base of all errors that a user can put right."""
+    """Base class of all errors that a user can fix."""
 
 
 class ConfigError(VlpromptError):
@@ -24,7 +24,7 @@ class DataError(VlpromptError):
 
 
 class BackboneError(VlpromptError):
-    """A backbone that cannot be loaded, or that cannot do what was asked of it."""
+    """A backbone that cannot be loaded or does not support what was requested."""
 
 
 class ClassNameError(VlpromptError):
@@ -32,11 +32,11 @@ class ClassNameError(VlpromptError):
 
 
 class HeadError(VlpromptError):
-    """A saved head that cannot be read or does not fit."""
+    """A saved head that cannot be read or does not match the run."""
 
 
 def nearest(value: str, accepted: Iterable[str], count: int = 3) -> list[str]:
-    """Return the ``count`` accepted spellings nearest to ``value``, best first (case and ``-``/``_`` do not count)."""
+    """Return the ``count`` accepted spellings nearest to ``value``, best first. Case and ``-``/``_`` are ignored."""
 
     def plain(text: str) -> str:
         return text.lower().replace("_", "-")
@@ -44,22 +44,22 @@ def nearest(value: str, accepted: Iterable[str], count: int = 3) -> list[str]:
     by_plain: dict[str, str] = {}
     for name in accepted:
         by_plain.setdefault(plain(name), name)
-    found = difflib.get_close_matches(plain(value), list(by_plain), n=count, cutoff=0.5)
-    return [by_plain[name] for name in found]
+    matches = difflib.get_close_matches(plain(value), list(by_plain), n=count, cutoff=0.5)
+    return [by_plain[name] for name in matches]
 
 
 def did_you_mean(value: str, accepted: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"``, or, where nothing is near, the accepted values themselves."""
+    """Return ``" Did you mean 'x'?"``, or a list of the accepted values if none is near."""
     accepted = list(accepted)
-    found = nearest(value, accepted)
-    if found:
-        return " Did you mean " + " or ".join(repr(name) for name in found) + "?"
+    suggestions = nearest(value, accepted)
+    if suggestions:
+        return " Did you mean " + " or ".join(repr(name) for name in suggestions) + "?"
     shown = ", ".join(accepted[:12]) + (", ..." if len(accepted) > 12 else "")
     return f" Accepted: {shown}." if shown else ""
 
 
 def bulleted(lines: Iterable[str], limit: int = 20) -> str:
-    """Return ``lines`` as an indented list, at most ``limit`` of them, with the count of those left out."""
+    """Return ``lines`` as an indented list, at most ``limit`` of them, followed by the number of omitted lines."""
     lines = list(lines)
     shown = [f"  - {line}" for line in lines[:limit]]
     if len(lines) > limit:

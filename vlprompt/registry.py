@@ -1,4 +1,4 @@
-"""Registries: a decorator on a class is the whole enrolment of what YAML and the command line name."""
+"""Registries of classes by the names used in YAML and on the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Registry(Generic[T]):
     """Classes of one kind by name.
 
     Args:
-        what: What they are, for messages: "method", "objective" or "decomposition".
+        what: Kind of class, for messages: "method", "objective" or "decomposition".
     """
 
     def __init__(self, what: str) -> None:
@@ -24,30 +24,30 @@ class Registry(Generic[T]):
         self._known: dict[str, type[T]] = {}
 
     def enrol(self, name: str) -> Callable[[K], K]:
-        """Return a decorator that enrols a class under ``name``, which becomes its attribute.
+        """Return a decorator that registers a class under ``name`` and sets its attribute ``name``.
 
         Raises:
-            ValueError: Another class holds the name.
+            ValueError: The name is taken by another class.
         """
 
         def decorate(kind: K) -> K:
             if name in self._known and self._known[name] is not kind:
                 raise ValueError(f"{self._what} name {name!r} is taken by {self._known[name].__qualname__}")
-            setattr(kind, "name", name)  # noqa: B010  # a class attribute that the type of a class does not show
+            setattr(kind, "name", name)  # noqa: B010  # the attribute is not part of the static type
             self._known[name] = kind
             return kind
 
         return decorate
 
     def names(self, pattern: str = "*") -> list[str]:
-        """Return the names that match a wildcard ``pattern``, sorted."""
+        """Return the sorted names that match a wildcard ``pattern``."""
         return sorted(fnmatch.filter(self._known, pattern))
 
     def get(self, name: str) -> type[T]:
-        """Return the class enrolled as ``name``.
+        """Return the class registered as ``name``.
 
         Raises:
-            ConfigError: There is none; the text names the nearest ones.
+            ConfigError: The name is unknown; the text lists the nearest ones.
         """
         if name not in self._known:
             near = did_you_mean(str(name), self.names())

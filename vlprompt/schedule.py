@@ -6,10 +6,10 @@ import math
 
 
 def warm_cosine(at: int, length: int, lr: float, warmup: int, warmup_lr: float, final: float = 0.0) -> float:
-    """Return the rate at epoch or step ``at`` (from 0) of ``length``, ``lr`` being the full one.
+    """Return the learning rate at epoch or step ``at`` (from 0) of ``length``.
 
-    Constant during the ``warmup`` first, then a cosine to ``final`` that starts from its own zero and has the whole
-    ``length`` as half period, so that it never gets there (Dassl: dassl/optim/lr_scheduler.py).
+    The rate is ``warmup_lr`` for the first ``warmup`` steps. A cosine from ``lr`` towards ``final`` follows. Its half
+    period is the whole ``length``, so it does not reach ``final`` (Dassl: dassl/optim/lr_scheduler.py).
     """
     if at < warmup:
         return warmup_lr

@@ -1,4 +1,4 @@
-"""What a Backbone is: exact against OpenAI's code, frozen for ever, and sure of its identity."""
+"""Backbone: agreement with OpenAI's code, frozen weights, fingerprint and refusals."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_clip_core_matches_openais_code(tiny_backbone, golden, relative_error):
 
 
 # -- frozen ------------------------------------------------------------------------------------------------------------
-def test_frozen_and_in_evaluation_mode_for_ever():
+def test_backbone_stays_frozen_and_in_evaluation_mode():
     model = CLIP(32, {**VISION, "patch_dropout": 0.5}, TEXT).train()
     backbone = Backbone.from_open_clip(model, name="own")
     parent = nn.Module()
@@ -53,7 +53,7 @@ def test_frozen_and_in_evaluation_mode_for_ever():
     assert torch.equal(backbone.encode_image(x), backbone.encode_image(x))
 
 
-def test_batch_statistics_of_a_resnet_never_move():
+def test_batch_statistics_of_a_resnet_stay_fixed():
     vision = {"layers": [1, 1, 1, 1], "width": 16, "head_width": 16, "image_size": 64}
     backbone = Backbone.from_open_clip(CLIP(32, vision, TEXT), name="own").train()
     before = copy.deepcopy(backbone.state_dict())
@@ -67,12 +67,12 @@ def test_towers_add_no_second_copy_of_the_weights(tiny_backbone):
     assert len(names) == len(tiny_backbone.model.state_dict())
 
 
-def test_deep_copy_is_whole_and_independent(tiny_backbone):
-    twin = copy.deepcopy(tiny_backbone)
-    assert twin.image.visual is twin.model.visual is not tiny_backbone.model.visual
-    assert twin.text.model is twin.model
+def test_deep_copy_is_complete_and_independent(tiny_backbone):
+    copied = copy.deepcopy(tiny_backbone)
+    assert copied.image.visual is copied.model.visual is not tiny_backbone.model.visual
+    assert copied.text.model is copied.model
     x = torch.randn(1, 3, 64, 64)
-    assert torch.equal(twin.encode_image(x), tiny_backbone.encode_image(x))
+    assert torch.equal(copied.encode_image(x), tiny_backbone.encode_image(x))
 
 
 # -- facts -------------------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def test_facts_of_the_tiny_backbone(tiny_backbone):
     assert tiny_backbone.untrained_tokens("an unheard-of xyzzy") == []
 
 
-def test_building_leaves_the_random_state_and_the_callers_tensors_alone(tiny_state_dict):
+def test_building_changes_neither_random_state_nor_input_tensors(tiny_state_dict):
     state = tiny_state_dict(**SMALL)
     kept = {name: tensor.clone() for name, tensor in state.items()}
     before = torch.get_rng_state()
@@ -99,7 +99,7 @@ def test_building_leaves_the_random_state_and_the_callers_tensors_alone(tiny_sta
     assert all(torch.equal(state[name], kept[name]) for name in kept) and state.keys() == kept.keys()
 
 
-def test_fingerprint_is_of_the_weights_and_of_what_shapes_do_not_tell(tiny_state_dict):
+def test_fingerprint_covers_weights_activation_and_heads(tiny_state_dict):
     state = tiny_state_dict(**SMALL)
     same = Backbone.from_state_dict(state).fingerprint
     assert len(same) == 64 and Backbone.from_state_dict(state, name="other", pretrained="x").fingerprint == same
@@ -109,9 +109,9 @@ def test_fingerprint_is_of_the_weights_and_of_what_shapes_do_not_tell(tiny_state
     changed["visual.proj"][0, 0] += 1e-3
     backbone = Backbone.from_state_dict(changed)
     assert backbone.fingerprint != same and backbone.fingerprint == backbone.fingerprint
-    one, two = (Backbone.from_open_clip(CLIP(32, VISION, {**TEXT, "heads": h}), name="own") for h in (1, 2))
-    two.model.load_state_dict(one.model.state_dict())
-    assert one.fingerprint != two.fingerprint
+    first, second = (Backbone.from_open_clip(CLIP(32, VISION, {**TEXT, "heads": h}), name="own") for h in (1, 2))
+    second.model.load_state_dict(first.model.state_dict())
+    assert first.fingerprint != second.fingerprint
 
 
 def test_precision_keeps_layer_norms_and_embeddings_wide(tiny_state_dict):
@@ -126,35 +126,35 @@ def test_precision_keeps_layer_norms_and_embeddings_wide(tiny_state_dict):
         Backbone.from_state_dict(tiny_state_dict(**SMALL), precision="fp8")
 
 
-# -- a model of the user's own -----------------------------------------------------------------------------------------
-def test_from_open_clip_takes_the_models_own_constants():
+# -- a given open_clip model -------------------------------------------------------------------------------------------
+def test_from_open_clip_uses_the_constants_of_the_model():
     model = CLIP(32, VISION, TEXT)
     model.visual.preprocess_cfg = {"size": 32, "mean": [0.5] * 3, "std": (0.5,) * 3, "resize_mode": "squash"}
     assert Backbone.from_open_clip(model, name="own").preprocess == Preprocess(
         32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", "squash"
     )
-    own = Preprocess(32, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0), "bilinear")
-    assert Backbone.from_open_clip(model, name="own", preprocess=own).preprocess == own
+    preprocess = Preprocess(32, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0), "bilinear")
+    assert Backbone.from_open_clip(model, name="own", preprocess=preprocess).preprocess == preprocess
 
 
-def test_custom_text_layout_is_served():
+def test_custom_text_layout_is_supported():
     backbone = Backbone.from_open_clip(CustomTextCLIP(32, VISION, TEXT), name="own")
     assert backbone.text.model is backbone.model.text and backbone.embed_dim == 32
     assert backbone.capabilities.causal_text
 
 
-def test_text_that_is_not_causal_is_served_and_says_so():
+def test_non_causal_text_is_supported_and_reported():
     backbone = Backbone.from_open_clip(CLIP(32, VISION, {**TEXT, "no_causal_mask": True}), name="own")
     assert not backbone.capabilities.causal_text and backbone.capabilities.token_prompts
 
 
-def test_end_of_text_by_id_is_served_where_it_is_the_tokenizers():
+def test_pooling_by_the_tokenizers_end_of_text_id_is_supported():
     backbone = Backbone.from_open_clip(CLIP(32, VISION, {**TEXT, "pool_type": "eos", "eos_id": 49407}), name="own")
     assert backbone.model.text_pool_type == "eos"
 
 
 @pytest.mark.parametrize(
-    ("text", "custom", "words"),
+    ("text", "custom", "message"),
     [
         ({"pool_type": "last"}, False, "pools 'last'"),
         ({"pool_type": "first"}, True, "pools 'first'"),
@@ -163,17 +163,17 @@ def test_end_of_text_by_id_is_served_where_it_is_the_tokenizers():
         ({"vocab_size": 1000}, False, "1000 token embeddings"),
     ],
 )
-def test_text_towers_that_pool_elsewhere_are_refused(text, custom, words):
+def test_text_towers_that_pool_elsewhere_are_refused(text, custom, message):
     model = (CustomTextCLIP if custom else CLIP)(32, VISION, {**TEXT, **text})
     with pytest.raises(BackboneError) as caught:
         Backbone.from_open_clip(model, name="odd-one")
-    assert words in str(caught.value) and "odd-one" in str(caught.value) and "ViT-B-16" in str(caught.value)
+    assert message in str(caught.value) and "odd-one" in str(caught.value) and "ViT-B-16" in str(caught.value)
 
 
-def test_tokenizers_that_hide_end_of_text_are_refused():
-    more = SimpleTokenizer(additional_special_tokens=["<extra>"])
+def test_unsupported_tokenizers_and_models_are_refused():
+    tokenizer = SimpleTokenizer(additional_special_tokens=["<extra>"])
     with pytest.raises(BackboneError, match="larger ids than end-of-text"):
-        Backbone.from_open_clip(CLIP(32, VISION, {**TEXT, "vocab_size": 49409}), name="own", tokenizer=more)
+        Backbone.from_open_clip(CLIP(32, VISION, {**TEXT, "vocab_size": 49409}), name="own", tokenizer=tokenizer)
     with pytest.raises(BackboneError, match="its tokenizer is a object"):
         Backbone.from_open_clip(CLIP(32, VISION, TEXT), name="own", tokenizer=object())
     with pytest.raises(BackboneError, match="a Linear is not an open_clip CLIP"):
@@ -181,7 +181,7 @@ def test_tokenizers_that_hide_end_of_text_are_refused():
 
 
 # -- state dicts -------------------------------------------------------------------------------------------------------
-def test_resnet_state_dict_tells_its_architecture():
+def test_architecture_of_a_resnet_is_read_from_its_state_dict():
     vision = {"layers": (1, 2, 1, 1), "width": 16, "head_width": 32, "image_size": 64}
     with pytest.raises(BackboneError, match="multiples of 64"):  # no release is that narrow
         Backbone.from_state_dict(CLIP(32, vision, TEXT).state_dict())
@@ -192,7 +192,7 @@ def test_resnet_state_dict_tells_its_architecture():
     assert backbone.preprocess.size == 64 and torch.equal(backbone.encode_image(x), model.visual(x))
 
 
-def test_activation_is_openais_unless_told_otherwise(tiny_state_dict):
+def test_activation_is_openais_by_default(tiny_state_dict):
     state, x = tiny_state_dict(**SMALL), torch.randn(1, 3, 64, 64)
     quick, plain = Backbone.from_state_dict(state), Backbone.from_state_dict(state, quick_gelu=False)
     assert type(quick.model.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
@@ -201,7 +201,7 @@ def test_activation_is_openais_unless_told_otherwise(tiny_state_dict):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda s: s.pop("ln_final.weight"), "no 'ln_final.weight'"),
         (lambda s: s.pop("visual.positional_embedding"), "visual.positional_embedding"),
@@ -213,16 +213,16 @@ def test_activation_is_openais_unless_told_otherwise(tiny_state_dict):
         (lambda s: [s.pop(k) for k in list(s) if ".resblocks.0." in k], "0 layers"),
     ],
 )
-def test_state_dicts_that_do_not_fit_are_refused(tiny_state_dict, change, words):
+def test_mismatched_state_dicts_are_refused(tiny_state_dict, change, message):
     state = tiny_state_dict(**SMALL)
     change(state)
     with pytest.raises(BackboneError) as caught:
         Backbone.from_state_dict(state, pretrained="given.pt")
-    assert words in str(caught.value) and "given.pt" in str(caught.value)
+    assert message in str(caught.value) and "given.pt" in str(caught.value)
     assert len(str(caught.value).splitlines()) < 20
 
 
-def test_block_cut_out_of_the_middle_is_found_missing(tiny_state_dict):
+def test_block_missing_in_the_middle_is_reported(tiny_state_dict):
     state = tiny_state_dict()
     state = {name: value for name, value in state.items() if "visual.transformer.resblocks.1." not in name}
     with pytest.raises(BackboneError, match=r"12 tensors missing(.|\n)*visual\.transformer\.resblocks\.1\."):
@@ -231,7 +231,7 @@ def test_block_cut_out_of_the_middle_is_found_missing(tiny_state_dict):
 
 # -- preprocessing -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         ({"size": 0}, "size 0"),
         ({"mean": (0.5, 0.5)}, "three numbers"),
@@ -240,12 +240,12 @@ def test_block_cut_out_of_the_middle_is_found_missing(tiny_state_dict):
         ({"resize_mode": "crop"}, "shortest, squash, longest"),
     ],
 )
-def test_constants_that_cannot_be_used_are_refused(settings, words):
-    with pytest.raises(BackboneError, match=words):
+def test_unusable_preprocessing_constants_are_refused(settings, message):
+    with pytest.raises(BackboneError, match=message):
         Preprocess(**{"size": 64, **settings})
 
 
-def test_only_square_inputs_are_served():
+def test_only_square_inputs_are_supported():
     assert Preprocess.from_config({}, (48, 48)).size == 48
     with pytest.raises(BackboneError, match="224 x 336"):
         Preprocess.from_config({}, (224, 336))
@@ -253,6 +253,6 @@ def test_only_square_inputs_are_served():
         Preprocess.from_config({"mean": "grey"}, 64)
 
 
-def test_device_that_is_not_here_is_refused(tiny_state_dict):
+def test_missing_device_is_refused(tiny_state_dict):
     with pytest.raises(BackboneError, match="cannot be used here"):
         Backbone.from_state_dict(tiny_state_dict(**SMALL), device="warp")

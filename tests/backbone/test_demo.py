@@ -1,4 +1,4 @@
-"""The CLIPs inside the package: whole, genuine, and honest about the words they never saw."""
+"""The CLIPs inside the package: complete files, zero-shot ability and untrained words."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_demos_come_with_the_package(name):
     assert load_backbone(name, None).fingerprint == load_backbone(name, name).fingerprint == backbone.fingerprint
 
 
-def test_demos_share_their_texts_and_differ_in_what_they_take():
+def test_demos_share_the_text_tower_and_differ_in_capabilities():
     vit, resnet = (load_backbone(name) for name in NAMES)
     words = open_clip.tokenize(["an emoji of a cat.", "a drawing of a red apple."])
     assert torch.equal(vit.model.encode_text(words), resnet.model.encode_text(words))
@@ -34,7 +34,7 @@ def test_demos_share_their_texts_and_differ_in_what_they_take():
     assert vit.capabilities.token_prompts and resnet.capabilities.token_prompts
 
 
-def test_the_resnet_refuses_prompts_among_image_tokens():
+def test_the_resnet_refuses_image_tokens():
     resnet = load_backbone("demo-rn")
     tokens = VisualTokens(torch.zeros(2, 192))
     with pytest.raises(BackboneError, match="demo-rn"):
@@ -42,7 +42,7 @@ def test_the_resnet_refuses_prompts_among_image_tokens():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_demos_name_the_words_they_never_saw(name):
+def test_demos_list_untrained_words(name):
     backbone = load_backbone(name)
     assert backbone.untrained_tokens("a photo of a dog face.") == []
     assert backbone.untrained_tokens("dog_face") == []
@@ -52,8 +52,8 @@ def test_demos_name_the_words_they_never_saw(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_demos_are_real_clips(name):
-    """Flat discs of a named colour: the demo knows colours that it was told by name only."""
+def test_demos_classify_colours_by_name(name):
+    """Plain discs in three colours are classified by the names of the colours."""
     backbone = load_backbone(name)
     colours = {"red": (0.87, 0.18, 0.27), "green": (0.47, 0.69, 0.35), "blue": (0.33, 0.67, 0.93)}
     grid = torch.linspace(-1, 1, 64)
@@ -68,7 +68,7 @@ def test_demos_are_real_clips(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_demos_refuse_other_weights(name):
     for other in ("laion2b_x", "random"):
-        with pytest.raises(BackboneError, match=f"{name} brings its own weights"):
+        with pytest.raises(BackboneError, match=f"{name} includes its weights"):
             load_backbone(name, other)
     with pytest.raises(BackboneError, match="use GELU"):
         load_backbone(name, quick_gelu=True)

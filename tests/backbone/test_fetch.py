@@ -1,4 +1,4 @@
-"""Published weights: found where they lie, fetched without retry loops, and otherwise one screen that says how."""
+"""Published weights: local files, downloads without retry loops, and the error if both fail."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def empty_machine(tmp_path, monkeypatch):
 
 
 def hub(monkeypatch, statuses, downloaded=None):
-    """A hub that answers ``statuses[file]``; returns the list of what was asked and fetched."""
+    """Replace the hub by one with ``statuses[file]``; return the log of probes and downloads."""
     log = []
 
     def head(url, timeout):
@@ -54,7 +54,7 @@ def test_published_reads_open_clips_entries():
     assert (bare.repo, bare.files) == ("", ("tiny.pt",))
 
 
-def test_own_cache_comes_first_and_needs_no_hub(tmp_path):
+def test_vlprompts_cache_comes_first_and_needs_no_hub(tmp_path):
     source = fetch.published("Tiny", "openai", ENTRY)
     path = tmp_path / "cache" / "weights" / "Tiny" / "openai" / "open_clip_model.safetensors"
     path.parent.mkdir(parents=True)
@@ -62,7 +62,7 @@ def test_own_cache_comes_first_and_needs_no_hub(tmp_path):
     assert fetch.find_or_fetch(source) == path
 
 
-def test_hub_cache_and_openais_cache_are_looked_through(tmp_path, monkeypatch):
+def test_hub_cache_and_openais_cache_are_searched(tmp_path, monkeypatch):
     source = fetch.published("Tiny", "openai", ENTRY)
     old = tmp_path / "home" / ".cache" / "clip" / "Tiny.pt"
     old.parent.mkdir(parents=True)
@@ -81,13 +81,13 @@ def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     assert fetch.cache_folder() == tmp_path / "xdg" / "vlprompt"
 
 
-def test_hub_gives_the_safe_file_where_it_has_one(monkeypatch):
+def test_hub_prefers_the_safetensors_file(monkeypatch):
     log = hub(monkeypatch, {"open_clip_model.safetensors": 302})
     assert str(fetch.find_or_fetch(fetch.published("Tiny", "openai", ENTRY))).endswith("open_clip_model.safetensors")
     assert [entry[0] for entry in log] == ["head", "get"] and log[0][2] <= 10
 
 
-def test_hub_without_the_safe_file_gives_the_other(monkeypatch):
+def test_hub_without_a_safetensors_file_returns_the_other(monkeypatch):
     hub(monkeypatch, {"open_clip_model.safetensors": 404, "open_clip_pytorch_model.bin": 200})
     assert str(fetch.find_or_fetch(fetch.published("Tiny", "openai", ENTRY))).endswith("open_clip_pytorch_model.bin")
 
@@ -100,7 +100,7 @@ def test_hub_without_the_safe_file_gives_the_other(monkeypatch):
         ({"open_clip_model.safetensors": 200}, OSError("disk full"), "disk full"),
     ],
 )
-def test_failure_says_which_file_from_where_and_to_where(tmp_path, monkeypatch, statuses, downloaded, reason):
+def test_failure_names_file_address_and_target(tmp_path, monkeypatch, statuses, downloaded, reason):
     hub(monkeypatch, statuses, downloaded)
     with pytest.raises(BackboneError) as caught:
         fetch.find_or_fetch(fetch.published("Tiny", "openai", ENTRY))
@@ -112,7 +112,7 @@ def test_failure_says_which_file_from_where_and_to_where(tmp_path, monkeypatch, 
     assert "--backbone.name demo" in text
 
 
-def test_file_put_where_the_message_says_is_found(monkeypatch):
+def test_file_saved_at_the_target_of_the_message_is_used(monkeypatch):
     source = fetch.published("Tiny", "openai", ENTRY)
     hub(monkeypatch, {"open_clip_model.safetensors": OSError("no network")})
     with pytest.raises(BackboneError) as caught:
@@ -123,12 +123,12 @@ def test_file_put_where_the_message_says_is_found(monkeypatch):
     assert str(fetch.find_or_fetch(source)) == line
 
 
-def test_weights_that_only_have_an_address_name_it():
+def test_error_names_the_url_of_weights_without_a_repository():
     with pytest.raises(BackboneError, match=r"https://acme\.example/w/tiny\.pt"):
         fetch.find_or_fetch(fetch.published("Tiny", "x", {"url": "https://acme.example/w/tiny.pt"}))
 
 
-def test_offline_switch_of_the_hub_is_obeyed(monkeypatch):
+def test_offline_mode_of_the_hub_is_respected(monkeypatch):
     log = hub(monkeypatch, {})
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(BackboneError, match="HF_HUB_OFFLINE is set"):
@@ -146,7 +146,7 @@ def test_repository_needs_its_configuration_and_its_weights(monkeypatch):
     assert "https://huggingface.co/acme/own" in str(caught.value) and "local-dir:FOLDER" in str(caught.value)
 
 
-def test_dead_hub_is_known_within_seconds(monkeypatch):
+def test_unreachable_hub_fails_within_seconds(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     began = time.monotonic()
     with pytest.raises(BackboneError, match="no connection"):

@@ -1,4 +1,4 @@
-"""The image tower: equal to open_clip without tokens, to the published VPT with them, refusing what it cannot do."""
+"""The image tower: agreement with open_clip without tokens and with the published VPT with tokens, and refusals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def backbone_of(**vision):
     return Backbone.from_open_clip(CLIP(32, vision, TEXT), name="own")
 
 
-# -- the same as open_clip ---------------------------------------------------------------------------------------------
+# -- agreement with open_clip ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("tokens", [None, *NOTHING])
 def test_no_tokens_is_bit_identical_to_open_clip(tiny_backbone, tokens, grad):
@@ -46,7 +46,7 @@ def test_no_tokens_is_bit_identical_to_open_clip(tiny_backbone, tokens, grad):
 @pytest.mark.parametrize(
     "vision", [{"no_ln_pre": True}, {"final_ln_after_pool": True}, {"ls_init_value": 0.1}, {"qk_norm": True}]
 )
-def test_variants_of_the_vision_transformer_are_bit_identical_too(vision):
+def test_variants_of_the_vision_transformer_are_bit_identical(vision):
     backbone = backbone_of(**vision)
     x = images(2, 32)
     assert torch.equal(backbone.image.encode(x, VisualTokens()), backbone.model.visual(x))
@@ -59,7 +59,7 @@ def test_gradient_of_pixels_matches_open_clip(tiny_backbone):
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_tower_that_also_returns_patches_gives_features(tiny_backbone):
+def test_tower_that_also_returns_patches_returns_features(tiny_backbone):
     backbone = backbone_of(output_tokens=True)
     x = images(2, 32)
     assert torch.equal(backbone.encode_image(x), backbone.model.visual(x)[0])
@@ -85,7 +85,7 @@ def test_vpt_features_logits_and_gradients_match_the_published_code(tiny_backbon
 
 
 def naive(visual, x, tokens):
-    """The same by explicit positions, sequence first as in the published codes, written independently of the tower."""
+    """Reference tower with explicit positions, sequence first as in the published code."""
     x = visual.conv1(x).flatten(2).permute(2, 0, 1)  # [N, B, W]
     cls = visual.class_embedding.view(1, 1, -1).expand(1, x.shape[1], -1)
     x = torch.cat([cls, x]) + visual.positional_embedding[:, None]
@@ -108,58 +108,64 @@ def naive(visual, x, tokens):
 @pytest.mark.parametrize("position", ["end", "after_class"])
 @pytest.mark.parametrize("before_ln_pre", [True, False])
 @pytest.mark.parametrize("layers", [[], [1, 2, 3], [2]])
-def test_tokens_in_every_place_match_a_naive_tower(tiny_backbone, position, before_ln_pre, layers):
+def test_tokens_at_every_position_match_a_naive_tower(tiny_backbone, position, before_ln_pre, layers):
     tokens = VisualTokens(drawn(5, W), {i: drawn(5, W, seed=i) for i in layers}, position, before_ln_pre)
     expected = naive(tiny_backbone.model.visual, images(), tokens)
     torch.testing.assert_close(tiny_backbone.image.encode(images(), tokens), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_before_and_after_ln_pre_give_different_numbers(tiny_backbone):
-    one, two = (VisualTokens(drawn(5, W), before_ln_pre=before) for before in (True, False))
-    assert not torch.allclose(*(tiny_backbone.image.encode(images(), tokens) for tokens in (one, two)), atol=1e-3)
+def test_tokens_before_and_after_ln_pre_give_different_features(tiny_backbone):
+    before_norm, after_norm = (VisualTokens(drawn(5, W), before_ln_pre=before) for before in (True, False))
+    assert not torch.allclose(
+        *(tiny_backbone.image.encode(images(), tokens) for tokens in (before_norm, after_norm)), atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("position", ["end", "after_class"])
-def test_tokens_per_image_are_those_images_own(tiny_backbone, position):
-    x, own, deep = images(), drawn(3, 2, W), drawn(3, 2, W, seed=2)
-    together = tiny_backbone.image.encode(x, VisualTokens(own, {2: deep}, position))
+def test_tokens_per_image_affect_only_their_image(tiny_backbone, position):
+    x, shallow, deep = images(), drawn(3, 2, W), drawn(3, 2, W, seed=2)
+    together = tiny_backbone.image.encode(x, VisualTokens(shallow, {2: deep}, position))
     for i in range(3):
-        alone = tiny_backbone.image.encode(x[i : i + 1], VisualTokens(own[i], {2: deep[i]}, position))
+        alone = tiny_backbone.image.encode(x[i : i + 1], VisualTokens(shallow[i], {2: deep[i]}, position))
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
 
 
 # -- layer norms -------------------------------------------------------------------------------------------------------
-def test_layer_norm_parameters_are_the_models_own(tiny_backbone):
-    found = tiny_backbone.image.layer_norm_parameters()
-    assert len(found) == L * 4
-    assert found["transformer.resblocks.2.ln_2.bias"] is tiny_backbone.model.visual.transformer.resblocks[2].ln_2.bias
-    assert set(tiny_backbone.image.layer_norm_parameters(["ln_1"])) == {name for name in found if ".ln_1." in name}
+def test_layer_norm_parameters_are_those_of_the_model(tiny_backbone):
+    parameters = tiny_backbone.image.layer_norm_parameters()
+    assert len(parameters) == L * 4
+    assert (
+        parameters["transformer.resblocks.2.ln_2.bias"] is tiny_backbone.model.visual.transformer.resblocks[2].ln_2.bias
+    )
+    assert set(tiny_backbone.image.layer_norm_parameters(["ln_1"])) == {name for name in parameters if ".ln_1." in name}
 
 
 @pytest.mark.parametrize("tokens", [None, VisualTokens(drawn(2, W))])
-def test_overrides_act_as_if_written_into_the_weights(tiny_state_dict, tokens):
+def test_overrides_equal_changed_weights(tiny_state_dict, tokens):
     backbone = Backbone.from_state_dict(tiny_state_dict())
-    own = {name: value.detach() + drawn(W, seed=7) for name, value in backbone.image.layer_norm_parameters().items()}
+    overrides = {
+        name: value.detach() + drawn(W, seed=7) for name, value in backbone.image.layer_norm_parameters().items()
+    }
     plain = backbone.image.encode(images(), tokens)
-    replaced = backbone.image.encode(images(), tokens, own)
-    assert torch.equal(plain, backbone.image.encode(images(), tokens))  # nothing stays behind
+    replaced = backbone.image.encode(images(), tokens, overrides)
+    assert torch.equal(plain, backbone.image.encode(images(), tokens))  # the weights are unchanged
     with torch.no_grad():
-        for name, value in own.items():
+        for name, value in overrides.items():
             backbone.model.visual.get_parameter(name).copy_(value)
     assert not torch.allclose(plain, replaced)
     assert torch.equal(replaced, backbone.image.encode(images(), tokens))
 
 
-def test_overrides_receive_gradients_and_the_frozen_weights_none(tiny_backbone):
-    own = {n: v.detach().clone().requires_grad_() for n, v in tiny_backbone.image.layer_norm_parameters().items()}
-    tiny_backbone.encode_image(images(), overrides=own).sum().backward()
-    assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in own.values())
+def test_overrides_receive_gradients_and_frozen_weights_do_not(tiny_backbone):
+    norms = {n: v.detach().clone().requires_grad_() for n, v in tiny_backbone.image.layer_norm_parameters().items()}
+    tiny_backbone.encode_image(images(), overrides=norms).sum().backward()
+    assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in norms.values())
     assert all(parameter.grad is None for parameter in tiny_backbone.parameters())
 
 
 # -- precision ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_narrow_towers_take_and_give_float32(tiny_backbone, tiny_state_dict, precision):
+def test_narrow_towers_accept_and_return_float32(tiny_backbone, tiny_state_dict, precision):
     narrow = Backbone.from_state_dict(tiny_state_dict(), precision=precision)
     prompt = drawn(2, W).requires_grad_()
     norms = {n: v.detach().float().requires_grad_() for n, v in narrow.image.layer_norm_parameters().items()}
@@ -172,7 +178,7 @@ def test_narrow_towers_take_and_give_float32(tiny_backbone, tiny_state_dict, pre
     assert F.cosine_similarity(features, wide).min() > 0.995
 
 
-def test_float64_backbone_gives_float64(tiny_state_dict, tiny_backbone):
+def test_float64_backbone_returns_float64(tiny_state_dict, tiny_backbone):
     wide = Backbone.from_state_dict(tiny_state_dict()).double()
     features = wide.encode_image(images().double(), VisualTokens(drawn(2, W)))
     assert features.dtype == torch.float64 and wide.precision == "fp64"
@@ -182,7 +188,7 @@ def test_float64_backbone_gives_float64(tiny_state_dict, tiny_backbone):
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("tokens", "words"),
+    ("tokens", "fragments"),
     [
         (VisualTokens(drawn(2, 64)), ["input", "[2, 64]", "[2, 128]", "[3, 2, 128]"]),
         (VisualTokens(drawn(4, 2, W)), ["[4, 2, 128]"]),
@@ -193,14 +199,14 @@ def test_float64_backbone_gives_float64(tiny_state_dict, tiny_backbone):
         (VisualTokens(drawn(2, W), position="front"), ["'front'", "'after_class'"]),
     ],
 )
-def test_tokens_that_do_not_fit_are_refused(tiny_backbone, tokens, words):
+def test_unsupported_tokens_are_refused(tiny_backbone, tokens, fragments):
     with pytest.raises(BackboneError) as caught:
         tiny_backbone.image.encode(images(), tokens)
-    assert all(word in str(caught.value) for word in words)
+    assert all(fragment in str(caught.value) for fragment in fragments)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"),
+    ("wrong", "fragments"),
     [
         (torch.zeros(2, 3, 32, 32), ["32 x 32", "64 x 64", "backbone.preprocess"]),
         (torch.zeros(3, 64, 64), ["[B, 3, H, W]"]),
@@ -208,13 +214,13 @@ def test_tokens_that_do_not_fit_are_refused(tiny_backbone, tokens, words):
         (torch.zeros(2, 3, 64, 64, dtype=torch.uint8), ["torch.uint8"]),
     ],
 )
-def test_images_that_do_not_fit_are_refused(tiny_backbone, wrong, words):
+def test_unsupported_images_are_refused(tiny_backbone, wrong, fragments):
     with pytest.raises(BackboneError) as caught:
         tiny_backbone.encode_image(wrong)
-    assert all(word in str(caught.value) for word in words)
+    assert all(fragment in str(caught.value) for fragment in fragments)
 
 
-def test_overrides_that_do_not_fit_are_refused(tiny_backbone):
+def test_unknown_or_misshapen_overrides_are_refused(tiny_backbone):
     wrong = {"transformer.resblocks.0.ln_3.weight": torch.ones(W), "ln_pre.weight": torch.ones(3)}
     with pytest.raises(BackboneError) as caught:
         tiny_backbone.encode_image(images(), overrides=wrong)
@@ -229,18 +235,18 @@ def test_resnet_encodes_but_refuses_tokens_and_layer_norms():
     backbone = Backbone.from_open_clip(CLIP(32, vision, TEXT), name="small-resnet")
     assert not backbone.capabilities.image_tokens and not backbone.capabilities.image_layer_norms
     assert torch.equal(backbone.encode_image(images()), backbone.model.visual(images()))
-    for ask in (
+    for call in (
         lambda: backbone.encode_image(images(), VisualTokens(drawn(2, W))),
         backbone.image.require_tokens,
         backbone.image.layer_norm_parameters,
         lambda: backbone.image.layers,
     ):
         with pytest.raises(BackboneError) as caught:
-            ask()
+            call()
         assert "small-resnet" in str(caught.value) and "'ViT-B-16'" in str(caught.value)
 
 
-def test_tower_pooled_elsewhere_has_layer_norms_but_takes_no_tokens():
+def test_tower_with_average_pooling_has_layer_norms_but_accepts_no_tokens():
     backbone = backbone_of(pool_type="avg")
     assert backbone.capabilities.image_layer_norms and not backbone.capabilities.image_tokens
     assert torch.equal(backbone.encode_image(images(2, 32)), backbone.model.visual(images(2, 32)))
@@ -248,7 +254,7 @@ def test_tower_pooled_elsewhere_has_layer_norms_but_takes_no_tokens():
         backbone.image.require_tokens()
 
 
-def test_tower_alone_speaks_of_this_backbone(tiny_backbone):
+def test_errors_of_a_tower_without_name_say_this_backbone(tiny_backbone):
     tower = ImageTower(tiny_backbone.model.visual)
     assert (tower.width, tower.layers, tower.takes_tokens) == (W, L, True)
     with pytest.raises(BackboneError, match="this backbone takes 64 x 64"):

@@ -1,4 +1,4 @@
-"""load_backbone: every way to name a CLIP, and every refusal with its remedy."""
+"""load_backbone: all accepted names and weights, and all refusals with their remedies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAION = {"hf_hub": "acme/tiny.laion/", "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.2
 
 @pytest.fixture(autouse=True)
 def registered(tmp_path, monkeypatch):
-    """Small architectures in open_clip's registry, and an empty machine around them."""
+    """Register small architectures in open_clip and use empty caches."""
     configs = {
         "Tiny-16": CONFIG,
         "Tiny-16-quickgelu": {**CONFIG, "quick_gelu": True},
@@ -51,7 +51,7 @@ def registered(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory, tiny_state_dict):
-    """One file of the small architecture's weights, without anything that tells the activation."""
+    """A file with weights of the small architecture that does not state the activation."""
     path = tmp_path_factory.mktemp("weights") / "open_clip_model.safetensors"
     save_file(tiny_state_dict(**DIMS), path)
     return path
@@ -59,7 +59,7 @@ def weights(tmp_path_factory, tiny_state_dict):
 
 @pytest.fixture
 def cached(tmp_path, weights):
-    """The weights lie where a fetched file is expected, under both tags."""
+    """Put the weights into the cache under both tags."""
     for tag in ("openai", "laion2b_x"):
         folder = tmp_path / "cache" / "weights" / "Tiny-16" / tag
         folder.mkdir(parents=True)
@@ -79,7 +79,7 @@ def quick(backbone):
 
 
 # -- tags --------------------------------------------------------------------------------------------------------------
-def test_tag_brings_weights_activation_and_constants(cached, tiny_state_dict):
+def test_tag_determines_weights_activation_and_constants(cached, tiny_state_dict):
     backbone = load_backbone("Tiny-16", "openai")
     assert (backbone.name, backbone.pretrained) == ("Tiny-16", "openai") and quick(backbone)
     assert backbone.preprocess.mean == (0.4, 0.5, 0.6) and backbone.preprocess.size == 64
@@ -87,7 +87,7 @@ def test_tag_brings_weights_activation_and_constants(cached, tiny_state_dict):
     assert not quick(load_backbone("Tiny-16", "laion2b_x"))
 
 
-def test_spelling_of_openais_package_is_understood(cached):
+def test_spelling_of_openais_package_is_accepted(cached):
     backbone = load_backbone("Tiny/16", "LAION2B-x")
     assert (backbone.name, backbone.pretrained) == ("Tiny-16", "laion2b_x")
 
@@ -95,16 +95,16 @@ def test_spelling_of_openais_package_is_understood(cached):
 def test_openai_weights_never_run_without_quickgelu(cached):
     assert quick(load_backbone("Tiny-16", "openai", quick_gelu=True))
     text = refusal("Tiny-16", "openai", quick_gelu=False)
-    assert "QuickGELU" in text and "Leave quick_gelu out" in text
+    assert "QuickGELU" in text and "Omit quick_gelu" in text
     assert "use GELU" in refusal("Tiny-16", "laion2b_x", quick_gelu=True)
 
 
-def test_tag_with_a_file_of_the_users(weights):
+def test_tag_with_a_given_file(weights):
     backbone = load_backbone("Tiny-16", f"openai={weights}")
     assert quick(backbone) and backbone.pretrained == "openai" and backbone.preprocess.mean == (0.4, 0.5, 0.6)
 
 
-def test_absent_weights_say_what_to_fetch_from_where_to_where(tmp_path):
+def test_missing_weights_name_file_address_and_target(tmp_path):
     text = refusal("Tiny-16", "openai")
     assert "HF_HUB_OFFLINE" in text and "acme/tiny.openai/resolve/main/open_clip_model.safetensors" in text
     assert str(tmp_path / "cache") in text
@@ -129,39 +129,39 @@ def test_every_published_tag_of_the_real_registry_has_a_source_or_an_address():
         ("formfile", "'from-file'"),
     ],
 )
-def test_unknown_names_get_the_nearest_spelling(name, near):
+def test_unknown_names_suggest_the_nearest(name, near):
     text = refusal(name)
     assert f"no backbone {name!r}" in text and near in text
 
 
-def test_unknown_tags_get_the_accepted_ones():
+def test_unknown_tags_list_the_accepted_ones():
     text = refusal("Tiny-16", "opnai")
     assert "'opnai'" in text and "Did you mean 'openai'" in text and "laion2b_x" in text and "random" in text
     assert "no published tags" in refusal("Tiny-8", "openai")
     assert "'nope'" in refusal("Tiny-16", "nope=somewhere.pt")
 
 
-@pytest.mark.parametrize("nothing", [None, ""])
-def test_random_weights_only_come_when_asked_for(nothing):
-    text = refusal("Tiny-16", nothing)
+@pytest.mark.parametrize("pretrained", [None, ""])
+def test_random_weights_must_be_requested(pretrained):
+    text = refusal("Tiny-16", pretrained)
     assert "random" in text and "openai" in text
 
 
-def test_random_weights_are_the_same_every_time():
+def test_random_weights_are_reproducible():
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    one = load_backbone("Tiny-16", "random")
+    first = load_backbone("Tiny-16", "random")
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
-    two = load_backbone("Tiny-16", "random")
-    assert one.fingerprint == two.fingerprint and one.pretrained == "random"
-    assert load_backbone("Tiny-16", "random", quick_gelu=True).fingerprint != one.fingerprint
+    second = load_backbone("Tiny-16", "random")
+    assert first.fingerprint == second.fingerprint and first.pretrained == "random"
+    assert load_backbone("Tiny-16", "random", quick_gelu=True).fingerprint != first.fingerprint
     assert quick(load_backbone("Tiny-16-quickgelu", "random"))
     assert "networks called Tiny-16-quickgelu" in refusal("Tiny-16-quickgelu", "random", quick_gelu=False)
 
 
 @pytest.mark.parametrize(
-    ("name", "why"),
+    ("name", "reason"),
     [
         ("Tiny-hf", "Hugging Face model 'roberta-base'"),
         ("Tiny-siglip", "pools 'last'"),
@@ -170,9 +170,9 @@ def test_random_weights_are_the_same_every_time():
         ("xlm-roberta-base-ViT-B-32", "Hugging Face model"),
     ],
 )
-def test_text_towers_that_cannot_be_served_are_refused_before_any_download(name, why):
+def test_unsupported_text_towers_are_refused_before_any_download(name, reason):
     text = refusal(name, "openai")
-    assert why in text and name in text and "ViT-B-16" in text
+    assert reason in text and name in text and "ViT-B-16" in text
 
 
 @pytest.mark.parametrize(("key", "value"), [("precision", "int8"), ("precision", "FP32"), ("device", "warp")])
@@ -181,31 +181,31 @@ def test_other_arguments_are_checked(key, value):
 
 
 # -- bare files --------------------------------------------------------------------------------------------------------
-def test_bare_file_has_to_say_its_activation(weights):
+def test_bare_file_needs_its_activation(weights):
     text = refusal("Tiny-16", weights)
     assert f"--backbone.pretrained openai={weights}" in text and "open_clip_config.json" in text
     assert quick(load_backbone("Tiny-16", weights, quick_gelu=True))
     assert not quick(load_backbone("Tiny-16", weights, quick_gelu=False))
     backbone = load_backbone("Tiny-16-quickgelu", str(weights))
     assert quick(backbone) and backbone.pretrained == str(weights)
-    assert backbone.preprocess.mean == (0.4, 0.5, 0.6)  # all published weights of the name agree on it
-    assert "said in two ways" in refusal("Tiny-16-quickgelu", weights, quick_gelu=False)
+    assert backbone.preprocess.mean == (0.4, 0.5, 0.6)  # the same for all published weights of the name
+    assert "is contradictory" in refusal("Tiny-16-quickgelu", weights, quick_gelu=False)
 
 
-def test_bare_file_has_to_say_its_constants_where_published_weights_differ(weights):
-    assert "which image constants" in refusal("Tiny-mixed", weights, quick_gelu=False)
+def test_bare_file_needs_its_constants_if_published_weights_differ(weights):
+    assert "their image constants" in refusal("Tiny-mixed", weights, quick_gelu=False)
 
 
-def test_openai_archive_fields_decide_the_activation(tmp_path, tiny_state_dict):
+def test_openai_archive_fields_determine_the_activation(tmp_path, tiny_state_dict):
     path = tmp_path / "archive.pt"
     torch.save(tiny_state_dict(archive_fields=True, **DIMS), path)
     assert quick(load_backbone("Tiny-16", path)) and quick(load_backbone("from-file", path))
-    assert "two ways" in refusal("Tiny-16", path, quick_gelu=False)
+    assert "is contradictory" in refusal("Tiny-16", path, quick_gelu=False)
     assert "OpenAI release" in refusal("Tiny-16", f"laion2b_x={path}")
     assert "OpenAI release" in refusal("from-file", path, quick_gelu=False)
 
 
-def test_configuration_beside_a_file_is_read(tmp_path, weights):
+def test_configuration_in_the_folder_of_a_file_is_read(tmp_path, weights):
     path = tmp_path / "own.safetensors"
     path.symlink_to(weights)
     settings = {"model_cfg": {**CONFIG, "quick_gelu": True}, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}}
@@ -214,7 +214,7 @@ def test_configuration_beside_a_file_is_read(tmp_path, weights):
     assert quick(backbone) and backbone.preprocess.mean == (0.1, 0.2, 0.3)
 
 
-def test_file_of_another_architecture_names_its_own(weights):
+def test_file_of_another_architecture_is_refused_with_its_name(weights):
     text = refusal("Tiny-8", weights, quick_gelu=True)
     assert (
         "does not fit Tiny-8" in text and "visual.conv1.weight: shape [64, 3, 16, 16], expected [64, 3, 8, 8]" in text
@@ -230,14 +230,14 @@ def test_truncated_state_dict_is_refused_by_name(tmp_path, tiny_state_dict):
     assert "1 tensors missing" in text and "missing: transformer.resblocks.0.mlp.c_fc.bias" in text
 
 
-def test_paths_that_lead_nowhere_are_named(tmp_path):
+def test_missing_paths_are_named(tmp_path):
     assert "no weight file" in refusal("Tiny-16", tmp_path / "none.pt")
     assert "no weight file none.safetensors" in refusal("Tiny-16", "none.safetensors")
     assert f"local-dir:{tmp_path}" in refusal("Tiny-16", tmp_path)
     assert "no weight file" in refusal("Tiny-16", "openai=/nowhere/w.pt")
 
 
-def test_from_file_reads_the_architecture_off_the_shapes(tmp_path, tiny_state_dict, weights):
+def test_from_file_reads_the_architecture_from_the_shapes(tmp_path, tiny_state_dict, weights):
     torch.save(tiny_state_dict(embed_dim=32, image_size=48, **DIMS), tmp_path / "w.pt")
     backbone = load_backbone("from-file", tmp_path / "w.pt")
     assert (backbone.embed_dim, backbone.preprocess.size, quick(backbone)) == (32, 48, True)
@@ -250,9 +250,9 @@ def test_from_file_reads_the_architecture_off_the_shapes(tmp_path, tiny_state_di
 # -- folders -----------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def folder(tmp_path, weights):
-    place = tmp_path / "own"
-    place.mkdir()
-    (place / "open_clip_model.safetensors").symlink_to(weights)
+    path = tmp_path / "own"
+    path.mkdir()
+    (path / "open_clip_model.safetensors").symlink_to(weights)
     constants = {
         "mean": [0.5, 0.5, 0.5],
         "std": [0.25, 0.25, 0.25],
@@ -260,14 +260,14 @@ def folder(tmp_path, weights):
         "resize_mode": "squash",
     }
     settings = {"model_cfg": {**CONFIG, "quick_gelu": True}, "preprocess_cfg": constants}
-    (place / "open_clip_config.json").write_text(json.dumps(settings))
-    return place
+    (path / "open_clip_config.json").write_text(json.dumps(settings))
+    return path
 
 
-def test_folder_equals_open_clips_own_loader(folder):
+def test_folder_equals_open_clips_loader(folder):
     backbone = load_backbone(f"local-dir:{folder}")
     theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    theirs.eval().requires_grad_(False)  # frozen like ours: torch picks its CPU kernels by it
+    theirs.eval().requires_grad_(False)  # frozen like ours: requires_grad affects the choice of CPU kernels
     x, tokens = torch.randn(2, 3, 64, 64), open_clip.tokenize(["a photo of a cat.", "dogs"])
     assert torch.equal(backbone.encode_image(x), theirs.encode_image(x))
     assert torch.equal(backbone.model.encode_text(tokens), theirs.encode_text(tokens))
@@ -276,7 +276,7 @@ def test_folder_equals_open_clips_own_loader(folder):
     assert (preprocess.interpolation, preprocess.resize_mode) == ("bilinear", "squash")
 
 
-def test_custom_text_folder_takes_plain_names(folder):
+def test_custom_text_folder_accepts_plain_parameter_names(folder):
     settings = json.loads((folder / "open_clip_config.json").read_text())
     settings["model_cfg"]["custom_text"] = True
     plain = load_backbone(f"local-dir:{folder}")
@@ -288,13 +288,13 @@ def test_custom_text_folder_takes_plain_names(folder):
 
 
 def test_folder_refuses_other_weights_and_another_activation(folder):
-    assert "brings its own weights" in refusal(f"local-dir:{folder}", "laion2b_x")
+    assert "includes its weights" in refusal(f"local-dir:{folder}", "laion2b_x")
     assert "use QuickGELU" in refusal(f"local-dir:{folder}", quick_gelu=False)
     assert load_backbone(f"local-dir:{folder}", "random").pretrained == "random"
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         ("{not json", "is not JSON"),
         ("[]", "lacks model_cfg"),
@@ -309,12 +309,12 @@ def test_folder_refuses_other_weights_and_another_activation(folder):
         (json.dumps({"model_cfg": {**CONFIG, "multimodal_cfg": {}}}), "CoCa"),
     ],
 )
-def test_folder_configurations_that_are_wrong(folder, content, words):
+def test_wrong_folder_configurations_are_refused(folder, content, message):
     (folder / "open_clip_config.json").write_text(content)
-    assert words in refusal(f"local-dir:{folder}")
+    assert message in refusal(f"local-dir:{folder}")
 
 
-def test_folders_that_lack_something(folder, weights, tmp_path):
+def test_incomplete_folders_are_refused(folder, weights, tmp_path):
     assert "no folder" in refusal(f"local-dir:{tmp_path}/none") and "no folder" in refusal("local-dir:")
     (folder / "open_clip_model.safetensors").unlink()
     assert "holds no weights" in refusal(f"local-dir:{folder}")
@@ -327,13 +327,13 @@ def test_folders_that_lack_something(folder, weights, tmp_path):
     assert "has no open_clip_config.json" in refusal(f"local-dir:{folder}")
 
 
-def test_hub_repository_that_is_not_here_says_what_to_fetch():
+def test_missing_hub_repository_names_the_files_to_fetch():
     text = refusal("hf-hub:acme/none")
     assert "hf-hub:acme/none" in text and "open_clip_config.json" in text and "local-dir:FOLDER" in text
 
 
-# -- the list, and manners ---------------------------------------------------------------------------------------------
-def test_list_has_what_can_be_loaded_and_only_that():
+# -- the list, silence and imports ------------------------------------------------------------------------------------
+def test_list_holds_exactly_the_supported_backbones():
     names = list_backbones()
     assert names[0] == "demo" and {"ViT-B-16/openai", "ViT-B-16/laion2b_s34b_b88k", "RN50/openai"} <= set(names)
     assert not [name for name in names if "SigLIP" in name or "coca" in name or "roberta" in name]
@@ -342,7 +342,7 @@ def test_list_has_what_can_be_loaded_and_only_that():
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_precisions_load_everywhere(weights, precision):
+def test_all_backbones_load_in_every_precision(weights, precision):
     assert load_backbone("from-file", weights, precision=precision).precision == precision
     assert load_backbone("demo", precision=precision).encode_image(torch.zeros(1, 3, 64, 64)).dtype == torch.float32
 
@@ -355,13 +355,13 @@ def test_loading_is_quiet(cached, caplog, capsys):
     assert caplog.records == [] and capsys.readouterr() == ("", "") and logging.getLogger().handlers == handlers
 
 
-def test_importing_the_room_is_quick():
+def test_importing_the_package_does_not_import_open_clip_or_torch():
     code = "import sys, vlprompt.backbone as b; assert 'open_clip' not in sys.modules and 'torch' not in sys.modules; "
     code += "assert 'load_backbone' in dir(b)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_unknown_attribute_of_the_room_is_an_attribute_error():
+def test_unknown_attribute_of_the_package_is_an_attribute_error():
     import vlprompt.backbone
 
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

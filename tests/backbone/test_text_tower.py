@@ -1,4 +1,4 @@
-"""The packed text tower equals the padded one, features and gradients, for whatever a method may do to text."""
+"""The packed text tower equals the padded one in features and gradients, for all layouts, contexts and precisions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def text64(tiny_backbone: Backbone) -> Any:
 def outcome(
     tower: Any, layout: TokenLayout, context: Tensor | None, deep: dict[int, Tensor] | None = None, **how: Any
 ) -> Outcome:
-    """Return features, and the gradients of everything given, under a fixed cotangent."""
+    """Return features and the gradients of all inputs, for a fixed cotangent."""
     leaves = [None if context is None else context.detach().clone().requires_grad_()]
     deep_leaves = {layer: x.detach().clone().requires_grad_() for layer, x in (deep or {}).items()}
     features = tower.encode(layout, leaves[0], deep_leaves, **how)
@@ -67,17 +67,17 @@ def draw(shape: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float32
 def check_exact(
     text: Any, text64: Any, layout: TokenLayout, context: Tensor | None, deep: dict[int, Tensor] | None = None
 ) -> None:
-    """Packed and cut equal padded, in float32 and in float64."""
+    """Check that packed and cut equal padded, in float32 and in float64."""
     for tower, dtype, tolerance in ((text, torch.float32, FLOAT32), (text64, torch.float64, FLOAT64)):
-        own = None if context is None else context.to(dtype)
-        own_deep = {layer: x.to(dtype) for layer, x in (deep or {}).items()}
-        padded = outcome(tower, layout, own, own_deep, algorithm="padded")
+        inputs = None if context is None else context.to(dtype)
+        deep_inputs = {layer: x.to(dtype) for layer, x in (deep or {}).items()}
+        padded = outcome(tower, layout, inputs, deep_inputs, algorithm="padded")
         assert padded[0].dtype == dtype
-        assert_same(outcome(tower, layout, own, own_deep, algorithm="packed"), padded, tolerance)
-        assert_same(outcome(tower, layout, own, own_deep, algorithm="cut"), padded, tolerance)
+        assert_same(outcome(tower, layout, inputs, deep_inputs, algorithm="packed"), padded, tolerance)
+        assert_same(outcome(tower, layout, inputs, deep_inputs, algorithm="cut"), padded, tolerance)
 
 
-# -- class names, as a user writes them -----------------------------------------------------------------------------
+# -- class names ----------------------------------------------------------------------------------------------------
 WORDS = [
     "cat",
     "golden_retriever",
@@ -136,10 +136,10 @@ def test_experts_with_prefixes_of_unequal_length(
     check_exact(text, text64, experts.layout(text, names, period=period), experts.vectors().detach())
 
 
-# -- layouts that no present method makes ---------------------------------------------------------------------------
+# -- layouts that no method uses yet --------------------------------------------------------------------------------
 @st.composite
 def layouts(draw_value: Any, max_groups: int = 3) -> TokenLayout:
-    """Rows of tokens and up to four context slots in any order, each slot at most once, in up to three groups."""
+    """Draw rows of tokens and up to four context slots in any order, each slot at most once, in up to three groups."""
     classes = draw_value(st.integers(1, 5))
     groups = []
     for _ in range(draw_value(st.integers(1, max_groups))):
@@ -148,18 +148,18 @@ def layouts(draw_value: Any, max_groups: int = 3) -> TokenLayout:
         cut = draw_value(st.integers(0, 4))
         rows = []
         for _ in range(classes):
-            own = draw_value(st.lists(st.integers(1, 400), max_size=6))  # empty: the suffix is end-of-text alone
-            behind = list(slots[cut:])
-            for token in own:
-                behind.insert(draw_value(st.integers(0, len(behind))), token)
-            rows.append([49406, *slots[:cut], *shared, *behind, 49407])
+            tokens = draw_value(st.lists(st.integers(1, 400), max_size=6))  # empty: the suffix is only end-of-text
+            tail = list(slots[cut:])
+            for token in tokens:
+                tail.insert(draw_value(st.integers(0, len(tail))), token)
+            rows.append([49406, *slots[:cut], *shared, *tail, 49407])
         groups.append(rows)
     return TokenLayout.from_rows(groups, class_specific=draw_value(st.booleans()))
 
 
 @st.composite
 def deep_layers(draw_value: Any) -> dict[int, int]:
-    """Layers 1 to 3 of the miniature, each with the number of vectors (1 to 4) that it overwrites."""
+    """Draw layers 1 to 3 of the tiny backbone, each with the number of vectors (1 to 4) that it overwrites."""
     layers = draw_value(st.lists(st.integers(1, 3), unique=True, max_size=3))
     return {layer: draw_value(st.integers(1, 4)) for layer in layers}
 
@@ -180,11 +180,11 @@ def test_a_context_per_image_repeats_a_one_group_layout(
     text: Any, text64: Any, layout: TokenLayout, images: int, deep: dict[int, int], shared_deep: bool
 ) -> None:
     lead = (images, layout.classes) if layout.class_specific else (images,)
-    own = (1, *lead[1:]) if shared_deep else lead
-    vectors = {layer: draw((*own, count, text.width), seed=layer) for layer, count in deep.items()}
+    deep_lead = (1, *lead[1:]) if shared_deep else lead
+    vectors = {layer: draw((*deep_lead, count, text.width), seed=layer) for layer, count in deep.items()}
     context = draw((*lead, 4, text.width))
     check_exact(text, text64, layout, context, vectors)
-    # Each image's features are those of its context alone.
+    # Each image's features depend only on its context.
     features = text.encode(layout, context, vectors)
     assert features.shape == (images, layout.classes, 64)
     last = {layer: x if shared_deep else x[-1:] for layer, x in vectors.items()}
@@ -232,7 +232,7 @@ def test_one_class_duplicates_and_identical_rows(text: Any, text64: Any) -> None
             torch.testing.assert_close(features[0], features[2])
 
 
-def test_a_prompt_of_exactly_77_tokens_fits_and_one_more_is_refused_by_name(text: Any, text64: Any) -> None:
+def test_a_prompt_of_77_tokens_is_accepted_and_one_of_78_is_refused_by_name(text: Any, text64: Any) -> None:
     fits, over = " ".join(["x"] * 70), " ".join(["y"] * 71)
     layout = context_layout(text, [fits, "cat"], "X X X X", 4, "end")
     assert layout.lengths.max() == 77
@@ -242,7 +242,7 @@ def test_a_prompt_of_exactly_77_tokens_fits_and_one_more_is_refused_by_name(text
     assert "y y y" in str(caught.value) and "78 tokens" in str(caught.value) and "cat" not in str(caught.value)
 
 
-def test_all_names_that_do_not_fit_are_listed_for_templates_and_experts(text: Any) -> None:
+def test_all_names_that_are_too_long_are_listed_for_templates_and_experts(text: Any) -> None:
     long, longer = " ".join(["x"] * 80), " ".join(["y"] * 90)
     for make in (
         lambda: template_layout(text, [long, "cat", longer], ["a photo of a {}."]),
@@ -255,8 +255,8 @@ def test_all_names_that_do_not_fit_are_listed_for_templates_and_experts(text: An
 
 def test_words_are_tokenised_as_open_clip_does(text: Any) -> None:
     for name in [*WORDS, "a  photo &amp; more ", "CAT"]:
-        own = text.tokens(name)
-        assert text.tokenizer([name])[0, : len(own)].tolist() == own
+        tokens = text.tokens(name)
+        assert text.tokenizer([name])[0, : len(tokens)].tolist() == tokens
 
 
 def test_embeddings_are_float32_copies_of_the_table(text: Any) -> None:
@@ -269,16 +269,16 @@ def test_embeddings_are_float32_copies_of_the_table(text: Any) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["packed", "cut", "padded"])
-def test_templates_give_open_clips_own_encode_text(tiny_backbone: Backbone, algorithm: Any) -> None:
+def test_templates_match_open_clips_encode_text(tiny_backbone: Backbone, algorithm: Any) -> None:
     text, names = tiny_backbone.text, [*WORDS, " ".join(["x"] * 60)]
     templates = ["a photo of a {}.", "{}", "itap of the {} in a video game"]
     features = text.encode(template_layout(text, names, templates), algorithm=algorithm)
-    for template, own in zip(templates, features, strict=True):
+    for template, group in zip(templates, features, strict=True):
         ids = text.tokenizer([template.replace("{}", name.replace("_", " ")) for name in names])
-        assert_same((own, []), (tiny_backbone.model.encode_text(ids), []), FLOAT32)
+        assert_same((group, []), (tiny_backbone.model.encode_text(ids), []), FLOAT32)
 
 
-def test_context_made_of_words_gives_the_words_features(text: Any) -> None:
+def test_context_from_word_embeddings_gives_the_features_of_the_words(text: Any) -> None:
     names = ["cat", "golden_retriever"]
     layout = context_layout(text, names, "a photo of a", 4, "end")
     features = text.encode(layout, text.embed(text.tokens("a photo of a")[1:-1]))
@@ -298,7 +298,7 @@ def test_no_grad_gives_the_same_features_without_a_graph(text: Any) -> None:
     assert with_graph.requires_grad
 
 
-def test_the_same_call_gives_the_same_bits(text: Any) -> None:
+def test_repeated_calls_are_bit_identical(text: Any) -> None:
     layout = context_layout(text, WORDS, "X X X", 3, "middle")
     first = outcome(text, layout, draw((3, text.width)))
     again = outcome(text, layout, draw((3, text.width)))
@@ -312,7 +312,9 @@ def test_the_backbone_gets_no_gradient(tiny_backbone: Backbone) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_narrow_backbones_take_float32_context_and_give_float32_features(tiny_state_dict: Any, precision: str) -> None:
+def test_narrow_backbones_accept_float32_context_and_return_float32_features(
+    tiny_state_dict: Any, precision: str
+) -> None:
     wide = Backbone.from_state_dict(tiny_state_dict()).text
     narrow = Backbone.from_state_dict(tiny_state_dict(), precision=precision).text
     layout = context_layout(wide, WORDS, "X X", 2, "end")
@@ -333,7 +335,7 @@ def test_autocast_stays_near_float32(text: Any) -> None:
     assert_same(mixed, outcome(text, layout, context), 0.05)
 
 
-def test_deep_context_without_change_of_the_slots_is_not_the_shallow_one(text: Any) -> None:
+def test_deep_context_changes_the_features(text: Any) -> None:
     layout = context_layout(text, ["cat", "dog"], "X X", 2, "end")
     context = draw((2, text.width))
     shallow = text.encode(layout, context)
@@ -341,17 +343,17 @@ def test_deep_context_without_change_of_the_slots_is_not_the_shallow_one(text: A
     assert_same((text.encode(layout, context, {}), []), (shallow, []), 0.0)
 
 
-def test_fewer_deep_vectors_than_slots_leave_the_last_slots_alone(text: Any) -> None:
+def test_fewer_deep_vectors_than_slots_keep_the_last_slots(text: Any) -> None:
     layout = context_layout(text, ["cat", "dog"], "X X X", 3, "end")
     context = draw((3, text.width))
     none = outcome(text, layout, context, {1: torch.zeros(0, text.width)})
     assert_same(none[:1] + ([none[1][0]],), outcome(text, layout, context), FLOAT32)
     _, (grad_context, grad_deep) = outcome(text, layout, context, {1: draw((1, text.width))})
     assert grad_deep.abs().sum() > 0
-    assert (grad_context.abs().sum(dim=-1) > 0).all()  # the first slot still works in layer 0
+    assert (grad_context.abs().sum(dim=-1) > 0).all()  # the first slot still acts in layer 0
 
 
-def test_memory_decides_about_chunks_unless_it_is_set(text: Any) -> None:
+def test_chunk_size_follows_memory_by_default(text: Any) -> None:
     layout = context_layout(text, ["cat", "dog"], "X X", 2, "end")
     assert text.classes_per_chunk is None
     assert text._fitting_classes(layout) > 1000
@@ -359,7 +361,7 @@ def test_memory_decides_about_chunks_unless_it_is_set(text: Any) -> None:
         assert text._fitting_classes(layout) > 1000
 
 
-def test_what_evaluation_prepared_can_be_trained(text: Any) -> None:
+def test_plan_cached_in_evaluation_can_be_trained(text: Any) -> None:
     layout = context_layout(text, ["cat", "tabby cat"], "X X", 2, "end")
     with torch.inference_mode():
         text.encode(layout, draw((2, text.width)))

@@ -1,4 +1,4 @@
-"""What the text tower refuses: context, deep context and rows that do not fit each other or the tower."""
+"""Refusals of the text tower: context, deep context and rows that do not match each other or the tower."""
 
 from __future__ import annotations
 
@@ -41,27 +41,27 @@ def test_context_of_a_wrong_shape_is_refused_with_both_shapes(
     assert str(list(shape)) in str(caught.value) and "W=128" in str(caught.value)
 
 
-def test_groups_that_do_not_agree_are_refused(text: Any) -> None:
-    two = ExpertContexts(text, ["a photo of a {}", "itap of {}"]).layout(text, ["cat", "dog"], period=False)
+def test_mismatched_numbers_of_groups_are_refused(text: Any) -> None:
+    pair = ExpertContexts(text, ["a photo of a {}", "itap of {}"]).layout(text, ["cat", "dog"], period=False)
     with pytest.raises(BackboneError, match="G=2"):
-        text.encode(two, torch.zeros(3, 4, text.width))
+        text.encode(pair, torch.zeros(3, 4, text.width))
     with pytest.raises(BackboneError, match="G=2"):
-        text.encode(two, torch.zeros(4, text.width))
-    one = context_layout(text, ["cat", "dog"], "X X", 2, "end")
+        text.encode(pair, torch.zeros(4, text.width))
+    single = context_layout(text, ["cat", "dog"], "X X", 2, "end")
     with pytest.raises(BackboneError, match="deep context of layer 1 has shape"):
-        text.encode(one, torch.zeros(3, 2, text.width), {1: torch.zeros(2, 2, text.width)})
+        text.encode(single, torch.zeros(3, 2, text.width), {1: torch.zeros(2, 2, text.width)})
 
 
-def test_context_and_layout_must_both_have_context_or_neither(text: Any) -> None:
+def test_context_is_required_exactly_for_layouts_with_context_slots(text: Any) -> None:
     layout = context_layout(text, ["cat"], "X X", 2, "end")
     with pytest.raises(BackboneError, match="2 context slots but no context was given"):
         text.encode(layout)
-    words = template_layout(text, ["cat"], ["a {}"])
+    frozen = template_layout(text, ["cat"], ["a {}"])
     with pytest.raises(BackboneError, match="has no slots for it"):
-        text.encode(words, torch.zeros(2, text.width))
-    with pytest.raises(BackboneError, match="no context slots that it could overwrite"):
-        text.encode(words, deep={1: torch.zeros(2, text.width)})
-    assert text.encode(words, torch.zeros(1, 0, text.width)).shape == (1, 1, 64)
+        text.encode(frozen, torch.zeros(2, text.width))
+    with pytest.raises(BackboneError, match="no context slots to overwrite"):
+        text.encode(frozen, deep={1: torch.zeros(2, text.width)})
+    assert text.encode(frozen, torch.zeros(1, 0, text.width)).shape == (1, 1, 64)
 
 
 @pytest.mark.parametrize("layer", [0, 4, -1])
@@ -78,7 +78,7 @@ def test_rows_longer_than_the_tower_are_refused(text: Any, algorithm: Any) -> No
         text.encode(layout, algorithm=algorithm)
 
 
-def test_a_tower_without_a_causal_mask_takes_the_padded_path_only(tiny_backbone: Backbone) -> None:
+def test_a_tower_without_a_causal_mask_uses_only_the_padded_path(tiny_backbone: Backbone) -> None:
     model = copy.deepcopy(tiny_backbone.model)
     model.attn_mask = None
     text = type(tiny_backbone.text)(model, tiny_backbone.text.tokenizer)

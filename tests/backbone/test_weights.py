@@ -1,4 +1,4 @@
-"""Weight files: every kind that is read, every way a file can be wrong, and nothing in a file is ever run."""
+"""Weight files: supported kinds, damaged or foreign files, and files with code, which never runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def refusal(path):
     return text
 
 
-# -- kinds that are read -----------------------------------------------------------------------------------------------
+# -- supported kinds ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("file", "wrap"),
     [
@@ -42,8 +42,8 @@ def refusal(path):
 )
 def test_torch_files_are_read_and_unwrapped(tmp_path, state, file, wrap):
     torch.save(wrap(state), tmp_path / file)
-    found = read_weights(tmp_path / file)
-    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+    tensors = read_weights(tmp_path / file)
+    assert tensors.keys() == state.keys() and all(torch.equal(tensors[name], state[name]) for name in state)
 
 
 def test_old_torch_files_and_safetensors_under_any_ending_are_read(tmp_path, state):
@@ -54,25 +54,24 @@ def test_old_torch_files_and_safetensors_under_any_ending_are_read(tmp_path, sta
         assert torch.equal(read_weights(tmp_path / file)["visual.proj"], state["visual.proj"])
 
 
-def test_half_precision_files_fill_float32_networks(tmp_path, state):
+def test_half_precision_files_load_into_float32_networks(tmp_path, state):
     save_file(
         {name: value.half() if value.ndim else value for name, value in state.items()}, tmp_path / "half.safetensors"
     )
     backbone = load_backbone("from-file", tmp_path / "half.safetensors")
     assert backbone.model.visual.proj.dtype == torch.float32
-    assert torch.equal(
-        backbone.model.visual.proj, state["visual.proj"]
-    )  # the rule's values are exact in half precision
+    # The values of the tiny weights are exact in half precision.
+    assert torch.equal(backbone.model.visual.proj, state["visual.proj"])
 
 
-# -- what is wrong with a file -----------------------------------------------------------------------------------------
-def test_missing_files_and_folders(tmp_path):
+# -- refused files -----------------------------------------------------------------------------------------------------
+def test_missing_files_and_folders_are_refused(tmp_path):
     assert "there is no weight file" in refusal(tmp_path / "none.pt")
     assert f"local-dir:{tmp_path}" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         (b"", "0 bytes"),
         (b"hello, this is a readme", "neither a safetensors nor a torch file"),
@@ -82,14 +81,14 @@ def test_missing_files_and_folders(tmp_path):
         (b"\x80\x02 not really", "cut short"),
     ],
 )
-def test_foreign_files(tmp_path, content, words):
+def test_foreign_files_are_refused(tmp_path, content, message):
     (tmp_path / "w.pt").write_bytes(content)
-    assert words in refusal(tmp_path / "w.pt")
+    assert message in refusal(tmp_path / "w.pt")
 
 
-@pytest.mark.parametrize("part", [0.3, 0.9, 0.999])
+@pytest.mark.parametrize("fraction", [0.3, 0.9, 0.999])
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "old.pt"])
-def test_files_cut_short(tmp_path, state, kind, part):
+def test_files_cut_short_are_refused(tmp_path, state, kind, fraction):
     whole = tmp_path / f"whole.{kind}"
     if kind == "safetensors":
         save_file(state, whole)
@@ -97,19 +96,19 @@ def test_files_cut_short(tmp_path, state, kind, part):
         torch.save(state, whole, _use_new_zipfile_serialization=kind == "pt")
     content = whole.read_bytes()
     cut = tmp_path / f"cut.{kind}"
-    cut.write_bytes(content[: int(part * len(content))])
+    cut.write_bytes(content[: int(fraction * len(content))])
     text = refusal(cut)
-    assert "cut short or damaged" in text and f"{int(part * len(content))} bytes" in text
+    assert "cut short or damaged" in text and f"{int(fraction * len(content))} bytes" in text
 
 
-def test_archive_of_something_else(tmp_path):
+def test_archive_of_other_files_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
         archive.writestr("photo.jpg", b"...")
     assert "photo.jpg" in refusal(tmp_path / "w.pt")
 
 
 class Trap:
-    """Leaves a mark when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, mark):
         self.mark = str(mark)
@@ -130,7 +129,7 @@ def test_files_with_code_are_refused_and_not_run(tmp_path, state, kind):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "message"),
     [
         ([1, 2, 3], "a list, not a state dict"),
         ({}, "no tensors"),
@@ -139,15 +138,15 @@ def test_files_with_code_are_refused_and_not_run(tmp_path, state, kind):
         (torch.ones(3), "a Tensor, not a state dict"),
     ],
 )
-def test_contents_that_are_no_state_dict(tmp_path, content, words):
+def test_contents_other_than_a_state_dict_are_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "w.pt")
-    assert words in refusal(tmp_path / "w.pt")
+    assert message in refusal(tmp_path / "w.pt")
 
 
 # -- OpenAI's archives -------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    """A TorchScript archive like OpenAI's releases: a traced network, its weights inside."""
+    """A TorchScript archive like OpenAI's releases: a traced network with its weights."""
     vision = {"layers": 1, "width": 64, "patch_size": 16, "image_size": 32}
     text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
     model = CLIP(64, vision, text, quick_gelu=True).eval()
@@ -165,7 +164,7 @@ def test_torchscript_of_unknown_origin_is_refused_with_the_conversion(archive):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_torchscript_of_openai_is_known_by_its_checksum(archive, monkeypatch):
+def test_torchscript_of_openai_is_accepted_by_its_checksum(archive, monkeypatch):
     import hashlib
 
     path, model = archive
@@ -178,14 +177,14 @@ def test_torchscript_of_openai_is_known_by_its_checksum(archive, monkeypatch):
         load_backbone("from-file", path, quick_gelu=False)
 
 
-def test_checksums_of_openais_releases_are_those_open_clip_lists():
+def test_checksums_of_openais_releases_come_from_open_clip():
     known = weights.openai_archives()
     assert known["5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"] == "ViT-B-16.pt"
     assert len(known) >= 9 and all(len(digest) == 64 for digest in known)
 
 
 def test_a_safetensors_file_that_begins_like_an_archive_is_read(tmp_path):
-    """The first 8 bytes are the header's length: 19,280 is written as "PK"."""
+    """The first 8 bytes are the length of the header; 19,280 starts with "PK"."""
     weights = {"a": torch.arange(3.0)}
     bare = int.from_bytes(save(weights, {"pad": ""})[:8], "little")
     for length in range(19_280 - bare - 8, 19_280 - bare + 8):

@@ -1,6 +1,6 @@
-"""Frozen CLIPs: loading, text tower, image tower. Nothing here learns, and nothing here knows a method.
+"""Frozen CLIP backbones: loading, text tower, image tower. Nothing here is trained or depends on a method.
 
-Names are imported when first used, because open_clip takes seconds to import.
+Names are imported on first use, because importing open_clip takes seconds.
 """
 
 from __future__ import annotations

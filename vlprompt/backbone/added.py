@@ -1,4 +1,4 @@
-"""What a method adds inside the blocks of a tower: one block, run step by step so that there is room for it."""
+"""Additions inside the blocks of a tower, and a block that runs step by step to apply them."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ PARTS = ("q", "k", "v", "o")
 
 @dataclass(frozen=True, eq=False)
 class Added:
-    """What is added inside one tower; everything is optional, and an empty one is the frozen tower.
+    """Additions inside one tower. All are optional; an empty object leaves the frozen tower unchanged.
 
-    Calls must be repeatable: where a tower encodes in pieces, the backward pass makes them again.
+    The callables must be repeatable: if a tower encodes in chunks, the backward pass calls them again.
 
     Args:
-        projections: (layer, part of :data:`PARTS`) to what is added to that projection: ``[..., W]``, the projection's
-            input, to ``[..., W]``.
-        after_attention: Layer to what the attention's result becomes before it joins the residual stream: the block's
-            first layer norm's output and the output projection's result, ``[..., W]`` each, to ``[..., W]``. Both have
-            the same tokens: in the last layer only those that are read.
-        rows: Layer to ``[n, W]`` that every token attends to beside the sequence: rows as they come out of the block's
-            first layer norm, which become keys and values through the block's own projections.
+        projections: Maps (layer, element of :data:`PARTS`) to a function whose result is added to that projection. It
+            takes the projection's input ``[..., W]`` and returns ``[..., W]``.
+        after_attention: Maps a layer to a function applied before the attention's result joins the residual stream.
+            It takes the output of the block's first layer norm and the result of the output projection, ``[..., W]``
+            each, and returns ``[..., W]``. In the last layer both hold only the tokens that are read.
+        rows: Maps a layer to ``[n, W]``, additional rows that every token attends to. They have the form of the first
+            layer norm's output; the block's projections turn them into keys and values.
     """
 
     projections: Mapping[tuple[int, str], Update] = field(default_factory=dict)
@@ -39,12 +39,12 @@ class Added:
     rows: Mapping[int, Tensor] = field(default_factory=dict)
 
     def project(self, attention: Any, layer: int, parts: str, x: Tensor) -> Tensor:
-        """Return the projections ``parts`` (neighbours in "qkv") of ``x`` ``[..., W]``, side by side in ``[..., n W]``.
+        """Return the projections ``parts`` (adjacent in "qkv") of ``x`` ``[..., W]``, concatenated: ``[..., n W]``.
 
         Args:
             attention: The block's ``nn.MultiheadAttention``.
-            layer: Which block.
-            parts: Such as "qkv", "q" or "kv".
+            layer: Index of the block.
+            parts: For example "qkv", "q" or "kv".
             x: The attention's input.
         """
         width = x.shape[-1]
@@ -57,20 +57,20 @@ class Added:
         return out + torch.cat(added, dim=-1)
 
     def keys_and_values(self, attention: Any, layer: int) -> Tensor | None:
-        """Return keys and values ``[n, 2, H, d]`` of the layer's :attr:`rows`; None where there are none."""
-        own = self.rows.get(layer)
-        if own is None or not len(own):
+        """Return keys and values ``[n, 2, H, d]`` of the layer's :attr:`rows`, or None if it has none."""
+        rows = self.rows.get(layer)
+        if rows is None or not len(rows):
             return None
-        x = own.to(attention.in_proj_weight.dtype)
+        x = rows.to(attention.in_proj_weight.dtype)
         both: Tensor = self.project(attention, layer, "kv", x).unflatten(-1, (2, attention.num_heads, -1))
         return both
 
-    def finish(self, attention: Any, layer: int, normed: Tensor, seen: Tensor) -> Tensor:
-        """Return what joins the residual stream ``[..., W]``: of ``seen`` ``[..., W]``, all heads side by side."""
-        out: Tensor = attention.out_proj(seen)
+    def finish(self, attention: Any, layer: int, normed: Tensor, attended: Tensor) -> Tensor:
+        """Return what joins the residual stream ``[..., W]``, given the concatenated heads ``attended`` ``[..., W]``."""
+        out: Tensor = attention.out_proj(attended)
         update, after = self.projections.get((layer, "o")), self.after_attention.get(layer)
         if update is not None:
-            out = out + update(seen).to(out.dtype)
+            out = out + update(attended).to(out.dtype)
         return out if after is None else after(normed, out).to(out.dtype)
 
 
@@ -78,36 +78,38 @@ NOTHING = Added()
 
 
 def is_plain(block: Any) -> bool:
-    """Return whether ``block`` is open_clip's plain residual block, whose steps are known here."""
+    """Return whether ``block`` is open_clip's plain residual block, whose steps :func:`run_block` repeats."""
     from open_clip.transformer import ResidualAttentionBlock
 
     return type(block) is ResidualAttentionBlock and block.attn._qkv_same_embed_dim and not hasattr(block, "ln_1_kv")
 
 
 def require_plain(blocks: Any, tower: str) -> None:
-    """Raise BackboneError where nothing can be added inside the blocks of ``tower``."""
+    """Raise BackboneError unless all blocks of ``tower`` are plain, so additions inside them are possible."""
     strange = [block for block in blocks if not is_plain(block)]
     if strange:
         raise BackboneError(
-            f"nothing can be added inside the blocks of this {tower}: they are {type(strange[0]).__name__}, and only "
-            "CLIP's own are known; use 'ViT-B-32', 'ViT-B-16', 'ViT-L-14' or 'demo'"
+            f"additions inside the blocks of this {tower} are not supported: its blocks are "
+            f"{type(strange[0]).__name__}, not CLIP's; use 'ViT-B-32', 'ViT-B-16', 'ViT-L-14' or 'demo'"
         )
 
 
-def checked_overrides(own: Mapping[str, Tensor], overrides: Mapping[str, Tensor], tower: str) -> dict[str, Tensor]:
-    """Return ``overrides`` in the types of the tower's ``own`` parameters.
+def checked_overrides(
+    parameters: Mapping[str, Tensor], overrides: Mapping[str, Tensor], tower: str
+) -> dict[str, Tensor]:
+    """Return ``overrides`` in the dtypes of the tower's ``parameters``.
 
     Raises:
-        BackboneError: Unknown names or other shapes.
+        BackboneError: Unknown names or wrong shapes.
     """
     wrong, fitted = [], {}
     for name, value in overrides.items():
-        if name not in own:
-            wrong.append(f"{name}: no such parameter.{did_you_mean(name, own)}")
-        elif own[name].shape != value.shape:
-            wrong.append(f"{name}: shape {list(value.shape)}, expected {list(own[name].shape)}")
+        if name not in parameters:
+            wrong.append(f"{name}: no such parameter.{did_you_mean(name, parameters)}")
+        elif parameters[name].shape != value.shape:
+            wrong.append(f"{name}: shape {list(value.shape)}, expected {list(parameters[name].shape)}")
         else:
-            fitted[name] = value.to(own[name].dtype)
+            fitted[name] = value.to(parameters[name].dtype)
     if wrong:
         raise BackboneError(f"these overrides do not fit the {tower}:\n" + bulleted(wrong, limit=10))
     return fitted
@@ -116,33 +118,33 @@ def checked_overrides(own: Mapping[str, Tensor], overrides: Mapping[str, Tensor]
 def run_block(
     block: Any, x: Tensor, layer: int, added: Added = NOTHING, mask: Tensor | None = None, first_alone: bool = False
 ) -> Tensor:
-    """Return what a plain block makes of ``x`` ``[B, N, W]`` with ``added`` inside.
+    """Return the output of a plain block for ``x`` ``[B, N, W]``, with ``added`` applied inside.
 
     Args:
         block: A block for which :func:`is_plain` holds.
-        x: Its input, batch first.
-        layer: Which block.
-        added: What is added.
-        mask: Added to the scores, ``[N, N]``.
-        first_alone: Return the first token alone, ``[B, 1, W]``: every token answers, only the first one asks and goes
-            through the MLP. Exact but for rounding.
+        x: The block's input, batch first.
+        layer: Index of the block.
+        added: The additions.
+        mask: Added to the attention scores, ``[N, N]``.
+        first_alone: Compute only the first token, ``[B, 1, W]``. All tokens provide keys and values; only the first
+            one provides a query and passes through the MLP. Exact up to rounding.
     """
     attention, heads = block.attn, block.attn.num_heads
     normed = block.ln_1(x)
     if first_alone:
-        x, asking = x[:, :1], normed[:, :1]
-        q = added.project(attention, layer, "q", asking).unflatten(-1, (heads, -1))
+        x, queried = x[:, :1], normed[:, :1]
+        q = added.project(attention, layer, "q", queried).unflatten(-1, (heads, -1))
         k, v = added.project(attention, layer, "kv", normed).unflatten(-1, (2, heads, -1)).unbind(2)
         mask = None if mask is None else mask[:1]
     else:
-        asking = normed
+        queried = normed
         q, k, v = added.project(attention, layer, "qkv", normed).unflatten(-1, (3, heads, -1)).unbind(2)
-    more = added.keys_and_values(attention, layer)
-    if more is not None:
-        own_k, own_v = (part.expand(len(k), -1, -1, -1) for part in more.unbind(1))
-        k, v = torch.cat([own_k, k], dim=1), torch.cat([own_v, v], dim=1)
-        mask = None if mask is None else F.pad(mask, (len(more), 0))
-    q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, H, N, d]
-    seen = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype))
-    x = x + block.ls_1(added.finish(attention, layer, asking, seen.transpose(1, 2).flatten(2)))
+    extra = added.keys_and_values(attention, layer)
+    if extra is not None:
+        extra_k, extra_v = (rows.expand(len(k), -1, -1, -1) for rows in extra.unbind(1))
+        k, v = torch.cat([extra_k, k], dim=1), torch.cat([extra_v, v], dim=1)
+        mask = None if mask is None else F.pad(mask, (len(extra), 0))
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # [B, H, N, d]
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype))
+    x = x + block.ls_1(added.finish(attention, layer, queried, attended.transpose(1, 2).flatten(2)))
     return x + block.ls_2(block.mlp(block.ln_2(x)))  # type: ignore[no-any-return]

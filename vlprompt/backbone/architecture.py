@@ -1,7 +1,7 @@
-"""Which network a name or a state dict stands for, whether we can serve it, and building it without noise.
+"""Architectures of names and state dicts, checks that they are supported, and their construction.
 
-Networks are built from open_clip's classes directly: its factory warns where it should refuse (QuickGELU), falls back
-to random weights, and installs a log handler in the process.
+Networks are built directly from open_clip's classes. Its factory only warns about a wrong activation (QuickGELU), falls
+back to random weights and installs a log handler in the process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Config = dict[str, Any]
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 ARCHIVE_FIELDS = ("input_resolution", "context_length", "vocab_size")
-"""Scalars that OpenAI's released archives hold beside the weights."""
+"""Scalars that OpenAI's released archives hold in addition to the weights."""
 
 _OPENAI_KEYS = (
     "visual.conv1.weight",
@@ -42,7 +42,7 @@ def check_precision(precision: str) -> None:
 
 
 def registered_config(name: str) -> Config | None:
-    """Return a copy of open_clip's configuration of ``name`` (``ViT-B/16`` reads as ``ViT-B-16``), or None."""
+    """Return a copy of open_clip's configuration of ``name`` (``ViT-B/16`` means ``ViT-B-16``), or None."""
     import open_clip
 
     name = name.replace("/", "-")
@@ -53,9 +53,9 @@ def registered_config(name: str) -> Config | None:
 
 
 def text_problem(config: Config) -> str | None:
-    """Return why the text tower of ``config`` cannot be served exactly, or None where it can.
+    """Return why the text tower of ``config`` is not supported exactly, or None if it is.
 
-    Served are towers that read the feature off the end-of-text token of CLIP's own byte-pair tokenizer.
+    Supported towers read the feature at the end-of-text token of CLIP's byte-pair tokenizer.
     """
     text = config.get("text_cfg", {})
     if "multimodal_cfg" in config:
@@ -72,12 +72,12 @@ def text_problem(config: Config) -> str | None:
 
 
 def check_text(config: Config, name: str) -> None:
-    """Raise BackboneError where :func:`text_problem` finds one, naming what can be used instead."""
+    """Raise BackboneError if :func:`text_problem` returns a problem; the text names an alternative."""
     problem = text_problem(config)
     if problem:
         raise BackboneError(
             f"{name} cannot be used: {problem}, so prompts would be scored inexactly.\n"
-            "`vlprompt list backbones` shows what can, e.g. --backbone.name ViT-B-16 --backbone.pretrained openai"
+            "`vlprompt list backbones` shows supported ones, e.g. --backbone.name ViT-B-16 --backbone.pretrained openai"
         )
 
 
@@ -85,17 +85,17 @@ def check_model_text(text: Any, tokenizer: Any, name: str) -> None:
     """Raise BackboneError unless a built text tower pools at the end-of-text token of ``tokenizer``.
 
     Args:
-        text: What holds ``transformer``, ``token_embedding``, ``attn_mask``: an open_clip CLIP, or its ``text``.
-        tokenizer: open_clip's SimpleTokenizer, or another with the same attributes.
-        name: For the message.
+        text: The module with ``transformer``, ``token_embedding`` and ``attn_mask``: an open_clip CLIP or its ``text``.
+        tokenizer: open_clip's SimpleTokenizer, or one with the same attributes.
+        name: Name of the backbone, for the message.
     """
     needed = ("transformer", "token_embedding", "positional_embedding", "ln_final")
     problem = None
-    if not all(hasattr(text, part) for part in needed):
+    if not all(hasattr(text, attribute) for attribute in needed):
         problem = f"its text tower is a {type(text).__name__}, not CLIP's transformer"
     elif getattr(text, "cls_emb", None) is not None:
         problem = "its text tower appends a class token and reads the feature off it"
-    elif not all(hasattr(tokenizer, part) for part in ("encode", "clean_fn", "sot_token_id", "eot_token_id")):
+    elif not all(hasattr(tokenizer, attribute) for attribute in ("encode", "clean_fn", "sot_token_id", "eot_token_id")):
         problem = f"its tokenizer is a {type(tokenizer).__name__}, not CLIP's byte pairs"
     elif tokenizer.eot_token_id >= text.token_embedding.weight.shape[0]:
         rows = text.token_embedding.weight.shape[0]
@@ -117,15 +117,15 @@ def check_model_text(text: Any, tokenizer: Any, name: str) -> None:
 
 
 def is_openai_format(state: Mapping[str, Tensor]) -> bool:
-    """Whether ``state`` has the parameter names of OpenAI's releases, which open_clip's plain CLIP shares."""
+    """Return whether ``state`` has the parameter names of OpenAI's releases, which open_clip's plain CLIP shares."""
     return all(key in state for key in _OPENAI_KEYS)
 
 
 def config_from_shapes(state: Mapping[str, Tensor], source: str) -> Config:
-    """Read the architecture off the shapes of an OpenAI-format state dict (heads are 64 wide, as in all releases).
+    """Return the architecture of an OpenAI-format state dict from its shapes (heads are 64 wide, as in all releases).
 
     Raises:
-        BackboneError: Names or shapes that are not those of a CLIP; ``source`` names the culprit.
+        BackboneError: Names or shapes are not those of a CLIP; the text names ``source``.
     """
     missing = [key for key in _OPENAI_KEYS if key not in state]
     if missing:
@@ -179,37 +179,37 @@ def _side(positions: Tensor) -> int:
 
 
 def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    """One more than the largest index behind ``prefix``, so that a block cut out in between is found missing."""
-    parts = {key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)}
-    return 1 + max((int(part) for part in parts), default=-1)
+    """Return one more than the largest index after ``prefix``, so that a missing block in between is noticed."""
+    indices = {key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)}
+    return 1 + max((int(index) for index in indices), default=-1)
 
 
 def same_shapes_as(state: Mapping[str, Tensor], source: str) -> str | None:
-    """Return the registered name whose sizes are those of an OpenAI-format ``state``, or None."""
+    """Return the registered name with the same sizes as an OpenAI-format ``state``, or None."""
     import open_clip
 
     try:
-        own = config_from_shapes(state, source)
+        wanted = config_from_shapes(state, source)
     except BackboneError:
         return None
     for name in open_clip.list_models():
         config = open_clip.get_model_config(name)
-        same = config["embed_dim"] == own["embed_dim"] and not text_problem(config)
-        for part in ("vision_cfg", "text_cfg"):
-            same = same and all(config[part].get(key, value) == value for key, value in own[part].items())
+        same = config["embed_dim"] == wanted["embed_dim"] and not text_problem(config)
+        for section in ("vision_cfg", "text_cfg"):
+            same = same and all(config[section].get(key, value) == value for key, value in wanted[section].items())
         if same and not name.endswith("-quickgelu") and "timm_model_name" not in config["vision_cfg"]:
             return str(name)
     return None
 
 
 def build_model(config: Config, *, quick_gelu: bool, precision: str, seed: int = 0) -> nn.Module:
-    """Build an open_clip network with the initial weights that ``seed`` determines, on the CPU.
+    """Build an open_clip network on the CPU, with initial weights determined by ``seed``.
 
-    The process's random state is left as it was. ``fp16`` and ``bf16`` follow OpenAI's mixture: matrices and
+    The global random state is not changed. ``fp16`` and ``bf16`` follow OpenAI's mixed precision: matrices and
     convolutions are narrow, layer norms and embeddings stay float32.
 
     Raises:
-        BackboneError: The configuration is not one that open_clip understands.
+        BackboneError: open_clip cannot build the configuration.
     """
     from open_clip.model import CLIP, CustomTextCLIP, convert_weights_to_lp
 
@@ -237,7 +237,7 @@ def build_model(config: Config, *, quick_gelu: bool, precision: str, seed: int =
 
 
 def _narrow_all(model: nn.Module, dtype: torch.dtype) -> None:
-    # timm towers know no mixture: all of it is narrow but for the layer norms made to compute in float32.
+    # timm towers have no mixed precision: everything is narrow except layer norms that compute in float32.
     from open_clip.transformer import LayerNormFp32
 
     model.to(dtype=dtype)

@@ -1,4 +1,4 @@
-"""A frozen CLIP with everything that methods need to know about it."""
+"""A frozen CLIP with its preprocessing, capabilities and identity."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _NAMES_OF_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How images become the backbone's input: constants from the weights' own configuration.
+    """Constants that turn images into the backbone's input, from the configuration of the weights.
 
     Args:
         size: Side of the square input in pixels.
         mean, std: Per channel (red, green, blue), for values in 0 ... 1.
         interpolation: ``bicubic``, ``bilinear`` or ``nearest``.
-        resize_mode: How a test image becomes square: ``shortest`` side to ``size``, then the centre; ``squash`` to
-            ``size`` x ``size``; ``longest`` side to ``size``, then padding.
+        resize_mode: How a test image becomes square: ``shortest`` side to ``size`` with a centre crop; ``squash`` to
+            ``size`` x ``size``; ``longest`` side to ``size`` with padding.
     """
 
     size: int
@@ -58,18 +58,18 @@ class Preprocess:
         if self.resize_mode not in _RESIZE_MODES:
             problem = f"resize mode {self.resize_mode!r}; accepted: {', '.join(_RESIZE_MODES)}"
         if problem:
-            raise BackboneError(f"preprocessing that cannot be used: {problem}")
+            raise BackboneError(f"preprocessing cannot be used: {problem}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], image_size: Any) -> Preprocess:
         """Read open_clip's ``preprocess_cfg`` (or a pretrained tag's entry) for a tower of ``image_size`` pixels.
 
         Raises:
-            BackboneError: An input that is not square, or values that are no constants.
+            BackboneError: The input is not square, or a value is not usable.
         """
         sides = tuple(image_size) if isinstance(image_size, tuple | list) else (image_size, image_size)
         if len(set(sides)) != 1:
-            raise BackboneError(f"this backbone takes {sides[0]} x {sides[-1]} pixels; only square images are served")
+            raise BackboneError(f"this backbone takes {sides[0]} x {sides[-1]} pixels; only square ones are supported")
 
         def triple(key: str, default: tuple[float, float, float]) -> Any:
             values = config.get(key, default)
@@ -89,12 +89,12 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backbone can do.
+    """Capabilities of a backbone.
 
     Args:
-        causal_text: A text token sees only what stands before it, so the packed text algorithm is exact.
-        token_prompts: Context vectors may stand among the text tokens.
-        image_tokens: The image tower takes extra tokens, at the input and at deeper layers.
+        causal_text: A text token attends only to earlier tokens, so the packed text algorithm is exact.
+        token_prompts: Context vectors can be inserted among the text tokens.
+        image_tokens: The image tower accepts extra tokens, at the input and at deeper layers.
         image_layer_norms: The image tower's blocks have layer norms that can be tuned.
     """
 
@@ -107,20 +107,20 @@ class Capabilities:
 class Backbone(nn.Module):
     """A frozen CLIP: its two towers, preprocessing, temperature and identity.
 
-    Nothing in it is ever trained: parameters take no gradient and :meth:`train` leaves it in evaluation mode. Towers
-    take float32 prompts and give float32 features whatever the precision they compute in. Use :func:`load_backbone`,
+    It is never trained: parameters take no gradient and :meth:`train` keeps evaluation mode. Towers take float32
+    prompts and return float32 features, independent of their precision. Use :func:`load_backbone`,
     :meth:`from_state_dict` or :meth:`from_open_clip` rather than this constructor.
 
     Args:
         model: An open_clip CLIP or CustomTextCLIP; it is frozen in place.
-        tokenizer: Its tokenizer, open_clip's SimpleTokenizer or one with the same attributes.
+        tokenizer: The model's tokenizer, open_clip's SimpleTokenizer or one with the same attributes.
         name: The architecture's name, as in :func:`load_backbone`.
-        pretrained: Which weights: a tag, ``random``, ``demo`` or a file.
-        preprocess: The constants its images need.
-        trained_tokens: Token ids that were ever trained; None: all of them.
+        pretrained: The weights: a tag, ``random``, ``demo`` or a file.
+        preprocess: The preprocessing constants of its images.
+        trained_tokens: Token ids whose embeddings were trained; None for all.
 
     Raises:
-        BackboneError: A text tower whose pooling cannot be served exactly.
+        BackboneError: The pooling of the text tower is not supported exactly.
     """
 
     def __init__(
@@ -159,18 +159,18 @@ class Backbone(nn.Module):
         precision: str = "fp32",
         device: str | torch.device = "cpu",
     ) -> Backbone:
-        """Build a backbone from OpenAI-format tensors; the architecture is read off their shapes.
+        """Build a backbone from OpenAI-format tensors; their shapes determine the architecture.
 
         Args:
-            state_dict: Names and shapes as in OpenAI's releases; not changed, and not shared with the backbone.
-            quick_gelu: OpenAI's activation (True), or GELU.
-            name: How the backbone calls itself.
-            pretrained: How the backbone calls its weights.
+            state_dict: Tensors with the names and shapes of OpenAI's releases; they are copied.
+            quick_gelu: OpenAI's activation (True), or GELU (False).
+            name: Name of the backbone.
+            pretrained: Name of its weights.
             precision: ``fp32``, ``fp16`` or ``bf16``.
-            device: Where it runs.
+            device: Device of the backbone.
 
         Raises:
-            BackboneError: Names or shapes that are not those of a CLIP.
+            BackboneError: Names or shapes are not those of a CLIP.
         """
         check_precision(precision)
         config = config_from_shapes(state_dict, pretrained)
@@ -190,23 +190,23 @@ class Backbone(nn.Module):
         preprocess: Preprocess | None = None,
         tokenizer: Any = None,
     ) -> Backbone:
-        """Take an open_clip model that is already in memory; it is frozen in place.
+        """Wrap an open_clip model that is already in memory; it is frozen in place.
 
         Args:
             model: A CLIP or CustomTextCLIP of open_clip, on any device, in any precision.
-            name: How the backbone calls itself.
-            pretrained: How the backbone calls its weights.
+            name: Name of the backbone.
+            pretrained: Name of its weights.
             preprocess: Image constants; default: those that open_clip attached to the model.
             tokenizer: Default: open_clip's SimpleTokenizer of the model's context length.
 
         Raises:
-            BackboneError: Not such a model, or a text tower whose pooling cannot be served exactly.
+            BackboneError: Another kind of model, or the pooling of its text tower is not supported exactly.
         """
         from open_clip.model import CLIP, CustomTextCLIP, get_model_preprocess_cfg
 
         if not isinstance(model, CLIP | CustomTextCLIP):
             raise BackboneError(
-                f"a {type(model).__name__} is not an open_clip CLIP; give what open_clip.create_model(...) returns"
+                f"a {type(model).__name__} is not an open_clip CLIP; pass the result of open_clip.create_model(...)"
             )
         if preprocess is None:
             constants = get_model_preprocess_cfg(model)
@@ -214,9 +214,9 @@ class Backbone(nn.Module):
         tokenizer = tokenizer or clip_tokenizer({"text_cfg": {"context_length": model.context_length}})
         return cls(model, tokenizer, name=name, pretrained=pretrained, preprocess=preprocess)
 
-    # -- frozen for ever ------------------------------------------------------------------------------------------
+    # -- frozen ---------------------------------------------------------------------------------------------------
     def train(self, mode: bool = True) -> Backbone:
-        """Stay in evaluation mode whatever ``mode`` is: batch statistics and dropout of a frozen CLIP never move."""
+        """Keep evaluation mode and ignore ``mode``, so batch statistics stay fixed and dropout stays off."""
         del mode
         super().train(False)
         return self
@@ -224,13 +224,13 @@ class Backbone(nn.Module):
     # -- facts ----------------------------------------------------------------------------------------------------
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         device: torch.device = self.model.logit_scale.device
         return device
 
     @property
     def precision(self) -> str:
-        """``fp32``, ``fp16`` or ``bf16`` (or ``fp64`` after ``.double()``): what the matrices are kept in."""
+        """Type of the matrices: ``fp32``, ``fp16`` or ``bf16`` (or ``fp64`` after ``.double()``)."""
         return _NAMES_OF_TYPES[self.image.dtype]
 
     @property
@@ -248,13 +248,13 @@ class Backbone(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """The factor of cosines, ``exp`` of the stored value: a float32 scalar without gradient."""
+        """Factor of the cosines: ``exp`` of the stored value, a float32 scalar without gradient."""
         scale: Tensor = self.model.logit_scale.detach().reshape(())
         return scale.to(torch.promote_types(scale.dtype, torch.float32)).exp()
 
     @property
     def capabilities(self) -> Capabilities:
-        """What methods may ask of this backbone."""
+        """Capabilities that methods check."""
         return Capabilities(
             causal_text=self.text.causal,
             token_prompts=True,
@@ -264,20 +264,19 @@ class Backbone(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over names, shapes, types and bytes of all weights, and over what shapes do not tell.
+        """SHA-256 over names, shapes, types and bytes of all weights, the activation and the number of heads.
 
-        That is the activation and the number of heads: the same tensors under another activation are another backbone.
-        Computed when first asked for.
+        The same tensors with another activation are another backbone. Computed on first access.
         """
         if self._fingerprint is None or self._fingerprint[0] != self.precision:
             self._fingerprint = (self.precision, _fingerprint(self.model))
         return self._fingerprint[1]
 
     def untrained_tokens(self, text: str) -> list[str]:
-        """Return the words of ``text`` whose token embeddings were never trained; always empty for ordinary weights.
+        """Return the words of ``text`` whose token embeddings were never trained; always empty except for demo weights.
 
         Args:
-            text: A class name or prompt; underscores count as spaces.
+            text: A class name or prompt; underscores are read as spaces.
         """
         trained, tokenizer = self._trained_tokens, self.text.tokenizer
         if trained is None:
@@ -295,12 +294,12 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Return raw image features ``[B, D]``, float32, of normalised ``images`` ``[B, 3, H, W]``.
 
-        ``tokens``, ``overrides`` and ``added`` are those of :meth:`ImageTower.encode`.
+        See :meth:`ImageTower.encode` for ``tokens``, ``overrides`` and ``added``.
         """
         return self.image.encode(images, tokens, overrides, added)
 
     def extra_repr(self) -> str:
-        """Return name, weights and precision for ``repr``."""
+        """Return name, weights and precision, for ``repr``."""
         return f"{self.name!r}, pretrained={self.pretrained!r}, precision={self.precision!r}"
 
 
@@ -313,14 +312,14 @@ def clip_tokenizer(config: Mapping[str, Any]) -> Any:
 
 
 def checked_device(device: str | torch.device) -> torch.device:
-    """Return ``device``, or raise BackboneError where there is no such device here."""
+    """Return ``device``, or raise BackboneError if this machine has no such device."""
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        checked = torch.device(device)
+        torch.empty(0, device=checked)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BackboneError(f"device {str(device)!r} cannot be used here: {reason}\nUse device cpu.") from None
-    return found
+    return checked
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -1,7 +1,7 @@
-"""The small CLIPs inside the package: compact files back to whole state dicts.
+"""The small CLIPs inside the package: restoring whole state dicts from compact files.
 
-Two networks share one text tower: ``demo`` (a ViT, which takes prompts among its image tokens) and ``demo-rn`` (a
-ResNet, which does not). MODEL_CARD.md beside the files says how they were made and what they cannot do.
+Two networks share one text tower: ``demo`` (a ViT, which accepts image tokens as prompts) and ``demo-rn`` (a ResNet,
+which does not). MODEL_CARD.md in the same folder describes their training and limits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SCALE, _VOCABULARY = ".scale", 49408
 
 
 def read_demo(name: str) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
-    """Return configuration, weights and trained token ids of a demo network.
+    """Return the configuration, weights and trained token ids of a demo network.
 
     Args:
         name: ``demo`` or ``demo-rn``.
@@ -31,7 +31,7 @@ def read_demo(name: str) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
     with resources.as_file(resources.files("vlprompt") / "assets" / "demo_clip") as folder:
         settings = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         stored = read_weights(folder / "demo.safetensors")
-        if name != "demo":  # the file holds an image tower only
+        if name != "demo":  # the file holds only an image tower
             texts = {key: value for key, value in stored.items() if not key.startswith("visual.")}
             stored = texts | read_weights(folder / f"{name}.safetensors")
     return settings, *full_state(stored)
@@ -40,8 +40,8 @@ def read_demo(name: str) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
 def full_state(stored: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """Return float32 weights and the trained token ids of a compact file.
 
-    Matrices are stored as 8-bit rows with their scales (``NAME.scale``, ``[rows]``), the token table without the rows
-    of tokens that were never trained; those become zeros.
+    Matrices are stored as 8-bit rows with their scales (``NAME.scale``, ``[rows]``). The token table omits tokens that
+    were never trained; their rows become zeros.
     """
     state = {}
     for name, tensor in stored.items():

@@ -1,6 +1,6 @@
-"""Finding published weights on this machine or on the Hugging Face hub, and saying where they can be got.
+"""Published weights: finding them on this machine or downloading them from the Hugging Face hub.
 
-Looked through in this order: ``$VLPROMPT_CACHE/weights/NAME/TAG/`` (by default ``~/.cache/vlprompt``), the Hugging Face
+Search order: ``$VLPROMPT_CACHE/weights/NAME/TAG/`` (by default ``~/.cache/vlprompt``), the Hugging Face
 cache, the cache of OpenAI's package (``~/.cache/clip``), the hub.
 """
 
@@ -22,7 +22,7 @@ _PROBE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Published:
-    """Where the weights ``tag`` of ``name`` are published: a hub repository and file names, best first, or a URL."""
+    """Location of the weights ``tag`` of ``name``: a hub repository and file names, best first, or a URL."""
 
     name: str
     tag: str
@@ -32,20 +32,20 @@ class Published:
 
     @property
     def folder(self) -> Path:
-        """The folder in which a file fetched by hand is found."""
+        """Folder that is searched for a file fetched by hand."""
         return cache_folder() / "weights" / self.name / self.tag
 
 
 def cache_folder() -> Path:
-    """Return vlprompt's own cache: ``$VLPROMPT_CACHE``, else ``vlprompt`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    own = os.environ.get("VLPROMPT_CACHE")
-    if own:
-        return Path(own).expanduser()
+    """Return vlprompt's cache folder: ``$VLPROMPT_CACHE``, else ``vlprompt`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    folder = os.environ.get("VLPROMPT_CACHE")
+    if folder:
+        return Path(folder).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vlprompt"
 
 
 def published(name: str, tag: str, config: dict[str, Any]) -> Published:
-    """Return where open_clip's entry ``config`` of a pretrained tag says that the weights are."""
+    """Return the location of the weights in open_clip's entry ``config`` of a pretrained tag."""
     repo, _, file = str(config.get("hf_hub", "")).rpartition("/")
     url = str(config.get("url", ""))
     if not repo:
@@ -59,18 +59,18 @@ def published(name: str, tag: str, config: dict[str, Any]) -> Published:
 
 
 def find_or_fetch(source: Published) -> Path:
-    """Return a local path of the weights, downloading them only where they are not on this machine.
+    """Return a local path of the weights; download them if they are not on this machine.
 
     Raises:
-        BackboneError: They are not here and cannot be downloaded; the text says which file, from where, to where. It is
-            known within seconds: one short look at the hub replaces the retry loops of its client.
+        BackboneError: They are not on this machine and cannot be downloaded; the text names the file, its address and
+            its target. One short probe of the hub replaces its client's retry loops, so this takes only seconds.
     """
     for file in source.files:
         if (source.folder / file).is_file():
             return source.folder / file
     for file in source.files:
-        if source.repo and (found := _in_hub_cache(source.repo, file)):
-            return found
+        if source.repo and (path := _in_hub_cache(source.repo, file)):
+            return path
     old = Path("~/.cache/clip").expanduser() / source.url.rpartition("/")[2]
     if "openaipublic" in source.url and old.is_file():
         return old
@@ -86,12 +86,12 @@ def find_or_fetch_repo(repo: str) -> tuple[Path, Path]:
     """Return local paths of ``open_clip_config.json`` and of the weights of a hub repository.
 
     Raises:
-        BackboneError: They are not here and cannot be downloaded.
+        BackboneError: They are not on this machine and cannot be downloaded.
     """
     try:
         return (
             _in_hub_cache(repo, CONFIG_FILE) or _download(repo, (CONFIG_FILE,)),
-            next((found for file in WEIGHT_FILES if (found := _in_hub_cache(repo, file))), None)
+            next((path for file in WEIGHT_FILES if (path := _in_hub_cache(repo, file))), None)
             or _download(repo, WEIGHT_FILES),
         )
     except _NotFetched as reason:
@@ -103,17 +103,17 @@ def find_or_fetch_repo(repo: str) -> tuple[Path, Path]:
 
 
 class _NotFetched(Exception):
-    """Why a download did not happen, in a few words."""
+    """Short reason why a download failed."""
 
 
 def _in_hub_cache(repo: str, file: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(repo, file)
-    except ValueError:  # not the spelling of a repository
+        path = try_to_load_from_cache(repo, file)
+    except ValueError:  # not a valid repository name
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(path) if isinstance(path, str) else None
 
 
 def _download(repo: str, files: Sequence[str]) -> Path:
@@ -126,7 +126,7 @@ def _download(repo: str, files: Sequence[str]) -> Path:
     for file in files:
         try:
             status = session.head(_address(repo, file), timeout=_PROBE_SECONDS).status_code
-        except Exception as error:  # whatever the HTTP client of this hub version raises
+        except Exception as error:  # the HTTP client depends on the version of the hub package
             raise _NotFetched(f"no connection to {huggingface_hub.constants.ENDPOINT}: {_first_line(error)}") from None
         if status >= 400:
             continue
@@ -153,7 +153,7 @@ def _by_hand(source: Published, reason: str) -> str:
     return (
         f"The weights {source.tag!r} of {source.name} are not on this machine and cannot be downloaded ({reason}).\n"
         f"Fetch this file on a machine with a network:\n  {address}\n"
-        f"and put it here, where it is found by itself:\n  {source.folder / file}\n"
-        f"or anywhere, and say where: --backbone.pretrained {source.tag}=/path/to/{file}\n"
-        "Without any download, --backbone.name demo runs the small CLIP that comes with vlprompt."
+        f"and save it as:\n  {source.folder / file}\n"
+        f"or save it anywhere and use --backbone.pretrained {source.tag}=/path/to/{file}\n"
+        "--backbone.name demo needs no download: it is the small CLIP included in vlprompt."
     )

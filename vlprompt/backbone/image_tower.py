@@ -1,8 +1,8 @@
-"""CLIP's image tower, with extra tokens and replaced parameters where it is a vision transformer.
+"""CLIP's image tower, with extra tokens and replaced parameters if it is a vision transformer.
 
-Methods differ in where their tokens stand: MaPLe, IVLP, VPT and RESTORE append them behind the patches before
-``ln_pre`` (specs/prompt_learners.md 3.5, 3.6); MVLPT and PVP insert them behind the class token after ``ln_pre``
-(specs/seed_methods.md 12.1). Both orders give different numbers, so :class:`VisualTokens` says which is meant.
+Methods place their tokens differently. MaPLe, IVLP, VPT and RESTORE append them after the patches, before ``ln_pre``.
+MVLPT and PVP insert them after the class token and after ``ln_pre``. The results differ, so :class:`VisualTokens`
+states the position.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from vlprompt.errors import BackboneError
 
 _ABLE = "'ViT-B-32', 'ViT-B-16', 'ViT-L-14' or 'demo'"
 LAST_BLOCK_FOR_CLASS_TOKEN = True
-"""Whether the last block runs for the class token alone where tokens or additions take the tower step by step."""
+"""Whether a tower that runs step by step computes only the class token in the last block."""
 
 
 @dataclass(frozen=True, eq=False)
 class VisualTokens:
-    """Extra tokens for a vision transformer; V tokens of width W.
+    """Extra tokens for a vision transformer: V tokens of width W.
 
     Args:
-        input: ``[V, W]`` for all images or ``[B, V, W]`` for each image, inserted once at the input. They get no
-            position embedding. None or V = 0: no tokens.
-        deep: Layer (1 ... L - 1, counted from 0) to ``[V, W]`` or ``[B, V, W]``, which replace the same V tokens at the
-            input of that layer. Layers without an entry pass on what the layer before made of them.
-        position: ``end`` behind the last patch, or ``after_class`` between class token and patches.
-        before_ln_pre: Whether the input tokens go through the tower's first layer norm. Deep tokens never do.
+        input: ``[V, W]`` for all images or ``[B, V, W]`` for each image, inserted once at the input without position
+            embedding. None or V = 0: no tokens.
+        deep: Maps a layer (1 ... L - 1, counted from 0) to ``[V, W]`` or ``[B, V, W]``, which replace the V tokens at
+            the input of that layer. Layers without an entry keep the tokens that the previous layer returned.
+        position: ``end``: after the last patch; ``after_class``: between class token and patches.
+        before_ln_pre: Whether the input tokens pass through the tower's first layer norm. Deep tokens never do.
     """
 
     input: Tensor | None = None
@@ -48,13 +48,13 @@ class VisualTokens:
 
 
 class ImageTower:
-    """Runs a frozen image tower of an open_clip model; knows nothing about methods.
+    """Frozen image tower of an open_clip model.
 
-    Not an ``nn.Module``: the weights belong to the backbone's ``model``, and must not be listed a second time.
+    It is not an ``nn.Module``: the weights belong to the backbone's ``model`` and must not be listed twice.
 
     Args:
         visual: ``model.visual`` of an open_clip model.
-        name: The backbone's name, for messages.
+        name: Name of the backbone, for messages.
     """
 
     def __init__(self, visual: Any, name: str = "this backbone") -> None:
@@ -65,37 +65,37 @@ class ImageTower:
     # -- facts ----------------------------------------------------------------------------------------------------
     @property
     def dtype(self) -> torch.dtype:
-        """The type the tower computes in: that of its matrices (layer norms may be wider)."""
+        """Dtype of the tower's computation and matrices (layer norms may be wider)."""
         weights = [p for p in self.visual.parameters() if p.is_floating_point()]
         kernels = [p for p in weights if p.ndim == 4]
         dtype: torch.dtype = (kernels or weights)[0].dtype
         return dtype
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the frozen parameters by their names inside the tower: the keys of ``overrides``."""
+        """Return the frozen parameters by their names inside the tower, which are the keys of ``overrides``."""
         return dict(self.visual.named_parameters())
 
     @property
     def width(self) -> int:
-        """W, the width of visual tokens; needs a vision transformer."""
+        """W, the width of visual tokens; requires a vision transformer."""
         self._require("layer_norms", "the token width")
         return int(self.visual.transformer.width)
 
     @property
     def layers(self) -> int:
-        """L, the number of transformer layers; needs a vision transformer."""
+        """L, the number of transformer layers; requires a vision transformer."""
         self._require("layer_norms", "the number of transformer layers")
         return len(self.visual.transformer.resblocks)
 
     @property
     def patch_size(self) -> int:
-        """The side of a patch in pixels; needs a vision transformer."""
+        """Side of a patch in pixels; requires a vision transformer."""
         self._require("layer_norms", "patches")
         return int(self.visual.conv1.kernel_size[0])
 
     @property
     def takes_tokens(self) -> bool:
-        """Whether :class:`VisualTokens` may be given: a vision transformer that reads its feature off a class token."""
+        """Whether :class:`VisualTokens` are accepted: the tower is a vision transformer that pools its class token."""
         from open_clip.transformer import VisionTransformer
 
         visual = self.visual
@@ -108,26 +108,26 @@ class ImageTower:
 
     @property
     def has_layer_norms(self) -> bool:
-        """Whether the blocks have ``ln_1`` and ``ln_2``: any vision transformer of open_clip itself."""
+        """Whether the blocks have ``ln_1`` and ``ln_2``, as in any of open_clip's vision transformers."""
         from open_clip.transformer import VisionTransformer
 
         return isinstance(self.visual, VisionTransformer)
 
     def require_tokens(self) -> None:
-        """Raise BackboneError, naming backbones that can, where this tower takes no extra tokens."""
+        """Raise BackboneError if this tower accepts no extra tokens; the text names backbones that do."""
         self._require("tokens", "extra image tokens")
 
     def layer_norm_parameters(self, names: Sequence[str] = ("ln_1", "ln_2")) -> dict[str, nn.Parameter]:
-        """Return the affine parameters of the named layer norms of every block, by their name inside the tower.
+        """Return the affine parameters of the named layer norms of every block, by their names inside the tower.
 
-        Keys read ``transformer.resblocks.0.ln_1.weight``; they are the keys of ``overrides`` in :meth:`encode`. The
-        parameters are the frozen ones: copy them before learning.
+        A key has the form ``transformer.resblocks.0.ln_1.weight``, as in ``overrides`` of :meth:`encode`. The
+        parameters are frozen; copy them before training.
 
         Raises:
-            BackboneError: The tower is no vision transformer, or has no layer norm of that name.
+            BackboneError: The tower is not a vision transformer, or has no layer norm of that name.
         """
         self._require("layer_norms", "layer norms to tune")
-        found: dict[str, nn.Parameter] = {}
+        parameters: dict[str, nn.Parameter] = {}
         for index, block in enumerate(self.visual.transformer.resblocks):
             for name in names:
                 norm = getattr(block, name, None)
@@ -136,15 +136,15 @@ class ImageTower:
                         f"block {index} of the image tower has no layer norm {name!r}; accepted: 'ln_1', 'ln_2'"
                     )
                 for kind, parameter in norm.named_parameters():
-                    found[f"transformer.resblocks.{index}.{name}.{kind}"] = parameter
-        return found
+                    parameters[f"transformer.resblocks.{index}.{name}.{kind}"] = parameter
+        return parameters
 
     def folded(self, pixels: Tensor) -> dict[str, Tensor] | None:
-        """Return ``overrides`` with which every image is encoded as if ``pixels`` ``[3, H, W]`` had been added to it.
+        """Return ``overrides`` that encode every image as if ``pixels`` ``[3, H, W]`` had been added to it.
 
-        Patches are cut by one linear map, so what all images share is a bias of the patch tokens; it goes into the
-        position embedding (test_time_and_cache 9.3). Exact but for rounding. None where the tower cannot: no vision
-        transformer, or one without an embedding of its own for every position.
+        The patch embedding is linear, so pixels that all images share become a bias of the patch tokens. The bias is
+        added to the position embedding. Exact up to rounding. None if the tower is not a vision transformer with a
+        separate embedding for every position.
         """
         visual, kernel = self.visual, getattr(self.visual, "conv1", None)
         if not self.has_layer_norms or not isinstance(getattr(visual, "positional_embedding", None), nn.Parameter):
@@ -166,14 +166,14 @@ class ImageTower:
 
         Args:
             images: ``[B, 3, H, W]``, normalised with the backbone's preprocessing constants; any float type.
-            tokens: Extra tokens. Without any (None, or V = 0) the result is bit-identical to open_clip's.
-            overrides: Parameter name inside the tower to the tensor used instead, e.g. learned layer norms.
-            added: What is added inside the blocks. With an empty one the tower runs step by step, the last block for
-                the class token alone: equal to open_clip's but for rounding, and quicker in training.
+            tokens: Extra tokens. With None or V = 0 the result is bit-identical to open_clip's.
+            overrides: Maps a parameter name inside the tower to the tensor used instead, e.g. tuned layer norms.
+            added: Additions inside the blocks. An empty object runs the tower step by step and the last block for the
+                class token only: equal to open_clip's result up to rounding, and faster in training.
 
         Raises:
-            BackboneError: Images of another size, tokens for a tower or layer that takes none, tokens of another shape,
-                unknown parameter names or shapes, something added to blocks that are not CLIP's.
+            BackboneError: Wrong image size, tokens for a tower or layer that accepts none, wrong token shape, unknown
+                parameter names or wrong shapes, or additions to blocks that are not CLIP's.
         """
         self._check_images(images)
         if tokens is not None:
@@ -192,15 +192,15 @@ class ImageTower:
         return features.to(torch.promote_types(features.dtype, torch.float32))
 
     # -- refusals -------------------------------------------------------------------------------------------------
-    def _require(self, what: Literal["tokens", "layer_norms"], said: str) -> None:
+    def _require(self, what: Literal["tokens", "layer_norms"], feature: str) -> None:
         if self.takes_tokens if what == "tokens" else self.has_layer_norms:
             return
         kind = type(self.visual).__name__
         if what == "tokens" and self.has_layer_norms:
-            kind += ", which does not read its feature off the class token"
+            kind += ", which does not pool the class token"
         raise BackboneError(
-            f"{self.name} has no {said}: its image tower is a {kind}.\n"
-            f"Vision transformers with a class token can, e.g. --backbone.name {_ABLE}."
+            f"{self.name} has no {feature}: its image tower is a {kind}.\n"
+            f"Use a vision transformer with a class token, e.g. --backbone.name {_ABLE}."
         )
 
     def _check_images(self, images: Tensor) -> None:
@@ -215,7 +215,7 @@ class ImageTower:
             if tuple(images.shape[2:]) != (height, width):
                 raise BackboneError(
                     f"images are {images.shape[2]} x {images.shape[3]} pixels; {self.name} takes {height} x {width}.\n"
-                    "Build the view from backbone.preprocess."
+                    "Build the transform from backbone.preprocess."
                 )
 
     def _check_tokens(self, tokens: VisualTokens, batch: int) -> None:
@@ -227,20 +227,20 @@ class ImageTower:
             raise BackboneError(f"deep visual tokens at layer {wrong[0]}; accepted: 1 to {self.layers - 1}")
         if tokens.deep and tokens.input is None:
             raise BackboneError(
-                "deep visual tokens replace input tokens, and there are none: give VisualTokens.input [V, W] as well"
+                "deep visual tokens replace input tokens, but VisualTokens.input is None; give [V, W] there as well"
             )
         given = {"input": tokens.input} if tokens.input is not None else {}
         given |= {f"layer {layer}": value for layer, value in tokens.deep.items()}
-        for where, value in given.items():
+        for place, value in given.items():
             shape, shared = list(value.shape), [tokens.count, self.width]
             if shape not in (shared, [batch, *shared]):
                 raise BackboneError(
-                    f"visual tokens ({where}) have shape {shape}; expected {shared}, or {[batch, *shared]} per image"
+                    f"visual tokens ({place}) have shape {shape}; expected {shared}, or {[batch, *shared]} per image"
                 )
 
 
 class _Runner(nn.Module):
-    """One callable around the tower, so that ``torch.func.functional_call`` can replace parameters on either path."""
+    """Wrapper of the tower with which ``torch.func.functional_call`` replaces parameters on both paths."""
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ class _Runner(nn.Module):
 
 
 def _step_by_step(visual: Any, images: Tensor, tokens: VisualTokens, added: Added | None) -> Tensor:
-    """Run ``open_clip``'s VisionTransformer step by step; the same operations in the same order, tokens in between."""
+    """Run open_clip's VisionTransformer step by step: the same operations in the same order, with tokens inserted."""
     x = visual.conv1(images).flatten(2).transpose(1, 2)  # [B, patches, W]
     x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
     x = x + visual.positional_embedding.to(x.dtype)
@@ -276,23 +276,24 @@ def _step_by_step(visual: Any, images: Tensor, tokens: VisualTokens, added: Adde
 
 
 def _class_token_alone(block: Any, x: Tensor) -> Tensor:
-    """Return what ``block`` makes of the class token, ``[B, 1, W]``: only it is read behind the last block.
+    """Return the class token after ``block``, ``[B, 1, W]``; only this token is read after the last block.
 
-    Every token answers, only the class token asks and goes through the MLP; exact but for rounding.
+    All tokens provide keys and values. Only the class token provides a query and passes through the MLP. Exact up to
+    rounding.
     """
     if not is_plain(block):
         whole: Tensor = block(x)
         return whole
-    normed, own = block.ln_1(x), x[:, :1]
-    own = own + block.ls_1(block.attention(q_x=normed[:, :1], k_x=normed, v_x=normed))
-    return own + block.ls_2(block.mlp(block.ln_2(own)))  # type: ignore[no-any-return]
+    normed, token = block.ln_1(x), x[:, :1]
+    token = token + block.ls_1(block.attention(q_x=normed[:, :1], k_x=normed, v_x=normed))
+    return token + block.ls_2(block.mlp(block.ln_2(token)))  # type: ignore[no-any-return]
 
 
 def _insert(x: Tensor, tokens: VisualTokens) -> Tensor:
     if tokens.input is None:
         return x
-    own = _each(tokens.input, x)
-    parts = [x[:, :1], own, x[:, 1:]] if tokens.position == "after_class" else [x, own]
+    inserted = _each(tokens.input, x)
+    parts = [x[:, :1], inserted, x[:, 1:]] if tokens.position == "after_class" else [x, inserted]
     return torch.cat(parts, dim=1)
 
 

@@ -1,9 +1,9 @@
-"""Token layouts: everything a method may do to text, said in one form.
+"""Token layouts: the token sequences of all prompts, with slots for context vectors.
 
 A row is the sequence of slots of one class in one group (expert, template or image): start-of-text, fixed tokens and
-context slots, up to and with the position that is pooled (end-of-text). Slots are integers: a token id when not
-negative, and context vector ``m`` as ``-1 - m``. Nothing behind the pooled position is kept, because a causal
-transformer cannot let it matter.
+context slots, up to and including the pooled position (end-of-text). Slots are integers: a token id if not negative,
+and ``-1 - m`` for context vector ``m``. Nothing after the pooled position is kept, because it has no effect in a causal
+transformer.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from vlprompt.errors import BackboneError, ClassNameError, bulleted
 
 Row = Sequence[int]
 Reach = Literal["name", "suffix", "end-of-text"]
-"""Which tokens of a row an update of words reaches: the class name's alone; these and the fixed tokens behind them; or
-these and end-of-text as well. Start-of-text, context, and what stands before the name are never reached."""
+"""Tokens of a row that a word update reaches: the class name's tokens only; also the fixed tokens after them; or also
+end-of-text. Start-of-text, context and the tokens before the name are never reached."""
 
 
 def context_slot(index: int) -> int:
-    """Return the slot that stands for context vector ``index`` (0, 1, ...)."""
+    """Return the slot of context vector ``index`` (0, 1, ...)."""
     return -1 - index
 
 
@@ -34,10 +34,10 @@ class TokenLayout:
     """The slots of C classes in G groups.
 
     Attributes:
-        slots: ``[G, C, L]`` int64 on the CPU: token ids, context slots, and 0 behind the end of a row.
-        lengths: ``[G, C]`` int64: slots per row, the pooled position being the last.
-        class_specific: Whether context vectors belong to one class (``[G, C, M, W]``) or to all (``[G, M, W]``).
-        names: ``[G, C, L]`` booleans: slots that hold a token of the class name; None where that was not said.
+        slots: ``[G, C, L]`` int64 on the CPU: token ids, context slots, and 0 after the end of a row.
+        lengths: ``[G, C]`` int64: number of slots per row; the last one is the pooled position.
+        class_specific: Whether each class has its context vectors (``[G, C, M, W]``) or all share them (``[G, M, W]``).
+        names: ``[G, C, L]`` booleans: slots that hold a token of the class name; None if not known.
     """
 
     slots: Tensor
@@ -56,15 +56,15 @@ class TokenLayout:
         class_specific: bool = False,
         names: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> TokenLayout:
-        """Return the layout of ``groups[g][c]``, one row per class in every group.
+        """Build a layout from the rows ``groups[g][c]``, one per class in every group.
 
         Args:
             groups: The rows.
-            class_specific: Whether every class has context of its own.
-            names: Positions of the class name's tokens in each row; a context slot among them is no such token.
+            class_specific: Whether every class has its own context vectors.
+            names: Positions of the class name's tokens in each row; context slots among them do not count.
 
         Raises:
-            ValueError: No groups, no classes, groups of unequal size, or a row of fewer than two slots.
+            ValueError: No groups, no classes, groups of unequal size, or a row with fewer than two slots.
         """
         counts = {len(rows) for rows in groups}
         if len(counts) != 1 or 0 in counts:
@@ -79,8 +79,8 @@ class TokenLayout:
         if names is None:
             return cls(slots, lengths, class_specific)
         named = torch.zeros_like(slots, dtype=torch.bool)
-        for g, own in enumerate(names):
-            for c, places in enumerate(own):
+        for g, positions in enumerate(names):
+            for c, places in enumerate(positions):
                 named[g, c, list(places)] = True
         return cls(slots, lengths, class_specific, named & (slots >= 0))
 
@@ -96,22 +96,22 @@ class TokenLayout:
 
     @property
     def context_length(self) -> int:
-        """M: context vectors that the rows refer to; 0 when there are none."""
+        """M: number of context vectors in the rows; 0 if there are none."""
         return max(0, -int(self.slots.min()))
 
     @cached_property
     def context_used(self) -> Tensor:
-        """``[G, M]`` booleans: context vectors that the rows of a group refer to; groups may have fewer than M."""
+        """``[G, M]`` booleans: context vectors used by the rows of a group; a group may use fewer than M."""
         used = [(self.slots == context_slot(m)).flatten(1).any(dim=1) for m in range(self.context_length)]
         return torch.stack(used, dim=1) if used else torch.zeros(self.groups, 0, dtype=torch.bool)
 
     def word_index(self, reach: Reach) -> Tensor:
-        """Return ``[G, C, L]`` int64: how far behind the first token of the class name a slot stands, -1 out of reach.
+        """Return ``[G, C, L]`` int64: offset of a slot from the first token of the class name, or -1 out of reach.
 
-        Made once.
+        The result is cached.
 
         Raises:
-            BackboneError: The layout does not say where its class names stand.
+            BackboneError: The positions of the class names are not known.
         """
         if reach not in self.indices:
             with torch.inference_mode(False):
@@ -121,7 +121,7 @@ class TokenLayout:
     def _word_index(self, reach: Reach) -> Tensor:
         if self.names is None:
             raise BackboneError(
-                "an update of class tokens was given, but the layout does not say where the names stand"
+                "an update of class tokens was given, but the layout does not hold the positions of the names"
             )
         place = torch.arange(self.slots.shape[2])
         first = self.names.long().argmax(dim=2, keepdim=True)
@@ -133,12 +133,12 @@ class TokenLayout:
         return torch.where(reached, place - first, -1)
 
     def select(self, start: int, stop: int) -> TokenLayout:
-        """Return the layout of classes ``start`` to ``stop - 1`` alone."""
+        """Return the layout of classes ``start`` to ``stop - 1``."""
         names = None if self.names is None else self.names[:, start:stop]
         return TokenLayout(self.slots[:, start:stop], self.lengths[:, start:stop], self.class_specific, names)
 
     def select_groups(self, groups: Sequence[int]) -> TokenLayout:
-        """Return the layout of these groups alone, made once for every choice."""
+        """Return the layout of these groups; cached for every choice."""
         key = tuple(groups)
         if key not in self.choices:
             chosen = torch.tensor(key, dtype=torch.int64)
@@ -147,15 +147,15 @@ class TokenLayout:
         return self.choices[key]
 
     def repeat_groups(self, count: int) -> TokenLayout:
-        """Return ``count`` copies of a one-group layout: the same words with a context per image."""
+        """Return a one-group layout repeated ``count`` times: the same words with one context per image."""
         expand = (count, -1, -1)
         names = None if self.names is None else self.names.expand(expand)
         return TokenLayout(self.slots.expand(expand), self.lengths.expand(count, -1), self.class_specific, names)
 
     def prefix_lengths(self, reach: Reach | None = None) -> list[int]:
-        """Return for each group how many leading slots all its classes share; the pooled slot is never among them.
+        """Return the number of leading slots that all classes of a group share, per group, without the pooled slot.
 
-        With ``reach``, shared slots also stand equally far behind the first token of the name.
+        With ``reach``, shared slots also have the same offset from the first token of the name.
         """
         same = (self.slots == self.slots[:, :1]).all(dim=1)  # [G, L]
         if reach is not None:
@@ -168,15 +168,15 @@ class TokenLayout:
         return lengths
 
     def plan(self, device: torch.device, reach: Reach | None = None) -> PackPlan:
-        """Return the packing of this layout on ``device`` for an update of words that far, made once."""
+        """Return the packing of this layout on ``device`` for a word update of that reach; cached."""
         key = device, reach
         if key not in self.plans:
-            with torch.inference_mode(False):  # what evaluation makes first, training must be able to use
+            with torch.inference_mode(False):  # a plan cached in evaluation is also used in training
                 self.plans[key] = PackPlan(self, device, reach)
         return self.plans[key]
 
     def token_counts(self) -> tuple[int, int]:
-        """Return ``(packed, padded)``: tokens that the packed algorithm runs, and rows times the longest row."""
+        """Return ``(packed, padded)``: tokens of the packed algorithm, and rows times the longest row."""
         prefix = torch.tensor(self.prefix_lengths())
         packed = int(prefix.sum() + (self.lengths - prefix[:, None]).sum())
         return packed, self.lengths.numel() * self.slots.shape[2]
@@ -184,11 +184,11 @@ class TokenLayout:
 
 @dataclass(frozen=True)
 class WordUpdate:
-    """What is added to the embeddings of class tokens, the same for all classes.
+    """An update that is added to the embeddings of class tokens, the same for all classes.
 
     Attributes:
-        vectors: ``[K, W]``; row j is added to the token that stands j places behind the first token of the class name.
-        reach: Which tokens are meant.
+        vectors: ``[K, W]``; row j is added to the token j places after the first token of the class name.
+        reach: Tokens that the update reaches.
     """
 
     vectors: Tensor
@@ -196,10 +196,10 @@ class WordUpdate:
 
 
 class PackPlan:
-    """Index tensors that lay a :class:`TokenLayout` out as one packed ``[P + T, W]`` tensor.
+    """Index tensors that arrange a :class:`TokenLayout` as one packed ``[P + T, W]`` tensor.
 
-    First the shared prefixes of all groups (P tokens), then the suffixes of all rows (T tokens). Rows are ordered by
-    suffix length, so that rows of one length form a block without padding, then by group and class.
+    The shared prefixes of all groups (P tokens) come first, then the suffixes of all rows (T tokens). Rows are
+    sorted by suffix length, so rows of equal length form a block without padding, then by group and class.
     """
 
     def __init__(self, layout: TokenLayout, device: torch.device, reach: Reach | None = None) -> None:
@@ -211,7 +211,7 @@ class PackPlan:
         row_class = torch.arange(classes).repeat(groups)[order]
         row_length = suffix_lengths[order]
 
-        # Prefix tokens, then suffix tokens: group, class (0 stands for all classes in a prefix) and position of each.
+        # Group, class (0 for all classes of a prefix) and position of each prefix token, then of each suffix token.
         token_row = torch.arange(len(order)).repeat_interleave(row_length)
         start = row_length.cumsum(0) - row_length
         offset = torch.arange(len(token_row)) - start[token_row]
@@ -234,27 +234,27 @@ class PackPlan:
         if layout.class_specific:
             owner = owner * classes + class_[slots < 0]
         self.context_owner, self.context_vector = owner.to(device), vector.to(device)
-        if reach is not None:  # packed tokens that an update of words reaches, and its row for each
+        if reach is not None:  # packed tokens that a word update reaches, and its row for each
             index = layout.word_index(reach)[group, class_, position]
             self.word_at = (index >= 0).nonzero().squeeze(1).to(device)
             self.word_index = index[index >= 0].to(device)
 
-        # Blocks of rows of one suffix length: (length, rows), in order; token ranges follow from them.
+        # Blocks of rows with one suffix length: (length, rows), in order; they determine the token ranges.
         lengths, counts = torch.unique_consecutive(row_length, return_counts=True)
         self.blocks: list[tuple[int, int]] = list(zip(lengths.tolist(), counts.tolist(), strict=True))
         self.pooled_at = (row_length.cumsum(0) - 1).to(device)  # among suffix tokens
         self.restore = torch.argsort(order).to(device)  # rows back into [G, C] order
 
-        # Prefix tokens padded per group [G, Pmax], and which of those are real.
+        # Prefix tokens padded per group [G, Pmax], and a mask of the real ones.
         self.prefix_lengths = prefix.tolist()
         self.prefix_grid, self.prefix_real = _grid(prefix_group, groups, device)
-        # Suffix queries that look at their group's prefix: all of them, and in the last layer only the pooled ones.
+        # Suffix queries that attend to their group's prefix: all of them, but only the pooled ones in the last layer.
         self.suffix_by_group = ByGroup(suffix_group, groups, device)
         self.pooled_by_group = ByGroup(row_group, groups, device)
 
 
 class ByGroup:
-    """Deals ``[T, ...]`` tensors out into ``[G, Tmax, ...]`` by group, and collects them again."""
+    """Distributes ``[T, ...]`` tensors to ``[G, Tmax, ...]`` by group, and collects them again."""
 
     def __init__(self, group: Tensor, groups: int, device: torch.device) -> None:
         self.groups = groups
@@ -267,14 +267,14 @@ class ByGroup:
         self.straight = groups == 1
 
     def deal(self, x: Tensor) -> Tensor:
-        """``[T, ...]`` to ``[G, Tmax, ...]``; places without a token repeat token 0 and are never read back."""
+        """Distribute ``[T, ...]`` to ``[G, Tmax, ...]``; empty places repeat token 0 and are never read back."""
         if self.straight:
             return x.unsqueeze(0)
         dealt: Tensor = _Deal.apply(x, self)
         return dealt.reshape(self.groups, -1, *dealt.shape[1:])
 
     def collect(self, x: Tensor) -> Tensor:
-        """``[G, Tmax, ...]`` back to ``[T, ...]``."""
+        """Collect ``[G, Tmax, ...]`` back to ``[T, ...]``."""
         if self.straight:
             return x.squeeze(0)
         collected: Tensor = _Collect.apply(x.flatten(0, 1), self)
@@ -282,7 +282,7 @@ class ByGroup:
 
 
 class _Deal(torch.autograd.Function):
-    """Gather by ``grid``; the gradient of a permutation is a gather too, many times quicker than scattered sums."""
+    """Gather by ``grid``. The gradient of a permutation is also a gather, which is much faster than scattered sums."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, by: ByGroup) -> Tensor:
@@ -311,7 +311,7 @@ class _Collect(torch.autograd.Function):
 
 
 def _grid(group: Tensor, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return ``[G, N]`` indices of the members of each group (0 where there is none) and which of them are real."""
+    """Return ``[G, N]`` indices of the members of each group, padded with 0, and a mask of the real ones."""
     counts = torch.bincount(group, minlength=groups)
     widest = int(counts.max())
     real = torch.arange(widest)[None] < counts[:, None]
@@ -321,13 +321,13 @@ def _grid(group: Tensor, groups: int, device: torch.device) -> tuple[Tensor, Ten
 
 
 def check_row_lengths(names: Sequence[str], lengths: Sequence[int], limit: int, what: str) -> None:
-    """Raise ClassNameError that lists every name whose prompt does not fit.
+    """Raise ClassNameError that lists every name whose prompt is too long.
 
     Args:
-        names: Class names, C of them.
-        lengths: Tokens of each class's whole prompt, with start- and end-of-text.
-        limit: Tokens that the text tower takes (77 in CLIP).
-        what: The prompt in words, for the message.
+        names: The C class names.
+        lengths: Number of tokens of each class's whole prompt, with start- and end-of-text.
+        limit: Maximum number of tokens of the text tower (77 in CLIP).
+        what: Description of the prompt, for the message.
 
     Raises:
         ClassNameError: At least one prompt is longer than ``limit``.

@@ -1,9 +1,9 @@
-"""CLIP's text tower with context vectors inserted: packed, and padded as its yardstick.
+"""CLIP's text tower with inserted context vectors: a packed algorithm and a padded reference.
 
-CLIP's text transformer is causal, so (1) tokens behind end-of-text cannot change the feature, and (2) what stands
-before the class name is encoded once per group instead of once per class. The packed algorithm runs exactly the tokens
-that matter, back to back in one ``[P + T, W]`` tensor: layer norms, projections and MLPs do no padded work, and the
-last layer runs for pooled tokens alone. The padded algorithm is the published one: every row filled up to 77 tokens.
+CLIP's text transformer is causal, so (1) tokens after end-of-text cannot change the feature, and (2) tokens before the
+class name are encoded once per group instead of once per class. The packed algorithm runs only the tokens that matter,
+concatenated in one ``[P + T, W]`` tensor: layer norms, projections and MLPs process no padding, and the last layer runs
+only for pooled tokens. The padded algorithm is the published one: every row is padded to 77 tokens.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from vlprompt.errors import BackboneError
 
 Algorithm = Literal["packed", "padded", "cut"]
 
-# Activations that one packed token keeps for the backward pass, in widths per layer: layer-norm inputs, q, k, v,
-# attention output, and the MLP's hidden state before and after the activation.
+# Activations kept for the backward pass per packed token, in widths per layer: layer-norm inputs, q, k, v, attention
+# output, and the MLP's hidden state before and after the activation.
 KEPT_WIDTHS = 18
 
 
 class TextTower:
-    """Runs a frozen CLIP text transformer over token layouts; knows nothing about methods.
+    """Frozen CLIP text transformer that encodes token layouts.
 
     Args:
         model: An open_clip model with ``transformer``, ``token_embedding``, ``positional_embedding``, ``ln_final`` and
-            ``text_projection``; its pooling is that of the last slot of each row.
-        tokenizer: open_clip's tokenizer of the model; ``encode`` gives byte-pair ids without special tokens.
+            ``text_projection``, which pools the last slot of each row.
+        tokenizer: open_clip's tokenizer of the model; ``encode`` returns byte-pair ids without special tokens.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -45,7 +45,7 @@ class TextTower:
         self._runner = _Runner(model)
         self.algorithm: Algorithm = "packed" if self._can_pack() else "padded"
         self.classes_per_chunk: int | None = None
-        """Classes encoded at a time, with activations recomputed in the backward pass; None chooses by memory."""
+        """Classes per chunk; chunks recompute activations in the backward pass. None: chosen by memory."""
 
     # -- facts ----------------------------------------------------------------------------------------------------
     @property
@@ -55,31 +55,31 @@ class TextTower:
 
     @property
     def layers(self) -> int:
-        """Number of transformer layers; deep context may be given for layers 1 to ``layers - 1``."""
+        """Number of transformer layers; deep context is accepted for layers 1 to ``layers - 1``."""
         return len(self.model.transformer.resblocks)
 
     @property
     def context_length(self) -> int:
-        """Tokens that a prompt may have, with start- and end-of-text (77 in CLIP)."""
+        """Maximum number of tokens of a prompt, with start- and end-of-text (77 in CLIP)."""
         return int(self.model.positional_embedding.shape[0])
 
     @property
     def causal(self) -> bool:
-        """Whether a token sees only what stands before it."""
+        """Whether a token attends only to earlier tokens."""
         return self.model.attn_mask is not None
 
     def _can_pack(self) -> bool:
-        # The packed path applies the parts of open_clip's plain block itself; any other block takes the padded path.
+        # The packed path repeats the steps of open_clip's plain block; other blocks use the padded path.
         return self.causal and all(is_plain(block) for block in self.model.transformer.resblocks)
 
     # -- words ----------------------------------------------------------------------------------------------------
     def tokens(self, text: str) -> list[int]:
-        """Return the byte-pair ids of ``text`` with start- and end-of-text, however many there are."""
+        """Return the byte-pair ids of ``text`` with start- and end-of-text, without truncation."""
         cleaned = self.tokenizer.clean_fn(text)
         return [self.tokenizer.sot_token_id, *self.tokenizer.encode(cleaned), self.tokenizer.eot_token_id]
 
     def embed(self, tokens: list[int]) -> Tensor:
-        """Return the token embeddings ``[len(tokens), W]``, float32 copies, without positions."""
+        """Return float32 copies of the token embeddings, ``[len(tokens), W]``, without position embeddings."""
         weight = self.model.token_embedding.weight
         ids = torch.tensor(tokens, dtype=torch.int64, device=weight.device)
         vectors: Tensor = weight[ids].detach().float().clone()
@@ -101,28 +101,30 @@ class TextTower:
 
         Args:
             layout: Slots of C classes in G groups.
-            context: ``[G, M, W]``, or ``[G, C, M, W]`` for a class-specific layout (``G`` may be left out when it is
-                one). With a one-group layout, G contexts (one per image) repeat the layout.
-            deep: For chosen layers (1 ... layers - 1), vectors of the same kind that overwrite the context slots at the
-                input of that layer; fewer than M vectors overwrite the first slots. They get no position embedding.
-            words: What is added to the embeddings of class tokens, before positions are.
-            algorithm: ``packed``, ``padded`` (to 77), or ``cut`` (padded to the longest row); default: packed where the
-                tower allows it.
-            overrides: Parameter name inside the tower (:meth:`parameters`) to the tensor used instead.
-            added: What is added inside the blocks.
+            context: ``[G, M, W]``, or ``[G, C, M, W]`` for a class-specific layout (``G`` may be omitted if it is 1).
+                With a one-group layout, G contexts (one per image) repeat the layout.
+            deep: Maps a layer (1 ... layers - 1) to vectors of the same form that overwrite the context slots at the
+                input of that layer, without position embedding; fewer than M vectors overwrite the first slots.
+            words: Update added to the embeddings of class tokens, before position embeddings.
+            algorithm: ``packed``, ``padded`` (to 77), or ``cut`` (padded to the longest row); default: packed if the
+                tower supports it.
+            overrides: Maps a parameter name inside the tower (:meth:`parameters`) to the tensor used instead.
+            added: Additions inside the blocks.
 
         Raises:
-            BackboneError: The packed algorithm was asked of a tower that is not causal; context, words and layout
-                differ; unknown parameter names or shapes, or something added to blocks that are not CLIP's.
+            BackboneError: The packed algorithm was requested of a tower that is not causal; context or words do not
+                match the layout; unknown parameter names or wrong shapes; or additions to blocks that are not CLIP's.
         """
         algorithm = algorithm or self.algorithm
         if algorithm != "padded" and not self._can_pack():
-            raise BackboneError(f"this text tower is not CLIP's causal one; {algorithm!r} text needs it, use 'padded'")
+            raise BackboneError(
+                f"the text algorithm {algorithm!r} needs CLIP's causal text tower, which this one is not; use 'padded'"
+            )
         context, deep = self._checked(layout, context, dict(deep or {}))
         if words is not None:
             self._check_words(layout, words)
         given = [x for x in (context, *deep.values()) if x is not None]
-        if given and len(given[0]) > layout.groups:  # one group, and a context per image
+        if given and len(given[0]) > layout.groups:  # one group with one context per image
             layout = layout.repeat_groups(len(given[0]))
         if added is not None:
             require_plain(self.model.transformer.resblocks, "text tower")
@@ -133,20 +135,22 @@ class TextTower:
             size = min(size, self.classes_per_chunk or self._fitting_classes(layout))
         if size >= layout.classes:
             return run(layout, context, deep, words, algorithm)
-        parts = []
+        features = []
         for start in range(0, layout.classes, size):
             stop = min(start + size, layout.classes)
-            piece = layout.select(start, stop)
-            own = context[:, start:stop] if context is not None and layout.class_specific else context
-            own_deep = {k: v[:, start:stop] if layout.class_specific else v for k, v in deep.items()}
+            chunk = layout.select(start, stop)
+            chunk_context = context[:, start:stop] if context is not None and layout.class_specific else context
+            chunk_deep = {k: v[:, start:stop] if layout.class_specific else v for k, v in deep.items()}
             if torch.is_grad_enabled():
-                parts.append(checkpoint(run, piece, own, own_deep, words, algorithm, use_reentrant=False))
+                features.append(
+                    checkpoint(run, chunk, chunk_context, chunk_deep, words, algorithm, use_reentrant=False)
+                )
             else:
-                parts.append(run(piece, own, own_deep, words, algorithm))
-        return torch.cat(parts, dim=1)
+                features.append(run(chunk, chunk_context, chunk_deep, words, algorithm))
+        return torch.cat(features, dim=1)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the frozen parameters by their names inside the tower, without those of an image tower beside it."""
+        """Return the frozen parameters by their names inside the tower, without those of the image tower."""
         return {name: value for name, value in self.model.named_parameters() if not name.startswith("visual.")}
 
     def _checked(
@@ -156,7 +160,7 @@ class TextTower:
         rank = 4 if layout.class_specific else 3
         longest, slots = layout.slots.shape[2], layout.context_length
         if longest > self.context_length:
-            raise BackboneError(f"a row of {longest} slots; this text tower takes {self.context_length}")
+            raise BackboneError(f"a row has {longest} slots; this text tower takes {self.context_length} or fewer")
         if slots and context is None:
             raise BackboneError(f"the layout has {slots} context slots but no context was given")
         if not slots and context is not None and context.numel():
@@ -165,10 +169,10 @@ class TextTower:
         if wrong:
             raise BackboneError(f"deep context at layer {wrong[0]}; accepted: 1 to {self.layers - 1}")
         if deep and not slots:
-            raise BackboneError("deep context was given, but the layout has no context slots that it could overwrite")
-        whats = {"context": context} if context is not None and slots else {}
-        whats |= {f"deep context of layer {layer}": x for layer, x in sorted(deep.items())}
-        given_groups = [0, *(len(x) for x in whats.values() if x.ndim == rank)]
+            raise BackboneError("deep context was given, but the layout has no context slots to overwrite")
+        contexts = {"context": context} if context is not None and slots else {}
+        contexts |= {f"deep context of layer {layer}": x for layer, x in sorted(deep.items())}
+        given_groups = [0, *(len(x) for x in contexts.values() if x.ndim == rank)]
         groups = max(1, *given_groups) if layout.groups == 1 else layout.groups
 
         def shaped(what: str, x: Tensor) -> Tensor:
@@ -184,7 +188,7 @@ class TextTower:
                 )
             return x.expand(groups, *x.shape[1:])
 
-        checked = {what: shaped(what, x) for what, x in whats.items()}
+        checked = {what: shaped(what, x) for what, x in contexts.items()}
         at_input = checked.pop("context", None)
         return at_input, dict(zip(sorted(deep), checked.values(), strict=True))
 
@@ -192,22 +196,22 @@ class TextTower:
         furthest, shape = int(layout.word_index(words.reach).max()), list(words.vectors.shape)
         if len(shape) != 2 or shape[1] != self.width or shape[0] <= furthest:
             raise BackboneError(
-                f"the update of words has shape {shape}; expected [K, {self.width}] with K of {furthest + 1} or more"
+                f"the word update has shape {shape}; expected [K, {self.width}] with K of {furthest + 1} or more"
             )
 
     def _fitting_classes(self, layout: TokenLayout) -> int:
-        # Decided by the machine's total memory, not by what is free now, so that a repeated run adds up the same way.
+        # The total memory decides, not the free memory, so that a repeated run sums in the same order.
         device = self.model.positional_embedding.device
         if device.type == "cuda":
             total = torch.cuda.get_device_properties(device).total_memory
         else:
             total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        tokens = max(1, layout.token_counts()[0] // layout.classes)  # of one class in all groups
+        tokens = max(1, layout.token_counts()[0] // layout.classes)  # per class, in all groups
         kept = self.layers * KEPT_WIDTHS if torch.is_grad_enabled() else 2 * KEPT_WIDTHS
         return max(1, int(total / 4 / (tokens * self.width * 4 * kept)))
 
     def _finish(self, x: Tensor, layout: TokenLayout) -> Tensor:
-        """Last layer norm and projection of pooled tokens ``[G * C, W]``; float32 (or wider) ``[G, C, D]``."""
+        """Return the features ``[G, C, D]`` of pooled tokens ``[G * C, W]``: last layer norm, projection, float32 or wider."""
         x = self.model.ln_final(x)
         projection = self.model.text_projection
         if isinstance(projection, nn.Linear):
@@ -217,7 +221,7 @@ class TextTower:
         features: Tensor = x.to(torch.promote_types(x.dtype, torch.float32))
         return features.reshape(layout.groups, layout.classes, -1)
 
-    # -- padded: the yardstick --------------------------------------------------------------------------------------
+    # -- padded: the reference ------------------------------------------------------------------------------------
     def _padded(
         self,
         added: Added | None,
@@ -303,7 +307,7 @@ class TextTower:
 
 
 class _Runner(nn.Module):
-    """One callable around the tower, so that ``torch.func.functional_call`` can replace parameters."""
+    """Wrapper of the tower with which ``torch.func.functional_call`` replaces parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -313,7 +317,7 @@ class _Runner(nn.Module):
         return algorithm(*inputs)
 
     def run(self, algorithm: Callable[..., Tensor], overrides: Mapping[str, Tensor], *inputs: Any) -> Tensor:
-        """Return ``algorithm(*inputs)`` with other values of the model's parameters."""
+        """Return ``algorithm(*inputs)`` with ``overrides`` in place of the model's parameters."""
         if not overrides:
             return algorithm(*inputs)
         named = {f"model.{name}": value for name, value in overrides.items()}

@@ -1,4 +1,4 @@
-"""Reading weight files without running anything in them, and fitting them to a network exactly."""
+"""Weight files: reading them without running code in them, and loading them into a network exactly."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _CONVERT = (
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors or torch file, by name, on the CPU; the file's kind is read off its bytes.
+    """Return the tensors of a safetensors or torch file by name, on the CPU; the file's bytes determine its kind.
 
-    Wrappers of training checkpoints (``state_dict``, ``model``, a ``module.`` prefix) are taken off. Torch files are
-    read with ``weights_only=True``; TorchScript archives only where their SHA-256 is that of an OpenAI release.
+    Wrappers of training checkpoints (``state_dict``, ``model``, a ``module.`` prefix) are removed. Torch files are read
+    with ``weights_only=True``, TorchScript archives only if their SHA-256 is that of an OpenAI release.
 
     Raises:
-        BackboneError: No such file, a folder, a cut or foreign file, objects other than tensors, values that are not
-            finite.
+        BackboneError: The file is missing, a folder, cut short or of another kind, or holds objects that are not
+            tensors or values that are not finite.
     """
     if path.is_dir():
         raise BackboneError(
@@ -56,7 +56,7 @@ def _kind(path: Path) -> str:
         raise BackboneError(f"{path} is a Git LFS pointer of {size} bytes, not the weights; run `git lfs pull` there")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise BackboneError(f"{path} is a web page, not weights; download the file itself (the page's `resolve` link)")
-    # A safetensors file begins with "PK" too where its header has 19,280 bytes; JSON follows then.
+    # A safetensors file also begins with "PK" if its header has 19,280 bytes; JSON follows then.
     if head.startswith(b"PK") and head[8:9] != b"{":
         try:
             with zipfile.ZipFile(path) as archive:
@@ -66,7 +66,7 @@ def _kind(path: Path) -> str:
         if any("/code/" in name or name.endswith("constants.pkl") for name in names):
             return "torchscript"
         if not any(name.endswith("data.pkl") for name in names):
-            raise BackboneError(f"{path} is an archive of something else ({', '.join(names[:3])}), not torch weights")
+            raise BackboneError(f"{path} is an archive of other files ({', '.join(names[:3])}), not of torch weights")
         return "torch"
     if path.suffix == ".safetensors" or head[8:9] == b"{":
         return "safetensors"
@@ -94,12 +94,13 @@ def _read_torch(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the reader of tensor lists raises a dozen kinds
-        said = str(error).replace("operand 149", "object")  # the frame that every pickle since Python 3.4 opens with
+    except Exception as error:  # torch.load raises many kinds of errors
+        # operand 149 is the frame opcode that opens every pickle since Python 3.4
+        message = str(error).replace("operand 149", "object")
         if not any(
-            word in said for word in ("Unsupported object", "Unsupported global", "Unsupported class", "GLOBAL")
+            phrase in message for phrase in ("Unsupported object", "Unsupported global", "Unsupported class", "GLOBAL")
         ):
-            reason = (said.strip().splitlines() or [type(error).__name__])[0]
+            reason = (message.strip().splitlines() or [type(error).__name__])[0]
             raise BackboneError(_cut(path, reason[:200])) from None
         raise BackboneError(
             f"{path} holds Python objects, not only tensors; loading them could run code, so it is refused.\n"
@@ -108,7 +109,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def openai_archives() -> dict[str, str]:
-    """Return SHA-256 to file name of OpenAI's TorchScript releases, read off the addresses that open_clip lists."""
+    """Return a map from SHA-256 to file name of OpenAI's TorchScript releases, from the URLs in open_clip."""
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_models_by_tag
 
     urls = [get_pretrained_cfg(name, "openai").get("url", "") for name in list_pretrained_models_by_tag("openai")]
@@ -119,15 +120,15 @@ def _read_openai_archive(path: Path) -> dict[str, Tensor]:
     checksum = file_checksum(path)
     if checksum not in openai_archives():
         raise BackboneError(
-            f"{path} is a TorchScript archive: a program as well as weights. Only OpenAI's releases are opened, and "
-            f"its SHA-256 ({checksum[:12]}...) is none of theirs.\n"
-            "For OpenAI's weights use --backbone.pretrained openai, which takes the safetensors release.\n"
+            f"{path} is a TorchScript archive, which holds a program as well as weights. Only OpenAI's releases are "
+            f"accepted, and its SHA-256 ({checksum[:12]}...) is not one of theirs.\n"
+            "For OpenAI's weights use --backbone.pretrained openai, which loads the safetensors release.\n"
             + _CONVERT.format(load=f"torch.jit.load('{path}', map_location='cpu').state_dict()")
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program: Any = torch.jit.load(str(path), map_location="cpu")
-    # The fields mark the dict as OpenAI's, which decides the activation; some archives keep them as attributes.
+    # The fields mark the dict as OpenAI's, which determines the activation; some archives hold them as attributes.
     state = {name: tensor.detach() for name, tensor in program.state_dict().items()}
     return {name: torch.zeros(()) for name in ARCHIVE_FIELDS} | state
 
@@ -145,10 +146,10 @@ def _checked(state: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(state, Mapping):
         raise BackboneError(f"{path} holds a {type(state).__name__}, not a state dict of named tensors")
     state = {name: value for name, value in state.items() if name not in ARCHIVE_FIELDS or isinstance(value, Tensor)}
-    foreign = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
-    if foreign or not state:
-        found = f"entries that are not tensors: {', '.join(foreign[:5])}" if foreign else "no tensors"
-        raise BackboneError(f"{path} is not a state dict of named tensors: it holds {found}")
+    others = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if others or not state:
+        contents = f"entries that are not tensors: {', '.join(others[:5])}" if others else "no tensors"
+        raise BackboneError(f"{path} is not a state dict of named tensors: it holds {contents}")
     broken = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if broken:
         raise BackboneError(f"{path} holds values that are not finite (NaN or infinity), first in {broken[0]!r}")
@@ -156,10 +157,10 @@ def _checked(state: Any, path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, name: str, source: str) -> None:
-    """Copy ``state`` into ``model``; every tensor must find its place, and every place its tensor.
+    """Copy ``state`` into ``model``; names and shapes must match exactly.
 
     Raises:
-        BackboneError: Missing or unexpected names, or other shapes; the network has not been changed then.
+        BackboneError: Missing or unexpected names, or wrong shapes; the network is unchanged in that case.
     """
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
@@ -168,30 +169,30 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, name: str, so
     fitted = dict(convert_state_dict(model, fitted))  # MobileCLIP's own names
     if "positional_embedding" in fitted and hasattr(model, "text"):
         fitted = dict(convert_to_custom_text_state_dict(fitted))
-    own = model.state_dict()
+    expected = model.state_dict()
     for scalar in ("logit_scale", "logit_bias"):  # stored as [] or as [1]
-        if scalar in fitted and scalar in own and fitted[scalar].numel() == own[scalar].numel():
-            fitted[scalar] = fitted[scalar].reshape(own[scalar].shape)
-    missing = [key for key in own if key not in fitted]
-    unexpected = [key for key in fitted if key not in own]
-    shapes = [key for key in own if key in fitted and own[key].shape != fitted[key].shape]
+        if scalar in fitted and scalar in expected and fitted[scalar].numel() == expected[scalar].numel():
+            fitted[scalar] = fitted[scalar].reshape(expected[scalar].shape)
+    missing = [key for key in expected if key not in fitted]
+    unexpected = [key for key in fitted if key not in expected]
+    shapes = [key for key in expected if key in fitted and expected[key].shape != fitted[key].shape]
     if missing or unexpected or shapes:
         lines = [f"missing: {key}" for key in missing[:4]] + [f"unexpected: {key}" for key in unexpected[:4]]
-        lines += [f"{key}: shape {list(fitted[key].shape)}, expected {list(own[key].shape)}" for key in shapes[:4]]
+        lines += [f"{key}: shape {list(fitted[key].shape)}, expected {list(expected[key].shape)}" for key in shapes[:4]]
         raise BackboneError(
             f"{source} does not fit {name}: {len(missing)} tensors missing, {len(unexpected)} unexpected, "
-            f"{len(shapes)} of another shape.\n{bulleted(lines)}\n{_remedy(state, name, source)}"
+            f"{len(shapes)} with a wrong shape.\n{bulleted(lines)}\n{_remedy(state, name, source)}"
         )
     model.load_state_dict(fitted)
 
 
 def _remedy(state: Mapping[str, Tensor], name: str, source: str) -> str:
-    twin = same_shapes_as(state, source)
-    if twin and twin != name.removesuffix("-quickgelu"):
-        return f"Its sizes are those of {twin}: use --backbone.name {twin}"
+    architecture = same_shapes_as(state, source)
+    if architecture and architecture != name.removesuffix("-quickgelu"):
+        return f"Its sizes match {architecture}: use --backbone.name {architecture}"
     if name == "from-file":
         return "The file is incomplete; download it again."
     return (
-        "Name the architecture of the file (`vlprompt list backbones`), or use --backbone.name from-file, which takes "
-        "the architecture from the shapes of an OpenAI-format file."
+        "Use --backbone.name with the architecture of the file (`vlprompt list backbones`), or from-file, which "
+        "determines the architecture from the shapes of an OpenAI-format file."
     )
