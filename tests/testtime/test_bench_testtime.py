@@ -1,4 +1,4 @@
-"""The benchmark of test-time methods runs as a user would run it, and its last line can be read by a program."""
+"""The benchmark of test-time methods as a command, with its last line as JSON."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def bench(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_tpt_and_tda_are_timed_and_agree() -> None:
-    own = ("--classes", "6", "--images", "2", "--stream", "20", "--threads", "1", "--model", "demo", "--json")
-    done = bench("--method", "tpt,tda", *own)
+    options = ("--classes", "6", "--images", "2", "--stream", "20", "--threads", "1", "--model", "demo", "--json")
+    done = bench("--method", "tpt,tda", *options)
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
     result = json.loads(last)
@@ -32,6 +32,6 @@ def test_tpt_and_tda_are_timed_and_agree() -> None:
 
 
 @pytest.mark.parametrize(("option", "value"), [("--classes", "0"), ("--images", "-1"), ("--method", "tpt,coop")])
-def test_values_that_are_not_accepted_are_refused(option: str, value: str) -> None:
+def test_unaccepted_values_are_refused(option: str, value: str) -> None:
     done = bench(option, value)
     assert done.returncode == 2 and "accepted" in done.stderr

@@ -1,4 +1,4 @@
-"""MTA's robust mean (specs/test_time_and_cache.md 5 and appendix A, X3)."""
+"""MTA's robust mean: reference values, independence of images and edge cases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlprompt.testtime.mta import bandwidths, density, inlierness_step, mean_shi
 
 
 def cloud(seed: int, images: int, views: int, spread: float = 0.7) -> tuple[Tensor, Tensor]:
-    """Unit views ``[B, V, 32]`` around a centre each, and their logits ``[B, V, 6]``."""
+    """Return unit views ``[B, V, 32]`` around one centre per image, and their logits ``[B, V, 6]``."""
     generator = torch.Generator().manual_seed(seed)
     centre = F.normalize(torch.randn(images, 1, 32, generator=generator), dim=-1)
     noise = F.normalize(torch.randn(images, views, 32, generator=generator), dim=-1)
@@ -21,7 +21,7 @@ def cloud(seed: int, images: int, views: int, spread: float = 0.7) -> tuple[Tens
     return unit, 100 * unit @ text.t()
 
 
-def test_the_logits_of_the_appendix() -> None:
+def test_logits_match_reference_values() -> None:
     rng = np.random.RandomState(0)
 
     def unit(x: np.ndarray) -> np.ndarray:
@@ -29,13 +29,13 @@ def test_the_logits_of_the_appendix() -> None:
 
     text = torch.from_numpy(unit(rng.randn(7, 16)))
     views = torch.from_numpy(unit(unit(rng.randn(1, 16)) + 0.6 * unit(rng.randn(64, 16))))[None]
-    found = mean_shift(views, 20 * views @ text.t())
+    result = mean_shift(views, 20 * views @ text.t())
     expected = [9.161828, -3.738809, 1.104933, -3.631958, 1.619083, 3.093603, 2.961292]
-    assert (20 * found.mode @ text.t())[0].tolist() == pytest.approx(expected, abs=2e-6)
+    assert (20 * result.mode @ text.t())[0].tolist() == pytest.approx(expected, abs=2e-6)
 
 
-def test_many_images_at_once_are_as_many_images_alone() -> None:
-    # In double precision: near the tolerance, rounding decides which round is the last.
+def test_images_of_a_batch_are_independent() -> None:
+    # Double precision, because rounding near the tolerance could change the number of rounds.
     views, logits = (x.double() for x in cloud(1, 9, 24))
     together = mean_shift(views, logits)
     for i in range(len(views)):
@@ -44,52 +44,52 @@ def test_many_images_at_once_are_as_many_images_alone() -> None:
         torch.testing.assert_close(alone.inlierness[0], together.inlierness[i], rtol=0, atol=1e-12)
 
 
-def test_an_image_stops_on_its_own_as_a_plain_loop_does() -> None:
+def test_an_image_stops_like_a_plain_loop() -> None:
     views, logits = cloud(2, 1, 16)
-    found = mean_shift(views, logits)
+    result = mean_shift(views, logits)
     mode, scores = views[:, 0], torch.full((1, 16), 1 / 16)
     for _ in range(5):
-        kernel = density(views, mode, found.bandwidth)
+        kernel = density(views, mode, result.bandwidth)
         for _ in range(5):
-            before, scores = scores, inlierness_step(kernel, found.affinity, scores, 4.0, 0.2)
+            before, scores = scores, inlierness_step(kernel, result.affinity, scores, 4.0, 0.2)
             if float((scores - before).norm()) < 1e-6:
                 break
         for _ in range(5):
-            before, mode = mode, mode_step(views, mode, density(views, mode, found.bandwidth), scores)
+            before, mode = mode, mode_step(views, mode, density(views, mode, result.bandwidth), scores)
             if float((mode - before).norm()) < 1e-6:
                 break
-    assert torch.equal(found.mode, mode) and torch.equal(found.inlierness, scores)
+    assert torch.equal(result.mode, mode) and torch.equal(result.inlierness, scores)
 
 
 @pytest.mark.parametrize("views", [1, 2, 5, 40])
-def test_one_view_and_equal_views_are_their_own_mode(views: int) -> None:
-    one, logits = cloud(3, 4, 1)
-    found = mean_shift(one.expand(-1, views, -1), logits.expand(-1, views, -1))
-    torch.testing.assert_close(found.mode, one[:, 0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(found.inlierness, torch.full((4, views), 1 / views))
+def test_the_mode_of_one_view_or_equal_views_is_that_view(views: int) -> None:
+    view, logits = cloud(3, 4, 1)
+    result = mean_shift(view.expand(-1, views, -1), logits.expand(-1, views, -1))
+    torch.testing.assert_close(result.mode, view[:, 0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(result.inlierness, torch.full((4, views), 1 / views))
 
 
 @pytest.mark.parametrize("views", [2, 3, 4])
 def test_few_views_give_finite_results(views: int) -> None:
     unit, logits = cloud(4, 5, views)
-    found = mean_shift(unit, logits)
-    assert bool(found.mode.isfinite().all()) and bool(found.inlierness.isfinite().all())
+    result = mean_shift(unit, logits)
+    assert bool(result.mode.isfinite().all()) and bool(result.inlierness.isfinite().all())
     assert bool((bandwidths(unit) > 0).all())
 
 
-def test_scores_add_up_modes_are_unit_and_outliers_count_little() -> None:
+def test_scores_sum_to_one_modes_are_unit_and_outliers_get_low_scores() -> None:
     views, logits = cloud(5, 3, 32, spread=0.4)
     views = views.clone()
     views[:, 20:] = F.normalize(torch.randn(3, 12, 32, generator=torch.Generator().manual_seed(9)), dim=-1)
-    found = mean_shift(views, logits)
-    torch.testing.assert_close(found.inlierness.sum(dim=1), torch.ones(3))
-    torch.testing.assert_close(found.mode.norm(dim=-1), torch.ones(3))
-    near = (found.mode[:, None] * views).sum(dim=-1)
+    result = mean_shift(views, logits)
+    torch.testing.assert_close(result.inlierness.sum(dim=1), torch.ones(3))
+    torch.testing.assert_close(result.mode.norm(dim=-1), torch.ones(3))
+    near = (result.mode[:, None] * views).sum(dim=-1)
     assert float(near[:, :20].min()) > float(near[:, 20:].max())
-    assert float(found.inlierness[:, 20:].mean()) < float(found.inlierness[:, :20].mean())
+    assert float(result.inlierness[:, 20:].mean()) < float(result.inlierness[:, :20].mean())
 
 
-def test_the_order_of_views_behind_the_first_does_not_matter() -> None:
+def test_the_order_of_views_after_the_first_does_not_matter() -> None:
     views, logits = cloud(6, 2, 20)
     order = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + torch.randperm(19)])
     torch.testing.assert_close(
@@ -97,7 +97,7 @@ def test_the_order_of_views_behind_the_first_does_not_matter() -> None:
     )
 
 
-def test_a_mode_that_no_kernel_reaches_stays() -> None:
+def test_a_mode_with_zero_kernel_does_not_change() -> None:
     views, _ = cloud(7, 1, 4)
     kernel = torch.zeros(1, 4)
     assert torch.equal(mode_step(views, views[:, 0], kernel, torch.full((1, 4), 0.25)), views[:, 0])

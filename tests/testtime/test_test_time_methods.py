@@ -1,4 +1,4 @@
-"""The test-time methods as methods: views in, logits out; starts, saved heads, and what they refuse."""
+"""The test-time methods: scores of views, initial contexts, saved heads and refusals."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SMALL: Mapping[str, dict[str, Any]] = {
 }
 
 
-def make(backbone: Backbone, name: str, **own: Any) -> Any:
+def make(backbone: Backbone, name: str, **options: Any) -> Any:
     torch.manual_seed(0)
-    return create_method(name, backbone, NAMES, **{**SMALL.get(name, {}), **own})
+    return create_method(name, backbone, NAMES, **{**SMALL.get(name, {}), **options})
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +46,18 @@ def maple(tiny_backbone: Backbone) -> PromptMethod:
 
 # -- views ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", EPISODIC)
-def test_images_are_scored_alone_whatever_else_is_in_the_batch(
-    tiny_backbone: Backbone, images: Tensor, name: str
-) -> None:
+def test_images_are_scored_independently_of_their_batch(tiny_backbone: Backbone, images: Tensor, name: str) -> None:
     method = make(tiny_backbone, name)
-    with torch.inference_mode():  # as a user may have it; adaptation differentiates all the same
+    with torch.inference_mode():  # adaptation computes gradients even then
         together = method(images)
-        alone = torch.cat([method(one[None]) for one in images])
+        alone = torch.cat([method(views[None]) for views in images])
     assert together.shape == (3, 5) and not together.requires_grad
     torch.testing.assert_close(alone, together, rtol=1e-3, atol=1e-3)
     assert method(images[:0]).shape == (0, 5)
 
 
 @pytest.mark.parametrize("name", ["tpt", "difftpt", "mta", "zero", "tda"])
-def test_views_may_be_images_or_their_features(tiny_backbone: Backbone, images: Tensor, name: str) -> None:
+def test_views_can_be_images_or_features(tiny_backbone: Backbone, images: Tensor, name: str) -> None:
     method = make(tiny_backbone, name)
     features = tiny_backbone.encode_image(images.flatten(0, 1)).unflatten(0, (3, 6))
     expected = method(images)
@@ -68,7 +66,9 @@ def test_views_may_be_images_or_their_features(tiny_backbone: Backbone, images: 
 
 
 @pytest.mark.parametrize("name", EPISODIC)
-def test_one_image_is_scored_by_the_start_with_a_warning(tiny_backbone: Backbone, images: Tensor, name: str) -> None:
+def test_one_image_is_scored_without_adaptation_and_with_a_warning(
+    tiny_backbone: Backbone, images: Tensor, name: str
+) -> None:
     method = make(tiny_backbone, name)
     with pytest.warns(UserWarning, match=r"give it \d+ views"):
         logits = method(images[:, 0])
@@ -81,7 +81,7 @@ def test_one_image_is_scored_by_the_start_with_a_warning(tiny_backbone: Backbone
 @pytest.mark.parametrize(
     ("name", "count"), [("tpt", 64), ("difftpt", 128), ("mta", 64), ("zero", 64), ("promptalign", 64)]
 )
-def test_views_are_those_of_the_papers(tiny_backbone: Backbone, name: str, count: int) -> None:
+def test_number_of_views_is_that_of_the_papers(tiny_backbone: Backbone, name: str, count: int) -> None:
     views = create_method(name, tiny_backbone, NAMES).test_views
     assert views is not None and views.count == count and not views.augmix
     assert create_method(name, tiny_backbone, NAMES, augmix=True).test_views != views
@@ -91,20 +91,20 @@ def test_views_are_those_of_the_papers(tiny_backbone: Backbone, name: str, count
 @pytest.mark.parametrize("name", ["mta", "zero", "tda"])
 @pytest.mark.parametrize("count", [1, 7])
 def test_one_identical_view_is_zero_shot(tiny_backbone: Backbone, images: Tensor, name: str, count: int) -> None:
-    own = {"positive": False, "negative": False} if name == "tda" else {}
+    options = {"positive": False, "negative": False} if name == "tda" else {}
     expected = create_method("zeroshot", tiny_backbone, NAMES)(images[:, 0])
-    got = make(tiny_backbone, name, **own)(images[:, :1].expand(-1, count, -1, -1, -1))
+    got = make(tiny_backbone, name, **options)(images[:, :1].expand(-1, count, -1, -1, -1))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [*EPISODIC, "tda"])
-def test_one_class_and_repeated_classes_are_served(tiny_backbone: Backbone, images: Tensor, name: str) -> None:
-    own = SMALL.get(name, {})
-    single = create_method(name, tiny_backbone, ["cat"], **own)(images)
+def test_one_class_and_repeated_classes_are_supported(tiny_backbone: Backbone, images: Tensor, name: str) -> None:
+    options = SMALL.get(name, {})
+    single = create_method(name, tiny_backbone, ["cat"], **options)(images)
     assert single.shape == (3, 1) and bool(single.isfinite().all())
-    twice = create_method(name, tiny_backbone, ["cat", "dog", "cat"], **own)(images)
+    twice = create_method(name, tiny_backbone, ["cat", "dog", "cat"], **options)(images)
     assert bool(twice.isfinite().all())
-    if name not in ("zero", "tda"):  # votes, and places in a cache, go to the first of equal classes
+    if name not in ("zero", "tda"):  # votes and cache slots go to the first of equal classes
         torch.testing.assert_close(twice[:, 0], twice[:, 2], rtol=1e-4, atol=1e-3)
 
 
@@ -122,7 +122,7 @@ def test_half_precision_backbones_give_finite_logits(tiny_state_dict: Any, image
     assert logits.dtype == torch.float32 and bool(logits.isfinite().all())
 
 
-# -- starts and heads -------------------------------------------------------------------------------------------------
+# -- initial contexts and heads ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("length", [3, 4])
 @pytest.mark.parametrize("source", ["coop", "kgcoop", "prograd"])
 def test_tpt_starts_from_a_trained_context(tiny_backbone: Backbone, images: Tensor, source: str, length: int) -> None:
@@ -139,14 +139,16 @@ def test_tpt_starts_from_a_trained_context(tiny_backbone: Backbone, images: Tens
 
 
 @pytest.mark.parametrize(
-    ("source", "own", "why"),
+    ("source", "options", "reason"),
     [("coop", {"class_specific": True}, "per class"), ("cocoop", {}, "meta_net"), ("zeroshot", {}, "nothing learned")],
 )
-def test_other_starts_are_refused(tiny_backbone: Backbone, source: str, own: dict[str, Any], why: str) -> None:
+def test_unsuitable_initial_contexts_are_refused(
+    tiny_backbone: Backbone, source: str, options: dict[str, Any], reason: str
+) -> None:
     method = make(tiny_backbone, "difftpt")
     before = method.ctx.clone()
-    with pytest.raises(HeadError, match=why):
-        method.start_from(create_method(source, tiny_backbone, NAMES, **own).trained_state())
+    with pytest.raises(HeadError, match=reason):
+        method.start_from(create_method(source, tiny_backbone, NAMES, **options).trained_state())
     assert torch.equal(method.ctx, before)
 
 
@@ -160,7 +162,7 @@ def test_heads_are_saved_and_loaded(tiny_backbone: Backbone, images: Tensor, nam
         torch.testing.assert_close(loaded(images), method(images), rtol=1e-4, atol=1e-3)
 
 
-def test_a_started_head_keeps_its_context(tiny_backbone: Backbone, images: Tensor, tmp_path: Path) -> None:
+def test_a_saved_head_keeps_its_initial_context(tiny_backbone: Backbone, images: Tensor, tmp_path: Path) -> None:
     method = make(tiny_backbone, "tpt", steps=2)
     method.start_from({"prompt.ctx": torch.randn(6, 128) * 0.02})
     Head(method).save_pretrained(tmp_path / "head")
@@ -170,11 +172,11 @@ def test_a_started_head_keeps_its_context(tiny_backbone: Backbone, images: Tenso
 
 
 # -- TDA --------------------------------------------------------------------------------------------------------------
-def test_the_stream_moves_resets_and_goes_on(tiny_backbone: Backbone, images: Tensor) -> None:
+def test_the_stream_changes_resets_and_continues(tiny_backbone: Backbone, images: Tensor) -> None:
     method = make(tiny_backbone, "tda")
     stream = images.flatten(0, 1)
     whole = method(stream)
-    assert not torch.equal(method(stream), whole)  # the caches are full of the first pass
+    assert not torch.equal(method(stream), whole)  # the caches hold images of the first pass
     method.reset()
     first = method(stream[:10])
     torch.testing.assert_close(first, whole[:10], rtol=1e-4, atol=1e-4)
@@ -187,28 +189,32 @@ def test_the_stream_moves_resets_and_goes_on(tiny_backbone: Backbone, images: Te
         torch.testing.assert_close(
             method.logits(method.image_features(stream)), create_method("zeroshot", tiny_backbone, NAMES)(stream)
         )
-    with pytest.raises(HeadError, match="state of such a TDA stream"):
+    with pytest.raises(HeadError, match="do not match this TDA stream"):
         method.with_classes(["cat", "dog"]).load_stream_state(method.stream_state())
 
 
 # -- PromptAlign ------------------------------------------------------------------------------------------------------
-def test_promptalign_of_no_steps_or_rate_is_maple(tiny_backbone: Backbone, images: Tensor, maple: PromptMethod) -> None:
+def test_promptalign_without_steps_or_rate_is_maple(
+    tiny_backbone: Backbone, images: Tensor, maple: PromptMethod
+) -> None:
     expected = maple(images[:, 0]).detach()
-    for own in ({"steps": 0}, {"lr": 0.0}):
-        method = make(tiny_backbone, "promptalign", **own)
+    for options in ({"steps": 0}, {"lr": 0.0}):
+        method = make(tiny_backbone, "promptalign", **options)
         method.start_from(maple.trained_state())
         torch.testing.assert_close(method(images), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_promptalign_is_a_plain_loop_over_maple(tiny_backbone: Backbone, images: Tensor, maple: PromptMethod) -> None:
-    """Every image alone: MaPLe's parameters, torch's AdamW, statistics of block inputs of the surest views."""
+def test_promptalign_equals_a_plain_loop_over_maple(
+    tiny_backbone: Backbone, images: Tensor, maple: PromptMethod
+) -> None:
+    """The loop tunes MaPLe with torch's AdamW on each image, with the block inputs of the most confident views."""
     import copy
 
     from vlprompt.testtime.alignment import block_inputs
     from vlprompt.testtime.selection import marginal_entropy, most_confident
 
-    own = {"alignment_weight": 100.0, "lr": 0.004, "confidence": 0.5, "steps": 2, "images_at_once": 2}
-    method = make(tiny_backbone, "promptalign", **own)
+    options = {"alignment_weight": 100.0, "lr": 0.004, "confidence": 0.5, "steps": 2, "images_at_once": 2}
+    method = make(tiny_backbone, "promptalign", **options)
     method.start_from(maple.trained_state())
     source = images.flatten(0, 1).flip(-1)
     method.measure_source(source.split(5))
@@ -219,13 +225,13 @@ def test_promptalign_is_a_plain_loop_over_maple(tiny_backbone: Backbone, images:
     torch.testing.assert_close(method.source_variance, variance, rtol=1e-3, atol=1e-5)
     rows = []
     for views in images:
-        one: Any = create_method("maple", tiny_backbone, NAMES, depth=3)
-        one.load_trained_state(copy.deepcopy(maple.trained_state()))
-        optimizer = torch.optim.AdamW([p for _, p in one.trainable_parameters()], 0.004)
-        chosen = most_confident(one(views)[None].detach(), 0.5)[0]
+        tuned: Any = create_method("maple", tiny_backbone, NAMES, depth=3)
+        tuned.load_trained_state(copy.deepcopy(maple.trained_state()))
+        optimizer = torch.optim.AdamW([p for _, p in tuned.trainable_parameters()], 0.004)
+        chosen = most_confident(tuned(views)[None].detach(), 0.5)[0]
         for _ in range(2):
             with block_inputs(tiny_backbone.image, 2) as seen:
-                loss = marginal_entropy(one(views[chosen]))
+                loss = marginal_entropy(tuned(views[chosen]))
             for layer, tokens in enumerate(seen):
                 mean = (tokens.mean(dim=0) - method.source_mean[layer]).abs().mean()
                 spread = (tokens.var(dim=0, unbiased=False) - method.source_variance[layer]).abs().mean()
@@ -233,7 +239,7 @@ def test_promptalign_is_a_plain_loop_over_maple(tiny_backbone: Backbone, images:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        rows.append(one(views[:1])[0].detach())
+        rows.append(tuned(views[:1])[0].detach())
     torch.testing.assert_close(method(images), torch.stack(rows), rtol=1e-3, atol=2e-3)
 
 
@@ -246,7 +252,7 @@ def test_promptalign_keeps_its_statistics(tiny_backbone: Backbone, images: Tenso
     loaded: Any = load_head(tmp_path / "head", tiny_backbone).method
     assert torch.equal(loaded.source_mean, method.source_mean) and loaded.source_mean.shape == (2, 19, 128)
     torch.testing.assert_close(loaded(images), method(images), rtol=1e-3, atol=1e-2)
-    # Statistics belong to the prompts that they were measured with.
+    # Statistics are valid only for the prompts that they were measured with.
     other = make(tiny_backbone, "promptalign", alignment_weight=10.0)
     other.start_from(method.trained_state())
     assert other.source_mean.numel() and other.source_variance.numel()
@@ -260,7 +266,7 @@ def test_promptalign_keeps_its_statistics(tiny_backbone: Backbone, images: Tenso
 
 # -- settings ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("name", "own"),
+    ("name", "options"),
     [
         ("tpt", {"confidence": 0.0}),
         ("tpt", {"lr": -1.0}),
@@ -282,6 +288,6 @@ def test_promptalign_keeps_its_statistics(tiny_backbone: Backbone, images: Tenso
     ],
     ids=str,
 )
-def test_values_that_mean_nothing_are_refused_by_name(tiny_backbone: Backbone, name: str, own: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"settings.{next(iter(own))}"):
-        create_method(name, tiny_backbone, NAMES, **own)
+def test_settings_out_of_range_are_refused_by_name(tiny_backbone: Backbone, name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"settings.{next(iter(options))}"):
+        create_method(name, tiny_backbone, NAMES, **options)

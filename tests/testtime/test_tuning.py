@@ -1,4 +1,4 @@
-"""Tuning many images at once against the published loop: one image, torch's AdamW, 77 tokens (spec 2 and 3)."""
+"""Tuning of many images compared with the published loop: one image, torch's AdamW, 77 tokens."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ NAMES = ["golden_retriever", "jack-o'-lantern", "Boeing 737-200", "annual crop l
 
 
 def views_of(images: int, count: int, seed: int = 0) -> Tensor:
-    """Raw features ``[B, V, 64]`` of views that resemble each other."""
+    """Return raw features ``[B, V, 64]`` of similar views."""
     generator = torch.Generator().manual_seed(seed)
     centre = torch.randn(images, 1, 64, generator=generator)
     return centre + 0.5 * torch.randn(images, count, 64, generator=generator)
 
 
 def published(method: Any, views: Tensor) -> Tensor:
-    """The method as its authors run it: every image alone, all classes padded to 77 tokens in every pass."""
-    backbone, own, rows = method.backbone, method.settings, []
+    """Reference as in the published code: one image at a time, all classes padded to 77 tokens in every pass."""
+    backbone, settings, rows = method.backbone, method.settings, []
     for raw in views:
         unit = F.normalize(raw, dim=-1)
         context = method.ctx.clone().requires_grad_()
-        optimizer = torch.optim.AdamW([context], own.lr)
+        optimizer = torch.optim.AdamW([context], settings.lr)
 
         def scores(unit: Tensor = unit, context: Tensor = context) -> Tensor:
             text = backbone.text.encode(method.layout, context, algorithm="padded")[0]
             return backbone.logit_scale * unit @ F.normalize(text, dim=-1).t()  # type: ignore[no-any-return]
 
         chosen = None
-        for _ in range(own.steps):
+        for _ in range(settings.steps):
             logits = scores()
             if chosen is None:
                 chosen = method.select(logits[None].detach(), unit[None])[0]
@@ -59,51 +59,49 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "own"), CASES, ids=[f"{n}-{'-'.join(map(str, o))}" for n, o in CASES])
-def test_many_images_at_once_score_as_the_published_loop(tiny_backbone: Backbone, name: str, own: Any) -> None:
+@pytest.mark.parametrize(("name", "options"), CASES, ids=[f"{n}-{'-'.join(map(str, o))}" for n, o in CASES])
+def test_many_images_match_the_published_loop(tiny_backbone: Backbone, name: str, options: Any) -> None:
     torch.manual_seed(1)
-    method: Any = create_method(name, tiny_backbone, NAMES, **own)
+    method: Any = create_method(name, tiny_backbone, NAMES, **options)
     views = views_of(5, 10)
     torch.testing.assert_close(method.adapt(views), published(method, views), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 5])
-def test_images_do_not_see_each_other(tiny_backbone: Backbone, at_once: int) -> None:
+def test_images_of_a_batch_are_independent(tiny_backbone: Backbone, at_once: int) -> None:
     method: Any = create_method("difftpt", tiny_backbone, NAMES, steps=3, generated=4, images_at_once=at_once)
     views = views_of(5, 12)
     together = method.tuned(views)
-    alone = [method.tuned(one[None]) for one in views]
+    alone = [method.tuned(result[None]) for result in views]
     for field in ("logits", "losses", "gradients"):
-        each = torch.cat([getattr(one, field) for one in alone])
-        torch.testing.assert_close(each, getattr(together, field), rtol=1e-3, atol=1e-3)
-    assert torch.equal(torch.cat([one.selected for one in alone]), together.selected)
+        stacked = torch.cat([getattr(result, field) for result in alone])
+        torch.testing.assert_close(stacked, getattr(together, field), rtol=1e-3, atol=1e-3)
+    assert torch.equal(torch.cat([result.selected for result in alone]), together.selected)
     order = torch.tensor([3, 0, 4, 2, 1])
     torch.testing.assert_close(method.adapt(views[order]), together.logits[order], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["tpt", "difftpt"])
-@pytest.mark.parametrize("own", [{"lr": 0.0}, {"steps": 0}], ids=str)
-def test_a_rate_or_number_of_steps_of_nothing_is_zero_shot(
-    tiny_backbone: Backbone, name: str, own: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("options", [{"lr": 0.0}, {"steps": 0}], ids=str)
+def test_zero_rate_or_zero_steps_is_zero_shot(tiny_backbone: Backbone, name: str, options: dict[str, Any]) -> None:
     views = views_of(3, 8)
     expected = create_method("zeroshot", tiny_backbone, NAMES)(views[:, 0])
-    method: Any = create_method(name, tiny_backbone, NAMES, **own)
+    method: Any = create_method(name, tiny_backbone, NAMES, **options)
     torch.testing.assert_close(method.adapt(views), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_the_first_step_is_a_step_along_signs(tiny_backbone: Backbone) -> None:
+def test_the_first_step_follows_the_signs_of_the_gradient(tiny_backbone: Backbone) -> None:
     method: Any = create_method("tpt", tiny_backbone, NAMES)
-    found = method.tuned(views_of(3, 10))
-    gradient = found.gradients[:, 0]
+    tuned = method.tuned(views_of(3, 10))
+    gradient = tuned.gradients[:, 0]
     expected = method.ctx * 0.99995 - 0.005 * gradient / (gradient.abs() + 1e-8)
-    torch.testing.assert_close(found.contexts[:, 0], expected, rtol=0, atol=1e-7)
+    torch.testing.assert_close(tuned.contexts[:, 0], expected, rtol=0, atol=1e-7)
 
 
-def test_equal_views_have_the_loss_and_gradient_of_one(tiny_backbone: Backbone) -> None:
+def test_equal_views_have_the_loss_and_gradient_of_one_view(tiny_backbone: Backbone) -> None:
     method: Any = create_method("tpt", tiny_backbone, NAMES, confidence=1.0)
-    one = views_of(2, 1)
-    single, several = method.tuned(one), method.tuned(one.expand(-1, 6, -1))
+    views = views_of(2, 1)
+    single, several = method.tuned(views), method.tuned(views.expand(-1, 6, -1))
     torch.testing.assert_close(several.losses, single.losses, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(several.gradients, single.gradients, rtol=1e-4, atol=1e-6)
 
@@ -118,9 +116,9 @@ def test_the_jacobian_gives_the_gradients_of_backward_passes(
     tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "_CLASSES_AT_ONCE", 2)
-    own: dict[str, Any] = {"context_init": "a photo of [CLS] at dusk", "confidence": 0.4}
-    plain: Any = create_method("tpt", tiny_backbone, NAMES, **own)
-    other: Any = create_method("tpt", tiny_backbone, NAMES, jacobian=True, **own)
+    options: dict[str, Any] = {"context_init": "a photo of [CLS] at dusk", "confidence": 0.4}
+    plain: Any = create_method("tpt", tiny_backbone, NAMES, **options)
+    other: Any = create_method("tpt", tiny_backbone, NAMES, jacobian=True, **options)
     views = views_of(4, 10)
     torch.testing.assert_close(other.tuned(views).gradients, plain.tuned(views).gradients, rtol=1e-3, atol=1e-5)
     derivatives = other._derivatives
@@ -135,12 +133,12 @@ def test_the_jacobian_gives_the_gradients_of_backward_passes(
         create_method("tpt", tiny_backbone, NAMES, jacobian=True)(views)
 
 
-def test_without_generated_pictures_and_filter_difftpt_is_tpt(tiny_backbone: Backbone) -> None:
+def test_difftpt_without_generated_images_and_cosine_filter_is_tpt(tiny_backbone: Backbone) -> None:
     views = views_of(3, 20)
     same: dict[str, Any] = {"confidence": 0.1, "steps": 1, "crops": 19}
     tpt, difftpt = (
-        create_method(name, tiny_backbone, NAMES, **own)
-        for name, own in (("tpt", same), ("difftpt", {**same, "similarity": 1.0, "generated": 0}))
+        create_method(name, tiny_backbone, NAMES, **options)
+        for name, options in (("tpt", same), ("difftpt", {**same, "similarity": 1.0, "generated": 0}))
     )
     assert torch.equal(difftpt(views), tpt(views))
 
@@ -150,20 +148,20 @@ def test_chunks_of_classes_change_nothing(tiny_backbone: Backbone, monkeypatch: 
     views = views_of(3, 10)
     expected = method.tuned(views)
     monkeypatch.setattr(tiny_backbone.text, "classes_per_chunk", 2)
-    found = method.tuned(views)
-    torch.testing.assert_close(found.gradients, expected.gradients, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-3)
+    chunked = method.tuned(views)
+    torch.testing.assert_close(chunked.gradients, expected.gradients, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(chunked.logits, expected.logits, rtol=1e-4, atol=1e-3)
 
 
-def test_a_confident_loss_with_nothing_to_gain_moves_by_decay_alone(tiny_backbone: Backbone) -> None:
+def test_zero_loss_changes_the_context_only_by_decay(tiny_backbone: Backbone) -> None:
     method: Any = create_method("tpt", tiny_backbone, ["cat"])
-    found = method.tuned(views_of(2, 10))  # one class: entropy 0, gradient 0
-    assert torch.equal(found.losses, torch.zeros(2, 1))
-    torch.testing.assert_close(found.contexts[:, 0], (method.ctx * 0.99995).expand(2, -1, -1))
+    tuned = method.tuned(views_of(2, 10))  # one class: entropy 0, gradient 0
+    assert torch.equal(tuned.losses, torch.zeros(2, 1))
+    torch.testing.assert_close(tuned.contexts[:, 0], (method.ctx * 0.99995).expand(2, -1, -1))
 
 
 @pytest.mark.parametrize("steps", [1, 5])
-def test_stacked_adamw_is_torchs_for_every_row(steps: int) -> None:
+def test_stacked_adamw_equals_torchs_for_every_row(steps: int) -> None:
     generator = torch.Generator().manual_seed(3)
     start = torch.randn(3, 4, 5, generator=generator)
     gradients = torch.randn(steps, 3, 4, 5, generator=generator)

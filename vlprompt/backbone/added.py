@@ -66,7 +66,7 @@ class Added:
         return both
 
     def finish(self, attention: Any, layer: int, normed: Tensor, attended: Tensor) -> Tensor:
-        """Return what joins the residual stream ``[..., W]``, given the concatenated heads ``attended`` ``[..., W]``."""
+        """Return the attention's result ``[..., W]`` from the concatenated heads ``attended`` ``[..., W]``."""
         out: Tensor = attention.out_proj(attended)
         update, after = self.projections.get((layer, "o")), self.after_attention.get(layer)
         if update is not None:

@@ -211,7 +211,7 @@ class TextTower:
         return max(1, int(total / 4 / (tokens * self.width * 4 * kept)))
 
     def _finish(self, x: Tensor, layout: TokenLayout) -> Tensor:
-        """Return the features ``[G, C, D]`` of pooled tokens ``[G * C, W]``: last layer norm, projection, float32 or wider."""
+        """Return features ``[G, C, D]``, float32 or wider, of pooled tokens ``[G * C, W]`` (layer norm, projection)."""
         x = self.model.ln_final(x)
         projection = self.model.text_projection
         if isinstance(projection, nn.Linear):

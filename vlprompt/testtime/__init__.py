@@ -1,1 +1,1 @@
-"""Adaptation to single test images."""
+"""Adaptation to single test images, independent of methods."""

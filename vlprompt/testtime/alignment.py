@@ -1,8 +1,8 @@
 """Alignment of a test image's tokens with those of source images (PromptAlign, Abdul Samadh et al., NeurIPS 2023).
 
-Means and variances of the image tower's tokens, per layer, position and channel, over the views of a test image should
-be those over the images that the prompts were trained on (arXiv 2311.01459). The published code takes what goes into a
-block, with that layer's prompts in place.
+The loss compares means and variances of the image tower's tokens, per layer, position and channel: those over the views
+of a test image with those over source images (arXiv 2311.01459). As in the published code, the tokens are the inputs of
+the blocks, with that layer's prompts inserted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vlprompt.testtime.tuning import StackedAdamW
 
 @contextmanager
 def block_inputs(tower: ImageTower, layers: int) -> Iterator[list[Tensor]]:
-    """Record what goes into the first ``layers`` blocks while images are encoded: a list of ``[B, T, W]``."""
+    """Record the inputs of the first ``layers`` blocks while images are encoded: a list of ``[B, T, W]``."""
     seen: list[Tensor] = []
     blocks = tower.visual.transformer.resblocks[:layers]
     hooks = [block.register_forward_pre_hook(lambda block, inputs: seen.append(inputs[0])) for block in blocks]
@@ -34,9 +34,9 @@ def block_inputs(tower: ImageTower, layers: int) -> Iterator[list[Tensor]]:
 
 
 def aligned_layers(tower: ImageTower, depth: int) -> int:
-    """Return how many layers are aligned: the published loop stops one before ``depth`` of them.
+    """Return the number of aligned layers: ``depth - 1``, as in the published loop.
 
-    The last block is never among them, because only its class token is computed.
+    The last block is never aligned, because only its class token is computed.
     """
     return max(0, min(depth - 1, tower.layers - 1))
 
@@ -49,11 +49,11 @@ def token_statistics(
     Args:
         tower: The image tower.
         batches: Normalised images ``[B, 3, H, W]``.
-        tokens: The prompts that the images are encoded with.
+        tokens: Prompts inserted into the image tower.
         layers: L.
 
     Raises:
-        ConfigError: No images.
+        ConfigError: There are no images.
     """
     count, total, squares = 0, None, None
     for images in batches:
@@ -67,13 +67,13 @@ def token_statistics(
         squares = sums[1] if squares is None else squares + sums[1]
         count += len(images)
     if total is None or squares is None:
-        raise ConfigError("there are no images to compute source statistics from; accepted: one or more of them")
+        raise ConfigError("there are no images to compute source statistics from; accepted: one or more")
     mean = total / count
     return mean.float(), (squares / count - mean.square()).clamp(min=0).float()
 
 
 def alignment_loss(seen: list[Tensor], views: int, mean: Tensor, variance: Tensor) -> Tensor:
-    """Return ``[B]``: over the layers, the sum of half the mean absolute differences of means and of variances.
+    """Return ``[B]``: half the mean absolute difference of means and of variances, summed over the layers.
 
     Args:
         seen: L tensors ``[B * n, T, W]``, the tokens of n views of each image.
@@ -82,23 +82,23 @@ def alignment_loss(seen: list[Tensor], views: int, mean: Tensor, variance: Tenso
         variance: Source variances ``[L, T, W]``.
     """
     tokens = torch.stack(seen).unflatten(1, (-1, views))  # [L, B, n, T, W]
-    own_mean = tokens.mean(dim=2)
-    own_variance = (tokens - own_mean[:, :, None]).square().mean(dim=2)
-    first = (own_mean - mean[:, None]).abs().mean(dim=(2, 3))
-    second = (own_variance - variance[:, None]).abs().mean(dim=(2, 3))
-    loss: Tensor = (0.5 * first + 0.5 * second).sum(dim=0)
+    view_mean = tokens.mean(dim=2)
+    view_variance = (tokens - view_mean[:, :, None]).square().mean(dim=2)
+    mean_gap = (view_mean - mean[:, None]).abs().mean(dim=(2, 3))
+    variance_gap = (view_variance - variance[:, None]).abs().mean(dim=(2, 3))
+    loss: Tensor = (0.5 * mean_gap + 0.5 * variance_gap).sum(dim=0)
     return loss
 
 
 def coupled_tokens(values: Mapping[str, Tensor], views: int) -> tuple[Tensor, dict[int, Tensor], VisualTokens]:
-    """Return text context, deep text context and image tokens of B images that have coupled prompts of their own.
+    """Return text context, deep text context and image tokens of B images, each with its own coupled prompts.
 
     Args:
         values: The tensors of :class:`vlprompt.prompts.CoupledPrompts` by name, each with a leading B.
-        views: n images of each are encoded: image tokens are ``[B * n, M, W]``.
+        views: n, the number of views per image; image tokens are ``[B * n, M, W]``.
 
     Returns:
-        ``[B, M, W]``, layer to ``[B, M, W]``, and the tokens.
+        Context ``[B, M, W]``, a map from layer to deep context ``[B, M, W]``, and the image tokens.
     """
     depth = sum(name.startswith("context.deep.") for name in values)
     context = values["context.ctx"]
@@ -114,15 +114,16 @@ def coupled_tokens(values: Mapping[str, Tensor], views: int) -> tuple[Tensor, di
 
 @dataclass(frozen=True)
 class CoupledTuner:
-    """Tunes coupled prompts of both towers on every test image, and scores its view 0.
+    """Tunes coupled prompts of both towers on every test image, then scores its view 0.
 
     Attributes:
-        score: From prompts by name, each with a leading B, images ``[B * n, 3, H, W]`` and n to logits ``[B, n, C]``.
-        tower: The image tower, whose tokens are aligned.
-        lr: AdamW's step size.
-        steps: Steps for every image, one or more.
+        score: Takes prompts by name, each with a leading B, images ``[B * n, 3, H, W]`` and n; returns logits
+            ``[B, n, C]``.
+        tower: The image tower with the aligned tokens.
+        lr: Step size of AdamW.
+        steps: Steps per image, one or more.
         weight: Factor of :func:`alignment_loss`.
-        layers: Layers that are aligned; 0 for none.
+        layers: Number of aligned layers; 0 for none.
     """
 
     score: Callable[[Mapping[str, Tensor], Tensor, int], Tensor]
@@ -140,17 +141,17 @@ class CoupledTuner:
         source: tuple[Tensor, Tensor],
         images_at_once: int,
     ) -> Tensor:
-        """Return what :meth:`tune` does, with so many images at a time: a matter of memory only."""
-        parts = zip(first.split(images_at_once), kept.split(images_at_once), strict=True)
-        return torch.cat([self.tune(start, *part, source) for part in parts])
+        """Return the result of :meth:`tune`, computed for ``images_at_once`` images at a time to limit memory."""
+        chunks = zip(first.split(images_at_once), kept.split(images_at_once), strict=True)
+        return torch.cat([self.tune(start, *chunk, source) for chunk in chunks])
 
     def tune(self, start: Mapping[str, Tensor], first: Tensor, kept: Tensor, source: tuple[Tensor, Tensor]) -> Tensor:
         """Return the logits ``[B, C]`` of test views ``first`` ``[B, 3, H, W]``.
 
         Args:
-            start: Prompts that every image begins with, by name.
+            start: Initial prompts of every image, by name.
             first: The test views.
-            kept: The views ``[B, n, 3, H, W]`` that drive the loss.
+            kept: The views ``[B, n, 3, H, W]`` used in the loss.
             source: Mean and variance ``[L, T, W]`` of source tokens.
         """
         count = kept.shape[1]
@@ -163,14 +164,14 @@ class CoupledTuner:
                     loss = marginal_entropy(self.score(values, kept.flatten(0, 1), count))
                 if seen:
                     loss = loss + self.weight * alignment_loss(seen, count, *source)
-                found = torch.autograd.grad(loss.sum(), list(values.values()))
-            values = optimizer.step(values, dict(zip(values, found, strict=True)))
+                gradients = torch.autograd.grad(loss.sum(), list(values.values()))
+            values = optimizer.step(values, dict(zip(values, gradients, strict=True)))
         with torch.no_grad():
             return self.score(values, first, 1)[:, 0]
 
 
 def as_buffers(module: nn.Module) -> list[str]:
-    """Turn the parameters of ``module`` into buffers of the same names, which nothing trains; return the names."""
+    """Turn the parameters of ``module`` into buffers, which are not trained, and return their names."""
     names = [name for name, _ in module.named_parameters()]
     for name in names:
         owner, _, last = name.rpartition(".")

@@ -1,7 +1,7 @@
 """MTA: a robust mean of the views' features (Zanella and Ben Ayed, CVPR 2024; arXiv 2405.02266).
 
-Mean shift whose points are weighted by inlierness scores, which in turn prefer views near the mode and views that
-predict alike (constants of the published code). No gradients, no text after the classifier.
+A mean shift weights the views by inlierness scores. The scores favour views near the mode and views with similar
+predictions. The constants are those of the published code. No gradients are needed.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LEAST_BANDWIDTH = 1e-12  # of squared bandwidths: views that coincide would divide 0 by 0
+_LEAST_BANDWIDTH = 1e-12  # of squared bandwidths; avoids 0 / 0 for identical views
 
 
 @dataclass(frozen=True)
 class MeanShift:
-    """Where the views of B images agree.
+    """Modes and inlierness scores of the views of B images.
 
     Attributes:
-        mode: ``[B, D]``, unit.
-        inlierness: ``[B, V]``, each image's adds up to 1.
-        bandwidth: ``[B, V]`` of the kernel around each view; squared it is half the mean squared distance to the
-            nearest views.
+        mode: ``[B, D]``, unit vectors.
+        inlierness: ``[B, V]``; the scores of an image sum to 1.
+        bandwidth: ``[B, V]``, bandwidth of the kernel around each view: the root of half the mean squared distance to
+            the nearest views.
         affinity: ``[B, V, V]`` inner products of the views' class probabilities.
     """
 
@@ -34,17 +34,17 @@ class MeanShift:
 
 
 def affinities(logits: Tensor) -> Tensor:
-    """Return the inner products ``[B, V, V]`` of class probabilities, of ``logits`` ``[B, V, C]``."""
+    """Return the inner products ``[B, V, V]`` of the class probabilities of ``logits`` ``[B, V, C]``."""
     p = logits.softmax(dim=-1)
     return p @ p.transpose(1, 2)
 
 
 def bandwidths(views: Tensor, neighbours: float = 0.3) -> Tensor:
-    """Return ``[B, V]``, the root of half the mean squared distance of each view to its nearest ones.
+    """Return ``[B, V]``: the root of half the mean squared distance of each view to its nearest views.
 
     Args:
         views: Unit features ``[B, V, D]``.
-        neighbours: Fraction of the other V - 1 views that count as near; at least one does.
+        neighbours: Fraction of the other V - 1 views that count as nearest; at least one view.
     """
     count = views.shape[1]
     if count == 1:
@@ -71,7 +71,7 @@ def mode_step(views: Tensor, mode: Tensor, kernel: Tensor, scores: Tensor) -> Te
     weights = kernel * scores
     total = weights.sum(dim=-1, keepdim=True)
     mean = (weights[..., None] * views).sum(dim=1) / total.clamp(min=torch.finfo(total.dtype).tiny)
-    # Where every kernel underflows no view pulls, and the mode stays.
+    # If every kernel underflows, the mode does not change.
     return torch.where(total > 0, F.normalize(mean, dim=-1), mode)
 
 
@@ -85,15 +85,16 @@ def mean_shift(
     rounds: int = 5,
     tolerance: float = 1e-6,
 ) -> MeanShift:
-    """Return modes and scores of B images; each stops on its own, as if it were alone.
+    """Return modes and scores of B images; each image stops independently of the others.
 
     Args:
-        views: Unit features ``[B, V, D]``; the search begins at view 0. One view, or equal ones, are their own mode.
-        logits: ``[B, V, C]`` of the views.
-        lambda_q: Weight of agreement between predictions.
-        lambda_y: Weight of the scores' entropy: small values trust few views.
+        views: Unit features ``[B, V, D]``; the search starts at view 0. The mode of one view, or of equal views, is
+            that view.
+        logits: Logits ``[B, V, C]`` of the views.
+        lambda_q: Weight of the agreement between predictions.
+        lambda_y: Weight of the entropy of the scores; small values select few views.
         neighbours: See :func:`bandwidths`.
-        rounds: Outer rounds, all of which are made, and the most inner rounds of either kind.
+        rounds: Number of outer rounds, and maximum number of inner rounds of either kind.
         tolerance: Change (2-norm) below which inner rounds stop.
     """
     affinity, bandwidth = affinities(logits), bandwidths(views, neighbours)

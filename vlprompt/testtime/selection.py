@@ -1,4 +1,4 @@
-"""Which views of a test image are believed: entropies, confidence selection, and DiffTPT's filters."""
+"""Selection of views of a test image: entropies, confidence selection and DiffTPT's filters."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def marginal_entropy(logits: Tensor) -> Tensor:
-    """Return the entropy ``[...]`` in nats of the mean softmax of n views, ``logits`` ``[..., n, C]``: TPT's loss.
+    """Return TPT's loss: the entropy ``[...]`` in nats of the mean softmax of n views, ``logits`` ``[..., n, C]``.
 
-    Computed from log probabilities, so that a probability that underflows costs nothing.
+    It is computed from log probabilities, so probabilities may underflow.
     """
     mean = logits.log_softmax(dim=-1).logsumexp(dim=-2) - math.log(logits.shape[-2])
     mean = mean.clamp(min=torch.finfo(mean.dtype).min)
@@ -39,37 +39,37 @@ def marginal_entropy(logits: Tensor) -> Tensor:
 
 
 def kept(count: int, fraction: float) -> int:
-    """Return how many of ``count`` views a filter keeps: ``int(count * fraction)``, but never none of some."""
+    """Return the number of views that a filter keeps of ``count``: ``int(count * fraction)``, but at least 1 if any."""
     return min(count, max(1, int(count * fraction)))
 
 
 def most_confident(logits: Tensor, fraction: float) -> Tensor:
-    """Return the views of least entropy, ``[B, n]``, the surest first (TPT: select_confident_samples).
+    """Return the views of lowest entropy ``[B, n]``, most confident first (TPT: select_confident_samples).
 
     Args:
-        logits: ``[B, V, C]``; view 0 competes like any other.
-        fraction: Of V; at least one view is kept.
+        logits: ``[B, V, C]``; view 0 is treated like the others.
+        fraction: Fraction of V; at least one view is kept.
     """
     order = entropy(logits).argsort(dim=-1, stable=True)
     return order[:, : kept(logits.shape[1], fraction)]
 
 
 def gather_views(values: Tensor, views: Tensor) -> Tensor:
-    """Return ``values`` ``[B, V, ...]`` of the chosen ``views`` ``[B, n]``: ``[B, n, ...]``."""
+    """Return the entries ``[B, n, ...]`` of ``values`` ``[B, V, ...]`` at the chosen ``views`` ``[B, n]``."""
     return values[torch.arange(len(values), device=values.device)[:, None], views]
 
 
 def similarity_to_first(vectors: Tensor) -> Tensor:
-    """Return the cosine ``[B, V - 1]`` of ``vectors`` ``[B, V, K]`` of every other view with that of view 0."""
+    """Return the cosines ``[B, V - 1]`` between view 0 and the other views of ``vectors`` ``[B, V, K]``."""
     return F.cosine_similarity(vectors[:, :1], vectors[:, 1:], dim=-1, eps=1e-8)
 
 
 def most_similar(vectors: Tensor, fraction: float) -> Tensor:
-    """Return the numbers ``[B, k]`` of the views nearest to view 0 by cosine, the nearest first; never view 0 itself.
+    """Return the indices ``[B, k]`` of the views nearest to view 0 by cosine, nearest first, without view 0.
 
     Args:
         vectors: Logits ``[B, V, C]`` or features ``[B, V, D]``.
-        fraction: Of V - 1; at least one view is kept where there is one.
+        fraction: Fraction of V - 1; at least one view is kept if there is one.
     """
     order = similarity_to_first(vectors).argsort(dim=-1, descending=True, stable=True)
     return order[:, : kept(vectors.shape[1] - 1, fraction)] + 1
@@ -77,13 +77,13 @@ def most_similar(vectors: Tensor, fraction: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Filtered:
-    """What DiffTPT's two filters keep of each image.
+    """Views kept by DiffTPT's two filters.
 
     Attributes:
-        similar: ``[B, k]`` view numbers that the cosine filter keeps, the nearest first.
-        confident: ``[B, n]`` positions in ``candidates`` that the entropy filter keeps, the surest first.
-        candidates: ``[B, m]`` view numbers that the entropy filter chooses among.
-        selected: ``[B, n]`` view numbers.
+        similar: ``[B, k]``, indices of the views kept by the cosine filter, nearest first.
+        confident: ``[B, n]``, positions in ``candidates`` kept by the entropy filter, most confident first.
+        candidates: ``[B, m]``, indices of the views that the entropy filter chooses from.
+        selected: ``[B, n]``, indices of the selected views.
     """
 
     similar: Tensor
@@ -104,13 +104,13 @@ def filter_views(
     """Return DiffTPT's selection; the two variants are described in :mod:`vlprompt.methods.difftpt`.
 
     Args:
-        logits: ``[B, V, C]``: the test view, standard augmentations, generated pictures.
-        features: ``[B, V, D]``, unit.
-        similarity: Fraction that the cosine filter keeps.
-        confidence: Fraction that the entropy filter keeps.
-        generated: How many views at the end are generated pictures.
-        variant: ``code`` filters all views by the cosine of their logits, then by entropy; ``paper`` filters standard
-            views by entropy alone and generated ones by the cosine of their features, then by entropy.
+        logits: ``[B, V, C]`` of the test view, standard augmentations and generated images, in this order.
+        features: ``[B, V, D]``, unit vectors.
+        similarity: Fraction kept by the cosine filter.
+        confidence: Fraction kept by the entropy filter.
+        generated: Number of generated images, which are the last views.
+        variant: ``code`` filters all views by the cosine of their logits, then by entropy. ``paper`` filters standard
+            views only by entropy, and generated ones by the cosine of their features, then by entropy.
     """
     if variant == "code":
         similar = most_similar(logits, similarity)
@@ -120,16 +120,16 @@ def filter_views(
     first = torch.arange(standard, device=logits.device).expand(len(logits), -1)
     if not generated:
         return _by_entropy(logits, first[:, :0], [first], confidence)
-    beside_first = torch.cat([features[:, :1], features[:, standard:]], dim=1)
-    similar = most_similar(beside_first, similarity) + standard - 1
+    with_generated = torch.cat([features[:, :1], features[:, standard:]], dim=1)
+    similar = most_similar(with_generated, similarity) + standard - 1
     return _by_entropy(logits, similar, [first, similar], confidence)
 
 
 def _by_entropy(logits: Tensor, similar: Tensor, groups: Sequence[Tensor], confidence: float) -> Filtered:
-    """Keep a fraction of each group of candidate views ``[B, m]``."""
-    confident, before = [], 0
+    """Keep the most confident fraction of each group of candidate views ``[B, m]``."""
+    confident, offset = [], 0
     for views in groups:
-        confident.append(most_confident(gather_views(logits, views), confidence) + before)
-        before += views.shape[1]
+        confident.append(most_confident(gather_views(logits, views), confidence) + offset)
+        offset += views.shape[1]
     candidates, positions = torch.cat(list(groups), dim=1), torch.cat(confident, dim=1)
     return Filtered(similar, positions, candidates, candidates.gather(1, positions))

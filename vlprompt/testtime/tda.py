@@ -1,9 +1,9 @@
 """TDA: caches of confident test images that grow along the stream (Karmanov et al., CVPR 2024; arXiv 2403.18293).
 
-Which image enters which slot depends on entropies and predictions alone, never on the caches' own scores. So the
-insertions of a block of images are played through first, on plain numbers; then every image's affinities to the items
-that were alive at its turn are two matrix products for the whole block. That is exact, image by image, and the cut
-into blocks does not matter.
+Entropies and predictions determine which image enters which slot; the scores of the caches do not matter. The
+insertions of a block of images are therefore simulated first, on plain numbers. Then two matrix products per block
+give every image's affinities to the items present at its turn. The result is exact for every image and does not depend
+on the block size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NEVER = 2**62
 
 @dataclass(frozen=True)
 class PositiveCache:
-    """Images with the class they are predicted to be.
+    """Confident images with their predicted class.
 
     Attributes:
         capacity: Images per class.
@@ -39,15 +39,15 @@ class PositiveCache:
 
 @dataclass(frozen=True)
 class NegativeCache:
-    """Uncertain images with the classes that they might be.
+    """Uncertain images with their possible classes.
 
     Attributes:
         capacity: Images per class.
         alpha: Weight of the cache's logits, which are subtracted.
         beta: Sharpness of affinities.
-        entropy: Bounds (both excluded) of the entropy in nats over log2(C) that lets an image in. That ratio is at most
-            0.693: the published code divides by an entropy in bits.
-        mask: Bounds (both excluded) of the probabilities of classes that an image speaks against.
+        entropy: Exclusive bounds of the entropy in nats divided by log2(C), for images that may enter. The ratio is at
+            most 0.693, because the published code divides by an entropy in bits.
+        mask: Exclusive bounds of the probabilities of classes that an image counts against.
     """
 
     capacity: int = 2
@@ -59,14 +59,14 @@ class NegativeCache:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the caches need of B images.
+    """Inputs of the caches for B images.
 
     Attributes:
-        features: ``[B, D]``: the mean of the kept unit features, not brought to unit length again.
-        logits: ``[B, C]``, the mean of the kept logits.
-        probabilities: ``[B, C]``, the mean of the kept softmaxes.
-        entropies: ``[B]`` of ``probabilities``, in nats.
-        predictions: ``[B]``, the arg-max of ``logits``.
+        features: ``[B, D]``, mean of the kept unit features, not normalised again.
+        logits: ``[B, C]``, mean of the kept logits.
+        probabilities: ``[B, C]``, mean of the kept softmaxes.
+        entropies: ``[B]``, entropy of ``probabilities`` in nats.
+        predictions: ``[B]``, argmax of ``logits``.
     """
 
     features: Tensor
@@ -77,12 +77,12 @@ class Summary:
 
 
 def summarise(views: Tensor, text_features: Tensor, scale: Tensor | float, confidence: float = 0.1) -> Summary:
-    """Return the summary of unit ``views`` ``[B, V, D]`` by their surest views; of one view, that view.
+    """Return the summary of the most confident of unit ``views`` ``[B, V, D]``; a single view is always kept.
 
     Args:
         views: Unit features.
         text_features: ``[C, D]``.
-        scale: Factor of cosines.
+        scale: Factor of the cosines.
         confidence: Fraction of the views that are kept, at least one.
     """
     logits = scale * views @ text_features.t()
@@ -107,14 +107,14 @@ class Scored:
 
 
 class Slots:
-    """S slots for each of C classes, the lowest entropies first; empty slots have infinite entropy.
+    """S slots for each of C classes, lowest entropy first; empty slots have infinite entropy.
 
     Args:
         classes: C.
-        width: D, of keys.
+        width: D, the width of keys.
         capacity: S.
-        values: Whether items carry their class probabilities ``[C]``.
-        device: Where they are kept.
+        values: Whether items hold their class probabilities ``[C]``.
+        device: Device of the slots.
     """
 
     def __init__(self, classes: int, width: int, capacity: int, *, values: bool, device: torch.device | str) -> None:
@@ -128,18 +128,18 @@ class Slots:
         return {"keys": self.keys, "entropies": self.entropies, "index": self.index, "values": self.values}
 
     def insert(self, summary: Summary, allowed: list[bool], seen: int) -> Items:
-        """Play the insertions of B images through, keep the outcome, and return all items with the turns they live.
+        """Insert B images in order and return all items with the turns at which they are present.
 
-        An image goes to the class that it is predicted to be: into an empty slot, or in place of the item of highest
-        entropy if its own is lower.
+        An image enters a slot of its predicted class: an empty slot, or that of the item with the highest entropy if
+        the image's entropy is lower.
 
         Args:
             summary: The images in order.
-            allowed: Which of them may enter.
-            seen: How many images came before.
+            allowed: Whether each image may enter.
+            seen: Number of earlier images.
         """
         classes, capacity = self.entropies.shape
-        size = classes * capacity  # item i < size is that of slot i before the block, item size + t is image t
+        size = classes * capacity  # item i < size: slot i before the block; item size + t: image t
         predictions, entropies = summary.predictions.tolist(), summary.entropies.tolist()
         touched = sorted(set(predictions))
         rows = self.entropies[touched].tolist() if touched else []
@@ -162,43 +162,43 @@ class Slots:
         old, new = (self.index.flatten() >= 0).nonzero().squeeze(1), torch.tensor(entered, dtype=torch.int64).to(device)
         numbers = torch.cat([old, size + new])
         values = summary.probabilities[:, : self.values.shape[-1]]
-        found = Items(
+        entries = Items(
             keys=torch.cat([self.keys.flatten(0, 1)[old], summary.features[new]]),
             values=torch.cat([self.values.flatten(0, 1)[old], values[new]]),
             classes=torch.cat([old // capacity, summary.predictions[new]]),
             born=torch.cat([torch.full_like(old, -1), new]),
             gone=torch.tensor(gone, dtype=torch.int64).to(device)[numbers],
         )
-        # Classes that no image was predicted to be keep their slots.
+        # Classes that were never predicted keep their slots.
         slots = [c * capacity + s for c, items in held.items() for s in range(len(items))]
         sources = torch.tensor([item for items in held.values() for _, item in items], dtype=torch.int64).to(device)
-        self._settle(torch.tensor(slots, dtype=torch.int64).to(device), sources, numbers, found, summary, seen)
-        return found
+        self._settle(torch.tensor(slots, dtype=torch.int64).to(device), sources, numbers, entries, summary, seen)
+        return entries
 
     def _settle(
-        self, slots: Tensor, sources: Tensor, numbers: Tensor, found: Items, summary: Summary, seen: int
+        self, slots: Tensor, sources: Tensor, numbers: Tensor, entries: Items, summary: Summary, seen: int
     ) -> None:
-        """Write the items of numbers ``sources`` into ``slots``; ``numbers`` are those of ``found``, in order."""
+        """Write the items numbered ``sources`` into ``slots``; ``numbers`` are the numbers of ``entries``, in order."""
         at = torch.searchsorted(numbers, sources)
         stream = seen + torch.arange(len(summary.entropies), device=sources.device)
         entropies = torch.cat([self.entropies.flatten(), summary.entropies])[sources]
         index = torch.cat([self.index.flatten(), stream])[sources]
-        self.keys.flatten(0, 1)[slots] = found.keys[at]
-        self.values.flatten(0, 1)[slots] = found.values[at]
+        self.keys.flatten(0, 1)[slots] = entries.keys[at]
+        self.values.flatten(0, 1)[slots] = entries.values[at]
         self.entropies.view(-1)[slots] = entropies
         self.index.view(-1)[slots] = index
 
 
 @dataclass(frozen=True)
 class Items:
-    """N items of a cache: those before a block of images, and those that entered in it.
+    """N items of a cache: those present before a block of images and those inserted during it.
 
     Attributes:
         keys: ``[N, D]``.
         values: ``[N, C]`` class probabilities, or ``[N, 0]``.
         classes: ``[N]``.
-        born: ``[N]``: the image of the block that the item is, or -1.
-        gone: ``[N]``: the image that took its place; image t sees the items with ``born <= t < gone``.
+        born: ``[N]``: index of the item's image in the block, or -1.
+        gone: ``[N]``: index of the image that replaced the item. Image t uses the items with ``born <= t < gone``.
     """
 
     keys: Tensor
@@ -208,21 +208,21 @@ class Items:
     gone: Tensor
 
     def affinities(self, features: Tensor, beta: float) -> Tensor:
-        """Return ``[N, B]``: ``exp(-beta (1 - f k))`` of items that are alive at an image's turn, else 0."""
+        """Return ``[N, B]``: ``exp(-beta (1 - f k))`` for items present at an image's turn, else 0."""
         turn = torch.arange(len(features), device=features.device)
         alive = (self.born[:, None] <= turn) & (turn < self.gone[:, None])
         return torch.where(alive, (-beta * (1 - self.keys @ features.t())).exp(), 0.0)
 
 
 class TDAStream:
-    """The two caches and how many images they have seen.
+    """The two caches and the number of images seen so far.
 
     Args:
         classes: C.
         width: D.
-        positive: The positive cache; None switches it off.
-        negative: The negative cache; None switches it off.
-        device: Where the caches are kept.
+        positive: Settings of the positive cache; None disables it.
+        negative: Settings of the negative cache; None disables it.
+        device: Device of the caches.
     """
 
     def __init__(
@@ -241,40 +241,40 @@ class TDAStream:
         """Empty both caches."""
         self.seen = 0
         self.slots = {
-            name: Slots(self.classes, self.width, own.capacity, values=name == "negative", device=self.device)
-            for name, own in (("positive", self.positive), ("negative", self.negative))
-            if own is not None
+            name: Slots(self.classes, self.width, settings.capacity, values=name == "negative", device=self.device)
+            for name, settings in (("positive", self.positive), ("negative", self.negative))
+            if settings is not None
         }
 
     def state(self) -> dict[str, Tensor]:
-        """Return copies of all that the stream remembers, by name, on the CPU; safetensors can hold them."""
-        own = {f"{name}.{key}": x.cpu().clone() for name, s in self.slots.items() for key, x in s.tensors().items()}
-        return {"seen": torch.tensor([self.seen]), **own}
+        """Return copies of all tensors of the stream by name, on the CPU, ready for safetensors."""
+        tensors = {f"{name}.{key}": x.cpu().clone() for name, s in self.slots.items() for key, x in s.tensors().items()}
+        return {"seen": torch.tensor([self.seen]), **tensors}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`state` gave.
+        """Restore the result of :meth:`state`.
 
         Raises:
-            HeadError: Names or shapes of another stream; nothing has been changed then.
+            HeadError: Names or shapes do not match; the stream is unchanged in that case.
         """
-        own = self.state()
-        wrong = [f"{name}: missing" for name in own if name not in state]
-        wrong += [f"{name}: unknown" for name in state if name not in own]
+        expected = self.state()
+        wrong = [f"{name}: missing" for name in expected if name not in state]
+        wrong += [f"{name}: unknown" for name in state if name not in expected]
         wrong += [
             f"{name}: {list(state[name].shape)} of {state[name].dtype}, expected {list(x.shape)} of {x.dtype}"
-            for name, x in own.items()
+            for name, x in expected.items()
             if name in state and (state[name].shape, state[name].dtype) != (x.shape, x.dtype)
         ]
         if wrong:
-            raise HeadError("these tensors are not the state of such a TDA stream:\n  " + "\n  ".join(wrong))
+            raise HeadError("these tensors do not match this TDA stream:\n  " + "\n  ".join(wrong))
         self.seen = int(state["seen"])
         for name, slots in self.slots.items():
             for key in slots.tensors():
                 setattr(slots, key, state[f"{name}.{key}"].to(self.device, copy=True))
 
     def score(self, summary: Summary) -> Scored:
-        """Score B images in their order; each enters the caches, if it does, before it is scored itself."""
-        blocks = [self._block(part) for part in _split(summary)]
+        """Score B images in order; an image that enters a cache does so before it is scored."""
+        blocks = [self._block(block) for block in _split(summary)]
         if not blocks:
             return Scored(*[summary.logits] * 4)
         added, removed = (torch.cat(column) for column in zip(*blocks, strict=True))
@@ -286,22 +286,22 @@ class TDAStream:
             everyone = [True] * len(summary.features)
             items = self.slots["positive"].insert(summary, everyone, self.seen)
             weights = items.affinities(summary.features, self.positive.beta)
-            # Values are one-hot: their product with the weights is a sum over each class's items.
+            # Values are one-hot, so their product with the weights is a sum over the items of each class.
             sums = weights.new_zeros(self.classes, len(summary.features)).index_add_(0, items.classes, weights)
             added = self.positive.alpha * sums.t()
         if self.negative is not None:
-            own = self.negative
+            negative = self.negative
             gate = summary.entropies / max(math.log2(self.classes), torch.finfo(torch.float32).tiny)
-            allowed = ((gate > own.entropy[0]) & (gate < own.entropy[1])).tolist()
+            allowed = ((gate > negative.entropy[0]) & (gate < negative.entropy[1])).tolist()
             items = self.slots["negative"].insert(summary, allowed, self.seen)
-            weights = items.affinities(summary.features, own.beta)
-            against = ((items.values > own.mask[0]) & (items.values < own.mask[1])).to(weights.dtype)
-            removed = own.alpha * weights.t() @ against
+            weights = items.affinities(summary.features, negative.beta)
+            against = ((items.values > negative.mask[0]) & (items.values < negative.mask[1])).to(weights.dtype)
+            removed = negative.alpha * weights.t() @ against
         self.seen += len(summary.features)
         return added, removed
 
 
 def _split(summary: Summary) -> list[Summary]:
     fields = (summary.features, summary.logits, summary.probabilities, summary.entropies, summary.predictions)
-    parts = [x.split(_BLOCK) for x in fields] if len(summary.features) else []
-    return [Summary(*part) for part in zip(*parts, strict=True)]
+    columns = [x.split(_BLOCK) for x in fields] if len(summary.features) else []
+    return [Summary(*row) for row in zip(*columns, strict=True)]

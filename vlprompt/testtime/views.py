@@ -1,4 +1,4 @@
-"""Which views of a test image a method looks at."""
+"""The views of a test image that a method uses."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from vlprompt.errors import ConfigError
 
 @dataclass(frozen=True)
 class TestViews:
-    """The test view, then random crops, then generated pictures.
+    """Views of a test image: the test view, then random crops, then generated images.
 
     Attributes:
-        crops: Random views: crops of 8 to 100 % of the area, mirrored half of the time.
+        crops: Number of random crops of 8 to 100 % of the area, mirrored with probability 0.5.
         augmix: Whether crops are mixed by AugMix.
-        generated: Pictures of a diffusion bank.
+        generated: Number of images from a diffusion bank.
 
     Raises:
-        ConfigError: A negative number.
+        ConfigError: A number is negative.
     """
 
     __test__ = False  # pytest collects classes of this name

@@ -1,4 +1,4 @@
-"""ZERO: views vote, at zero temperature (Farina et al., NeurIPS 2024; arXiv 2405.18330)."""
+"""ZERO: voting of views at zero temperature (Farina et al., NeurIPS 2024; arXiv 2405.18330)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from vlprompt.testtime.selection import gather_views, most_confident
 
 @dataclass(frozen=True)
 class Votes:
-    """The votes of B images.
+    """Votes of the views of B images.
 
     Attributes:
-        counts: ``[B, C]`` int64, votes for each class.
-        selected: ``[B, n]`` views that voted, the surest first.
-        winners: ``[B]`` the class that won.
+        counts: ``[B, C]`` int64, number of votes per class.
+        selected: ``[B, n]``, views that voted, most confident first.
+        winners: ``[B]``, the winning class.
     """
 
     counts: Tensor
@@ -26,15 +26,15 @@ class Votes:
 
 
 def vote(logits: Tensor, fraction: float = 0.3) -> Votes:
-    """Return what the most confident views vote for.
+    """Return the votes of the most confident views.
 
-    The class with most votes wins. Where several have as many, the surest of the other views that is for one of them
-    decides; where none is, the surest of the other views decides by its largest logit among them (view 0, where all
-    views have voted).
+    The class with the most votes wins. A tie is resolved by the most confident non-voting view that predicts one of the
+    tied classes. If there is none, the most confident non-voting view (view 0 if all views voted) decides by its
+    largest logit among the tied classes.
 
     Args:
         logits: ``[B, V, C]``.
-        fraction: Of the V views, those that vote.
+        fraction: Fraction of the V views that vote.
     """
     selected = most_confident(logits, 1.0)
     count = most_confident(logits, fraction).shape[1]
@@ -44,22 +44,22 @@ def vote(logits: Tensor, fraction: float = 0.3) -> Votes:
     counts.scatter_add_(1, votes, torch.ones_like(votes))
     tied = counts == counts.max(dim=-1, keepdim=True).values  # [B, C]
     others = selected[:, count:]
-    judge = others[:, :1] if others.shape[1] else torch.zeros_like(selected[:, :1])
-    last_word = gather_views(logits, judge)[:, 0].masked_fill(~tied, float("-inf")).argmax(dim=-1)
+    decider = others[:, :1] if others.shape[1] else torch.zeros_like(selected[:, :1])
+    decision = gather_views(logits, decider)[:, 0].masked_fill(~tied, float("-inf")).argmax(dim=-1)
     if others.shape[1]:
-        theirs = gather_views(choices, others)
-        for_tied = tied.gather(1, theirs)
-        first = theirs.gather(1, for_tied.int().argmax(dim=1, keepdim=True)).squeeze(1)
-        last_word = torch.where(for_tied.any(dim=1), first, last_word)
-    winners = torch.where(tied.sum(dim=-1) == 1, counts.argmax(dim=-1), last_word)
+        other_choices = gather_views(choices, others)
+        for_tied = tied.gather(1, other_choices)
+        first = other_choices.gather(1, for_tied.int().argmax(dim=1, keepdim=True)).squeeze(1)
+        decision = torch.where(for_tied.any(dim=1), first, decision)
+    winners = torch.where(tied.sum(dim=-1) == 1, counts.argmax(dim=-1), decision)
     return Votes(counts, selected[:, :count], winners)
 
 
 def ranked_logits(votes: Votes, logits: Tensor) -> Tensor:
-    """Return ``[B, C]``: the values of ``logits`` ``[B, C]`` dealt out anew, in the order of the votes.
+    """Return ``[B, C]``: the values of ``logits`` ``[B, C]``, reassigned to the classes in the order of the votes.
 
-    The winner gets the largest, then come classes by their votes, then by their own logits. So the largest is ZERO's
-    prediction, probabilities keep their sharpness, and logits that agree with the votes stay as they are.
+    The winner gets the largest value. The other classes follow by votes, then by logits. The largest value is therefore
+    ZERO's prediction, probabilities keep their sharpness, and logits that agree with the votes do not change.
     """
     by_logit = logits.argsort(dim=-1, descending=True, stable=True)
     counts = votes.counts.scatter_add(1, votes.winners[:, None], torch.ones_like(votes.winners[:, None]))
