@@ -1,4 +1,4 @@
-"""Makes archives for tests."""
+"""Archives for tests."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ def zip_of(files: Files) -> bytes:
 
 
 def tree(folder: Path) -> Files:
-    """Files of a folder by path, those of our own book-keeping left out."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found if ".vlprompt" not in path.name}
+    """Files of a folder by path, without vlprompt's own records."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files if ".vlprompt" not in path.name}

@@ -1,4 +1,4 @@
-"""Invented mini data sets on disk, in the exact layout that a card describes: made from the card, not from memory."""
+"""Invented mini data sets on disk, in the layout that a card describes, generated from the card."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ _encoded: dict[tuple[str, int], bytes] = {}
 
 @dataclass(frozen=True)
 class Expected:
-    """What reading has to give.
+    """Expected result of reading a mini data set.
 
     Attributes:
-        card: The card to read with: without what only the published data can meet (hashes of names that are invented
-            here and of whole splits).
+        card: The card to read with, without the hashes of the published data.
         counts: Images by split.
         class_names: Names by label.
         domains: Domains that occur.
@@ -54,7 +53,7 @@ class _Build:
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
 
     def labels(self, split: str) -> list[int]:
-        """Labels of a split, not sorted: order in a file is no order of classes."""
+        """Labels of a split, in an order that is not sorted by class."""
         return list(range(len(self.names))) * self.per_class[split]
 
     def paint(self, path: str, number: int = 0) -> None:
@@ -81,7 +80,7 @@ def write_layout(
         card: The card.
         root: The data root.
         per_class: Images of each class in train, val and test (of each domain).
-        monkeypatch: Lifts the MD5 checks of torchvision, whose files are known; needed for those data sets only.
+        monkeypatch: Disables torchvision's MD5 checks; needed for torchvision data sets only.
     """
     names = card_class_names(card) or _invented(card)
     build = _Build(card, card.base(root), dict(zip(SPLITS, per_class, strict=True)), names, monkeypatch)
@@ -89,24 +88,24 @@ def write_layout(
     _WRITERS[card.reader](build)
     known = card_class_names(card) is not None
     classes = card.classes if known else replace(card.classes, names_sha256=None)
-    splits = {name: replace(one, content_sha256=None, file_sha256=None) for name, one in card.splits.items()}
+    splits = {name: replace(split, content_sha256=None, file_sha256=None) for name, split in card.splits.items()}
     return Expected(replace(card, classes=classes, splits=splits), build.counts, build.names, set(card.domains))
 
 
 def encoded(suffix: str, number: int = 0) -> bytes:
-    """An encoded image of 12 x 10 pixels; grey ones are among them."""
+    """An encoded image of 12 x 10 pixels; every fifth is grey."""
     key = suffix.lower(), number % 5
     if key not in _encoded:
         pixels = (np.arange(360).reshape(10, 12, 3) * (key[1] + 3) % 256).astype(np.uint8)
-        picture = Image.fromarray(pixels)
+        image = Image.fromarray(pixels)
         stream = io.BytesIO()
-        (picture.convert("L") if key[1] == 4 else picture).save(stream, _FORMATS[key[0]])
+        (image.convert("L") if key[1] == 4 else image).save(stream, _FORMATS[key[0]])
         _encoded[key] = stream.getvalue()
     return _encoded[key]
 
 
 def _invented(card: Card) -> list[str]:
-    """Names whose byte order is not the order in which people sort."""
+    """Names whose byte order differs from alphabetical order."""
     count = card.classes.count or 3
     names = [f"{word}_{number:03d}" for number in range(count) for word in ("Zebra", "ape")]
     return sorted(names, key=str.encode)[count // 2 : count // 2 + count]
@@ -118,18 +117,18 @@ def _split_json(build: _Build) -> None:
     assert isinstance(options, SplitJsonOptions)
     content: dict[str, list[list[Any]]] = {}
     archives: dict[str, list[tuple[str, bytes]]] = {}
-    words = list(build.card.domains.values()) or ["pictures"]
+    folders = list(build.card.domains.values()) or ["photos"]
     for split in SPLITS:
         content[split] = []
-        for word in words:
+        for folder in folders:
             for number, label in enumerate(build.labels(split)):
-                path = f"{word}/{split}_{number}.jpg"
+                path = f"{folder}/{split}_{number}.jpg"
                 content[split].append([path, label, build.names[label]])
                 if options.archive is None:
                     build.paint(f"{options.image_dir}/{path}", number)
                 else:
                     member = path.partition("/")[2] if "{}" in options.archive else path
-                    archives.setdefault(options.archive.format(word), []).append((member, encoded(".jpg", number)))
+                    archives.setdefault(options.archive.format(folder), []).append((member, encoded(".jpg", number)))
         build.counts[split] = len(content[split])
     for name, members in archives.items():
         (build.base / name).parent.mkdir(parents=True, exist_ok=True)
@@ -193,10 +192,8 @@ def _list_file(build: _Build) -> None:
 
 
 def _image(build: _Build, options: ListFileOptions, split: str, path: str, number: int) -> None:
-    place = "/".join(
-        part for part in (options.image_dir, options.folders.get(split, ""), path + options.suffix) if part
-    )
-    build.paint(place, number)
+    pieces = (options.image_dir, options.folders.get(split, ""), path + options.suffix)
+    build.paint("/".join(piece for piece in pieces if piece), number)
 
 
 def _lines(build: _Build, options: ListFileOptions, split: str, name: str, word: str) -> int:
@@ -207,30 +204,31 @@ def _lines(build: _Build, options: ListFileOptions, split: str, name: str, word:
         folder = keys[label] if options.label == "folder" else f"{word}/class_{label}".strip("/")
         path = f"{folder}/{name.replace('/', '_')}_{number}" + ("" if options.suffix else ".png")
         _image(build, options, split, path, number)
-        said: Any = label + options.first_label if options.label == "number" else keys[label]
+        value: Any = label + options.first_label if options.label == "number" else keys[label]
         if options.format == "jsonl":
-            lines.append(json.dumps({"id": number, options.image_key: path, options.label_key: said}))
+            lines.append(json.dumps({"id": number, options.image_key: path, options.label_key: value}))
         else:
-            lines.append(path if options.label == "folder" else f"{path} {said}")
+            lines.append(path if options.label == "folder" else f"{path} {value}")
     build.write(name, "".join(f"{line}\n" for line in lines))
     return len(labels)
 
 
 def _per_class(build: _Build, options: ListFileOptions, split: str, pattern: str, word: str) -> int:
-    """Every list names every image; each has its class and, difficult, the next one. CR LF as in copies of VOC."""
+    """Every list names every image: 1 for its class, 0 (difficult) for the next class. CR LF as in copies of VOC."""
     labels = build.labels(split)
     images = [f"{SPLITS.index(split)}{number:05d}" for number in range(len(labels))]
     for number, image in enumerate(images):
         _image(build, options, split, image, number)
-    for own, key in enumerate(build.card.classes.keys or build.names):
-        flags = ["1" if label == own else "0" if (label + 1) % len(build.names) == own else "-1" for label in labels]
+    count = len(build.names)
+    for index, key in enumerate(build.card.classes.keys or build.names):
+        flags = ["1" if label == index else "0" if (label + 1) % count == index else "-1" for label in labels]
         lines = [f"{image} {flag:>2}\r\n" for image, flag in zip(images, flags, strict=True)]
         build.write(pattern.replace("{class}", key), "".join(lines))
     return len(images)
 
 
 def _coco(build: _Build, options: ListFileOptions, split: str, name: str, word: str) -> int:
-    """Category ids have holes and another order than the names; the last image has no box."""
+    """Category ids have gaps and another order than the names; the last image has no box."""
     number_of = {label: 2 * len(build.names) - 2 * label + 1 for label in range(len(build.names))}
     labels = build.labels(split)
     images = [{"id": 7 * number + 3, "file_name": f"{split}_{number:012d}.jpg"} for number in range(len(labels) + 1)]
@@ -252,14 +250,14 @@ def _torchvision(build: _Build) -> None:
     assert isinstance(options, TorchvisionOptions)
     module, writer = TORCHVISION[options.dataset]
     if build.monkeypatch is not None and module:
-        # The published MD5s are those of the published files; that they are checked has tests of its own.
-        there = f"torchvision.datasets.{module}.check_integrity"
-        build.monkeypatch.setattr(there, lambda path, md5=None: os.path.isfile(path))
-    parts: dict[Any, list[int]] = {}
+        # The MD5 checks have other tests.
+        target = f"torchvision.datasets.{module}.check_integrity"
+        build.monkeypatch.setattr(target, lambda path, md5=None: os.path.isfile(path))
+    labels_of: dict[Any, list[int]] = {}
     for split, arguments in options.splits.items():
-        parts[next(iter(arguments.values()))] = labels = build.labels(split)
+        labels_of[next(iter(arguments.values()))] = labels = build.labels(split)
         build.counts[split] = len(labels)
-    writer(build, options.dataset, parts)
+    writer(build, options.dataset, labels_of)
 
 
 # -- shards -----------------------------------------------------------------------------------------------------------
@@ -282,9 +280,9 @@ def _webdataset(build: _Build, options: ShardOptions, split: str, folder: str) -
     (build.base / folder).mkdir(parents=True, exist_ok=True)
     build.write(f"{folder}/nshards.txt", "2\n")
     half = len(labels) // 2
-    for shard, own in enumerate((range(half), range(half, len(labels)))):
+    for shard, numbers in enumerate((range(half), range(half, len(labels)))):
         with tarfile.open(build.base / folder / f"{shard}.tar", "w") as archive:
-            for number in own:
+            for number in numbers:
                 members = {"webp": encoded(".webp", number)}
                 if build.card.multilabel:
                     stream = io.BytesIO()

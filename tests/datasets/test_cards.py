@@ -1,4 +1,4 @@
-"""The cards: what they say, what is refused, and the user's own. Their layouts are in test_layouts.py."""
+"""Cards: contents, refused cards, and cards of the user. Their layouts are in test_layouts.py."""
 
 from __future__ import annotations
 
@@ -67,15 +67,15 @@ def test_all_cards_load() -> None:
 
 
 FACTS = json.loads((Path(__file__).parents[1] / "golden" / "dataset_facts.json").read_text())
-#: Where a card differs from the collected facts, and why (its notes say it).
+#: Cards that differ from the collected facts, with the reason (also in their notes).
 DIFFER = {
     ("resisc45", "sizes"): "BlackVIP's split file, not ELEVATER's sample",
     ("gtsrb", "sizes"): "torchvision has no validation images",
     ("fer2013", "sizes"): "torchvision tests on both test sets together",
     ("rendered_sst2", "sizes"): "872 validation images, as torchvision documents",
-    ("pacs", "sizes"): "one image is left out, as in Dassl",
+    ("pacs", "sizes"): "one image is excluded, as in Dassl",
     ("vlcs", "sizes"): "only the test folders are tested, as in Dassl",
-    ("domainnet", "sizes"): "the test lists alone",
+    ("domainnet", "sizes"): "the test lists only",
     ("clevr_count", "folder"): "torchvision's layout",
 }
 
@@ -83,25 +83,24 @@ DIFFER = {
 @pytest.mark.parametrize("facts", FACTS, ids=[facts["name"] for facts in FACTS])
 def test_cards_agree_with_the_collected_facts(facts: dict[str, Any]) -> None:
     card = find_card(facts["name"])
-    sizes = {part: size for part, size in facts["sizes"].items() if size is not None}
-    found = {
+    sizes = {split: size for split, size in facts["sizes"].items() if size is not None}
+    same = {
         "folder": card.folders[0] == facts["folder"],
         "num_classes": card.classes.count == facts["num_classes"],
-        "sizes": card.sizes is not None and all(card.sizes.get(part) == size for part, size in sizes.items()),
+        "sizes": card.sizes is not None and all(card.sizes.get(split) == size for split, size in sizes.items()),
         "template": card.template == facts["template"],
         "metric": card.metric == {"mAP": "map", "11point_mAP": "map_11point"}.get(facts["metric"], facts["metric"]),
         "split_sha256": card.facts.file_sha256 == facts.get("split_sha256"),
         "aliases": all(find_card(alias) is card for alias in facts.get("aliases", ())),
     }
-    differ = {key for key, same in found.items() if not same}
+    differ = {key for key, equal in same.items() if not equal}
     assert differ == {key for name, key in DIFFER if name == card.name}
     if "base_new_classes" in facts:
         half = (facts["num_classes"] + 1) // 2
         assert facts["base_new_classes"] == [half, facts["num_classes"] - half]
 
 
-def test_names_that_other_lists_have_in_another_order() -> None:
-    """The traps of datasets.md 7.2 and 7.3."""
+def test_class_names_whose_order_differs_between_sources() -> None:
     names = {name: card_class_names(find_card(name)) or [] for name in [*ELEVEN, *OTHERS]}
     assert names["food101"][16:18] == ["cheese_plate", "cheesecake"]
     assert names["ucf101"][34:36] == ["Hammering", "Hammer_Throw"] and names["ucf101"][46] == "Jumping_Jack"
@@ -147,7 +146,7 @@ def test_aliases(alias: str, name: str) -> None:
     assert find_card(alias).name == name
 
 
-def test_unknown_names_get_the_nearest() -> None:
+def test_unknown_names_suggest_the_nearest() -> None:
     with pytest.raises(ConfigError, match="Unknown data set 'caltech100'. Did you mean 'caltech101'"):
         find_card("caltech100")
     with pytest.raises(ConfigError, match="by its name, not by 7"):
@@ -155,7 +154,7 @@ def test_unknown_names_get_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("name", sorted([*ELEVEN, *OTHERS]))
-def test_missing_data_fit_one_screen(name: str, tmp_path: Path) -> None:
+def test_the_text_for_missing_data_fits_one_screen(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_dataset(name, root=tmp_path)
     text, card = str(caught.value), find_card(name)
@@ -164,7 +163,7 @@ def test_missing_data_fit_one_screen(name: str, tmp_path: Path) -> None:
     assert len(text.splitlines()) <= 24 and getattr(card.options, "split_file", "") in text
 
 
-def test_a_root_one_level_too_deep_is_noticed(tmp_path: Path) -> None:
+def test_a_root_one_level_too_deep_is_reported(tmp_path: Path) -> None:
     (tmp_path / "food-101").mkdir()
     with pytest.raises(DataError, match=f"--data.root {tmp_path}$"):
         load_dataset("food101", root=tmp_path / "food-101")
@@ -179,7 +178,7 @@ def test_data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert data_root("here") == tmp_path / "here"
 
 
-def test_cards_without_images() -> None:
+def test_class_names_without_images() -> None:
     assert len(card_class_names(find_card("imagenet")) or []) == 1000
     assert len(card_class_names(find_card("demo")) or []) == 100
     assert (card_class_names(find_card("dtd")) or [])[0] == "banded"
@@ -187,11 +186,11 @@ def test_cards_without_images() -> None:
 
 
 def test_describe_names_what_a_run_depends_on() -> None:
-    one, two = load_dataset("demo", shots=2, seed=1), load_dataset("mix100", shots=2, seed=2, template="a {} sign")
-    assert one.split_sha256 == two.split_sha256 and one.shots_sha256 != two.shots_sha256
-    assert two.describe()["template"] == "a {} sign" and two.describe()["seed"] == 2
+    first, second = load_dataset("demo", shots=2, seed=1), load_dataset("mix100", shots=2, seed=2, template="a {} sign")
+    assert first.split_sha256 == second.split_sha256 and first.shots_sha256 != second.shots_sha256
+    assert second.describe()["template"] == "a {} sign" and second.describe()["seed"] == 2
     with pytest.raises(ConfigError, match="no other half"):
-        one.counterpart()
+        first.counterpart()
 
 
 @pytest.mark.parametrize(
@@ -264,7 +263,7 @@ ODD = st.one_of(
 @given(st.sampled_from(CARDS), st.data())
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_arbitrary_cards_give_our_error_only(tmp_path: Path, source: Path, data: st.DataObject) -> None:
-    """A card with one field, at any depth, changed to anything is read or refused, and never crashes."""
+    """A card with one field changed to an arbitrary value, at any depth, is read or refused without a crash."""
     content = yaml.safe_load(source.read_text())
     place = content
     while True:
@@ -287,27 +286,27 @@ def test_arbitrary_cards_give_our_error_only(tmp_path: Path, source: Path, data:
 
 @given(st.one_of(st.binary(max_size=60), st.text(max_size=60).map(str.encode)))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_arbitrary_bytes_are_no_card(tmp_path: Path, content: bytes) -> None:
+def test_arbitrary_bytes_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "card.yaml"
     path.write_bytes(content)
     with pytest.raises(DataError, match="card.yaml"):
         read_card(path)
 
 
-def write_own(folder: Path, name: str, text: str) -> None:
+def write_card(folder: Path, name: str, text: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.yaml").write_text(text)
 
 
-def test_cards_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cards_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLPROMPT_CARDS", str(tmp_path / "cards"))
     mine = GOOD.replace("name: dtd", "name: mine").replace("aliases: [DescribableTextures, DTD]", "aliases: [my-set]")
-    write_own(tmp_path / "cards", "mine", mine + f"root: {tmp_path}\n")
+    write_card(tmp_path / "cards", "mine", mine + f"root: {tmp_path}\n")
     assert "mine" in list_datasets() and find_card("My_Set").base() == tmp_path / "dtd"
-    write_own(tmp_path / "cards", "taken", GOOD)
+    write_card(tmp_path / "cards", "taken", GOOD)
     with pytest.warns(UserWarning, match="your card is left out.*taken.yaml both answer to"):
         assert "mine" in list_datasets()
-    write_own(tmp_path / "cards", "taken", "schema: 7")
+    write_card(tmp_path / "cards", "taken", "schema: 7")
     with pytest.warns(UserWarning, match="your card is left out.*taken.yaml is not valid"):
         assert find_card("dtd").file.endswith("datasets/dtd.yaml")
 
@@ -324,15 +323,15 @@ def test_another_split() -> None:
     card = find_card("dtd")
     official = card.with_split("official")
     assert official.reader == "list_file" and official.sizes == {"train": 1880, "val": 1880, "test": 1880}
-    own = card.with_split("mine.json")
-    assert own.options.split_file == "mine.json" and own.sizes is None and own.reader == "split_json"  # type: ignore[union-attr]
+    mine = card.with_split("mine.json")
+    assert mine.options.split_file == "mine.json" and mine.sizes is None and mine.reader == "split_json"  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match="data.split is 'offical'; dtd has: coop, official"):
         card.with_split("offical")
     with pytest.raises(ConfigError, match="leaves the image folder"):
         card.with_split("../mine.json")
 
 
-def test_import_is_quick_and_lazy() -> None:
+def test_import_is_lazy() -> None:
     code = (
         "import sys, vlprompt.datasets as d; d.list_datasets(); d.load_dataset('demo')\n"
         "print([m for m in ('torch', 'torchvision', 'pytorch_lightning', 'PIL') if m in sys.modules])"
@@ -343,7 +342,7 @@ def test_import_is_quick_and_lazy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_every_exported_name_is_there() -> None:
+def test_every_exported_name_exists() -> None:
     assert all(getattr(vlprompt.datasets, name) is not None for name in vlprompt.datasets.__all__)
     assert set(vlprompt.datasets.__all__) == set(dir(vlprompt.datasets))
     with pytest.raises(AttributeError, match="load_datasets"):

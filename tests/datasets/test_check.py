@@ -1,4 +1,4 @@
-"""``vlprompt data check``: everything that is wrong, in one run."""
+"""``vlprompt data check``: all problems in one run."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def root(tmp_path: Path, paint: Callable[..., Path]) -> Path:
     split: dict[str, list[Any]] = {"train": [], "val": [], "test": []}
     for label, name in enumerate(NAMES):
         for number in range(19):
-            part = "train" if number < 16 else "val" if number == 16 else "test"
+            split_name = "train" if number < 16 else "val" if number == 16 else "test"
             path = f"{name}/{number}.{'jpg' if number % 2 else 'png'}"
             paint(tmp_path / "toy" / "images" / path, label * 20 + number)
-            split[part].append([path, label, name])
+            split[split_name].append([path, label, name])
     (tmp_path / "toy" / "split.json").write_text(json.dumps(split))
     return tmp_path
 
@@ -57,7 +57,7 @@ def edit(root: Path, change: Callable[[dict[str, list[Any]]], None]) -> None:
     path.write_text(json.dumps(split))
 
 
-def found(card: Card, root: Path, **settings: bool) -> list[str]:
+def problems_of(card: Card, root: Path, **settings: bool) -> list[str]:
     return [str(problem) for problem in check(card, root, **settings).problems]
 
 
@@ -72,7 +72,7 @@ def test_a_good_data_set(card: Card, root: Path) -> None:
     }
 
 
-def test_everything_that_is_wrong_in_one_run(card: Card, root: Path) -> None:
+def test_all_problems_in_one_run(card: Card, root: Path) -> None:
     images = root / "toy" / "images"
     for name in ("cat/1.jpg", "dog/2.png", "eel/17.jpg"):
         (images / name).unlink()
@@ -82,12 +82,12 @@ def test_everything_that_is_wrong_in_one_run(card: Card, root: Path) -> None:
     def change(split: dict[str, list[Any]]) -> None:
         split["train"][0][0] = "../outside.png"
         split["test"].append(list(split["train"][5]))
-        for part in split.values():
-            for item in part:
+        for items in split.values():
+            for item in items:
                 item[1] += item[1] == 2  # label 2 becomes 3: a gap
 
     edit(root, change)
-    text = "\n".join(found(card, root))
+    text = "\n".join(problems_of(card, root))
     for piece in (
         'S04 train[0]: path "../outside.png" leaves the image folder',
         "S07 label 2 never occurs (0..3 expected)",
@@ -100,62 +100,63 @@ def test_everything_that_is_wrong_in_one_run(card: Card, root: Path) -> None:
         assert piece in text, text
 
 
-def test_torn_files_are_found_without_decoding_all(card: Card, root: Path) -> None:
+def test_truncated_files_are_found_without_decoding_all(card: Card, root: Path) -> None:
     images = root / "toy" / "images"
     (images / "dog" / "4.png").write_bytes((images / "dog" / "4.png").read_bytes()[:60])
     (images / "dog" / "6.png").write_bytes(b"")
-    # Bytes behind the picture are no damage: some cameras write them.
+    # Bytes after the end mark are not damage: some cameras append them.
     whole = (images / "cat" / "5.jpg").read_bytes()
     (images / "cat" / "5.jpg").write_bytes(whole + b"\0" * 40)
-    assert [text[:14] for text in found(card, root)] == ["S16 dog/4.png:", "S16 dog/6.png:"]
+    assert [text[:14] for text in problems_of(card, root)] == ["S16 dog/4.png:", "S16 dog/6.png:"]
 
 
-def test_decoding_finds_what_is_small_or_broken_inside(card: Card, root: Path, paint: Callable[..., Path]) -> None:
+def test_decoding_finds_small_and_damaged_images(card: Card, root: Path, paint: Callable[..., Path]) -> None:
     paint(root / "toy" / "images" / "eel" / "0.png", size=(7, 30))
-    assert found(card, root) == []
-    assert found(card, root, decode=True) == ["S16 eel/0.png: 7 x 30 pixels; both sides need 8"]
+    assert problems_of(card, root) == []
+    assert problems_of(card, root, decode=True) == ["S16 eel/0.png: 7 x 30 pixels; both sides need 8"]
 
 
 def test_the_same_file_in_train_and_test(card: Card, root: Path) -> None:
     images = root / "toy" / "images"
     (images / "cat" / "18.png").write_bytes((images / "cat" / "2.png").read_bytes())
-    assert found(card, root) == []
-    assert found(card, root, hash_images=True) == ["S12 cat/18.png (test) and cat/2.png are the same file"]
+    assert problems_of(card, root) == []
+    assert problems_of(card, root, hash_images=True) == ["S12 cat/18.png (test) and cat/2.png are the same file"]
 
 
 def test_sizes_names_and_balance(card: Card, root: Path) -> None:
     edit(root, lambda split: split["train"].pop(0))
     checked = check(card, root)
     assert not checked.failed and [problem.code for problem in checked.problems] == ["S13", "S17"]
-    assert "train has 47 images, the card says 48" in checked.problems[0].text
+    assert "train has 47 images, the card states 48" in checked.problems[0].text
     assert check(card, root, strict=True).failed
     edit(
-        root, lambda split: [item.__setitem__(2, "tom/cat") for part in split.values() for item in part if item[1] == 0]
+        root,
+        lambda split: [item.__setitem__(2, "tom/cat") for items in split.values() for item in items if item[1] == 0],
     )
-    text = "\n".join(found(card, root))
-    assert "S20 label 0 is 'tom/cat'; the card says 'cat'" in text
+    text = "\n".join(problems_of(card, root))
+    assert "S20 label 0 is 'tom/cat'; the card states 'cat'" in text
     assert "S19 class name 'tom/cat' holds a path separator" in text
 
 
-def test_a_data_set_that_is_not_there(card: Card, tmp_path: Path) -> None:
+def test_a_missing_data_set(card: Card, tmp_path: Path) -> None:
     checked = check(card, tmp_path / "nowhere")
     assert checked.failed and checked.problems[0].code == "S15" and "is not there" in checked.problems[0].text
 
 
-def test_images_packed_in_other_folders(card: Card, root: Path) -> None:
+def test_images_in_other_folders(card: Card, root: Path) -> None:
     (root / "toy" / "images" / "all").mkdir()
     for name in NAMES:
         (root / "toy" / "images" / name).rename(root / "toy" / "images" / "all" / name)
     checked = check(card, root)
     assert len(checked.problems) == 57 and "index_by: basename" in checked.remedy
     (root / "by_name.yaml").write_text(CARD.replace("image_dir: images", "image_dir: images, index_by: basename"))
-    text = "\n".join(found(read_card(root / "by_name.yaml"), root))
-    assert "S15 0.png lies twice: all/cat/0.png and all/dog/0.png" in text  # these names are not enough, and it says so
+    text = "\n".join(problems_of(read_card(root / "by_name.yaml"), root))
+    assert "S15 0.png exists twice: all/cat/0.png and all/dog/0.png" in text  # the file names are ambiguous
 
 
 @given(st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_damaged_images_are_named_and_nothing_crashes(card: Card, root: Path, data: st.DataObject) -> None:
+def test_damaged_images_are_reported_without_a_crash(card: Card, root: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["cat/1.jpg", "dog/2.png"]))
     path = root / "toy" / "images" / name
     whole = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Domains: which samples a task keeps, what is refused, and what the protocols of domain generalisation pair."""
+"""Domains: selected samples, refused values, and the rounds of domain generalisation protocols."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def counts(samples: list[Sample]) -> dict[str, int]:
 
 
 def replaced(monkeypatch: pytest.MonkeyPatch, change: Callable[[SplitLists], SplitLists]) -> None:
-    """Let the reader of the toys give changed lists."""
+    """Apply ``change`` to the lists that the toy reader returns."""
     read = readers.reader("toy")
     monkeypatch.setattr(readers, "reader", lambda name: lambda card, base, report: change(read(card, base, report)))
 
@@ -47,14 +47,14 @@ def test_chosen_domains_are_kept_in_the_order_of_the_files(load: Load) -> None:
     assert task.train == [sample for sample in whole.train if sample.domain in "ca"]
     assert task.val == [sample for sample in whole.val if sample.domain in "ca"]
     assert task.test == [sample for sample in whole.test if sample.domain in ("b+noise", "c")]
-    assert task.split_sha256 == whole.split_sha256  # still that of the whole data set
+    assert task.split_sha256 == whole.split_sha256  # still the hash of the complete data set
     assert task.class_names == whole.class_names
 
 
 @pytest.mark.parametrize("seed", [0, 3])
 def test_the_draw_is_over_the_chosen_domains(seed: int, load: Load) -> None:
     whole, task = load(shots=-1), load(shots=2, seed=seed, source=["a", "b"])
-    train, val = ([one for one in part if one.domain in "ab"] for part in (whole.train, whole.val))
+    train, val = ([sample for sample in samples if sample.domain in "ab"] for samples in (whole.train, whole.val))
     assert (task.train, task.val) == fewshot(train, val, 2, seed)
     assert Counter(sample.label for sample in task.train) == {0: 2, 1: 2, 2: 2, 3: 2}
     assert task.shots_sha256 == sha256_lines(sample.id for sample in task.train)
@@ -75,31 +75,29 @@ def test_domains_are_recorded_only_where_there_are_some(load: Load) -> None:
     assert "source" not in plain and "target" not in plain
 
 
-def test_by_domain_cuts_the_test_samples_and_nothing_else(load: Load) -> None:
+def test_by_domain_splits_only_the_test_samples(load: Load) -> None:
     task = load(shots=1, classes="base")
-    parts = task.by_domain()
-    assert list(parts) == ["c", "c+noise", "a", "a+blur", "a+noise", "b", "b+noise"]
-    for name, part in parts.items():
-        assert counts(part.test) == {name: counts(task.test)[name]}
-        assert dataclasses.replace(part, test=task.test) == task
+    tasks = task.by_domain()
+    assert list(tasks) == ["c", "c+noise", "a", "a+blur", "a+noise", "b", "b+noise"]
+    for name, domain_task in tasks.items():
+        assert counts(domain_task.test) == {name: counts(task.test)[name]}
+        assert dataclasses.replace(domain_task, test=task.test) == task
     assert list(load(target=["b+noise", "a"]).by_domain()) == ["a", "b+noise"]
     assert load("toy-plain").by_domain() == {}
 
 
-def test_the_order_of_domains_is_the_cards(toy_sets: Path) -> None:
-    found = domains_of(
-        find_card("toy-styles"), [Sample("", 0, FileSource(""), name) for name in ("x", "b+n", "c", "b")]
-    )
-    assert found == ["c", "b", "b+n", "x"]
+def test_domains_have_the_order_of_the_card(toy_sets: Path) -> None:
+    samples = [Sample("", 0, FileSource(""), name) for name in ("x", "b+n", "c", "b")]
+    assert domains_of(find_card("toy-styles"), samples) == ["c", "b", "b+n", "x"]
     assert [split_domain(name) for name in ("a", "a+noise")] == [("a", "clean"), ("a", "noise")]
 
 
-# -- what is refused ------------------------------------------------------------------------------------------------
+# -- refused values -------------------------------------------------------------------------------------------------
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "misspelled version": (
         "toy-styles",
         {"target": ["c+nois"]},
-        r"data.target names 'c\+nois', which is no domain of toy-styles with test images. Did you mean 'c\+noise'",
+        r"data.target names 'c\+nois', which is not a domain of toy-styles with test images. Did you mean 'c\+noise'",
     ),
     "unknown, nothing near": ("toy-styles", {"source": ["zebra"]}, "names 'zebra', .* Accepted: c, a, b."),
     "corrupted source": (
@@ -110,7 +108,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "both wrong": ("toy-styles", {"source": ["x1"], "target": ["y1"]}, "(?s)data.source names 'x1'.*target names 'y1'"),
     "twice": ("toy-styles", {"target": ["b", "b"]}, "data.target names 'b' twice"),
     "a text": ("toy-styles", {"source": "a"}, r"data.source is the text 'a'; accepted: a list of names, \['a'\]"),
-    "not a text": ("toy-styles", {"source": [1]}, "data.source names 1, which is no domain"),
+    "not a text": ("toy-styles", {"source": [1]}, "data.source names 1, which is not a domain"),
     "no domains, source": ("toy-plain", {"source": ["a"]}, r"data.source is \['a'\], but toy-plain has no domains"),
     "no domains, target": ("plainest", {"target": ["a"]}, r"data.target is \['a'\], but toy-plain has no domains"),
 }
@@ -123,14 +121,12 @@ def test_domains_that_cannot_be_used(case: str, load: Load) -> None:
         load(name, **values)
 
 
-def test_a_class_that_loses_its_training_images_is_named(
-    load: Load, toy_sets: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def without_one(lists: SplitLists) -> SplitLists:
+def test_a_class_without_training_images_is_named(load: Load, toy_sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_a_class(lists: SplitLists) -> SplitLists:
         return dataclasses.replace(lists, train=[s for s in lists.train if (s.domain, s.label) != ("a", 1)])
 
     name = load().class_names[1]
-    replaced(monkeypatch, without_one)
+    replaced(monkeypatch, without_a_class)
     assert counts(load(shots=-1, source=["a", "b"]).train) == {"a": 9, "b": 12}
     with pytest.raises(
         ConfigError, match=rf"data.source is \['a'\], which leaves .* without training images: '{name}'\."
@@ -156,7 +152,8 @@ def test_a_target_without_test_images_of_the_classes(load: Load, monkeypatch: py
 
 # -- protocols ------------------------------------------------------------------------------------------------------
 def test_leave_one_out(toy_sets: Path) -> None:
-    assert [(one.domain, one.source, one.target) for one in domain_rounds("toy-styles", toy_sets, "leave-one-out")] == [
+    rounds = domain_rounds("toy-styles", toy_sets, "leave-one-out")
+    assert [(entry.domain, entry.source, entry.target) for entry in rounds] == [
         ("c", ("a", "b"), ("c", "c+noise")),
         ("a", ("c", "b"), ("a", "a+blur", "a+noise")),
         ("b", ("c", "a"), ("b", "b+noise")),
@@ -164,7 +161,8 @@ def test_leave_one_out(toy_sets: Path) -> None:
 
 
 def test_single_source(toy_sets: Path) -> None:
-    assert [(one.domain, one.source, one.target) for one in domain_rounds("toy-styles", toy_sets, "single-source")] == [
+    rounds = domain_rounds("toy-styles", toy_sets, "single-source")
+    assert [(entry.domain, entry.source, entry.target) for entry in rounds] == [
         ("c", ("c",), ("a", "a+blur", "a+noise", "b", "b+noise")),
         ("a", ("a",), ("c", "c+noise", "b", "b+noise")),
         ("b", ("b",), ("c", "c+noise", "a", "a+blur", "a+noise")),
@@ -172,15 +170,15 @@ def test_single_source(toy_sets: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_no_round_tests_on_what_it_trains_on(protocol: str, load: Load, toy_sets: Path) -> None:
-    for one in domain_rounds("toy-styles", toy_sets, protocol):
-        task = load(source=one.source, target=one.target)
+def test_source_and_target_of_a_round_are_disjoint(protocol: str, load: Load, toy_sets: Path) -> None:
+    for entry in domain_rounds("toy-styles", toy_sets, protocol):
+        task = load(source=entry.source, target=entry.target)
         trained = {split_domain(sample.domain)[0] for sample in task.train + task.val}
-        assert trained == set(one.source)
+        assert trained == set(entry.source)
         assert not trained & {split_domain(sample.domain)[0] for sample in task.test}
 
 
-def test_rounds_that_cannot_be(toy_sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_rounds(toy_sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="toy-plain has no domains; single-source needs a data set whose card names"):
         domain_rounds("plainest", toy_sets, "single-source")
     with pytest.raises(ConfigError, match="protocol is 'leave-one'; accepted: leave-one-out or single-source. Did you"):
@@ -192,7 +190,7 @@ def test_rounds_that_cannot_be(toy_sets: Path, monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(ConfigError, match=r"no test images of \['a'\]; leave-one-out tests on every clean domain"):
             domain_rounds("toy-styles", toy_sets, "leave-one-out")
     replaced(monkeypatch, lambda lists: dataclasses.replace(lists, train=[s for s in lists.train if s.domain == "b"]))
-    with pytest.raises(ConfigError, match=r"training images of \['b'\] alone; leave-one-out needs two domains"):
+    with pytest.raises(ConfigError, match=r"training images of \['b'\] only; leave-one-out needs two or more domains"):
         domain_rounds("toy-styles", toy_sets, "leave-one-out")
 
 

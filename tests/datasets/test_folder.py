@@ -1,4 +1,4 @@
-"""A user's own folder: both layouts, the cut, and what is refused."""
+"""A folder of images of the user: both layouts, the automatic split, and refused folders."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def fill(root: Path, paint: Paint, counts: dict[str, int]) -> Path:
 def test_three_classes_of_five(tmp_path: Path, paint: Paint) -> None:
     task = load_dataset("folder", root=fill(tmp_path, paint, {"my_cat": 5, "Zebra": 5, "ähre": 5}))
     assert task.class_names == ["Zebra", "my_cat", "ähre"]  # UTF-8 bytes: capitals first, accents last
-    assert [len(part) for part in (task.train, task.val, task.test)] == [6, 3, 6]
+    assert [len(samples) for samples in (task.train, task.val, task.test)] == [6, 3, 6]
     assert task.sampler == "sorted-v1"
-    ids = [sample.id for part in (task.train, task.val, task.test) for sample in part]
+    ids = [sample.id for samples in (task.train, task.val, task.test) for sample in samples]
     assert len(set(ids)) == 15 and all(sample.id.startswith("my_cat/") for sample in task.train if sample.label == 1)
 
 
@@ -41,14 +41,14 @@ def test_three_classes_of_five(tmp_path: Path, paint: Paint) -> None:
 @settings(max_examples=50, deadline=None)
 def test_the_cut(name: str, count: int) -> None:
     files = [f"{index}.jpg" for index in range(count)]
-    parts = cut_class(name, files)
+    splits = cut_class(name, files)
     shuffled = files[:]
     random.shuffle(shuffled)
-    assert cut_class(name, shuffled) == parts
-    assert sorted(parts["train"] + parts["val"] + parts["test"]) == sorted(files)
-    assert len(parts["train"]) >= 1 and len(parts["test"]) >= 1
+    assert cut_class(name, shuffled) == splits
+    assert sorted(splits["train"] + splits["val"] + splits["test"]) == sorted(files)
+    assert len(splits["train"]) >= 1 and len(splits["test"]) >= 1
     if count >= 5:
-        assert (len(parts["train"]), len(parts["val"])) == (round(0.5 * count), round(0.2 * count))
+        assert (len(splits["train"]), len(splits["val"])) == (round(0.5 * count), round(0.2 * count))
 
 
 def test_the_cut_is_frozen() -> None:
@@ -58,13 +58,13 @@ def test_the_cut_is_frozen() -> None:
 FROZEN = {"train": ["1.jpg", "2.jpg"], "val": ["4.jpg"], "test": ["0.jpg", "3.jpg"]}
 
 
-def test_other_classes_and_seeds_leave_the_cut_alone(tmp_path: Path, paint: Paint) -> None:
-    one = load_dataset("folder", root=fill(tmp_path / "one", paint, {"b": 9, "c": 9}), seed=1)
-    two = load_dataset("folder", root=fill(tmp_path / "two", paint, {"a": 7, "b": 9, "c": 9}), seed=2)
-    assert {sample.id for sample in one.test} <= {sample.id for sample in two.test}
+def test_the_cut_is_independent_of_other_classes_and_seeds(tmp_path: Path, paint: Paint) -> None:
+    first = load_dataset("folder", root=fill(tmp_path / "first", paint, {"b": 9, "c": 9}), seed=1)
+    second = load_dataset("folder", root=fill(tmp_path / "second", paint, {"a": 7, "b": 9, "c": 9}), seed=2)
+    assert {sample.id for sample in first.test} <= {sample.id for sample in second.test}
 
 
-def test_cut_by_the_user(tmp_path: Path, paint: Paint) -> None:
+def test_a_given_split(tmp_path: Path, paint: Paint) -> None:
     for split, count in (("train", 3), ("test", 2)):
         fill(tmp_path / split, paint, {"b": count, "a": count})
     (tmp_path / ".DS_Store").write_text("")
@@ -106,7 +106,7 @@ def test_refused_folders(tmp_path: Path, paint: Paint) -> None:
     problem(fill(tmp_path / "deep", paint, {"a/x": 3, "b": 3}), r"a/ holds folders \(x/\)")
 
 
-def test_refused_cuts(tmp_path: Path, paint: Paint) -> None:
+def test_refused_splits(tmp_path: Path, paint: Paint) -> None:
     root = tmp_path / "cut"
     fill(root / "train", paint, {"a": 2, "b": 2})
     fill(root / "tests", paint, {"a": 2})

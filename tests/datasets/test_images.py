@@ -1,4 +1,4 @@
-"""Image bytes to RGB: what is accepted, what is refused, and what the errors say."""
+"""Decoding image bytes to RGB: accepted and refused images, and error texts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vlprompt.errors import DataError
     ("mode", "suffix"), [("L", "png"), ("P", "png"), ("RGBA", "png"), ("1", "png"), ("CMYK", "jpg"), ("LA", "png")]
 )
 def test_every_mode_becomes_rgb_at_once(mode: str, suffix: str, tmp_path: Path, paint: Callable[..., Path]) -> None:
-    path = paint(tmp_path / f"picture.{suffix}", 5, mode)
+    path = paint(tmp_path / f"image.{suffix}", 5, mode)
     decoded = FileSource(str(path)).open()
     assert decoded.mode == "RGB"
     assert np.array_equal(np.asarray(decoded), np.asarray(Image.open(path).convert("RGB")))
@@ -41,7 +41,7 @@ def test_damaged_files_name_file_size_and_first_bytes(keep: int, tmp_path: Path,
     assert ("ff d8 ff" in text) if keep else ("(nothing)" in text)
 
 
-def test_no_image_at_all(tmp_path: Path) -> None:
+def test_files_that_are_not_images(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="unknown image format.*accepted formats: JPEG"):
         decode_rgb(b"<html>not found</html>", "page.jpg")
     with pytest.raises(DataError, match="gone.png cannot be read: No such file"):

@@ -1,4 +1,4 @@
-"""Class folders as cards describe them: order, domains, names, and nothing that depends on a file system."""
+"""Class folders as cards describe them: order, domains, names; independent of the file system."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Paint = Callable[..., Path]
 
 
 def test_folders_that_are_numbers_are_sorted_by_value(tmp_path: Path, paint: Paint) -> None:
-    """datasets.md 8 item 9: of folders 0, 1, 2, 10 the last has label 3, not 2."""
+    """Of the folders 0, 1, 2 and 10 the last has label 3, not 2."""
     card = find_card("imagenetv2")
     small = dataclasses.replace(card, classes=dataclasses.replace(card.classes, count=4, names_from="folders"))
     for name in ("10", "2", "0", "1"):
@@ -30,22 +30,22 @@ def test_folders_that_are_numbers_are_sorted_by_value(tmp_path: Path, paint: Pai
     assert [(s.id, s.label) for s in lists.test] == [(f"{n}/a.jpeg", i) for i, n in enumerate(("0", "1", "2", "10"))]
     assert not lists.train
     (small.base(tmp_path) / "imagenetv2-matched-frequency-format-val" / "n01440764").mkdir()
-    with pytest.raises(DataError, match="class folder n01440764/ is no number"):
+    with pytest.raises(DataError, match="class folder n01440764/ is not a number"):
         read_dataset(small, tmp_path)
 
 
 def imagenet(root: Path, paint: Paint) -> None:
-    picture = paint(root / "picture.jpg")
+    image = paint(root / "image.jpg")
     for wnid in imagenet_names():
         for place in (f"train/{wnid}/b.JPEG", f"train/{wnid}/a.JPEG", f"val/{wnid}/v.JPEG"):
             target = root / "imagenet" / "images" / place
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.link(picture, target)
+            os.link(image, target)
 
 
 def test_imagenet(tmp_path: Path, paint: Paint) -> None:
     imagenet(tmp_path, paint)
-    with pytest.warns(UserWarning, match="train has 2,000 images, the card says 1,281,167"):
+    with pytest.warns(UserWarning, match="train has 2,000 images, the card states 1,281,167"):
         task = load_dataset("imagenet", root=tmp_path, shots=1, seed=1, classes="new")
     assert (len(task.class_names), len(task.train), len(task.val), len(task.test)) == (500, 500, 500, 500)
     assert task.all_class_names[0] == "tench" and task.sampler == "sorted-v1"
@@ -57,35 +57,35 @@ def test_imagenet(tmp_path: Path, paint: Paint) -> None:
         load_dataset("imagenet", root=tmp_path)
     shutil.rmtree(images / "val")
     paint(images / "val" / "ILSVRC2012_val_00000001.JPEG")
-    with pytest.raises(DataError, match="lie flat; expected one folder per class"):
+    with pytest.raises(DataError, match="are not sorted into class folders; expected one folder per class"):
         load_dataset("imagenet", root=tmp_path)
     shutil.rmtree(images / "val")
     with pytest.raises(DataError, match="images/val .does not exist."):
         load_dataset("imagenet", root=tmp_path)
 
 
-def dealt(root: Path, paint: Paint) -> Path:
-    """OfficeHome's layout with its classes; art lacks validation images of one."""
+def office_home(root: Path, paint: Paint) -> Path:
+    """Write OfficeHome's layout with all its classes under ``root``."""
     card = find_card("office_home")
-    picture = paint(root / "picture.jpg")
+    image = paint(root / "image.jpg")
     for domain in card.domains:
-        for part, count in (("train", 2), ("val", 1)):
+        for split, count in (("train", 2), ("val", 1)):
             for name in card.classes.keys:
                 for number in range(count):
-                    target = root / "office_home_dg" / domain / part / name / f"{number}.jpg"
+                    target = root / "office_home_dg" / domain / split / name / f"{number}.jpg"
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    os.link(picture, target)
+                    os.link(image, target)
     return root
 
 
-@pytest.mark.filterwarnings("ignore:.*the card says")
+@pytest.mark.filterwarnings("ignore:.*the card states")
 def test_domains_in_folders(tmp_path: Path, paint: Paint) -> None:
-    root = dealt(tmp_path, paint)
+    root = office_home(tmp_path, paint)
     everything = load_dataset("office_home", root=root)
-    assert not everything.train and len(everything.test) == 4 * 65 * 3  # nothing is trained on that is tested
+    assert not everything.train and len(everything.test) == 4 * 65 * 3  # no test image is trained on
     task = load_dataset("office_home", root=root, shots=-1, source=["art", "clipart"], target=["product"])
     assert {s.domain for s in task.train} == {"art", "clipart"} and {s.domain for s in task.test} == {"product"}
-    assert [len(part) for part in (task.train, task.val, task.test)] == [260, 130, 195]
+    assert [len(samples) for samples in (task.train, task.val, task.test)] == [260, 130, 195]
     tv = task.class_names.index("tv")
     assert all(s.label == tv for s in task.test if "/TV/" in s.id) and task.class_names[tv + 1] == "table"
     with pytest.raises(ConfigError, match="195 images of office_home would be trained on and tested"):
@@ -94,15 +94,15 @@ def test_domains_in_folders(tmp_path: Path, paint: Paint) -> None:
 
 @pytest.fixture
 def disorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    """``disorder(seed)``: directories are listed in another order, and the process draws random numbers meanwhile."""
+    """``disorder(seed)`` shuffles directory listings and draws from the global random generator."""
     listdir, scandir, walk = os.listdir, os.scandir, os.walk
     state = random.Random(0)
 
-    def shuffled(found: Any) -> list[Any]:
-        found = list(found)
-        state.shuffle(found)
+    def shuffled(entries: Any) -> list[Any]:
+        entries = list(entries)
+        state.shuffle(entries)
         random.random()
-        return found
+        return entries
 
     def walked(*arguments: Any, **settings: Any) -> Iterator[Any]:
         for place, folders, files in walk(*arguments, **settings):
@@ -120,11 +120,11 @@ def disorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]
         yield start
 
 
-@pytest.mark.filterwarnings("ignore:.*the card says")
-def test_nothing_depends_on_a_listing_or_on_other_generators(
+@pytest.mark.filterwarnings("ignore:.*the card states")
+def test_draws_are_independent_of_listing_order_and_other_generators(
     tmp_path: Path, paint: Paint, disorder: Callable[[int], None]
 ) -> None:
-    root = dealt(tmp_path, paint)
+    root = office_home(tmp_path, paint)
     for name in ("b", "a", "c"):
         for number in range(9):
             paint(tmp_path / "mine" / name / f"{number}.png", number)
@@ -133,9 +133,9 @@ def test_nothing_depends_on_a_listing_or_on_other_generators(
         ("folder", tmp_path / "mine", {}),
         ("demo", None, {}),
     ):
-        found = set()
+        draws = set()
         for seed in range(4):
             disorder(seed)
             task = load_dataset(name, root=place, shots=2, seed=7, **settings)  # type: ignore[arg-type]
-            found.add((task.split_sha256, task.shots_sha256, tuple(s.id for s in task.val), tuple(task.class_names)))
-        assert len(found) == 1, name
+            draws.add((task.split_sha256, task.shots_sha256, tuple(s.id for s in task.val), tuple(task.class_names)))
+        assert len(draws) == 1, name

@@ -1,4 +1,4 @@
-"""Lists of images: text lines, a file per class, COCO's annotations, JSON lines; and what is wrong with them."""
+"""Image lists: text lines, one file per class, COCO annotations, JSON lines; and their problems."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ NUMBERS = ListFileOptions({"train": ("train.txt",), "test": ("test.txt",)}, "ima
 BY_NAME = ListFileOptions({"train": ("train.txt",), "test": ("test.txt",)}, "images", label="name", suffix=".png")
 
 
-def rows(lists: SplitLists, part: str) -> list[tuple[str, Any]]:
-    return [(sample.id, sample.label) for sample in getattr(lists, part)]
+def rows(lists: SplitLists, split: str) -> list[tuple[str, Any]]:
+    return [(sample.id, sample.label) for sample in getattr(lists, split)]
 
 
 def test_numbers_and_names(base: Path) -> None:
@@ -63,7 +63,7 @@ def test_excluded_images_and_domains(base: Path, paint: Callable[..., Path]) -> 
     assert [(s.id, s.domain) for s in lists.test] == [("0.png", "a"), ("2.png", "b"), ("3.png", "b")]
 
 
-def test_every_line_that_is_wrong(base: Path) -> None:
+def test_all_bad_lines_are_reported(base: Path) -> None:
     train = "0.png 3\n1.png one\n../x.png 1\n2.png\n0.png 1\n4.png 1\n4.png 2\n9.png 2\n"
     write(base, train=train, test="4.png 1\n")
     with pytest.raises(DataError) as caught:
@@ -80,7 +80,7 @@ def test_every_line_that_is_wrong(base: Path) -> None:
         assert piece in str(caught.value)
 
 
-def test_names_that_are_unknown_or_lack_images(base: Path) -> None:
+def test_unknown_names_and_names_without_images(base: Path) -> None:
     write(base, train="0 cats\n1 cat\n", test="2 sea lion\n")
     with pytest.raises(
         DataError, match="S20 train.txt:1: unknown class 'cats'. Did you mean 'cat'(.|\n)*'sea lion' has no"
@@ -92,7 +92,7 @@ def test_names_that_are_unknown_or_lack_images(base: Path) -> None:
 
 
 def test_a_file_per_class(base: Path) -> None:
-    """datasets.md 1.8: only 1 counts, difficult objects (0) and absent ones do not; blanks vary."""
+    """Only 1 counts; difficult (0) and absent (-1) objects do not. The number of blanks varies."""
     options = ListFileOptions(
         {"train": ("{class}_train.txt",), "test": ("{class}_test.txt",)}, "images", format="per_class", suffix=".png"
     )
@@ -131,7 +131,7 @@ def test_coco_annotations(base: Path) -> None:
     assert rows(lists, "train") == [("train/0.png", (0, 1)), ("train/1.png", ())]
     assert rows(lists, "test") == [("val/5.png", (0,))]
     (base / "val.json").write_text(coco({7: "5.png"}, [(8, 90)]))
-    with pytest.raises(DataError, match="an annotation of image 8 and category 90, of which one is unknown"):
+    with pytest.raises(DataError, match="an annotation of image 8 and category 90, one of which is unknown"):
         read_dataset(many, base.parent)
     (base / "val.json").write_text('{"images": 3}')
     with pytest.raises(DataError, match="does not hold COCO's instance annotations"):

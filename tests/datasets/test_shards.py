@@ -1,4 +1,4 @@
-"""Shards: webdataset's tar files and Hugging Face's parquet files."""
+"""Shards: webdataset tar files and Hugging Face's parquet files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import json
 import multiprocessing
 import os
-import pickle  # noqa: TID251  (sources have to reach workers)
+import pickle  # noqa: TID251  (sources are sent to workers)
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -87,15 +87,15 @@ def test_shards_are_read_in_order(tmp_path: Path) -> None:
     expected, lists = built(tmp_path)
     assert [sample.id for sample in lists.train] == [f"train:s{number:07d}" for number in range(9)]
     assert [sample.label for sample in lists.train] == [0, 1, 2] * 3
-    assert {part: len(getattr(lists, part)) for part in ("train", "val", "test")} == expected.counts
+    assert {split: len(getattr(lists, split)) for split in ("train", "val", "test")} == expected.counts
     for number, sample in enumerate(lists.train):
         from PIL import Image
 
-        with Image.open(io.BytesIO(encoded(".webp", number))) as picture:
-            assert sample.source.open().tobytes() == picture.convert("RGB").tobytes()
+        with Image.open(io.BytesIO(encoded(".webp", number))) as image:
+            assert sample.source.open().tobytes() == image.convert("RGB").tobytes()
 
 
-def test_class_names_beside_the_shards(tmp_path: Path) -> None:
+def test_class_names_next_to_the_shards(tmp_path: Path) -> None:
     assert len(built(tmp_path, names=())[1].class_names) == 3
     (tmp_path / "toy" / "classnames.txt").write_text("cat\ndog\neel\n\n\n")
     assert read_dataset(a_card(()), tmp_path).class_names == ["cat", "dog", "eel"]
@@ -124,7 +124,7 @@ def test_several_labels(tmp_path: Path) -> None:
     tar(tmp_path / "toy" / "test" / "0.tar", vectors([1, 0]))
     refused(card, tmp_path, "S06 test: a label vector has 2 values; there are 3 classes")
     tar(tmp_path / "toy" / "test" / "0.tar", vectors([1, 0, 2]))
-    refused(card, tmp_path, "0.npy is no NumPy file of one row of 0 and 1")
+    refused(card, tmp_path, "0.npy is not a NumPy file of one row of 0 and 1")
 
 
 def test_numpy_files_are_never_unpickled(tmp_path: Path) -> None:
@@ -138,11 +138,11 @@ def test_numpy_files_are_never_unpickled(tmp_path: Path) -> None:
     np.lib.format.write_array_header_1_0(huge, {"descr": "<i8", "fortran_order": False, "shape": (2**40,)})
     for data in (stream.getvalue(), huge.getvalue(), b"\x93NUMPY", b""):
         card = by_hand(tmp_path, [("0.jpg", encoded(".jpg")), ("0.npy", data)])
-        refused(card, tmp_path, "0.npy is no NumPy file")
+        refused(card, tmp_path, "0.npy is not a NumPy file")
     assert not (tmp_path / "exploded").exists()
 
 
-def test_the_index_saves_the_second_pass(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_index_avoids_a_second_pass(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = by_hand(tmp_path, good())
     before = {path.name for path in (tmp_path / "toy").rglob("*")}
     lists = read_dataset(card, tmp_path)
@@ -165,7 +165,7 @@ DAMAGED = [f'{{"schema": 1, "entries": [{entry}], "widths": []}}' for entry in E
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"schema": 1}', DAMAGED[0].replace("1", "0", 1), *DAMAGED])
-def test_a_damaged_index_is_made_anew(damage: str, tmp_path: Path, cache: Path) -> None:
+def test_a_damaged_index_is_replaced(damage: str, tmp_path: Path, cache: Path) -> None:
     card = by_hand(tmp_path, good())
     lists = read_dataset(card, tmp_path)
     sound = {path: path.read_bytes() for path in cache.iterdir()}
@@ -175,10 +175,10 @@ def test_a_damaged_index_is_made_anew(damage: str, tmp_path: Path, cache: Path) 
     assert {path: path.read_bytes() for path in cache.iterdir()} == sound
 
 
-def test_an_index_that_cannot_be_kept_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_that_cannot_be_stored_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VLPROMPT_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="cannot be kept(.|\n)*VLPROMPT_CACHE"):
+    with pytest.warns(UserWarning, match="cannot be stored(.|\n)*VLPROMPT_CACHE"):
         assert len(read_dataset(by_hand(tmp_path, good()), tmp_path).train) == 3
 
 
@@ -194,7 +194,7 @@ def test_sources_work_in_other_processes(tmp_path: Path) -> None:
             assert pool.map(pixels, lists.train) == [pixels(sample) for sample in lists.train]
 
 
-def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     train = [
         *good(), ("a.png", encoded(".png")), ("b.cls", b"0"), ("../c.png", b""), ("/d.png", b""), ("e.png", b"x"),
         ("e.cls", b"one"), ("f.png", b"x"), ("f.cls", b"3"), ("s0.png", b"again"), ("notes.txt", b"read me"),
@@ -204,7 +204,7 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     refused(
         card, tmp_path, "S03 train/0.tar: a has no label", "b has no image", 'S04 train/0.tar: path "../c.png" leaves',
         'path "/d.png" is absolute', "S06 train/0.tar: e.cls holds 'one'", "S06 train:f: label 3; 0 to 2",
-        "S11 train/0.tar: s0 is there twice", "S15 shard test/1.tar is missing", "S15 shard test/2.tar is missing",
+        "S11 train/0.tar: s0 occurs twice", "S15 shard test/1.tar is missing", "S15 shard test/2.tar is missing",
     )  # fmt: skip
 
 
@@ -214,17 +214,17 @@ def test_labels_and_keys_over_all_shards(tmp_path: Path) -> None:
     tar(tmp_path / "toy" / "train" / "1.tar", good(3))
     (tmp_path / "toy" / "train" / "nshards.txt").write_text("2")
     refused(card, tmp_path, "S11 s0 is twice in train: in 0.tar and 1.tar")
-    refused(by_hand(tmp_path, good(), []), tmp_path, "S02 the shards of test hold no images")
+    refused(by_hand(tmp_path, good(), []), tmp_path, "S02 the shards of test contain no images")
 
 
-def test_validation_may_be_the_test(tmp_path: Path) -> None:
+def test_validation_may_share_the_test_shards(tmp_path: Path) -> None:
     by_hand(tmp_path, good())
     lists = read_dataset(a_card(splits={**FOLDERS, "val": ("test",)}), tmp_path)
     assert lists.val == lists.test and not lists.sample_val
     refused(a_card(splits={"train": ("train",), "test": ("train",)}), tmp_path, "S11 train:s0 is in train and in test")
 
 
-def test_links_and_compressed_or_torn_shards(tmp_path: Path) -> None:
+def test_links_and_compressed_or_truncated_shards(tmp_path: Path) -> None:
     card = by_hand(tmp_path, good())
     path = tmp_path / "toy" / "train" / "0.tar"
     with tarfile.open(path, "w") as archive:
@@ -240,7 +240,7 @@ def test_links_and_compressed_or_torn_shards(tmp_path: Path) -> None:
     refused(card, tmp_path, "S01 shard train/0.tar cannot be read as a plain tar file")
 
 
-def test_what_is_missing(tmp_path: Path) -> None:
+def test_missing_files(tmp_path: Path) -> None:
     refused(a_card(), tmp_path, "toy (does not exist)", "Do so.")
     card = by_hand(tmp_path, good())
     for text in ("many", "-1", "0", "999999999", ""):
@@ -254,7 +254,7 @@ def test_a_shard_that_changes_after_reading(tmp_path: Path) -> None:
     lists = read_dataset(by_hand(tmp_path, good()), tmp_path)
     path = tmp_path / "toy" / "train" / "0.tar"
     path.write_bytes(path.read_bytes()[:600])
-    with pytest.raises(DataError, match=r"0.tar:s0 cannot be read: the shard ends within it"):
+    with pytest.raises(DataError, match=r"0.tar:s0 cannot be read: the shard is truncated"):
         lists.train[0].source.open()
     path.unlink()
     with pytest.raises(DataError, match="0.tar:s0 cannot be read"):
@@ -273,13 +273,13 @@ def test_damaged_shards_give_our_own_errors(places: list[tuple[int, int]], cut: 
         data[place] = value
     path.write_bytes(data[:cut] if cut < 4000 else data)
     try:
-        found = read_dataset(card, tmp_path)
-        for sample in found.train:
+        lists = read_dataset(card, tmp_path)
+        for sample in lists.train:
             sample.source.open()
     except DataError as error:
         assert "toy" in str(error)
     else:
-        assert {sample.label for sample in found.train} == {0, 1, 2}
+        assert {sample.label for sample in lists.train} == {0, 1, 2}
 
 
 # -- parquet ----------------------------------------------------------------------------------------------------------
@@ -302,12 +302,12 @@ def test_parquet(tmp_path: Path) -> None:
     from PIL import Image
 
     for number, sample in enumerate(lists.train):
-        with Image.open(io.BytesIO(encoded(".png", number))) as picture:
-            assert pixels(sample) == picture.convert("RGB").tobytes()
+        with Image.open(io.BytesIO(encoded(".png", number))) as image:
+            assert pixels(sample) == image.convert("RGB").tobytes()
     assert len({sample.source.stamp() for sample in lists.train}) == 9
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.map(pixels, lists.train[:3]) == [pixels(sample) for sample in lists.train[:3]]
-    # A second file goes on where the first one ends.
+    # A second file continues the row numbers.
     data = tmp_path / "toy" / "data"
     (data / "train-00001-of-00001.parquet").write_bytes((data / "train-00000-of-00001.parquet").read_bytes())
     assert [sample.id for sample in read_dataset(expected.card, tmp_path).train][9:11] == ["train:9", "train:10"]
@@ -320,7 +320,7 @@ def test_parquet_with_several_labels(tmp_path: Path) -> None:
     assert lists.class_names == expected.class_names and [sample.label for sample in lists.test[:2]] == [(0,), (1,)]
 
 
-def test_parquet_that_cannot_be_used(tmp_path: Path) -> None:
+def test_refused_parquet_files(tmp_path: Path) -> None:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
@@ -331,29 +331,29 @@ def test_parquet_that_cannot_be_used(tmp_path: Path) -> None:
     def write(images: Any, labels: Any, **columns: Any) -> None:
         parquet.write_table(arrow.table({"image": images, "label": labels, **columns}), path)
 
-    picture = {"bytes": encoded(".png"), "path": None}
-    write([picture] * 3, [0, 1, -1])
+    image = {"bytes": encoded(".png"), "path": None}
+    write([image] * 3, [0, 1, -1])
     refused(card, tmp_path, "S06 data/train-00000-of-00001.parquet: row 2 has label -1")
-    write([picture] * 3, [0, 1, None])
+    write([image] * 3, [0, 1, None])
     refused(card, tmp_path, "row 2 has label None")
-    write([picture] * 3, [0, 1, 7])
+    write([image] * 3, [0, 1, 7])
     refused(card, tmp_path, "S06 train:2: label 7; 0 to 2 are expected")
     write(["a.png"] * 3, [0, 1, 2])
     refused(card, tmp_path, "S03", "column 'image' holds string; images are expected")
     refused(a_card(**PARQUET, label_key="fine"), tmp_path, "there is no column 'fine'; there are: image, label")
     path.write_bytes(b"PAR1 no")
     refused(card, tmp_path, "S01 data/train-00000-of-00001.parquet cannot be read as a parquet file")
-    write([picture, {"bytes": None, "path": "a.png"}, picture], [0, 1, 2])
+    write([image, {"bytes": None, "path": "a.png"}, image], [0, 1, 2])
     lists = read_dataset(card, tmp_path)
-    with pytest.raises(DataError, match="is not in the file; it is only named there"):
+    with pytest.raises(DataError, match="is not in the file, only its name"):
         lists.train[1].source.open()
     path.unlink()
     refused(card, tmp_path, "train-*.parquet (does not exist)", "Do so.")
 
 
 def test_the_index_is_json(tmp_path: Path, cache: Path) -> None:
-    """Its schema number changes with its format."""
+    """The schema number must change with the format."""
     read_dataset(by_hand(tmp_path, good(3)), tmp_path)
     content = [json.loads(path.read_text()) for path in cache.iterdir()]
-    assert {tuple(one) for one in content} == {("schema", "entries", "widths")}
+    assert {tuple(index) for index in content} == {("schema", "entries", "widths")}
     assert shards._SCHEMA == 1 and content[0]["entries"][0][0] == 0 and len(content[0]["entries"][0]) == 5

@@ -1,4 +1,4 @@
-"""Few-shot lists: written, read, and refused when they do not belong."""
+"""Few-shot lists: writing, reading, and refused lists."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def exported(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_list_gives_the_draw_it_was_made_from(exported: Path) -> None:
+def test_a_list_reproduces_its_draw(exported: Path) -> None:
     drawn, listed = load_dataset("demo", shots=2, seed=3), load_dataset("demo", shots_file=exported)
     assert listed.train == drawn.train and listed.val == drawn.val
     assert (listed.shots, listed.seed, listed.sampler) == (2, 3, "dassl-v1")
@@ -51,7 +51,7 @@ def changed(path: Path, old: str, new: str) -> None:
         ('"split_sha256": "', '"split_sha256": "0', "S18 it was drawn from another split"),
     ],
 )
-def test_lists_that_were_changed(old: str, new: str, match: str, exported: Path) -> None:
+def test_changed_lists_are_refused(old: str, new: str, match: str, exported: Path) -> None:
     changed(exported, old, new)
     with pytest.raises(DataError, match=match):
         load_dataset("demo", shots_file=exported)
@@ -69,14 +69,14 @@ def test_a_test_image_in_a_list_is_refused(tmp_path: Path) -> None:
 def test_published_index_files_are_imported(tmp_path: Path) -> None:
     task = load_dataset("demo", shots=2, seed=1)
     items = {
-        part: {
+        split: {
             "data": [
                 {"impath": f"./data/demo/images/{s.id}", "label": s.label, "classname": task.class_names[int(s.label)]}  # type: ignore[arg-type]
                 for s in samples
             ],
             "indices": [],
         }
-        for part, samples in (("train", task.train), ("val", task.val))
+        for split, samples in (("train", task.train), ("val", task.val))
     }
     path = tmp_path / "shot_2-seed_1.json"
     path.write_text(json.dumps(items))

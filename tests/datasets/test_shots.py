@@ -1,4 +1,4 @@
-"""The few-shot draw and the base/new cut against the published selections."""
+"""Few-shot draws and the base/new cut against the published selections."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from vlprompt.errors import ConfigError
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "fewshot_caltech101.json").read_text())
 
 
-def samples(part: str) -> list[Sample]:
-    """The compact form back to samples: folder, name, and image numbers in file order."""
-    column = GOLDEN["class_fields"].index({"train": "train image numbers"}.get(part, part))
+def samples(split: str) -> list[Sample]:
+    """Samples from the compact form: folder, name, and image numbers in file order."""
+    column = GOLDEN["class_fields"].index({"train": "train image numbers"}.get(split, split))
     return [
         Sample(f"{row[0]}/image_{number:04d}.jpg", label, FileSource(""))
         for label, row in enumerate(GOLDEN["classes"])
@@ -35,8 +35,8 @@ def samples(part: str) -> list[Sample]:
 CALTECH = SplitLists([row[1] for row in GOLDEN["classes"]], samples("train"), samples("val"), samples("test"))
 
 
-def ids_hash(part: list[Sample]) -> str:
-    return sha256_lines(sample.id for sample in part)
+def ids_hash(drawn: list[Sample]) -> str:
+    return sha256_lines(sample.id for sample in drawn)
 
 
 def test_the_compact_split_is_the_published_one() -> None:
@@ -55,12 +55,12 @@ def test_caltech_rows(row: str) -> None:
     assert [len(train), len(val), len(CALTECH.test)] == expected["counts"]["all"]
     for classes in ("base", "new"):
         labels = class_labels([sample.label for sample in train], classes)
-        parts = [keep_labels(part, labels) for part in (train, val, CALTECH.test)]
-        assert [len(part) for part in parts] == expected["counts"][classes]
+        kept = [keep_labels(drawn, labels) for drawn in (train, val, CALTECH.test)]
+        assert [len(drawn) for drawn in kept] == expected["counts"][classes]
         assert len(labels) == expected["counts"]["classes"][classes]
-        assert ids_hash(parts[0]) == expected["sha256"][f"{classes}_train"]
-        assert ids_hash(parts[1]) == expected["sha256"][f"{classes}_val"]
-        assert {sample.label for sample in parts[0]} == set(range(len(labels)))
+        assert ids_hash(kept[0]) == expected["sha256"][f"{classes}_train"]
+        assert ids_hash(kept[1]) == expected["sha256"][f"{classes}_val"]
+        assert {sample.label for sample in kept[0]} == set(range(len(labels)))
 
 
 def listed(labels: list[int]) -> list[Sample]:
@@ -83,9 +83,9 @@ def test_draw_properties(labels: list[int], shots: int, seed: int) -> None:
     assert len({sample.id for sample in train}) == len(train)
     for label in first_seen:
         assert sum(sample.label == label for sample in val) == min(shots, 4, labels.count(label))
-        if labels.count(label) < shots:  # short classes give all, in file order
-            mine = [sample.id for sample in train if sample.label == label]
-            assert mine == [sample.id for sample in everything if sample.label == label]
+        if labels.count(label) < shots:  # a class with too few images gives all, in file order
+            members = [sample.id for sample in train if sample.label == label]
+            assert members == [sample.id for sample in everything if sample.label == label]
 
 
 @given(st.sets(st.integers(0, 40), min_size=2))
@@ -140,7 +140,7 @@ def test_the_other_families_samplers(row: str) -> None:
 
 
 def test_clip_lora_draws_the_published_overlap() -> None:
-    """datasets.md 2.4: seed 1 shares 6 of 100, 68 of 400 and 902 of 1,600 images with CoOp's draw."""
+    """Seed 1 shares 6 of 100, 68 of 400 and 902 of 1,600 images with CoOp's draw."""
     overlaps = [SAMPLED[f"clip-lora-v1 seed 1 shots {shots}"]["overlap_with_coop"] for shots in (1, 4, 16)]
     assert overlaps == [6, 68, 902]
 
@@ -154,8 +154,8 @@ def test_samplers_on_short_classes() -> None:
         fewshot(few, [], 5, 1, sampler="tpt-v1")
     with pytest.raises(ConfigError, match="clip-lora-v1 needs 4 training images"):
         fewshot(few, few[:1], 2, 1, sampler="clip-lora-v1", sample_val=False)
-    learnt, judged = fewshot(few, few[:1], 1, 1, sampler="clip-lora-v1", sample_val=False)
-    assert [s.label for s in learnt] == [0, 1] == [s.label for s in judged] and not set(learnt) & set(judged)
+    train, val = fewshot(few, few[:1], 1, 1, sampler="clip-lora-v1", sample_val=False)
+    assert [s.label for s in train] == [0, 1] == [s.label for s in val] and not set(train) & set(val)
 
 
 def test_unknown_samplers() -> None:
@@ -181,23 +181,22 @@ def test_images_with_several_labels() -> None:
 
 
 def interpreters() -> list[str]:
-    """This Python and, where they are installed, others that vlprompt supports."""
-    found = [sys.executable, *(shutil.which(f"python3.{minor}") or "" for minor in range(10, 15))]
-    found += [str(path) for path in sorted(Path("~/.pyenv/versions").expanduser().glob("3.1[0-9]*/bin/python"))]
-    # pyenv's shims exist for versions that cannot be started from here.
-    starts = [
+    """This Python and other installed versions that vlprompt supports."""
+    paths = [sys.executable, *(shutil.which(f"python3.{minor}") or "" for minor in range(10, 15))]
+    paths += [str(path) for path in sorted(Path("~/.pyenv/versions").expanduser().glob("3.1[0-9]*/bin/python"))]
+    # pyenv has shims for versions that do not start.
+    return [
         path
-        for path in dict.fromkeys(found)
+        for path in dict.fromkeys(paths)
         if path and not subprocess.run([path, "-c", ""], check=False, capture_output=True).returncode
     ]
-    return starts
 
 
 DRAWN_BY_ALL = "4d436328348d80ecb60345c65847ae183c8bfc558151db340d3e40d1133e86f1"
 
 
 def test_the_draw_is_the_same_in_other_pythons() -> None:
-    """The draw needs no package, so any Python that is here can make it."""
+    """The draw needs no packages, so every installed Python can run it."""
     code = """
 import json, random, sys
 from vlprompt.datasets.records import Sample
@@ -207,12 +206,12 @@ train = [Sample(f"{label}/{number}", label, None) for label in range(30) for num
 val = [Sample(f"{label}/v{number}", label, None) for label in range(30) for number in range(5)]
 random.seed(99)
 drawn = [fewshot(train, val, 16, 1, sampler=name) for name in sorted(SAMPLERS)]
-print(sha256_lines(sample.id for pair in drawn for part in pair for sample in part))
+print(sha256_lines(sample.id for lists in drawn for samples in lists for sample in samples))
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    found = {}
+    hashes = {}
     for python in interpreters():
         done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, f"{python}: {done.stderr}"
-        found[python] = done.stdout.strip()
-    assert set(found.values()) == {DRAWN_BY_ALL}, found
+        hashes[python] = done.stdout.strip()
+    assert set(hashes.values()) == {DRAWN_BY_ALL}, hashes

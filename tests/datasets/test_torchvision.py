@@ -1,11 +1,11 @@
-"""Data sets that torchvision reads: what a card may ask for, what is checked, ids, labels and pixels."""
+"""Torchvision data sets: accepted options, checks, ids, labels and pixels."""
 
 from __future__ import annotations
 
 import dataclasses
 import multiprocessing
 import os
-import pickle  # noqa: TID251  (CIFAR's own format; and sources have to reach workers)
+import pickle  # noqa: TID251  (CIFAR's format; sources are sent to workers)
 import shutil
 import subprocess
 import sys
@@ -56,17 +56,17 @@ def test_ids_labels_and_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [sample.id for sample in lists.test] == [f"test:{index}" for index in range(20)]
     assert [sample.label for sample in lists.train] == list(range(10)) * 3
     assert lists.class_names[1] == "automobile" and lists.sampler == "dassl-v1"
-    # The writer puts the image's number into its first pixel.
+    # The first pixel holds the image's number.
     pixels = [np.asarray(sample.source.open())[0, 0, 0] for sample in lists.train]
     assert pixels == list(range(30))
 
 
 def test_grey_images_become_rgb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture = np.asarray(read("mnist", tmp_path, monkeypatch).test[3].source.open())
-    assert picture.shape == (28, 28, 3) and (picture[..., :1] == picture).all() and picture[0, 0, 0] == 3
+    pixels = np.asarray(read("mnist", tmp_path, monkeypatch).test[3].source.open())
+    assert pixels.shape == (28, 28, 3) and (pixels[..., :1] == pixels).all() and pixels[0, 0, 0] == 3
 
 
-def test_sources_are_opened_once_and_travel_to_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_are_opened_once_and_can_be_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lists = read("mnist", tmp_path, monkeypatch)
     reader._opened.cache_clear()
     opened = reader._opened.cache_info
@@ -97,7 +97,7 @@ def test_stamps_follow_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         first.open()
 
 
-# -- what a card may not ask for --------------------------------------------------------------------------------------
+# -- refused options --------------------------------------------------------------------------------------
 TRAIN: Splits = {"train": {"train": True}, "test": {"train": False}}
 REFUSED = [
     ("CIFAR11", TRAIN, "dataset is 'CIFAR11'. Did you mean 'CIFAR10'"),
@@ -119,7 +119,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("dataset", "splits", "match"), REFUSED, ids=range(len(REFUSED)))
-def test_what_is_not_allowed_is_refused(dataset: str, splits: Splits, match: str, tmp_path: Path) -> None:
+def test_refused_options(dataset: str, splits: Splits, match: str, tmp_path: Path) -> None:
     (tmp_path / "toy").mkdir()
     with pytest.raises(DataError) as caught:
         read_dataset(a_card(dataset, splits, ("a", "b")), tmp_path)
@@ -160,7 +160,7 @@ def test_a_missing_library_is_named(
 
 # -- damaged and hostile files ----------------------------------------------------------------------------------------
 class Bomb:
-    """What unpickling must never reach."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -170,8 +170,8 @@ class Bomb:
 
 
 @pytest.mark.parametrize("file", ["data_batch_2", "test_batch", "batches.meta"])
-def test_no_pickle_but_the_published_ones_is_opened(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All files are right by MD5 but one, which would run code."""
+def test_only_published_pickles_are_opened(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All files have the right MD5 except one, which would run code."""
     from torchvision.datasets import cifar, utils
 
     card = write_layout(find_card("cifar10"), tmp_path / "data", monkeypatch=monkeypatch).card
@@ -179,31 +179,31 @@ def test_no_pickle_but_the_published_ones_is_opened(file: str, tmp_path: Path, m
     monkeypatch.undo()
     sums = {path.name: utils.calculate_md5(path) for path in folder.iterdir()}
     for table in ("train_list", "test_list"):
-        own = [[name, sums[name]] for name, _ in getattr(cifar.CIFAR10, table)]
-        monkeypatch.setattr(cifar.CIFAR10, table, own)
+        rows = [[name, sums[name]] for name, _ in getattr(cifar.CIFAR10, table)]
+        monkeypatch.setattr(cifar.CIFAR10, table, rows)
     monkeypatch.setattr(cifar.CIFAR10, "meta", {**cifar.CIFAR10.meta, "md5": sums["batches.meta"]})
     assert len(read_dataset(card, tmp_path / "data").train) == 20  # the checks are on, and pass
 
     reader._opened.cache_clear()
     (folder / file).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    with pytest.raises(DataError, match=rf"MD5 of \S*/{file} is not the published one. Remove what is damaged"):
+    with pytest.raises(DataError, match=rf"MD5 of \S*/{file} is not the published one. Remove the damaged files"):
         read_dataset(card, tmp_path / "data")
     assert not (tmp_path / "exploded").exists()
     pickle.loads((folder / file).read_bytes())
-    assert (tmp_path / "exploded").exists()  # the bomb was no dud
+    assert (tmp_path / "exploded").exists()  # unpickling it does make the folder
 
 
-def test_old_files_of_torch_are_not_preferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_old_torchvision_versions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = write_layout(find_card("mnist"), tmp_path, monkeypatch=monkeypatch).card
     (tmp_path / "mnist" / "MNIST" / "processed").mkdir()
-    with pytest.raises(DataError, match="processed is a format of old versions"):
+    with pytest.raises(DataError, match="processed has a format of old torchvision versions"):
         read_dataset(card, tmp_path)
 
 
 @pytest.mark.parametrize(
     "damage", [b"", b"\0\0\x08\x03\0\0\0\x05", b"\0\0\x08\x03\xff\xff\xff\xff" + bytes(40), b"no idx"]
 )
-def test_damaged_arrays_are_our_own_error(damage: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_arrays_raise_data_errors(damage: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = write_layout(find_card("mnist"), tmp_path, monkeypatch=monkeypatch).card
     (tmp_path / "mnist" / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(damage)
     with pytest.raises(DataError, match="torchvision's MNIST cannot read"):
@@ -211,7 +211,7 @@ def test_damaged_arrays_are_our_own_error(damage: bytes, tmp_path: Path, monkeyp
 
 
 # -- labels -----------------------------------------------------------------------------------------------------------
-def test_counts_become_labels_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_are_renumbered_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lists = read("clevr_count", tmp_path, monkeypatch)
     assert lists.class_names == ["3", "4", "5", "6", "7", "8", "9", "10"]
     assert [sample.label for sample in lists.test] == list(range(8))
@@ -240,23 +240,23 @@ def test_a_class_without_training_images_is_an_error(tmp_path: Path) -> None:
         (root / folder / "0.png").write_bytes(encoded(".png"))
     (root / "train" / "positive").mkdir()
     card = a_card("RenderedSST2", {"train": {"split": "train"}, "test": {"split": "test"}}, ("bad", "good"))
-    with pytest.raises(DataError, match="cannot read(.|\n)*positive"):  # torchvision itself refuses an empty class
+    with pytest.raises(DataError, match="cannot read(.|\n)*positive"):  # torchvision refuses an empty class
         read_dataset(card, tmp_path)
 
 
 def test_excluded_images_and_shared_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = write_layout(find_card("mnist"), tmp_path, monkeypatch=monkeypatch).card
     splits = {**TRAIN, "val": {"train": False}}
-    own = dataclasses.replace(card, options=TorchvisionOptions("MNIST", splits), excluded=("test:4",))
-    lists = read_dataset(own, tmp_path)
+    changed = dataclasses.replace(card, options=TorchvisionOptions("MNIST", splits), excluded=("test:4",))
+    lists = read_dataset(changed, tmp_path)
     assert not lists.sample_val and lists.val == lists.test and len(lists.test) == 9
 
 
 # -- official splits on the folders of other protocols ----------------------------------------------------------------
 def pets(folder: Path) -> None:
-    for part, lines in {"trainval": ["Abyssinian_1 1 1 1", "beagle_2 2 2 1"], "test": ["beagle_3 2 2 1"]}.items():
+    for split, lines in {"trainval": ["Abyssinian_1 1 1 1", "beagle_2 2 2 1"], "test": ["beagle_3 2 2 1"]}.items():
         (folder / "annotations").mkdir(parents=True, exist_ok=True)
-        (folder / "annotations" / f"{part}.txt").write_text("".join(f"{line}\n" for line in lines))
+        (folder / "annotations" / f"{split}.txt").write_text("".join(f"{line}\n" for line in lines))
     (folder / "images").mkdir()
     for name in ("Abyssinian_1", "beagle_2", "beagle_3"):
         (folder / "images" / f"{name}.jpg").write_bytes(encoded(".jpg"))
@@ -269,7 +269,7 @@ PETS: Splits = {"train": {"split": "trainval"}, "test": {"split": "test"}}
 def test_official_split_of_pets(folder: str, tmp_path: Path) -> None:
     pets(tmp_path / "toy" / folder)
     lists = read_dataset(a_card("OxfordIIITPet", PETS), tmp_path)
-    assert lists.class_names == ["Abyssinian", "Beagle"]  # torchvision's own, since the card names none
+    assert lists.class_names == ["Abyssinian", "Beagle"]  # torchvision's, because the card names none
     assert [(sample.id, sample.label) for sample in lists.train] == [("trainval:0", 0), ("trainval:1", 1)]
     source = lists.test[0].source
     assert source.path == os.path.join(tmp_path, "toy", *folder.strip(".").split(), "images", "beagle_3.jpg")
@@ -289,18 +289,18 @@ def test_other_official_splits(tmp_path: Path) -> None:
         (root / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "images" / name).write_bytes(encoded(".jpg"))
 
-    def found(dataset: str, **arguments: Any) -> tuple[list[str], list[tuple[str, Any]]]:
+    def read_train(dataset: str, **arguments: Any) -> tuple[list[str], list[tuple[str, Any]]]:
         lists = read_dataset(a_card(dataset, {"train": arguments}), tmp_path)
         return lists.class_names, [(sample.id, sample.label) for sample in lists.train]
 
-    assert found("DTD", split="train", partition=2) == (
+    assert read_train("DTD", split="train", partition=2) == (
         ["banded", "zigzagged"], [("train,partition=2:0", 0), ("train,partition=2:1", 1)],
     )  # fmt: skip
-    assert found("FGVCAircraft", split="train") == (["707-320", "F-16A/B"], [("train:0", 1), ("train:1", 0)])
-    assert found("Food101", split="train") == (["cheese_plate", "cheesecake"], [("train:0", 0), ("train:1", 1)])
+    assert read_train("FGVCAircraft", split="train") == (["707-320", "F-16A/B"], [("train:0", 1), ("train:1", 0)])
+    assert read_train("Food101", split="train") == (["cheese_plate", "cheesecake"], [("train:0", 0), ("train:1", 1)])
 
 
-def test_images_that_lists_name_are_looked_for(tmp_path: Path) -> None:
+def test_missing_and_linked_images_are_reported(tmp_path: Path) -> None:
     pets(tmp_path / "toy")
     card = a_card("OxfordIIITPet", PETS)
     (tmp_path / "toy" / "images" / "beagle_3.jpg").unlink()
@@ -308,7 +308,7 @@ def test_images_that_lists_name_are_looked_for(tmp_path: Path) -> None:
         read_dataset(card, tmp_path)
     (tmp_path / "secret.jpg").write_bytes(encoded(".jpg"))
     (tmp_path / "toy" / "images" / "beagle_3.jpg").symlink_to(tmp_path / "secret.jpg")
-    with pytest.raises(DataError, match="S05(.|\n)*leads out of"):
+    with pytest.raises(DataError, match="S05(.|\n)*through a link that leaves"):
         read_dataset(card, tmp_path)
     (tmp_path / "toy" / "annotations" / "test.txt").write_text("../../secret 2 2 1\n")
     with pytest.raises(DataError, match='S04 path "../secret.jpg" leaves the image folder'):
@@ -318,7 +318,7 @@ def test_images_that_lists_name_are_looked_for(tmp_path: Path) -> None:
         read_dataset(card, tmp_path)
 
 
-def test_torchvision_is_imported_only_to_read() -> None:
+def test_torchvision_is_imported_on_first_read() -> None:
     text = "import sys; from vlprompt.datasets.readers import shards, torchvision; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
@@ -328,7 +328,7 @@ TORCHVISION = [name for name in list_datasets() if isinstance(find_card(name).op
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_files_go_to_where_torchvision_looks_for_them(name: str, tmp_path: Path) -> None:
+def test_downloads_go_to_the_folder_that_torchvision_reads(name: str, tmp_path: Path) -> None:
     card = find_card(name)
     assert isinstance(card.options, TorchvisionOptions)
     home = KINDS[card.options.dataset].home

@@ -1,4 +1,4 @@
-"""Strangers' archives: what comes out of them, and that nothing else does."""
+"""Unpacking of untrusted archives: extracted files, refused members, limits."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ HOSTILE = {
     "zip absolute": (zip_of({"good.txt": b"", "/x": b"x"}), "is absolute"),
     "zip link": (zip_with_link(), "a link or a device"),
     "file in the way": (tar_of({"a": b"x", "a/b": b"y"}), ""),
-    "torn tar.gz": (tar_of({f"{n}": os.urandom(2000) for n in range(9)})[:9000], "damaged"),
-    "torn zip": (zip_of({"a": os.urandom(2000)})[:1500], "neither a tar nor a zip"),
+    "truncated tar.gz": (tar_of({f"{n}": os.urandom(2000) for n in range(9)})[:9000], "damaged"),
+    "truncated zip": (zip_of({"a": os.urandom(2000)})[:1500], "neither a tar nor a zip"),
     "no archive": (b"<html>log in</html>", "neither a tar nor a zip"),
     "empty": (tar_of({}), "holds nothing"),
 }
@@ -94,7 +94,7 @@ def test_a_link_inside_becomes_a_copy(tmp_path: Path) -> None:
     assert copy.read_bytes() == b"good" and not copy.is_symlink()
 
 
-def test_modes_and_owners_of_an_archive_do_not_count(tmp_path: Path) -> None:
+def test_modes_and_owners_of_an_archive_are_ignored(tmp_path: Path) -> None:
     def change(info: tarfile.TarInfo) -> None:
         info.mode, info.uid = 0o4777, 12345
 
@@ -122,7 +122,7 @@ def test_limits(pack: Callable[[Files], bytes], tmp_path: Path) -> None:
     assert not (tmp_path / "bomb.idx").exists()
 
 
-def test_what_an_archive_should_hold(tmp_path: Path) -> None:
+def test_strip_and_inner_must_exist(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(zip_of({"x/y/a": b"a", "xy/b": b"b", "x/c": b"c"}))
     with pytest.raises(DataError, match=re.escape("holds nothing under 'z'")):
         unpack(tmp_path / "a.zip", tmp_path / "out", strip="z")

@@ -1,4 +1,4 @@
-"""Variants: fixed changes of an image that are made when it is read."""
+"""Variants: fixed changes of an image, applied when it is read."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Drawn:
     """A red square on white."""
 
     def open(self):
-        picture = Image.new("RGB", (64, 64), "white")
-        ImageDraw.Draw(picture).rectangle((16, 16, 47, 47), fill=(200, 30, 30))
-        return picture
+        image = Image.new("RGB", (64, 64), "white")
+        ImageDraw.Draw(image).rectangle((16, 16, 47, 47), fill=(200, 30, 30))
+        return image
 
     def stamp(self):
         return "drawn"
@@ -29,7 +29,7 @@ def pixels(variant, key="a/1F408.webp"):
 
 
 @pytest.mark.parametrize("variant", ["1", "2", "15", "noise", "blur"])
-def test_a_variant_never_changes(variant):
+def test_a_variant_is_deterministic(variant):
     first = pixels(variant)
     assert first.shape == (64, 64, 3) and (first == pixels(variant)).all()
     assert (first != np.asarray(Drawn().open())).any()
@@ -66,7 +66,7 @@ def test_blur_spreads_edges_and_keeps_brightness():
     assert soft.mean() == pytest.approx(clean.mean(), abs=1)
 
 
-def test_stamps_tell_variants_apart():
+def test_stamps_differ_between_variants():
     stamps = {VariantSource(Drawn(), variant, "a").stamp() for variant in ("1", "2", "noise")}
     assert len(stamps) == 3 and all("drawn" in stamp for stamp in stamps)
 

@@ -1,6 +1,6 @@
-"""Data sets as facts: cards, readers and few-shot draws. No tensors.
+"""Data set cards, readers and few-shot draws; no tensors.
 
-The names below are loaded when first used, so that ``import vlprompt.datasets`` stays quick.
+Names are imported on first use, which keeps ``import vlprompt.datasets`` fast.
 """
 
 from __future__ import annotations

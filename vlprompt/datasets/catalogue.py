@@ -119,7 +119,3 @@ def _spellings(card: Card) -> Sequence[str]:
 
 def _plain(name: str) -> str:
     return name.lower().replace("_", "-")
-
-
-
-

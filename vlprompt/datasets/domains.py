@@ -1,7 +1,7 @@
-"""Domains of a data set: which ones to train and to test on, and what the protocols of domain generalisation pair.
+"""Domains of a data set: selection of source and target domains, and the rounds of domain generalisation protocols.
 
-A clean domain has training images. Corrupted versions of its test images are domains of their own, ``a+noise`` beside
-``a``. What domains there are is read from the samples; the card gives their order.
+A clean domain has training images. Corrupted versions of its test images are separate domains: ``a+noise`` for ``a``.
+The domains are read from the samples; the card gives their order.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ CLEAN = "clean"
 
 @dataclass(frozen=True)
 class DomainRound:
-    """One training of a protocol.
+    """One training run of a protocol.
 
     Attributes:
-        domain: The clean domain that the round is about: left out, or the single source.
+        domain: The clean domain that is left out, or the single source.
         source: Domains to train on.
         target: Domains to test on.
     """
@@ -45,7 +45,7 @@ def split_domain(domain: str) -> tuple[str, str]:
 
 
 def domains_of(card: Card, samples: Iterable[Sample]) -> list[str]:
-    """Return the domains of ``samples``, in the card's order, corrupted versions behind their clean domain."""
+    """Return the domains of ``samples``, in the card's order, corrupted versions after their clean domain."""
     position = {name: index for index, name in enumerate(card.domains)}
 
     def place(domain: str) -> tuple[int, bool]:
@@ -56,17 +56,17 @@ def domains_of(card: Card, samples: Iterable[Sample]) -> list[str]:
 
 
 def keep_domains(card: Card, lists: SplitLists, source: Sequence[str], target: Sequence[str]) -> SplitLists:
-    """Return ``lists`` with training and validation samples of ``source`` and test samples of ``target`` alone.
+    """Return ``lists`` restricted to training and validation samples of ``source`` and test samples of ``target``.
 
     Args:
         card: The data set's card.
-        lists: The whole data set, before any draw.
+        lists: The complete data set, before any draw.
         source: Domains to train on; empty for all.
         target: Domains to test on; empty for all.
 
     Raises:
-        ConfigError: The data set has no domains, a name is none of them or has no such images, or ``source`` leaves a
-            class without training images; all problems are listed.
+        ConfigError: If the data set has no domains, a name is not a domain or has no such images, or ``source`` leaves
+            a class without training images; all problems are listed.
     """
     problems = []
     for key, names, samples, kind in (
@@ -76,12 +76,14 @@ def keep_domains(card: Card, lists: SplitLists, source: Sequence[str], target: S
         if isinstance(names, str):
             problems.append(f"{key} is the text {names!r}; accepted: a list of names, [{names!r}]")
         elif names and not card.domains:
-            problems.append(f"{key} is {list(names)}, but {card.name} has no domains; leave it away or empty, []")
+            problems.append(f"{key} is {list(names)}, but {card.name} has no domains; omit it or leave it empty, []")
         else:
             problems += _name_problems(key, names, domains_of(card, samples), kind, card.name)
     if problems:
         raise ConfigError("\n".join(problems))
-    train, val = ([one for one in part if not source or one.domain in source] for part in (lists.train, lists.val))
+    train, val = (
+        [sample for sample in samples if not source or sample.domain in source] for samples in (lists.train, lists.val)
+    )
     present = {label for sample in train for label in labels_of(sample)}
     every = dict.fromkeys(label for sample in lists.train for label in labels_of(sample))
     lost = [lists.class_names[label] for label in every if label not in present]
@@ -96,12 +98,12 @@ def keep_domains(card: Card, lists: SplitLists, source: Sequence[str], target: S
 
 
 def _name_problems(key: str, names: Sequence[str], known: Sequence[str], kind: str, data: str) -> list[str]:
-    """Return what is wrong with ``names``, where the domains ``known`` have images of this ``kind``."""
+    """Return the problems of ``names``; the domains in ``known`` have images of this ``kind``."""
     problems = [f"{key} names {name!r} twice" for name in dict.fromkeys(names) if list(names).count(name) > 1]
     for name in dict.fromkeys(names):
         if name not in known:
             near = did_you_mean(str(name), known)
-            problems.append(f"{key} names {name!r}, which is no domain of {data} with {kind} images.{near}")
+            problems.append(f"{key} names {name!r}, which is not a domain of {data} with {kind} images.{near}")
     return problems
 
 
@@ -114,41 +116,41 @@ def check_protocol(protocol: str) -> None:
 
 
 def domain_rounds(name: str, root: str | Path | None, protocol: str) -> list[DomainRound]:
-    """Return the trainings that ``protocol`` asks for on data set ``name``, one per clean domain.
+    """Return the training runs of ``protocol`` on data set ``name``, one per clean domain.
 
-    ``leave-one-out`` trains on all clean domains but one and tests on that one; ``single-source`` trains on one and
-    tests on all others. Corrupted versions are tested where their clean domain is.
+    ``leave-one-out`` trains on all clean domains but one and tests on that domain. ``single-source`` trains on one
+    domain and tests on all others. Corrupted versions are tested with their clean domain.
 
     Args:
         name: Name or alias of a data set that has domains.
-        root: Folder that holds the data sets, as in :func:`~vlprompt.datasets.load_dataset`.
+        root: Folder of the data sets, as in :func:`~vlprompt.datasets.load_dataset`.
         protocol: ``leave-one-out`` or ``single-source``.
 
     Raises:
-        ConfigError: An unknown protocol or data set, fewer than two clean domains, one without test images, or a round
-            with a class that it has no training images of.
-        DataError: The data are missing or cannot be used.
+        ConfigError: If the protocol or data set is unknown, there are fewer than two clean domains, a clean domain has
+            no test images, or a round has no training images of a class.
+        DataError: If the data are missing or cannot be used.
     """
     check_protocol(protocol)
     card = find_card(name)
     if not card.domains:
-        raise ConfigError(f"{card.name} has no domains; {protocol} needs a data set whose card names some")
+        raise ConfigError(f"{card.name} has no domains; {protocol} needs a data set whose card names domains")
     lists = read_dataset(card, root)
     clean, tested = domains_of(card, lists.train), domains_of(card, lists.test)
     if len(clean) < 2:
-        raise ConfigError(f"{card.name} has training images of {clean} alone; {protocol} needs two domains or more")
-    # An empty target would mean all domains, and a test on the training's own.
+        raise ConfigError(f"{card.name} has training images of {clean} only; {protocol} needs two or more domains")
+    # An empty target would mean all domains, including those of the training.
     if untested := [domain for domain in clean if domain not in tested]:
         raise ConfigError(f"{card.name} has no test images of {untested}; {protocol} tests on every clean domain")
     rounds, problems = [], []
     for domain in clean:
         others = [other for other in clean if other != domain]
         source, targets = (others, [domain]) if protocol == "leave-one-out" else ([domain], others)
-        target = [one for one in tested if split_domain(one)[0] in targets]
+        target = [name for name in tested if split_domain(name)[0] in targets]
         rounds.append(DomainRound(domain, tuple(source), tuple(target)))
         try:
             keep_domains(card, lists, source, target)
-        except ConfigError as error:  # told before anything is trained, for all rounds
+        except ConfigError as error:  # collected: the problems of all rounds are reported before any training
             problems.append(str(error))
     if problems:
         raise ConfigError(f"{protocol} cannot be run on {card.name}:\n{bulleted(problems)}")

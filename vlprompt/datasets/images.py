@@ -1,4 +1,4 @@
-"""Where an image comes from, and how its bytes become RGB pixels."""
+"""Image sources and decoding to RGB."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from vlprompt.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: File name endings (compared in lower case) that folder readers take for images.
+#: File name suffixes, in lower case, that folder readers accept as images.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-#: Decoders that may run. Others (EPS starts Ghostscript) have no business with a stranger's file.
+#: Accepted Pillow formats. Other decoders are unsafe on untrusted files (EPS starts Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-#: Largest image that is decoded, in pixels: Pillow's own bound, about 89 million.
+#: Largest image that is decoded, in pixels: Pillow's bound, about 89 million.
 MAX_PIXELS = 89_478_485
 
 
 class ImageSource(Protocol):
-    """Anything an image can be read from."""
+    """Interface of an object that an image can be read from."""
 
     def open(self) -> Image:
         """Return the decoded RGB image."""
 
     def stamp(self) -> str:
-        """Return a short text that changes when the bytes change (cheap: nothing is read)."""
+        """Return a short text that changes when the bytes change; reads no image data."""
 
 
 @dataclass(frozen=True)
@@ -92,38 +92,38 @@ def _archive(path: str, process: int) -> zipfile.ZipFile:
 @contextmanager
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters is refused below
+        warnings.simplefilter("ignore")  # Pillow warns about odd metadata; real problems raise below
         yield
 
 
 def decode_rgb(data: bytes, name: str) -> Image:
-    """Decode image bytes to 8-bit RGB, converting before anything else is done to the picture.
+    """Decode image bytes to 8-bit RGB.
 
-    Converting first (as Dassl does, datasets.md section 4) matters: a palette or RGBA image resized before conversion
-    has other pixels. EXIF orientation is ignored, as in all published protocols.
+    The conversion precedes every other operation, as in Dassl: a palette or RGBA image that is resized before
+    conversion has different pixels. EXIF orientation is ignored, as in all published protocols.
 
     Args:
-        data: The whole file.
-        name: What error messages call the image.
+        data: The content of the file.
+        name: Name of the image in error messages.
 
     Returns:
         A loaded PIL image of mode ``RGB``.
 
     Raises:
-        DataError: If the bytes are not an image of a known format, are cut short, hold more than ``MAX_PIXELS``
-            pixels, or more than 8 bits per channel. The text gives name, size and first bytes.
+        DataError: If the bytes are not an image of a known format, are truncated, or have more than ``MAX_PIXELS``
+            pixels or more than 8 bits per channel. The text gives name, size and first bytes.
     """
     from PIL import Image
 
     described = f"{len(data):,} bytes, beginning {data[:8].hex(' ') or '(nothing)'}"
     try:
         with _quiet():
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = picture.size
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{width} x {height} pixels")
-            mode = picture.mode
-            converted = picture.convert("RGB")
+            mode = image.mode
+            converted = image.convert("RGB")
     except Image.DecompressionBombError as error:
         raise DataError(
             f"Image {name} is too large to decode safely ({error}; at most {MAX_PIXELS:,} pixels are accepted). "
@@ -131,15 +131,15 @@ def decode_rgb(data: bytes, name: str) -> Image:
         ) from error
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's decoders raise nearly every type on a damaged file
+    except Exception as error:  # Pillow's decoders raise many types on a damaged file
         raise DataError(
             f"Image {name} cannot be decoded ({described}): {_first_line(error)}. Replace or remove the file; accepted "
             f"formats: {', '.join(FORMATS)}."
         ) from error
     if mode.startswith(("I", "F")):
         raise DataError(
-            f"Image {name} has more than 8 bits per channel (Pillow mode {mode}). Converting it would cut the "
-            "brightness off silently: scale it to 8 bits per channel first."
+            f"Image {name} has more than 8 bits per channel (Pillow mode {mode}). Converting it would clip "
+            "the brightness silently: scale it to 8 bits per channel first."
         )
     return converted
 

@@ -1,4 +1,4 @@
-"""Paths that come out of files: nothing they name may lie outside the image folder."""
+"""Checks of the image paths that files name: they must stay inside the image folder."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def path_problem(path: object) -> str | None:
 
 
 def check_files(root: Path, paths: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Look for ``paths`` (already free of :func:`path_problem`) under ``root`` (rules S05 and S15).
+    """Check that ``paths``, which have no :func:`path_problem`, exist under ``root`` (rules S05 and S15).
 
     Returns:
-        The paths that are no regular files, and the paths that links lead out of ``root``; none of these where the
-        user allows such links (:func:`links_allowed`).
+        The paths that are not regular files, and the paths that leave ``root`` through a link; the latter is empty if
+        such links are allowed (:func:`links_allowed`).
     """
     real_root = os.path.realpath(root)
     inside_folder: dict[str, bool] = {}
@@ -70,7 +70,7 @@ def links_allowed() -> bool:
 
 
 def is_inside(path: str | Path, real_root: str) -> bool:
-    """Return whether ``path``, its links followed, is ``real_root`` or lies under it."""
+    """Return whether ``path``, with its links resolved, is ``real_root`` or inside it."""
     real = os.path.realpath(path)
     return real == real_root or real.startswith(real_root.rstrip(os.sep) + os.sep)
 

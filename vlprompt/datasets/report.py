@@ -1,7 +1,7 @@
-"""What is wrong with a data set, collected while it is read: every problem at once, each with its rule's code.
+"""Problems of a data set, collected while it is read, each with the code of its rule.
 
-The codes S01 to S20 are those of the validation rules (datasets.md 6.3). Reading for a run and ``vlprompt data check``
-share the readers; a run stops at the end of reading if there are errors, a check shows all there is.
+The rules S01 to S20 are listed in :data:`RULES`. Runs and ``vlprompt data check`` share the readers: a run raises after
+reading if there are errors, a check shows all problems.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NoReturn
 from vlprompt.errors import DataError
 
 _SHOWN = 20
-#: What each rule asks for, in a few words: for ``vlprompt data check --help`` and its JSON.
+#: Requirement of each rule, for ``vlprompt data check --help`` and its JSON output.
 RULES = {
     "S01": "the file is readable: UTF-8, JSON or text lines, not too large, no repeated keys",
     "S02": "the file has the parts train, val and test; only val may be empty",
@@ -25,28 +25,28 @@ RULES = {
     "S07": "labels have no gaps and all occur in train",
     "S08": "labels start at 0, not at 1",
     "S09": "one usable name per label",
-    "S10": "no two labels with one name",
-    "S11": "no image twice",
+    "S10": "no two labels share a name",
+    "S11": "no image occurs twice",
     "S12": "no identical image files in train and test (--hash-images)",
-    "S13": "sizes are those on the card",
-    "S14": "the content is the published one",
-    "S15": "all files and folders are there",
-    "S16": "images are whole; with --decode: all decode to RGB of 8 x 8 pixels or more",
+    "S13": "sizes match the card",
+    "S14": "the content matches the published split",
+    "S15": "all files and folders exist",
+    "S16": "images are complete; with --decode, all decode to RGB of 8 x 8 pixels or more",
     "S17": "every class has enough training images",
     "S18": "a few-shot list belongs to this split",
-    "S19": "class names hold no path separators (they are kept for prompts)",
-    "S20": "classes are those of the card, in its order",
+    "S19": "class names have no path separators (they are kept for prompts)",
+    "S20": "classes match the card, in its order",
 }
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """One problem of a data set.
 
     Attributes:
         code: The rule, ``S01`` to ``S20``.
         text: What is wrong and where.
-        warning: Whether the data can be used all the same.
+        warning: Whether the data can still be used.
     """
 
     code: str
@@ -62,25 +62,25 @@ class Report:
 
     Args:
         subject: What is read, for the headline: ``Data set 'dtd' under /data/dtd``.
-        remedy: What helps if it cannot be used.
+        remedy: What to do if it cannot be used.
     """
 
     def __init__(self, subject: str, remedy: str) -> None:
         self.subject, self.remedy = subject, remedy
         self.problems: list[Problem] = []
-        #: Facts found on the way, for the command that shows them.
+        #: Facts collected while reading, for ``vlprompt data check``.
         self.facts: dict[str, object] = {}
 
     def error(self, code: str, text: str) -> None:
-        """Note a problem that makes the data unusable."""
+        """Add an error: the data cannot be used."""
         self.problems.append(Problem(code, text))
 
     def errors(self, code: str, texts: Iterable[str]) -> None:
-        """Note several problems under one rule."""
+        """Add several errors of one rule."""
         self.problems += [Problem(code, text) for text in texts]
 
     def warn(self, code: str, text: str) -> None:
-        """Note a problem that the data can be used with."""
+        """Add a warning: the data can still be used."""
         self.problems.append(Problem(code, text, warning=True))
 
     @property
@@ -89,11 +89,11 @@ class Report:
         return any(not problem.warning for problem in self.problems)
 
     def stop(self) -> NoReturn:
-        """Raise what was found; for where reading cannot go on."""
+        """Raise a :class:`~vlprompt.errors.DataError` with the errors so far: reading cannot continue."""
         raise DataError(self._text([problem for problem in self.problems if not problem.warning]))
 
     def finish(self) -> None:
-        """Raise a :class:`~vlprompt.errors.DataError` if there are errors; hand the warnings to ``warnings``."""
+        """Raise a :class:`~vlprompt.errors.DataError` if there are errors, else issue the warnings."""
         if self.failed:
             self.stop()
         for problem in self.problems:
@@ -106,14 +106,14 @@ class Report:
 
 
 def problem_lines(problems: Sequence[Problem], shown: int = _SHOWN) -> list[str]:
-    """Return about ``shown`` lines at most, shared out over the rules so that none hides another."""
+    """Return about ``shown`` lines at most, divided among the rules so that each rule is shown."""
     by_code: dict[str, list[Problem]] = {}
     for problem in problems:
         by_code.setdefault(problem.code, []).append(problem)
     each = max(3, shown // max(1, len(by_code)))
     lines = []
-    for code, own in by_code.items():
-        lines += [str(problem) for problem in own[:each]]
-        if len(own) > each:
-            lines.append(f"{code} ... and {len(own) - each:,} more")
+    for code, members in by_code.items():
+        lines += [str(problem) for problem in members[:each]]
+        if len(members) > each:
+            lines.append(f"{code} ... and {len(members) - each:,} more")
     return lines

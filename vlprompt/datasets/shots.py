@@ -1,8 +1,8 @@
-"""Which images a few-shot run trains on, and which classes are base and new.
+"""Few-shot samplers, and the cut into base and new classes.
 
-``dassl-v1`` reproduces, image for image, what CoOp, CoCoOp, MaPLe, PromptSRC and KgCoOp draw (datasets.md sections 2.1
-and 2.5). Families that draw others with the same seed have samplers of their own (2.4). All use private generators
-that nothing else in the process can disturb.
+``dassl-v1`` reproduces the draws of CoOp, CoCoOp, MaPLe, PromptSRC and KgCoOp image for image. Other families draw
+other images for the same seed; each has its own sampler. All samplers use private generators, independent of other
+random state in the process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from vlprompt.datasets.records import Sample, labels_of
 from vlprompt.errors import ConfigError, did_you_mean
 
-#: At most this many validation images a class go with a few-shot training list.
+#: Validation images per class drawn with a few-shot training list, at most.
 VAL_SHOTS = 4
 Samples = list[Sample]
 
@@ -26,7 +26,7 @@ def check_draw(shots: int, seed: int) -> None:
     if isinstance(shots, bool) or not isinstance(shots, int) or (shots < 1 and shots != -1):
         raise ConfigError(
             f"data.shots is {shots!r}; accepted: 1 or more images per class, or -1 for the complete training list. "
-            "For zero-shot use no training at all: --method zeroshot"
+            "Zero-shot runs need no training: --method zeroshot"
         )
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ConfigError(f"seed is {seed!r}; accepted: a whole number from 0 (0 is a seed like any other).")
@@ -41,21 +41,22 @@ def fewshot(
     sampler: str = "dassl-v1",
     sample_val: bool = True,
 ) -> tuple[Samples, Samples]:
-    """Draw ``shots`` training images per class, and validation images as ``sampler`` has it.
+    """Draw ``shots`` training images per class, and the validation images that ``sampler`` defines.
 
     Args:
         train: Training samples in file order.
         val: Validation samples in file order.
-        shots: Images per class (>= 1), or -1 for both lists as they are.
+        shots: Images per class (>= 1), or -1 for both complete lists.
         seed: Seed of the private generator (>= 0).
-        sampler: A name of :data:`SAMPLERS`.
-        sample_val: ``False`` leaves the validation list as it is (ImageNet).
+        sampler: A name in :data:`SAMPLERS`.
+        sample_val: ``False`` keeps the complete validation list (ImageNet).
 
     Returns:
         The training and validation lists in sampler order.
 
     Raises:
-        ConfigError: If ``shots`` or ``seed`` is out of range, the sampler is unknown, or it cannot draw from these.
+        ConfigError: If ``shots`` or ``seed`` is out of range, the sampler is unknown, or it cannot draw from these
+            lists.
     """
     check_draw(shots, seed)
     chosen = find_sampler(sampler)
@@ -71,10 +72,13 @@ def fewshot(
 # -- samplers ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Sampler:
-    """A rule of drawing: in a line what it does, the rule itself, and whether it needs one label an image.
+    """A few-shot sampler.
 
-    The rule takes the training list, the validation list (``None`` where it is not to be drawn from), shots, seed, and
-    the whole validation list.
+    Attributes:
+        about: One line of description.
+        draw: Function of the training list, the validation list (``None`` if it is not sampled), shots, seed and the
+            complete validation list; returns the training and validation samples.
+        one_label: Whether every image must have exactly one label.
     """
 
     about: str
@@ -85,8 +89,8 @@ class Sampler:
 def _dassl(
     train: Sequence[Sample], val: Sequence[Sample] | None, shots: int, seed: int, whole: Samples
 ) -> tuple[Samples, Samples]:
-    # Classes in the order in which the list first shows them; a class with fewer images gives all of them, in file
-    # order, and draws no random numbers. Validation goes on with the training draw's stream.
+    # Classes are taken in the order of their first sample. A class with fewer images contributes all of them, in file
+    # order, and consumes no random numbers. The validation draw continues the random stream of the training draw.
     generator = random.Random(seed)
     chosen = _draw(train, shots, generator)
     return chosen, whole if val is None else _draw(val, min(shots, VAL_SHOTS), generator)
@@ -95,21 +99,21 @@ def _dassl(
 def _clip_lora(
     train: Sequence[Sample], val: Sequence[Sample] | None, shots: int, seed: int, whole: Samples
 ) -> tuple[Samples, Samples]:
-    generator, more = random.Random(seed), min(shots, VAL_SHOTS)
+    generator, val_shots = random.Random(seed), min(shots, VAL_SHOTS)
     if val is not None:
-        chosen = _draw(val, more, generator, fill=True)
+        chosen = _draw(val, val_shots, generator, fill=True)
         return _draw(train, shots, generator, fill=True), chosen
-    # ImageNet, whose validation images are the test's: both parts are one draw from the training images.
-    learnt, judged = [], []
+    # ImageNet's validation images are its test images: both lists come from one draw of training images.
+    train_drawn, val_drawn = [], []
     for members in sorted(_by_label(train), key=lambda members: labels_of(members[0])):
-        if len(members) < shots + more:
+        if len(members) < shots + val_shots:
             raise ConfigError(
-                f"data.shots is {shots}; clip-lora-v1 needs {shots + more} training images in every class."
+                f"data.shots is {shots}; clip-lora-v1 needs {shots + val_shots} training images in every class."
             )
-        drawn = generator.sample(members, shots + more)
-        learnt += drawn[:shots]
-        judged += drawn[shots:]
-    return learnt, judged
+        drawn = generator.sample(members, shots + val_shots)
+        train_drawn += drawn[:shots]
+        val_drawn += drawn[shots:]
+    return train_drawn, val_drawn
 
 
 def _tip(
@@ -132,23 +136,23 @@ def _tpt(
 def _elevater(
     train: Sequence[Sample], val: Sequence[Sample] | None, shots: int, seed: int, whole: Samples
 ) -> tuple[Samples, Samples]:
-    # Greedy over a shuffled list, so that images with several labels count for each of their classes. The validation
-    # list is cut from the draw itself; the data set's own is not used.
+    # Greedy over a shuffled list: an image with several labels counts for each of its classes. Validation samples are
+    # cut from the drawn samples; the data set's validation list is not used.
     order = list(train)
     random.Random(seed).shuffle(order)
     count = dict.fromkeys((label for sample in train for label in labels_of(sample)), 0)
     negatives = 0
     chosen: Samples = []
     for sample in order:
-        own = labels_of(sample)
-        if not own:
+        labels = labels_of(sample)
+        if not labels:
             chosen += [sample] if negatives < shots else []
             negatives += 1
             continue
-        least, most = min(count[label] for label in own), max(count[label] for label in own)
+        least, most = min(count[label] for label in labels), max(count[label] for label in labels)
         if least < shots and (least <= shots / 2 or most <= 1.5 * shots):
             chosen.append(sample)
-            for label in own:
+            for label in labels:
                 count[label] += 1
         if min(count.values()) >= shots:
             break
@@ -156,7 +160,7 @@ def _elevater(
 
 
 def _cut_a_fifth(chosen: Samples) -> tuple[Samples, Samples]:
-    """Cut the first images of each class, a fifth rounded up, off for validation; one shot does for both."""
+    """Move the first fifth of each class, rounded up, to validation; with one shot, both lists are the same."""
     wanted: dict[int, int] = {}
     for sample in chosen:
         for label in labels_of(sample):
@@ -164,24 +168,26 @@ def _cut_a_fifth(chosen: Samples) -> tuple[Samples, Samples]:
     if all(count == 1 for count in wanted.values()):
         return chosen, list(chosen)
     wanted = {label: math.ceil(0.2 * count) for label, count in sorted(wanted.items())}
-    judged: set[int] = set()
+    validation: set[int] = set()
     while needy := [label for label, count in wanted.items() if count > 0]:
-        index = next((i for i, s in enumerate(chosen) if i not in judged and needy[0] in labels_of(s)), None)
+        index = next((i for i, s in enumerate(chosen) if i not in validation and needy[0] in labels_of(s)), None)
         if index is None:
             break
-        judged.add(index)
+        validation.add(index)
         for label in labels_of(chosen[index]):
             wanted[label] -= 1
-    return [s for i, s in enumerate(chosen) if i not in judged], [chosen[i] for i in sorted(judged)]
+    return [s for i, s in enumerate(chosen) if i not in validation], [chosen[i] for i in sorted(validation)]
 
 
 SAMPLERS: dict[str, Sampler] = {
-    "dassl-v1": Sampler("CoOp and its family: training first, then validation, short classes whole", _dassl),
+    "dassl-v1": Sampler("CoOp and its family: training first, then validation, short classes complete", _dassl),
     "sorted-v1": Sampler("dassl-v1 on lists sorted by name, where CoOp's order depends on the file system", _dassl),
     "clip-lora-v1": Sampler("CLIP-LoRA: validation first, short classes filled with replacement", _clip_lora),
     "tip-v1": Sampler("Tip-Adapter, whose seed is 1: short classes filled, validation complete", _tip),
-    "tpt-v1": Sampler("TPT: seed 0 for every class anew, whatever the seed, validation complete", _tpt),
-    "elevater-v1": Sampler("ELEVATER: greedy over a shuffled list, a fifth of the draw validates", _elevater, False),
+    "tpt-v1": Sampler("TPT: a generator of seed 0 per class, independent of the seed, validation complete", _tpt),
+    "elevater-v1": Sampler(
+        "ELEVATER: greedy over a shuffled list, a fifth of it for validation", _elevater, False
+    ),
 }
 
 
@@ -193,7 +199,7 @@ def find_sampler(name: str) -> Sampler:
 
 
 def _by_label(samples: Sequence[Sample]) -> list[Samples]:
-    """Return the samples of each label, labels in the order in which they first occur."""
+    """Return the samples grouped by label, labels in order of first occurrence."""
     by_label: dict[object, Samples] = {}
     for sample in samples:
         by_label.setdefault(sample.label, []).append(sample)
@@ -201,7 +207,7 @@ def _by_label(samples: Sequence[Sample]) -> list[Samples]:
 
 
 def _draw(samples: Sequence[Sample], shots: int, generator: random.Random, *, fill: bool = False) -> Samples:
-    """Draw from each class; one with fewer images gives all, or with ``fill`` is drawn from with replacement."""
+    """Draw from each class. A class with too few images gives all of them, or samples with replacement if ``fill``."""
     chosen: Samples = []
     for members in _by_label(samples):
         if len(members) >= shots:
@@ -220,7 +226,7 @@ def class_labels(labels: Sequence[int], classes: str) -> list[int]:
         classes: ``all``, ``base`` or ``new``.
 
     Raises:
-        ConfigError: If ``classes`` is another word, or if there are too few labels for a ``new`` half.
+        ConfigError: If ``classes`` has another value, or there are too few labels for a ``new`` half.
     """
     if classes not in ("all", "base", "new"):
         raise ConfigError(f"data.classes is {classes!r}; accepted: all, base, new.")
@@ -234,14 +240,15 @@ def class_labels(labels: Sequence[int], classes: str) -> list[int]:
 
 
 def keep_labels(samples: Sequence[Sample], labels: Sequence[int]) -> Samples:
-    """Return the samples with a label among ``labels``, re-numbered by position in ``labels``, order kept.
+    """Return the samples with a label in ``labels``, renumbered by its position in ``labels``; keeps the order.
 
-    Of several labels those that are not among ``labels`` are dropped; an image left without any is dropped too.
+    Other labels of a multi-label image are dropped. An image without any remaining label is dropped.
     """
     position = {label: index for index, label in enumerate(labels)}
     kept = []
     for sample in samples:
-        own = tuple(position[label] for label in labels_of(sample) if label in position)
-        if own:
-            kept.append(dataclasses.replace(sample, label=own if isinstance(sample.label, tuple) else own[0]))
+        renumbered = tuple(position[label] for label in labels_of(sample) if label in position)
+        if renumbered:
+            label = renumbered if isinstance(sample.label, tuple) else renumbered[0]
+            kept.append(dataclasses.replace(sample, label=label))
     return kept

@@ -14,7 +14,7 @@ from vlprompt._files import file_checksum, sha256_lines
 from vlprompt.datasets.card import Card
 from vlprompt.datasets.images import FileSource, ImageSource
 from vlprompt.datasets.readers import new_report, read_into
-from vlprompt.datasets.readers.images import torn_files
+from vlprompt.datasets.readers.images import truncated_files
 from vlprompt.datasets.records import SPLITS, Sample, SplitLists, labels_of
 from vlprompt.datasets.report import Problem, Report
 from vlprompt.errors import DataError
@@ -91,7 +91,7 @@ def check(
 
 def _look_at(card: Card, lists: SplitLists, report: Report, decode: bool, hash_images: bool) -> None:
     sources = {sample.id: sample.source for split in SPLITS for sample in getattr(lists, split)}
-    damaged = _undecodable(sources) if decode else torn_files(sources.items())
+    damaged = _undecodable(sources) if decode else truncated_files(sources.items())
     report.errors("S16", [f"{name}: {text}" for name, text in damaged])
     if hash_images:
         report.problems += _twins(lists)

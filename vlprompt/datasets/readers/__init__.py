@@ -1,4 +1,4 @@
-"""Readers: from a card and a folder on disk to :class:`~vlprompt.datasets.records.SplitLists`."""
+"""Readers of data sets: a card and a folder to :class:`~vlprompt.datasets.records.SplitLists`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlprompt.errors import DataError
 if TYPE_CHECKING:
     from vlprompt.datasets.readers.checks import Reader
 
-#: Where each reader is; it is imported when a card asks for it, since torchvision's is heavy.
+#: Module and function of each reader; imported on first use, because torchvision is slow to import.
 _HOMES = {
     "split_json": "split_json:read_split_json",
     "folder": "folder:read_folder",
@@ -27,18 +27,18 @@ _HOMES = {
 
 
 def reader(name: str) -> Reader:
-    """Return the reader that a card calls ``name``."""
+    """Return the reader of this name."""
     module, _, function = _HOMES[name].partition(":")
-    found: Reader = getattr(import_module(f"vlprompt.datasets.readers.{module}"), function)
-    return found
+    read: Reader = getattr(import_module(f"vlprompt.datasets.readers.{module}"), function)
+    return read
 
 
 def read_dataset(card: Card, root: str | Path | None = None) -> SplitLists:
-    """Read the whole data set of ``card`` under the data root ``root``.
+    """Read the complete data set of ``card`` under the data root ``root``.
 
     Raises:
-        DataError: If it is missing (the text says where it was looked for and how to get it) or cannot be used; all
-            problems that reading survives are listed.
+        DataError: If it is missing (the text names the searched folder and how to get the data) or cannot be used;
+            all problems that do not stop the reader are listed.
     """
     report = new_report(card, card.base(root))
     lists = read_into(card, root, report)
@@ -54,7 +54,7 @@ def new_report(card: Card, base: Path) -> Report:
 
 
 def read_into(card: Card, root: str | Path | None, report: Report) -> SplitLists:
-    """Read as :func:`read_dataset` does, but leave the problems that reading survives in ``report``."""
+    """Read like :func:`read_dataset`, but collect problems in ``report`` instead of raising them."""
     base = card.base(root)
     if not base.is_dir():
         raise DataError(missing_text(card, base, f"{base} ({'not a folder' if base.exists() else 'does not exist'})"))

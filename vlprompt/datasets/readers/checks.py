@@ -24,7 +24,7 @@ def label_problem(label: object) -> str | None:
 
 
 def check_names(names: list[str], report: Report) -> None:
-    """Rule S10: two labels with one name only warn."""
+    """Rule S10: warn if two labels have the same name."""
     first: dict[str, int] = {}
     for label, name in enumerate(names):
         if name and first.setdefault(name, label) != label:
@@ -32,17 +32,19 @@ def check_names(names: list[str], report: Report) -> None:
 
 
 def check_duplicates(paths: dict[str, list[Any]], same_images: bool, report: Report) -> None:
-    """Rule S11: no image twice, neither in one split nor, unless ``same_images``, in train and test."""
+    """Rule S11: no image occurs twice in a split, nor, unless ``same_images``, in two splits."""
     owner: dict[str, str] = {}
     for split in SPLITS:
-        mine: set[str] = set()
+        seen: set[str] = set()
         for entry in paths[split]:
             if entry is None:
                 continue
-            if entry in mine:
+            if entry in seen:
                 report.error("S11", f"{entry} is twice in {split}")
             elif entry in owner and not same_images:
                 report.error("S11", f"{entry} is in {owner[entry]} and in {split}")
-            mine.add(entry)
+            seen.add(entry)
             owner.setdefault(entry, split)
+
+
 Reader = Callable[[Card, Path, Report], SplitLists]

@@ -1,4 +1,4 @@
-"""Reader of class folders: ImageNet and its variants, data sets with domains, and a user's own images."""
+"""Reader of class folders: ImageNet and its variants, data sets with domains, and a folder of images of the user."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ from vlprompt.datasets.records import SPLITS, Sample, SplitLists, class_name_pro
 from vlprompt.datasets.report import Report
 from vlprompt.errors import DataError, did_you_mean, nearest
 
-_REMEDY = "Expected: FOLDER/<class>/<image>, or FOLDER/train/<class>/<image> with test/ and, if wanted, val/ beside it."
+_REMEDY = (
+    "Expected: FOLDER/<class>/<image>, or FOLDER/train/<class>/<image> with test/ and optionally val/ next to it."
+)
 #: Image file names by class folder.
 Listing = dict[str, list[str]]
 
 
 def read_folder(card: Card, base: Path, report: Report) -> SplitLists:
-    """Read class folders: where the card's options say, or, if they say nothing, a user's own in one of two layouts.
+    """Read class folders: those in the card's options, or a folder of the user in one of two layouts.
 
-    *Cut for you*: one folder of images per class. The files of a class, sorted by name, are shuffled by a generator
-    seeded with the class name alone and cut into train (half), val (a fifth) and test (the rest), numbers rounded
-    half to even, with at least one training and one test image whatever the rounding says; 5 images give 2, 1 and 2.
-    The cut depends on the file names of that class only: not on seeds, other classes or the order of a listing.
+    *Automatic split*: one folder of images per class. The files of a class, sorted by name, are shuffled by a generator
+    seeded with the class name and cut into train (half), val (a fifth) and test (the rest). Counts are rounded half to
+    even, with at least one training and one test image; 5 images give 2, 1 and 2. The cut depends only on the file
+    names of the class: not on seeds, other classes or the order of a listing.
 
-    *Cut by you*: ``train/`` and ``test/``, and optionally ``val/``, each with one folder per class.
+    *Given split*: ``train/`` and ``test/``, and optionally ``val/``, each with one folder per class.
 
-    Class names are the folder names, underscores kept, unless the card names them. Folders and files are sorted by
-    their UTF-8 bytes (folders by their value where the card says so), so that nothing depends on a file system.
+    Class names are the folder names, with underscores, unless the card names the classes. Folders and files are sorted
+    by their UTF-8 bytes (folders by numeric value if ``sort`` is ``int``), independent of the file system.
 
     Raises:
-        DataError: If there is nothing left to read; problems that reading survives are in ``report``.
+        DataError: If nothing can be read; other problems are added to ``report``.
     """
     options = card.options
     assert isinstance(options, FolderOptions)
@@ -44,14 +46,14 @@ def read_folder(card: Card, base: Path, report: Report) -> SplitLists:
         return _read_splits(card, options, base, report)
     report.remedy = _REMEDY
     folders = list_folders(base)
-    # A folder called train may also be a class of railway pictures: then it holds images, not folders.
+    # A folder called train may also be a class (railways): then it holds images, not folders.
     is_cut = "train" in folders and bool(list_folders(base / "train"))
     if is_cut and ("test" in folders or "val" in folders):
         return _read_cut(base, folders, report)
     if not folders:
         loose = len([name for name in _visible(base) if is_image(name)])
-        found = f"{counted(loose, 'image')} but no class folders" if loose else "no class folders"
-        raise DataError(f"Folder {base} holds {found}.\n{_REMEDY}")
+        content = f"{counted(loose, 'image')} but no class folders" if loose else "no class folders"
+        raise DataError(f"Folder {base} holds {content}.\n{_REMEDY}")
     if is_cut:
         raise DataError(f"Folder {base} holds train/ but no test/.{_near('test', folders)}\n{_REMEDY}")
     images = list_classes(base, folders, report, "", os.path.realpath(base))
@@ -67,36 +69,36 @@ def read_folder(card: Card, base: Path, report: Report) -> SplitLists:
 
 
 def cut_class(name: str, files: list[str]) -> dict[str, list[str]]:
-    """Cut the files of class ``name`` into train, val and test as :func:`read_folder` says; each part is sorted."""
+    """Cut the files of class ``name`` into train, val and test as in :func:`read_folder`; each list is sorted."""
     order = sorted(files, key=os.fsencode)
     random.Random(f"vlprompt folder cut 1: {name}").shuffle(order)
     train = max(1, min(round(0.5 * len(order)), len(order) - 1))
     val = max(0, min(round(0.2 * len(order)), len(order) - train - 1))
-    parts = {"train": order[:train], "val": order[train : train + val], "test": order[train + val :]}
-    return {split: sorted(members, key=os.fsencode) for split, members in parts.items()}
+    splits = {"train": order[:train], "val": order[train : train + val], "test": order[train + val :]}
+    return {split: sorted(members, key=os.fsencode) for split, members in splits.items()}
 
 
 def _read_cut(base: Path, folders: list[str], report: Report) -> SplitLists:
     report.errors("S02", [f"{name}/ is neither train/, val/ nor test/" for name in folders if name not in SPLITS])
     if "test" not in folders:
         report.error("S02", f"test/ is missing.{_near('test', folders)}")
-    found: dict[str, Listing] = {}
+    listings: dict[str, Listing] = {}
     for split in (split for split in SPLITS if split in folders):
-        # A link made here by the user: what lies behind it counts as inside.
+        # The user may have made a split folder a link: its target counts as inside.
         roots = os.path.realpath(base), os.path.realpath(base / split)
-        found[split] = list_classes(base / split, list_folders(base / split), report, f"{split}/: ", *roots)
-        if not found[split]:
+        listings[split] = list_classes(base / split, list_folders(base / split), report, f"{split}/: ", *roots)
+        if not listings[split]:
             report.error("S15", f"{split}/ holds no class folders with images")
-    names = list(found["train"])
+    names = list(listings["train"])
     for split in ("val", "test"):
-        for name in found.get(split, {}):
-            if name not in found["train"]:
+        for name in listings.get(split, {}):
+            if name not in listings["train"]:
                 report.error("S20", f"{split}/: class {name!r} is not in train/.{did_you_mean(name, names)}")
     label = {name: index for index, name in enumerate(names)}
     lists = {
         split: [
             sample
-            for name, files in found.get(split, {}).items()
+            for name, files in listings.get(split, {}).items()
             for sample in samples(base, f"{split}/{name}", files, label.get(name, 0))
         ]
         for split in SPLITS
@@ -107,7 +109,7 @@ def _read_cut(base: Path, folders: list[str], report: Report) -> SplitLists:
 # -- layouts of cards -------------------------------------------------------------------------------------------------
 def _read_splits(card: Card, options: FolderOptions, base: Path, report: Report) -> SplitLists:
     images = base / options.image_dir
-    listed: dict[str, tuple[str, Listing]] = {}  # by folder: its domain, and its classes
+    listed: dict[str, tuple[str, Listing]] = {}  # by folder: its domain and its classes
     of_split: dict[str, list[str]] = {split: [] for split in SPLITS}
     for split, patterns in options.splits.items():
         for pattern in patterns:
@@ -118,30 +120,30 @@ def _read_splits(card: Card, options: FolderOptions, base: Path, report: Report)
     label = _labels(card, options, [listing for _, listing in listed.values()], report)
     names = list(dict.fromkeys(label))
     lists: dict[str, list[Sample]] = {split: [] for split in SPLITS}
-    left_out = set(card.excluded)
+    excluded = set(card.excluded)
     for split, folders in of_split.items():
         for folder in folders:
             domain, listing = listed[folder]
             place = "" if folder == "." else f"{folder}/"
             for name in sorted(listing, key=lambda name: label.get(name, 0)):
                 if name in label:
-                    own = samples(images, place + name, listing[name], label[name], domain)
-                    lists[split] += [sample for sample in own if sample.id not in left_out]
+                    members = samples(images, place + name, listing[name], label[name], domain)
+                    lists[split] += [sample for sample in members if sample.id not in excluded]
     shared = bool(of_split["val"]) and of_split["val"] == of_split["test"]
-    found = SplitLists(
+    split_lists = SplitLists(
         _class_names(card, options, names, report), lists["train"], lists["val"], lists["test"],
         sampler="sorted-v1", sample_val=not shared,
     )  # fmt: skip
     if not report.failed:
-        compare_with_card(card, found, report)
-    return found
+        compare_with_card(card, split_lists, report)
+    return split_lists
 
 
 def _folders(card: Card, pattern: str) -> list[tuple[str, str]]:
-    """Return the domains and folders that a pattern of the card means."""
+    """Return the domains and folders that a pattern of the card stands for."""
     if "{domain}" not in pattern:
         return [("", pattern)]
-    return [(domain, pattern.replace("{domain}", word)) for domain, word in card.domains.items()]
+    return [(domain, pattern.replace("{domain}", folder)) for domain, folder in card.domains.items()]
 
 
 def _list_split(card: Card, base: Path, images: Path, folder: str, report: Report) -> Listing:
@@ -156,8 +158,8 @@ def _list_split(card: Card, base: Path, images: Path, folder: str, report: Repor
     folders = [name for name in list_folders(path) if name not in options.ignore]
     if not folders and any(name.startswith("ILSVRC2012_val_") for name in os.listdir(path)):
         raise DataError(
-            f"The images in {path} lie flat; expected one folder per class (n01440764/ ...). Sort them with the "
-            "labels of the ILSVRC development kit; links will do."
+            f"The images in {path} are not sorted into class folders; expected one folder per class (n01440764/ ...). "
+            "Sort them with the labels of the ILSVRC development kit; links are accepted."
         )
     roots = os.path.realpath(path), os.path.realpath(base)
     where = "" if folder == "." else f"{folder}/: "
@@ -165,12 +167,12 @@ def _list_split(card: Card, base: Path, images: Path, folder: str, report: Repor
 
 
 def _labels(card: Card, options: FolderOptions, listings: Sequence[Listing], report: Report) -> dict[str, int]:
-    """Return labels by class folder: of all folders together, since a domain may lack a class."""
+    """Return labels by class folder, over all folders together: a domain may lack a class."""
     order: Callable[[str], object] = (lambda name: int(name)) if options.sort == "int" else os.fsencode
     present = dict.fromkeys(name for listing in listings for name in listing)
     if options.sort == "int":
         odd = [name for name in present if not (name.isascii() and name.isdigit())]
-        report.errors("S20", [f"class folder {name}/ is no number" for name in odd])
+        report.errors("S20", [f"class folder {name}/ is not a number" for name in odd])
         present = dict.fromkeys(name for name in present if name not in odd)
     expected = card.classes.keys
     if card.classes.names_from == "wnids" and options.sort == "bytes":
@@ -189,7 +191,7 @@ def _labels(card: Card, options: FolderOptions, listings: Sequence[Listing], rep
     if not card.domains:
         for index, listing in enumerate(listings[1:], 1):
             unlike = sorted(set(listing) ^ set(listings[0]))
-            report.errors("S20", [f"class folder {name}/ is only in part of the splits" for name in unlike if index])
+            report.errors("S20", [f"class folder {name}/ is missing in some splits" for name in unlike if index])
     return {name: label for label, name in enumerate(sorted(present, key=order))}  # type: ignore[arg-type]
 
 
@@ -210,22 +212,22 @@ def samples(base: Path, folder: str, files: list[str], label: int, domain: str =
 
 
 def list_folders(path: Path) -> list[str]:
-    """Return the sub-folders of ``path`` sorted by UTF-8 bytes; names that begin with a dot are left out."""
+    """Return the sub-folders of ``path``, sorted by UTF-8 bytes, without names that begin with a dot."""
     return [name for name in _visible(path) if os.path.isdir(path / name)]
 
 
 def list_classes(
     path: Path, folders: list[str], report: Report, where: str, *real_roots: str, ignore: Sequence[str] = ()
 ) -> Listing:
-    """List the images of each class folder, both sorted by UTF-8 bytes.
+    """Return the image file names of each class folder, sorted by UTF-8 bytes.
 
     Args:
-        path: The folder that holds the class folders.
-        folders: Their names.
-        report: Takes the problems.
-        where: What stands before each problem.
-        real_roots: Resolved folders out of which no link may lead.
-        ignore: File names that are passed over.
+        path: The folder of the class folders.
+        folders: Names of the class folders.
+        report: Collects the problems.
+        where: Prefix of each problem's text.
+        real_roots: Resolved folders that links must not leave.
+        ignore: File names to skip.
     """
     images: Listing = {}
     for name in folders:
@@ -251,7 +253,9 @@ def list_classes(
             report.error("S05", f"{where}{name}/ has {counted(links, 'link')} to places outside {path}")
         if others:
             shown = ", ".join(others[:3])
-            report.error("S15", f"{where}{name}/ holds folders ({shown}); images lie directly in their class folder")
+            report.error(
+                "S15", f"{where}{name}/ holds folders ({shown}); images must be directly in their class folder"
+            )
         elif not inside and not links:
             report.error("S15", f"{where}{name}/ holds no images ({', '.join(IMAGE_SUFFIXES)})")
         images[name] = inside
@@ -263,7 +267,7 @@ def _reached(path: str | Path, real_roots: Sequence[str]) -> bool:
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file of this name is taken for an image."""
+    """Return whether a file name has an image suffix."""
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
@@ -280,5 +284,5 @@ def _unicode_problem(name: str) -> str | None:
 
 
 def _near(word: str, folders: list[str]) -> str:
-    found = [name for name in nearest(word, folders) if name != "train"]
-    return f" Should {found[0]}/ be called {word}/?" if found else ""
+    similar = [name for name in nearest(word, folders) if name != "train"]
+    return f" Should {similar[0]}/ be called {word}/?" if similar else ""

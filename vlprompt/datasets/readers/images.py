@@ -1,4 +1,4 @@
-"""Finds the image files that a list names, and sees whether they are whole."""
+"""Lookup of the image files that a list names, and a check for truncated files."""
 
 from __future__ import annotations
 
@@ -17,66 +17,67 @@ from vlprompt.datasets.variants import VariantSource, split_variant
 from vlprompt.errors import DataError
 
 _REPACKED = (
-    "the images lie in other folders than the list says, as in a copy of the data set that was packed anew; their "
-    "names alone would find them: say index_by: basename in a card of your own, or fetch the original archive"
+    "the images are in other folders than the list names, as in a repacked copy of the data set. Set index_by: "
+    "basename in a card of your own to find them by file name, or fetch the original archive"
 )
 
 
 def find_images(card: Card, base: Path, entries: list[str], report: Report) -> dict[str, ImageSource]:
-    """Return where each of ``entries`` lies (rules S05 and S15: it exists, inside the image folder).
+    """Return the image source of each entry (rules S05 and S15: it exists and is inside the image folder).
 
-    Images that are missing, or that links lead to from outside, are left out and noted in ``report``.
+    Images that are missing or outside the image folder are omitted and added to ``report``.
 
     Raises:
-        DataError: The image folder itself is missing.
+        DataError: If the image folder is missing.
     """
     options = card.options
     variants, archive = getattr(options, "variants", False), getattr(options, "archive", None)
-    # The path as it is stored, by the path in the split file: they differ where there are variants.
+    # Stored path by path in the split file; they differ for variants.
     stored = {entry: split_variant(entry)[0] if variants else entry for entry in entries}
     paths = list(dict.fromkeys(stored.values()))
-    found: dict[str, ImageSource]
+    stored_sources: dict[str, ImageSource]
     outside: set[str] = set()
     if archive:
         where = base / archive
-        found = _archived(archive, base, paths, report)
+        stored_sources = _archived(archive, base, paths, report)
     else:
         where = base / getattr(options, "image_dir", ".")
         if not where.is_dir():
             raise DataError(missing_text(card, base, f"{where} (the image folder is missing)"))
         by_name = isinstance(options, SplitJsonOptions) and options.index_by == "basename"
         places = _by_basename(where, paths, report) if by_name else {path: path for path in paths}
-        lost, led_out = map(set, check_files(where, places.values()))
-        outside = {path for path, place in places.items() if place in led_out}
-        report.errors("S05", [f'"{path}" is reached through a link that leads out of {where}' for path in outside])
-        found = {
+        lost, linked_out = map(set, check_files(where, places.values()))
+        outside = {path for path, place in places.items() if place in linked_out}
+        report.errors("S05", [f'"{path}" is reached through a link that leaves {where}' for path in outside])
+        stored_sources = {
             path: FileSource(os.path.join(where, place))
             for path, place in places.items()
-            if place not in lost | led_out
+            if place not in lost | linked_out
         }
-    note_missing(card, [path for path in paths if path not in found and path not in outside], len(paths), where, report)
+    missing = [path for path in paths if path not in stored_sources and path not in outside]
+    note_missing(card, missing, len(paths), where, report)
     sources: dict[str, ImageSource] = {}
     for entry, path in stored.items():
-        if path in found:
-            variant = entry[len(path) + 1 :]
-            sources[entry] = VariantSource(found[path], variant, path) if variant else found[path]
+        if path in stored_sources:
+            variant, source = entry[len(path) + 1 :], stored_sources[path]
+            sources[entry] = VariantSource(source, variant, path) if variant else source
     return sources
 
 
 def note_missing(card: Card, missing: list[str], total: int, folder: Path, report: Report) -> None:
-    """Rule S15: note every image that is missing, and the likely cause."""
+    """Rule S15: add every missing image to ``report``, and the likely cause to its remedy."""
     if not missing:
         return
     report.errors("S15", [f"{path} is missing" for path in missing])
     some = f"{len(missing):,} of {total:,} images of {card.name} are missing under {folder}."
-    cause = " Is the archive fully unpacked?"
-    if 2 * len(missing) > total and _lie_elsewhere(folder, missing):
-        cause = f" It looks as if {_REPACKED}."
+    cause = " Is the archive completely unpacked?"
+    if 2 * len(missing) > total and _are_elsewhere(folder, missing):
+        cause = f" Probably {_REPACKED}."
     report.remedy = f"{some}{cause}\n{report.remedy}"
 
 
-def _lie_elsewhere(folder: Path, missing: list[str]) -> bool:
-    """Return whether files with the names of a few missing images lie one or two folders further down or up."""
+def _are_elsewhere(folder: Path, missing: list[str]) -> bool:
+    """Return whether files with the names of some missing images exist elsewhere under ``folder``."""
     wanted = {os.path.basename(path) for path in missing[:50]}
     looked = 0
     for _, folders, files in os.walk(folder):
@@ -90,22 +91,22 @@ def _lie_elsewhere(folder: Path, missing: list[str]) -> bool:
 
 
 def _by_basename(folder: Path, paths: list[str], report: Report) -> dict[str, str]:
-    """Return where under ``folder`` the file of each path's last part lies; a name that lies twice is an error."""
+    """Return by path the place under ``folder`` of the file of that base name; a name found twice is an error."""
     wanted = {os.path.basename(path) for path in paths}
     places: dict[str, str] = {}
     for place, folders, files in os.walk(folder):
         folders.sort(key=os.fsencode)
         for name in sorted(wanted.intersection(files), key=os.fsencode):
-            own = Path(place, name).relative_to(folder).as_posix()
+            relative = Path(place, name).relative_to(folder).as_posix()
             if name in places:
-                report.error("S15", f"{name} lies twice: {places[name]} and {own}")
-            places.setdefault(name, own)
+                report.error("S15", f"{name} exists twice: {places[name]} and {relative}")
+            places.setdefault(name, relative)
     return {path: places[os.path.basename(path)] for path in paths if os.path.basename(path) in places}
 
 
 def _archived(archive: str, base: Path, paths: list[str], report: Report) -> dict[str, ImageSource]:
-    """Return the archive members that ``paths`` name; with an archive per folder, members lack that folder."""
-    found: dict[str, ImageSource] = {}
+    """Return the archive members that ``paths`` name; with one archive per folder, members omit the folder."""
+    sources: dict[str, ImageSource] = {}
     present: dict[str, set[str]] = {}
     for path in paths:
         folder, _, rest = path.partition("/")
@@ -114,8 +115,8 @@ def _archived(archive: str, base: Path, paths: list[str], report: Report) -> dic
             present[file] = _archive_names(Path(file), report)
         member = rest if "{}" in archive else path
         if member in present[file]:
-            found[path] = ZipSource(file, member)
-    return found
+            sources[path] = ZipSource(file, member)
+    return sources
 
 
 def _archive_names(path: Path, report: Report) -> set[str]:
@@ -127,26 +128,26 @@ def _archive_names(path: Path, report: Report) -> set[str]:
         return set()
 
 
-# -- whole files ------------------------------------------------------------------------------------------------------
-def torn_files(sources: Iterable[tuple[str, ImageSource]]) -> list[tuple[str, str]]:
-    """Return the images whose files do not end as their format does, with what is wrong.
+# -- truncated files -------------------------------------------------------------------------------------------------
+def truncated_files(sources: Iterable[tuple[str, ImageSource]]) -> list[tuple[str, str]]:
+    """Return the names of truncated image files, each with its problem.
 
-    Only the first and last bytes are read. What looks torn is then decoded, because some cameras write a few bytes
-    behind a whole picture, or leave the end mark out.
+    The first and last bytes of each file are compared with the format's marks. A file that looks truncated is then
+    decoded, because some cameras append bytes after the end mark or omit it.
     """
-    torn = []
+    truncated = []
     for name, source in sources:
         inner = source.source if isinstance(source, VariantSource) else source
-        if not isinstance(inner, FileSource) or not _looks_torn(inner.path):
+        if not isinstance(inner, FileSource) or not _looks_truncated(inner.path):
             continue
         try:
             inner.open()
         except DataError as error:
-            torn.append((name, str(error)))
-    return torn
+            truncated.append((name, str(error)))
+    return truncated
 
 
-def _looks_torn(path: str) -> bool:
+def _looks_truncated(path: str) -> bool:
     try:
         with open(path, "rb") as stream:
             head = stream.read(8)

@@ -1,4 +1,4 @@
-"""Reader of lists: text lines, a file per class, COCO's annotations, JSON lines."""
+"""Reader of image lists: text lines, one file per class, COCO annotations, JSON lines."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from vlprompt.datasets.records import SPLITS, Label, Sample, SplitLists, class_n
 from vlprompt.datasets.report import Report
 from vlprompt.errors import DataError, did_you_mean
 
-#: COCO's annotations of 82,783 training images have about 300 MB.
+#: COCO's annotations of 82,783 training images take about 300 MB.
 _LARGEST_FILE = 2**30
 
 
 @dataclass(frozen=True)
 class Row:
-    """An image of a list: where it stands, its path, and its label or labels."""
+    """An image of a list: its place in the list, its path, its label or labels, and its domain."""
 
     where: str
     path: str
@@ -37,7 +37,7 @@ def read_list_file(card: Card, base: Path, report: Report) -> SplitLists:
     """Read the lists of ``card`` under ``base`` and find the images.
 
     Raises:
-        DataError: If a list is missing or nothing is left to read; problems that reading survives are in ``report``.
+        DataError: If a list is missing or nothing can be read; other problems are added to ``report``.
     """
     options = card.options
     assert isinstance(options, ListFileOptions)
@@ -51,18 +51,18 @@ def read_list_file(card: Card, base: Path, report: Report) -> SplitLists:
     if not entries:
         report.stop()
     sources = find_images(card, base, list(entries), report)
-    left_out = set(card.excluded)
-    parts = {
+    excluded = set(card.excluded)
+    samples = {
         split: [
             Sample(row.path, row.label, sources[row.path], row.domain)
             for row in rows[split]
-            if row.path in sources and row.path not in left_out
+            if row.path in sources and row.path not in excluded
         ]
         for split in SPLITS
     }
-    lists = SplitLists(names, parts["train"], parts["val"], parts["test"])
+    lists = SplitLists(names, samples["train"], samples["val"], samples["test"])
     if "train" in options.splits:
-        trained = {label for row in rows["train"] for label in _several(row.label)}
+        trained = {label for row in rows["train"] for label in _label_tuple(row.label)}
         absent = [name for label, name in enumerate(names) if label not in trained]
         report.errors("S07", [f"class {name!r} has no training image" for name in absent])
     if not report.failed:
@@ -70,12 +70,12 @@ def read_list_file(card: Card, base: Path, report: Report) -> SplitLists:
     return lists
 
 
-def _several(label: Label) -> tuple[int, ...]:
+def _label_tuple(label: Label) -> tuple[int, ...]:
     return label if isinstance(label, tuple) else (label,)
 
 
 def _classes(card: Card, options: ListFileOptions, base: Path, report: Report) -> tuple[list[str], dict[str, int]]:
-    """Return the class names by label, and the labels by the words that the files use."""
+    """Return the class names by label, and the labels by the keys that the files use."""
     if options.names_file is not None:
         numbered = list(_lines(card, base, options.names_file, report))
         names = [name for _, name in numbered]
@@ -93,7 +93,7 @@ def _classes(card: Card, options: ListFileOptions, base: Path, report: Report) -
         names = stated_class_names(card) or []
     check_names(names, report)
     if not names:
-        report.error("S20", "there are no class names: neither on the card nor in a list")
+        report.error("S20", "there are no class names on the card or in a list")
         report.stop()
     keys = card.classes.keys or tuple(names)
     return names, {key: label for label, key in enumerate(keys)}
@@ -115,7 +115,7 @@ def _open(card: Card, base: Path, name: str, report: Report) -> str:
 
 
 def _lines(card: Card, base: Path, name: str, report: Report) -> Iterator[tuple[int, str]]:
-    """Yield the numbered lines of a list, blank ones left out."""
+    """Yield the lines of a list with their numbers, without blank lines."""
     for number, line in enumerate(_open(card, base, name, report).split("\n"), 1):
         if line.strip():
             yield number, line.strip()
@@ -124,7 +124,7 @@ def _lines(card: Card, base: Path, name: str, report: Report) -> Iterator[tuple[
 def _rows(
     card: Card, options: ListFileOptions, base: Path, split: str, keys: dict[str, int], report: Report
 ) -> Iterator[Row]:
-    """Yield the usable rows of a split; what cannot be used is noted."""
+    """Yield the usable rows of a split; problems are added to ``report``."""
     rows: list[Row] = []
     for pattern in options.splits.get(split, ()):
         if options.format == "per_class":
@@ -145,17 +145,17 @@ def _rows(
 def _listed(
     card: Card, options: ListFileOptions, base: Path, pattern: str, keys: dict[str, int], report: Report
 ) -> Iterator[Row]:
-    words = list(card.domains.items()) if "{domain}" in pattern else [("", "")]
-    for domain, word in words:
-        name = pattern.replace("{domain}", word)
+    domains = list(card.domains.items()) if "{domain}" in pattern else [("", "")]
+    for domain, domain_key in domains:
+        name = pattern.replace("{domain}", domain_key)
         for number, line in _lines(card, base, name, report):
             where = f"{name}:{number}"
             pair = _object(line, options) if options.format == "jsonl" else _words(line, options)
             if isinstance(pair, str):
                 report.error("S03", f"{where}: {pair}")
                 continue
-            path, said = pair
-            label = _label(said, options, keys)
+            path, value = pair
+            label = _label(value, options, keys)
             if isinstance(label, str):
                 report.error("S06" if options.label == "number" else "S20", f"{where}: {label}")
                 continue
@@ -163,15 +163,15 @@ def _listed(
 
 
 def _words(line: str, options: ListFileOptions) -> tuple[str, str] | str:
-    """Return path and label of a text line, or why there are none."""
+    """Return path and label text of a line, or the problem."""
     if options.label == "folder":
         return line, line.partition("/")[0]
-    if options.label == "name":  # a name may hold spaces, an image's path does not
-        path, _, said = line.partition(" ")
+    if options.label == "name":  # a class name may contain spaces, an image path does not
+        path, _, label = line.partition(" ")
     else:
-        path, _, said = line.rpartition(" ")
-    path, said = path.strip(), said.strip()
-    return (path, said) if path and said else f"expected an image, a space and its {options.label}, got {line[:80]!r}"
+        path, _, label = line.rpartition(" ")
+    path, label = path.strip(), label.strip()
+    return (path, label) if path and label else f"expected an image, a space and its {options.label}, got {line[:80]!r}"
 
 
 def _object(line: str, options: ListFileOptions) -> tuple[str, Any] | str:
@@ -188,12 +188,12 @@ def _object(line: str, options: ListFileOptions) -> tuple[str, Any] | str:
     return entry[options.image_key], entry[options.label_key]
 
 
-def _label(said: Any, options: ListFileOptions, keys: dict[str, int]) -> int | str:
-    """Return the label that a line says, or why it says none."""
+def _label(value: Any, options: ListFileOptions, keys: dict[str, int]) -> int | str:
+    """Return the label of a line's label text, or the problem."""
     if options.label != "number":
-        return keys[said] if said in keys else f"unknown class {said!r}.{did_you_mean(str(said), keys)}"
-    text = str(said)
-    if isinstance(said, (bool, float)) or not (text.isascii() and text.isdigit() and len(text) < 7):
+        return keys[value] if value in keys else f"unknown class {value!r}.{did_you_mean(str(value), keys)}"
+    text = str(value)
+    if isinstance(value, (bool, float)) or not (text.isascii() and text.isdigit() and len(text) < 7):
         return f"label {text[:40]!r}; whole numbers from {options.first_label} are expected"
     label = int(text) - options.first_label
     if not 0 <= label < len(keys):
@@ -204,46 +204,49 @@ def _label(said: Any, options: ListFileOptions, keys: dict[str, int]) -> int | s
 
 
 def _per_class(card: Card, base: Path, pattern: str, keys: dict[str, int], report: Report) -> list[Row]:
-    """Lines ``000012 -1`` in a file per class: an image has the labels of the files where it stands with 1.
+    """Read lines ``000012 -1`` from one file per class: an image has the labels of the files that mark it with 1.
 
-    Images without a label stay in, as negatives of all classes; 0 means "difficult" and counts as no label.
+    Images without a label are kept, as negatives of all classes; 0 means "difficult" and counts as no label.
     """
     labels: dict[str, list[int]] = {}
     first: dict[str, str] = {}
-    for word, label in keys.items():
-        name = pattern.replace("{class}", word)
+    for key, label in keys.items():
+        name = pattern.replace("{class}", key)
         for number, line in _lines(card, base, name, report):
-            parts = line.split()
-            if len(parts) != 2 or parts[1] not in ("1", "0", "-1"):
+            fields = line.split()
+            if len(fields) != 2 or fields[1] not in ("1", "0", "-1"):
                 report.error("S03", f"{name}:{number}: expected an image and 1, 0 or -1, got {line[:80]!r}")
                 continue
-            first.setdefault(parts[0], f"{name}:{number}")
-            labels.setdefault(parts[0], []).extend([label] if parts[1] == "1" else [])
-    return [Row(first[image], image, tuple(sorted(own))) for image, own in labels.items()]
+            first.setdefault(fields[0], f"{name}:{number}")
+            labels.setdefault(fields[0], []).extend([label] if fields[1] == "1" else [])
+    return [Row(first[image], image, tuple(sorted(members))) for image, members in labels.items()]
 
 
 def _coco(card: Card, base: Path, name: str, keys: dict[str, int], report: Report) -> list[Row]:
-    """Instance annotations: an image has the labels of all its boxes, crowds included, in the file's order."""
+    """Read instance annotations: an image has the labels of all its boxes, including crowds, in file order."""
     try:
         content = json.loads(_open(card, base, name, report))
         categories = {entry["id"]: entry["name"] for entry in content["categories"]}
         files = {entry["id"]: entry["file_name"] for entry in content["images"]}
         boxes = [(entry["image_id"], entry["category_id"]) for entry in content["annotations"]]
-        unlike = [said for said in categories.values() if said not in keys]
+        unknown = [category for category in categories.values() if category not in keys]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         report.error(
             "S01", f"{name} does not hold COCO's instance annotations: {type(error).__name__}: {str(error)[:100]}"
         )
         report.stop()
-    report.errors("S20", [f"{name}: unknown category {said!r}.{did_you_mean(str(said), keys)}" for said in unlike])
-    if unlike:
+    texts = [f"{name}: unknown category {category!r}.{did_you_mean(str(category), keys)}" for category in unknown]
+    report.errors("S20", texts)
+    if unknown:
         report.stop()
     labels: dict[Any, set[int]] = {image: set() for image in files}
     for image, category in boxes:
         if image not in labels or category not in categories:
             report.error(
-                "S07", f"{name}: an annotation of image {image!r} and category {category!r}, of which one is unknown"
+                "S07", f"{name}: an annotation of image {image!r} and category {category!r}, one of which is unknown"
             )
             continue
         labels[image].add(keys[categories[category]])
-    return [Row(f"{name}: image {image!r}", str(files[image]), tuple(sorted(own))) for image, own in labels.items()]
+    return [
+        Row(f"{name}: image {image!r}", str(files[image]), tuple(sorted(members))) for image, members in labels.items()
+    ]

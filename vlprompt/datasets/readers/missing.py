@@ -1,4 +1,4 @@
-"""What is said when the data are not there."""
+"""Error text for missing data."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from vlprompt.datasets.options import FolderOptions
 
 
 def missing_text(card: Card, base: Path, looked_for: str) -> str:
-    """Return the one-screen text for data that are not there.
+    """Return the one-screen error text for missing data.
 
     Args:
         card: The card of the data set.
         base: Its absolute folder.
-        looked_for: What is missing, as an absolute path with a remark.
+        looked_for: The missing path, absolute, with a remark.
     """
     if card.packaged:
         return (
@@ -33,8 +33,8 @@ def missing_text(card: Card, base: Path, looked_for: str) -> str:
     split_file, facts = getattr(card.options, "split_file", None), card.facts
     if split_file:
         hashes = [
-            f"{word} SHA-256 {value}"
-            for word, value in (("file", facts.file_sha256), ("content", facts.content_sha256))
+            f"{kind} SHA-256 {value}"
+            for kind, value in (("file", facts.file_sha256), ("content", facts.content_sha256))
             if value
         ]
         known = f" ({'; '.join(hashes)})" if hashes else ""

@@ -1,4 +1,4 @@
-"""Refusal of data sets of image-caption pairs where a data set with classes is needed."""
+"""Reader of image-caption data sets, which have no classes: raises an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlprompt.errors import ConfigError
 
 
 def refuse_pairs(card: Card, base: Path, report: Report) -> NoReturn:
-    """Say that ``card`` has no classes; :func:`vlprompt.load_dataset` asks for them."""
+    """Raise ConfigError: ``card`` has no classes, which :func:`vlprompt.load_dataset` needs."""
     del base, report
     raise ConfigError(
         f"{card.name!r} has captions, not classes: use vlprompt.load_pairs({card.name!r}). `vlprompt list datasets` "

@@ -1,4 +1,4 @@
-"""Hugging Face's image data sets as parquet files, for :mod:`vlprompt.datasets.readers.shards`."""
+"""Reading of Hugging Face image data sets in parquet files, for :mod:`vlprompt.datasets.readers.shards`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ParquetSource:
 
     Attributes:
         path: The file.
-        column: Its column of images.
+        column: Name of the image column.
         group: Number of the row group.
         row: Number of the row in the group.
     """
@@ -49,11 +49,13 @@ class ParquetSource:
             raise DataError(f"Image {name} cannot be read: {str(error)[:200]}.") from error
         data = data.get("bytes") if isinstance(data, dict) else data
         if not isinstance(data, bytes):
-            raise DataError(f"Image {name} is not in the file; it is only named there. Fetch a copy with the images.")
+            raise DataError(
+                f"Image {name} is not in the file, only its name. Fetch a copy that includes the images."
+            )
         return decode_rgb(data, name)
 
     def stamp(self) -> str:
-        """Return size and modification time of the file, and the image's place in it."""
+        """Return size and modification time of the file, and the image's position in it."""
         return f"{self._state()}-{self.group}-{self.row}"
 
     def _state(self) -> str:
@@ -66,24 +68,24 @@ class ParquetSource:
 
 @functools.lru_cache(maxsize=4)
 def _group(path: str, column: str, group: int, state: str) -> Any:
-    """Return the images of a row group, still encoded; they are in memory, so forks may share them."""
+    """Return the encoded images of a row group. They are in memory, so forked processes share them."""
     del state
     with import_module("pyarrow.parquet").ParquetFile(path) as file:
         return file.read_row_group(group, columns=[column]).column(column)
 
 
 def read_parquet(card: Card, options: ShardOptions, split: str, base: Path, report: Report) -> Rows:
-    """Return the rows of a split; keys are row numbers over all of its files, which are taken in the order of names."""
+    """Return the rows of a split; keys are row numbers over all files of the split, sorted by name."""
     try:
         parquet = import_module("pyarrow.parquet")
     except ImportError as error:
         raise DataError(f"Reading {card.name} needs pyarrow, which is not installed: pip install pyarrow") from error
     files: list[Path] = []
     for pattern in options.splits[split]:
-        own = sorted(base.glob(pattern), key=os.fsencode)
-        if not own:
+        matches = sorted(base.glob(pattern), key=os.fsencode)
+        if not matches:
             raise DataError(missing_text(card, base, f"{base / pattern} (does not exist)"))
-        files += own
+        files += matches
     rows: list[Row] = []
     names: list[str] = []
     for path in files:
@@ -91,27 +93,27 @@ def read_parquet(card: Card, options: ShardOptions, split: str, base: Path, repo
         try:
             with parquet.ParquetFile(path) as file:
                 schema = file.schema_arrow
-                wrong = _column_problem(schema, options)
+                problem = _column_problem(schema, options)
                 counts = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-                labels = [] if wrong else file.read(columns=[options.label_key]).column(options.label_key).to_pylist()
+                labels = [] if problem else file.read(columns=[options.label_key]).column(options.label_key).to_pylist()
         except MemoryError:
             raise
         except Exception as error:  # Arrow's errors have no common type
             report.error("S01", f"{name} cannot be read as a parquet file: {str(error)[:200]}")
             continue
-        if wrong:
-            report.error("S03", f"{name}: {wrong}")
+        if problem:
+            report.error("S03", f"{name}: {problem}")
             continue
-        found = _names(schema.metadata or {}, options.label_key)
-        if names and found and found != names:
-            report.error("S20", f"{name} names its classes otherwise than the files before it")
-        names = names or found
+        file_names = _names(schema.metadata or {}, options.label_key)
+        if names and file_names and file_names != names:
+            report.error("S20", f"{name} has other class names than the files before it")
+        names = names or file_names
         places = ((group, row) for group, count in enumerate(counts) for row in range(count))
         for (group, row), label in zip(places, labels, strict=True):
             key = str(len(rows))
             source = ParquetSource(str(path), options.image_key, group, row)
             listed = label if isinstance(label, list) else [label]
-            if any(isinstance(one, bool) or not isinstance(one, int) or one < 0 for one in listed):
+            if any(isinstance(value, bool) or not isinstance(value, int) or value < 0 for value in listed):
                 report.error("S06", f"{name}: row {key} has label {str(label)[:40]}; whole numbers from 0 are expected")
                 label = []
             rows.append(Row(key, tuple(sorted(set(label))) if isinstance(label, list) else label, source))
@@ -119,7 +121,7 @@ def read_parquet(card: Card, options: ShardOptions, split: str, base: Path, repo
 
 
 def _column_problem(schema: Any, options: ShardOptions) -> str:
-    """Return why the columns cannot be used, or an empty text."""
+    """Return the problem of the columns, or an empty text."""
     absent = [name for name in (options.image_key, options.label_key) if name not in schema.names]
     if absent:
         return f"there is no column {absent[0]!r}; there are: {', '.join(schema.names)[:200]}"
@@ -130,7 +132,7 @@ def _column_problem(schema: Any, options: ShardOptions) -> str:
 
 
 def _names(metadata: dict[bytes, bytes], column: str) -> list[str]:
-    """Return the names of the ClassLabel feature, or of a list of it, that Hugging Face's ``datasets`` writes."""
+    """Return the class names of the ClassLabel feature, or list of it, that Hugging Face's ``datasets`` writes."""
     try:
         feature = json.loads(metadata[b"huggingface"])["info"]["features"][column]
         if isinstance(feature, list):

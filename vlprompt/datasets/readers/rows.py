@@ -1,4 +1,4 @@
-"""Rows of archives of many images, which the readers of shards and of parquet files share."""
+"""Rows of image archives, shared by the readers of shards and of parquet files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vlprompt.datasets.records import Label
 
 @dataclass(frozen=True)
 class Row:
-    """An image of a shard: its key within the split, its label or labels, and where it is."""
+    """An image of a shard: its key within the split, its label or labels, and its source."""
 
     key: str
     label: Label
@@ -19,7 +19,7 @@ class Row:
 
 @dataclass
 class Rows:
-    """The images of a split, and how many values its multi-label vectors have (empty: one label an image)."""
+    """The images of a split, the lengths of its multi-label vectors (empty: one label per image), and class names."""
 
     rows: list[Row]
     widths: list[int]

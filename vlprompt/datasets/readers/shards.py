@@ -1,6 +1,6 @@
-"""Reader of archives of many images: webdataset's tar files in CLIP_benchmark's layout, and Hugging Face's parquet.
+"""Reader of image archives: webdataset tar files in CLIP_benchmark's layout, and Hugging Face's parquet files.
 
-Nothing is unpacked to disk: images are read by their place (:mod:`vlprompt.datasets.readers.tar_files`).
+Nothing is unpacked to disk: images are read by their offset (:mod:`vlprompt.datasets.readers.tar_files`).
 """
 
 from __future__ import annotations
@@ -37,44 +37,40 @@ from vlprompt.errors import DataError
 _SCHEMA = 1
 
 
-
-
-
-
 def read_shards(card: Card, base: Path, report: Report) -> SplitLists:
     """Read the shards of ``card`` under ``base``; sample ids are ``<split>:<key>`` or ``<split>:<row>``.
 
     Raises:
-        DataError: If shards are missing or nothing is left to read; problems that reading survives are in ``report``.
+        DataError: If shards are missing or nothing can be read; other problems are added to ``report``.
     """
     options = card.options
     assert isinstance(options, ShardOptions)
-    found: dict[str, Rows] = {}
-    word: dict[str, str] = {}
+    rows_of: dict[str, Rows] = {}
+    prefix: dict[str, str] = {}  # of the ids of a split
     for split, paths in options.splits.items():
-        # Two splits of the same shards have the same images, under one id.
-        word[split] = next(name for name, other in options.splits.items() if other == paths)
-        found[split] = found[word[split]] if word[split] in found else _rows(card, options, split, base, report)
-    own = next((rows.names for rows in found.values() if rows.names), [])
-    names = stated_class_names(card) or own or _class_names(base)
+        # Two splits with the same shards have the same images, under the same ids.
+        prefix[split] = next(name for name, other in options.splits.items() if other == paths)
+        rows_of[split] = rows_of.get(prefix[split]) or _rows(card, options, split, base, report)
+    stored_names = next((rows.names for rows in rows_of.values() if rows.names), [])
+    names = stated_class_names(card) or stored_names or _class_names(base)
     report.errors(
-        "S09", [f"label {label}: {text}" for label, one in enumerate(names) if (text := class_name_problem(one))]
+        "S09", [f"label {label}: {text}" for label, name in enumerate(names) if (text := class_name_problem(name))]
     )
     if not names:
-        report.error("S20", "there are no class names: neither on the card nor beside the shards")
+        report.error("S20", "there are no class names on the card or next to the shards")
         report.stop()
     check_names(names, report)
     samples: dict[str, list[Sample]] = {split: [] for split in SPLITS}
-    left_out = set(card.excluded)
-    for split, rows in found.items():
+    excluded = set(card.excluded)
+    for split, rows in rows_of.items():
         _check_labels(split, rows, len(names), report)
-        ids = ((f"{word[split]}:{row.key}", row) for row in rows.rows)
-        samples[split] = [Sample(name, row.label, row.source) for name, row in ids if name not in left_out]
+        ids = ((f"{prefix[split]}:{row.key}", row) for row in rows.rows)
+        samples[split] = [Sample(name, row.label, row.source) for name, row in ids if name not in excluded]
         if not rows.rows and split != "val":
-            report.error("S02", f"the shards of {split} hold no images")
-    shared = "val" in word and word["val"] == word.get("test")
-    paths_of = {split: [] if split == "val" and shared else [one.id for one in samples[split]] for split in SPLITS}
-    check_duplicates(paths_of, card.same_images, report)
+            report.error("S02", f"the shards of {split} contain no images")
+    shared = "val" in prefix and prefix["val"] == prefix.get("test")
+    ids_of = {split: [] if split == "val" and shared else [sample.id for sample in samples[split]] for split in SPLITS}
+    check_duplicates(ids_of, card.same_images, report)
     if "train" in options.splits:
         trained = {label for sample in samples["train"] for label in labels_of(sample)}
         report.errors(
@@ -89,15 +85,15 @@ def read_shards(card: Card, base: Path, report: Report) -> SplitLists:
 def _rows(card: Card, options: ShardOptions, split: str, base: Path, report: Report) -> Rows:
     if options.format == "parquet":
         return read_parquet(card, options, split, base, report)
-    whole = Rows([], [], [])
+    rows = Rows([], [], [])
     for folder in options.splits[split]:
-        part = _webdataset(card, base, folder, report)
-        whole = Rows(whole.rows + part.rows, sorted({*whole.widths, *part.widths}), [])
-    return whole
+        added = _webdataset(card, base, folder, report)
+        rows = Rows(rows.rows + added.rows, sorted({*rows.widths, *added.widths}), [])
+    return rows
 
 
 def _check_labels(split: str, rows: Rows, count: int, report: Report) -> None:
-    """Rule S06: labels lie within the classes; a vector of labels has a value for every class."""
+    """Rule S06: labels are class indices; a label vector has one value per class."""
     wrong = [width for width in rows.widths if width != count]
     report.errors(
         "S06", [f"{split}: a label vector has {width:,} values; there are {count:,} classes" for width in wrong]
@@ -115,12 +111,12 @@ def _class_names(base: Path) -> list[str]:
         return []
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{base / 'classnames.txt'} cannot be read: {error}. Fetch it again.") from error
-    # A line for every label, empty ones too: a missing one would shift all names behind it.
+    # One line per label, including empty lines: dropping a line would shift all following names.
     return [line.strip() for line in text.rstrip("\n").split("\n")]
 
 
 # -- webdataset -------------------------------------------------------------------------------------------------------
-#: shard number, offset, size, key, label or labels
+#: Shard number, offset, size, key, label or labels.
 Entry = tuple[int, int, int, str, int | list[int]]
 
 
@@ -128,7 +124,7 @@ def _webdataset(card: Card, base: Path, folder: str, report: Report) -> Rows:
     place = base / folder
     count_file = place / "nshards.txt"
     if not count_file.is_file():
-        raise DataError(missing_text(card, base, f"{count_file} (does not exist; it holds the number of shards)"))
+        raise DataError(missing_text(card, base, f"{count_file} (does not exist; it states the number of shards)"))
     text = count_file.read_bytes()[:100].decode("ascii", "replace").strip()
     if not (text.isdigit() and 0 < int(text) <= MOST_SHARDS):
         report.error("S03", f"{folder}/nshards.txt holds {text[:40]!r}; the number of shards is expected")
@@ -147,7 +143,7 @@ def _webdataset(card: Card, base: Path, folder: str, report: Report) -> Rows:
 
 
 def _index(shards: list[Path], folder: str, report: Report) -> tuple[list[Entry], list[int]]:
-    """Return where every image lies, and the widths of the label vectors."""
+    """Return the place of every image, and the lengths of the label vectors."""
 
     def read() -> Index:
         entries: dict[str, Entry] = {}
@@ -164,11 +160,11 @@ def _index(shards: list[Path], folder: str, report: Report) -> tuple[list[Entry]
     def check(content: Any) -> Index:
         if content["schema"] != _SCHEMA:
             raise ValueError("another schema")
-        entries = [_entry(one, len(shards)) for one in content["entries"]]
-        return {"schema": _SCHEMA, "entries": entries, "widths": [whole(one) for one in content["widths"]]}
+        entries = [_entry(value, len(shards)) for value in content["entries"]]
+        return {"schema": _SCHEMA, "entries": entries, "widths": [whole(width) for width in content["widths"]]}
 
-    found = kept_index(shards, [_SCHEMA], check, read, report)
-    return found["entries"], found["widths"]
+    index = kept_index(shards, [_SCHEMA], check, read, report)
+    return index["entries"], index["widths"]
 
 
 def _entry(value: Any, shards: int) -> Entry:
@@ -177,14 +173,14 @@ def _entry(value: Any, shards: int) -> Entry:
 
 
 def _scan(path: Path, number: int, name: str, widths: set[int], report: Report) -> list[Entry]:
-    """Read through one shard."""
+    """Read one shard from start to end."""
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int | list[int]] = {}
     keys: dict[str, None] = {}
     for member in members(path, name, ("cls", "npy"), report):
         if member.ending in IMAGES:
             if member.key in images:
-                report.error("S11", f"{name}: {member.key} is there twice")
+                report.error("S11", f"{name}: {member.key} occurs twice")
             keys[member.key] = None
             images[member.key] = member.offset, member.size
         elif member.ending in ("cls", "npy"):
@@ -211,14 +207,14 @@ def _take_label(
         return
     vector = _vector(data)
     if vector is None:
-        report.error("S06", f"{name}: {member.name} is no NumPy file of one row of 0 and 1")
+        report.error("S06", f"{name}: {member.name} is not a NumPy file of one row of 0 and 1")
     else:
         labels[member.key] = [index for index, value in enumerate(vector) if value]
         widths.add(len(vector))
 
 
 def _vector(data: bytes) -> list[int] | None:
-    """Return a multi-label vector of 0 and 1. The header is looked at first: it may promise an array of any size."""
+    """Return a multi-label vector of 0 and 1. The header is checked first, because it can declare any array size."""
     stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)

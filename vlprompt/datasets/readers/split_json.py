@@ -1,8 +1,8 @@
 """Reader of CoOp's split files: ``{"train": [[path, label, name], ...], "val": [...], "test": [...]}``.
 
-A split file is a stranger's file. It is checked against the rules of datasets.md 6.3, and whatever can still be checked
-after a problem is checked too, so that all of them are told at once. In a data set with domains an item may have four
-values, as in Soft-Prompt-Generation's files: path, label, number of the domain, name.
+A split file is untrusted input. It is checked against :data:`vlprompt.datasets.report.RULES`, and checking continues
+after a problem where possible, so that all problems are reported at once. In a data set with domains an item may have
+four values, as in the files of Soft-Prompt-Generation: path, label, domain number, name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DEEPEST = 4
 
 @dataclass(frozen=True)
 class Item:
-    """One item of a split file; what cannot be used of it is ``None``."""
+    """One item of a split file; unusable values are ``None``."""
 
     path: str | None
     label: int | None
@@ -45,17 +45,17 @@ Items = dict[str, list[Item]]
 def read_split_json(card: Card, base: Path, report: Report) -> SplitLists:
     """Read the split file of ``card`` under ``base`` and find its images.
 
-    A missing split file is never made anew: the split would differ from the published one and depend on the order of
-    a directory listing. A split whose size or content differs from the published one is accepted with a warning.
+    A missing split file is never generated: the result would differ from the published split. A split whose size or
+    content differs from the published one is accepted with a warning.
 
     Raises:
-        DataError: If there is nothing left to read; problems that reading survives are in ``report``.
+        DataError: If nothing can be read; other problems are added to ``report``.
     """
     options = card.options
     assert isinstance(options, SplitJsonOptions)
     path = base / options.split_file
     if not path.is_file():
-        note = "the split file is missing; it is not made anew, because another split gives other results"
+        note = "the split file is missing; it is not generated, because another split gives other results"
         raise DataError(missing_text(card, base, f"{path} ({note})"))
     raw = _read_bytes(path, report)
     items = _items(_parse(raw, path, report), card, options.variants, report)
@@ -63,7 +63,7 @@ def read_split_json(card: Card, base: Path, report: Report) -> SplitLists:
     check_duplicates({split: [item.path for item in items[split]] for split in SPLITS}, card.same_images, report)
     entries = list(dict.fromkeys(item.path for split in SPLITS for item in items[split] if item.path is not None))
     sources = find_images(card, base, entries, report)
-    parts = {
+    samples = {
         split: [
             Sample(item.path, item.label, sources[item.path], item.domain or _domain(card, item.path))
             for item in items[split]
@@ -72,7 +72,7 @@ def read_split_json(card: Card, base: Path, report: Report) -> SplitLists:
         ]
         for split in SPLITS
     }  # fmt: skip
-    lists = SplitLists(names, parts["train"], parts["val"], parts["test"])
+    lists = SplitLists(names, samples["train"], samples["val"], samples["test"])
     if not report.failed:
         compare_with_card(card, lists, report, sha256_bytes(raw))
     return lists
@@ -91,7 +91,7 @@ def _read_bytes(path: Path, report: Report) -> bytes:
 
 
 def _parse(raw: bytes, path: Path, report: Report) -> dict[str, list[Any]]:
-    """Rules S01 and S02: JSON without repeated keys; an object of exactly three lists."""
+    """Rules S01 and S02: JSON without repeated keys, an object of exactly three lists."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table: dict[str, Any] = {}
@@ -109,7 +109,7 @@ def _parse(raw: bytes, path: Path, report: Report) -> dict[str, list[Any]]:
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
     except RecursionError:
         report.error("S01", f"{path} is nested too deeply; at most {_DEEPEST} levels are read")
-    except ValueError as error:  # also what JSON and UTF-8 errors are
+    except ValueError as error:  # JSON and UTF-8 errors are subclasses
         report.error("S01", f"{path} is not valid JSON: {str(error)[:200]}")
     if report.failed:
         report.stop()
@@ -133,44 +133,42 @@ def _parse(raw: bytes, path: Path, report: Report) -> dict[str, list[Any]]:
 
 
 def _items(content: dict[str, list[Any]], card: Card, variants: bool, report: Report) -> Items:
-    """Rules S03, S04, S06 and S09: each item is ``[path, label, name]`` with safe and sensible parts."""
+    """Rules S03, S04, S06 and S09: each item is ``[path, label, name]`` with valid values."""
     items: Items = {}
-    words = list(card.domains)
+    domains = list(card.domains)
     for split in SPLITS:
         items[split] = []
         for index, item in enumerate(content[split]):
             where = f"{split}[{index}]"
-            if not isinstance(item, list) or len(item) not in ((3, 4) if words else (3,)):
+            if not isinstance(item, list) or len(item) not in ((3, 4) if domains else (3,)):
                 got = f"{len(item)} values" if isinstance(item, list) else f"a {type(item).__name__}"
                 report.error("S03", f"{where}: expected [path, label, class name], got {got}")
                 continue
             entry, label, name = item[0], item[1], item[-1]
-            found = path_problem(entry) or (variant_problem(entry) if variants else None)
-            wrong = {"S04": found, "S06": label_problem(label), "S09": class_name_problem(name)}
+            entry_problem = path_problem(entry) or (variant_problem(entry) if variants else None)
+            problems = {"S04": entry_problem, "S06": label_problem(label), "S09": class_name_problem(name)}
             domain = ""
             if len(item) == 4:
                 number = item[2]
-                if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(words):
-                    domain = words[number]
+                if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(domains):
+                    domain = domains[number]
                 else:
-                    report.error("S03", f"{where}: domain {str(number)[:40]!r}; expected a number below {len(words)}")
-            for code, text in wrong.items():
+                    report.error("S03", f"{where}: domain {str(number)[:40]!r}; expected a number below {len(domains)}")
+            for code, text in problems.items():
                 if text:
                     report.error(code, f"{where}: {text}")
-            good = {
+            valid = {
                 code: None if text else value
-                for (code, text), value in zip(wrong.items(), (entry, label, name), strict=True)
+                for (code, text), value in zip(problems.items(), (entry, label, name), strict=True)
             }
-            items[split].append(Item(good["S04"], good["S06"], good["S09"], domain))
+            items[split].append(Item(valid["S04"], valid["S06"], valid["S09"], domain))
     if not any(items.values()):
         report.stop()
     return items
 
 
-
-
 def _class_names(items: Items, path: Path, report: Report) -> list[str]:
-    """Rules S07-S10 and S19: labels 0..n-1, all in train; one name per label. Two labels with one name only warn."""
+    """Rules S07 to S10: labels 0..n-1, all in train, one name per label; warn if two labels share a name."""
     seen: dict[int, dict[str, None]] = {}
     for split in SPLITS:
         for item in items[split]:
@@ -179,7 +177,7 @@ def _class_names(items: Items, path: Path, report: Report) -> list[str]:
     if not seen:
         report.stop()
     in_train = {item.label for item in items["train"]}
-    readable = None not in in_train  # else what never occurs in train may stand in what could not be read
+    readable = None not in in_train  # an unreadable training item may have any label
     last = max(seen)
     if 0 not in seen and set(seen) == set(range(1, last + 1)):
         report.error("S08", f"labels run 1..{last} instead of 0..{last - 1}: subtract 1 from every label")
@@ -199,17 +197,11 @@ def _class_names(items: Items, path: Path, report: Report) -> list[str]:
     return names
 
 
-
-
-
-
 def _domain(card: Card, entry: str) -> str:
-    """Return the domain of an image: its first folder, and its corruption if it has one."""
+    """Return the domain of an image: its first folder, and its corruption, if any."""
     if not card.domains:
         return ""
     variant = split_variant(entry)[1] if isinstance(card.options, SplitJsonOptions) and card.options.variants else ""
     folder = entry.partition("/")[0]
-    own = next((name for name, word in card.domains.items() if word == folder), folder)
-    return own + (f"+{variant}" if variant in CORRUPTIONS else "")
-
-
+    domain = next((name for name, domain_folder in card.domains.items() if domain_folder == folder), folder)
+    return domain + (f"+{variant}" if variant in CORRUPTIONS else "")

@@ -1,7 +1,7 @@
-"""Webdataset's tar files: their members, images that are read by their place, and an index of these places.
+"""Webdataset tar files: members, images read by offset, and a cached index of the offsets.
 
-A tar file has no table of contents. The first reading notes where every image lies in an index in the cache folder, so
-that images can be read in any order and in any process without a second pass. Nothing is unpacked to disk.
+A tar file has no table of contents. The first pass stores the offset of every image in an index in the cache folder.
+Images can then be read in any order and in any process without a second pass. Nothing is unpacked to disk.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from vlprompt.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: Endings of the members that are images.
+#: Endings of members that are images.
 IMAGES = ("webp", "png", "jpg", "jpeg")
 MOST_SHARDS = 100_000
-#: Largest member that is taken for a label or a text, in bytes.
+#: Largest member that is read as a label or a text, in bytes.
 LARGEST_TEXT = 2**20
-#: webdataset's rule: what stands before the first dot of the file name is the key.
+#: webdataset's rule: the key is the path up to the first dot of the file name.
 _MEMBER = re.compile(r"^((?:.*/)?[^./][^/.]*)\.([^/]+)$")
-#: What is kept of shards, as JSON values.
+#: Index of shards, as JSON values.
 Index = dict[str, Any]
 
 
@@ -42,9 +42,9 @@ class ShardSource:
 
     Attributes:
         path: The tar file.
-        offset: Where the image's bytes begin.
-        size: How many there are.
-        key: What the image is called there.
+        offset: Offset of the image's first byte.
+        size: Number of bytes.
+        key: Key of the image in the shard.
     """
 
     path: str
@@ -56,18 +56,18 @@ class ShardSource:
         """Decode the image. Raises :class:`~vlprompt.errors.DataError` that names it."""
         name = f"{self.path}:{self.key}"
         try:
-            # Opened for every image: an open file would share its position with forked workers and with threads.
+            # Opened for every image: an open file would share its position with forked workers and threads.
             with open(self.path, "rb") as stream:
                 stream.seek(self.offset)
                 data = stream.read(self.size)
         except OSError as error:
             raise DataError(f"Image {name} cannot be read: {error.strerror or error}.") from error
         if len(data) < self.size:
-            raise DataError(f"Image {name} cannot be read: the shard ends within it. Fetch the shard again.")
+            raise DataError(f"Image {name} cannot be read: the shard is truncated. Fetch the shard again.")
         return decode_rgb(data, name)
 
     def stamp(self) -> str:
-        """Return size and modification time of the shard, and the image's place in it."""
+        """Return size and modification time of the shard, and the image's offset."""
         try:
             status = os.stat(self.path)
         except OSError as error:
@@ -76,7 +76,7 @@ class ShardSource:
 
 
 class Member(NamedTuple):
-    """A plain file in a shard; ``data`` is its content where that was asked for and is not too large."""
+    """A plain file in a shard; ``data`` is its content if requested and not too large."""
 
     name: str
     key: str
@@ -87,30 +87,29 @@ class Member(NamedTuple):
 
 
 def members(path: Path, name: str, texts: Sequence[str], report: Report) -> Iterator[Member]:
-    """Read through one shard and give its plain files that have an ending, in order.
+    """Read one shard and yield its plain files that have an ending, in order.
 
-    Links and devices, paths that cannot be used (rule S04) and what the file's end cuts off are noted in ``report``.
+    Links, devices, invalid paths (rule S04) and truncated members are added to ``report``.
 
     Args:
         path: The shard.
-        name: What problems call it.
-        texts: Endings, in lower case, of the members whose content is wanted.
-        report: Takes the problems.
+        name: Name of the shard in problem texts.
+        texts: Endings, in lower case, of the members to read.
+        report: Collects the problems.
     """
     try:
         size = path.stat().st_size
-        with tarfile.open(path, "r:") as archive:  # "r:": in a compressed one, images have no place of their own
+        with tarfile.open(path, "r:") as archive:  # "r:": images in a compressed file have no offset
             for member in archive:
-                own = member.name.removeprefix("./")
+                member_path = member.name.removeprefix("./")
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
-                    report.error(
-                        "S04", f"{name}: {own[:80]!r} is a link, a device or sparse; only plain files are read"
-                    )
-                elif problem := path_problem(own):
+                    text = f"{member_path[:80]!r} is a link, a device or sparse; only plain files are read"
+                    report.error("S04", f"{name}: {text}")
+                elif problem := path_problem(member_path):
                     report.error("S04", f"{name}: {problem}")
-                elif match := _MEMBER.match(own):
+                elif match := _MEMBER.match(member_path):
                     if member.offset_data + member.size > size:
                         report.error("S01", f"{name} ends within {member.name}")
                         continue
@@ -118,7 +117,7 @@ def members(path: Path, name: str, texts: Sequence[str], report: Report) -> Iter
                     wanted = ending in texts and member.size <= LARGEST_TEXT
                     stream = archive.extractfile(member) if wanted else None
                     data = None if stream is None else stream.read()
-                    yield Member(own, match[1], ending, member.offset_data, member.size, data)
+                    yield Member(member_path, match[1], ending, member.offset_data, member.size, data)
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError) as error:
         report.error("S01", f"shard {name} cannot be read as a plain tar file: {str(error)[:200]}")
 
@@ -130,23 +129,25 @@ def kept_index(
     read: Callable[[], Index],
     report: Report,
 ) -> Index:
-    """Return the index of ``shards``, from the cache if they were indexed before and had no problems.
+    """Return the index of ``shards``, from the cache if it is stored there.
+
+    An index of shards with problems is not stored.
 
     Args:
-        shards: The files; the index is another one where sizes or modification times are.
-        about: What kind of index it is, as JSON values.
-        check: Returns a kept index, or raises ValueError, KeyError or TypeError if it is damaged.
-        read: Reads the shards through.
-        report: Takes the problems.
+        shards: The files; their sizes and modification times are part of the key.
+        about: Kind of the index, as JSON values; part of the key.
+        check: Returns a stored index, or raises ValueError, KeyError or TypeError if it is damaged.
+        read: Reads the shards and returns their index.
+        report: Collects the problems.
     """
-    status = [(str(path), found.st_size, found.st_mtime_ns) for path in shards for found in [path.stat()]]
+    status = [(str(path), stat.st_size, stat.st_mtime_ns) for path in shards for stat in [path.stat()]]
     key = sha256_text(json.dumps([*about, status]))
-    own = os.environ.get("VLPROMPT_CACHE") or "~/.cache/vlprompt"
-    file = Path(own).expanduser() / "shards" / f"{key}.json"
+    cache = os.environ.get("VLPROMPT_CACHE") or "~/.cache/vlprompt"
+    file = Path(cache).expanduser() / "shards" / f"{key}.json"
     try:
         return check(json.loads(file.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass  # not there, or damaged: the shards are read again
+        pass  # missing or damaged: the shards are read again
     before = len(report.problems)
     content = read()
     if len(report.problems) == before:
@@ -155,17 +156,17 @@ def kept_index(
 
 
 def checked_place(value: Any, shards: int) -> tuple[int, int, int, str]:
-    """Return number of the shard, offset, size and name of an image in a kept index; raises ValueError or TypeError."""
+    """Return shard number, offset, size and name of an image in a stored index; raises ValueError or TypeError."""
     number, offset, size, name = value
     if not isinstance(name, str) or path_problem(name) or not whole(number) < shards:
-        raise ValueError(f"{value!r} is no place in an index")
+        raise ValueError(f"{value!r} is not an index entry")
     return number, whole(offset), whole(size), name
 
 
 def whole(value: Any) -> int:
-    """Return ``value`` if it is a whole number from 0; raises ValueError."""
+    """Return ``value`` if it is a whole number from 0, else raise ValueError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r} is no whole number")
+        raise ValueError(f"{value!r} is not a whole number")
     return value
 
 
@@ -173,5 +174,5 @@ def _store(file: Path, content: Index) -> None:
     try:
         write_text(file, json.dumps(content))
     except OSError as error:
-        text = f"The index of the shards cannot be kept in {file.parent} ({error}); they are read through every time."
+        text = f"The index of the shards cannot be stored in {file.parent} ({error}); the shards are read every time."
         warnings.warn(f"{text} Give another folder: export VLPROMPT_CACHE=FOLDER", stacklevel=2)

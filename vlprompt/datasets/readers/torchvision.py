@@ -1,7 +1,7 @@
-"""Reader of data sets that torchvision reads: CIFAR, MNIST, SVHN and others, and the official splits of some more.
+"""Reader of torchvision data sets: CIFAR, MNIST, SVHN and others, and official splits of some data sets.
 
-A card is a stranger's file, so both the classes of ``torchvision.datasets`` and their arguments are lists of what is
-allowed. Nothing is downloaded here. A sample's id is ``<split>:<index>``, since most of these images have no file.
+A card is untrusted input: the accepted classes of ``torchvision.datasets`` and their arguments are listed in
+:data:`KINDS`. Nothing is downloaded. The id of a sample is ``<split>:<index>``, because most images are not files.
 """
 
 from __future__ import annotations
@@ -39,34 +39,33 @@ Arguments = tuple[tuple[str, Any], ...]
 def read_torchvision(card: Card, base: Path, report: Report) -> SplitLists:
     """Read a data set through its class in ``torchvision.datasets``.
 
-    ``base`` is the root that torchvision is given. Images that are files may also lie in ``base`` itself, or in a
-    folder of it that ends the path which torchvision expects: official splits then work on the folders that other
-    protocols use.
+    ``base`` is torchvision's root. Image files may also be directly in ``base``, or under a trailing part of the path
+    that torchvision expects, so that official splits work on the folders of other protocols.
 
-    Labels that are not 0 to n-1 become so in their own order, if there are as many of them as class names: CLEVR's
-    counts 3 to 10 become 0 to 7.
+    Labels other than 0 to n-1 are renumbered in their order if there are as many as class names: CLEVR's counts 3 to
+    10 become 0 to 7.
 
     Raises:
-        DataError: If the card asks for what is not allowed, or files are missing or damaged; problems that reading
-            survives are in ``report``.
+        DataError: If the card names a class or argument that is not accepted, or files are missing or damaged; other
+            problems are added to ``report``.
     """
     options = card.options
     assert isinstance(options, TorchvisionOptions)
     kind = _kind(card, options)
-    parts = {split: _read_part(card, kind, options.splits[split], base, report) for split in options.splits}
-    names = stated_class_names(card) or next((part.classes for part in parts.values() if part.classes), [])
+    contents = {split: _read_split(card, kind, options.splits[split], base, report) for split in options.splits}
+    names = stated_class_names(card) or next((content.classes for content in contents.values() if content.classes), [])
     if not names:
-        report.error("S20", f"{options.dataset} has no class names of its own; list them on the card: classes.names")
+        report.error("S20", f"{options.dataset} has no class names; list them on the card: classes.names")
         report.stop()
     check_names(names, report)
-    number = _numbers(parts, names, report)
-    left_out = set(card.excluded)
+    number = _numbers(contents, names, report)
+    excluded = set(card.excluded)
     samples: dict[str, list[Sample]] = {split: [] for split in SPLITS}
-    for split, part in parts.items():
-        for index, (source, label) in enumerate(zip(part.sources, part.labels, strict=True)):
-            own = f"{part.word}:{index}"
-            if source is not None and label in number and own not in left_out:
-                samples[split].append(Sample(own, number[label], source))
+    for split, content in contents.items():
+        for index, (source, label) in enumerate(zip(content.sources, content.labels, strict=True)):
+            sample_id = f"{content.prefix}:{index}"
+            if source is not None and label in number and sample_id not in excluded:
+                samples[split].append(Sample(sample_id, number[label], source))
     shared = "val" in options.splits and options.splits["val"] == options.splits.get("test")
     order = "sorted-v1" if kind.sorted else "dassl-v1"
     lists = SplitLists(names, samples["train"], samples["val"], samples["test"], order, sample_val=not shared)
@@ -76,14 +75,14 @@ def read_torchvision(card: Card, base: Path, report: Report) -> SplitLists:
 
 
 @dataclass(frozen=True)
-class _Part:
-    word: str
+class _SplitContent:
+    prefix: str
     sources: list[ImageSource | None]
     labels: list[int | None]
     classes: list[str]
 
 
-def _read_part(card: Card, kind: Kind, given: Mapping[str, Any], base: Path, report: Report) -> _Part:
+def _read_split(card: Card, kind: Kind, given: Mapping[str, Any], base: Path, report: Report) -> _SplitContent:
     dataset = getattr(card.options, "dataset", "")
     arguments = tuple((name, given[name]) for name in kind.accepts if name in given)
     place = _place(card, kind, arguments, base)
@@ -94,8 +93,8 @@ def _read_part(card: Card, kind: Kind, given: Mapping[str, Any], base: Path, rep
             paths = [] if kind.images is None else [str(path) for path in kind.images(data)]
     except AttributeError as error:
         raise DataError(
-            f"This torchvision keeps the labels of {dataset} elsewhere than 0.19 to 0.29 do ({error}): pip install "
-            "'torchvision<0.30'"
+            f"This version of torchvision stores the labels of {dataset} differently from 0.19 to 0.29 ({error}): "
+            "pip install 'torchvision<0.30'"
         ) from error
     except DataError as error:
         report.error("S01", str(error))
@@ -105,10 +104,10 @@ def _read_part(card: Card, kind: Kind, given: Mapping[str, Any], base: Path, rep
         sources = [TorchvisionSource(dataset, root, arguments, index) for index in range(len(labels))]
     else:
         sources = _files(card, place, [os.path.relpath(path, Path(root, kind.home)) for path in paths], report)
-    return _Part(_word(arguments), sources, labels, list(getattr(data, "classes", ())))
+    return _SplitContent(_prefix(arguments), sources, labels, list(getattr(data, "classes", ())))
 
 
-# -- what a card may ask for ------------------------------------------------------------------------------------------
+# -- accepted options ------------------------------------------------------------------------------------------
 def _kind(card: Card, options: TorchvisionOptions) -> Kind:
     where = f"Data set card {card.name!r}: reader_options"
     if options.dataset not in KINDS:
@@ -117,14 +116,15 @@ def _kind(card: Card, options: TorchvisionOptions) -> Kind:
     first = next(iter(kind.accepts))
     problems = []
     for split, given in options.splits.items():
-        own = f"{where}.splits.{split}"
+        key = f"{where}.splits.{split}"
         if first not in given:
-            problems.append(f"{own} has no {first!r}; one of {', '.join(map(str, kind.accepts[first]))} is expected")
+            problems.append(f"{key} has no {first!r}; one of {', '.join(map(str, kind.accepts[first]))} is expected")
         for name, value in given.items():
+            accepted = kind.accepts.get(name, ())
             if name not in kind.accepts:
-                problems.append(f"{own}.{name} is unknown.{did_you_mean(name, kind.accepts)}")
-            elif not any(value is one or (type(value) is type(one) and value == one) for one in kind.accepts[name]):
-                problems.append(f"{own}.{name} is {value!r}.{did_you_mean(str(value), map(str, kind.accepts[name]))}")
+                problems.append(f"{key}.{name} is unknown.{did_you_mean(name, kind.accepts)}")
+            elif not any(value is other or (type(value) is type(other) and value == other) for other in accepted):
+                problems.append(f"{key}.{name} is {value!r}.{did_you_mean(str(value), map(str, accepted))}")
     if problems:
         raise DataError("\n".join(problems))
     if kind.needs and importlib.util.find_spec(kind.needs) is None:
@@ -132,11 +132,11 @@ def _kind(card: Card, options: TorchvisionOptions) -> Kind:
     return kind
 
 
-def _word(arguments: Arguments) -> str:
-    """Return what stands before the index in ids: the split, and what else was chosen."""
+def _prefix(arguments: Arguments) -> str:
+    """Return the prefix of sample ids: the split and the other arguments."""
     (_, value), *rest = arguments
-    word = {True: "train", False: "test"}[value] if isinstance(value, bool) else str(value)
-    return word + "".join(f",{name}={one}" for name, one in rest)
+    split = {True: "train", False: "test"}[value] if isinstance(value, bool) else str(value)
+    return split + "".join(f",{name}={other}" for name, other in rest)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def _patterns(kind: Kind, arguments: Arguments) -> list[str]:
 
 
 def _place(card: Card, kind: Kind, arguments: Arguments, base: Path) -> Path:
-    """Return the folder that holds the files."""
+    """Return the folder of the files."""
     steps = [] if kind.home == "." else kind.home.split("/")
     places = (
         [base.joinpath(*steps[start:]) for start in range(len(steps) + 1)] if kind.images else [base.joinpath(*steps)]
@@ -154,7 +154,7 @@ def _place(card: Card, kind: Kind, arguments: Arguments, base: Path) -> Path:
     patterns = _patterns(kind, arguments)
 
     def absent(place: Path) -> list[str]:
-        return [one for one in patterns if not any(place.glob(one))]
+        return [pattern for pattern in patterns if not any(place.glob(pattern))]
 
     missing = {place: absent(place) for place in places}
     best = min(places, key=lambda place: len(missing[place]))
@@ -163,7 +163,7 @@ def _place(card: Card, kind: Kind, arguments: Arguments, base: Path) -> Path:
         raise DataError(missing_text(card, base, f"{best} (missing there: {looked})"))
     if kind.home == "MNIST/raw" and best.with_name("processed").exists():
         raise DataError(
-            f"{best.with_name('processed')} is a format of old versions of torchvision, which it would prefer to the "
+            f"{best.with_name('processed')} has a format of old torchvision versions, which torchvision prefers to the "
             "published files. Move it away."
         )
     return best
@@ -171,7 +171,7 @@ def _place(card: Card, kind: Kind, arguments: Arguments, base: Path) -> Path:
 
 @contextmanager
 def _root(kind: Kind, base: Path, place: Path) -> Iterator[str]:
-    """Give the root to hand to torchvision: ``base``, or a folder for the moment that leads to ``place`` by a link."""
+    """Yield the root for torchvision: ``base``, or a temporary folder with a link to ``place``."""
     if place == base / kind.home:
         yield str(base)
         return
@@ -182,29 +182,29 @@ def _root(kind: Kind, base: Path, place: Path) -> Iterator[str]:
             link.symlink_to(place, target_is_directory=True)
         except OSError as error:
             raise DataError(
-                f"torchvision expects {base / kind.home}, and no link to {place} can be made here ({error}). Move the "
+                f"torchvision expects {base / kind.home}, and a link to {place} cannot be created ({error}). Move the "
                 "folder there."
             ) from error
         yield folder
 
 
 def _files(card: Card, place: Path, paths: list[str], report: Report) -> list[ImageSource | None]:
-    """Return the image files (rules S04, S05 and S15); ``None`` for what is noted in ``report``."""
+    """Return the image files (rules S04, S05 and S15); ``None`` for those with a problem in ``report``."""
     wrong = {path: problem for path in paths if (problem := path_problem(path))}
     report.errors("S04", wrong.values())
     lost, outside = map(set, check_files(place, dict.fromkeys(path for path in paths if path not in wrong)))
-    report.errors("S05", [f'"{path}" is reached through a link that leads out of {place}' for path in sorted(outside)])
+    report.errors("S05", [f'"{path}" is reached through a link that leaves {place}' for path in sorted(outside)])
     note_missing(card, sorted(lost), len(paths), place, report)
-    left_out = lost | outside | set(wrong)
-    return [None if path in left_out else FileSource(os.path.join(place, path)) for path in paths]
+    unusable = lost | outside | set(wrong)
+    return [None if path in unusable else FileSource(os.path.join(place, path)) for path in paths]
 
 
-def _numbers(parts: Mapping[str, _Part], names: list[str], report: Report) -> dict[int | None, int]:
-    """Return the labels 0 to n-1 by torchvision's own (rules S06 and S07)."""
-    for split, part in parts.items():
-        if unlabelled := part.labels.count(None):
+def _numbers(contents: Mapping[str, _SplitContent], names: list[str], report: Report) -> dict[int | None, int]:
+    """Return the labels 0 to n-1 by torchvision's labels (rules S06 and S07)."""
+    for split, content in contents.items():
+        if unlabelled := content.labels.count(None):
             report.error("S06", f"images of {split} without a label in these files: {unlabelled:,}")
-    values = sorted({label for part in parts.values() for label in part.labels if label is not None})
+    values = sorted({label for content in contents.values() for label in content.labels if label is not None})
     if not values:
         report.stop()
     if 0 <= values[0] and values[-1] < len(names):
@@ -212,11 +212,11 @@ def _numbers(parts: Mapping[str, _Part], names: list[str], report: Report) -> di
     elif len(values) == len(names):
         number = {value: rank for rank, value in enumerate(values)}
     else:
-        found = f"labels run {values[0]}..{values[-1]} with {len(values):,} values"
-        report.error("S06", f"{found}; {len(names):,} classes are expected")
+        text = f"labels run {values[0]}..{values[-1]} with {len(values):,} values"
+        report.error("S06", f"{text}; {len(names):,} classes are expected")
         return {}
-    if "train" in parts:
-        trained = {number[label] for label in parts["train"].labels if label is not None}
+    if "train" in contents:
+        trained = {number[label] for label in contents["train"].labels if label is not None}
         absent = [name for label, name in enumerate(names) if label not in trained]
         report.errors("S07", [f"class {name!r} has no training image" for name in absent])
     return number
@@ -225,13 +225,13 @@ def _numbers(parts: Mapping[str, _Part], names: list[str], report: Report) -> di
 # -- images in arrays -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class TorchvisionSource:
-    """An image that torchvision holds in an array or reads from one file of many.
+    """An image that torchvision keeps in an array or reads from a file of many images.
 
     Attributes:
-        dataset: Class in ``torchvision.datasets``; one of :data:`KINDS`.
-        root: Its root.
-        arguments: What selects the split.
-        index: Number of the image.
+        dataset: Class in ``torchvision.datasets``, a name in :data:`KINDS`.
+        root: Root of the data set.
+        arguments: Arguments that select the split.
+        index: Index of the image.
     """
 
     dataset: str
@@ -243,15 +243,15 @@ class TorchvisionSource:
         """Return the RGB image. Raises :class:`~vlprompt.errors.DataError` that names it."""
         name = f"{self.index} of {self.dataset} under {self.root}"
         try:
-            picture: Image = _opened(*_key(self.dataset, self.root, self.arguments))[self.index][0]
+            image: Image = _opened(*_key(self.dataset, self.root, self.arguments))[self.index][0]
         except (DataError, MemoryError):
             raise
-        except Exception as error:  # arrays of a damaged file raise anything
+        except Exception as error:  # arrays of a damaged file raise many types
             raise DataError(f"Image {name} cannot be read: {error}.") from error
-        # As in decode_rgb: nothing is cut off silently, and conversion comes before anything else.
-        if picture.mode.startswith(("I", "F")) or picture.width * picture.height > MAX_PIXELS:
-            raise DataError(f"Image {name} is {picture.size} of mode {picture.mode}; 8-bit images are expected.")
-        return picture.convert("RGB")
+        # As in decode_rgb: brightness is not clipped silently, and conversion precedes every other operation.
+        if image.mode.startswith(("I", "F")) or image.width * image.height > MAX_PIXELS:
+            raise DataError(f"Image {name} is {image.size} of mode {image.mode}; 8-bit images are expected.")
+        return image.convert("RGB")
 
     def stamp(self) -> str:
         """Return sizes and modification times of the files, and the index."""
@@ -269,7 +269,7 @@ def _state(dataset: str, root: str, arguments: Arguments) -> str:
         raise DataError(
             f"Images of {dataset} under {root} cannot be read: {error.strerror}: {error.filename}."
         ) from error
-    return "-".join(f"{one.st_size}.{one.st_mtime_ns}" for one in status)
+    return "-".join(f"{entry.st_size}.{entry.st_mtime_ns}" for entry in status)
 
 
 @functools.lru_cache(maxsize=16)
@@ -281,10 +281,10 @@ def _found_files(dataset: str, root: str, arguments: Arguments) -> list[str]:
 
 @functools.lru_cache(maxsize=6)
 def _opened(dataset: str, root: str, arguments: Arguments, state: str) -> Any:
-    """Open a class of torchvision, once per process and state of its files.
+    """Open a torchvision data set, once per process and state of its files.
 
-    Unlike an archive it is not opened anew after a fork: these objects keep arrays, not open files, and workers that
-    share their parent's pages need no memory of their own.
+    Unlike an archive it is not reopened after a fork: these objects hold arrays, not open files, and forked workers
+    share the memory pages of their parent.
     """
     del state
     return _open(dataset, root, arguments)
@@ -293,27 +293,27 @@ def _opened(dataset: str, root: str, arguments: Arguments, state: str) -> Any:
 def _open(dataset: str, root: str, arguments: Arguments) -> Any:
     from torchvision import datasets
 
-    own = getattr(datasets, dataset)
+    dataset_class = getattr(datasets, dataset)
     try:
-        return own(root, **dict(arguments))
+        return dataset_class(root, **dict(arguments))
     except MemoryError:
         raise
-    except Exception as error:  # parsers of damaged files raise anything
-        damaged = _damaged(own, root)
-        # torchvision's own advice, download=True, is no help here.
+    except Exception as error:  # parsers of damaged files raise many types
+        damaged = _damaged(dataset_class, root)
+        # torchvision's advice, download=True, does not apply here.
         text = "" if "download=True" in str(error) else f" ({type(error).__name__}: {str(error)[:200]})"
         which = f": the MD5 of {', '.join(damaged)} is not the published one" if damaged else text
         raise DataError(
-            f"torchvision's {dataset} cannot read {root}{which}. Remove what is damaged and fetch it again"
+            f"torchvision's {dataset} cannot read {root}{which}. Remove the damaged files and fetch them again"
         ) from error
 
 
-def _damaged(own: Any, root: str) -> list[str]:
+def _damaged(dataset_class: Any, root: str) -> list[str]:
     from torchvision.datasets.utils import check_integrity
 
-    meta = getattr(own, "meta", None)
-    files = [*getattr(own, "train_list", ()), *getattr(own, "test_list", ())]
+    meta = getattr(dataset_class, "meta", None)
+    files = [*getattr(dataset_class, "train_list", ()), *getattr(dataset_class, "test_list", ())]
     files += [(meta["filename"], meta["md5"])] if meta else []
-    places = [(os.path.join(root, getattr(own, "base_folder", ""), name), md5) for name, md5 in files]
-    places += [(os.path.join(root, name), md5) for _, name, md5 in getattr(own, "split_list", {}).values()]
+    places = [(os.path.join(root, getattr(dataset_class, "base_folder", ""), name), md5) for name, md5 in files]
+    places += [(os.path.join(root, name), md5) for _, name, md5 in getattr(dataset_class, "split_list", {}).values()]
     return [path for path, md5 in places if os.path.exists(path) and not check_integrity(path, md5)]

@@ -1,4 +1,4 @@
-"""The classes of ``torchvision.datasets`` that a card may name, and what is known of each."""
+"""The classes of ``torchvision.datasets`` that a card may name, and their properties."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kind:
-    """What is known of a class of ``torchvision.datasets``.
+    """Properties of a class of ``torchvision.datasets``.
 
     Attributes:
-        home: Its folder under the root that torchvision is given.
-        accepts: The arguments a card may set, with their values; the first one names the split in ids.
-        labels: Gets the labels of an opened one without decoding an image.
-        files: What has to be there, under ``home``; ``{}`` stands for the split, ``*`` is a wildcard.
-        words: What stands for a split in ``files`` where that is not its name.
-        images: Gets the paths of the images; ``None`` where they are in arrays.
-        needs: A library that torchvision needs for it.
-        sorted: Whether the order is that of sorted file names, not that of a list.
+        home: Folder of the data set under torchvision's root.
+        accepts: Arguments a card may set, with their accepted values; the first argument names the split in ids.
+        labels: Returns the labels of a data set object without decoding an image.
+        files: Required files under ``home``; ``{}`` stands for the split, ``*`` is a wildcard.
+        words: Name of a split in ``files``, where it differs from the argument.
+        images: Returns the image paths of a data set object; ``None`` if images are in arrays.
+        needs: Library that torchvision needs for the data set.
+        sorted: Whether images are ordered by sorted file names instead of a list.
     """
 
     home: str
@@ -61,7 +61,9 @@ def _pcam_labels(data: Any) -> Any:
 _TRAIN = {"train": (True, False)}
 _VAL = {"val": "valid"}
 _CIFAR10 = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta")
-_MNIST = tuple(f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1"))
+_MNIST = tuple(
+    f"{prefix}-{content}-ubyte" for prefix in ("train", "t10k") for content in ("images-idx3", "labels-idx1")
+)
 _STL10 = tuple(f"{name}.bin" for name in ("train_X", "train_y", "unlabeled_X", "test_X", "test_y"))
 
 
@@ -71,8 +73,8 @@ def _split(*names: str) -> dict[str, tuple[Any, ...]]:
 
 #: The classes that a card may name.
 KINDS: Mapping[str, Kind] = {
-    # CIFAR's files are pickles, the only ones that are ever opened. torchvision unpickles them, and only after the MD5
-    # of every one of them has turned out to be the published one, so that no other pickle runs (tests hold it to that).
+    # CIFAR's files are pickles, the only ones that vlprompt opens. torchvision unpickles them after it has compared the
+    # MD5 of every file with the published one, so no other pickle is loaded (tested).
     "CIFAR10": Kind("cifar-10-batches-py", _TRAIN, _targets, _CIFAR10),
     "CIFAR100": Kind("cifar-100-python", _TRAIN, _targets, ("train", "test", "meta")),
     "MNIST": Kind("MNIST/raw", _TRAIN, _targets, _MNIST),
