@@ -185,9 +185,7 @@ SAMPLERS: dict[str, Sampler] = {
     "clip-lora-v1": Sampler("CLIP-LoRA: validation first, short classes filled with replacement", _clip_lora),
     "tip-v1": Sampler("Tip-Adapter, whose seed is 1: short classes filled, validation complete", _tip),
     "tpt-v1": Sampler("TPT: a generator of seed 0 per class, independent of the seed, validation complete", _tpt),
-    "elevater-v1": Sampler(
-        "ELEVATER: greedy over a shuffled list, a fifth of it for validation", _elevater, False
-    ),
+    "elevater-v1": Sampler("ELEVATER: greedy over a shuffled list, a fifth of it for validation", _elevater, False),
 }
 
 

@@ -17,9 +17,7 @@ from vlprompt.datasets.records import SPLITS, Sample, SplitLists, class_name_pro
 from vlprompt.datasets.report import Report
 from vlprompt.errors import DataError, did_you_mean, nearest
 
-_REMEDY = (
-    "Expected: FOLDER/<class>/<image>, or FOLDER/train/<class>/<image> with test/ and optionally val/ next to it."
-)
+_REMEDY = "Expected: FOLDER/<class>/<image>, or FOLDER/train/<class>/<image> with test/ and optionally val/ next to it."
 #: Image file names by class folder.
 Listing = dict[str, list[str]]
 

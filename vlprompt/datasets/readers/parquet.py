@@ -49,9 +49,7 @@ class ParquetSource:
             raise DataError(f"Image {name} cannot be read: {str(error)[:200]}.") from error
         data = data.get("bytes") if isinstance(data, dict) else data
         if not isinstance(data, bytes):
-            raise DataError(
-                f"Image {name} is not in the file, only its name. Fetch a copy that includes the images."
-            )
+            raise DataError(f"Image {name} is not in the file, only its name. Fetch a copy that includes the images.")
         return decode_rgb(data, name)
 
     def stamp(self) -> str:
