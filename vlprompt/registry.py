@@ -11,7 +11,6 @@ from vlprompt.errors import ConfigError, did_you_mean
 T = TypeVar("T")
 K = TypeVar("K", bound=type)
 
-
 class Registry(Generic[T]):
     """Classes of one kind by name.
 

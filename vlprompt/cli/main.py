@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import vlprompt
 from vlprompt._dist import local_rank
 from vlprompt.cli.bank import BANK_HELP
 from vlprompt.cli.bank import bank as bank_command
@@ -50,6 +49,7 @@ from vlprompt.cli.protocols import (
 from vlprompt.config.keys import to_yaml
 from vlprompt.config.yaml import shown
 from vlprompt.errors import ConfigError, HeadError, VlpromptError, did_you_mean
+from vlprompt.version import __version__
 
 RUN_CONFIG = "config.yaml"
 RESUMED = ("train", "meta-train", "meta-eval", "bank", "base-to-new", "domains", "eval", "search")
@@ -98,7 +98,7 @@ def _dispatch(words: list[str]) -> int:
         print(_overview())
         return 0 if words else 2
     if words[0] == "--version":
-        print(f"vlprompt {vlprompt.__version__}")
+        print(f"vlprompt {__version__}")
         return 0
     if words[0] not in COMMANDS:
         raise ConfigError(

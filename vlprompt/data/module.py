@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -25,9 +25,7 @@ from vlprompt.data.view_features import MultiViewFeatures, ViewEncoder, ViewRows
 from vlprompt.datasets.records import SPLITS, Sample
 from vlprompt.datasets.task import FewShotTask
 from vlprompt.errors import ConfigError, DataError, did_you_mean
-
-if TYPE_CHECKING:
-    from vlprompt.testtime.views import TestViews
+from vlprompt.views import TestViews
 
 ON_BAD_IMAGE = ("error", "skip")
 

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlprompt.data.augmix import augmix
 from vlprompt.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -125,8 +126,6 @@ class Transform:
             cut = picture.crop((left, top, left + width, top + height))
         crop = cut.resize((self.size, self.size), F.pil_modes_mapping[self._mode])
         if self.mixed:
-            from vlprompt.data.augmix import augmix
-
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else crop
             return _planar(augmix(crop, np.random.default_rng(int(torch.randint(2**63 - 1, (1,))))))
         pixels = _planar(crop)

@@ -19,7 +19,7 @@ from vlprompt.methods.learned import Learned
 from vlprompt.objectives.base import Objective, Step, check_objectives, create_objective
 from vlprompt.prompts.decomposed import Decomposition, check_decomposition, create_decomposition
 from vlprompt.prompts.words import check_class_names
-from vlprompt.testtime.views import TestViews
+from vlprompt.views import TestViews
 
 
 class PromptMethod(Learned):

@@ -11,7 +11,7 @@ from torch import Tensor
 from vlprompt.errors import ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.prompts.zero_shot import template_features
-from vlprompt.testtime.views import TestViews
+from vlprompt.views import TestViews
 
 _IMAGES = 256  # views encoded at a time
 

@@ -22,7 +22,7 @@ from vlprompt.prompts import CoupledPrompts
 from vlprompt.prompts.context import check_context_length
 from vlprompt.testtime.alignment import CoupledTuner, aligned_layers, as_buffers, coupled_tokens, token_statistics
 from vlprompt.testtime.selection import check_fraction, gather_views, most_confident
-from vlprompt.testtime.views import TestViews
+from vlprompt.views import TestViews
 
 
 @dataclass(frozen=True)

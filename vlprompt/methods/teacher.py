@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from vlprompt._lazy import provider
 from vlprompt.backbone import Backbone, load_backbone, shapes_only
 from vlprompt.errors import BackboneError, ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import create_method
+
+
+class SavedHeads(Protocol):
+    """What reads saved heads as teachers: :mod:`vlprompt.io.teachers`."""
+
+    def method_of(self, folder: Path, student: Backbone) -> PromptMethod:
+        """Return the trained method that ``folder`` holds, on the device of ``student``."""
+
+    def dim_of(self, folder: Path) -> int:
+        """Return the width of its features, without its weights."""
 
 
 class Teacher:
@@ -80,18 +92,13 @@ def load_teacher(where: str, student: Backbone, class_names: Sequence[str], temp
     Raises:
         VlpromptError: There is no such teacher, or it cannot teach the student.
     """
-    device = str(student.device)
-    if where and Path(where).expanduser().is_dir():
-        from vlprompt.io.head import find_head, load_head, read_config  # a teacher is a trained head: the one way up
-
-        folder = find_head(Path(where).expanduser())
-        same = read_config(folder)["backbone"]["fingerprint"] == student.fingerprint
-        return Teacher(load_head(folder, student if same else None, device=device).method, student)
+    if folder := _folder(where):
+        return Teacher(_heads().method_of(folder, student), student)
     backbone = student
     if where:
         name, _, pretrained = where.partition(":")
         try:
-            backbone = load_backbone(name, pretrained or None, precision=student.precision, device=device)
+            backbone = load_backbone(name, pretrained or None, precision=student.precision, device=str(student.device))
         except BackboneError as error:
             raise ConfigError(
                 f"settings.teacher is {where!r}, which is no folder of a head or run, nor a backbone that can be "
@@ -102,8 +109,16 @@ def load_teacher(where: str, student: Backbone, class_names: Sequence[str], temp
 
 def teacher_dim(where: str) -> int:
     """Return the width of a teacher's features, read off its description, without its weights."""
-    if Path(where).expanduser().is_dir():
-        from vlprompt.io.head import find_head, read_config
-
-        return int(read_config(find_head(Path(where).expanduser()))["backbone"]["embed_dim"])
+    if folder := _folder(where):
+        return _heads().dim_of(folder)
     return shapes_only(where.partition(":")[0]).embed_dim
+
+
+def _folder(where: str) -> Path | None:
+    folder = Path(where).expanduser()
+    return folder if where and folder.is_dir() else None
+
+
+def _heads() -> SavedHeads:
+    heads: SavedHeads = provider("heads")
+    return heads

@@ -25,7 +25,7 @@ from vlprompt.prompts import TextContext
 from vlprompt.prompts.context import check_context_length, generic_context
 from vlprompt.testtime.selection import check_fraction, most_confident
 from vlprompt.testtime.tuning import ContextTuner, Tuned, tuned_layout
-from vlprompt.testtime.views import TestViews
+from vlprompt.views import TestViews
 
 _NAME = "[CLS]"
 

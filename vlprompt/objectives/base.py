@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlprompt.config.settings import check_types
 from vlprompt.errors import ConfigError, did_you_mean
 from vlprompt.registry import Registry
 
@@ -177,8 +178,6 @@ def create_objective(name: str, host: Host, given: Mapping[str, Any] | None = No
     wrong = [f"{key!r}.{did_you_mean(str(key), known)}" for key in given if key not in known]
     if wrong:
         raise ConfigError(f"objective {name!r} has no setting " + "; nor ".join(wrong))
-    from vlprompt.config.settings import check_types
-
     check_types(kind.Settings, given, f"objectives.{name}")
     return kind(host, kind.Settings(**given))
 

@@ -17,6 +17,7 @@ from vlprompt.config.run import RunConfig
 from vlprompt.data import FewShotData
 from vlprompt.datasets import FewShotTask
 from vlprompt.errors import ConfigError
+from vlprompt.generation import open_bank
 from vlprompt.methods import PromptMethod
 from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.runs.selection import judge
@@ -159,8 +160,6 @@ def _bank(config: RunConfig, method: PromptMethod) -> Any:
             "each test image, and data.bank does not say where they are. Make them with `vlprompt bank` "
             "and give --data.bank FOLDER, or do without: --settings.generated 0"
         )
-    from vlprompt.generation import open_bank
-
     return open_bank(Path(config.data.bank).expanduser())
 
 

@@ -28,6 +28,7 @@ from vlprompt.io.head import Head, backbone_facts
 from vlprompt.io.regulators import REGULATOR_FILE, save_regulator
 from vlprompt.meta import Regulator, RegulatorSettings
 from vlprompt.meta.clustering import Clusters, cluster, without_caption
+from vlprompt.meta.inspection import inspection_page
 from vlprompt.meta.tasks import TaskSampler, fit_captions
 from vlprompt.methods import PromptMethod, create_method
 from vlprompt.pairs.features import caption_features, image_features
@@ -138,8 +139,6 @@ def inspect(config: MetaRunConfig) -> Path:
     Raises:
         VlpromptError: As :func:`meta_train`. Where no topic has the pairs that tasks need, the page is written first.
     """
-    from vlprompt.meta.inspection import inspection_page
-
     pairs, backbone = _loaded(config)
     clustered = _clustered(config, pairs, backbone)
     problem: ConfigError | None = None

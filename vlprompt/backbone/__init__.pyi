@@ -1,0 +1,12 @@
+from vlprompt.backbone.added import Added as Added
+from vlprompt.backbone.backbone import Backbone as Backbone
+from vlprompt.backbone.backbone import Capabilities as Capabilities
+from vlprompt.backbone.backbone import Preprocess as Preprocess
+from vlprompt.backbone.image_tower import ImageTower as ImageTower
+from vlprompt.backbone.image_tower import VisualTokens as VisualTokens
+from vlprompt.backbone.layout import TokenLayout as TokenLayout
+from vlprompt.backbone.layout import WordUpdate as WordUpdate
+from vlprompt.backbone.loader import list_backbones as list_backbones
+from vlprompt.backbone.loader import load_backbone as load_backbone
+from vlprompt.backbone.loader import shapes_only as shapes_only
+from vlprompt.backbone.text_tower import TextTower as TextTower

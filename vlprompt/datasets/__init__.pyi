@@ -1,0 +1,15 @@
+from vlprompt.datasets.card import Card as Card
+from vlprompt.datasets.card import data_root as data_root
+from vlprompt.datasets.catalogue import card_class_names as card_class_names
+from vlprompt.datasets.catalogue import find_card as find_card
+from vlprompt.datasets.catalogue import list_datasets as list_datasets
+from vlprompt.datasets.images import FileSource as FileSource
+from vlprompt.datasets.images import ZipSource as ZipSource
+from vlprompt.datasets.images import decode_rgb as decode_rgb
+from vlprompt.datasets.records import Sample as Sample
+from vlprompt.datasets.records import SplitLists as SplitLists
+from vlprompt.datasets.shots import class_labels as class_labels
+from vlprompt.datasets.shots import fewshot as fewshot
+from vlprompt.datasets.shots import keep_labels as keep_labels
+from vlprompt.datasets.task import FewShotTask as FewShotTask
+from vlprompt.datasets.task import load_dataset as load_dataset
