@@ -16,11 +16,31 @@ import numpy as np
 import pytest
 import torch
 
+from tests.fixtures.covering import left_out
+
 GOLDEN = Path(__file__).parent / "golden"
 
 # Tests must not reach for the network, nor find weights that happen to lie on this machine.
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-pairs", action="store_true", help="run every pair of the tests that otherwise run a covering design"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what no covering design holds, unless all pairs are wanted or the command line names single ones."""
+    if config.getoption("all_pairs") or any(word.endswith("]") for word in config.args):
+        return
+    dropped = left_out(items)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        gone = set(dropped)
+        items[:] = [item for item in items if item not in gone]
 
 
 @pytest.fixture(scope="session")

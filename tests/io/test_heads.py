@@ -46,20 +46,41 @@ def trained(name: str, backbone: vlprompt.Backbone, **settings: Any) -> Head:
     return Head(method, {"epochs": 1})
 
 
+NEW_PROCESS = """
+import sys
+from pathlib import Path
+
+import torch
+import vlprompt
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+images = torch.load(folder / "images.pt", weights_only=True)
+for head in sorted(folder.glob("*/head")):
+    torch.save(vlprompt.load_head(head)(images), head.with_name("logits.pt"))
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(
+    demo: vlprompt.Backbone, images: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Head, torch.Tensor]]:
+    """A head of every method, and the logits that it gives in a new process. One process loads all of them."""
+    folder = tmp_path_factory.mktemp("heads")
+    torch.save(images, folder / "images.pt")
+    heads = {name: trained(name, demo) for name in vlprompt.list_methods()}
+    for name, head in heads.items():
+        head.save_pretrained(folder / name / "head")
+    subprocess.run([sys.executable, "-c", NEW_PROCESS, str(folder)], check=True, cwd=Path(__file__).parents[2])
+    return {name: (head, torch.load(folder / name / "logits.pt", weights_only=True)) for name, head in heads.items()}
+
+
 @pytest.mark.parametrize("name", vlprompt.list_methods())
 def test_a_new_process_gives_the_same_bits(
-    name: str, demo: vlprompt.Backbone, images: torch.Tensor, tmp_path: Path
+    name: str, saved: dict[str, tuple[Head, torch.Tensor]], images: torch.Tensor
 ) -> None:
-    head = trained(name, demo)
-    head.save_pretrained(tmp_path / "head")
-    torch.save(images, tmp_path / "images.pt")
-    script = (
-        "import sys, torch, vlprompt; torch.set_num_threads(1); folder = sys.argv[1]\n"
-        "images = torch.load(folder + '/images.pt', weights_only=True)\n"
-        "torch.save(vlprompt.load_head(folder + '/head')(images), folder + '/logits.pt')\n"
-    )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, cwd=Path(__file__).parents[2])
-    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), head(images))
+    head, logits = saved[name]
+    assert torch.equal(logits, head(images))
 
 
 @pytest.mark.parametrize("name", ["zeroshot", "coop"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,12 @@ REFUSED = {
     },
 }
 TEXT = [name for name in list_methods() if name not in REFUSED]
-every_pair = pytest.mark.parametrize(
-    ("name", "kind"), [(name, kind) for name in TEXT for kind in list_decompositions()]
-)
+
+
+def every_pair(check: Callable[..., None]) -> Callable[..., None]:
+    """Run a check with each method that learns text prompts, by turns with each decomposition."""
+    pairs = list(itertools.product(TEXT, list_decompositions()))
+    return pytest.mark.covering(rows="name")(pytest.mark.parametrize(("name", "kind"), pairs)(check))
 
 
 @pytest.fixture(scope="module")
