@@ -3,7 +3,8 @@
 #                on kept features (caches, probes) at 1 to 16 shots
 # make demo-test-time  test-time methods on styles that were held out, beside zero-shot
 # make demo-meta a start and a gradient regulator learned across tasks (GRAM-R), and what they are worth
-# make test      the whole test suite
+# make test      the test suite; of tests of every pair (method and objective, ...) a covering design
+# make test-all  the test suite with all pairs
 # make lint      ruff and mypy
 # make venv      what they share: .venv with vlprompt (editable) and the development tools
 # Another interpreter: make venv PYTHON=python3.12
@@ -21,7 +22,7 @@ STAMP := .venv/installed
 # A whole file goes to one process, so that what its fixtures trained is trained once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: venv demo demo-all demo-test-time demo-meta test lint
+.PHONY: venv demo demo-all demo-test-time demo-meta test test-all lint
 
 venv: $(STAMP)
 
@@ -53,6 +54,9 @@ demo-meta: $(STAMP)
 
 test: $(STAMP)
 	$(PYTEST)
+
+test-all: $(STAMP)
+	$(PYTEST) --all-pairs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
