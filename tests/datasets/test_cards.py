@@ -149,7 +149,7 @@ def test_aliases(alias: str, name: str) -> None:
 def test_unknown_names_suggest_the_nearest() -> None:
     with pytest.raises(ConfigError, match="Unknown data set 'caltech100'. Did you mean 'caltech101'"):
         find_card("caltech100")
-    with pytest.raises(ConfigError, match="by its name, not by 7"):
+    with pytest.raises(ConfigError, match="name of a data set is text, not 7"):
         find_card(7)  # type: ignore[arg-type]
 
 
@@ -304,10 +304,10 @@ def test_cards_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     write_card(tmp_path / "cards", "mine", mine + f"root: {tmp_path}\n")
     assert "mine" in list_datasets() and find_card("My_Set").base() == tmp_path / "dtd"
     write_card(tmp_path / "cards", "taken", GOOD)
-    with pytest.warns(UserWarning, match="your card is left out.*taken.yaml both answer to"):
+    with pytest.warns(UserWarning, match="your card is ignored.*taken.yaml both have the name"):
         assert "mine" in list_datasets()
     write_card(tmp_path / "cards", "taken", "schema: 7")
-    with pytest.warns(UserWarning, match="your card is left out.*taken.yaml is not valid"):
+    with pytest.warns(UserWarning, match="your card is ignored.*taken.yaml is not valid"):
         assert find_card("dtd").file.endswith("datasets/dtd.yaml")
 
 

@@ -135,7 +135,7 @@ def test_sizes_names_and_balance(card: Card, root: Path) -> None:
     )
     text = "\n".join(problems_of(card, root))
     assert "S20 label 0 is 'tom/cat'; the card states 'cat'" in text
-    assert "S19 class name 'tom/cat' holds a path separator" in text
+    assert "S19 class name 'tom/cat' has a path separator" in text
 
 
 def test_a_missing_data_set(card: Card, tmp_path: Path) -> None:

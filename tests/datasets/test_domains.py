@@ -34,7 +34,7 @@ def replaced(monkeypatch: pytest.MonkeyPatch, change: Callable[[SplitLists], Spl
     monkeypatch.setattr(readers, "reader", lambda name: lambda card, base, report: change(read(card, base, report)))
 
 
-# -- choosing -------------------------------------------------------------------------------------------------------
+# -- choosing ---------------------------------------------------------------------------------------------------------
 def test_all_domains_unless_some_are_chosen(load: Load) -> None:
     task = load(shots=-1)
     assert counts(task.train) == {"a": 12, "b": 12, "c": 12} and counts(task.val) == {"a": 4, "b": 4, "c": 4}
@@ -92,7 +92,7 @@ def test_domains_have_the_order_of_the_card(toy_sets: Path) -> None:
     assert [split_domain(name) for name in ("a", "a+noise")] == [("a", "clean"), ("a", "noise")]
 
 
-# -- refused values -------------------------------------------------------------------------------------------------
+# -- refused values ---------------------------------------------------------------------------------------------------
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "misspelled version": (
         "toy-styles",
@@ -150,7 +150,7 @@ def test_a_target_without_test_images_of_the_classes(load: Load, monkeypatch: py
         load(target=["b"], classes="base")
 
 
-# -- protocols ------------------------------------------------------------------------------------------------------
+# -- protocols --------------------------------------------------------------------------------------------------------
 def test_leave_one_out(toy_sets: Path) -> None:
     rounds = domain_rounds("toy-styles", toy_sets, "leave-one-out")
     assert [(entry.domain, entry.source, entry.target) for entry in rounds] == [
@@ -194,7 +194,7 @@ def test_refused_rounds(toy_sets: Path, monkeypatch: pytest.MonkeyPatch) -> None
         domain_rounds("toy-styles", toy_sets, "leave-one-out")
 
 
-# -- several data sets ----------------------------------------------------------------------------------------------
+# -- several data sets ------------------------------------------------------------------------------------------------
 def test_names_of_several_data_sets() -> None:
     assert dataset_names(["demo", "DescribableTextures"]) == ["demo", "dtd"]
     for names, message in (

@@ -88,7 +88,7 @@ def test_published_index_files_are_imported(tmp_path: Path) -> None:
     items["train"]["data"][0]["label"] += 1
     items["train"]["data"][1]["impath"] = "./data/demo/none.png"
     path.write_text(json.dumps(items))
-    with pytest.raises(DataError, match="2 problems(.|\n)*has label(.|\n)*is no training or validation image"):
+    with pytest.raises(DataError, match="2 problems(.|\n)*has label(.|\n)*is not a training or validation image"):
         import_published(path, find_card("demo"))
     path.write_text("{}")
     with pytest.raises(DataError, match="S01 it cannot be read"):

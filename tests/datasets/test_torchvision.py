@@ -97,7 +97,7 @@ def test_stamps_follow_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         first.open()
 
 
-# -- refused options --------------------------------------------------------------------------------------
+# -- refused options --------------------------------------------------------------------------------------------------
 TRAIN: Splits = {"train": {"train": True}, "test": {"train": False}}
 REFUSED = [
     ("CIFAR11", TRAIN, "dataset is 'CIFAR11'. Did you mean 'CIFAR10'"),

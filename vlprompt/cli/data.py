@@ -21,7 +21,7 @@ from vlprompt.datasets.catalogue import (
     find_card,
     list_datasets,
     list_groups,
-    own_card_folder,
+    user_card_folder,
 )
 from vlprompt.errors import ConfigError, DataError, did_you_mean
 
@@ -180,7 +180,7 @@ def _where(words: list[str]) -> int:
     for place in card.places(_root(line)):
         print(f"{place}  ({'here' if place.is_dir() else 'not there'})")
     print(f"card: {card.file}")
-    print(f"your own cards: {own_card_folder()}")
+    print(f"your own cards: {user_card_folder()}")
     return 0
 
 
@@ -247,7 +247,7 @@ def _shots(words: list[str]) -> int:
             raise ConfigError(
                 "--export writes the draw over all classes; leave --classes away (base and new follow from it)"
             )
-        from vlprompt.datasets.acquire.own import write_file
+        from vlprompt.datasets.acquire.user_data import write_file
 
         header = {"dataset": task.name, "split_sha256": task.split_sha256, "sampler": task.sampler}
         write_file(Path(export), shot_list_text(task.train, task.val, shots=task.shots, seed=task.seed, **header))
@@ -267,7 +267,7 @@ def _shots(words: list[str]) -> int:
 def _import_shots(words: list[str]) -> int:
     options = ("root", "name", "shots", "seed", "export", "split")
     line = _read(words, "import-shots", options=options)
-    from vlprompt.datasets.acquire.own import write_file
+    from vlprompt.datasets.acquire.user_data import write_file
     from vlprompt.datasets.shot_lists import import_published
 
     name = line.options.get("name")
@@ -286,9 +286,9 @@ def _split(words: list[str]) -> int:
     line = _read(words, "split", options=("root", "protocol"))
     card, protocol = find_card(line.operands[0]), line.options.get("protocol")
     if protocol == "custom":
-        from vlprompt.datasets.acquire.own import own_split
+        from vlprompt.datasets.acquire.user_data import local_split
 
-        path = own_split(card, _root(line))
+        path = local_split(card, _root(line))
         print(f"written: {path}\nuse it with --data.split {path.name}; results on it are marked as not published")
         return 0
     if protocol is not None and protocol not in card.splits:
@@ -306,7 +306,7 @@ def _new(words: list[str]) -> int:
     missing = [f"--{key}" for key in ("from-folder", "name") if key not in line.options]
     if missing:
         raise ConfigError(f"data new needs {' and '.join(missing)}: vlprompt data new --from-folder DIR --name mine")
-    from vlprompt.datasets.acquire.own import new_card
+    from vlprompt.datasets.acquire.user_data import new_card
 
     template = line.options.get("template", "a photo of a {}.")
     card_file, split_file, lists = new_card(line.options["name"], line.options["from-folder"], template)

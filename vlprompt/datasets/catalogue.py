@@ -1,4 +1,4 @@
-"""Data set cards: one YAML file of facts per data set, found in the wheel, in a clone and in the user's own folder."""
+"""Catalogue of data set cards: YAML files in the wheel, in a clone and in the user's card folder."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def card_folder() -> Path:
     )
 
 
-def own_card_folder() -> Path:
-    """Return the folder of the user's own cards: ``$VLPROMPT_CARDS``, else ``~/.config/vlprompt/datasets``."""
+def user_card_folder() -> Path:
+    """Return the folder of the user's cards: ``$VLPROMPT_CARDS``, else ``~/.config/vlprompt/datasets``."""
     home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
     named = os.environ.get("VLPROMPT_CARDS")
     return Path(os.path.abspath(Path(named or f"{home}/vlprompt/datasets").expanduser()))
@@ -39,7 +39,7 @@ def list_datasets(pattern: str = "*") -> list[str]:
 
 
 def list_groups() -> dict[str, list[str]]:
-    """Return the groups of data sets that the cards name, each with its members in order."""
+    """Return the groups of data sets that cards name, each with its sorted members."""
     groups: dict[str, list[str]] = {}
     for name, card in sorted(all_cards().items()):
         for group in card.group:
@@ -48,28 +48,28 @@ def list_groups() -> dict[str, list[str]]:
 
 
 def find_card(name: str) -> Card:
-    """Return the card of data set ``name``; its aliases, letter case and ``-``/``_`` make no difference.
+    """Return the card of data set ``name`` or alias; ignores letter case and ``-``/``_``.
 
     Raises:
-        ConfigError: If no card has that name; the text gives the nearest ones.
+        ConfigError: If no card has that name; the text gives the nearest names.
     """
     if not isinstance(name, str):
-        raise ConfigError(f"A data set is asked for by its name, not by {name!r}.")
+        raise ConfigError(f"The name of a data set is text, not {name!r}.")
     cards = all_cards()
     spellings = {_plain(spelling): card for card in cards.values() for spelling in (card.name, *card.aliases)}
     if _plain(name) not in spellings:
         known = [*cards, *(alias for card in cards.values() for alias in card.aliases)]
         raise ConfigError(
-            f"Unknown data set {name!r}.{did_you_mean(name, known)} All of them: {', '.join(sorted(cards))}. Your own "
-            f"folder of images: --data.name folder --data.root FOLDER. Your own cards go to {own_card_folder()}"
+            f"Unknown data set {name!r}.{did_you_mean(name, known)} All data sets: {', '.join(sorted(cards))}. A "
+            f"folder of images: --data.name folder --data.root FOLDER. Your own cards go to {user_card_folder()}"
         )
     return spellings[_plain(name)]
 
 
 def card_class_names(card: Card) -> list[str] | None:
-    """Return class names by label where they are known without the images, else ``None``.
+    """Return the class names by label if they are known without the images, else ``None``.
 
-    A card may state them (:func:`vlprompt.datasets.card.stated_class_names`). A packaged data set brings its own.
+    They are on the card (:func:`vlprompt.datasets.card.stated_class_names`) or, for a packaged data set, in its files.
     """
     names = stated_class_names(card)
     if names is None and card.packaged and card.reader != "pairs":
@@ -78,12 +78,12 @@ def card_class_names(card: Card) -> list[str] | None:
 
 
 def all_cards() -> dict[str, Card]:
-    """Return every card by name: vlprompt's own and the user's (:func:`own_card_folder`).
+    """Return every card by name: vlprompt's and the user's (:func:`user_card_folder`).
 
-    A card of the user's that cannot be read, or that takes a name that is taken, is left out with a warning.
+    A card of the user that cannot be read, or whose name is already used, is omitted with a warning.
     """
-    own = own_card_folder()
-    stamp = tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(own.glob("*.yaml")))
+    paths = sorted(user_card_folder().glob("*.yaml"))
+    stamp = tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
     cards, problems = _cards(stamp)
     for problem in problems:
         warnings.warn(problem, stacklevel=2)
@@ -91,24 +91,24 @@ def all_cards() -> dict[str, Card]:
 
 
 @functools.lru_cache(maxsize=4)
-def _cards(own: tuple[tuple[str, int, int], ...]) -> tuple[dict[str, Card], list[str]]:
+def _cards(user_files: tuple[tuple[str, int, int], ...]) -> tuple[dict[str, Card], list[str]]:
     cards: dict[str, Card] = {}
     owners: dict[str, str] = {}
     problems: list[str] = []
     shipped = [(path, False) for path in sorted(card_folder().glob("*.yaml"))]
-    for path, users in [*shipped, *((Path(one[0]), True) for one in own)]:
+    for path, of_user in [*shipped, *((Path(file), True) for file, *_ in user_files)]:
         try:
-            card = read_card(path, own=users)
-            taken = {_plain(word): owners[_plain(word)] for word in _spellings(card) if _plain(word) in owners}
+            card = read_card(path, own=of_user)
+            taken = {_plain(name): owners[_plain(name)] for name in _spellings(card) if _plain(name) in owners}
             if taken:
                 owner = next(iter(taken.values()))
-                raise DataError(f"Data set cards {owner} and {path} both answer to {next(iter(taken))!r}.")
+                raise DataError(f"Data set cards {owner} and {path} both have the name {next(iter(taken))!r}.")
         except DataError as error:
-            if not users:
+            if not of_user:
                 raise
-            problems.append(f"your card is left out. {error}")
+            problems.append(f"your card is ignored. {error}")
             continue
-        owners |= {_plain(word): card.name for word in _spellings(card)}
+        owners |= {_plain(name): card.name for name in _spellings(card)}
         cards[card.name] = card
     return cards, problems
 

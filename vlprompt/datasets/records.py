@@ -1,4 +1,4 @@
-"""The records that readers return: samples and split lists."""
+"""Samples and split lists, as readers return them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Sample:
     """One labelled image.
 
     Attributes:
-        id: POSIX path relative to the data set's image folder; the sample's name in hashes and results.
-        label: Class index from 0; a tuple of them, in rising order, in a multi-label data set.
-        source: Where the pixels come from; ``source.open()`` gives a PIL RGB image.
-        domain: The domain it belongs to, in data sets that have domains (:attr:`vlprompt.datasets.Card.domains`).
+        id: POSIX path relative to the data set's image folder; identifies the sample in hashes and results.
+        label: Class index from 0; in a multi-label data set, a tuple of class indices in ascending order.
+        source: Source of the pixels; ``source.open()`` returns a PIL RGB image.
+        domain: Domain of the sample, in data sets with domains (:attr:`vlprompt.datasets.Card.domains`).
     """
 
     id: str
@@ -30,17 +30,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class SplitLists:
-    """A whole data set as read: class names by label and the three lists in their official order.
+    """A complete data set: class names by label and the three lists in their official order.
 
     Attributes:
         class_names: Names by label, spelled as on the card (underscores kept).
-        train: Training samples; empty in a data set that only tests.
+        train: Training samples; empty in a test-only data set.
         val: Validation samples; may be empty.
         test: Test samples.
-        sampler: Name of the few-shot rule: ``dassl-v1`` on lists in file order, ``sorted-v1`` where the order is that
-            of sorted file names (CoOp's own order there depends on the file system and cannot be reproduced).
-        sample_val: Whether the few-shot rule also draws validation images (not for ImageNet, whose validation list is
-            its test list).
+        sampler: Name of the few-shot sampler: ``dassl-v1`` for lists in file order, ``sorted-v1`` for lists in the
+            order of sorted file names (CoOp's order there depends on the file system and cannot be reproduced).
+        sample_val: Whether the sampler also draws validation images (not for ImageNet, whose validation list is its
+            test list).
     """
 
     class_names: list[str]
@@ -51,7 +51,7 @@ class SplitLists:
     sample_val: bool = True
 
     def content_sha256(self) -> str:
-        """Return the SHA-256 of lines ``split<TAB>path<TAB>label<TAB>name`` joined by LF (datasets.md 1.1)."""
+        """Return the SHA-256 of lines ``split<TAB>path<TAB>label<TAB>name`` joined by LF."""
         return sha256_lines(self._line(split, sample) for split in SPLITS for sample in getattr(self, split))
 
     def _line(self, split: str, sample: Sample) -> str:
@@ -61,7 +61,7 @@ class SplitLists:
 
 
 def labels_of(sample: Sample) -> tuple[int, ...]:
-    """Return the sample's labels: one, or all of them in a multi-label data set."""
+    """Return the sample's labels as a tuple, of length 1 unless the data set is multi-label."""
     return sample.label if isinstance(sample.label, tuple) else (sample.label,)
 
 

@@ -1,12 +1,12 @@
-"""Few-shot lists that can be passed on: which images a draw took, in JSON lines, with a hash.
+"""Few-shot lists: the images of a draw in JSON lines, with a hash.
 
-The first line says what was drawn from what; every other line is an image::
+The first line is a header that describes the draw; every other line is an image::
 
     {"schema": "vlprompt shots 1", "dataset": "caltech101", "split_sha256": "fb8d...", "sampler": "dassl-v1",
      "shots": 16, "seed": 1, "train": 1600, "val": 400, "sha256": "3b1c..."}
     {"part": "train", "path": "Faces/image_0313.jpg", "label": 0}
 
-``sha256`` is the hash of all lines behind the first, joined by LF. A list holds no images and no absolute paths.
+``sha256`` is the hash of all lines after the first, joined by LF. A list has no image data and no absolute paths.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class ShotList:
     """A few-shot list.
 
     Attributes:
-        header: What was drawn from what: the first line.
-        rows: For ``train`` and ``val`` the path and label of every image, in sampler order.
+        header: The first line: data set, split, sampler, shots, seed, counts and hash.
+        rows: Path and label of every image of ``train`` and ``val``, in sampler order.
     """
 
     header: Mapping[str, Any]
@@ -54,7 +54,7 @@ def shot_list_text(
     shots: int,
     seed: int,
 ) -> str:
-    """Return the file of a draw."""
+    """Return the text of the list file of a draw."""
     lines = [
         json.dumps({"part": part, "path": sample.id, "label": sample.label}, ensure_ascii=False)
         for part, samples in zip(PARTS, (train, val), strict=True)
@@ -68,10 +68,10 @@ def shot_list_text(
 
 
 def read_shot_list(path: Path) -> ShotList:
-    """Read a list and check its form and hash.
+    """Read a list and check its format and hash.
 
     Raises:
-        DataError: If it cannot be read, is not such a list, or was changed; all problems are listed.
+        DataError: If it cannot be read, is not a few-shot list, or was changed; all problems are listed.
     """
     report = Report(f"Few-shot list {path}", "Make it again: vlprompt data shots NAME --shots N --seed K --export FILE")
     try:
@@ -98,7 +98,7 @@ def read_shot_list(path: Path) -> ShotList:
         else:
             rows[row["part"]].append((row["path"], label))
     if not report.failed and header["sha256"] != sha256_lines(lines[1:]):
-        report.error("S18", "the lines do not have the hash that the first line says: the list was changed")
+        report.error("S18", "the lines do not have the hash that the first line states: the list was changed")
     report.finish()
     return ShotList(header, rows)
 
@@ -106,13 +106,14 @@ def read_shot_list(path: Path) -> ShotList:
 def use_shot_list(chosen: ShotList, lists: SplitLists, dataset: str, where: Path) -> tuple[list[Sample], list[Sample]]:
     """Return the training and validation samples that the list names, in its order.
 
-    Images are looked for in the training and the validation list, never in the test list.
+    Images are looked up in the training and validation lists, never in the test list.
 
     Raises:
-        DataError: If the list is of another data set or split, or an image is unknown or has another label (rule S18).
+        DataError: If the list belongs to another data set or split, or an image is unknown or has another label (rule
+            S18).
     """
     header = chosen.header
-    remedy = f"Draw anew: vlprompt data shots {dataset} --shots N --seed K --export FILE"
+    remedy = f"Draw again: vlprompt data shots {dataset} --shots N --seed K --export FILE"
     report = Report(f"Few-shot list {where}", remedy)
     if header["dataset"] != dataset:
         report.error("S18", f"it is of data set {header['dataset']!r}, not of {dataset!r}")
@@ -122,7 +123,7 @@ def use_shot_list(chosen: ShotList, lists: SplitLists, dataset: str, where: Path
         report.stop()
     known = {sample.id: sample for sample in [*lists.val, *lists.train]}
     tested = {sample.id for sample in lists.test}
-    found: dict[str, list[Sample]] = {part: [] for part in PARTS}
+    drawn: dict[str, list[Sample]] = {part: [] for part in PARTS}
     for part, rows in chosen.rows.items():
         for path, label in rows:
             sample = known.get(path)
@@ -132,21 +133,21 @@ def use_shot_list(chosen: ShotList, lists: SplitLists, dataset: str, where: Path
             elif sample.label != label:
                 report.error("S18", f"{part}: {path} has label {label}, but {sample.label} in the data set")
             else:
-                found[part].append(sample)
-    if not found["train"]:
+                drawn[part].append(sample)
+    if not drawn["train"]:
         report.error("S18", "it names no training images")
     report.finish()
-    return found["train"], found["val"]
+    return drawn["train"], drawn["val"]
 
 
 def import_published(path: Path, card: Card, root: str | Path | None = None) -> str:
-    """Return our own list for an index file that cross_modal_adaptation published (``shot_16-seed_1.json``).
+    """Return the few-shot list for an index file that cross_modal_adaptation published (``shot_16-seed_1.json``).
 
-    Such a file holds, for ``train`` and ``val``, items with ``impath`` (beginning with its maker's folders), ``label``
-    and ``classname``.
+    The file has, for ``train`` and ``val``, items with ``impath`` (with leading folders of its author), ``label`` and
+    ``classname``.
 
     Raises:
-        DataError: The file is no such index, or names images or labels that the data set does not have.
+        DataError: If the file is not such an index, or names images or labels that the data set does not have.
     """
     report = Report(
         f"Index file {path}", "Expected: an index file of github.com/linzhiqiu/cross_modal_adaptation, indices/."
@@ -162,29 +163,30 @@ def import_published(path: Path, card: Card, root: str | Path | None = None) -> 
         report.stop()
     lists = read_dataset(card, root)
     known = {sample.id: sample for sample in [*lists.val, *lists.train]}
-    found: dict[str, list[Sample]] = {part: [] for part in PARTS}
+    drawn: dict[str, list[Sample]] = {part: [] for part in PARTS}
     for part, items in rows.items():
         for impath, label, name in items:
             pieces = str(impath).split("/")
-            sample = next((known[own] for at in range(len(pieces)) if (own := "/".join(pieces[at:])) in known), None)
+            endings = ("/".join(pieces[start:]) for start in range(len(pieces)))
+            sample = next((known[ending] for ending in endings if ending in known), None)
             if sample is None:
-                report.error("S18", f"{part}: {str(impath)[:200]} is no training or validation image of {card.name}")
+                report.error("S18", f"{part}: {str(impath)[:200]} is not a training or validation image of {card.name}")
             elif sample.label != label or lists.class_names[label] != name:
                 report.error("S18", f"{part}: {sample.id} has label {str(label)[:20]}, {str(name)[:60]!r}, there")
             else:
-                found[part].append(sample)
+                drawn[part].append(sample)
     report.finish()
-    shots, seed = (int(word) if (word := _word(path.stem, key)) else 0 for key in ("shot", "seed"))
+    shots, seed = _number(path.stem, "shot"), _number(path.stem, "seed")
     return shot_list_text(
-        found["train"], found["val"], dataset=card.name, split_sha256=lists.content_sha256(), sampler="imported",
+        drawn["train"], drawn["val"], dataset=card.name, split_sha256=lists.content_sha256(), sampler="imported",
         shots=shots or -1, seed=seed,
     )  # fmt: skip
 
 
-def _word(stem: str, key: str) -> str:
-    """Return the number behind ``key_`` in ``shot_16-seed_1``."""
+def _number(stem: str, key: str) -> int:
+    """Return the number after ``key_`` in a stem like ``shot_16-seed_1``, or 0."""
     match = re.search(rf"{key}_([0-9]{{1,6}})", stem)
-    return match.group(1) if match else ""
+    return int(match.group(1)) if match else 0
 
 
 def _object(line: str) -> dict[str, Any] | None:
@@ -196,6 +198,6 @@ def _object(line: str) -> dict[str, Any] | None:
 
 
 def _label(value: Any) -> Label | None:
-    if isinstance(value, list) and all(_label(one) is not None for one in value):
+    if isinstance(value, list) and all(_label(label) is not None for label in value):
         return tuple(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

@@ -1,1 +1,1 @@
-"""Getting data sets: downloads, archives, checks, and cards of the user's own."""
+"""Acquisition of data sets: downloads, archives, checks, and cards of the user."""

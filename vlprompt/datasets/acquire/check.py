@@ -1,4 +1,4 @@
-"""Looks a data set over: everything that is wrong with it, without torch and, unless asked to decode, in seconds."""
+"""``vlprompt data check``: all problems of a data set, without torch, in seconds unless all images are decoded."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from vlprompt.datasets.report import Problem, Report
 from vlprompt.errors import DataError
 
 _SMALLEST_SIDE = 8
-#: What the published protocols take of every class.
+#: Most shots per class in the published protocols.
 _MOST_SHOTS = 16
 
 
 @dataclass
 class Checked:
-    """What :func:`check` found.
+    """Result of :func:`check`.
 
     Attributes:
         name: Name of the data set.
-        base: The folder that was looked at.
-        problems: Everything that is wrong.
-        facts: Counts and hashes of what could be read.
-        remedy: What helps.
+        base: The data set's folder.
+        problems: All problems.
+        facts: Counts and hashes of the data that could be read.
+        remedy: What to do about the problems.
     """
 
     name: str
@@ -48,10 +48,10 @@ class Checked:
         return any(not problem.warning for problem in self.problems)
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything as JSON values."""
+        """Return the result as JSON values."""
         problems = [
-            {"code": one.code, "severity": "warning" if one.warning else "error", "text": one.text}
-            for one in self.problems
+            {"code": problem.code, "severity": "warning" if problem.warning else "error", "text": problem.text}
+            for problem in self.problems
         ]
         return {"name": self.name, "folder": str(self.base), "ok": not self.failed, "problems": problems, **self.facts}
 
@@ -64,14 +64,14 @@ def check(
     hash_images: bool = False,
     strict: bool = False,
 ) -> Checked:
-    """Read a data set and note everything that is wrong with it (rules S01 to S20).
+    """Read a data set and collect all its problems (rules S01 to S20).
 
     Args:
-        card: Its card, with the split that is meant.
+        card: Its card, with the split to check.
         root: The data root.
-        decode: Decode every image (rule S16); otherwise only files that do not end as their format does are decoded.
+        decode: Decode every image (rule S16); otherwise only files that look truncated are decoded.
         hash_images: Compare the bytes of training and test images (rule S12).
-        strict: Take sizes that differ from the card's for an error (rule S13).
+        strict: Treat sizes that differ from the card's as errors (rule S13).
     """
     report = new_report(card, card.base(root))
     lists: SplitLists | None = None
@@ -81,34 +81,34 @@ def check(
         if not report.failed:
             report.error("S15", str(error))
     if lists is not None:
-        _look_at(card, lists, report, decode, hash_images)
+        _check_images(card, lists, report, decode, hash_images)
     problems = report.problems
     if strict:
-        problems = [Problem(one.code, one.text, one.warning and one.code != "S13") for one in problems]
+        problems = [Problem(entry.code, entry.text, entry.warning and entry.code != "S13") for entry in problems]
     facts = {} if lists is None else _facts(card, lists, report)
     return Checked(card.name, card.base(root), problems, facts, report.remedy)
 
 
-def _look_at(card: Card, lists: SplitLists, report: Report, decode: bool, hash_images: bool) -> None:
+def _check_images(card: Card, lists: SplitLists, report: Report, decode: bool, hash_images: bool) -> None:
     sources = {sample.id: sample.source for split in SPLITS for sample in getattr(lists, split)}
     damaged = _undecodable(sources) if decode else truncated_files(sources.items())
     report.errors("S16", [f"{name}: {text}" for name, text in damaged])
     if hash_images:
-        report.problems += _twins(lists)
+        report.problems += _shared_files(lists)
     shots = Counter(label for sample in lists.train for label in labels_of(sample))
     short = [label for label in range(len(lists.class_names)) if 0 < shots[label] < _MOST_SHOTS]
     if short and lists.train and not card.packaged:
         fewest = min(shots[label] for label in short)
-        some = "1 class has" if len(short) == 1 else f"{len(short)} classes have"
-        text = f"{some} fewer than {_MOST_SHOTS} training images, the fewest {fewest}; dassl-v1 takes all of them"
+        count = "1 class has" if len(short) == 1 else f"{len(short)} classes have"
+        text = f"{count} fewer than {_MOST_SHOTS} training images, the fewest {fewest}; dassl-v1 takes all of them"
         report.warn("S17", text)
     for name in lists.class_names:
         if ("/" in name or "\\" in name) and name not in card.classes.names:
-            report.warn("S19", f"class name {name!r} holds a path separator; it is kept for prompts")
+            report.warn("S19", f"class name {name!r} has a path separator; it is kept for prompts")
 
 
 def _undecodable(sources: dict[str, ImageSource]) -> list[tuple[str, str]]:
-    def look(item: tuple[str, ImageSource]) -> tuple[str, str] | None:
+    def decode(item: tuple[str, ImageSource]) -> tuple[str, str] | None:
         name, source = item
         try:
             width, height = source.open().size
@@ -117,27 +117,28 @@ def _undecodable(sources: dict[str, ImageSource]) -> list[tuple[str, str]]:
         small = min(width, height) < _SMALLEST_SIDE
         return (name, f"{width} x {height} pixels; both sides need {_SMALLEST_SIDE}") if small else None
 
-    # Pillow lets other threads run while it decodes.
+    # Pillow releases the GIL while it decodes.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return [found for found in pool.map(look, sources.items()) if found is not None]
+        return [problem for problem in pool.map(decode, sources.items()) if problem is not None]
 
 
-def _twins(lists: SplitLists) -> list[Problem]:
+def _shared_files(lists: SplitLists) -> list[Problem]:
+    """Rule S12: warn about identical files in train or val and in test."""
     trained = _hashes([*lists.train, *lists.val])
-    found = []
+    problems = []
     for digest, name in _hashes(lists.test).items():
         other = trained.get(digest)
         if other is not None and other != name:
-            found.append(Problem("S12", f"{name} (test) and {other} are the same file", warning=True))
-    return found
+            problems.append(Problem("S12", f"{name} (test) and {other} are the same file", warning=True))
+    return problems
 
 
 def _hashes(samples: Iterable[Sample]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for sample in samples:
         if isinstance(sample.source, FileSource):
-            found.setdefault(file_checksum(sample.source.path), sample.id)
-    return found
+            hashes.setdefault(file_checksum(sample.source.path), sample.id)
+    return hashes
 
 
 def _facts(card: Card, lists: SplitLists, report: Report) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""``vlprompt data get``: fetches what a card allows to be fetched, and says what to fetch by hand.
+"""``vlprompt data get``: downloads the files that a card allows, and lists those to fetch by hand.
 
-Only over https, with resume, never past a checksum that differs, never over a file of the user's.
+Downloads use https with resume, compare checksums, and never replace files of the user.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from vlprompt._files import file_checksum, replacing, write_json
-from vlprompt.datasets.acquire.transfer import Network, Tell, Unreachable, download
+from vlprompt.datasets.acquire.transfer import Log, Network, Unreachable, download
 from vlprompt.datasets.acquire.unpack import gunzip, unpack
 from vlprompt.datasets.card import Card, Source
 from vlprompt.datasets.paths import path_problem
@@ -34,20 +34,20 @@ def get(
     root: str | Path | None = None,
     *,
     source_file: str | Path | None = None,
-    report: Tell = print,
+    report: Log = print,
     network: Network = Network(),  # noqa: B008  (frozen)
 ) -> list[str]:
-    """Fetch the parts of a data set that may be fetched; page and licence are told first.
+    """Fetch the files of a data set that may be fetched, after reporting page and licence.
 
     Args:
         card: The data set's card.
         root: The data root (:func:`vlprompt.datasets.card.data_root`).
-        source_file: A file that the user fetched by hand, to take instead of the network.
-        report: Takes every line of the report.
-        network: How files are fetched.
+        source_file: A file that the user fetched by hand, used instead of a download.
+        report: Called with every line of the report.
+        network: Settings of transfers.
 
     Returns:
-        What is left to be done by hand, line by line (:func:`steps`); empty if nothing is.
+        Lines that describe the steps to do by hand (:func:`steps`); empty if there are none.
 
     Raises:
         DataError: If a file cannot be reached, differs from its checksum, cannot be unpacked or would replace a file.
@@ -62,45 +62,47 @@ def get(
     report(f"folder:   {base}")
     job = _Job(card, base, "" if root is None else f" --root {root}", report, network)
     if source_file is not None:
-        with _alone(base, card.name):
+        with _locked(base, card.name):
             job.take(Path(source_file).expanduser())
     elif _is_complete(card, root):
-        report(f"{card.name} is there already and can be read.")
+        report(f"{card.name} is complete and can be read.")
     elif fetchable := [source for source in card.sources if job.fetchable(source)]:
-        with _alone(base, card.name):
+        with _locked(base, card.name):
             for source in fetchable:
                 job.fetch(source)
     return steps(card, root, network=network)
 
 
 def steps(card: Card, root: str | Path | None = None, *, network: Network = Network()) -> list[str]:  # noqa: B008
-    """Return what has to be fetched by hand, and where it goes; empty if all of it is there or can be fetched."""
+    """Return lines that name the files to fetch by hand and their places; empty if there are none."""
     job = _Job(card, card.base(root), "" if root is None else f" --root {root}", print, network)
-    left = [one for one in card.sources if not (card.packaged or job.fetchable(one) or job.is_there(one))]
-    if not left or _is_complete(card, root):
+    remaining = [
+        source for source in card.sources if not (card.packaged or job.fetchable(source) or job.is_present(source))
+    ]
+    if not remaining or _is_complete(card, root):
         return []
-    lines = [line for source in left for line in job.by_hand(source)]
+    lines = [line for source in remaining for line in job.by_hand(source)]
     return [*lines, f"how:      {card.notes.strip()}", f"check it: vlprompt data check {card.name}{job.where}"]
 
 
 def _is_complete(card: Card, root: str | Path | None) -> bool:
-    """Return whether the data set can be read as it is, with the card's sizes, however it came there."""
-    found = new_report(card, card.base(root))
+    """Return whether the data set can be read and has the card's sizes."""
+    report = new_report(card, card.base(root))
     try:
-        read_into(card, root, found)
+        read_into(card, root, report)
     except VlpromptError:
         return False
-    return not found.failed and all(problem.code != "S13" for problem in found.problems)
+    return not report.failed and all(problem.code != "S13" for problem in report.problems)
 
 
 @contextmanager
-def _alone(base: Path, name: str) -> Iterator[None]:
+def _locked(base: Path, name: str) -> Iterator[None]:
     try:
         base.mkdir(parents=True, exist_ok=True)
         lock = FileLock(base / ".vlprompt-get.lock")
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise DataError(f"Another `vlprompt data get {name}` is at work in {base}. Wait for it to end.") from error
+        raise DataError(f"Another `vlprompt data get {name}` is running in {base}. Wait for it to finish.") from error
     except (OSError, NotImplementedError) as error:
         raise DataError(f"Folder {base} cannot be written to: {error}. Give another data root: --root DIR") from error
     try:
@@ -114,22 +116,22 @@ class _Job:
     card: Card
     base: Path
     where: str
-    tell: Tell
+    log: Log
     network: Network
 
-    # -- what a source is ---------------------------------------------------------------------------------------------
+    # -- sources ------------------------------------------------------------------------------------------------------
     def fetchable(self, source: Source) -> bool:
         return source.url is not None and urllib.parse.urlsplit(source.url).scheme in self.network.schemes
 
     def name(self, source: Source) -> str:
-        """Return the file's name as it is published; empty where the card does not say it."""
+        """Return the published file name; empty if the card does not state it."""
         if source.url is not None:
             return urllib.parse.unquote(urllib.parse.urlsplit(source.url).path).rpartition("/")[2]
         name = source.what if "." in source.what.strip(".") and not set(" /\\") & set(source.what) else ""
         return name or (source.to or "").rpartition("/")[2]
 
     def target(self, source: Source) -> Path | None:
-        """Return the folder an archive is unpacked into, or the file's place; None where the card does not say."""
+        """Return the folder to unpack an archive into, or the path of a file; None if the card states neither."""
         if source.unpack is not None:
             return self.base / source.unpack
         if source.to is not None:
@@ -137,7 +139,7 @@ class _Job:
         name = self.name(source)
         return None if not name or path_problem(name) or name.lower().endswith(_ARCHIVES) else self.base / name
 
-    def is_there(self, source: Source) -> bool:
+    def is_present(self, source: Source) -> bool:
         target = self.target(source)
         if target is None:
             return False
@@ -158,7 +160,7 @@ class _Job:
     def command(self) -> str:
         return f"vlprompt data get {self.card.name}{self.where} --from FILE"
 
-    # -- what was done before -----------------------------------------------------------------------------------------
+    # -- record of unpacked archives ----------------------------------------------------------------------------------
     def key(self, source: Source) -> str:
         return source.sha256 or source.md5 or source.url or source.what
 
@@ -178,58 +180,58 @@ class _Job:
         name, target = self.name(source), self.target(source)
         if target is None or path_problem(name):
             raise DataError(
-                f"Card {self.card.name}: {source.url} names no file, or the card no folder to unpack it into."
+                f"Card {self.card.name}: {source.url} has no file name, or the card no folder to unpack it into."
             )
-        if self.is_there(source):
-            self.tell(f"{source.what}: already there, in {target}")
+        if self.is_present(source):
+            self.log(f"{source.what}: already present in {target}")
             return
         if source.unpack is None:
-            _refuse_other(target)
+            _refuse_existing(target)
         file = self.base / name
-        mine = not file.exists()
-        if mine:
+        downloaded = not file.exists()
+        if downloaded:
             part = self.base / f"{name}.part"
             try:
-                download(source.url, part, bool(_sums(source)), self.network, self.tell)
+                download(source.url, part, bool(_sums(source)), self.network, self.log)
             except Unreachable as error:
                 raise DataError(
-                    f"{source.url} cannot be fetched: {error}.\nFetch it by hand, on another machine if need be, then "
+                    f"{source.url} cannot be fetched: {error}.\nFetch it by hand, possibly on another machine, then "
                     f"run: {self.command}\n(it goes to {target})"
                 ) from error
             _check_sums(part, source, f"{source.url} is not the published file", remove=True)
             os.replace(part, file)
         else:
-            self.tell(f"{source.what}: {file} is there")
+            self.log(f"{source.what}: {file} exists")
             _check_sums(file, source, f"{file} is not the published file; remove it")
         self.put(source, file, target)
-        # What was downloaded is only in the way once it is unpacked; a file that was there before is the user's.
-        if mine and file != target:
+        # A downloaded archive is removed after unpacking; a file that existed before belongs to the user.
+        if downloaded and file != target:
             file.unlink()
 
     def take(self, file: Path) -> None:
-        """Put a file that the user fetched where it belongs."""
+        """Put a file that the user fetched into its place."""
         if not file.is_file():
-            raise DataError(f"--from is {file}, which is no file.")
-        source = self._belongs_to(file)
+            raise DataError(f"--from is {file}, which is not a file.")
+        source = self._source_of(file)
         target = self.target(source)
         if target is None:
             raise DataError(
-                f"The card of {self.card.name} does not say where {source.what} goes. {self.card.notes.strip()}"
+                f"The card of {self.card.name} does not state where {source.what} goes. {self.card.notes.strip()}"
             )
         if source.unpack is None and target.is_file() and file_checksum(target) == file_checksum(file):
-            self.tell(f"{source.what}: already there, {target}")
+            self.log(f"{source.what}: already present, {target}")
             return
         if source.unpack is None:
-            _refuse_other(target)
+            _refuse_existing(target)
         if not _sums(source):
-            self.tell(f"{file} is taken for {source.what} by its name; its checksum is not known")
+            self.log(f"{file} is identified as {source.what} by its name; its checksum is not known")
         self.put(source, file, target)
 
-    def _belongs_to(self, file: Path) -> Source:
-        own = {kind: file_checksum(file, kind) for kind in ("md5", "sha256")}
+    def _source_of(self, file: Path) -> Source:
+        sums = {kind: file_checksum(file, kind) for kind in ("md5", "sha256")}
         sources = [*self.card.sources, *self._split_file()]
         for source in sources:
-            if any(getattr(source, kind) == value for kind, value in own.items()):
+            if any(getattr(source, kind) == value for kind, value in sums.items()):
                 return source
         for source in sources:
             if file.name in (self.name(source), source.what, (source.to or "").rpartition("/")[2]):
@@ -237,28 +239,25 @@ class _Job:
                 return source
         known = [f"  {self.name(source) or source.what}  {', '.join(_sums(source))}".rstrip() for source in sources]
         raise DataError(
-            f"{file} is no part of {self.card.name}: neither its name nor its checksum (md5 {own['md5']}, sha256 "
-            f"{own['sha256']}) is known. The parts:\n" + "\n".join(known)
+            f"{file} is not a file of {self.card.name}: neither its name nor its checksum (md5 {sums['md5']}, sha256 "
+            f"{sums['sha256']}) is known. The files:\n" + "\n".join(known)
         )
 
     def _split_file(self) -> list[Source]:
-        """The split file, where the card names none among its sources; reading it compares its content."""
+        """Return the split file if the card's sources lack it; its content is compared when it is read."""
         name = getattr(self.card.options, "split_file", None)
-        return (
-            [Source(name, to=name)] if name and all(name not in (one.what, one.to) for one in self.card.sources) else []
-        )
+        listed = any(name in (source.what, source.to) for source in self.card.sources)
+        return [Source(name, to=name)] if name and not listed else []
 
     def put(self, source: Source, file: Path, target: Path) -> None:
-        """Unpack, decompress or copy ``file`` to where it belongs."""
+        """Unpack, decompress or copy ``file`` to ``target``."""
         if source.unpack is not None:
             done = unpack(file, target, strip=source.strip, inner=source.inner)
             self.remember(source, done.made)
-            self.tell(f"{source.what}: {done.files:,} files unpacked into {target}")
+            self.log(f"{source.what}: {done.files:,} files unpacked into {target}")
             if done.kept:
-                some = f"{len(done.kept):,}, the first {target / done.kept[0]}"
-                self.tell(
-                    f"{source.what}: files that were there and stay as they were: {some}; move them away for new ones"
-                )
+                shown = f"{len(done.kept):,}, the first {target / done.kept[0]}"
+                self.log(f"{source.what}: existing files that are not replaced: {shown}; move them to replace them")
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.name.endswith(".gz") and not target.name.endswith(".gz"):
@@ -266,12 +265,12 @@ class _Job:
         elif file != target:
             with replacing(target) as temporary:
                 shutil.copyfile(file, temporary)
-        self.tell(f"{source.what}: {target}")
+        self.log(f"{source.what}: {target}")
 
 
-def _refuse_other(target: Path) -> None:
+def _refuse_existing(target: Path) -> None:
     if os.path.lexists(target):
-        raise DataError(f"{target} is there already and is never replaced. Move it away to have the published file.")
+        raise DataError(f"{target} exists and is never replaced. Move it away to get the published file.")
 
 
 # -- checksums --------------------------------------------------------------------------------------------------------
@@ -282,9 +281,9 @@ def _sums(source: Source) -> list[str]:
 def _check_sums(path: Path, source: Source, text: str, *, remove: bool = False) -> None:
     for kind in ("md5", "sha256"):
         expected = getattr(source, kind)
-        if expected and (found := file_checksum(path, kind)) != expected.lower():
+        if expected and (actual := file_checksum(path, kind)) != expected.lower():
             if remove:
                 path.unlink()
             raise DataError(
-                f"{text}: its {kind} is {found}, expected {expected}." + (" It was removed." if remove else "")
+                f"{text}: its {kind} is {actual}, expected {expected}." + (" It was removed." if remove else "")
             )

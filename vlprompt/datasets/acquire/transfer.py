@@ -1,4 +1,4 @@
-"""Fetches one file over https, going on where an earlier transfer broke off."""
+"""Download of a file over https, with resume of partial transfers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 _CHUNK = 2**18
 
 
 @dataclass(frozen=True)
 class Network:
-    """How files are fetched.
+    """Settings of transfers.
 
     Attributes:
-        schemes: Accepted schemes of addresses, also after redirection.
-        timeout: Seconds to wait for a connection and for every piece of an answer.
-        tries: How often a transfer that broke off is taken up again without any progress.
-        pause: Seconds before the first such try; each further one waits twice as long.
+        schemes: Accepted URL schemes, also after redirection.
+        timeout: Seconds to wait for a connection and for every chunk of a response.
+        tries: Number of consecutive retries without progress.
+        pause: Seconds before the first retry; each further retry waits twice as long.
     """
 
     schemes: tuple[str, ...] = ("https",)
@@ -37,7 +37,7 @@ class Network:
 
 
 class Unreachable(Exception):
-    """A file cannot be fetched; the text says why."""
+    """A file cannot be fetched; the text gives the reason."""
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -46,20 +46,21 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         if urllib.parse.urlsplit(newurl).scheme not in self.schemes:
-            raise Unreachable(f"it leads to {newurl}, which is not {' or '.join(self.schemes)}")
+            raise Unreachable(f"it redirects to {newurl}, which is not {' or '.join(self.schemes)}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def download(url: str, part: Path, has_sum: bool, network: Network, tell: Tell) -> None:
-    """Fetch ``url`` to ``part``, going on where an earlier transfer broke off.
+def download(url: str, part: Path, has_sum: bool, network: Network, log: Log) -> None:
+    """Fetch ``url`` to the file ``part`` and resume a partial transfer.
 
-    Without a checksum nothing would show that the file changed between two runs, so there a new run begins anew.
+    Without a checksum (``has_sum``), a change of the file between two runs cannot be detected, so each run starts from
+    the beginning.
     """
     if not has_sum:
         part.unlink(missing_ok=True)
     opener = urllib.request.build_opener(_Redirects(network.schemes))
     version, waited = "", 0
-    with _bar(part.name.removesuffix(".part"), tell) as show:
+    with _bar(part.name.removesuffix(".part"), log) as show:
         while True:
             have = part.stat().st_size if part.exists() else 0
             headers = {"User-Agent": "vlprompt", **({"Range": f"bytes={have}-"} if have else {})}
@@ -72,23 +73,23 @@ def download(url: str, part: Path, has_sum: bool, network: Network, tell: Tell) 
                     _receive(response, part, have, show)
                 return
             except urllib.error.HTTPError as error:
-                if error.code == 416 and have:  # there is nothing behind what we have: too much, or all of it
+                if error.code == 416 and have:  # no bytes after the received ones: the part is complete or too long
                     if has_sum and error.headers.get("Content-Range", "").endswith(f"/{have}"):
                         return
                     part.unlink()
                     continue
                 if error.code < 500 and error.code != 429:
-                    raise Unreachable(f"the server answers {error.code} {error.reason}") from error
-                reason = f"the server answers {error.code} {error.reason}"
+                    raise Unreachable(f"the server returns {error.code} {error.reason}") from error
+                reason = f"the server returns {error.code} {error.reason}"
             except (OSError, http.client.HTTPException) as error:
                 reason = f"{getattr(error, 'reason', None) or error or type(error).__name__}"
-            got = part.stat().st_size if part.exists() else 0
-            if got == 0 and not have:
-                raise Unreachable(reason)  # never got anything: waiting would not help
-            waited = 0 if got > have else waited + 1
+            received = part.stat().st_size if part.exists() else 0
+            if received == 0 and not have:
+                raise Unreachable(reason)  # nothing was ever received: no retry
+            waited = 0 if received > have else waited + 1
             if waited > network.tries:
                 raise Unreachable(
-                    f"{reason}, {waited} times; {got:,} bytes are kept and the next run goes on from there"
+                    f"{reason}, {waited} times; {received:,} bytes are kept and the next run resumes there"
                 )
             time.sleep(network.pause * 2 ** max(0, waited - 1))
 
@@ -111,10 +112,10 @@ def _receive(response: Any, part: Path, have: int, show: Callable[[int, int | No
 
 
 @contextmanager
-def _bar(name: str, tell: Tell) -> Iterator[Callable[[int, int | None], None]]:
-    """Give a function that takes bytes so far and in all: a bar on a terminal, nothing but two lines elsewhere."""
+def _bar(name: str, log: Log) -> Iterator[Callable[[int, int | None], None]]:
+    """Yield a function of received and total bytes: a progress bar on a terminal, one line of text elsewhere."""
     if not sys.stderr.isatty():
-        tell(f"{name}: fetching")
+        log(f"{name}: fetching")
         yield lambda done, total: None
         return
     from rich.console import Console

@@ -1,7 +1,7 @@
-"""Unpacks strangers' archives: into a folder of its own first, then to where the files belong, replacing nothing.
+"""Unpacking of untrusted archives: into a temporary folder first, then to the target without replacing files.
 
-Only plain files and folders are made, each by copying bytes: no links, devices, owners or permissions come out of an
-archive, whatever it says. A link to another member becomes a copy of that member.
+Only plain files and folders are created, by copying bytes. Links, devices, owners and permissions are never extracted.
+A link to another member becomes a copy of that member.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from typing import IO
 from vlprompt.datasets.paths import path_problem
 from vlprompt.errors import DataError
 
-#: What the largest published data sets stay below (DomainNet has 600,000 files, ImageNet 150 GB).
+#: Limits above the largest published data sets (DomainNet has 600,000 files, ImageNet 150 GB).
 MOST_FILES, MOST_BYTES = 5_000_000, 500 * 2**30
 _CHUNK = 2**20
-#: What compressed streams and damaged archives raise while they are read.
+#: Exceptions of damaged archives and compressed streams.
 _DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RecursionError, RuntimeError,
             NotImplementedError, ValueError, KeyError)  # fmt: skip
 
 
 @dataclass
 class Unpacked:
-    """What unpacking did.
+    """Result of unpacking.
 
     Attributes:
-        made: What came into the target folder: names of its files and folders.
-        files: How many files the archive had.
-        kept: Files that were there before and stay as they were, by their path in the target folder.
+        made: Names of the files and folders that the archive adds to the target folder.
+        files: Number of files in the archive.
+        kept: Existing files that were not replaced, by their path in the target folder.
     """
 
     made: list[str]
@@ -55,32 +55,32 @@ class _Budget:
 
 def unpack(archive: Path, target: Path, *, strip: str = "", inner: str | None = None,
            most_files: int = MOST_FILES, most_bytes: int = MOST_BYTES) -> Unpacked:  # fmt: skip
-    """Unpack a tar file (also a compressed one) or a zip file.
+    """Unpack a tar file, compressed or not, or a zip file.
 
     Args:
-        archive: The file; it stays as it is.
-        target: The folder that its members go to.
-        strip: Leading folders of the members that are dropped; members that lie elsewhere are left out.
-        inner: An archive inside the archive that is unpacked into ``target``, too, and does not come there itself.
+        archive: The file; it is not changed.
+        target: Folder for the members.
+        strip: Leading folders to drop from member paths; members outside them are skipped.
+        inner: An archive inside the archive, which is unpacked into ``target`` instead of copied.
         most_files: Limit on the number of files.
-        most_bytes: Limit on the bytes that come out.
+        most_bytes: Limit on the extracted bytes.
 
     Raises:
-        DataError: If it is no such archive, is damaged, exceeds a limit, or names a place outside. Nothing has come
-            into ``target`` then.
+        DataError: If the file is not such an archive, is damaged, exceeds a limit, or names a path outside ``target``.
+            ``target`` is then unchanged.
     """
     budget = _Budget(most_files, most_bytes)
     with _stage(target) as stage:
         _extract(archive, stage, strip.strip("/"), budget)
         if inner is not None:
             if not (stage / inner).is_file():
-                raise DataError(f"Archive {archive} does not hold {inner!r}: it is not the published one.")
+                raise DataError(f"Archive {archive} does not contain {inner!r}: it is not the published one.")
             _extract(stage / inner, stage, "", budget)
             (stage / inner).unlink()
         kept: list[str] = []
         made = sorted(os.listdir(stage), key=os.fsencode)
         if not made:
-            raise DataError(f"Archive {archive} holds nothing" + (f" under {strip!r}." if strip else "."))
+            raise DataError(f"Archive {archive} contains nothing" + (f" under {strip!r}." if strip else "."))
         _merge(stage, target, "", kept)
         return Unpacked(made, most_files - budget.files, kept)
 
@@ -98,10 +98,10 @@ def gunzip(packed: Path, target: Path, most_bytes: int = MOST_BYTES) -> None:
 
 @contextmanager
 def _stage(target: Path) -> Iterator[Path]:
-    """Give an empty folder on the same disk, and remove what is left of it."""
+    """Yield an empty folder on the same disk as ``target`` and remove it afterwards."""
     try:
         target.mkdir(parents=True, exist_ok=True)
-        # The dot hides it from readers of class folders.
+        # Readers of class folders skip names with a leading dot.
         stage = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=target))
     except OSError as error:
         raise DataError(f"Folder {target} cannot be written to: {error.strerror or error}.") from error
@@ -115,7 +115,7 @@ def _stage(target: Path) -> Iterator[Path]:
 
 def _extract(archive: Path, stage: Path, strip: str, budget: _Budget) -> None:
     try:
-        # tar first: zip files are known by their end, and so a tar file that ends with one would be taken for it.
+        # tar first: zip files are recognised by their end, so a tar file that ends with a zip file would match.
         if tarfile.is_tarfile(archive):
             _extract_tar(archive, stage, strip, budget)
         elif zipfile.is_zipfile(archive):
@@ -135,7 +135,7 @@ def _extract_tar(archive: Path, stage: Path, strip: str, budget: _Budget) -> Non
             if member.isdir():
                 (stage / place).mkdir(parents=True, exist_ok=True)
                 continue
-            # Of a link this gives what it leads to inside the archive; it looks at no file on disk.
+            # For a link, this returns the target inside the archive; it never opens files on disk.
             try:
                 source = members.extractfile(member)
             except KeyError:
@@ -164,7 +164,7 @@ def _extract_zip(archive: Path, stage: Path, strip: str, budget: _Budget) -> Non
 
 
 def _place(name: str, archive: Path, strip: str) -> str | None:
-    """Return where a member goes, or None for what lies outside ``strip`` and for the archive's root itself."""
+    """Return the path of a member in the target, or None for the archive's root and members outside ``strip``."""
     plain = name.removeprefix("./").rstrip("/")
     if plain in ("", "."):
         return None
@@ -183,17 +183,17 @@ def _copy(source: IO[bytes] | gzip.GzipFile, target: Path, budget: _Budget, arch
             budget.size -= len(chunk)
             stream.write(chunk)
     if budget.files < 0 or budget.size < 0:
-        what = "files" if budget.files < 0 else "bytes"
-        raise DataError(f"Archive {archive} is refused: more {what} come out of it than any data set has.")
+        unit = "files" if budget.files < 0 else "bytes"
+        raise DataError(f"Archive {archive} is refused: it contains more {unit} than any data set.")
 
 
 def _merge(stage: Path, target: Path, below: str, kept: list[str]) -> None:
-    """Move what is in ``stage`` to ``target``; files that are there already stay, and are noted."""
+    """Move the content of ``stage`` to ``target``; existing files are kept and added to ``kept``."""
     for entry in sorted(os.scandir(stage), key=lambda entry: os.fsencode(entry.name)):
-        path, there = below + entry.name, target / entry.name
-        if not os.path.lexists(there):
-            os.rename(entry.path, there)
-        elif entry.is_dir() and there.is_dir():
-            _merge(Path(entry.path), there, path + "/", kept)
+        path, destination = below + entry.name, target / entry.name
+        if not os.path.lexists(destination):
+            os.rename(entry.path, destination)
+        elif entry.is_dir() and destination.is_dir():
+            _merge(Path(entry.path), destination, path + "/", kept)
         else:
             kept.append(path)

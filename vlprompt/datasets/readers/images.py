@@ -128,7 +128,7 @@ def _archive_names(path: Path, report: Report) -> set[str]:
         return set()
 
 
-# -- truncated files -------------------------------------------------------------------------------------------------
+# -- truncated files --------------------------------------------------------------------------------------------------
 def truncated_files(sources: Iterable[tuple[str, ImageSource]]) -> list[tuple[str, str]]:
     """Return the names of truncated image files, each with its problem.
 

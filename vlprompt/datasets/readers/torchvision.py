@@ -107,7 +107,7 @@ def _read_split(card: Card, kind: Kind, given: Mapping[str, Any], base: Path, re
     return _SplitContent(_prefix(arguments), sources, labels, list(getattr(data, "classes", ())))
 
 
-# -- accepted options ------------------------------------------------------------------------------------------
+# -- accepted options -------------------------------------------------------------------------------------------------
 def _kind(card: Card, options: TorchvisionOptions) -> Kind:
     where = f"Data set card {card.name!r}: reader_options"
     if options.dataset not in KINDS:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vlprompt.datasets import find_card, list_datasets, load_dataset
-from vlprompt.datasets.acquire.own import new_card, own_split
+from vlprompt.datasets.acquire.user_data import local_split, new_card
 from vlprompt.errors import ConfigError, DataError
 
 
@@ -38,9 +38,9 @@ def test_a_folder_becomes_a_data_set(image_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "template", "match"),
     [
-        ("../x", "{}", "not usable"),
-        ("dtd", "{}", "there is a data set 'dtd' already"),
-        ("Pets", "{}", "there is a data set 'Pets' already"),
+        ("../x", "{}", "not valid"),
+        ("dtd", "{}", "a data set 'dtd' exists"),
+        ("Pets", "{}", "a data set 'Pets' exists"),
         ("mine", "a photo", "exactly once"),
     ],
 )
@@ -52,7 +52,7 @@ def test_refused_names_and_templates(name: str, template: str, match: str, image
 
 def test_nothing_is_overwritten(image_folder: Path) -> None:
     (image_folder / "split_mine.json").write_text("precious")
-    with pytest.raises(ConfigError, match="split_mine.json is there already"):
+    with pytest.raises(ConfigError, match="split_mine.json exists"):
         new_card("mine", image_folder)
     assert (image_folder / "split_mine.json").read_text() == "precious"
     with pytest.raises(DataError, match="does not exist"):
@@ -64,17 +64,17 @@ def test_a_local_split(tmp_path: Path, paint: Callable[..., Path]) -> None:
     for name in ("banded", "blotchy"):
         for number in range(10):
             paint(tmp_path / "dtd" / "images" / name / f"{number}.jpg", number)
-    path = own_split(card, tmp_path)
+    path = local_split(card, tmp_path)
     assert (
         path.name.startswith("split_local_") and not (tmp_path / "dtd" / "split_zhou_DescribableTextures.json").exists()
     )
-    assert own_split(card, tmp_path) == path  # the same images give the same split
+    assert local_split(card, tmp_path) == path  # the same images give the same split
     content = json.loads(path.read_text())
     assert [len(content[split]) for split in ("train", "val", "test")] == [10, 4, 6]
     task = load_dataset("dtd", root=tmp_path, split=path.name, shots=2)
     assert task.class_names == ["banded", "blotchy"] and len(task.train) == 4
     assert task.describe()["split_published"] is False and task.describe()["split"] == path.name
     with pytest.raises(ConfigError, match="voc2007 does not have"):
-        own_split(find_card("voc2007"), tmp_path)
+        local_split(find_card("voc2007"), tmp_path)
     with pytest.raises(DataError, match="does not exist"):
-        own_split(find_card("food101"), tmp_path)
+        local_split(find_card("food101"), tmp_path)

@@ -1,4 +1,4 @@
-"""A user's own data: a card and a split file from a folder of images, and a split made here."""
+"""Data of the user: a card and a split file for a folder of images, and local splits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from vlprompt._files import sha256_text, write_text
 from vlprompt.config.yaml import yaml_text
 from vlprompt.datasets.card import Card, Classes, Templates
-from vlprompt.datasets.catalogue import find_card, list_datasets, own_card_folder
+from vlprompt.datasets.catalogue import find_card, list_datasets, user_card_folder
 from vlprompt.datasets.options import FolderOptions
 from vlprompt.datasets.readers import new_report
 from vlprompt.datasets.readers.folder import cut_class, list_classes, list_folders, read_folder
@@ -24,8 +24,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 def new_card(name: str, folder: str | Path, template: str = "a photo of a {}.") -> tuple[Path, Path, SplitLists]:
     """Write a card and a split file for a folder of class folders.
 
-    The card goes to the folder of the user's cards (:func:`~vlprompt.datasets.catalogue.own_card_folder`), the split
-    file into the folder of images; nothing there is moved or changed. The cut is that of the ``folder`` data set.
+    The card is written to the user's card folder (:func:`~vlprompt.datasets.catalogue.user_card_folder`), the split
+    file to the folder of images. Images are not moved or changed. The split is that of the ``folder`` data set.
 
     Args:
         name: The data set's name.
@@ -33,24 +33,24 @@ def new_card(name: str, folder: str | Path, template: str = "a photo of a {}.") 
         template: The prompt.
 
     Returns:
-        The card's file, the split file, and what was read.
+        The card's file, the split file, and the lists that were read.
 
     Raises:
-        ConfigError: A name that is taken or not usable, a template without ``{}``, or files that are there already.
-        DataError: The folder cannot be used.
+        ConfigError: If the name is used or not valid, the template lacks ``{}``, or a file exists.
+        DataError: If the folder cannot be used.
     """
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"the name {name!r} is not usable; accepted: up to 64 letters, digits, - and _")
+        raise ConfigError(f"the name {name!r} is not valid; accepted: up to 64 letters, digits, - and _")
     if name.lower() in map(str.lower, list_datasets()) or _is_known(name):
-        raise ConfigError(f"there is a data set {name!r} already; choose another name, or remove its card")
+        raise ConfigError(f"a data set {name!r} exists already; choose another name, or remove its card")
     if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
-        raise ConfigError(f"--template is {template!r}; it must hold {{}} exactly once, for the class name")
+        raise ConfigError(f"--template is {template!r}; it must contain {{}} exactly once, for the class name")
     base = Path(os.path.abspath(Path(folder).expanduser()))
     lists = _read(base)
-    split_file, card_file = base / f"split_{name}.json", own_card_folder() / f"{name}.yaml"
+    split_file, card_file = base / f"split_{name}.json", user_card_folder() / f"{name}.yaml"
     for path in (split_file, card_file):
         if path.exists():
-            raise ConfigError(f"{path} is there already; remove it or choose another name")
+            raise ConfigError(f"{path} exists; remove it or choose another name")
     write_file(split_file, _split_text(lists))
     sizes = {split: len(getattr(lists, split)) for split in SPLITS}
     write_file(card_file, yaml_text({
@@ -82,21 +82,21 @@ def _read(base: Path) -> SplitLists:
     return lists
 
 
-def own_split(card: Card, root: str | Path | None = None) -> Path:
-    """Write a split of one's own for a data set whose published split file cannot be had.
+def local_split(card: Card, root: str | Path | None = None) -> Path:
+    """Write a local split file for a data set whose published split file is not available.
 
-    The class folders under the image folder are cut 50/20/30 as the ``folder`` data set is. The file is called
-    ``split_local_<hash>.json`` and never takes the published one's place; results on it are marked as not published.
+    The class folders under the image folder are cut 50/20/30 like the ``folder`` data set. The file is named
+    ``split_local_<hash>.json`` and never replaces the published one; results on it are marked as not published.
 
     Returns:
         The file, in the data set's folder; use it with ``--data.split NAME``.
 
     Raises:
-        DataError: There are no class folders, or they cannot be used.
-        ConfigError: The data set has several labels an image, or domains.
+        DataError: If there are no class folders, or they cannot be used.
+        ConfigError: If the data set is multi-label, has domains, or is packaged.
     """
     if card.multilabel or card.domains or card.packaged:
-        raise ConfigError(f"a split of one's own is made from class folders, which {card.name} does not have")
+        raise ConfigError(f"a local split is made from class folders, which {card.name} does not have")
     base = card.base(root)
     images = base / getattr(card.options, "image_dir", ".")
     if not images.is_dir():
@@ -106,7 +106,7 @@ def own_split(card: Card, root: str | Path | None = None) -> Path:
     names = dict(zip(card.classes.keys, card.classes.names, strict=False))
     listing = list_classes(images, folders, report, "", os.path.realpath(images))
     if not listing:
-        report.error("S15", f"{images} holds no class folders")
+        report.error("S15", f"{images} has no class folders")
     report.finish()
     content: dict[str, list[Any]] = {split: [] for split in SPLITS}
     for label, (folder, files) in enumerate((name, files) for name, files in listing.items() if len(files) > 1):
@@ -130,7 +130,7 @@ def write_file(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically.
 
     Raises:
-        DataError: It cannot be written.
+        DataError: If it cannot be written.
     """
     try:
         write_text(path, text)
