@@ -1,4 +1,4 @@
-"""A module, a few-shot task and a method small enough for a training step of milliseconds."""
+"""A small few-shot task, methods on the tiny CLIP, and a user's Trainer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MIXTURE = {"templates": ["a photo of a {}.", "an icon of a {}.", "a {} drawn."],
 
 @pytest.fixture(scope="session")
 def task() -> FewShotTask:
-    """Six classes of the demo, 2 training, 1 validation and 3 test images each but for the last: 17 in all."""
+    """Six classes of the demo with 2 training, 1 validation and 3 test images each; the last one has 2 test images."""
     demo = load_dataset("demo", shots=2)
 
-    def few(samples: list[Any], each: int) -> list[Any]:
-        return [one for label in range(6) for one in [s for s in samples if s.label == label][:each]]
+    def few(samples: list[Any], count: int) -> list[Any]:
+        return [sample for label in range(6) for sample in [s for s in samples if s.label == label][:count]]
 
     names = demo.class_names[:6]
     return replace(
@@ -36,22 +36,22 @@ def task() -> FewShotTask:
 
 @pytest.fixture
 def make_method(tiny_backbone: Any, task: FewShotTask) -> Callable[..., PromptMethod]:
-    """``make_method("mocoop", tune_layer_norms=False)`` on the miniature CLIP."""
+    """``make_method("mocoop", tune_layer_norms=False)`` creates a method on the tiny CLIP."""
 
     def make(name: str = "coop", **settings: Any) -> PromptMethod:
         pl.seed_everything(1, verbose=False)
-        own = {"coop": {"context_init": "a photo of a"}, "mocoop": MIXTURE, "zeroshot": {}}[name]
-        return create_method(name, tiny_backbone, task.class_names, **{**own, **settings})
+        defaults = {"coop": {"context_init": "a photo of a"}, "mocoop": MIXTURE, "zeroshot": {}}[name]
+        return create_method(name, tiny_backbone, task.class_names, **{**defaults, **settings})
 
     return make
 
 
 @pytest.fixture
 def own_trainer(tmp_path: Any) -> Callable[..., pl.Trainer]:
-    """A user's own Trainer: Lightning's defaults, and whatever is given."""
+    """A user's Trainer: Lightning's defaults and the given values."""
 
     def make(**values: Any) -> pl.Trainer:
-        given = {"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_progress_bar": False}
-        return pl.Trainer(default_root_dir=tmp_path, enable_model_summary=False, **{**given, **values})
+        defaults = {"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_progress_bar": False}
+        return pl.Trainer(default_root_dir=tmp_path, enable_model_summary=False, **{**defaults, **values})
 
     return make

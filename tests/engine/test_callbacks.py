@@ -1,4 +1,4 @@
-"""Files that survive being killed: checkpoints and metrics."""
+"""Atomic checkpoints and the metrics file."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def fail(*_: Any) -> None:
     raise OSError("disk full")
 
 
-def test_checkpoint_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_is_replaced_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, io = tmp_path / "last.ckpt", AtomicCheckpointIO()
     io.save_checkpoint(CHECKPOINT, path)
     monkeypatch.setattr(torch, "save", lambda _, file: (file.write(b"half"), fail()))
@@ -28,7 +28,7 @@ def test_checkpoint_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 class Evil:
-    """Makes a folder if it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -38,7 +38,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("content", [b"", b"junk" * 100, "cut", "foreign", "list", "evil"])
-def test_checkpoint_that_cannot_be_used(content: bytes | str, tmp_path: Path) -> None:
+def test_unusable_checkpoints_are_refused(content: bytes | str, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -63,8 +63,8 @@ def test_metrics_are_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("second", ['{"epoch": 1, "lr"', "[]", '{"lr": 1}', "\x00\x00", '{"epoch": "1"}'])
-def test_metrics_that_are_damaged(second: str, tmp_path: Path) -> None:
+def test_damaged_metrics_are_refused(second: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"epoch": 0}\n' + second + "\n")
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2, is no epoch's metrics.*--force"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2, is not the metrics of an epoch.*--force"):
         read_metrics(path)

@@ -1,4 +1,4 @@
-"""The Trainer of a run: devices, loggers, and Lightning kept quiet."""
+"""The Trainer of a run: devices, loggers and silenced messages of Lightning."""
 
 import importlib.util
 import logging
@@ -13,17 +13,17 @@ from vlprompt.engine.fit import check_devices, make_trainer, quiet
 from vlprompt.errors import ConfigError
 
 
-def test_trainer_is_what_the_configuration_says(tmp_path: Path) -> None:
+def test_trainer_follows_the_configuration(tmp_path: Path) -> None:
     config = TrainerConfig(accelerator="cpu", accumulate=3, progress=False)
     trainer = make_trainer(config, tmp_path, 7)
     assert (trainer.max_epochs, trainer.accumulate_grad_batches, trainer.num_devices) == (7, 3, 1)
     assert trainer.precision == "32-true"
     assert not trainer.loggers and trainer.progress_bar_callback is None
-    assert list(tmp_path.iterdir()) == []  # nothing is written before there is something to write
+    assert list(tmp_path.iterdir()) == []  # nothing is written yet
     assert make_trainer(TrainerConfig(accelerator="cpu"), tmp_path, 1).progress_bar_callback is not None
 
 
-def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigError, match="no GPU here; use --trainer.accelerator cpu"):
         check_devices(TrainerConfig(accelerator="gpu"))
@@ -34,13 +34,13 @@ def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_loggers_that_are_not_installed(name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_loggers_are_refused(name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=f"asks for '{name}', which is not installed; run: pip install {name}"):
+    with pytest.raises(ConfigError, match=f"requests '{name}', which is not installed; run: pip install {name}"):
         make_trainer(TrainerConfig(accelerator="cpu", loggers=[name]), tmp_path, 1)
 
 
-def test_quiet_gives_the_levels_back() -> None:
+def test_quiet_restores_the_levels() -> None:
     logger = logging.getLogger("pytorch_lightning")
     before = logger.level
     with pytest.raises(ValueError, match="inside"), quiet():

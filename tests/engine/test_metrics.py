@@ -1,4 +1,4 @@
-"""What a test measures: hand-computed average precisions and F1, ties, saturated logits, two processes."""
+"""Evaluation metrics: hand-computed average precisions and F1, ties, saturated logits, two processes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from vlprompt.engine.metrics import (
 )
 from vlprompt.errors import ConfigError
 
-# Four images, two classes, best image first in both. A label is given from a logit above ln 4 = 1.386: a probability of
-# 0.8. Class 0: precision 1 at recall 1/2, 2/3 at recall 1. Class 1: 1/2, 2/3, 3/4 at recall 1/3, 2/3, 1.
+# Four images, two classes, best image first in both. A label is assigned for a logit above ln 4 = 1.386, a probability
+# of 0.8. Class 0: precision 1 at recall 1/2, 2/3 at recall 1. Class 1: 1/2, 2/3, 3/4 at recall 1/3, 2/3, 1.
 LOGITS = torch.tensor([[4.0, 2.0], [3.0, 1.5], [1.0, 1.4], [0.0, 1.3]])
 LABELS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
 EXPECTED = {
@@ -49,7 +49,7 @@ def measured(logits: torch.Tensor, labels: torch.Tensor, batch: int = 3) -> dict
     return {name: float(value) for name, value in values.items()}
 
 
-# -- several labels an image ----------------------------------------------------------------------------------------
+# -- several labels per image ---------------------------------------------------------------------------------------
 def test_multilabel_scores_by_hand() -> None:
     assert measured(LOGITS, LABELS) == pytest.approx(EXPECTED, rel=1e-6)
     assert (
@@ -59,15 +59,15 @@ def test_multilabel_scores_by_hand() -> None:
     assert measured(LOGITS[order], LABELS[order], batch=1) == pytest.approx(EXPECTED, rel=1e-6)
 
 
-def test_logits_that_saturate_the_sigmoid_rank_all_the_same() -> None:
+def test_logits_that_saturate_the_sigmoid_are_still_ranked() -> None:
     scaled = 100 * LOGITS + 500
-    assert (scaled.sigmoid() == 1).all()  # what a metric on probabilities would see
-    found = measured(scaled, LABELS)
-    assert {name: found[name] for name in ("map", "map_11point")} == pytest.approx(
+    assert (scaled.sigmoid() == 1).all()  # the input of a metric on probabilities
+    values = measured(scaled, LABELS)
+    assert {name: values[name] for name in ("map", "map_11point")} == pytest.approx(
         {name: EXPECTED[name] for name in ("map", "map_11point")}, rel=1e-6
     )
     everything_given = 100 * 2 * 5 / (8 + 5)
-    assert found["of1"] == pytest.approx(everything_given, rel=1e-6)
+    assert values["of1"] == pytest.approx(everything_given, rel=1e-6)
 
 
 def test_the_f1_threshold_is_eight_tenths() -> None:
@@ -75,19 +75,19 @@ def test_the_f1_threshold_is_eight_tenths() -> None:
     assert measured(logits, torch.tensor([[1.0], [1.0]]))["of1"] == pytest.approx(100 * 2 * 1 / (1 + 2), rel=1e-6)
 
 
-def test_a_class_without_positives_is_left_out_of_the_means() -> None:
+def test_a_class_without_positives_is_skipped_in_the_means() -> None:
     labels = torch.cat([LABELS, torch.zeros(4, 1)], dim=1)
-    found = measured(torch.cat([LOGITS, torch.full((4, 1), -9.0)], dim=1), labels)
-    assert found["map"] == pytest.approx(EXPECTED["map"]) and found["map_11point"] == pytest.approx(
+    values = measured(torch.cat([LOGITS, torch.full((4, 1), -9.0)], dim=1), labels)
+    assert values["map"] == pytest.approx(EXPECTED["map"]) and values["map_11point"] == pytest.approx(
         EXPECTED["map_11point"]
     )
-    assert found["cf1"] == pytest.approx(EXPECTED["cf1"] * 2 / 3)  # MULTI-LANE counts it as 0
+    assert values["cf1"] == pytest.approx(EXPECTED["cf1"] * 2 / 3)  # MULTI-LANE counts it as 0
     nothing = measured(LOGITS, torch.zeros(4, 2))
     assert nothing == {"map": 0.0, "map_11point": 0.0, "cf1": 0.0, "of1": 0.0, "total": 4.0}
 
 
 def naive(scores: list[int], positive: list[int]) -> tuple[Fraction, Fraction]:
-    """Area and 11-point average precision by thresholds, in fractions."""
+    """Return area and 11-point average precision by thresholds, as fractions."""
     curve = []
     for threshold in sorted(set(scores), reverse=True):
         given_ = [hit for score, hit in zip(scores, positive, strict=True) if score >= threshold]
@@ -100,22 +100,22 @@ def naive(scores: list[int], positive: list[int]) -> tuple[Fraction, Fraction]:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(-5, 5), st.integers(0, 1)), min_size=1, max_size=25))
-def test_average_precisions_are_those_of_the_definition(images: list[tuple[int, int]]) -> None:
-    scores, positive = [one[0] for one in images], [one[1] for one in images]
+def test_average_precisions_follow_their_definitions(images: list[tuple[int, int]]) -> None:
+    scores, positive = [image[0] for image in images], [image[1] for image in images]
     if not any(positive):
         positive[0] = 1
     area, eleven = naive(scores, positive)
     logits, labels = 30 * torch.tensor(scores).float()[:, None], torch.tensor(positive).float()[:, None]
-    found = measured(logits, labels, batch=7)
-    assert found["map"] == pytest.approx(100 * float(area), abs=1e-4)
-    assert found["map_11point"] == pytest.approx(100 * float(eleven), abs=1e-9)
+    values = measured(logits, labels, batch=7)
+    assert values["map"] == pytest.approx(100 * float(area), abs=1e-4)
+    assert values["map_11point"] == pytest.approx(100 * float(eleven), abs=1e-9)
 
 
 def test_a_recall_of_exactly_three_tenths_counts() -> None:
-    # 10 positives; the first three images are hits, then come nine misses: precision 1 holds up to recall 0.3.
+    # 10 positives. Three hits come first, then nine misses, so precision is 1 up to recall 0.3.
     positive = torch.tensor([1] * 3 + [0] * 9 + [1] * 7)
     ranks = torch.arange(len(positive), 0, -1).double()
-    rest = 10 / 19  # the best precision beyond, at the very end
+    rest = 10 / 19  # the best precision beyond, at the end
     assert float(eleven_point(ranks, positive)) == pytest.approx((4 * 1 + 7 * rest) / 11)
 
 
@@ -128,14 +128,14 @@ def work(rank, port, uneven):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     logits = torch.tensor([[4.0, 2.0], [3.0, 1.5], [1.0, 1.4], [0.0, 1.3]])
     labels = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
-    own = [slice(0, 3), slice(3, 4)][rank] if uneven else [slice(0, 4), slice(4, 4)][rank]
-    several, one = MultilabelScores(2), MulticlassScores(2)
-    if len(logits[own]):
-        several.update(logits[own], labels[own])
-        one.update(logits[own], labels[own, 0].long())
-    values = {name: float(value) for name, value in several.score()[0].items()}
-    scores, per_class = one.score()
-    print("OWN " + json.dumps([values, {n: float(v) for n, v in scores.items()}, per_class]), flush=True)
+    rows = [slice(0, 3), slice(3, 4)][rank] if uneven else [slice(0, 4), slice(4, 4)][rank]
+    multilabel, multiclass = MultilabelScores(2), MulticlassScores(2)
+    if len(logits[rows]):
+        multilabel.update(logits[rows], labels[rows])
+        multiclass.update(logits[rows], labels[rows, 0].long())
+    values = {name: float(value) for name, value in multilabel.score()[0].items()}
+    scores, per_class = multiclass.score()
+    print("SCORES " + json.dumps([values, {n: float(v) for n, v in scores.items()}, per_class]), flush=True)
     dist.destroy_process_group()
 
 if __name__ == "__main__":
@@ -148,7 +148,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("shared", ["uneven", "one process has all"])
-def test_two_processes_measure_what_one_does(shared: str, tmp_path: Path) -> None:
+def test_two_processes_measure_the_same_as_one(shared: str, tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(SCRIPT)
     root = Path(__file__).parents[2]
@@ -156,15 +156,17 @@ def test_two_processes_measure_what_one_does(shared: str, tmp_path: Path) -> Non
         [sys.executable, str(script), shared], cwd=root, capture_output=True, text=True, timeout=180,
         env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
-    found = [json.loads(line.removeprefix("OWN ")) for line in done.stdout.splitlines() if line.startswith("OWN ")]
-    assert len(found) == 2 and found[0] == found[1], done.stderr
-    values, scores, per_class = found[0]
+    results = [
+        json.loads(line.removeprefix("SCORES ")) for line in done.stdout.splitlines() if line.startswith("SCORES ")
+    ]
+    assert len(results) == 2 and results[0] == results[1], done.stderr
+    values, scores, per_class = results[0]
     assert values == pytest.approx(EXPECTED, rel=1e-6)
     assert per_class == {"correct": [1, 0], "total": [2, 2]} or scores["total"] == 4
     assert scores["correct"] == sum(per_class["correct"])
 
 
-# -- one label an image ---------------------------------------------------------------------------------------------
+# -- one label per image --------------------------------------------------------------------------------------------
 def test_counts_per_class_and_their_mean() -> None:
     scores = MulticlassScores(4)
     guesses, labels = torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([0, 1, 1, 1, 1, 2])
@@ -181,17 +183,17 @@ def test_counts_per_class_and_their_mean() -> None:
     assert headline(plain_score("accuracy", plain)) == 100 * 5 / 6
 
 
-def test_one_class_is_a_class() -> None:
+def test_a_single_class_is_supported() -> None:
     scores = MulticlassScores(1)
     scores.update(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))
     assert scores.score()[1] == {"correct": [3], "total": [3]}
 
 
-# -- which metric ---------------------------------------------------------------------------------------------------
+# -- the headline metric --------------------------------------------------------------------------------------------
 def test_a_multilabel_score_names_its_headline() -> None:
-    found = plain_score("map_11point", EXPECTED)
-    assert headline(found) == EXPECTED["map_11point"] and found["total"] == 4
-    assert set(found) == {"metric", "map", "map_11point", "cf1", "of1", "total"}
+    result = plain_score("map_11point", EXPECTED)
+    assert headline(result) == EXPECTED["map_11point"] and result["total"] == 4
+    assert set(result) == {"metric", "map", "map_11point", "cf1", "of1", "total"}
 
 
 @pytest.mark.parametrize(
@@ -212,16 +214,16 @@ def test_the_metric_of_a_task(facts: dict[str, Any], expected: str) -> None:
     [
         (
             {"metric": "map", "multilabel": False},
-            "toy has one label an image and the metric 'map'; accepted: accuracy or",
+            "toy has one label per image and the metric 'map'; accepted: accuracy or",
         ),
-        ({"metric": "accuracy", "multilabel": True}, "several labels an image .* accepted: map or map_11point"),
+        ({"metric": "accuracy", "multilabel": True}, "several labels per image .* accepted: map or map_11point"),
     ],
 )
-def test_a_metric_that_does_not_go_with_the_labels(facts: dict[str, Any], message: str) -> None:
+def test_a_metric_for_another_kind_of_labels_is_refused(facts: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         metric_of(SimpleNamespace(name="toy", **facts))
 
 
-def test_an_unknown_metric() -> None:
+def test_an_unknown_metric_is_refused() -> None:
     with pytest.raises(ConfigError, match="metric is 'f1'; accepted: accuracy, mean_per_class, map, map_11point"):
         make_scores("f1", 3)

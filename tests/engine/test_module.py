@@ -1,4 +1,4 @@
-"""PromptModule in a user's own Trainer: what it trains, logs, clips, refuses and keeps."""
+"""PromptModule in a user's Trainer: training, logging, clipping, checkpoints and refusals."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ Trainers = Callable[..., pl.Trainer]
 
 
 class Rates(pl.Callback):
-    """Notes the rates of all groups at every epoch's first batch."""
+    """Records the rates of all groups at the start of every epoch."""
 
     def __init__(self) -> None:
         self.seen: list[list[float]] = []
@@ -35,7 +35,7 @@ class Rates(pl.Callback):
 
 
 def plain_loader(method: PromptMethod, task: FewShotTask, batch_size: int = 4) -> DataLoader[Any]:
-    """(images, labels) pairs, as any user's own data gives them."""
+    """Return a loader of plain (images, labels) pairs."""
     size = method.backbone.preprocess.size
     images = torch.randn(len(task.train), 3, size, size, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([sample.label for sample in task.train])
@@ -43,7 +43,7 @@ def plain_loader(method: PromptMethod, task: FewShotTask, batch_size: int = 4) -
 
 
 @pytest.mark.parametrize("name", ["coop", "mocoop"])
-def test_own_trainer_with_few_shot_data(
+def test_user_trainer_with_few_shot_data(
     name: str, make_method: Make, own_trainer: Trainers, task: FewShotTask, tmp_path: Path
 ) -> None:
     method = make_method(name)
@@ -53,7 +53,7 @@ def test_own_trainer_with_few_shot_data(
     trainer = own_trainer()
     module = vlprompt.PromptModule(method, RecipeConfig(epochs=2))
     trainer.fit(module, datamodule=data)
-    assert 0 <= trainer.callback_metrics["val/accuracy"] <= 100  # the task's validation images, as Lightning is used to
+    assert 0 <= trainer.callback_metrics["val/accuracy"] <= 100  # on the task's validation images
     (scores,) = trainer.test(module, datamodule=data, verbose=False)
     assert (scores["test/total"], scores["test/correct"]) == (17, round(scores["test/accuracy"] * 0.17))
     after = method.backbone.state_dict()
@@ -64,7 +64,7 @@ def test_own_trainer_with_few_shot_data(
     assert changed == {key for key, value in start.items() if value.numel()}
 
 
-def test_own_trainer_with_plain_pairs(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+def test_user_trainer_with_plain_pairs(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
     method = make_method("mocoop")
     loader = plain_loader(method, task)
     module = vlprompt.PromptModule(method, RecipeConfig(epochs=2))
@@ -77,13 +77,13 @@ def test_own_trainer_with_plain_pairs(make_method: Make, own_trainer: Trainers, 
 
 
 def test_features_in_place_of_images(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
-    one, other = make_method("coop"), make_method("coop")
-    images = plain_loader(one, task)
-    pictures, labels = images.dataset.tensors  # type: ignore[attr-defined]
-    features = DataLoader(TensorDataset(one.backbone.encode_image(pictures), labels), batch_size=4)
-    for method, loader in ((one, images), (other, features)):
+    by_images, by_features = make_method("coop"), make_method("coop")
+    images = plain_loader(by_images, task)
+    pixels, labels = images.dataset.tensors  # type: ignore[attr-defined]
+    features = DataLoader(TensorDataset(by_images.backbone.encode_image(pixels), labels), batch_size=4)
+    for method, loader in ((by_images, images), (by_features, features)):
         own_trainer().fit(vlprompt.PromptModule(method, RecipeConfig(epochs=2)), loader)
-    torch.testing.assert_close(one.trained_state(), other.trained_state(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(by_images.trained_state(), by_features.trained_state(), rtol=1e-5, atol=1e-7)
 
 
 def test_loss_is_the_sum_of_its_terms(make_method: Make, task: FewShotTask) -> None:
@@ -97,7 +97,7 @@ def test_loss_is_the_sum_of_its_terms(make_method: Make, task: FewShotTask) -> N
     assert set(logged) == {"train/loss", "train/ce", "train/text", "train/gate"}
     terms = [value for name, value in logged.items() if name != "train/loss"]
     assert float(logged["train/loss"]) == pytest.approx(float(sum(terms)), rel=1e-6)
-    assert loss.item() == pytest.approx(float(logged["train/loss"]), rel=1e-6)  # both are weighed by the scale
+    assert loss.item() == pytest.approx(float(logged["train/loss"]), rel=1e-6)  # both include the scale
     assert not any(value.requires_grad for value in logged.values())
 
 
@@ -115,19 +115,19 @@ def test_rates_of_two_groups(make_method: Make, own_trainer: Trainers, task: Few
     assert sorted(both) == sorted(id(p) for _, p in method.trainable_parameters())
 
 
-def test_a_group_with_rate_zero_stays(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+def test_a_group_with_rate_zero_does_not_change(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
     method = make_method("mocoop", tune_layer_norms=True, layer_norm_lr_factor=0.0)
     norms = [value.clone() for value in method.image_overrides().values()]
     own_trainer().fit(vlprompt.PromptModule(method, RecipeConfig(epochs=2)), plain_loader(method, task))
     assert all(torch.equal(a, b) for a, b in zip(norms, method.image_overrides().values(), strict=True))
 
 
-def test_optimiser_is_the_published_one(make_method: Make) -> None:
+def test_default_optimiser_is_the_published_one(make_method: Make) -> None:
     optimizer = vlprompt.PromptModule(make_method("coop")).configure_optimizers()["optimizer"]
     (group,) = optimizer.param_groups
-    found = {name: group[name] for name in ("momentum", "weight_decay", "dampening", "nesterov")}
+    options = {name: group[name] for name in ("momentum", "weight_decay", "dampening", "nesterov")}
     assert isinstance(optimizer, torch.optim.SGD)
-    assert found == {"momentum": 0.9, "weight_decay": 5e-4, "dampening": 0, "nesterov": False}
+    assert options == {"momentum": 0.9, "weight_decay": 5e-4, "dampening": 0, "nesterov": False}
 
 
 @pytest.mark.parametrize("by_trainer", [False, True])
@@ -143,7 +143,7 @@ def test_gradient_clip(by_trainer: bool, make_method: Make, own_trainer: Trainer
     assert math.sqrt(sum(float(step.double().square().sum()) for step in steps)) == pytest.approx(norm, rel=1e-2)
 
 
-def test_loss_that_is_not_finite_says_what_to_do(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+def test_loss_that_is_not_finite_names_the_fix(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
     method = make_method("coop")
     method.load_trained_state({name: value * float("nan") for name, value in method.trained_state().items()})
     with pytest.raises(
@@ -152,7 +152,7 @@ def test_loss_that_is_not_finite_says_what_to_do(make_method: Make, own_trainer:
         own_trainer().fit(vlprompt.PromptModule(method), plain_loader(method, task))
 
 
-def test_nothing_to_train(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+def test_method_with_nothing_to_train_is_refused(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
     method = make_method("zeroshot")
     with pytest.raises(ConfigError, match="'zeroshot' has nothing to train"):
         own_trainer().fit(vlprompt.PromptModule(method), plain_loader(method, task))
@@ -164,7 +164,7 @@ def test_recipe_is_checked(make_method: Make) -> None:
     assert "recipe.momentum is 2" in str(caught.value)
 
 
-def test_checkpoint_holds_learnables_and_needs_no_unpickling(
+def test_checkpoint_holds_trainable_parameters_and_needs_no_unpickling(
     make_method: Make, own_trainer: Trainers, task: FewShotTask, tmp_path: Path
 ) -> None:
     method = make_method("mocoop")
@@ -183,15 +183,15 @@ def test_checkpoint_holds_learnables_and_needs_no_unpickling(
     ) + 50_000
 
 
-def test_a_user_resumes_with_an_own_trainer(
+def test_resuming_with_a_user_trainer_is_exact(
     make_method: Make, own_trainer: Trainers, task: FewShotTask, tmp_path: Path
 ) -> None:
-    whole, parts = make_method("coop"), make_method("coop")
+    whole, interrupted = make_method("coop"), make_method("coop")
     recipe = RecipeConfig(epochs=3)
     data = FewShotData(task, whole.backbone.preprocess, batch_size=4)
     own_trainer(max_epochs=3).fit(vlprompt.PromptModule(whole, recipe), datamodule=data)
     first = own_trainer(max_epochs=2)
-    first.fit(vlprompt.PromptModule(parts, recipe), datamodule=data)
+    first.fit(vlprompt.PromptModule(interrupted, recipe), datamodule=data)
     first.save_checkpoint(tmp_path / "half.ckpt")
     again = make_method("coop")
     own_trainer(max_epochs=3).fit(
@@ -201,7 +201,7 @@ def test_a_user_resumes_with_an_own_trainer(
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
-def test_state_that_does_not_fit(change: str, make_method: Make) -> None:
+def test_mismatched_state_is_refused(change: str, make_method: Make) -> None:
     module = vlprompt.PromptModule(make_method("coop"))
     state = module.state_dict()
     if change == "missing":
@@ -214,7 +214,7 @@ def test_state_that_does_not_fit(change: str, make_method: Make) -> None:
         module.load_state_dict(state)
 
 
-def test_accuracy_counts_exactly(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+def test_accuracy_is_exact(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
     method = make_method("coop")
     data = FewShotData(task, method.backbone.preprocess, test_batch_size=4)
     (scores,) = own_trainer().test(vlprompt.PromptModule(method), datamodule=data, verbose=False)
@@ -232,13 +232,13 @@ def test_mean_per_class_counts_every_class_once(make_method: Make, own_trainer: 
     module = vlprompt.PromptModule(method, metric="mean_per_class")
     (scores,) = own_trainer().test(module, datamodule=data, verbose=False)
     assert sum(module.per_class["correct"]) == scores["test/correct"]
-    assert module.per_class["total"] == [3, 3, 3, 3, 3, 2]  # the last class has an image less
-    each = [a / b for a, b in zip(*module.per_class.values(), strict=True)]
-    assert scores["test/mean_per_class"] == pytest.approx(100 * sum(each) / 6)
+    assert module.per_class["total"] == [3, 3, 3, 3, 3, 2]  # the last class has one image less
+    accuracies = [a / b for a, b in zip(*module.per_class.values(), strict=True)]
+    assert scores["test/mean_per_class"] == pytest.approx(100 * sum(accuracies) / 6)
 
 
 def several_labels(method: PromptMethod, task: FewShotTask) -> DataLoader[Any]:
-    """(images, multi-hot labels) pairs; every image has its own class and the next."""
+    """Return a loader of (images, multi-hot labels) pairs; every image has its class and the next one."""
     images, labels = plain_loader(method, task).dataset.tensors  # type: ignore[attr-defined]
     hot = torch.nn.functional.one_hot(labels, 6) + torch.nn.functional.one_hot((labels + 1) % 6, 6)
     return DataLoader(TensorDataset(images, hot.float()), batch_size=5)
@@ -248,12 +248,12 @@ def test_several_labels_are_ranked(make_method: Make, own_trainer: Trainers, tas
     method = make_method("zeroshot")
     loader = several_labels(method, task)
     (scores,) = own_trainer().test(vlprompt.PromptModule(method, metric="map"), loader, verbose=False)
-    own = MultilabelScores(6)
+    reference = MultilabelScores(6)
     images, labels = loader.dataset.tensors  # type: ignore[attr-defined]
     with torch.no_grad():
-        own.update(method(images), labels)
+        reference.update(method(images), labels)
     assert {name.removeprefix("test/"): value for name, value in scores.items()} == pytest.approx(
-        {name: float(value) for name, value in own.score()[0].items()}
+        {name: float(value) for name, value in reference.score()[0].items()}
     )
     assert scores["test/total"] == 12
 

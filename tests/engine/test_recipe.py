@@ -1,4 +1,4 @@
-"""The schedule against the tables of the specification (prompt_learners 2.5, seed_methods 12.5 item 8)."""
+"""The schedule compared with tables of published rates, and the optimisers with their formulas."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from vlprompt.config.run import RecipeConfig
 from vlprompt.engine.recipe import learning_rate, make_optimizer
 
-# Epochs, full rate, and rates by epoch (counted from 0) as the specification prints them.
+# Epochs, base rate, and rates by epoch (counted from 0), as Dassl's schedule gives them.
 TABLE = [
     (2, 0.0026, {0: 1e-5, 1: 0.0026}),
     (5, 0.0035, {0: 1e-5, 1: 0.0035, 2: 0.0031658, 3: 0.0022908, 4: 0.0012092}),
@@ -28,7 +28,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("epochs", "lr", "rates"), TABLE)
-def test_rates_are_the_published_ones(epochs: int, lr: float, rates: dict[int, float]) -> None:
+def test_rates_match_the_published_schedule(epochs: int, lr: float, rates: dict[int, float]) -> None:
     recipe = RecipeConfig(epochs=epochs, lr=lr)
     for epoch, rate in rates.items():
         assert learning_rate(epoch, lr, recipe) == pytest.approx(rate, rel=5e-5), f"epoch {epoch}"
@@ -50,7 +50,7 @@ def test_without_warmup_the_cosine_starts_at_once() -> None:
 
 
 def test_a_schedule_by_step_is_torchs_cosine_annealing() -> None:
-    """CLIP-LoRA: from 2e-4 to 1e-6 over all steps (prompt_learners 3.10)."""
+    """CLIP-LoRA: from 2e-4 to 1e-6 over all steps."""
     recipe = RecipeConfig(epochs=4, lr=2e-4, schedule="step", final_lr=1e-6, warmup_epochs=0)
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=2e-4)
@@ -65,19 +65,19 @@ def test_a_schedule_by_step_is_torchs_cosine_annealing() -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
-def test_optimisers_step_as_their_formulas_say(name: str) -> None:
-    own = torch.nn.Parameter(torch.tensor([2.0]))
+def test_optimisers_follow_their_formulas(name: str) -> None:
+    parameter = torch.nn.Parameter(torch.tensor([2.0]))
     recipe = RecipeConfig(optimizer=name, lr=0.1, momentum=0.9, weight_decay=0.5)  # type: ignore[arg-type]
-    optimizer = make_optimizer([{"params": [own], "lr": 0.1}], recipe)
-    own.grad = torch.tensor([3.0])
+    optimizer = make_optimizer([{"params": [parameter], "lr": 0.1}], recipe)
+    parameter.grad = torch.tensor([3.0])
     optimizer.step()
-    # The first step of Adam has the length of the rate; only AdamW's decay stands beside it.
+    # The first step of Adam has the length of the rate; AdamW adds its decay.
     expected = {"sgd": 2 - 0.1 * (3 + 0.5 * 2), "adam": 2 - 0.1, "adamw": 2 * (1 - 0.1 * 0.5) - 0.1}
-    assert float(own.detach()) == pytest.approx(expected[name], rel=1e-6)
+    assert float(parameter.detach()) == pytest.approx(expected[name], rel=1e-6)
     assert math.isclose(optimizer.param_groups[0]["lr"], 0.1)
 
 
-def test_values_that_are_not_accepted_are_all_named() -> None:
+def test_all_unaccepted_values_are_named() -> None:
     recipe = RecipeConfig(optimizer="lion", schedule="batch", final_lr=0.1)  # type: ignore[arg-type]
     text = "\n".join(recipe.problems())
     assert all(word in text for word in ("sgd, adam, adamw", "epoch, step", "recipe.final_lr is 0.1"))

@@ -1,4 +1,4 @@
-"""Damaged and foreign heads, each given to ``vlprompt predict``: refused in one screen that names what is wrong."""
+"""Damaged and foreign heads, each passed to ``vlprompt predict``: refused with a short text that names the problem."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Damage = Callable[[Path], Any]
 
 
 class Trap:
-    """What unpickling would betray: it makes a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return (os.mkdir, ("sprung",))
@@ -50,7 +50,7 @@ def edited(change: Callable[[dict[str, Any]], Any]) -> Damage:
 
 
 def retensored(write: Callable[[Path, dict[str, torch.Tensor]], Any]) -> Damage:
-    """Other bytes under a right checksum."""
+    """Return a damage that writes other tensors and updates the checksum."""
 
     def damage(head: Path) -> None:
         place = head / "head.safetensors"
@@ -72,7 +72,7 @@ def flip(place: Path) -> None:
     place.write_bytes(data)
 
 
-def made(name: str) -> Callable[[Path], None]:
+def as_folder(name: str) -> Callable[[Path], None]:
     def change(head: Path) -> None:
         (head / name).unlink()
         (head / name).mkdir()
@@ -83,29 +83,29 @@ def made(name: str) -> Callable[[Path], None]:
 HEADS: dict[str, tuple[Damage, str]] = {
     "one bit of a tensor": ((lambda h: flip(h / "head.safetensors")), "head.safetensors is damaged"),
     "empty tensors": ((lambda h: (h / "head.safetensors").write_bytes(b"")), "head.safetensors is damaged"),
-    "tensors are a directory": ((made("head.safetensors")), "head.safetensors"),
-    "configuration is a directory": ((made("config.json")), "config.json"),
+    "tensors are a directory": ((as_folder("head.safetensors")), "head.safetensors"),
+    "configuration is a directory": ((as_folder("config.json")), "config.json"),
     "configuration empty": ((lambda h: (h / "config.json").write_text("")), "config.json is not readable"),
     "configuration not UTF-8": ((lambda h: (h / "config.json").write_bytes(b'{"\xff": 1}')), "config.json"),
-    "configuration nested without end": ((lambda h: (h / "config.json").write_text("[" * 99999)), "config.json"),
-    "configuration larger than any": ((lambda h: os.truncate(h / "config.json", 17 << 20)), "16 MB"),
+    "configuration nested too deeply": ((lambda h: (h / "config.json").write_text("[" * 99999)), "config.json"),
+    "configuration too large": ((lambda h: os.truncate(h / "config.json", 17 << 20)), "16 MB"),
     "schema zero": (edited(lambda c: c.update(schema=0)), "schema 0"),
     "schema true": (edited(lambda c: c.update(schema=True)), "schema is 'True'"),
     "schema as a text": (edited(lambda c: c.update(schema="1")), "schema is '1'"),
     "everything missing": (edited(lambda c: c.clear()), "tensors_sha256 is missing"),
     "a backbone without a fingerprint": (edited(lambda c: c["backbone"].pop("fingerprint")), "backbone.fingerprint"),
     "other preprocessing": (edited(lambda c: c["preprocess"].update(size=224)), "preprocess.size: 224 in the head, 64"),
-    "preprocessing left out": (edited(lambda c: c["preprocess"].clear()), "preprocess.mean"),
+    "preprocessing missing": (edited(lambda c: c["preprocess"].clear()), "preprocess.mean"),
     "another width": (edited(lambda c: c["backbone"].update(embed_dim=512)), "embed_dim: 512 in the head, 192 given"),
     "another precision": (edited(lambda c: c["backbone"].update(precision="bf16")), "another backbone"),
     "unknown precision": (edited(lambda c: c["backbone"].update(precision="fp8")), "fp8"),
-    "a backbone in a folder that is gone": (
+    "a backbone in a missing folder": (
         edited(lambda c: c["backbone"].update(name="local-dir:gone", pretrained="x.bin")), "local-dir:gone"
     ),
-    "setting called like an argument": (edited(lambda c: c["settings"].update(class_names=["x"])), "class_names"),
+    "setting with the name of an argument": (edited(lambda c: c["settings"].update(class_names=["x"])), "class_names"),
     "setting out of range": (edited(lambda c: c["settings"].update(context_length=0)), "context_length is 0"),
     "settings of another method": (edited(lambda c: c.update(method="zeroshot")), "zeroshot"),
-    "a class more than tensors": (
+    "more classes than tensors": (
         edited(lambda c: c.update(class_names=["apple", "bell", "cup"], all_class_names=["apple", "bell", "cup"])),
         "class_weights: shape [2, 192], expected [3, 192]",
     ),
@@ -113,12 +113,12 @@ HEADS: dict[str, tuple[Damage, str]] = {
     "a class name of blanks": (
         edited(lambda c: c.update(class_names=["apple", "  "], all_class_names=["apple", "  "])), "class 1: '  '"
     ),
-    "a class name that does not fit": (
+    "a class name that is too long": (
         edited(lambda c: c.update(class_names=["1234567890" * 9] * 2, all_class_names=["1234567890" * 9] * 2)),
         "12345678901234567890",
     ),
     "pickle as tensors": (retensored(lambda p, t: p.write_bytes(pickle.dumps(Trap()))), "is not a safetensors file"),
-    "header without end": (
+    "header of impossible length": (
         retensored(lambda p, t: p.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")), "is not a safetensors file"
     ),
     "tensors that are not finite": (
@@ -128,7 +128,7 @@ HEADS: dict[str, tuple[Damage, str]] = {
     "no class weights": (
         saved(lambda t: {k: v for k, v in t.items() if k != "class_weights"}), "class_weights: missing"
     ),
-    "a tensor that is nothing": (saved(lambda t: {**t, "extra": torch.zeros(1)}), "extra: unknown"),
+    "an unknown tensor": (saved(lambda t: {**t, "extra": torch.zeros(1)}), "extra: unknown"),
 }  # fmt: skip
 
 
@@ -139,12 +139,12 @@ def test_a_damaged_head_is_refused_by_name(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(good_head, "head")
     Image.new("RGB", (40, 40)).save("x.png")
-    damage, culprit = HEADS[name]
+    damage, problem = HEADS[name]
     damage(Path("head"))
     before = set(tmp_path.rglob("*"))
     assert main(["predict", "head", "x.png"]) == 2
     out, text = capsys.readouterr()
-    assert culprit in text and "head" in text and out == ""
+    assert problem in text and "head" in text and out == ""
     assert "Traceback" not in text
     assert sum(max(1, -(-len(line) // 100)) for line in text.splitlines()) <= 24  # rows of a terminal
     assert set(tmp_path.rglob("*")) == before

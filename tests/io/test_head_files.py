@@ -1,4 +1,4 @@
-"""The files of a head: replaced whole or not at all, tied to their backbone, wherever that came from."""
+"""The files of a head: atomic replacement and checks of the backbone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def demo() -> Backbone:
 
 
 def made(backbone: Backbone, method: str = "coop", seed: int = 1, **settings: Any) -> Head:
-    """A head whose learnables were moved away from where they start."""
+    """Return a head with learned tensors that differ from their initialisation."""
     torch.manual_seed(seed)
     given = {"coop": {"context_length": 3}, "mocoop": MIXTURE}.get(method, {}) | settings
     with warnings.catch_warnings():
@@ -47,7 +47,7 @@ def pixels(backbone: Backbone, seed: int = 0) -> torch.Tensor:
 # -- plain open_clip code ---------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def plain_model(demo: Backbone) -> Any:
-    """An open_clip CLIP of its own that holds the demo's weights, made without vlprompt."""
+    """An open_clip CLIP with the demo's weights, created without vlprompt."""
     from open_clip.model import CLIP
 
     folder = Path(vlprompt.__file__).parent / "assets" / "demo_clip"
@@ -75,7 +75,7 @@ def test_saved_class_weights_are_a_linear_classifier_of_another_model(
 
 
 @torch.no_grad()
-def test_a_mixture_with_tuned_norms_serves_another_model_image_by_image(demo: Backbone, plain_model: Any) -> None:
+def test_a_mixture_with_tuned_norms_works_in_another_model_per_image(demo: Backbone, plain_model: Any) -> None:
     head = made(demo, "mocoop", tune_layer_norms=True)
     model, images = head.attach(plain_model), pixels(demo)
     features = model.encode_image(images)  # type: ignore[operator]
@@ -88,7 +88,7 @@ def test_a_mixture_with_tuned_norms_serves_another_model_image_by_image(demo: Ba
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
-def test_attach_refuses_other_weights_and_what_is_no_clip(demo: Backbone, plain_model: Any) -> None:
+def test_attach_refuses_other_weights_and_other_models(demo: Backbone, plain_model: Any) -> None:
     import copy
 
     other = copy.deepcopy(plain_model)
@@ -96,15 +96,15 @@ def test_attach_refuses_other_weights_and_what_is_no_clip(demo: Backbone, plain_
         other.visual.conv1.weight.add_(0.5)
     with pytest.raises(HeadError, match=r"with other weights \(1 of .*conv1\.weight"):
         made(demo).attach(other)
-    with pytest.raises(HeadError, match="the model is no demo"):
+    with pytest.raises(HeadError, match="the model is not demo"):
         made(demo).attach(torch.nn.Linear(2, 2))
-    with pytest.raises(HeadError, match="clip_adapter changes image features behind the tower"):
+    with pytest.raises(HeadError, match="clip_adapter changes image features after the tower"):
         made(demo, "clip_adapter").attach(plain_model)
 
 
-# -- replaced whole or not at all -------------------------------------------------------------------------------------
+# -- atomic replacement -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("step", ["os.replace", "os.rename", "os.chmod", "json.dumps"])
-def test_a_save_that_fails_at_any_step_leaves_the_older_head_whole(
+def test_a_save_that_fails_at_any_step_keeps_the_older_head(
     step: str, demo: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     older = made(demo)
@@ -126,7 +126,7 @@ def test_a_save_that_fails_at_any_step_leaves_the_older_head_whole(
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_an_interrupted_first_save_is_taken_for_no_head(
+def test_an_interrupted_first_save_is_not_a_head(
     failing: int, demo: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, replace = [], os.replace
@@ -149,22 +149,22 @@ def test_an_interrupted_first_save_is_taken_for_no_head(
     assert [path.name for path in tmp_path.iterdir()] == ["head"]
 
 
-def test_a_save_killed_between_its_two_renames_says_where_the_older_head_is(
+def test_a_save_killed_between_its_two_renames_names_the_older_head(
     demo: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = made(demo).save_pretrained(tmp_path / "head")
     folder.rename(tmp_path / ".head.older-abc")
-    with pytest.raises(HeadError, match=r"interrupted; bring the older head back: mv .*\.head\.older-abc .*head$"):
+    with pytest.raises(HeadError, match=r"interrupted; restore the older head: mv .*\.head\.older-abc .*head$"):
         load_head(folder, demo)
 
 
-def test_places_with_odd_names(demo: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_with_unusual_names(demo: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head, images = made(demo), pixels(demo)
     expected = head(images)
     for name in ("with blanks [and] *brackets*", "ü🦊", "-rf", "n" * 240, "a/b/c"):
         folder = head.save_pretrained(tmp_path / "names" / name)
         assert torch.equal(load_head(folder, demo)(images), expected)
-        head.save_pretrained(tmp_path / "names" / name)  # over itself
+        head.save_pretrained(tmp_path / "names" / name)  # replaces itself
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     head.save_pretrained(".")
@@ -176,21 +176,21 @@ def test_places_with_odd_names(demo: Backbone, tmp_path: Path, monkeypatch: pyte
     assert not torch.equal(load_head(tmp_path / "here", demo)(images), expected)
 
 
-def test_places_where_no_head_can_be(demo: Backbone, tmp_path: Path) -> None:
+def test_invalid_folders_are_refused(demo: Backbone, tmp_path: Path) -> None:
     head = made(demo)
     (tmp_path / "file").write_text("precious")
-    for name, words in (("file", "is a file"), ("file/below", "cannot be saved"), ("n" * 300, "cannot be saved")):
-        with pytest.raises(HeadError, match=words):
+    for name, message in (("file", "is a file"), ("file/below", "cannot be saved"), ("n" * 300, "cannot be saved")):
+        with pytest.raises(HeadError, match=message):
             head.save_pretrained(tmp_path / name)
-    for name, words in (("file", "is a file"), ("none", "there is no folder"), ("n" * 5000, "there is no folder")):
-        with pytest.raises(HeadError, match=words):
+    for name, message in (("file", "is a file"), ("none", "there is no folder"), ("n" * 5000, "there is no folder")):
+        with pytest.raises(HeadError, match=message):
             load_head(tmp_path / name, demo)
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "precious"
 
 
-# -- its backbone -----------------------------------------------------------------------------------------------------
+# -- the backbone -----------------------------------------------------------------------------------------------------
 def saved(kind: str, state: dict[str, torch.Tensor], folder: Path) -> tuple[str, str]:
-    """Put a small CLIP where ``load_backbone(name, pretrained)`` finds it."""
+    """Save a small CLIP and return its ``name`` and ``pretrained`` for ``load_backbone``."""
     if kind == "from-file":
         from safetensors.torch import save_file
 
@@ -199,9 +199,9 @@ def saved(kind: str, state: dict[str, torch.Tensor], folder: Path) -> tuple[str,
     from safetensors.torch import save_model
 
     backbone = Backbone.from_state_dict(state)
-    place = folder / "own"
-    place.mkdir()
-    save_model(backbone.model, str(place / "open_clip_model.safetensors"))
+    path = folder / "own"
+    path.mkdir()
+    save_model(backbone.model, str(path / "open_clip_model.safetensors"))
     visual, text = backbone.model.visual, backbone.model.transformer
     vision = {
         "image_size": int(backbone.preprocess.size),
@@ -218,12 +218,12 @@ def saved(kind: str, state: dict[str, torch.Tensor], folder: Path) -> tuple[str,
         "layers": len(text.resblocks),
     }
     model = {"embed_dim": backbone.embed_dim, "quick_gelu": True, "vision_cfg": vision, "text_cfg": texts}
-    (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
-    return f"local-dir:{place}", "openai"
+    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
+    return f"local-dir:{path}", "openai"
 
 
 @pytest.mark.parametrize("kind", ["from-file", "local-dir"])
-def test_a_head_on_own_weights_finds_them_again(
+def test_a_head_on_local_weights_loads_them_again(
     kind: str, tiny_state_dict: Callable[..., dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     name, pretrained = saved(kind, tiny_state_dict(), tmp_path)
@@ -235,9 +235,7 @@ def test_a_head_on_own_weights_finds_them_again(
         shutil.rmtree(tmp_path / "own")
     else:
         (tmp_path / "tiny.safetensors").unlink()
-    with pytest.raises(
-        HeadError, match=r"cannot be loaded by its name(.|\n)*hand it over: load_head\(folder, backbone\)"
-    ):
+    with pytest.raises(HeadError, match=r"cannot be loaded by its name(.|\n)*pass it: load_head\(folder, backbone\)"):
         load_head(folder)
     assert torch.equal(load_head(folder, backbone)(images), head(images))
 
@@ -257,7 +255,7 @@ def test_another_precision_is_refused(demo: Backbone, tmp_path: Path) -> None:
         load_head(folder, vlprompt.load_backbone("demo", precision="bf16"))
 
 
-def test_a_head_in_bfloat16_loads_by_itself(tmp_path: Path) -> None:
+def test_a_head_in_bfloat16_loads_its_backbone(tmp_path: Path) -> None:
     backbone = vlprompt.load_backbone("demo", precision="bf16")
     head, images = made(backbone), pixels(backbone)
     folder = head.save_pretrained(tmp_path / "head")
@@ -277,7 +275,7 @@ def test_other_image_constants_are_refused(
         load_head(folder, other)
 
 
-def test_loading_leaves_the_random_numbers_alone(demo: Backbone, tmp_path: Path) -> None:
+def test_loading_does_not_change_the_random_state(demo: Backbone, tmp_path: Path) -> None:
     folder = made(demo).save_pretrained(tmp_path / "head")
     torch.manual_seed(5)
     expected = torch.rand(3)

@@ -1,4 +1,4 @@
-"""Heads: the same bits in a new process, the same predictions in plain open_clip code, and nothing foreign accepted."""
+"""Heads: identical logits in a new process, use in plain open_clip code, and refusals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def images() -> torch.Tensor:
 
 
 def trained(name: str, backbone: vlprompt.Backbone, **settings: Any) -> Head:
-    """A head whose learnables were moved away from where they start."""
+    """Return a head with learned tensors that differ from their initialisation."""
     torch.manual_seed(3)
     method = vlprompt.create_method(name, backbone, NAMES, **{**SETTINGS.get(name, {}), **settings})
     state = {key: value + 0.05 * torch.randn_like(value) for key, value in method.trained_state().items()}
@@ -65,7 +65,7 @@ for head in sorted(folder.glob("*/head")):
 def saved(
     demo: vlprompt.Backbone, images: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Head, torch.Tensor]]:
-    """A head of every method, and the logits that it gives in a new process. One process loads all of them."""
+    """A head of every method with its logits in a new process, which loads all heads."""
     folder = tmp_path_factory.mktemp("heads")
     torch.save(images, folder / "images.pt")
     heads = {name: trained(name, demo) for name in vlprompt.list_methods()}
@@ -76,7 +76,7 @@ def saved(
 
 
 @pytest.mark.parametrize("name", vlprompt.list_methods())
-def test_a_new_process_gives_the_same_bits(
+def test_a_new_process_gives_identical_logits(
     name: str, saved: dict[str, tuple[Head, torch.Tensor]], images: torch.Tensor
 ) -> None:
     head, logits = saved[name]
@@ -84,7 +84,7 @@ def test_a_new_process_gives_the_same_bits(
 
 
 @pytest.mark.parametrize("name", ["zeroshot", "coop"])
-def test_text_features_serve_plain_open_clip_code(name: str, demo: vlprompt.Backbone, images: torch.Tensor) -> None:
+def test_text_features_work_in_plain_open_clip_code(name: str, demo: vlprompt.Backbone, images: torch.Tensor) -> None:
     head, model = trained(name, demo), demo.model
     weights = head.text_features()
     assert weights.shape == (3, 192)
@@ -96,7 +96,7 @@ def test_text_features_serve_plain_open_clip_code(name: str, demo: vlprompt.Back
 
 
 @pytest.mark.parametrize("tune", [False, True])
-def test_a_mixture_serves_plain_open_clip_code_image_by_image(
+def test_a_mixture_works_in_plain_open_clip_code_per_image(
     tune: bool, demo: vlprompt.Backbone, images: torch.Tensor
 ) -> None:
     head = trained("mocoop", demo, tune_layer_norms=tune)
@@ -111,7 +111,7 @@ def test_a_mixture_serves_plain_open_clip_code_image_by_image(
     assert all(torch.equal(value, before[name]) for name, value in demo.model.visual.state_dict().items())
 
 
-def test_one_matrix_of_a_mixture_comes_with_a_warning(demo: vlprompt.Backbone) -> None:
+def test_one_classifier_of_a_mixture_warns(demo: vlprompt.Backbone) -> None:
     with pytest.warns(UserWarning, match=r"text_features\(features\)"):
         weights = trained("mocoop", demo).text_features()
     torch.testing.assert_close(weights.norm(dim=-1), torch.ones(3))
@@ -129,7 +129,7 @@ def test_class_specific_context_refuses_other_classes(demo: vlprompt.Backbone) -
         trained("coop", demo, class_specific=True).with_classes(["blue heart"])
 
 
-def test_the_folder_holds_tensors_and_plain_facts_only(demo: vlprompt.Backbone, tmp_path: Path) -> None:
+def test_the_folder_holds_only_tensors_and_plain_values(demo: vlprompt.Backbone, tmp_path: Path) -> None:
     folder = trained("coop", demo).save_pretrained(tmp_path / "head")
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "head.safetensors"]
     assert sorted(load_file(folder / "head.safetensors")) == ["class_weights", "learnable.prompt.ctx"]
@@ -154,7 +154,7 @@ def test_an_older_head_is_replaced_and_survives_a_failed_save(
     assert load_head(folder, demo).method.name == "zeroshot"
 
 
-def test_a_folder_with_other_things_is_left_alone(demo: vlprompt.Backbone, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_changed(demo: vlprompt.Backbone, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(HeadError, match=r"thesis\.tex"):
         trained("zeroshot", demo).save_pretrained(tmp_path)
@@ -167,9 +167,7 @@ def test_another_backbone_is_refused(demo: vlprompt.Backbone, tiny_backbone: vlp
         load_head(folder, tiny_backbone)
 
 
-def test_a_head_on_tensors_without_a_file_asks_for_its_backbone(
-    tiny_backbone: vlprompt.Backbone, tmp_path: Path
-) -> None:
+def test_a_head_on_weights_without_a_file_needs_its_backbone(tiny_backbone: vlprompt.Backbone, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folder = trained("coop", tiny_backbone).save_pretrained(tmp_path / "head")

@@ -1,4 +1,4 @@
-"""Bi-level steps: closed forms on a quadratic, and finite differences in float64 on the miniature CLIP (3.g)."""
+"""Bi-level steps: closed forms on a quadratic, and finite differences in float64 on the tiny CLIP."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HOSTS: dict[str, dict[str, Any]] = {
 }
 
 
-# -- a quadratic, by hand -------------------------------------------------------------------------------------------
+# -- a quadratic ----------------------------------------------------------------------------------------------------
 H = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
 SUPPORT_AT, QUERY_AT = torch.tensor([1.0, -1.0]).double(), torch.tensor([0.0, 3.0]).double()
 ALPHA = 0.1
@@ -37,7 +37,7 @@ def bowl(centre: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("order", ["first", "second"])
-def test_maml_and_its_first_order_on_a_quadratic(steps: int, order: Any) -> None:
+def test_first_and_second_order_on_a_quadratic(steps: int, order: Any) -> None:
     x = torch.tensor([0.3, 0.7], dtype=torch.float64, requires_grad=True)
     moved = adapted(bowl(SUPPORT_AT), {"x": x}, {"x": ALPHA}, steps=steps, order=order)["x"]
     contraction = torch.linalg.matrix_power(torch.eye(2).double() - ALPHA * H, steps)
@@ -48,7 +48,7 @@ def test_maml_and_its_first_order_on_a_quadratic(steps: int, order: Any) -> None
     torch.testing.assert_close(gradient, contraction @ plain if order == "second" else plain)
 
 
-def test_what_the_loss_does_not_reach_stays() -> None:
+def test_tensors_without_influence_on_the_loss_do_not_change() -> None:
     x, y = torch.ones(2, dtype=torch.float64, requires_grad=True), torch.ones(1, requires_grad=True)
     moved = adapted(bowl(SUPPORT_AT), {"x": x, "y": y}, {"x": ALPHA, "y": ALPHA})
     assert moved["y"] is y and not torch.equal(moved["x"], x)
@@ -57,7 +57,7 @@ def test_what_the_loss_does_not_reach_stays() -> None:
 # -- methods --------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def wide(tiny_state_dict: Callable[..., dict[str, Tensor]]) -> Backbone:
-    """The miniature CLIP in float64."""
+    """The tiny CLIP in float64."""
     backbone = Backbone.from_state_dict(tiny_state_dict(), name="tiny")
     backbone.model.double()
     return backbone
@@ -66,11 +66,11 @@ def wide(tiny_state_dict: Callable[..., dict[str, Tensor]]) -> Backbone:
 def host(name: str, backbone: Backbone) -> PromptMethod:
     torch.manual_seed(3)
     method = create_method(name, backbone, SUPPORT, **HOSTS[name])
-    for own in method.modules():
-        if own is not backbone and not any(own is part for part in backbone.modules()):
-            for key, parameter in list(own._parameters.items()):
+    for module in method.modules():
+        if module is not backbone and not any(module is frozen for frozen in backbone.modules()):
+            for key, parameter in list(module._parameters.items()):
                 if parameter is not None:
-                    own._parameters[key] = torch.nn.Parameter(parameter.detach().double())
+                    module._parameters[key] = torch.nn.Parameter(parameter.detach().double())
     return method
 
 
@@ -82,14 +82,14 @@ def inputs(method: PromptMethod, seed: int) -> Tensor:
 
 
 class Outer:
-    """The query loss after one or more inner steps, as a function of learnables and regulator."""
+    """The query loss after inner steps, as a function of trainable parameters and regulator."""
 
     def __init__(self, name: str, backbone: Backbone, kind: Any, order: Any, steps: int, regulator: str) -> None:
         self.method, self.kind, self.order, self.steps = host(name, backbone), kind, order, steps
         shapes = {key: tuple(value.shape) for key, value in self.method.prompt_tensors()}
         torch.manual_seed(5)
         self.regulator = Regulator(shapes, backbone.embed_dim, RegulatorSettings(regulator, gate_bias=0.5)).double()  # type: ignore[arg-type]
-        with torch.no_grad():  # away from the start, where one half of a sigmoid gate is zero
+        with torch.no_grad():  # away from the initialisation, where half of a sigmoid gate is zero
             for parameter in self.regulator.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
         self.query = self.method.with_classes(QUERY)
@@ -104,7 +104,7 @@ class Outer:
         return dict(self.method.trainable_parameters())
 
     def loss(self) -> Tensor:
-        """Return the outer loss; with ``replay`` the inner gradients are those of the first call, constants."""
+        """Return the outer loss; with ``replay`` the inner gradients are constants recorded in the first call."""
         if not self.replay:
             self.kept = {}
 
@@ -140,7 +140,7 @@ class Outer:
         ("mocoop", "cross-entropy", "rescale-gate", 1),
     ],
 )
-def test_outer_gradients_are_finite_differences(
+def test_outer_gradients_match_finite_differences(
     wide: Backbone, name: str, kind: str, regulator: str, steps: int, order: str
 ) -> None:
     outer = Outer(name, wide, kind, order, steps, regulator)
@@ -167,16 +167,16 @@ def test_outer_gradients_are_finite_differences(
         analytic = float((gradient * direction).sum())
         assert analytic == pytest.approx(difference, rel=2e-4, abs=1e-8), label
         checked += abs(difference) > 1e-8
-    assert checked >= 3  # prompts and both kinds of the regulator's tensors
+    assert checked >= 3  # prompts and both kinds of tensors of the regulator
 
 
 @pytest.mark.parametrize("name", list(HOSTS))
-def test_without_inner_rate_it_is_the_plain_query_gradient(wide: Backbone, name: str) -> None:
+def test_without_inner_rate_the_gradient_is_that_of_the_query_loss(wide: Backbone, name: str) -> None:
     method = host(name, wide)
     batch, labels = inputs(method, 2), torch.arange(3)
     tensors = dict(method.trainable_parameters())
     moved = adapted(
-        lambda some: task_loss(method, some, inputs(method, 1), labels, "cross-entropy"),
+        lambda replaced: task_loss(method, replaced, inputs(method, 1), labels, "cross-entropy"),
         tensors,
         dict.fromkeys(tensors, 0.0),
     )
@@ -185,10 +185,10 @@ def test_without_inner_rate_it_is_the_plain_query_gradient(wide: Backbone, name:
     plain = torch.stack(list(method.losses(batch, labels).values())).sum()
     torch.testing.assert_close(outer, plain)
     expected = torch.autograd.grad(plain, list(tensors.values()), allow_unused=True)
-    for own, other in zip(gradients, expected, strict=True):
-        assert (own is None) == (other is None)
-        if own is not None:
-            torch.testing.assert_close(own, other)
+    for gradient, other in zip(gradients, expected, strict=True):
+        assert (gradient is None) == (other is None)
+        if gradient is not None:
+            torch.testing.assert_close(gradient, other)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.05])
@@ -207,27 +207,27 @@ def test_infonce_is_symmetric_cross_entropy(wide: Backbone) -> None:
     method = host("coop", wide)
     batch, labels = inputs(method, 1), torch.arange(3)
     logits = method(batch)
-    losses = [torch.nn.functional.cross_entropy(own, labels) for own in (logits, logits.t())]
-    found = task_loss(method, dict(method.trainable_parameters()), batch, labels, "infonce")
-    torch.testing.assert_close(found, torch.stack(losses).mean())
+    losses = [torch.nn.functional.cross_entropy(rows, labels) for rows in (logits, logits.t())]
+    loss = task_loss(method, dict(method.trainable_parameters()), batch, labels, "infonce")
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
 
 
 @pytest.mark.parametrize(
     ("name", "prompts"),
     [
         ("coop", {"prompt.ctx"}),
-        ("cocoop", {"prompt.ctx"}),  # the meta-network's gradients stay raw (seed_methods 3.d)
+        ("cocoop", {"prompt.ctx"}),  # gradients of the meta-network are not regulated
         ("vpt", {"visual.input", "visual.deep.0"}),
         ("ivlp", {"context.ctx", "context.deep.0", "visual.input", "visual.deep.0"}),
         ("maple", {"prompts.context.ctx", "prompts.context.deep.0"}),
     ],
 )
-def test_what_is_regulated(tiny_backbone: Backbone, name: str, prompts: set[str]) -> None:
+def test_only_prompts_are_regulated(tiny_backbone: Backbone, name: str, prompts: set[str]) -> None:
     method = create_method(name, tiny_backbone, SUPPORT, **HOSTS[name])
     assert {key for key, _ in method.prompt_tensors()} == prompts
 
 
-def test_of_a_mixture_neither_router_nor_norms_are_regulated(tiny_backbone: Backbone) -> None:
+def test_router_and_norms_of_a_mixture_are_not_regulated(tiny_backbone: Backbone) -> None:
     names = {key for key, _ in create_method("mocoop", tiny_backbone, SUPPORT).prompt_tensors()}
     assert "experts.before.0" in names and not any(key.startswith(("gate", "norms")) for key in names)
 

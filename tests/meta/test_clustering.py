@@ -1,4 +1,4 @@
-"""Topics and domains: planted ones are found, every pair has one, and the file that keeps them."""
+"""Topics and domains: planted clusters, completeness, reproducibility and the file of clusters."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TOPICS, DOMAINS, EACH = 4, 3, 10
 
 
 def planted(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Raw image and caption features ``[120, 32]``, and the true ``(topic, domain)`` ``[120, 2]``, shuffled."""
+    """Return raw image and caption features ``[120, 32]`` and the true ``(topic, domain)`` ``[120, 2]``, shuffled."""
     generator = torch.Generator().manual_seed(seed)
     axes = torch.linalg.qr(torch.randn(32, 32, generator=generator))[0]
     truth = torch.cartesian_prod(torch.arange(TOPICS), torch.arange(DOMAINS)).repeat(EACH, 1)
     truth = truth[torch.randperm(len(truth), generator=generator)]
 
     def noisy(x: Tensor) -> Tensor:
-        lengths = 1 + 9 * torch.rand(len(x), 1, generator=generator)  # direction counts, length does not
+        lengths = 1 + 9 * torch.rand(len(x), 1, generator=generator)  # only the direction matters
         return lengths * (x + 0.05 * torch.randn(x.shape, generator=generator))
 
     topic = axes[truth[:, 0]]
@@ -46,21 +46,21 @@ def clustered(seed: int = 0, **changes: int) -> Clusters:
 
 
 def test_planted_topics_and_domains_are_found() -> None:
-    found, truth = clustered(), planted()[2]
-    ours = torch.stack([found.topic, found.domain], dim=1).tolist()
+    clusters, truth = clustered(), planted()[2]
+    ours = torch.stack([clusters.topic, clusters.domain], dim=1).tolist()
     pairs = {(tuple(a), tuple(b)) for a, b in zip(ours, truth.tolist(), strict=True)}
     assert len(pairs) == TOPICS * DOMAINS  # one to one
-    assert found.kept.all()
+    assert clusters.kept.all()
 
 
 def test_rows_belong_to_the_nearest_unit_centre() -> None:
     images, captions, _ = planted()
-    found = clustered()
-    assert torch.allclose(found.topic_centres.norm(dim=1), torch.ones(TOPICS))
-    assert torch.allclose(found.domain_centres.norm(dim=2), torch.ones(TOPICS, DOMAINS))
-    assert torch.equal((F.normalize(captions, dim=1) @ found.topic_centres.t()).argmax(1), found.topic)
-    cosines = torch.einsum("nd,nkd->nk", F.normalize(images, dim=1), found.domain_centres[found.topic])
-    assert torch.equal(cosines.argmax(1), found.domain)
+    clusters = clustered()
+    assert torch.allclose(clusters.topic_centres.norm(dim=1), torch.ones(TOPICS))
+    assert torch.allclose(clusters.domain_centres.norm(dim=2), torch.ones(TOPICS, DOMAINS))
+    assert torch.equal((F.normalize(captions, dim=1) @ clusters.topic_centres.t()).argmax(1), clusters.topic)
+    cosines = torch.einsum("nd,nkd->nk", F.normalize(images, dim=1), clusters.domain_centres[clusters.topic])
+    assert torch.equal(cosines.argmax(1), clusters.domain)
 
 
 @given(
@@ -74,18 +74,18 @@ def test_every_pair_has_exactly_one_topic_and_domain(
     images, captions = torch.randn(2, pairs, 5, generator=generator)
     if repeated:  # fewer different captions than topics
         captions = captions[torch.arange(pairs) % 2]
-    found = cluster(images, captions, topics=topics, domains=domains, least=least, seed=seed)
-    members = found.members()
+    clusters = cluster(images, captions, topics=topics, domains=domains, least=least, seed=seed)
+    members = clusters.members()
     assert sorted(row for rows in members.values() for row in rows) == list(range(pairs))
     for topic in range(topics):
-        assert bool(found.topic_centres[topic].any()) == any(key[0] == topic for key in members)
+        assert bool(clusters.topic_centres[topic].any()) == any(key[0] == topic for key in members)
         for domain in range(domains):
             size = len(members.get((topic, domain), []))
-            assert bool(found.kept[topic, domain]) == (size >= least)
-            assert bool(found.domain_centres[topic, domain].any()) == (size > 0)
+            assert bool(clusters.kept[topic, domain]) == (size >= least)
+            assert bool(clusters.domain_centres[topic, domain].any()) == (size > 0)
 
 
-def test_the_seed_decides_and_threads_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_result_depends_on_the_seed_and_not_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     noise = torch.randn(2, 300, 16, generator=torch.Generator().manual_seed(1))
 
     def run(seed: int) -> Clusters:
@@ -105,8 +105,8 @@ def test_the_seed_decides_and_threads_do_not(monkeypatch: pytest.MonkeyPatch) ->
 def test_mini_batches_find_planted_topics(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = clustered()
     monkeypatch.setattr(clustering, "EXACT_ROWS", 10)
-    found = clustered()
-    assert len(set(zip(exact.topic.tolist(), found.topic.tolist(), strict=True))) == TOPICS
+    approximate = clustered()
+    assert len(set(zip(exact.topic.tolist(), approximate.topic.tolist(), strict=True))) == TOPICS
 
 
 def test_small_domains_are_not_kept() -> None:
@@ -121,7 +121,7 @@ def test_fewer_rows_than_clusters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"topics": 0}, "tasks.topics is 0; accepted: whole numbers from 1"),
         ({"domains": 1}, "tasks.domains is 1; accepted: whole numbers from 2"),
@@ -129,33 +129,33 @@ def test_fewer_rows_than_clusters() -> None:
         ({"seed": -1}, "seed is -1"),
     ],
 )
-def test_settings_out_of_range(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         clustered(**changes)
 
 
-def test_features_that_do_not_fit() -> None:
+def test_unsuitable_features_are_refused() -> None:
     images, captions, _ = planted()
-    own = {"topics": 2, "domains": 2, "least": 1, "seed": 0}
-    for one, two in ((images[:5], captions), (images[0], captions), (images[:0], captions[:0])):
+    options = {"topics": 2, "domains": 2, "least": 1, "seed": 0}
+    for first, second in ((images[:5], captions), (images[0], captions), (images[:0], captions[:0])):
         with pytest.raises(DataError, match="have shapes"):
-            cluster(one, two, **own)
+            cluster(first, second, **options)
     captions[7, 2] = float("nan")
     with pytest.raises(DataError, match="caption features are not finite numbers in 1 of 120 rows, first in row 7"):
-        cluster(images, captions, **own)
+        cluster(images, captions, **options)
 
 
-def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_scikit_learn_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
     with pytest.raises(ConfigError, match=r'pip install "vlprompt\[meta\]"'):
         clustered()
 
 
-def test_saved_clusters_come_back(tmp_path: Path) -> None:
-    found, path = clustered(), tmp_path / "clusters.safetensors"
-    found.save(path)
-    found.save(path)  # over an older one
-    assert same(Clusters.load(path), found)
+def test_saved_clusters_are_restored(tmp_path: Path) -> None:
+    clusters, path = clustered(), tmp_path / "clusters.safetensors"
+    clusters.save(path)
+    clusters.save(path)  # replaces the older file
+    assert same(Clusters.load(path), clusters)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
@@ -169,12 +169,12 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
             Clusters.load(path)
 
 
-def test_other_files_and_folders(tmp_path: Path) -> None:
+def test_other_files_and_missing_folders_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     other = tmp_path / "other.safetensors"
     save_file({"topic": torch.zeros(3)}, other)
-    with pytest.raises(DataError, match="holds no clusters: it says 'no schema'"):
+    with pytest.raises(DataError, match="holds no clusters: its schema is 'no schema'"):
         Clusters.load(other)
     with pytest.raises(DataError, match="There is no file"):
         Clusters.load(tmp_path / "none")
@@ -183,7 +183,7 @@ def test_other_files_and_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("topic", torch.full((120,), TOPICS), "topic holds numbers outside 0 to 3"),
         ("domain", torch.full((120,), -1), "domain holds numbers outside 0 to 2"),
@@ -193,22 +193,22 @@ def test_other_files_and_folders(tmp_path: Path) -> None:
         ("topic_centres", torch.zeros(3), "expected topic \\[N\\]"),
     ],
 )
-def test_clusters_must_fit_together(name: str, value: Tensor, said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_mismatched_clusters_are_refused(name: str, value: Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         replace(clustered(), **{name: value})
 
 
-def test_residuals_hold_the_look_and_not_what_captions_say() -> None:
+def test_residuals_hold_the_style_and_not_the_content_of_captions() -> None:
     generator = torch.Generator().manual_seed(3)
-    things = F.normalize(torch.randn(40, 16, generator=generator), dim=1)
-    looks = torch.randn(2, 16, generator=generator)
-    thing, look = torch.arange(400) % 40, torch.arange(400) // 200
-    images = 4 * things[thing] @ torch.randn(16, 16, generator=generator) + looks[look]
+    contents = F.normalize(torch.randn(40, 16, generator=generator), dim=1)
+    styles = torch.randn(2, 16, generator=generator)
+    content, style = torch.arange(400) % 40, torch.arange(400) // 200
+    images = 4 * contents[content] @ torch.randn(16, 16, generator=generator) + styles[style]
 
     def agreement(features: torch.Tensor) -> float:
-        found, _ = spherical_kmeans(features, 2, 0)
-        same = float((found == look).float().mean())
+        labels, _ = spherical_kmeans(features, 2, 0)
+        same = float((labels == style).float().mean())
         return max(same, 1 - same)
 
-    assert agreement(without_caption(images, things[thing])) > 0.95
+    assert agreement(without_caption(images, contents[content])) > 0.95
     assert agreement(images) < 0.7

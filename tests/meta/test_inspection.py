@@ -1,4 +1,4 @@
-"""The page of topics, domains and tasks: what is on it, that captions cannot act, and its size."""
+"""The page of topics, domains and tasks: its contents, escaping of captions, and size."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from vlprompt.meta.tasks import TaskSampler
 EVIL = '<script>alert(1)</script>" onerror="alert(2)'
 
 
-def toy(topics: int = 2, domains: int = 3, each: int = 12) -> tuple[Clusters, list[str]]:
-    cells = [(t, d, c) for t in range(topics) for d in range(domains) for c in range(each)]
+def toy(topics: int = 2, domains: int = 3, pairs: int = 12) -> tuple[Clusters, list[str]]:
+    cells = [(t, d, c) for t in range(topics) for d in range(domains) for c in range(pairs)]
     topic, domain, _ = torch.tensor(cells).t().contiguous()
     kept = torch.ones(topics, domains, dtype=torch.bool)
     clusters = Clusters(topic, domain, torch.zeros(topics, 4), torch.zeros(topics, domains, 4), kept)
@@ -28,8 +28,8 @@ def toy(topics: int = 2, domains: int = 3, each: int = 12) -> tuple[Clusters, li
 
 
 def picture(row: int) -> Image.Image:
-    blots = np.random.default_rng(row).integers(0, 256, (10, 20, 3), dtype=np.uint8)
-    return Image.fromarray(blots).resize((200, 100))
+    pixels = np.random.default_rng(row).integers(0, 256, (10, 20, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((200, 100))
 
 
 class Tags(HTMLParser):
@@ -48,7 +48,7 @@ def test_topics_domains_and_tasks_are_shown() -> None:
     clusters, captions = toy()
     sampler = TaskSampler(clusters, captions, support=4, query=5, seed=0)
     page = inspection_page(clusters, sampler, captions, picture, tasks=2)
-    assert "72 pairs. Topics: 2, of which 2 can give tasks" in page
+    assert "72 pairs. Topics: 2; 2 of them can be used for tasks" in page
     assert "Topic 0: 36 pairs" in page and page.count(": 12 pairs</h3>") == 6
     images = [attributes for tag, attributes in Tags(page).found if tag == "img"]
     assert len(images) == 2 * 3 * 8 + 2 * (4 + 5)
@@ -58,7 +58,7 @@ def test_topics_domains_and_tasks_are_shown() -> None:
     assert page == inspection_page(clusters, sampler, captions, picture, tasks=2)
 
 
-def test_telling_words_come_first() -> None:
+def test_distinctive_words_come_first() -> None:
     clusters, captions = toy()
     topics = inspection_page(clusters, None, captions, picture).split("<h2>")[2:]
     words = [re.findall(r'(\w+) <span class="note">(\d+)', topic) for topic in topics]
@@ -66,7 +66,7 @@ def test_telling_words_come_first() -> None:
     assert [word for word, _ in words[0]].index("the") > 0
 
 
-def test_captions_are_text_and_nothing_else() -> None:
+def test_captions_are_escaped() -> None:
     clusters, captions = toy()
     captions = [f"{EVIL} {row}" for row in range(len(captions))]
     sampler = TaskSampler(
@@ -77,11 +77,11 @@ def test_captions_are_text_and_nothing_else() -> None:
     tags = Tags(page).found
     assert "script" not in {tag for tag, _ in tags}
     assert not [key for _, attributes in tags for key in attributes if key.startswith("on")]
-    assert f"{EVIL} 0" in {attributes.get("title") for _, attributes in tags}  # as it was, for the reader
+    assert f"{EVIL} 0" in {attributes.get("title") for _, attributes in tags}  # shown unchanged
     assert "{{" not in page
 
 
-def test_the_page_needs_nothing_else() -> None:
+def test_the_page_is_self_contained() -> None:
     clusters, captions = toy()
     tags = Tags(inspection_page(clusters, None, captions, picture)).found
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in tags}
@@ -100,13 +100,13 @@ def test_dropped_and_unused_domains_are_marked() -> None:
     assert page.count(", not used</h3>") == 1 and page.count('<div class="out">') == 3
 
 
-def test_without_tasks() -> None:
+def test_page_without_tasks() -> None:
     clusters, captions = toy()
     page = inspection_page(clusters, None, captions, picture)
-    assert "No task is shown" in page and "of which 0 can give tasks" in page
+    assert "There are no tasks" in page and "0 of them can be used for tasks" in page
 
 
-def test_unreadable_pictures_leave_a_gap() -> None:
+def test_unreadable_images_leave_a_gap() -> None:
     clusters, captions = toy()
 
     def broken(row: int) -> Image.Image:
@@ -120,14 +120,14 @@ def test_unreadable_pictures_leave_a_gap() -> None:
 
 
 def test_the_page_of_many_topics_stays_small() -> None:
-    clusters, captions = toy(topics=250, domains=4, each=10)
+    clusters, captions = toy(topics=250, domains=4, pairs=10)
     page = inspection_page(clusters, None, captions, picture)
     assert page.count("<img ") <= 2000 and page.count("<h2>Topic") == 200
-    assert "The 200 largest topics are shown" in page and "at most 2 pictures of 64 pixels" in page
+    assert "The 200 largest topics are shown" in page and "at most 2 images of 64 pixels" in page
     assert len(page) < 6e6
 
 
-def test_without_jinja2(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_jinja2_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     clusters, captions = toy()
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ConfigError, match=r'pip install "vlprompt\[meta\]"'):

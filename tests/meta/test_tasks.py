@@ -1,4 +1,4 @@
-"""Captions as class names, and tasks: two domains of one topic, different captions, pseudo-classes that support has."""
+"""Captions as class names, and tasks: two domains of one topic, different captions, pseudo-classes of the support."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORDS = "red blue green old new small large round".split()
 
 
 def toy(topics: int = 3, domains: int = 3, captions: int = 8, copies: int = 2) -> tuple[Clusters, list[str]]:
-    """Clusters whose every domain holds ``copies`` pairs of each of its topic's captions."""
+    """Return clusters in which every domain holds ``copies`` pairs of each caption of its topic."""
     cells = [(t, d, c) for t in range(topics) for d in range(domains) for c in range(captions) for _ in range(copies)]
     topic, domain, _ = torch.tensor(cells).t().contiguous()
     kept = torch.ones(topics, domains, dtype=torch.bool)
@@ -32,10 +32,10 @@ def sampler(**changes: Any) -> TaskSampler:
 
 
 def features(captions: list[str], groups: int = 3) -> torch.Tensor:
-    """``[N, groups]``, near one axis each by the number in the caption; equal captions have equal features."""
+    """Return ``[N, groups]``: the number in a caption selects the nearest axis; equal captions have equal features."""
     numbers = torch.tensor([int(caption.split()[3]) for caption in captions])
-    bent = torch.stack([numbers.cos(), numbers.sin(), (2 * numbers).cos()], dim=1)
-    return 5 * (F.one_hot(numbers % groups, groups) + 0.1 * bent)
+    offsets = torch.stack([numbers.cos(), numbers.sin(), (2 * numbers).cos()], dim=1)
+    return 5 * (F.one_hot(numbers % groups, groups) + 0.1 * offsets)
 
 
 def tasks_of(ours: TaskSampler, count: int = 30) -> list[Task]:
@@ -65,12 +65,12 @@ def test_captions_become_class_names(tiny_backbone: Backbone) -> None:
 
 def test_words_are_never_cut(tiny_backbone: Backbone) -> None:
     assert fit_captions(tiny_backbone.text, ["a floccinaucinihilipilification"], 3) == ["a"]
-    long = "antidisestablishmentarianism " * 20  # more than 200 characters before it has 300 tokens
+    long = "antidisestablishmentarianism " * 20  # reaches 200 characters before 300 tokens
     (fitted,) = fit_captions(tiny_backbone.text, [long], 300)
     assert len(fitted) <= 200 and set(fitted.split()) == {"antidisestablishmentarianism"}
 
 
-def test_captions_of_which_nothing_is_left(tiny_backbone: Backbone) -> None:
+def test_captions_that_become_empty_are_listed(tiny_backbone: Backbone) -> None:
     given = ["fine", " \n", "___", "x" * 3000, "\u200d\ufeff", "floccinaucinihilipilification", "&nbsp;"]
     with pytest.raises(DataError) as error:
         fit_captions(tiny_backbone.text, given, 3)
@@ -79,7 +79,7 @@ def test_captions_of_which_nothing_is_left(tiny_backbone: Backbone) -> None:
     assert all(f"pair {row}: " in text for row in range(1, 7)) and "tasks.caption_tokens" in text and len(text) < 1000
 
 
-def test_captions_need_a_number_of_tokens(tiny_backbone: Backbone) -> None:
+def test_number_of_tokens_must_be_positive(tiny_backbone: Backbone) -> None:
     with pytest.raises(ConfigError, match="tasks.caption_tokens is 0; accepted: whole numbers from 1"):
         fit_captions(tiny_backbone.text, ["a"], 0)
 
@@ -111,7 +111,7 @@ def test_captions_are_classes() -> None:
     assert task.support_labels == (0, 1, 2, 3) and task.query_labels == (0, 1, 2, 3, 4, 5)
 
 
-def test_captions_that_differ_in_case_are_one() -> None:
+def test_captions_that_differ_only_in_case_are_equal() -> None:
     clusters, captions = toy(captions=4, copies=2)
     captions = [caption.upper() if row % 2 else caption for row, caption in enumerate(captions)]
     for task in tasks_of(TaskSampler(clusters, captions, support=4, query=4, seed=0)):
@@ -121,12 +121,12 @@ def test_captions_that_differ_in_case_are_one() -> None:
 
 
 @pytest.mark.parametrize("labels", ["captions", "clusters"])
-def test_tasks_depend_on_seed_step_and_slot_alone(labels: str) -> None:
-    own: dict[str, Any] = {"labels": labels, "caption_features": features(toy()[1])}
-    first, second = sampler(**own), sampler(**own)
-    later = second.task(7, 1)  # asked for in another order
+def test_tasks_depend_only_on_seed_step_and_slot(labels: str) -> None:
+    options: dict[str, Any] = {"labels": labels, "caption_features": features(toy()[1])}
+    first, second = sampler(**options), sampler(**options)
+    later = second.task(7, 1)  # drawn in another order
     assert [first.task(0, 0), first.task(0, 1), first.task(7, 1)] == [second.task(0, 0), second.task(0, 1), later]
-    assert len({first.task(0, 0), first.task(0, 1), first.task(1, 0), sampler(seed=2, **own).task(0, 0)}) == 4
+    assert len({first.task(0, 0), first.task(0, 1), first.task(1, 0), sampler(seed=2, **options).task(0, 0)}) == 4
 
 
 # -- pseudo-classes ------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_support_has_every_pseudo_class(classes: int) -> None:
         assert set(task.query_labels) <= set(task.support_labels)
         label_of: dict[str, int] = {}
         rows = [*zip(task.support, task.support_labels, strict=True), *zip(task.query, task.query_labels, strict=True)]
-        for row, label in rows:  # one class for one caption, and each named by one of its own
+        for row, label in rows:  # a caption has one class; a class is named by one of its captions
             assert label_of.setdefault(captions[row], label) == label
         assert all(label_of[name] == label for label, name in enumerate(task.support_classes))
 
@@ -151,12 +151,12 @@ def test_pseudo_classes_are_the_planted_groups() -> None:
         sampler(support=8, query=8, labels="clusters", classes=3, caption_features=features(captions))
     ):
         groups = [[int(captions[row].split()[3]) % 3 for row in rows] for rows in (task.support, task.query)]
-        found = set(zip(groups[0] + groups[1], task.support_labels + task.query_labels, strict=True))
-        assert len(found) == 3
+        matches = set(zip(groups[0] + groups[1], task.support_labels + task.query_labels, strict=True))
+        assert len(matches) == 3
 
 
-def test_domains_whose_captions_fall_apart_still_have_two_classes() -> None:
-    # Captions of domain 1 are far from those of domain 0, so that two joint groups would be the two domains.
+def test_domains_with_separate_captions_still_have_two_classes() -> None:
+    # Captions of domain 1 are far from those of domain 0, so two joint groups would be the two domains.
     clusters, _ = toy(topics=1, domains=2, captions=4, copies=1)
     captions = [f"caption {row}" for row in range(8)]
     near = torch.tensor([[1, 0.1, 0], [1, 0.12, 0], [1, -0.1, 0], [1, -0.12, 0]])
@@ -171,7 +171,7 @@ def test_domains_whose_captions_fall_apart_still_have_two_classes() -> None:
 
 # -- errors -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"support": 1}, "tasks.support is 1; accepted: whole numbers from 2"),
         ({"query": 2.0}, "tasks.query is 2.0"),
@@ -182,12 +182,12 @@ def test_domains_whose_captions_fall_apart_still_have_two_classes() -> None:
         ({"labels": "clusters"}, "needs caption_features"),
     ],
 )
-def test_settings_out_of_range(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         sampler(**changes)
 
 
-def test_other_pairs_than_were_clustered() -> None:
+def test_captions_or_features_of_other_pairs_are_refused() -> None:
     clusters, captions = toy()
     with pytest.raises(DataError, match="143 captions for 144 clustered pairs"):
         TaskSampler(clusters, captions[1:], seed=0)
@@ -195,7 +195,7 @@ def test_other_pairs_than_were_clustered() -> None:
         TaskSampler(clusters, captions, seed=0, caption_features=torch.zeros(3, 4))
 
 
-def test_no_usable_topic_shows_what_there_is() -> None:
+def test_no_usable_topic_lists_all_topics() -> None:
     clusters, captions = toy(topics=2, domains=2)
     clusters.kept[1, 0] = False
     with pytest.raises(ConfigError) as error:
@@ -209,7 +209,7 @@ def test_no_usable_topic_shows_what_there_is() -> None:
         TaskSampler(clusters, captions, support=2, query=2, seed=0)
 
 
-def test_topics_with_one_usable_domain_are_left_out() -> None:
+def test_topics_with_one_usable_domain_are_skipped() -> None:
     clusters, captions = toy()
     clusters.kept[1, :2] = False
     clusters.kept[2, 0] = False

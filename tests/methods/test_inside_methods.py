@@ -140,7 +140,7 @@ def test_an_open_clip_model_takes_the_image_side(tiny_backbone: Backbone, images
 
 @pytest.mark.parametrize("name", ["apt", "vpt"])
 def test_an_open_clip_model_cannot_hold_what_is_no_weight(tiny_backbone: Backbone, name: str) -> None:
-    with pytest.raises(HeadError, match=f"what {name} learned on the image side is not weights of the tower"):
+    with pytest.raises(HeadError, match=f"the image-side parameters of {name} are not weights of the tower"):
         Head(make(tiny_backbone, name)).attach(tiny_backbone.model)
 
 

@@ -233,7 +233,7 @@ def test_damaged_finished_run(
     [
         ("last.ckpt", b"", r"last.ckpt cannot be read .*--force"),
         ("last.ckpt", b"PK\x03\x04 cut short", r"last.ckpt cannot be read .*--force"),
-        ("metrics.jsonl", b'{"epoch": 0, "l', "metrics.jsonl, line 1, is no epoch's metrics.*--force"),
+        ("metrics.jsonl", b'{"epoch": 0, "l', "metrics.jsonl, line 1, is not the metrics of an epoch.*--force"),
     ],
 )
 def test_damaged_unfinished_run(

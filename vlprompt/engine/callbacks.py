@@ -1,4 +1,4 @@
-"""What happens beside the training steps: the metrics file and checkpoints that survive being killed."""
+"""Callbacks of training: the metrics file and atomically written checkpoints."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints written to a temporary name and renamed, and read as tensors only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write ``checkpoint``; a process killed meanwhile leaves the previous file whole."""
+        """Write ``checkpoint`` atomically: if the process is killed, the previous file remains."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, temporary.open("wb") as file:
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read a checkpoint without unpickling anything but tensors and plain values.
+        """Read a checkpoint; only tensors and plain values are unpickled.
 
         Raises:
-            HeadError: The file is damaged or not one of ours.
+            HeadError: The file is damaged or not a checkpoint of vlprompt.
         """
         try:
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise HeadError(
                 f"the checkpoint {path} cannot be read ({type(error).__name__}); it is damaged or not vlprompt's. "
-                "Start this run anew with --force."
+                "Restart this run with --force."
             ) from error
         if not isinstance(checkpoint, dict) or not {"state_dict", "epoch", "loops"} <= checkpoint.keys():
-            raise HeadError(f"the checkpoint {path} is not one of a training run. Start this run anew with --force.")
+            raise HeadError(f"the checkpoint {path} is not one of a training run. Restart this run with --force.")
         return checkpoint
 
 
 def last_checkpoint_callback(folder: Path) -> ModelCheckpoint:
-    """Return the callback that keeps ``folder/last.ckpt``, renewed at the end of every epoch."""
+    """Return the callback that writes ``folder/last.ckpt`` at the end of every epoch."""
     return ModelCheckpoint(
         dirpath=folder,
         filename=Path(LAST_CHECKPOINT).stem,
@@ -73,7 +73,7 @@ class MetricsFile(pl.Callback):
         self.lines = [line for line in known if line["epoch"] < trainer.current_epoch]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the rate that this epoch is trained with; the scheduler moves on before the epoch's end."""
+        """Record the learning rate of this epoch, because the scheduler steps before the end of the epoch."""
         self.lr = trainer.optimizers[0].param_groups[0]["lr"]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -85,10 +85,10 @@ class MetricsFile(pl.Callback):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a ``metrics.jsonl``; none when there is no file.
+    """Return the lines of a ``metrics.jsonl``; an empty list if there is no file.
 
     Raises:
-        ConfigError: A line is not a JSON object with its epoch.
+        ConfigError: A line is not a JSON object with an epoch.
     """
     if not path.is_file():
         return []
@@ -99,6 +99,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             line = None
         if not isinstance(line, dict) or not isinstance(line.get("epoch"), int):
-            raise ConfigError(f"{path}, line {number}, is no epoch's metrics: {text[:60]!r}. Start anew with --force.")
+            raise ConfigError(
+                f"{path}, line {number}, is not the metrics of an epoch: {text[:60]!r}. Restart with --force."
+            )
         lines.append(line)
     return lines

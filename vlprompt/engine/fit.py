@@ -1,4 +1,4 @@
-"""Builds the Trainer of a run and fits or tests with it; loops, processes, precision and loggers are Lightning's."""
+"""The Trainer of a run, fitting and testing. Loops, processes, precision and loggers are those of Lightning."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def make_trainer(
     gradient: bool = False,
     callbacks: Sequence[pl.Callback] = (),
 ) -> pl.Trainer:
-    """Return the Trainer that writes into ``folder``; with ``gradient`` its evaluation may differentiate.
+    """Return a Trainer that writes into ``folder``; ``gradient`` allows gradients in evaluation.
 
-    ``callbacks`` come beside those that keep checkpoint and metrics.
+    ``callbacks`` are added to those that write the checkpoint and the metrics.
 
     Raises:
-        ConfigError: A logger that is not installed, or more devices than there are.
+        ConfigError: A logger is not installed, or there are fewer devices than requested.
     """
     check_devices(config)
     strategy: Any = "auto"
     if config.devices > 1:
-        # Every learnable is used in every step, and the frozen backbone has no buffers to send around.
+        # Every step uses all trainable parameters, and the frozen backbone has no buffers to broadcast.
         strategy = DDPStrategy(find_unused_parameters=False, broadcast_buffers=False)
-    own: list[pl.Callback] = [last_checkpoint_callback(folder), MetricsFile(folder / METRICS)]
+    standard: list[pl.Callback] = [last_checkpoint_callback(folder), MetricsFile(folder / METRICS)]
     if config.progress:
-        own.append(RichProgressBar(leave=False))
+        standard.append(RichProgressBar(leave=False))
     with quiet():
         return pl.Trainer(
             accelerator=config.accelerator,
@@ -57,7 +57,7 @@ def make_trainer(
             accumulate_grad_batches=config.accumulate,
             max_epochs=epochs,
             logger=_loggers(config, folder) or False,
-            callbacks=[*own, *callbacks],
+            callbacks=[*standard, *callbacks],
             plugins=[AtomicCheckpointIO()],
             enable_progress_bar=config.progress,
             enable_model_summary=False,
@@ -71,7 +71,7 @@ def make_trainer(
 
 
 def check_devices(config: TrainerConfig) -> None:
-    """Raise ConfigError when ``config`` asks for an accelerator or a number of GPUs that the machine lacks."""
+    """Raise ConfigError if this machine lacks the accelerator or the number of GPUs that ``config`` requests."""
     gpus = torch.cuda.device_count()
     if config.accelerator == "gpu" and not gpus:
         raise ConfigError("trainer.accelerator is 'gpu' but torch sees no GPU here; use --trainer.accelerator cpu")
@@ -84,7 +84,7 @@ def _loggers(config: TrainerConfig, folder: Path) -> list[Logger]:
     for name in config.loggers:
         package = {"tensorboard": "tensorboard", "wandb": "wandb"}[name]
         if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"trainer.loggers asks for {name!r}, which is not installed; run: pip install {package}")
+            raise ConfigError(f"trainer.loggers requests {name!r}, which is not installed; run: pip install {package}")
         if name == "tensorboard":
             from pytorch_lightning.loggers import TensorBoardLogger
 
@@ -97,18 +97,18 @@ def _loggers(config: TrainerConfig, folder: Path) -> list[Logger]:
 
 
 def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, folder: Path) -> None:
-    """Fit ``module``, going on from ``folder``'s last checkpoint where there is one."""
+    """Fit ``module``, resuming from the last checkpoint in ``folder`` if there is one."""
     last = folder / LAST_CHECKPOINT
     with quiet(), _interruptible(trainer):
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
 
 
 def test(trainer: pl.Trainer, module: PromptModule, data: pl.LightningDataModule) -> dict[str, Any]:
-    """Return what the test images give, each counted once.
+    """Return the scores of the test images, each counted once.
 
-    ``{"accuracy": percent, "correct": n, "total": n}``. For another headline metric of ``module`` its name stands in
-    ``"metric"``, beside all that was measured (:func:`vlprompt.engine.metrics.plain_score`); ``module.per_class`` holds
-    the counts per class.
+    The result is ``{"accuracy": percent, "correct": n, "total": n}``. For another headline metric of ``module`` it
+    holds the metric's name as ``"metric"`` and all measured values (:func:`vlprompt.engine.metrics.plain_score`).
+    ``module.per_class`` holds the counts per class.
     """
     with quiet(), _interruptible(trainer):
         (scores,) = trainer.test(module, datamodule=data, verbose=False)
@@ -117,7 +117,7 @@ def test(trainer: pl.Trainer, module: PromptModule, data: pl.LightningDataModule
 
 @contextmanager
 def _interruptible(trainer: pl.Trainer) -> Iterator[None]:
-    """Hand on Ctrl-C as what it is: the Trainer turns it into an exit with status 1."""
+    """Raise KeyboardInterrupt on Ctrl-C, which the Trainer turns into an exit with status 1."""
     try:
         yield
     except SystemExit:
@@ -128,7 +128,7 @@ def _interruptible(trainer: pl.Trainer) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence Lightning's advice: hardware listings, worker counts, checkpoint folders that exist on purpose."""
+    """Silence Lightning's messages about hardware, worker counts and existing checkpoint folders."""
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""The most memory that a stretch of work took: on the GPU what torch had, on the CPU what the process had."""
+"""Peak memory of a block of code: torch's allocations on the GPU, the process's memory on the CPU."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass
 class Peak:
-    """The peak in MB (10^6 bytes) once the work is over; ``None`` where the system does not tell."""
+    """Peak in MB (10^6 bytes), set at the end of the block; ``None`` if the system does not report it."""
 
     megabytes: float | None = None
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Measure the peak of what runs inside; of a CPU process with interpreter, libraries and weights (Linux only)."""
+    """Measure the peak inside the block; on the CPU (Linux only) it includes interpreter, libraries and weights."""
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -30,7 +30,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         return
     known = True
     try:
-        _RESET.write_text("5")  # the process's peak starts anew from what it has now
+        _RESET.write_text("5")  # reset the peak to the current memory
     except OSError:
         known = False
     yield peak

@@ -1,4 +1,4 @@
-"""The tasks of meta-training as batches: the same ones whatever the number of processes, workers or interruptions."""
+"""Batches of meta-training tasks, independent of the number of processes and workers and of interruptions."""
 
 from __future__ import annotations
 
@@ -23,38 +23,38 @@ Batch = dict[str, Any]
 
 
 class StepSampler(KeySampler):
-    """Yield ``(outer step, slot)``: rank ``r`` of ``W`` takes the slots ``r``, ``r + W``, ... of every outer step."""
+    """Samples ``(outer step, slot)``: rank ``r`` of ``W`` gets the slots ``r``, ``r + W``, ... of every outer step."""
 
     def __init__(self, config: MetaConfig, *, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(config.save_every * config.tasks_per_step, rank=rank, world_size=world_size)
         self.config = config
 
     def __iter__(self) -> Iterator[Key]:
-        """Yield this rank's keys of the current epoch, which is ``save_every`` outer steps."""
+        """Yield this rank's keys of the current epoch of ``save_every`` outer steps."""
         every = self.config.save_every
         for step in range(self.epoch * every, (self.epoch + 1) * every):
             for slot in range(self.rank, self.config.tasks_per_step, self.num_replicas):
                 yield step, slot
 
     def __len__(self) -> int:
-        """Return the number of keys this rank yields in an epoch."""
+        """Return the number of keys per epoch of this rank."""
         return self.length // self.num_replicas
 
 
 class TaskBatches(Dataset[Batch]):
-    """One batch for every task: see :class:`vlprompt.engine.meta_module.MetaModule`.
+    """Data set with one batch per task; see :class:`vlprompt.engine.meta_module.MetaModule`.
 
     Args:
-        task: From an outer step and a slot to its task.
+        task: Maps an outer step and a slot to a task.
         features: Raw frozen image features ``[N, D]`` of the pairs.
-        pictures: The pairs' pictures, for a method that learns on the image side; None: batches hold features.
+        pictures: Pixels of the pairs' images, for a method that learns on the image side; None: batches hold features.
     """
 
     def __init__(self, task: Callable[[int, int], Task], features: Tensor, pictures: PixelCache | None = None) -> None:
         self.task, self.features, self.pictures = task, features, pictures
 
     def __getitem__(self, key: Key) -> Batch:
-        """Return the batch of ``(outer step, slot)``; images are uint8 and not yet normalised."""
+        """Return the batch of ``(outer step, slot)``; images are uint8, before normalisation."""
         task = self.task(*key)
         rows = list(task.support)
         return {
@@ -77,12 +77,12 @@ class MetaData(pl.LightningDataModule):
     """Batches of tasks for :class:`~vlprompt.engine.meta_module.MetaModule`.
 
     Args:
-        task: From an outer step and a slot to its task (:class:`vlprompt.meta.tasks.TaskSampler`).
+        task: Maps an outer step and a slot to a task (:class:`vlprompt.meta.tasks.TaskSampler`).
         features: Raw frozen image features ``[N, D]`` of the pairs.
-        config: How many steps and tasks there are.
-        images: Where the pairs' images come from, for a method that learns on the image side; None: features.
+        config: Configuration with the numbers of steps and tasks.
+        images: The pairs' images, for a method that learns on the image side; None: batches hold features.
         preprocess: The backbone's preprocessing.
-        workers: Loader processes; None chooses.
+        workers: Number of loader processes; None: automatic.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class MetaData(pl.LightningDataModule):
         self.images, self.view, self.workers = images, Transform(preprocess, "center"), workers
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Return this process's tasks."""
+        """Return the loader of this process's tasks."""
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         workers = 0
@@ -114,7 +114,7 @@ class MetaData(pl.LightningDataModule):
         return make_loader(tasks, sampler, None, workers, persistent=True)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Normalise a batch's images on the device."""
+        """Normalise the images of a batch on the device."""
         if self.images is None:
             return batch
         return {**batch, "support": self.view.finish(batch["support"]), "query": self.view.finish(batch["query"])}

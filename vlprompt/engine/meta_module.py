@@ -1,4 +1,4 @@
-"""The LightningModule of meta-training: one task a step, accumulated over the tasks of an outer step."""
+"""The LightningModule of meta-training: one task per step, accumulated over the tasks of an outer step."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from vlprompt.methods import PromptMethod
 
 
 class MetaModule(FrozenInside):
-    """Learns the start of ``method``'s learnables, and the regulator of its prompts' gradients.
+    """Learns the initialisation of ``method``'s trainable parameters and the regulator of its prompts' gradients.
 
     A batch is one task: ``support`` and ``query`` (images ``[N, 3, H, W]`` or raw features ``[N, D]``), the
     ``*_labels`` ``[N]``, the ``*_classes`` (texts), and ``feature`` ``[D]``, the mean unit image feature of the
-    support. The Trainer accumulates the tasks of an outer step, and averages over processes.
+    support. The Trainer accumulates the tasks of an outer step and averages over processes.
 
     Args:
-        method: The host; its learnables are the initialisation.
-        regulator: The regulator, or None: then inner steps follow the gradient itself.
-        config: Inner and outer training.
+        method: Any method; its trainable parameters are the initialisation.
+        regulator: The regulator; None: inner steps follow the gradient.
+        config: Settings of inner and outer training.
     """
 
     def __init__(self, method: PromptMethod, regulator: Regulator | None, config: MetaConfig) -> None:
@@ -33,7 +33,7 @@ class MetaModule(FrozenInside):
         self.regulator, self.config = regulator, config
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return the query loss after the inner steps; it and the support loss before them are logged."""
+        """Return the query loss after the inner steps; log it and the support loss before them."""
         with differentiable(self.config.order):
             support, query = self.losses(batch)
         if not torch.isfinite(query):
@@ -46,8 +46,8 @@ class MetaModule(FrozenInside):
         return query
 
     def losses(self, task: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return the support loss at the start (detached) and the query loss after the inner steps."""
-        own, kind = self.config, self.config.loss
+        """Return the support loss before the inner steps (detached) and the query loss after them."""
+        config, kind = self.config, self.config.loss
         learner = self.method.with_classes(task["support_classes"])
         first: list[Tensor] = []
 
@@ -60,9 +60,9 @@ class MetaModule(FrozenInside):
         tensors = adapted(
             support_loss,
             dict(self.method.trainable_parameters()),
-            inner_rates(self.method, own.inner_lr),
-            steps=own.inner_steps,
-            order=own.order,
+            inner_rates(self.method, config.inner_lr),
+            steps=config.inner_steps,
+            order=config.order,
             regulate=None if regulator is None else lambda name, g: regulator(name, g, task["feature"]),
         )
         if task["query_classes"] != task["support_classes"]:
@@ -71,12 +71,12 @@ class MetaModule(FrozenInside):
         return (first[0] if first else query.detach()), query
 
     def configure_optimizers(self) -> Any:
-        """Return Adam over initialisation and regulator, each with its rate, and the schedule per outer step."""
-        own = self.config
-        groups = [{"params": [parameter for _, parameter in self.method.trainable_parameters()], "lr": own.lr}]
+        """Return Adam over initialisation and regulator, with one rate each, and the schedule per outer step."""
+        config = self.config
+        groups = [{"params": [parameter for _, parameter in self.method.trainable_parameters()], "lr": config.lr}]
         if self.regulator is not None:
-            groups.append({"params": list(self.regulator.parameters()), "lr": own.regulator_lr})
-        optimizer = torch.optim.Adam(groups, lr=own.lr)
+            groups.append({"params": list(self.regulator.parameters()), "lr": config.regulator_lr})
+        optimizer = torch.optim.Adam(groups, lr=config.lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -90,8 +90,7 @@ _EVERY_EPOCH: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist":
 class GradientRegulation(pl.Callback):
     """Passes every prompt gradient through a frozen regulator, before clipping and the optimiser's step.
 
-    The gradients are then those of the whole batch: accumulated, averaged over processes, and free of the scale of
-    mixed precision.
+    At this point the gradients are accumulated, averaged over processes and unscaled (mixed precision).
 
     Args:
         regulator: The regulator; it is not trained.

@@ -1,4 +1,4 @@
-"""The LightningModule over any method: what is logged, stepped and kept, and nothing about any one method."""
+"""The LightningModule of all methods: losses, logging, optimisation and scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FROZEN = "method.backbone."
 
 
 class FrozenInside(pl.LightningModule):
-    """A module whose ``method`` holds a frozen backbone, which its checkpoints leave out.
+    """A module with a ``method`` whose frozen backbone is not part of checkpoints.
 
     Args:
         method: Any method.
@@ -31,11 +31,11 @@ class FrozenInside(pl.LightningModule):
         self.method = method
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the learnables only."""
+        """Return the state without the frozen backbone."""
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if not _frozen(name)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load learnables; the frozen backbone stays.
+        """Load a state without the frozen backbone, which is not changed.
 
         Raises:
             HeadError: Names are missing or unknown, or a shape differs.
@@ -51,21 +51,21 @@ class FrozenInside(pl.LightningModule):
 
 
 class PromptModule(FrozenInside):
-    """Trains the learnables of a method; usable with any ``pytorch_lightning.Trainer``.
+    """Trains a method; usable with any ``pytorch_lightning.Trainer``.
 
     ``trainer.fit(vlprompt.PromptModule(method), datamodule)``. Batches are dictionaries with ``images``
     ``[B, 3, H, W]`` or raw ``features`` ``[B, D]``, ``labels`` ``[B]`` and, optionally, ``scale`` (see
-    :class:`vlprompt.data.FewShotData`), or plain ``(images or features, labels)`` pairs. Checkpoints hold the
-    learnables, never the frozen backbone.
+    :class:`vlprompt.data.FewShotData`), or plain ``(images or features, labels)`` pairs. Checkpoints do not hold the
+    frozen backbone.
 
     Args:
         method: Any method.
-        recipe: Optimiser and schedule; ``recipe.epochs`` shapes the cosine and should equal the trainer's.
-        metric: What validation and test measure (:data:`vlprompt.engine.metrics.METRICS`): ``accuracy`` or
+        recipe: Optimiser and schedule; ``recipe.epochs`` is the length of the cosine and should equal the trainer's.
+        metric: Metric of validation and test (:data:`vlprompt.engine.metrics.METRICS`): ``accuracy`` or
             ``mean_per_class`` for labels ``[B]``, ``map`` or ``map_11point`` for multi-hot labels ``[B, C]``.
 
     Raises:
-        ConfigError: The recipe holds values that are not accepted, or an unknown metric.
+        ConfigError: A value of the recipe is not accepted, or the metric is unknown.
     """
 
     def __init__(self, method: PromptMethod, recipe: RecipeConfig | None = None, metric: str = "accuracy") -> None:
@@ -95,21 +95,21 @@ class PromptModule(FrozenInside):
                 "Lower the learning rate (--recipe.lr) or train in full precision (--trainer.precision 32-true)."
             )
         shown = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
-        # ``scale`` makes the mean over processes the mean over the global batch, for the gradient and for the log.
+        # ``scale`` turns the mean over processes into the mean over the global batch, for the gradient and the log.
         shown = {name: value.detach() * scale for name, value in shown.items()}
         self.log_dict(shown, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
         self.log("loss", shown["train/loss"], prog_bar=True, logger=False)
         return loss * scale
 
     def on_train_epoch_end(self) -> None:
-        """Let the method's objectives act between epochs; the checkpoint of the epoch is written afterwards."""
+        """Call the method's objectives between epochs, before the checkpoint of the epoch is written."""
         self.method.epoch_end(self.current_epoch, self.trainer.max_epochs or self.recipe.epochs)
 
     def configure_optimizers(self) -> Any:
         """Return the recipe's optimiser over the method's parameter groups, and its schedule.
 
         Raises:
-            ConfigError: The method has nothing to train, or cannot be trained on several labels an image.
+            ConfigError: The method has nothing to train, or does not support several labels per image.
         """
         check_trainable(self.method, self.metric)
         groups = self.method.parameter_groups(self.recipe.lr)
@@ -131,7 +131,7 @@ class PromptModule(FrozenInside):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm over all learnables at ``recipe.gradient_clip`` unless the trainer brings its own value."""
+        """Clip the norm over all trainable parameters at the trainer's value, or else at ``recipe.gradient_clip``."""
         self.clip_gradients(optimizer, gradient_clip_val or self.recipe.gradient_clip, gradient_clip_algorithm)
 
     # -- evaluation ---------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class PromptModule(FrozenInside):
         self._count(batch)
 
     def on_test_start(self) -> None:
-        """Let a method that learns from the stream of test images begin anew."""
+        """Reset a method that learns from the stream of test images."""
         self.method.reset()
 
     def _count(self, batch: Any) -> None:
@@ -154,32 +154,32 @@ class PromptModule(FrozenInside):
         self.scores.update(logits.detach(), labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/accuracy`` in percent, and whatever else is measured."""
+        """Log ``val/accuracy`` in percent and the other measured values."""
         self._finish("val")
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/accuracy`` in percent, ``test/correct``, ``test/total`` and ``test/mean_per_class``.
 
-        With several labels an image: ``test/map``, ``test/map_11point``, ``test/cf1``, ``test/of1``, ``test/total``.
+        With several labels per image: ``test/map``, ``test/map_11point``, ``test/cf1``, ``test/of1``, ``test/total``.
         """
         self._finish("test")
 
     def _finish(self, stage: str) -> None:
         values, self.per_class = self.scores.score()
         self.scores.reset()
-        # Already the value over all processes: torchmetrics gathers what it is made from.
+        # The values are already those of all processes, because torchmetrics gathers its states.
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, rank_zero_only=False)
 
 
 def check_trainable(method: PromptMethod, metric: str) -> None:
-    """Raise ConfigError when ``method`` would be trained on several labels an image with an objective for one.
+    """Raise ConfigError if ``method`` would be trained on several labels per image with a loss for one.
 
-    Cross-entropy takes a multi-hot row for a probability vector without a word, and learns something else.
+    Cross-entropy would silently treat a multi-hot row as a probability vector.
     """
     if metric in MULTILABEL and method.trainable_parameters() and not getattr(method, "trains_multilabel", False):
         raise ConfigError(
-            f"method {method.name!r} is trained by cross-entropy over one label an image, and these images have "
-            "several; evaluate them instead: --method zeroshot, or a trained head with `vlprompt eval RUN`"
+            f"method {method.name!r} is trained by cross-entropy over one label per image, but these images have "
+            "several; evaluate instead: --method zeroshot, or a trained head with `vlprompt eval RUN`"
         )
 
 
@@ -188,7 +188,7 @@ def _frozen(name: str) -> bool:
 
 
 def _factor(at: int, *, lr: float, recipe: RecipeConfig, per_epoch: int) -> float:
-    # LambdaLR multiplies; a group with rate 0 (a factor setting of 0) stays there.
+    # LambdaLR multiplies the rate, so a group with rate 0 keeps it.
     return learning_rate(at, lr, recipe, per_epoch) / lr if lr else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Optimisers, and the learning-rate schedule of the CoOp family (Dassl: dassl/optim/lr_scheduler.py; 2.5)."""
+"""Optimisers and the learning-rate schedule of the CoOp family (Dassl: dassl/optim/lr_scheduler.py)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ SECOND_BETA = 0.999
 
 
 def learning_rate(at: int, lr: float, recipe: RecipeConfig, per_epoch: int = 1) -> float:
-    """Return the rate at epoch or step ``at`` (from 0) for a parameter group whose full rate is ``lr``.
+    """Return the learning rate at epoch or step ``at`` (from 0) of a parameter group.
 
     Args:
-        at: The epoch, or the optimiser's step where the schedule moves with each.
-        lr: The group's full rate. A group of rate 0 stays there.
-        recipe: The training's recipe.
-        per_epoch: Optimiser steps of an epoch for a schedule by step; 1 for one by epoch.
+        at: The epoch, or the optimiser's step for a schedule by step.
+        lr: The group's base rate. A group of rate 0 keeps it.
+        recipe: The recipe of the training.
+        per_epoch: Optimiser steps per epoch for a schedule by step; 1 for a schedule by epoch.
     """
     if not lr:
         return 0.0
@@ -29,7 +29,7 @@ def learning_rate(at: int, lr: float, recipe: RecipeConfig, per_epoch: int = 1) 
 
 
 def make_optimizer(groups: Sequence[dict[str, Any]], recipe: RecipeConfig) -> torch.optim.Optimizer:
-    """Return the recipe's optimiser over parameter groups ``{"params": ..., "lr": ...}``."""
+    """Return the recipe's optimiser for parameter groups ``{"params": ..., "lr": ...}``."""
     lr, decay = recipe.lr, recipe.weight_decay
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, weight_decay=decay)

@@ -1,4 +1,4 @@
-"""Saving heads and loading them again: safetensors and JSON, nothing pickled."""
+"""Saving and loading heads as safetensors and JSON, without pickle."""
 
 from vlprompt.io.head import Head, load_head
 

@@ -1,7 +1,8 @@
-"""Trained heads: a method with its learned tensors, saved so that any CLIP project can use them.
+"""Trained heads: a method with its learned tensors, saved in a form that any CLIP project can read.
 
-A head's folder holds ``head.safetensors`` (every learnable as ``learnable.<name>``, and ``class_weights`` ``[C, D]``)
-and ``config.json`` (method, settings, class names, backbone, preprocessing, versions, how it was trained).
+A head's folder holds ``head.safetensors`` (every learned tensor as ``learnable.<name>``, and the classifier
+``class_weights`` ``[C, D]``) and ``config.json`` (method, settings, class names, backbone, preprocessing, versions,
+training).
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ _LEARNABLE = "learnable."
 
 
 class Head(nn.Module):
-    """A trained method, ready to classify: ``head(images)`` gives logits ``[B, C]``.
+    """A trained method that classifies: ``head(images)`` returns logits ``[B, C]``.
 
     Args:
         method: The method with its learned tensors.
-        training: How it was trained, in plain values (kept in ``config.json``).
+        training: Facts about the training, in plain values; saved in ``config.json``.
     """
 
     def __init__(self, method: PromptMethod, training: dict[str, Any] | None = None) -> None:
@@ -49,12 +50,12 @@ class Head(nn.Module):
 
     @property
     def class_names(self) -> list[str]:
-        """The C classes, in the order of the logits."""
+        """The C class names, in the order of the logits."""
         return self.method.class_names
 
     @property
     def backbone(self) -> Backbone:
-        """The frozen CLIP underneath."""
+        """The frozen CLIP of the method."""
         return self.method.backbone
 
     @torch.no_grad()
@@ -86,37 +87,37 @@ class Head(nn.Module):
         """Return the head with the same learned tensors for other classes.
 
         Raises:
-            ClassNameError: The names cannot be used, or the learned tensors belong to the old classes.
+            ClassNameError: The names are not usable, or the learned tensors are specific to the old classes.
         """
         return Head(self.method.with_classes(class_names), self.training_facts)
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Return a copy of an open_clip ``model`` whose ``encode_image`` contains the head's image-side learnables.
+        """Return a copy of an open_clip ``model`` with the head's tuned image-tower weights.
 
         Raises:
-            HeadError: The model's image tower is not the one the head was trained on, the head changes features behind
-                it, or what it learned on the image side is not weights of the tower (image tokens, for instance).
+            HeadError: The model's image tower differs from the head's, the head changes image features after the
+                tower, or its learned tensors on the image side are not weights of the tower (e.g. image tokens).
         """
         if self.method.adapts_features:
             raise HeadError(
-                f"{self.method.name} changes image features behind the tower, which no open_clip model can contain; "
-                "score with the head itself: head(images)"
+                f"{self.method.name} changes image features after the tower, which an open_clip model cannot hold; "
+                "use the head itself: head(images)"
             )
         overrides = self.method.image_overrides()
         if self.method.learns_image_side and not overrides:
             raise HeadError(
-                f"what {self.method.name} learned on the image side is not weights of the tower, so no open_clip model "
-                "can hold it; classify with the head itself: head(images)"
+                f"the image-side parameters of {self.method.name} are not weights of the tower, so an open_clip "
+                "model cannot hold them; use the head itself: head(images)"
             )
         other: Any = copy.deepcopy(model)
-        own = self.backbone.model.visual.state_dict()
+        ours = self.backbone.model.visual.state_dict()
         theirs = other.visual.state_dict() if isinstance(getattr(other, "visual", None), nn.Module) else {}
-        fix = "give the open_clip model the head was trained on"
-        if own.keys() != theirs.keys() or any(own[name].shape != theirs[name].shape for name in own):
-            raise HeadError(f"the model is no {self.backbone.name}; {fix}")
-        if changed := [name for name in own if not _same_weights(own[name], theirs[name])]:
+        fix = "pass the open_clip model that the head was trained on"
+        if ours.keys() != theirs.keys() or any(ours[name].shape != theirs[name].shape for name in ours):
+            raise HeadError(f"the model is not {self.backbone.name}; {fix}")
+        if changed := [name for name in ours if not _same_weights(ours[name], theirs[name])]:
             raise HeadError(
-                f"the model is a {self.backbone.name} with other weights ({len(changed)} of {len(own)} tensors differ, "
+                f"the model is {self.backbone.name} with other weights ({len(changed)} of {len(ours)} tensors differ, "
                 f"first {changed[0]}); {fix}"
             )
         with torch.no_grad():
@@ -126,12 +127,12 @@ class Head(nn.Module):
         return attached
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the head into ``folder`` (created; an older head in it is replaced whole) and return the folder.
+        """Write the head into ``folder``, replacing an older head atomically, and return the folder.
 
         Raises:
-            HeadError: The folder holds something else.
+            HeadError: The folder holds other files, or cannot be written.
         """
-        # The real place: a link to a head's folder stays a link, and "." has a name.
+        # Resolved, so that a link to a head's folder remains a link and "." has a name.
         folder = Path(os.path.realpath(folder))
         with _writing(folder):
             inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -153,7 +154,7 @@ class Head(nn.Module):
                 text = json.dumps(config, indent=1, ensure_ascii=False)
                 (staging / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
                 os.chmod(staging, 0o755)
-                _put(staging, folder)
+                _replace_folder(staging, folder)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
         return folder
@@ -177,7 +178,7 @@ class Head(nn.Module):
 
 
 def backbone_facts(backbone: Backbone) -> dict[str, Any]:
-    """Return what identifies a backbone: name, weights, precision, sizes and the checksum of its weights."""
+    """Return the identity of a backbone: name, weights, precision, embedding size and checksum of its weights."""
     return {
         "name": backbone.name,
         "pretrained": backbone.pretrained,
@@ -188,22 +189,22 @@ def backbone_facts(backbone: Backbone) -> dict[str, Any]:
 
 
 def preprocess_facts(backbone: Backbone) -> dict[str, Any]:
-    """Return the constants that a backbone's images need, as JSON has them."""
+    """Return the preprocessing constants of a backbone as JSON values."""
     facts: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(backbone.preprocess)))
     return facts
 
 
 def load_head(folder: str | Path, backbone: Backbone | None = None, *, device: str = "cpu") -> Head:
-    """Load a head that :meth:`Head.save_pretrained` wrote.
+    """Load a head written by :meth:`Head.save_pretrained`.
 
     Args:
         folder: The head's folder, or a run folder that holds ``head/``.
-        backbone: The backbone it was trained on, if it is at hand; otherwise it is loaded by the name in the head.
-        device: Where a backbone loaded here goes.
+        backbone: The backbone the head was trained on; None: it is loaded by its recorded name.
+        device: Device of a backbone loaded here.
 
     Raises:
-        HeadError: No head there, damaged or foreign files, tensors that do not fit, a backbone that cannot be loaded,
-            or another one.
+        HeadError: There is no head, its files are damaged or foreign, its tensors do not match, or its backbone cannot
+            be loaded or is another one.
     """
     folder = find_head(folder)
     config = read_config(folder)
@@ -215,17 +216,17 @@ def load_head(folder: str | Path, backbone: Backbone | None = None, *, device: s
         except BackboneError as error:
             raise HeadError(
                 f"the backbone of {folder} cannot be loaded by its name: {error}\n"
-                "Where you hold it already, hand it over: load_head(folder, backbone)."
+                "If you have it in memory, pass it: load_head(folder, backbone)."
             ) from error
     _check_backbone(backbone, config, folder)
     try:
-        names, everything = config["class_names"], config["all_class_names"]
+        names, all_names = config["class_names"], config["all_class_names"]
         with restored_random():
             method = create_method(
                 config["method"],
                 backbone,
                 names,
-                all_class_names=everything,
+                all_class_names=all_names,
                 objectives=config.get("objectives", {}),
                 decomposition=config.get("decomposition", {}),
                 **config["settings"],
@@ -233,16 +234,16 @@ def load_head(folder: str | Path, backbone: Backbone | None = None, *, device: s
         learned = {name.removeprefix(_LEARNABLE): t for name, t in tensors.items() if name.startswith(_LEARNABLE)}
         method.load_head_state(learned)
         _check_weights(tensors, method)
-    except (VlpromptError, TypeError) as error:  # TypeError: a setting called like an argument
+    except (VlpromptError, TypeError) as error:  # TypeError: a setting with the name of an argument
         raise HeadError(f"the head in {folder} cannot be rebuilt: {error}") from error
     return Head(method.to(backbone.device), config["training"])
 
 
 def learned_tensors(folder: str | Path, backbone: Backbone) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the learned tensors of a saved head by name, and its configuration, for a method that starts from them.
+    """Return the learned tensors of a saved head by name, and its configuration, to initialise another method.
 
     Raises:
-        HeadError: No head there, damaged or foreign files, or one of another backbone.
+        HeadError: There is no head, its files are damaged or foreign, or it has another backbone.
     """
     folder = find_head(folder)
     config = read_config(folder)
@@ -253,10 +254,12 @@ def learned_tensors(folder: str | Path, backbone: Backbone) -> tuple[dict[str, T
 
 def _check_backbone(backbone: Backbone, config: dict[str, Any], folder: Path) -> None:
     """Raise HeadError unless ``backbone`` has the weights, precision and image constants that ``config`` records."""
-    facts, own = config["backbone"], backbone_facts(backbone)
+    facts, actual = config["backbone"], backbone_facts(backbone)
     decisive = ("precision", "embed_dim", "fingerprint")
-    names = own if any(own[key] != facts[key] for key in decisive) else ()
-    differing = [f"{key}: {facts[key]!r} in the head, {own[key]!r} given" for key in names if own[key] != facts[key]]
+    names = actual if any(actual[key] != facts[key] for key in decisive) else ()
+    differing = [
+        f"{key}: {facts[key]!r} in the head, {actual[key]!r} given" for key in names if actual[key] != facts[key]
+    ]
     constants, recorded = preprocess_facts(backbone), config["preprocess"]
     for key in dict.fromkeys([*constants, *recorded]):
         if constants.get(key) != recorded.get(key):
@@ -265,15 +268,15 @@ def _check_backbone(backbone: Backbone, config: dict[str, Any], folder: Path) ->
     if differing:
         lines = "\n  ".join(differing[:12])
         raise HeadError(
-            f"{folder} was trained on another backbone:\n  {lines}\nHand over the one it was trained on: "
+            f"{folder} was trained on another backbone:\n  {lines}\nPass the one it was trained on: "
             f"load_backbone({facts['name']!r}, {facts['pretrained']!r}, precision={facts['precision']!r})."
         )
 
 
 def _check_weights(tensors: dict[str, Tensor], method: PromptMethod) -> None:
-    """Raise HeadError unless ``tensors`` are what ``method`` keeps, finite, and nothing but that and class weights.
+    """Raise HeadError unless ``tensors`` are finite and exactly the state of ``method`` and the class weights.
 
-    Methods keep float32, but for what they pack.
+    Tensors are float32, except those that a method packs.
     """
     expected = [len(method.class_names), method.class_dim]
     wrong = [f"{name}: unknown" for name in tensors if name != "class_weights" and not name.startswith(_LEARNABLE)]
@@ -288,17 +291,17 @@ def _check_weights(tensors: dict[str, Tensor], method: PromptMethod) -> None:
         elif not bool(tensor.isfinite().all()):
             wrong.append(f"{name}: holds values that are not finite")
     if wrong:
-        raise HeadError(f"{TENSOR_FILE} holds what no head has:\n  " + "\n  ".join(wrong[:12]))
+        raise HeadError(f"{TENSOR_FILE} does not match the head:\n  " + "\n  ".join(wrong[:12]))
 
 
-def _same_weights(own: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same weights, in whatever precision each is kept."""
-    return torch.allclose(own.float().cpu(), other.float().cpu(), rtol=2**-7, atol=1e-4)  # bfloat16 keeps 8 bits
+def _same_weights(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors hold the same weights, possibly in different precisions."""
+    return torch.allclose(first.float().cpu(), second.float().cpu(), rtol=2**-7, atol=1e-4)  # bfloat16 keeps 8 bits
 
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Say of what goes wrong with the disk which head was being saved."""
+    """Turn errors of the file system into a HeadError that names the folder."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -306,12 +309,12 @@ def _writing(folder: Path) -> Iterator[None]:
         raise HeadError(f"the head cannot be saved in {folder}: {reason}; what was there is unchanged") from error
 
 
-def _put(staging: Path, folder: Path) -> None:
-    """Make ``staging`` the content of ``folder``; until the last step the older head stays whole."""
+def _replace_folder(staging: Path, folder: Path) -> None:
+    """Move ``staging`` to ``folder``; an older head remains complete until the last step."""
     if not (folder / CONFIG_FILE).is_file():
-        # No older head. The folder may be somebody's current one, so it is filled rather than replaced.
+        # There is no older head. The folder may be a working directory, so it is filled rather than replaced.
         folder.mkdir(exist_ok=True)
-        for name in (TENSOR_FILE, CONFIG_FILE):  # the configuration last: without it nothing is taken for a head
+        for name in (TENSOR_FILE, CONFIG_FILE):  # the configuration last: without it there is no head
             os.replace(staging / name, folder / name)
         return
     older = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.older-", dir=folder.parent))
@@ -324,7 +327,7 @@ def _put(staging: Path, folder: Path) -> None:
             raise
     except BaseException:
         with contextlib.suppress(OSError):
-            os.rmdir(older)  # empty, unless the older head could not be put back: then it stays here
+            os.rmdir(older)  # empty, unless the older head could not be moved back
         raise
     shutil.rmtree(older, ignore_errors=True)
 

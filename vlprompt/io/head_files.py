@@ -1,4 +1,4 @@
-"""The two files of a saved head: where they are, and how they are read and checked."""
+"""The two files of a saved head: finding, reading and checking them."""
 
 from __future__ import annotations
 
@@ -37,18 +37,20 @@ def find_head(folder: str | Path) -> Path:
     """Return the folder that holds ``config.json`` and ``head.safetensors``: ``folder`` or its ``head/``.
 
     Raises:
-        HeadError: Neither holds a head.
+        HeadError: Neither folder holds a head.
     """
     folder = Path(folder)
-    for place in (folder, folder / "head"):  # os.path: False for names that no file can have
-        if os.path.isfile(place / CONFIG_FILE) and os.path.isfile(place / TENSOR_FILE):
-            return place
+    for candidate in (folder, folder / "head"):  # os.path returns False for invalid names
+        if os.path.isfile(candidate / CONFIG_FILE) and os.path.isfile(candidate / TENSOR_FILE):
+            return candidate
     if os.path.isfile(folder):
-        raise HeadError(f"{folder} is a file; give the folder that holds {CONFIG_FILE} and {TENSOR_FILE}, or its run")
+        raise HeadError(
+            f"{folder} is a file; use the folder that holds {CONFIG_FILE} and {TENSOR_FILE}, or the run folder"
+        )
     if not os.path.exists(folder):
         if kept := sorted(folder.parent.glob(f".{glob.escape(folder.name[:100])}.older-*/{CONFIG_FILE}")):
             raise HeadError(
-                f"saving over {folder} was interrupted; bring the older head back: mv {kept[0].parent} {folder}"
+                f"saving over {folder} was interrupted; restore the older head: mv {kept[0].parent} {folder}"
             )
         raise HeadError(f"there is no folder {folder}. Train a head first: vlprompt train --config mocoop/demo.yaml")
     raise HeadError(
@@ -61,12 +63,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return the checked ``config.json`` of a head.
 
     Raises:
-        HeadError: Not JSON, keys missing or unknown, values of another type, or a newer schema.
+        HeadError: Not JSON, missing or unknown keys, values of a wrong type, or another schema.
     """
     path = folder / CONFIG_FILE
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise HeadError(f"{path} is larger than {_MAX_CONFIG_BYTES >> 20} MB; this is not a head's configuration")
+            raise HeadError(f"{path} is larger than {_MAX_CONFIG_BYTES >> 20} MB, so it is not a head's configuration")
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise HeadError(f"{path} is not readable JSON: {error}") from error
@@ -76,8 +78,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if isinstance(schema, int) and not isinstance(schema, bool) and schema != SCHEMA:
         fix = "Run: pip install -U vlprompt" if schema > SCHEMA else "Save the head again."
         raise HeadError(f"{path} has schema {str(schema)[:20]}; this vlprompt reads schema {SCHEMA}. {fix}")
-    younger = ("objectives", "decomposition")  # heads of before have none
-    wrong = [f"{key} is missing" for key in _KEYS if key not in config and key not in younger]
+    optional = ("objectives", "decomposition")  # missing in older heads
+    wrong = [f"{key} is missing" for key in _KEYS if key not in config and key not in optional]
     wrong += [f"{key[:60]!r} is unknown" for key in config if key not in _KEYS]
     for key, kind in _KEYS.items():
         if key in config and (not isinstance(config[key], kind) or isinstance(config[key], bool)):
@@ -86,7 +88,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     expected = {"name": str, "pretrained": str, "precision": str, "embed_dim": int, "fingerprint": str}
     if isinstance(facts, dict):
         missing = [(key, kind) for key, kind in expected.items() if not isinstance(facts.get(key), kind)]
-        wrong += [f"backbone.{key} is missing or no {kind.__name__}" for key, kind in missing]
+        wrong += [f"backbone.{key} is missing or not {kind.__name__}" for key, kind in missing]
         long = [key for key, value in facts.items() if len(str(value)) > 1024]
         wrong += [f"backbone.{key[:60]} has more than 1,024 characters" for key in long]
     if wrong:
@@ -98,22 +100,20 @@ def read_tensors(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     """Return the tensors of a head whose :func:`read_config` is ``config``.
 
     Raises:
-        HeadError: They are damaged, or those of another head.
+        HeadError: The file is damaged or belongs to another head.
     """
     path = folder / TENSOR_FILE
     try:
-        found = file_checksum(path)
+        checksum = file_checksum(path)
     except OSError as error:
         raise HeadError(f"{path} cannot be read: {error.strerror or error}") from error
-    if found != config["tensors_sha256"]:
+    if checksum != config["tensors_sha256"]:
         raise HeadError(
-            f"{path} is damaged or belongs to another head: its SHA-256 is {found[:12]}..., "
-            f"{CONFIG_FILE} says {config['tensors_sha256'][:12]}... Save or copy the whole folder again."
+            f"{path} is damaged or belongs to another head: its SHA-256 is {checksum[:12]}..., {CONFIG_FILE} records "
+            f"{config['tensors_sha256'][:12]}... Save or copy the whole folder again."
         )
     try:
         tensors: dict[str, Tensor] = load_file(path)
-    except Exception as error:  # the checksum is right, so this is not damage but another kind of file
+    except Exception as error:  # the checksum is right, so this is another kind of file
         raise HeadError(f"{path} is not a safetensors file: {str(error)[:200]}") from error
     return tensors
-
-

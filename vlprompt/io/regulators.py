@@ -1,4 +1,4 @@
-"""The file of a meta-learned gradient regulator: one safetensors file that says in its metadata what it is."""
+"""The safetensors file of a meta-learned gradient regulator, with its settings in the metadata."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def save_regulator(regulator: Regulator, folder: Path) -> Path:
 
 
 def load_regulator(folder: str | Path, method: PromptMethod) -> Regulator:
-    """Return the regulator that a meta-training left in ``folder``, for the prompts of ``method``.
+    """Return the regulator that a meta-training saved in ``folder``, for the prompts of ``method``.
 
     Raises:
-        HeadError: No such file, a damaged or foreign one, or one for other prompts.
+        HeadError: The file is missing, damaged or foreign, or belongs to other prompts.
     """
     path = Path(folder) / REGULATOR_FILE
     if not path.is_file():
         raise HeadError(
-            f"{folder} holds no {REGULATOR_FILE}; init: gram:RUN takes the folder of a finished meta-training with a "
-            f"regulator. For its start alone: --start {folder}"
+            f"{folder} holds no {REGULATOR_FILE}; init: gram:RUN needs the folder of a finished meta-training with a "
+            f"regulator. To use only its initialisation: --start {folder}"
         )
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -68,24 +68,24 @@ def load_regulator(folder: str | Path, method: PromptMethod) -> Regulator:
         raise HeadError(f"{path} cannot be read ({type(error).__name__}); it is damaged: meta-train again") from error
     if regulator.embed_dim != method.backbone.embed_dim:
         raise HeadError(
-            f"{path} was learned with features of {regulator.embed_dim} numbers, {method.backbone.name} has "
+            f"{path} was trained with features of size {regulator.embed_dim}, but {method.backbone.name} has "
             f"{method.backbone.embed_dim}"
         )
     return regulator.requires_grad_(False)
 
 
 def _check_shapes(shapes: Mapping[str, Any], method: PromptMethod, path: Path) -> None:
-    own = {name: list(prompt.shape) for name, prompt in method.prompt_tensors()}
-    names = [*own, *(name for name in shapes if name not in own)]
+    expected = {name: list(prompt.shape) for name, prompt in method.prompt_tensors()}
+    names = [*expected, *(name for name in shapes if name not in expected)]
     wrong = [
-        f"{name}: {shapes.get(name, 'none')} there, {own.get(name, 'none')} in {method.name}"
+        f"{name}: {shapes.get(name, 'none')} in the file, {expected.get(name, 'none')} in {method.name}"
         for name in names
-        if shapes.get(name) != own.get(name)
+        if shapes.get(name) != expected.get(name)
     ]
     if wrong:
         raise HeadError(
-            f"{path} regulates other prompts than those of this {method.name}:\n{bulleted(wrong, limit=8)}\n"
-            "Train with the method and settings of the meta-training."
+            f"{path} does not match the prompts of this {method.name}:\n{bulleted(wrong, limit=8)}\n"
+            "Use the method and settings of the meta-training."
         )
 
 

@@ -1,4 +1,4 @@
-"""What learns across tasks: GRAM's prompt initialisation and gradient regulator, a reconstruction (seed_methods 3)."""
+"""Meta-learning across tasks: GRAM's prompt initialisation and gradient regulator, a reconstruction."""
 
 from vlprompt.meta.bilevel import adapted, differentiable, inner_rates, task_loss
 from vlprompt.meta.regulators import Regulator, RegulatorSettings

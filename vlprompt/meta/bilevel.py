@@ -1,7 +1,7 @@
-"""Learning to learn: gradient steps on a task that stay differentiable, for any method (seed_methods 3.a).
+"""Bi-level optimisation: differentiable gradient steps on a task, for any method.
 
 Inner: ``theta' = theta - alpha psi(g)`` with ``g`` the gradient of the support loss at ``theta``. Outer: the query loss
-at ``theta'``, whose gradient reaches ``theta`` and the regulator. First order takes ``g`` for a constant; second order
+at ``theta'``, with gradients for ``theta`` and the regulator. First order treats ``g`` as a constant; second order
 differentiates through it.
 """
 
@@ -33,20 +33,20 @@ def adapted(
     order: Order = "first",
     regulate: Regulate | None = None,
 ) -> Tensors:
-    """Return ``start`` after gradient steps on ``loss``, as a function of ``start`` and of what ``regulate`` learns.
+    """Return ``start`` after gradient steps on ``loss``, as a differentiable function of ``start`` and ``regulate``.
 
     Args:
-        loss: The support loss of tensors named as in ``start``.
+        loss: Returns the support loss of tensors named as in ``start``.
         start: Tensors that require gradients.
-        rates: The rate alpha of each.
+        rates: The rate alpha of each tensor.
         steps: Number of steps; 0 returns ``start``.
-        order: Whether the result is differentiated through the steps' gradients.
-        regulate: From a tensor's name and gradient to the direction taken; None: the gradient itself.
+        order: ``second`` differentiates through the gradients of the steps.
+        regulate: Takes a tensor's name and gradient, returns the update direction; None: the gradient itself.
     """
     tensors = dict(start)
     for _ in range(steps):
         value = loss(tensors)
-        # A learnable that this loss does not reach stays as it is.
+        # A parameter without influence on this loss does not change.
         gradients = torch.autograd.grad(
             value, list(tensors.values()), create_graph=order == "second", allow_unused=True
         )
@@ -58,7 +58,7 @@ def adapted(
 
 
 class _LossOf(nn.Module):
-    """A method whose call is its loss, so that ``torch.func.functional_call`` can replace the learnables."""
+    """Wrapper that computes a method's loss, so ``torch.func.functional_call`` can replace its trainable parameters."""
 
     def __init__(self, method: PromptMethod, kind: TaskLoss) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class _LossOf(nn.Module):
         step = self.method.step(inputs, labels)
         total = torch.stack(list(self.method.step_losses(step).values())).sum()
         if self.kind == "infonce":
-            # The image-to-text half is the method's own cross-entropy, over captions as classes.
+            # The image-to-text half is the method's cross-entropy, with captions as classes.
             to_text = F.cross_entropy(step.logits, labels)
             to_image = F.cross_entropy(step.logits.t(), labels)
             total = total + (to_image - to_text) / 2
@@ -78,16 +78,16 @@ class _LossOf(nn.Module):
 def task_loss(
     method: PromptMethod, tensors: Mapping[str, Tensor], inputs: Tensor, labels: Tensor, kind: TaskLoss
 ) -> Tensor:
-    """Return the loss of ``method`` on a batch, with ``tensors`` in the place of its learnables.
+    """Return the loss of ``method`` on a batch, with ``tensors`` in place of its trainable parameters.
 
     Args:
-        method: Any method, made for the task's classes.
-        tensors: Learnables by name.
+        method: Any method, created for the task's classes.
+        tensors: Trainable parameters by name.
         inputs: Images ``[B, 3, H, W]`` or raw features ``[B, D]``.
         labels: ``[B]``.
-        kind: ``cross-entropy``: the method's own loss terms. ``infonce``: the same with the cross-entropy replaced by
-            the mean of both directions over the ``B x B`` logits, image ``i`` belonging to class ``i``
-            (the temperature is the backbone's own, 1/100 in OpenAI's weights).
+        kind: ``cross-entropy``: the method's loss terms. ``infonce``: the same, but the cross-entropy is the mean of
+            both directions over the ``B x B`` logits, where image ``i`` belongs to class ``i``. The temperature is the
+            backbone's, 1/100 in OpenAI's weights.
     """
     replaced = {f"method.{name}": tensor for name, tensor in tensors.items()}
     loss: Tensor = torch.func.functional_call(_LossOf(method, kind), replaced, (inputs, labels))
@@ -95,13 +95,13 @@ def task_loss(
 
 
 def inner_rates(method: PromptMethod, rate: float) -> dict[str, float]:
-    """Return the inner rate of each learnable, with the method's own factors (MoCoOp's layer norms learn slower)."""
-    of = {id(parameter): group["lr"] for group in method.parameter_groups(rate) for parameter in group["params"]}
-    return {name: of.get(id(parameter), 0.0) for name, parameter in method.trainable_parameters()}
+    """Return the inner rate of each trainable parameter, with the method's factors (lower for MoCoOp's layer norms)."""
+    rate_of = {id(parameter): group["lr"] for group in method.parameter_groups(rate) for parameter in group["params"]}
+    return {name: rate_of.get(id(parameter), 0.0) for name, parameter in method.trainable_parameters()}
 
 
 @contextmanager
 def differentiable(order: Order) -> Iterator[None]:
-    """Choose attention kernels that can be differentiated twice, where that is needed: fused ones cannot."""
+    """Use attention kernels that support second derivatives if ``order`` is ``second``; fused kernels do not."""
     with sdpa_kernel(SDPBackend.MATH) if order == "second" else nullcontext():
         yield

@@ -1,7 +1,7 @@
 """Cross-modal hierarchical clustering of image-caption pairs: topics by caption, visual domains by image.
 
-GRAM (Li et al., ICCV 2023; arXiv 2303.06571) names the algorithm; how it works is not public, so this is the
-reconstruction of specs/seed_methods.md 3.b: both levels are spherical k-means on the frozen CLIP's features.
+GRAM (Li et al., ICCV 2023; arXiv 2303.06571) names the algorithm but does not publish its details. In this
+reconstruction both levels are spherical k-means on the frozen CLIP's features.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from vlprompt._files import replacing, sha256_tensors
 from vlprompt.errors import ConfigError, DataError, bulleted
 
 SCHEMA = "vlprompt clusters 1"
-#: More rows than this are clustered in mini-batches, which is faster by far and a little less exact.
+#: More rows than this are clustered in mini-batches, which is much faster and slightly less exact.
 EXACT_ROWS = 20_000
 _STARTS = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Clusters:
-    """The one topic of every pair and its one domain inside the topic; K1 topics and K2 domains were asked for.
+    """The topic of every pair and its domain inside the topic, for K1 topics with K2 domains each.
 
     Attributes:
         topic: ``[N]`` int64, 0 to K1 - 1.
         domain: ``[N]`` int64, 0 to K2 - 1, counted inside the topic.
-        topic_centres: ``[K1, D]`` unit means of captions; zeros for topics that hold no pair.
-        domain_centres: ``[K1, K2, D]`` unit means of images; zeros for domains that hold no pair.
-        kept: ``[K1, K2]`` bool: domains that are large enough for tasks. Pairs of the others are in no task.
+        topic_centres: ``[K1, D]`` unit means of captions; zeros for empty topics.
+        domain_centres: ``[K1, K2, D]`` unit means of images; zeros for empty domains.
+        kept: ``[K1, K2]`` bool: domains that are large enough for tasks. Other domains are not used.
 
     Raises:
-        DataError: If shapes, types or numbers do not fit together.
+        DataError: Shapes, types or numbers do not match.
     """
 
     topic: Tensor
@@ -61,24 +61,24 @@ class Clusters:
         if self.topic.shape != self.domain.shape:
             wrong.append(f"topic has shape {list(self.topic.shape)}, domain {list(self.domain.shape)}")
         if len(self.topic_centres) != len(self.kept) or self.domain_centres.shape[:2] != self.kept.shape:
-            wrong.append(f"kept has shape {list(self.kept.shape)}, but there are centres of other clusters")
+            wrong.append(f"kept has shape {list(self.kept.shape)}, but the centres have other numbers of clusters")
         if self.kept.dtype != torch.bool:
             wrong.append(f"kept is {self.kept.dtype}; expected torch.bool")
         if wrong:
-            raise DataError("clusters do not fit together:\n" + bulleted(wrong))
+            raise DataError("the tensors of the clusters do not match:\n" + bulleted(wrong))
 
     def members(self) -> dict[tuple[int, int], list[int]]:
-        """Return the rows of every ``(topic, domain)`` that holds any, dropped ones included, in rising order."""
-        found: dict[tuple[int, int], list[int]] = {}
+        """Return the rows of every non-empty ``(topic, domain)``, including dropped ones, in ascending order."""
+        members: dict[tuple[int, int], list[int]] = {}
         for row, key in enumerate(zip(self.topic.tolist(), self.domain.tolist(), strict=True)):
-            found.setdefault(key, []).append(row)
-        return dict(sorted(found.items()))
+            members.setdefault(key, []).append(row)
+        return dict(sorted(members.items()))
 
     def save(self, path: str | Path) -> None:
         """Write the clusters to a safetensors file, atomically.
 
         Raises:
-            DataError: If the file cannot be written.
+            DataError: The file cannot be written.
         """
         path = Path(path)
         tensors = {field.name: getattr(self, field.name).contiguous() for field in fields(self)}
@@ -86,52 +86,55 @@ class Clusters:
             with replacing(path) as temporary:
                 save_file(tensors, temporary, metadata={"schema": SCHEMA, "sha256": _sha256(tensors)})
         except (OSError, SafetensorError) as error:
-            raise DataError(f"Clusters cannot be written to {path}: {error}. Give another folder.") from error
+            raise DataError(f"Clusters cannot be written to {path}: {error}. Use another folder.") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Clusters:
-        """Read what :meth:`save` wrote.
+        """Read a file written by :meth:`save`.
 
         Raises:
-            DataError: If there is no such file, it is damaged, or it holds something else.
+            DataError: The file is missing, damaged or of another kind.
         """
         if not os.path.isfile(path):
-            raise DataError(f"There is no file {path}; clusters are written when tasks are first made from pairs.")
+            raise DataError(f"There is no file {path}; clusters are written when tasks are first drawn from pairs.")
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise DataError(f"{path} is damaged ({error}); delete it to have the pairs clustered again.") from error
+            raise DataError(f"{path} is damaged ({error}); delete it to cluster the pairs again.") from error
         if metadata.get("schema") != SCHEMA or set(tensors) != {field.name for field in fields(cls)}:
-            found = metadata.get("schema", "no schema")
-            raise DataError(f"{path} holds no clusters: it says {found!r}; expected {SCHEMA!r}. Delete it to go on.")
+            schema = metadata.get("schema", "no schema")
+            raise DataError(
+                f"{path} holds no clusters: its schema is {schema!r}; expected {SCHEMA!r}. Delete it to continue."
+            )
         if metadata.get("sha256") != _sha256(tensors):
-            raise DataError(f"{path} is damaged (its checksum differs); delete it to have the pairs clustered again.")
+            raise DataError(f"{path} is damaged (its checksum differs); delete it to cluster the pairs again.")
         return cls(**tensors)
 
 
 def cluster(images: Tensor, captions: Tensor, *, topics: int, domains: int, least: int, seed: int) -> Clusters:
     """Cluster N pairs: captions into topics, then the images of each topic into domains.
 
-    Every pair gets exactly one topic and domain; domains of fewer than ``least`` pairs are marked as not kept. Where
-    there are fewer different rows than clusters asked for, the clusters left over hold no pair.
+    Every pair gets exactly one topic and domain. Domains of fewer than ``least`` pairs are marked as not kept. If there
+    are fewer different rows than requested clusters, the remaining clusters are empty.
 
     Args:
         images: Raw image features ``[N, D]`` of the frozen CLIP.
         captions: Raw caption features ``[N, D]``.
         topics: K1.
         domains: K2 of each topic.
-        least: Pairs that a domain needs to be kept.
-        seed: Of the starts of k-means. With it, the result is the same for any number of threads: k-means runs on one.
-            Another processor, BLAS or scikit-learn may round differently, and then pairs between two clusters move.
+        least: Minimum number of pairs of a domain to be kept.
+        seed: Seed of the initialisations of k-means. The result does not depend on the number of threads, because
+            k-means uses one. Another processor, BLAS or scikit-learn may round differently and move pairs between
+            clusters.
 
     Returns:
         The clusters, on the CPU.
 
     Raises:
-        ConfigError: If a number is too small, or scikit-learn is missing.
-        DataError: If the features are not two matrices of N rows, or hold numbers that are not finite.
+        ConfigError: A number is too small, or scikit-learn is missing.
+        DataError: The features are not two matrices of N rows, or hold numbers that are not finite.
     """
     for name, value, smallest in (("topics", topics, 1), ("domains", domains, 2), ("least", least, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
@@ -147,7 +150,7 @@ def cluster(images: Tensor, captions: Tensor, *, topics: int, domains: int, leas
         if bad:
             raise DataError(
                 f"{name} features are not finite numbers in {len(bad)} of {len(x)} rows, first in row {bad[0]}. Encode "
-                "them again, in float32 if they were computed in half precision, or leave those pairs out."
+                "them again (in float32 if they were computed in half precision), or remove those pairs."
             )
     topic, topic_centres = spherical_kmeans(captions, topics, _derived(seed))
     domain = torch.zeros_like(topic)
@@ -160,39 +163,39 @@ def cluster(images: Tensor, captions: Tensor, *, topics: int, domains: int, leas
 
 
 def without_caption(images: Tensor, captions: Tensor, ridge: float = 1.0) -> Tensor:
-    """Return what of unit image features the captions do not predict: the residuals of a ridge regression, ``[N, D]``.
+    """Return the residuals ``[N, D]`` of a ridge regression from unit caption features to unit image features.
 
-    Inside a topic, images differ by what they show more than by how; the residuals are nearer to their look.
+    Images of a topic differ more by content than by style; the residuals emphasise style.
 
     Args:
         images: Raw image features ``[N, D]``.
         captions: Raw caption features ``[N, D]``.
         ridge: Weight of the squared coefficients.
     """
-    x, known = (F.normalize(features.detach().double().cpu(), dim=1) for features in (images, captions))
-    known = torch.cat([known, torch.ones(len(known), 1, dtype=known.dtype)], dim=1)
-    gram = known.t() @ known + ridge * torch.eye(known.shape[1], dtype=known.dtype)
-    left: Tensor = x - known @ torch.linalg.solve(gram, known.t() @ x)
-    return left.float()
+    x, predictors = (F.normalize(features.detach().double().cpu(), dim=1) for features in (images, captions))
+    predictors = torch.cat([predictors, torch.ones(len(predictors), 1, dtype=predictors.dtype)], dim=1)
+    gram = predictors.t() @ predictors + ridge * torch.eye(predictors.shape[1], dtype=predictors.dtype)
+    residuals: Tensor = x - predictors @ torch.linalg.solve(gram, predictors.t() @ x)
+    return residuals.float()
 
 
 def spherical_kmeans(features: Tensor, clusters: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Cluster directions: k-means on unit rows, whose centres are then brought to length 1.
+    """Cluster directions: k-means on unit rows, with centres normalised to length 1.
 
-    A row belongs to the centre of the largest cosine, which can differ from the nearest mean of k-means: a mean of
-    scattered rows is short. The centres are not moved again after that. More than :data:`EXACT_ROWS` rows are clustered
-    in mini-batches.
+    A row belongs to the centre of the largest cosine. This can differ from the nearest mean of k-means, because the
+    mean of scattered rows is short. The centres are not updated afterwards. More than :data:`EXACT_ROWS` rows are
+    clustered in mini-batches.
 
     Args:
         features: ``[N, D]`` with N >= 1, of any length.
-        clusters: K; may be more than N.
-        seed: Of the starts, 0 to 2^32 - 1.
+        clusters: K; may be larger than N.
+        seed: Seed of the initialisations, 0 to 2^32 - 1.
 
     Returns:
-        The cluster of each row ``[N]`` int64, and the unit centres ``[K, D]`` float32, zeros where no row belongs.
+        The cluster of each row ``[N]`` int64, and the unit centres ``[K, D]`` float32, zeros for empty clusters.
 
     Raises:
-        ConfigError: If scikit-learn is missing.
+        ConfigError: scikit-learn is missing.
     """
     try:
         sklearn, threads = import_module("sklearn.cluster"), import_module("threadpoolctl")
@@ -202,9 +205,9 @@ def spherical_kmeans(features: Tensor, clusters: int, seed: int) -> tuple[Tensor
         ) from error
     rows = F.normalize(features.detach().float().cpu(), dim=1).numpy()
     wanted = min(clusters, len(rows))
-    # One thread, because several add up centres in the order in which they happen to finish.
+    # One thread, because several threads sum in an order that is not deterministic.
     with threads.threadpool_limits(1), warnings.catch_warnings():
-        # Captions that occur more than once make fewer clusters than asked for, which is said by empty ones here.
+        # Repeated captions can give fewer clusters than requested; the remaining ones are empty.
         warnings.filterwarnings("ignore", "Number of distinct clusters")
         if len(rows) <= EXACT_ROWS:
             model = sklearn.KMeans(wanted, n_init=_STARTS, random_state=seed)
@@ -220,7 +223,7 @@ def spherical_kmeans(features: Tensor, clusters: int, seed: int) -> tuple[Tensor
 
 
 def _derived(*parts: int) -> int:
-    """Return a seed that scikit-learn accepts, for the first level or for one topic."""
+    """Return a seed in the range of scikit-learn, for the first level or for one topic."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 

@@ -1,4 +1,4 @@
-"""An HTML page that shows what clustering made of the pairs: topics, their domains, and a few tasks."""
+"""An HTML page of clustered pairs: topics, their domains, and some tasks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 #: Width and height of a thumbnail, in pixels.
 PIXELS = 64
-#: Thumbnails of a domain, and of all of them together: about 1.5 kB each.
+#: Maximum number of thumbnails per domain and per page; a thumbnail has about 1.5 kB.
 _OF_DOMAIN, _OF_PAGE = 8, 2000
 _TOPICS = 200
 
@@ -33,21 +33,21 @@ def inspection_page(
     tasks: int = 4,
     title: str = "Topics and domains of meta-tasks",
 ) -> str:
-    """Return a page without scripts or links, pictures included, a few MB at most.
+    """Return a self-contained page without scripts or links, of a few MB at most.
 
-    It shows the 200 largest topics, and of each domain up to 8 pictures, evenly spread over its pairs; fewer, where all
-    domains together would show more than 2,000. The page says so itself.
+    It shows the 200 largest topics, and up to 8 images of each domain, evenly spaced over its pairs. The number per
+    domain is reduced if all domains together would show more than 2,000. The page states these limits.
 
     Args:
-        clusters: Of N pairs.
-        sampler: Draws the tasks that are shown; ``None`` where none can be drawn.
+        clusters: Clusters of N pairs.
+        sampler: Draws the shown tasks; ``None`` if none can be drawn.
         captions: N captions.
-        picture: Gives the picture of a row. One that cannot be read leaves a gap.
-        tasks: How many tasks to show: the first of step 0.
+        picture: Returns the image of a row. An unreadable image leaves a gap.
+        tasks: Number of shown tasks, the first ones of step 0.
         title: Headline.
 
     Raises:
-        ConfigError: If jinja2 is missing.
+        ConfigError: jinja2 is missing.
     """
     try:
         from jinja2 import Environment, StrictUndefined
@@ -116,25 +116,25 @@ def _spread(rows: list[int], count: int) -> list[int]:
 
 
 def _words(captions: Sequence[str], topics: dict[int, list[int]], count: int = 8) -> dict[int, list[tuple[str, int]]]:
-    """Return words of each topic with the captions that hold them, the most telling first.
+    """Return words of each topic with their number of captions, most distinctive first.
 
-    Ranked by how many more captions of the topic hold the word than the same number of any captions would; so "of" and
-    "the" fall back without a list of such words in some language.
+    A word's rank is the number of the topic's captions that hold it, minus the number expected among as many captions
+    of all topics. Common words such as "of" and "the" therefore rank low in any language.
     """
     held = [set(re.findall(r"\w+", caption.lower())) for caption in captions]
     overall = Counter(word for words in held for word in words)
-    found = {}
+    distinctive = {}
     for topic, rows in topics.items():
-        own, share = Counter(word for row in rows for word in held[row]), len(rows) / len(captions)
-        ranked = sorted(own, key=lambda word: (overall[word] * share - own[word], -own[word], word))
-        found[topic] = [(word, own[word]) for word in ranked[:count]]
-    return found
+        counts, share = Counter(word for row in rows for word in held[row]), len(rows) / len(captions)
+        ranked = sorted(counts, key=lambda word: (overall[word] * share - counts[word], -counts[word], word))
+        distinctive[topic] = [(word, counts[word]) for word in ranked[:count]]
+    return distinctive
 
 
 def _thumbnail(picture: Callable[[int], Image.Image], row: int) -> str:
     try:
         image = picture(row).convert("RGB")
-    except (VlpromptError, OSError):  # the page is to show what is there, not to check it
+    except (VlpromptError, OSError):  # the page does not check the data
         return ""
     image.thumbnail((PIXELS, PIXELS))
     file = io.BytesIO()

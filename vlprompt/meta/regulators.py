@@ -1,8 +1,8 @@
-"""Gradient regulators: small networks that turn the gradient of a prompt into the direction that is taken instead.
+"""Gradient regulators: small networks that map the gradient of a prompt to an update direction.
 
-GRAM (arXiv 2303.06571) learns such a function together with a prompt initialisation; its form is not published. These
-are the two of our reconstruction (seed_methods 3.b): ``rescale-gate`` after SUPMER's ``grad_trans``, ``sigmoid-gate``
-after ProMetaR. Both leave a zero gradient zero, and start near the identity.
+GRAM (arXiv 2303.06571) learns such a function together with a prompt initialisation; its form is not published. This
+reconstruction has two forms: ``rescale-gate`` after SUPMER's ``grad_trans``, and ``sigmoid-gate`` after ProMetaR. Both
+map a zero gradient to zero and are close to the identity at initialisation.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ TINY = 1e-8
 
 @dataclass(frozen=True)
 class RegulatorSettings:
-    """What the paper leaves open about the regulating function.
+    """Settings of the regulating function, which the paper does not specify.
 
     Attributes:
-        kind: Its form: ``rescale-gate`` or ``sigmoid-gate``.
-        sharing: One regulator for each prompt tensor (so one per modality and layer), or one for all tensors of a
-            shape; ``rescale-gate`` works row by row and shares among all tensors of a width.
-        rank: k, the bottleneck of a ``rescale-gate``'s two layers.
+        kind: Form of the function: ``rescale-gate`` or ``sigmoid-gate``.
+        sharing: ``tensor``: one regulator per prompt tensor, so one per modality and layer. ``shape``: one for all
+            tensors of a shape; ``rescale-gate`` acts on rows, so all tensors of a width share one.
+        rank: k, the bottleneck of the two layers of a ``rescale-gate``.
         bottleneck: Hidden units of a ``sigmoid-gate``.
-        gate_bias: Logit that all gates start from; 4 lets 98 % of the raw gradient through, infinity all of it.
+        gate_bias: Initial logit of all gates; 4 passes 98 % of the raw gradient, infinity all of it.
     """
 
     kind: Kind = "rescale-gate"
@@ -45,14 +45,15 @@ class RegulatorSettings:
 
 
 class RescaleGate(nn.Module):
-    """``psi(g) = (1 - c) ghat + c g`` on every row ``g`` ``[W]`` of a prompt's gradient (seed_methods 3.b, 3.c).
+    """``psi(g) = (1 - c) ghat + c g`` for every row ``g`` ``[W]`` of a prompt's gradient.
 
-    ``h`` is ``g`` after two layers ``ReLU(B A g + b)``, with ``A`` ``[k, W]`` and ``B`` ``[W, k]``; ``ghat`` is ``h``
-    at the length of ``g``; the gate ``c = sigmoid(w2 ReLU(w1 e + b1) + b2)`` looks at the task's mean feature ``e``.
+    ``h`` is ``g`` after two layers ``ReLU(B A g + b)``, with ``A`` ``[k, W]`` and ``B`` ``[W, k]``. ``ghat`` is ``h``
+    rescaled to the length of ``g``. The gate ``c = sigmoid(w2 ReLU(w1 e + b1) + b2)`` depends on the task's mean
+    feature ``e``.
 
     Args:
         width: W.
-        embed_dim: D, of the task's feature.
+        embed_dim: D, the size of the task's feature.
         settings: Rank and gate bias.
     """
 
@@ -67,32 +68,32 @@ class RescaleGate(nn.Module):
         nn.init.constant_(self.gate.bias, settings.gate_bias)
 
     def openness(self, feature: Tensor) -> Tensor:
-        """Return c, a scalar in 0..1: how much of the raw gradient passes, for a task's mean feature ``[D]``."""
+        """Return c, a scalar in 0..1: the share of the raw gradient that passes, for a task's mean feature ``[D]``."""
         return self.gate(self.hidden(feature).relu()).sigmoid().squeeze(-1)  # type: ignore[no-any-return]
 
     def rescaled(self, gradient: Tensor) -> Tensor:
-        """Return ``ghat``, of the shape and row lengths of ``gradient`` ``[..., W]``."""
+        """Return ``ghat``, with the shape and row lengths of ``gradient`` ``[..., W]``."""
         h = gradient
         for down, up, bias in zip(self.down, self.up, self.bias, strict=True):
             h = ((h @ down.t()) @ up.t() + bias).relu()
         return h * (_length(gradient) / (_length(h) + TINY))
 
     def forward(self, gradient: Tensor, feature: Tensor) -> Tensor:
-        """Return the regulated gradient, of the shape of ``gradient`` ``[..., W]``; ``feature`` is ``[D]``."""
+        """Return the regulated gradient ``[..., W]`` for the task's mean feature ``[D]``."""
         c = self.openness(feature)
         return (1 - c) * self.rescaled(gradient) + c * gradient
 
 
 def _length(rows: Tensor) -> Tensor:
-    # The root's slope at a zero row would be infinite, and infinity times zero no number.
+    # At a zero row the derivative of the root is infinite, and infinity times zero is NaN.
     square = rows.square().sum(dim=-1, keepdim=True)
     return torch.where(square > 0, square, torch.ones_like(square)).sqrt() * (square > 0)
 
 
 class SigmoidGate(nn.Module):
-    """``psi(g) = g * sigmoid(U2 U1 vec(g) + b)``, bias-free but for the fixed ``b`` (seed_methods 3.b).
+    """``psi(g) = g * sigmoid(U2 U1 vec(g) + b)`` with a fixed ``b`` and no other bias.
 
-    ``U2`` starts at zero, so that every entry starts with the same share.
+    ``U2`` is initialised to zero, so all entries start with the same share.
 
     Args:
         shape: Shape of the prompt tensor.
@@ -112,7 +113,7 @@ class SigmoidGate(nn.Module):
         return (self.up(self.down(gradient.flatten())) + self.offset).sigmoid().view_as(gradient)  # type: ignore[no-any-return]
 
     def forward(self, gradient: Tensor, feature: Tensor) -> Tensor:
-        """Return the regulated gradient; the task's ``feature`` plays no part."""
+        """Return the regulated gradient; the task's ``feature`` is not used."""
         return gradient * self.shares(gradient)
 
 
@@ -121,7 +122,7 @@ class Regulator(nn.Module):
 
     Args:
         shapes: Shape of each prompt tensor by its name (:meth:`vlprompt.methods.PromptMethod.prompt_tensors`).
-        embed_dim: D, of a task's feature.
+        embed_dim: D, the size of a task's feature.
         settings: Form and sizes.
 
     Raises:
@@ -131,7 +132,7 @@ class Regulator(nn.Module):
     def __init__(self, shapes: Mapping[str, Sequence[int]], embed_dim: int, settings: RegulatorSettings) -> None:
         super().__init__()
         if not shapes:
-            raise ConfigError("there are no prompts whose gradients could be regulated; leave the regulator away")
+            raise ConfigError("there are no prompts whose gradients can be regulated; omit the regulator")
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.settings, self.embed_dim = settings, embed_dim
         self.gates = nn.ModuleDict()
@@ -145,16 +146,16 @@ class Regulator(nn.Module):
 
     def _key(self, name: str) -> str:
         if self.settings.sharing == "tensor":
-            return name.replace(".", "-")  # a module's name holds no dots
+            return name.replace(".", "-")  # module names must not contain dots
         shape = self.shapes[name]
         return "x".join(map(str, shape[-1:] if self.settings.kind == "rescale-gate" else shape))
 
     def forward(self, name: str, gradient: Tensor, feature: Tensor) -> Tensor:
-        """Return the regulated gradient of the tensor ``name``; of one that is no prompt, the gradient itself.
+        """Return the regulated gradient of the tensor ``name``; the gradient itself if the tensor is not a prompt.
 
         Args:
             name: The tensor's name in its method.
-            gradient: Its gradient, of any shape that was announced.
+            gradient: Gradient of the tensor, with the shape given for it.
             feature: ``[D]``, the mean unit image feature of the task.
         """
         if name not in self.shapes:

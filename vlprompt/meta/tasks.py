@@ -1,4 +1,4 @@
-"""Meta-tasks from clustered pairs: support and query from two visual domains of one topic (seed_methods.md 3.b)."""
+"""Meta-tasks from clustered pairs: support and query from two visual domains of one topic."""
 
 from __future__ import annotations
 
@@ -17,48 +17,47 @@ from vlprompt.errors import ConfigError, DataError, bulleted, did_you_mean
 from vlprompt.meta.clustering import Clusters, spherical_kmeans
 
 Labels = Literal["captions", "clusters"]
-#: Characters that a class name may have.
-_LONGEST = 200
+#: Maximum number of characters of a class name.
+_MAX_CHARACTERS = 200
 
 
 def fit_captions(tower: TextTower, captions: Sequence[str], tokens: int) -> list[str]:
-    """Return ``captions`` as class names: tidied, and cut after whole words.
+    """Return ``captions`` as class names: cleaned, and truncated after whole words.
 
-    White space and characters that cannot be printed become single blanks, invisible marks (soft hyphens, joiners) go,
-    underscores become the blanks that prompts make of them, and braces, which stand for the name in a template, become
-    parentheses.
+    White space, unprintable characters and underscores become single blanks. Invisible marks (soft hyphens, joiners)
+    are removed. Braces, which mark the name in a template, become parentheses.
 
     Args:
-        tower: Counts byte-pair tokens.
+        tower: Text tower, whose tokenizer counts byte-pair tokens.
         captions: N texts.
-        tokens: Byte-pair tokens that a caption may have, without start- and end-of-text.
+        tokens: Maximum number of byte-pair tokens of a caption, without start- and end-of-text.
 
     Returns:
         N texts of at most ``tokens`` tokens and 200 characters.
 
     Raises:
-        ConfigError: If ``tokens`` is not a whole number from 1.
-        DataError: If nothing is left of some captions; lists them.
+        ConfigError: ``tokens`` is not a whole number from 1.
+        DataError: Some captions become empty; the text lists them.
     """
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise ConfigError(f"tasks.caption_tokens is {tokens!r}; accepted: whole numbers from 1.")
-    fitted = {caption: _fitted(tower, caption, tokens) for caption in dict.fromkeys(captions)}
-    empty = [f"pair {row}: {caption[:80]!r}" for row, caption in enumerate(captions) if not fitted[caption]]
+    names = {caption: _fitted(tower, caption, tokens) for caption in dict.fromkeys(captions)}
+    empty = [f"pair {row}: {caption[:80]!r}" for row, caption in enumerate(captions) if not names[caption]]
     if empty:
         raise DataError(
             f"captions without a word, or with a first word of more than {tokens} tokens:\n{bulleted(empty)}\n"
-            "Take these pairs out, or raise tasks.caption_tokens."
+            "Remove these pairs, or increase tasks.caption_tokens."
         )
-    return [fitted[caption] for caption in captions]
+    return [names[caption] for caption in captions]
 
 
 def _fitted(tower: TextTower, caption: str, tokens: int) -> str:
-    shown = (" " if c == "_" or not c.isprintable() else c for c in caption if unicodedata.category(c) != "Cf")
-    words = "".join(shown).replace("{", "(").replace("}", ")").split()[:tokens]  # a word has at least one token
+    cleaned = (" " if c == "_" or not c.isprintable() else c for c in caption if unicodedata.category(c) != "Cf")
+    words = "".join(cleaned).replace("{", "(").replace("}", ")").split()[:tokens]  # a word has at least one token
     while words:
         text = " ".join(words)
-        # Characters first: a text without blanks may be very long. Start- and end-of-text are no tokens of a caption.
-        if len(text) <= _LONGEST and (count := len(tower.tokens(text)) - 2) <= tokens:
+        # Characters first, because a text without blanks may be very long. Start- and end-of-text do not count.
+        if len(text) <= _MAX_CHARACTERS and (count := len(tower.tokens(text)) - 2) <= tokens:
             return text if count else ""
         words.pop()
     return ""
@@ -66,17 +65,17 @@ def _fitted(tower: TextTower, caption: str, tokens: int) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """S support and Q query pairs of two domains of one topic, and what they are to be told apart by.
+    """S support and Q query pairs of two domains of one topic, with their classes.
 
     Attributes:
-        topic: Their topic.
-        source_domain: Domain of the support, inside the topic.
-        target_domain: Domain of the query, another one.
-        support: S rows of pairs whose captions differ.
-        query: Q rows of pairs whose captions differ; a caption may stand in support and query.
+        topic: Topic of all pairs.
+        source_domain: Domain of the support inside the topic.
+        target_domain: Domain of the query, different from that of the support.
+        support: S rows of pairs with different captions.
+        query: Q rows of pairs with different captions; a caption may occur in both support and query.
         support_classes: Class names of the support.
         support_labels: S positions in ``support_classes``.
-        query_classes: Class names of the query; with ``labels=clusters`` those of the support.
+        query_classes: Class names of the query; those of the support with ``labels=clusters``.
         query_labels: Q positions in ``query_classes``.
     """
 
@@ -92,37 +91,37 @@ class Task:
 
 
 class TaskSampler:
-    """Draws tasks, each a function of ``(seed, step, slot)`` alone: a resumed or shared run sees the same ones.
+    """Draws tasks that depend only on ``(seed, step, slot)``, so resumed and distributed runs draw the same tasks.
 
-    A domain is usable if it is kept and has at least ``max(support, query)`` different captions; upper and lower case
-    do not count. Topics are drawn with equal chance among those with two usable domains, then two of these domains,
-    then different captions, then one pair of each caption.
+    A domain is usable if it is kept and has at least ``max(support, query)`` different captions, ignoring case. A task
+    draws uniformly a topic with two or more usable domains, two of these domains, different captions, and one pair of
+    each caption.
 
-    What the classes of a task are:
+    The classes of a task are:
 
-    - ``captions``: every caption is its own class, of support and query each.
+    - ``captions``: every caption is a class, separately for support and query.
     - ``clusters``: the different captions of support and query together are grouped by k-means on their features.
-      Groups without a support caption dissolve: their captions go to the nearest remaining centre. If only one group
-      would remain (support and query fell apart), the centres are those of the support's captions alone. So there are
-      at most ``classes`` of them, support has an example of each, and no query pair is of a class that support lacks.
-      A class is named by the caption nearest to its centre.
+      Captions of groups without a support caption move to the nearest remaining centre. If only one group would remain
+      because support and query separate, the centres are computed from the captions of the support. There are at most
+      ``classes`` classes, the support has an example of each, and a class is named by the caption nearest to its
+      centre.
 
     Args:
-        clusters: Of N pairs.
+        clusters: Clusters of N pairs.
         captions: N captions that can be class names (:func:`fit_captions`).
-        support: Support pairs S of a task.
-        query: Query pairs Q of a task.
+        support: S, the number of support pairs of a task.
+        query: Q, the number of query pairs of a task.
         labels: ``captions`` or ``clusters``.
-        classes: Classes of a task with ``labels=clusters``.
-        seed: Of all tasks.
-        caption_features: ``[N, D]``, needed with ``labels=clusters``.
+        classes: Maximum number of classes of a task with ``labels=clusters``.
+        seed: Seed of all tasks.
+        caption_features: ``[N, D]``, required with ``labels=clusters``.
 
     Attributes:
         usable: The usable domains of every topic that has two or more.
 
     Raises:
-        ConfigError: If a setting is not accepted, or no topic is usable; then with a table of what there is.
-        DataError: If captions or features are those of other pairs.
+        ConfigError: A setting is not accepted, or no topic is usable; the text then lists all topics.
+        DataError: The number of captions or features differs from that of the pairs.
     """
 
     def __init__(
@@ -158,10 +157,10 @@ class TaskSampler:
                 )
         self.captions, self.support, self.query, self.seed = captions, support, query, seed
         self.labels, self.classes, self._features = labels, classes, caption_features
-        self._texts = [caption.casefold() for caption in captions]  # the tokenizer lowers case, too
+        self._texts = [caption.casefold() for caption in captions]  # the tokenizer also ignores case
         by_domain = {key: self._by_text(rows) for key, rows in clusters.members().items()}
         needed = max(support, query)
-        # Topic, domain, different captions, pairs of one caption.
+        # Maps topic and domain to lists of pairs, one list per caption.
         self._pairs: dict[int, dict[int, list[list[int]]]] = {}
         for (topic, domain), groups in by_domain.items():
             if clusters.kept[topic, domain] and len(groups) >= needed:
@@ -169,7 +168,9 @@ class TaskSampler:
         self._pairs = {topic: domains for topic, domains in self._pairs.items() if len(domains) >= 2}
         self.usable = {topic: tuple(domains) for topic, domains in self._pairs.items()}
         if not self.usable:
-            raise ConfigError(_what_there_is({key: len(groups) for key, groups in by_domain.items()}, clusters, needed))
+            raise ConfigError(
+                _no_usable_topic({key: len(groups) for key, groups in by_domain.items()}, clusters, needed)
+            )
 
     def _by_text(self, rows: list[int]) -> list[list[int]]:
         groups: dict[str, list[int]] = {}
@@ -178,7 +179,7 @@ class TaskSampler:
         return list(groups.values())
 
     def task(self, step: int, slot: int) -> Task:
-        """Return the task at place ``slot`` of the meta-batch of ``step``, both from 0."""
+        """Return the task number ``slot`` of the meta-batch of ``step``, both counted from 0."""
         generator = np.random.default_rng([self.seed, step, slot])
         topic = list(self.usable)[generator.integers(len(self.usable))]
         source, target = generator.choice(self.usable[topic], 2, replace=False).tolist()
@@ -200,41 +201,41 @@ class TaskSampler:
         self, support: tuple[int, ...], query: tuple[int, ...], seed: int
     ) -> tuple[list[tuple[str, ...]], list[tuple[int, ...]]]:
         assert self._features is not None
-        # One row for each different caption; those of the support, which all differ, come first.
+        # One row per different caption; the captions of the support come first, and all of them differ.
         rows = [group[0] for group in self._by_text([*support, *query])]
         features = F.normalize(self._features[rows].detach().float().cpu(), dim=1)
         for count in (len(rows), len(support)):
-            found, centres = spherical_kmeans(features[:count], self.classes, seed)
-            present = found[: len(support)].unique()
+            assigned, centres = spherical_kmeans(features[:count], self.classes, seed)
+            present = assigned[: len(support)].unique()
             if len(present) > 1:
                 break
         cosines = features @ centres[present].t()  # [captions, classes]
         labels = cosines.argmax(dim=1)
-        foreign = labels[:, None] != torch.arange(len(present))
-        nearest = cosines.masked_fill(foreign, float("-inf")).argmax(dim=0)
+        other_class = labels[:, None] != torch.arange(len(present))
+        nearest = cosines.masked_fill(other_class, float("-inf")).argmax(dim=0)
         names = tuple(self.captions[rows[position]] for position in nearest.tolist())
         label_of = {self._texts[row]: label for row, label in zip(rows, labels.tolist(), strict=True)}
-        return [names, names], [tuple(label_of[self._texts[row]] for row in part) for part in (support, query)]
+        return [names, names], [tuple(label_of[self._texts[row]] for row in side) for side in (support, query)]
 
 
-def _what_there_is(distinct: dict[tuple[int, int], int], clusters: Clusters, needed: int) -> str:
-    """Return why no task can be drawn: a table of the topics, those with most captions first, and what to lower."""
+def _no_usable_topic(distinct: dict[tuple[int, int], int], clusters: Clusters, needed: int) -> str:
+    """Return the reason why no task can be drawn: a table of topics, largest first, and the settings to lower."""
     topics: dict[int, list[tuple[int, bool]]] = {}
     for (topic, domain), count in distinct.items():
         topics.setdefault(topic, []).append((count, bool(clusters.kept[topic, domain])))
-    # A task of one topic can be as large as the second of its domains.
-    seconds = [sorted((count for count, kept in own if kept), reverse=True)[1:2] for own in topics.values()]
+    # The second largest domain of a topic limits the size of its tasks.
+    seconds = [sorted((count for count, kept in domains if kept), reverse=True)[1:2] for domains in topics.values()]
     largest = max((second[0] for second in seconds if second), default=0)
     lines = ["  topic  different captions in each domain (in brackets: dropped, fewer pairs than tasks.least)"]
     ranked = sorted(topics.items(), key=lambda item: -sum(count for count, _ in item[1]))
-    for topic, own in ranked[:20]:
-        counts = ", ".join(f"{count}" if kept else f"({count})" for count, kept in sorted(own, reverse=True))
+    for topic, domains in ranked[:20]:
+        counts = ", ".join(f"{count}" if kept else f"({count})" for count, kept in sorted(domains, reverse=True))
         lines.append(f"  {topic:5d}  {counts}")
     if len(ranked) > 20:
         lines.append(f"  ... and {len(ranked) - 20} more topics")
-    most = f"; {largest} at most for the domains that are kept now" if largest >= 2 else ""
+    most = f"; {largest} at most for the domains that are now kept" if largest >= 2 else ""
     return (
-        f"No topic has two domains of {needed} different captions each, which tasks.support and tasks.query ask for.\n"
+        f"No topic has two domains of {needed} different captions each, as tasks.support and tasks.query require.\n"
         + "\n".join(lines)
         + "\nLower tasks.topics or tasks.domains for larger domains, tasks.least to keep small ones, or tasks.support "
         f"and tasks.query{most}."
