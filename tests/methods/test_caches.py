@@ -21,7 +21,7 @@ from vlprompt.methods import PromptMethod
 from vlprompt.methods.cached import own_rows
 from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.prompts.zero_shot import mean_features
-from vlprompt.runs.feeding import use_of_test_images
+from vlprompt.runs.session import use_of_test_images
 
 NAMES = ["cat", "annual crop land", "aeroplane"]
 #: Settings that keep the tests short.

@@ -24,7 +24,7 @@ from vlprompt.methods.registry import get_method_class
 from vlprompt.prompts import list_decompositions
 from vlprompt.runs import folder
 from vlprompt.runs.folder import config_sha256
-from vlprompt.runs.prepare import build_method
+from vlprompt.runs.session import Session
 
 NAMES = ["cat", "annual crop land", "aeroplane", "sea_lake"]
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -252,11 +252,9 @@ def test_runs_without_one_keep_their_folders(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_worked_example_is_maple_with_promptsrcs_terms_and_depts_update() -> None:
-    from vlprompt import load_backbone, load_dataset
 
     config = parse_run(["--config", str(CONFIGS / "maple" / "promptsrc-dept" / "demo.yaml"), "--data.shots", "1"])
-    task = load_dataset("demo", shots=1, classes="base")
-    method = build_method(config, load_backbone("demo"), task)
+    method = Session(config).method
     assert method.name == "maple" and [one.name for one in method.active] == ["self_regularisation", "aggregation"]
     assert method.decomposition.settings.lr_ratio == 0.1  # type: ignore[union-attr]
     terms = method.losses(torch.zeros(2, 3, 64, 64), torch.tensor([0, 1]))

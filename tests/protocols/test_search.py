@@ -21,7 +21,7 @@ from vlprompt.protocols.cross import cross_dataset
 from vlprompt.protocols.domains import domain_generalisation
 from vlprompt.protocols.fewshot import few_shot
 from vlprompt.protocols.search import candidates_of, search
-from vlprompt.runs import prepare
+from vlprompt.runs import session as sessions
 from vlprompt.runs.run import evaluate_head, run, validate
 
 Tiny = Callable[..., RunConfig]
@@ -179,7 +179,7 @@ def same_images(monkeypatch: pytest.MonkeyPatch) -> None:
         task = load_dataset(*args, **values)
         return replace(task, val=task.test)
 
-    monkeypatch.setattr(prepare, "load_dataset", load)
+    monkeypatch.setattr(sessions, "load_dataset", load)
 
 
 @pytest.mark.usefixtures("same_images")

@@ -15,7 +15,7 @@ from vlprompt.datasets import FewShotTask, load_dataset
 from vlprompt.errors import ConfigError
 from vlprompt.protocols.base_to_new import base_to_new_table, summary
 from vlprompt.protocols.search import search
-from vlprompt.runs import prepare
+from vlprompt.runs import session as sessions
 from vlprompt.runs.run import run
 from vlprompt.runs.tables import results_table
 
@@ -67,10 +67,7 @@ def test_training_by_cross_entropy_is_refused_before_anything_is_written(several
 def test_search_goes_by_the_headline(
     several: FewShotTask, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from vlprompt.protocols import search as searching
-
-    for module in (prepare, searching):
-        monkeypatch.setattr(module, "load_task", lambda *_: several)
+    monkeypatch.setattr(sessions, "load_task", lambda *_: several)
     config = tiny("zeroshot").with_data(name="demo", root=None)
     found = search(config, {"settings.templates": [["a {}."], ["an emoji of a {}."]]})
     scores = [one["score"]["map_11point"] for one in found.selection["scores"]]
@@ -81,13 +78,13 @@ def test_search_goes_by_the_headline(
 
 
 def test_mean_per_class_is_shown_and_averaged(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = prepare.load_dataset
+    usual = sessions.load_dataset
 
     def by_class(*args: Any, **values: Any) -> FewShotTask:
         task = usual(*args, **values)
         return replace(task, card=replace(task.card, metric="mean_per_class"))
 
-    monkeypatch.setattr(prepare, "load_dataset", by_class)
+    monkeypatch.setattr(sessions, "load_dataset", by_class)
     done = run(tiny("coop", lr=0.1))
     found, per_class = done.results["results"]["all"], done.results["per_class"]["results"]["all"]
     assert per_class["total"] == [3, 2, 4, 3, 1] and sum(per_class["correct"]) == found["correct"]

@@ -68,7 +68,7 @@ def bank(words: list[str]) -> int:
     from vlprompt.generation.bank import make_bank
     from vlprompt.generation.making import fill
     from vlprompt.generation.pipeline import load_maker
-    from vlprompt.runs.prepare import load_task
+    from vlprompt.runs.session import load_task
 
     samples = getattr(load_task(config.data, config.seed), own["split"])
     if not samples:

@@ -147,6 +147,12 @@ class FewShotData(pl.LightningDataModule):
         """Load the features of ``stage``: ``fit``, ``validate``, ``test``, or all with ``None``."""
         self._load(self._wanted(stage))
 
+    def teardown(self, stage: str) -> None:
+        """Release what training alone needs: decoded pictures, and features of random views."""
+        if stage == "fit":
+            self._kept.pop("train", None)
+            self._rows = {key: value for key, value in self._rows.items() if key[1] is None}
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return this process's training batches; raises ConfigError if processes cannot share the batch size."""
         rank, world_size = self._world()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from vlprompt._files import sha256_json, sha256_lines
 from vlprompt.datasets.card import Card, Metric, describe
@@ -41,6 +41,7 @@ class FewShotTask:
         source: Domains that ``train`` and ``val`` were drawn from; empty for all.
         target: Domains of ``test``; empty for all.
         request: What :func:`load_dataset` was asked for besides the name.
+        whole: The task over all classes that this one is a half of, from the same draw; None where it is that task.
     """
 
     name: str
@@ -61,6 +62,7 @@ class FewShotTask:
     source: tuple[str, ...] = ()
     target: tuple[str, ...] = ()
     request: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    whole: FewShotTask | None = field(default=None, repr=False, compare=False)
 
     @property
     def metric(self) -> Metric:
@@ -72,15 +74,38 @@ class FewShotTask:
         """Whether labels are tuples: an image may have several."""
         return self.card.multilabel
 
+    def half(self, classes: Literal["base", "new"]) -> FewShotTask:
+        """Return the task of one half of this task's classes, ``base`` or ``new``, with labels from 0.
+
+        Raises:
+            ConfigError: There are too few classes, or the half has no images of the ``target`` domains.
+        """
+        # A data set that only tests has no training list that would say which classes there are.
+        labels = class_labels([label for sample in self.train or self.test for label in labels_of(sample)], classes)
+        train, val, test = (keep_labels(samples, labels) for samples in (self.train, self.val, self.test))
+        if self.target and not test:
+            raise ConfigError(f"data.target is {list(self.target)}, which has no test images of the {classes} classes.")
+        return replace(
+            self,
+            class_names=[self.class_names[label] for label in labels],
+            train=train,
+            val=val,
+            test=test,
+            classes=classes,
+            shots_sha256=sha256_lines(sample.id for sample in train),
+            request={**self.request, "classes": classes},
+            whole=self,
+        )
+
     def counterpart(self) -> FewShotTask:
         """Return the task of the other half of the classes: ``new`` for ``base`` and the reverse, from the same draw.
 
         Raises:
             ConfigError: If this task has all classes.
         """
-        if self.classes == "all":
+        if self.whole is None:
             raise ConfigError("A task over all classes has no other half; load it with data.classes base or new.")
-        return load_dataset(self.name, **{**self.request, "classes": "new" if self.classes == "base" else "base"})
+        return self.whole.half("new" if self.classes == "base" else "base")
 
     def by_domain(self) -> dict[str, FewShotTask]:
         """Return this task with the test samples of one domain alone, for each domain that is tested.
@@ -161,7 +186,7 @@ def load_dataset(
         DataError: If the data are missing or cannot be used.
     """
     request = {
-        "root": root, "shots": shots, "seed": seed, "classes": classes, "template": template, "source": source,
+        "root": root, "shots": shots, "seed": seed, "classes": "all", "template": template, "source": source,
         "target": target, "split": split, "sampler": sampler, "shots_file": shots_file,
     }  # fmt: skip
     card = find_card(name).with_split(split)
@@ -181,26 +206,19 @@ def load_dataset(
     else:
         sampler = sampler or ("elevater-v1" if card.multilabel and lists.train else lists.sampler)
         train, val = fewshot(lists.train, lists.val, shots, seed, sampler=sampler, sample_val=lists.sample_val)
-    test = lists.test
-    class_names = list(lists.class_names)
-    if classes != "all":
-        # A data set that only tests has no training list that would say which classes there are.
-        labels = class_labels([label for sample in train or test for label in labels_of(sample)], classes)
-        train, val, test = (keep_labels(part, labels) for part in (train, val, test))
-        class_names = [lists.class_names[label] for label in labels]
-    if target and not test:
+    if target and not lists.test:
         raise ConfigError(f"data.target is {list(target)}, which has no test images of the {classes} classes.")
-    return FewShotTask(
+    task = FewShotTask(
         name=card.name,
-        class_names=class_names,
+        class_names=list(lists.class_names),
         all_class_names=list(lists.class_names),
         template=card.template if template is None else template,
         train=train,
         val=val,
-        test=list(test),
+        test=list(lists.test),
         shots=shots,
         seed=seed,
-        classes=classes,  # type: ignore[arg-type]
+        classes="all",
         split_sha256=whole.content_sha256(),
         shots_sha256=sha256_lines(sample.id for sample in train),
         card=card,
@@ -210,6 +228,7 @@ def load_dataset(
         target=tuple(target),
         request=request,
     )
+    return task if classes == "all" else task.half(cast(Literal["base", "new"], classes))
 
 
 def _part(card: Card, whole: SplitLists, source: Sequence[str], target: Sequence[str]) -> SplitLists:

@@ -17,6 +17,7 @@ from rich.table import Table
 from vlprompt.config.run import RunConfig
 from vlprompt.engine.metrics import headline
 from vlprompt.protocols.groups import dataset_names
+from vlprompt.protocols.plan import Runner
 from vlprompt.protocols.protocol import (
     ZERO_SHOT,
     check_several,
@@ -25,7 +26,6 @@ from vlprompt.protocols.protocol import (
     over_seeds,
     result_parts,
     row_name,
-    run_seeds,
     shared_marks,
     spread,
     spread_text,
@@ -67,11 +67,12 @@ def base_to_new(
     check_several("base-to-new", configs, seeds)
     names = None if datasets is None else dataset_names(datasets)
     groups = [[config] if names is None else [config.with_data(name=name) for name in names] for config in configs]
+    runner = Runner(force=force, report=report)
     cells, average = [], []
     for group in groups:
         own = []
         for config in group:
-            runs = run_seeds(config.with_data(classes="base"), seeds, force=force, report=report)
+            runs = runner.seeds(config.with_data(classes="base"), seeds)
             own.append(_cell(config, runs))
         cells += own
         average.append(average_of(own))

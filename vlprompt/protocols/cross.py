@@ -18,16 +18,15 @@ from rich.table import Table
 
 from vlprompt._dist import is_main_process
 from vlprompt._files import sha256_json, write_json
-from vlprompt._random import restored_random
-from vlprompt.backbone import load_backbone
 from vlprompt.config.run import RunConfig
 from vlprompt.datasets import FewShotTask
 from vlprompt.engine.fit import make_trainer
 from vlprompt.engine.metrics import METRICS, headline
-from vlprompt.errors import ConfigError, VlpromptError
-from vlprompt.io.head import Head, load_head
+from vlprompt.errors import ConfigError
+from vlprompt.io.head import Head
 from vlprompt.io.head_files import CONFIG_FILE
 from vlprompt.protocols.groups import dataset_names
+from vlprompt.protocols.plan import Runner, load_all
 from vlprompt.protocols.protocol import (
     ZERO_SHOT,
     check_several,
@@ -36,15 +35,13 @@ from vlprompt.protocols.protocol import (
     over_seeds,
     result_parts,
     row_name,
-    run_seeds,
     spread,
     spread_text,
     table_rows,
 )
-from vlprompt.runs.folder import TARGETS, read_json
-from vlprompt.runs.prepare import build_method, complete, device_of, load_all, moved_to, zeroshot_method
-from vlprompt.runs.record import data_record
+from vlprompt.runs.folder import TARGETS, data_record, read_json
 from vlprompt.runs.run import Run, tested
+from vlprompt.runs.session import Session, complete
 from vlprompt.runs.tables import data_words, render
 
 SCHEMA = 1
@@ -85,12 +82,15 @@ def cross_dataset(
     planned = [_targets(config, targets) for config in sources]
     loaded = load_all(_once([config.data for config in sources] + [one for own in planned for one in own]), seeds[0])
     tasks = {(task.name, task.root): task for task in loaded}
+    runner = Runner(force=force, report=report)
     for config, own in zip(sources, planned, strict=True):
-        _check_moves(config, tasks[_place(config.data)], tasks[_place(own[0])])
+        runner.last = Session(config, after=runner.last)
+        runner.last.check_moves(tasks[_place(config.data)], tasks[_place(own[0])])
     cells = []
     for config, own in zip(sources, planned, strict=True):
-        runs = run_seeds(config, seeds, force=force, report=report)
-        scores = [{data.name: _target(one, config, tasks[_place(data)], force) for data in own} for one in runs]
+        runs = runner.seeds(config, seeds)
+        session = Session(config, after=runner.last)
+        scores = [{data.name: _target(one, session, tasks[_place(data)], force) for data in own} for one in runs]
         cells.append(_cell(config, runs, scores, with_source))
     results = {"schema": SCHEMA, "protocol": name, "seeds": list(seeds), "cells": cells}
     keep(name.replace("-", "_"), results, sources, list(seeds), [[one.name for one in own] for own in planned])
@@ -117,25 +117,7 @@ def _once(wanted: Sequence[Any]) -> list[Any]:
     return list({_place(data): data for data in wanted}.values())
 
 
-def _check_moves(config: RunConfig, source: FewShotTask, target: FewShotTask) -> None:
-    """Refuse learnables that belong to the source's classes while nothing has been trained yet; two names tell."""
-    wanted = config.backbone
-    backbone = load_backbone(
-        wanted.name, wanted.pretrained, precision=wanted.precision, device=device_of(config.trainer)
-    )
-    few = [
-        dataclasses.replace(task, class_names=task.class_names[:2], all_class_names=task.class_names[:2])
-        for task in (source, target)
-    ]
-    with restored_random():
-        method = build_method(config, backbone, few[0])
-        try:
-            moved_to(config, method, few[1])
-        except VlpromptError as error:
-            raise ConfigError(f"{config.method} cannot be moved to other data sets: {error}") from error
-
-
-def _target(done: Run, config: RunConfig, task: FewShotTask, force: bool) -> dict[str, Any]:
+def _target(done: Run, session: Session, task: FewShotTask, force: bool) -> dict[str, Any]:
     """Return what the run's head and zero-shot give on ``task``'s test images, tested now or kept from before."""
     head_facts = read_json(done.head_dir / CONFIG_FILE) or {}
     data = task.describe()
@@ -152,8 +134,7 @@ def _target(done: Run, config: RunConfig, task: FewShotTask, force: bool) -> dic
     known = None if force else _kept(path, key)
     if known is not None:
         return known
-    head = load_head(done.head_dir, device=device_of(config.trainer))
-    found = {"key": key, **_test(config, head, task, done.folder)}
+    found = {"key": key, **_test(session, done.head(session.backbone), task, done.folder)}
     if is_main_process():
         write_json(path, found)
     return found
@@ -169,18 +150,19 @@ def _kept(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     return found if whole else None
 
 
-def _test(config: RunConfig, head: Head, task: FewShotTask, folder: Path) -> dict[str, Any]:
-    quiet = dataclasses.replace(config.trainer, loggers=[])
-    data = data_record(task, head.backbone, config.data.view)
+def _test(session: Session, head: Head, task: FewShotTask, folder: Path) -> dict[str, Any]:
+    """Return what the head and zero-shot give on a target."""
+    quiet = dataclasses.replace(session.config.trainer, loggers=[])
+    data = data_record(task, head.backbone, session.config.data.view)
     # Nothing was drawn from a target.
     found: dict[str, Any] = {"data": {name: value for name, value in data.items() if name not in _DRAWN}}
     per_class = {}
     for part, method in (
-        ("results", moved_to(config, head.method, task).eval()),
-        ("zeroshot", zeroshot_method(head.backbone, task)),
+        ("results", session.moved(head.method, task).eval()),
+        ("zeroshot", session.zero_shot_on(task)),
     ):
         trainer = make_trainer(quiet, folder, 1, gradient=method.needs_gradient)
-        found[part], per_class[part] = tested(config, trainer, method, task)
+        found[part], per_class[part] = tested(session, trainer, method, task)
     return found | {"per_class": per_class}
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from vlprompt.config.run import RunConfig
 from vlprompt.datasets.domains import CLEAN, DomainProtocol, DomainRound, domain_rounds, split_domain
 from vlprompt.engine.metrics import METRICS, headline
+from vlprompt.protocols.plan import Runner
 from vlprompt.protocols.protocol import (
     check_several,
     keep,
@@ -24,7 +25,6 @@ from vlprompt.protocols.protocol import (
     over_seeds,
     result_parts,
     row_name,
-    run_seeds,
     spread,
     spread_text,
     table_rows,
@@ -67,12 +67,13 @@ def domain_generalisation(
     configs = [config.with_data(classes="all") for config in configs]
     # Before the first run, so that what cannot be run is not found out in the middle.
     planned = [domain_rounds(config.data.name, config.data.root, protocol) for config in configs]
+    runner = Runner(force=force, report=report)
     cells = []
     for config, rounds in zip(configs, planned, strict=True):
         runs = []
         for one in rounds:
             chosen = config.with_data(source=list(one.source), target=list(one.target))
-            runs.append(run_seeds(chosen, seeds, force=force, report=report))
+            runs.append(runner.seeds(chosen, seeds))
         cells.append(_cell(config, rounds, runs))
     results = {"schema": SCHEMA, "protocol": protocol, "seeds": list(seeds), "cells": cells}
     keep(f"domains-{protocol}", results, configs, list(seeds))

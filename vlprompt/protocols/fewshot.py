@@ -15,6 +15,7 @@ from vlprompt.config.run import RunConfig
 from vlprompt.engine.metrics import headline
 from vlprompt.errors import ConfigError
 from vlprompt.protocols.groups import dataset_names
+from vlprompt.protocols.plan import Runner, load_all
 from vlprompt.protocols.protocol import (
     check_several,
     keep,
@@ -22,13 +23,11 @@ from vlprompt.protocols.protocol import (
     over_seeds,
     result_parts,
     row_name,
-    run_seeds,
     shared_marks,
     spread,
     spread_text,
     table_rows,
 )
-from vlprompt.runs.prepare import load_all
 from vlprompt.runs.run import Run
 from vlprompt.runs.tables import data_words, metric_words, render
 
@@ -70,13 +69,12 @@ def few_shot(
     groups = [[config] if names is None else [config.with_data(name=name) for name in names] for config in configs]
     everywhere = {(one.data.name, one.data.root): one.with_data(shots=1).data for group in groups for one in group}
     load_all(list(everywhere.values()), seeds[0])
+    runner = Runner(force=force, report=report)
     cells, average = [], []
     for group in groups:
         own = []
         for config in group:
-            runs = {
-                count: run_seeds(config.with_data(shots=count), seeds, force=force, report=report) for count in shots
-            }
+            runs = {count: runner.seeds(config.with_data(shots=count), seeds) for count in shots}
             own.append(_cell(config, runs))
         cells += own
         if len(own) > 1:

@@ -18,7 +18,8 @@ from rich.table import Table
 
 from vlprompt.config.run import GRAM, RunConfig
 from vlprompt.engine.metrics import headline
-from vlprompt.protocols.protocol import ZERO_SHOT, check_several, keep, over_seeds, run_seeds
+from vlprompt.protocols.plan import Runner
+from vlprompt.protocols.protocol import ZERO_SHOT, check_several, keep, over_seeds
 from vlprompt.runs.run import Run
 from vlprompt.runs.tables import render
 
@@ -52,13 +53,14 @@ def compare_starts(
         VlpromptError: Whatever a single run raises.
     """
     check_several("meta-eval", [config for config, _ in hosts], seeds)
+    runner = Runner(force=force, report=report)
     cells: list[dict[str, Any]] = []
     for config, folder in hosts:
         starts = (config, replace(config, start=str(folder)), replace(config, init=f"{GRAM}{folder}"))
         for count in shots:
             for label, own in zip(STARTS, starts, strict=True):
                 wanted = own.with_data(classes="base", shots=count)
-                runs = run_seeds(wanted, seeds, force=force, report=report)
+                runs = runner.seeds(wanted, seeds)
                 if label == STARTS[0]:
                     cells.append(_cell(config, count, ZERO_SHOT, [one.results["zeroshot"] for one in runs]))
                 cells.append(_cell(config, count, label, [one.results["results"] for one in runs]))

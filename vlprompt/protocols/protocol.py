@@ -1,10 +1,9 @@
-"""What the protocols of several runs share: running seeds, means and deviations, labelled rows, and the file kept."""
+"""What the protocols of several runs share: means and deviations, labelled rows, and the file kept."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from vlprompt._files import sha256_json, write_json
 from vlprompt.config.run import RunConfig
 from vlprompt.errors import ConfigError
 from vlprompt.runs.folder import config_sha256
-from vlprompt.runs.run import Run, run
+from vlprompt.runs.run import Run
 from vlprompt.runs.selection import is_oracle, stamped
 
 ZERO_SHOT = "zero-shot"
@@ -25,19 +24,6 @@ def check_several(command: str, configs: Sequence[RunConfig], seeds: Sequence[in
         raise ConfigError(f"{command} needs at least one configuration and one seed, such as --seeds 1,2,3")
     if len(set(seeds)) != len(seeds):
         raise ConfigError(f"a seed stands twice in {list(seeds)}; each seed is one draw")
-
-
-def run_seeds(
-    config: RunConfig, seeds: Sequence[int], *, force: bool, report: Callable[[Run], None] | None
-) -> list[Run]:
-    """Run ``config`` with each seed; finished runs are reused. ``report`` hears of every run, in the first process."""
-    runs = []
-    for seed in seeds:
-        done = run(replace(config, seed=seed), force=force)
-        if report is not None and is_main_process():
-            report(done)
-        runs.append(done)
-    return runs
 
 
 def keep(stem: str, results: dict[str, Any], configs: Sequence[RunConfig], *more: Any) -> None:

@@ -13,8 +13,8 @@ from vlprompt.protocols.cross import cross_dataset
 from vlprompt.protocols.domains import domain_generalisation
 from vlprompt.protocols.fewshot import few_shot
 from vlprompt.protocols.groups import dataset_names
+from vlprompt.protocols.plan import load_all
 from vlprompt.protocols.protocol_files import CONFIG, Protocol
-from vlprompt.runs.prepare import load_all
 from vlprompt.runs.run import Run
 
 

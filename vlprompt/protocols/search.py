@@ -28,9 +28,9 @@ from vlprompt.errors import ConfigError, bulleted, did_you_mean
 from vlprompt.methods import get_method_class
 from vlprompt.prompts import get_decomposition_class
 from vlprompt.runs.folder import RESULTS, config_sha256
-from vlprompt.runs.prepare import complete, load_task
 from vlprompt.runs.run import Run, run, validate
 from vlprompt.runs.selection import SELECTION, Verdict, judge, record, selection_of, stamped
+from vlprompt.runs.session import Session
 from vlprompt.runs.tables import render, score_text
 
 BEST = "best.yaml"
@@ -97,10 +97,12 @@ def search(
             images without ``oracle``.
         VlpromptError: Whatever a single run raises.
     """
-    config = complete(config)
+    session = Session(config)
+    config = session.config
     candidates = candidates_of(config, grid)
     inherited = selection_of(config.output)
-    task = load_task(config.data, config.seed)
+    session.load()
+    task = session.drawn
     verdict = judge(task.name, on, [one.id for one in task.val], [one.id for one in task.test], oracle=oracle)
     if inherited is not None and inherited["oracle"]:
         verdict = Verdict(verdict.on, oracle=True, reason=f"it goes on from an oracle's choice: {inherited['reason']}")
@@ -111,9 +113,9 @@ def search(
     scores = []
     for (values, _), one in zip(candidates, inside, strict=True):
         if verdict.on == "val":
-            found = validate(one, force=force)
+            found = validate(one, force=force, after=session)
         else:
-            found = run(one, force=force).results["results"][config.data.classes]
+            found = run(one, force=force, after=session).results["results"][config.data.classes]
         scores.append({"values": values, "score": found})
         if report is not None and is_main_process():
             words = ", ".join(f"{name} {yaml_text(value, flow=True)}" for name, value in values.items())
@@ -121,7 +123,7 @@ def search(
     best = max(range(len(scores)), key=lambda index: headline(scores[index]["score"]))  # the first of equals
     selection = record(verdict, grid, scores, candidates[best][0])
     _keep(folder, selection)
-    done = run(inside[best])
+    done = run(inside[best], after=session)
     if done.results.get("selection") != selection:
         done.results["selection"] = selection
         if is_main_process():

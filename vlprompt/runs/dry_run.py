@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.backbone.text_tower import KEPT_WIDTHS
-from vlprompt.config.run import RunConfig
-from vlprompt.datasets import FewShotTask
-from vlprompt.datasets.card import Card
+from vlprompt.config.run import BackboneConfig, DataConfig, RunConfig
 from vlprompt.datasets.catalogue import card_class_names, find_card
-from vlprompt.errors import BackboneError, ConfigError, DataError
+from vlprompt.errors import BackboneError, DataError
 from vlprompt.methods import PromptMethod
-from vlprompt.runs.feeding import training_task
-from vlprompt.runs.folder import run_folder
-from vlprompt.runs.prepare import complete, load_task, make_method
+from vlprompt.runs.session import Session
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a task without its images: names, template, and the numbers of images."""
+
+    class_names: list[str]
+    all_class_names: list[str]
+    template: str
+    train: int
+    test: int | None
 
 
 def dry_run(config: RunConfig) -> str:
@@ -28,16 +36,15 @@ def dry_run(config: RunConfig) -> str:
     Raises:
         VlpromptError: Values that are not accepted, or a data set whose card does not know its classes.
     """
-    if problems := config.problems():
-        raise ConfigError("\n".join(problems))
-    config = complete(config)
-    notes: list[str] = []
-    task, (names, everything, train_images, test_images, template) = _facts(config, notes)
-    backbone = _backbone(config, notes)
+    session, notes = Session(config), list[str]()
+    config = session.config
+    facts = _facts(session, notes)
+    train_images = facts.train
+    session.backbone = backbone = _backbone(config.backbone, notes)
     with torch.no_grad():
-        method = make_method(config, backbone, names, everything, template)
-    if task is not None:
-        train_images = len(training_task(method, task).train)
+        session.method = method = session.make_method(facts, backbone)
+    if "drawn" in vars(session):
+        train_images = len(session.task.train)
     learnables = method.trainable_parameters()
     count = sum(parameter.numel() for _, parameter in learnables)
     recipe = config.recipe
@@ -46,9 +53,10 @@ def dry_run(config: RunConfig) -> str:
     lines = [
         f"method      {config.method}",
         f"backbone    {backbone.name}, {backbone.preprocess.size} px, features of {backbone.embed_dim}",
-        f"data        {config.data.name}, {len(names)} classes ({config.data.classes}), {train_images} training and "
-        f"{'an unknown number of' if test_images is None else test_images} test images",
-        f"folder      {run_folder(config)}",
+        f"data        {config.data.name}, {len(facts.class_names)} classes ({config.data.classes}), "
+        f"{train_images} training and "
+        f"{'an unknown number of' if facts.test is None else facts.test} test images",
+        f"folder      {session.folder}",
         "",
         f"parameters  {count:,} numbers in {len(learnables)} tensors" if learnables else "parameters  none",
         *_shapes(learnables),
@@ -56,7 +64,7 @@ def dry_run(config: RunConfig) -> str:
     if learnables:
         lines += [
             "",
-            f"logits      [{min(recipe.batch_size, max(train_images, 1))}, {len(names)}] per step",
+            f"logits      [{min(recipe.batch_size, max(train_images, 1))}, {len(facts.class_names)}] per step",
             *_text_cost(method),
             f"memory      about {_memory(method, recipe.batch_size) / 2**30:.1f} GiB at a step's peak, with weights",
             f"steps       {steps} per epoch x {recipe.epochs} epochs = {updates} updates",
@@ -64,23 +72,18 @@ def dry_run(config: RunConfig) -> str:
     return "\n".join([*lines, *(["", *(f"note: {note}" for note in notes)] if notes else [])])
 
 
-Facts = tuple[list[str], list[str], int, int | None, str]
-"""Class names, all class names, training and test images, and the template."""
-
-
-def _facts(config: RunConfig, notes: list[str]) -> tuple[FewShotTask | None, Facts]:
-    """Return the task, if its images are here, and the facts."""
-    data = config.data
+def _facts(session: Session, notes: list[str]) -> Facts:
+    """Return the facts of the task, or, where its images are missing, those of the data set's card."""
     try:
-        task: FewShotTask = load_task(data, config.seed)
+        task = session.drawn
     except DataError as error:
-        card = find_card(data.name)
         notes.append(f"no images: {str(error).splitlines()[0]}")
-        return None, _facts_of_card(config, card, notes, error)
-    return task, (task.class_names, task.all_class_names, len(task.train), len(task.test), task.template)
+        return _facts_of_card(session.config.data, notes, error)
+    return Facts(task.class_names, task.all_class_names, task.template, len(task.train), len(task.test))
 
 
-def _facts_of_card(config: RunConfig, card: Card, notes: list[str], error: DataError) -> Facts:
+def _facts_of_card(data: DataConfig, notes: list[str], error: DataError) -> Facts:
+    card = find_card(data.name)
     everything = card_class_names(card)
     if everything is None:
         if not card.classes.count:
@@ -88,17 +91,16 @@ def _facts_of_card(config: RunConfig, card: Card, notes: list[str], error: DataE
         notes.append("the card knows how many classes there are but not their names; made-up names stand in")
         everything = [f"class number {i}" for i in range(card.classes.count)]
     base = math.ceil(len(everything) / 2)
-    part = {"all": slice(None), "base": slice(base), "new": slice(base, None)}[config.data.classes]
-    names = everything[part]
-    shots = config.data.shots
+    names = everything[{"all": slice(None), "base": slice(base), "new": slice(base, None)}[data.classes]]
     sizes = card.sizes or {}
-    train = len(names) * shots if shots > 0 else sizes.get("train", 0) * len(names) // len(everything)
-    test = sizes.get("test") if config.data.classes == "all" else None
-    return names, everything, train, test, config.data.template or card.template
+    train = len(names) * data.shots
+    if data.shots == -1:
+        train = sizes.get("train", 0) * len(names) // len(everything)
+    test = sizes.get("test") if data.classes == "all" else None
+    return Facts(names, everything, data.template or card.template, train, test)
 
 
-def _backbone(config: RunConfig, notes: list[str]) -> Backbone:
-    wanted = config.backbone
+def _backbone(wanted: BackboneConfig, notes: list[str]) -> Backbone:
     try:
         return load_backbone(wanted.name, wanted.pretrained, precision=wanted.precision)
     except BackboneError as error:

@@ -1,4 +1,4 @@
-"""A run's folder: where it is, what it was made from, and whether it is finished, unfinished or in use."""
+"""A run's folder: where it is, what it was made from, whether it is finished, and what it records of its data."""
 
 from __future__ import annotations
 
@@ -19,16 +19,23 @@ import torch
 
 from vlprompt._dist import first_process_says, is_main_process
 from vlprompt._files import sha256_json, sha256_tensors, write_json, write_text
+from vlprompt.backbone import Backbone
 from vlprompt.config.meta import MetaRunConfig
 from vlprompt.config.run import RunConfig
 from vlprompt.config.yaml import yaml_text
+from vlprompt.data import describe_transform, test_transform
+from vlprompt.datasets import FewShotTask
 from vlprompt.engine.callbacks import LAST_CHECKPOINT
-from vlprompt.errors import ConfigError
+from vlprompt.errors import ConfigError, DataError
 from vlprompt.io.regulators import REGULATOR_FILE
+from vlprompt.methods import PromptMethod
+from vlprompt.objectives import feature_shift
 from vlprompt.version import __version__
 
 CONFIG, ENVIRONMENT, RESULTS, HEAD = "config.yaml", "env.json", "results.json", "head"
 VALIDATION, TARGETS = "validation.json", "targets"
+SHIFT_IMAGES = 64
+PROTOCOLS = {"all": "all classes", "base": "base to new", "new": "new classes"}
 _PACKAGES = (
     *("torch", "torchvision", "open_clip_torch", "timm"),
     *("pytorch-lightning", "torchmetrics", "numpy", "pillow"),
@@ -218,3 +225,33 @@ def _git() -> dict[str, Any] | None:
         return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+# -- what a results file records of its data ---------------------------------------------------------------------
+def data_record(task: FewShotTask, backbone: Backbone, view: str) -> dict[str, Any]:
+    """Return what identifies the data of a run: the task's own description, and the views as text.
+
+    Args:
+        task: The task.
+        backbone: Whose preprocessing the views have.
+        view: The training view, ``random`` or ``center``.
+    """
+    seen = {part: describe_transform(backbone.preprocess, kind) for part, kind in (("train", view), ("test", "center"))}
+    return {**task.describe(), "protocol": PROTOCOLS[task.classes], "transform": seen}
+
+
+def shift_record(method: PromptMethod, task: FewShotTask) -> dict[str, Any] | None:
+    """Return how far the learnables moved text and image features; None where nothing is learned.
+
+    The image side is measured on the first 64 test images that can be read (:func:`vlprompt.objectives.feature_shift`).
+    """
+    if not method.trainable_parameters():
+        return None
+    view, pictures = test_transform(method.backbone.preprocess), []
+    for sample in task.test[:SHIFT_IMAGES] if method.sees_images else ():
+        try:
+            pictures.append(view(sample.source.open()))
+        except DataError:  # said where images are scored
+            continue
+    images = torch.stack(pictures).to(method.backbone.device) if pictures else None
+    return {**feature_shift(method, images, task.template), "images": len(pictures)}

@@ -35,7 +35,7 @@ from vlprompt.pairs.features import caption_features, image_features
 from vlprompt.pairs.load import Pair, load_pairs
 from vlprompt.prompts import template_layout
 from vlprompt.runs.folder import HEAD, RESULTS, opened, read_json, versions
-from vlprompt.runs.prepare import configured_backbone
+from vlprompt.runs.session import configured_backbone
 
 SCHEMA = 1
 CLUSTERS, INSPECTION = "clusters.safetensors", "inspect.html"

@@ -14,11 +14,11 @@ import pytorch_lightning as pl
 from vlprompt._dist import is_main_process
 from vlprompt._files import write_json
 from vlprompt.backbone import Backbone
-from vlprompt.config.run import BackboneConfig, DataConfig, RecipeConfig, RunConfig, TrainerConfig
+from vlprompt.config.run import DataConfig, RunConfig, TrainerConfig
 from vlprompt.data.tally import tally
 from vlprompt.datasets import FewShotTask
 from vlprompt.engine.callbacks import LAST_CHECKPOINT, read_metrics
-from vlprompt.engine.fit import METRICS, check_devices, fit, make_trainer, score, test
+from vlprompt.engine.fit import METRICS, fit, make_trainer, score, test
 from vlprompt.engine.memory import peak_memory
 from vlprompt.engine.meta_module import GradientRegulation
 from vlprompt.engine.metrics import headline, metric_of
@@ -26,29 +26,20 @@ from vlprompt.engine.module import PromptModule, check_trainable
 from vlprompt.errors import ConfigError, HeadError, VlpromptError
 from vlprompt.io.head import Head, backbone_facts, load_head
 from vlprompt.methods import PromptMethod
-from vlprompt.runs.feeding import (
-    check_processes,
-    data_of,
-    shots_of,
-    task_feature,
-    training_images,
-    training_task,
-    use_of_test_images,
-)
 from vlprompt.runs.folder import (
     HEAD,
     RESULTS,
     VALIDATION,
     config_sha256,
+    data_record,
     opened,
     read_json,
-    run_folder,
+    shift_record,
     tensors_sha256,
     versions,
 )
-from vlprompt.runs.prepare import build_method, complete, device_of, load_both, load_task, regulator_of, zeroshot_method
-from vlprompt.runs.record import data_record, shift_record
 from vlprompt.runs.selection import is_oracle, own_selection, selection_of
+from vlprompt.runs.session import Session, complete, device_of, use_of_test_images
 from vlprompt.runs.tables import results_table
 
 SCHEMA = 1
@@ -83,30 +74,19 @@ class Run:
         return results_table([self.results])
 
 
-def run(config: RunConfig, *, force: bool = False) -> Run:
+def run(config: RunConfig, *, force: bool = False, after: Session | None = None) -> Run:
     """Train and evaluate what ``config`` says; go on with an unfinished run, reuse a finished one.
 
     Args:
         config: The resolved configuration.
         force: Start anew even if the run is there.
+        after: An earlier session, whose data set and backbone are used again where they are the same.
 
     Raises:
         VlpromptError: Data, weights, settings or values that cannot be used; everything that is missing is reported at
             once.
     """
-    config, task, backbone = _ready(config)
-    pl.seed_everything(config.seed, verbose=False)
-    method = build_method(config, backbone, task)
-    return _run(config, method, task, force=force)
-
-
-def _ready(config: RunConfig) -> tuple[RunConfig, FewShotTask, Backbone]:
-    """Return the checked and completed configuration, its task and its backbone."""
-    if problems := config.problems():
-        raise ConfigError("\n".join(problems))
-    check_devices(config.trainer)
-    config = complete(config)
-    return config, *load_both(config)
+    return run_session(Session(config, after=after), force=force)
 
 
 def train(
@@ -140,54 +120,34 @@ def train(
             f"the method was made for {len(method.class_names)} classes ({method.class_names[0]!r}, ...), the data has "
             f"{len(data.class_names)} ({data.class_names[0]!r}, ...); create it with data.class_names"
         )
-    known = {entry.name for entry in dataclasses.fields(RecipeConfig)}
-    if unknown := [name for name in recipe if name not in known]:
-        raise ConfigError(f"the recipe has no field {', '.join(unknown)}; accepted: {', '.join(sorted(known))}")
-    config = RunConfig(
-        method=method.name,
-        settings=method.settings_dict(),
-        objectives=method.objective_settings,
-        decomposition=method.decomposition_settings,
-        backbone=BackboneConfig(method.backbone.name, method.backbone.pretrained, method.backbone.precision),  # type: ignore[arg-type]
-        data=DataConfig(
-            data.name,
-            data.root,
-            data.shots,
-            data.classes,
-            view,  # type: ignore[arg-type]
-            data.template,
-            source=list(data.source),
-            target=list(data.target),
-            split=data.request.get("split"),
-            sampler=data.request.get("sampler"),
-            shots_file=None if data.request.get("shots_file") is None else str(data.request["shots_file"]),
-        ),
-        recipe=RecipeConfig(**recipe),
+    session = Session.given(
+        method,
+        data,
+        recipe=recipe,
+        view=view,
         trainer=trainer or TrainerConfig(progress=False),
         seed=seed,
         output=output,
     )
-    if problems := config.problems():
-        raise ConfigError("\n".join(problems))
-    return _run(config, method, data, force=force)
+    return run_session(session, force=force)
 
 
-def _run(config: RunConfig, method: PromptMethod, task: FewShotTask, *, force: bool) -> Run:
-    if method.parameter_groups(config.recipe.lr):
+def run_session(session: Session, *, force: bool = False) -> Run:
+    """Train and evaluate what ``session`` has, and keep it in its folder; see :func:`run`."""
+    config, method, task, folder = session.config, session.method, session.task, session.folder
+    if session.trains:
         check_trainable(method, metric_of(task))
-    task = training_task(method, task)
-    folder = run_folder(config)
-    with opened(folder, config, _inputs(config, method, task), force=force), tally() as images:
+    with opened(folder, config, _inputs(session), force=force), tally() as images:
         known = None if force else _finished(folder)
         if known is not None:
             _load_trained(method, folder)
             return Run(folder, known, reused=True)
         started = time.monotonic()
         with peak_memory(method.backbone.device) as peak:
-            trainer = _trained(config, method, task, folder)
+            trainer = _trained(session)
         trained = {"epochs": len(read_metrics(folder / METRICS)), "seconds": round(time.monotonic() - started, 1)}
-        scores, per_class = _evaluate(config, trainer, method, task)
-        zeroshot, zeroshot_per_class = _evaluate(config, trainer, zeroshot_method(method.backbone, task), task)
+        scores, per_class = _evaluate(session, trainer, method)
+        zeroshot, zeroshot_per_class = _evaluate(session, trainer, session.zero_shot)
         results = {
             "schema": SCHEMA,
             "method": config.method,
@@ -215,36 +175,38 @@ def _run(config: RunConfig, method: PromptMethod, task: FewShotTask, *, force: b
         return Run(folder, results)
 
 
-def _inputs(config: RunConfig, method: PromptMethod, task: FewShotTask) -> dict[str, str]:
-    regulator = regulator_of(config, method)
+def _inputs(session: Session) -> dict[str, str]:
+    """Return the checksums of what the run starts from."""
+    regulator = session.regulator
     return {
-        "split": task.split_sha256,
-        "choice of shots": task.shots_sha256,
-        "backbone": method.backbone.fingerprint,
-        "initial prompts": tensors_sha256(method.trained_state()),
+        "split": session.task.split_sha256,
+        "choice of shots": session.task.shots_sha256,
+        "backbone": session.backbone.fingerprint,
+        "initial prompts": tensors_sha256(session.method.trained_state()),
         **({} if regulator is None else {"gradient regulator": tensors_sha256(regulator.state_dict())}),
     }
 
 
-def _trained(config: RunConfig, method: PromptMethod, task: FewShotTask, folder: Path) -> pl.Trainer:
-    """Train ``method`` in place, as far as it is not trained yet; return the Trainer to test it with."""
-    check_processes(config, method)
-    regulator = regulator_of(config, method)
-    regulation = [] if regulator is None else [GradientRegulation(regulator, task_feature(config, method, task))]
+def _trained(session: Session) -> pl.Trainer:
+    """Train the session's method in place, as far as it is not trained yet; return the Trainer to test it with."""
+    session.check_processes()
+    config, method = session.config, session.method
+    regulator = session.regulator
+    regulation = [] if regulator is None else [GradientRegulation(regulator, session.task_feature())]
     trainer = make_trainer(
-        config.trainer, folder, config.recipe.epochs, gradient=method.needs_gradient, callbacks=regulation
+        config.trainer, session.folder, config.recipe.epochs, gradient=method.needs_gradient, callbacks=regulation
     )
     if method.fits:
-        method.fit(shots_of(config, method, task))
+        method.fit(session.shots())
     elif method.wants_source:
-        method.measure_source(training_images(config, method, task))
-    elif method.parameter_groups(config.recipe.lr):
-        fit(trainer, PromptModule(method, config.recipe), data_of(config, method, task), folder)
+        method.measure_source(session.training_images())
+    elif session.trains:
+        fit(trainer, PromptModule(method, config.recipe), session.data(method, session.task), session.folder)
     method.eval()
     return trainer
 
 
-def validate(config: RunConfig, *, force: bool = False) -> dict[str, Any]:
+def validate(config: RunConfig, *, force: bool = False, after: Session | None = None) -> dict[str, Any]:
     """Train what ``config`` says and return its score on the validation images; test images are not opened.
 
     Everything is kept in the run's folder, so that :func:`run` of the same configuration only has to test.
@@ -252,30 +214,24 @@ def validate(config: RunConfig, *, force: bool = False) -> dict[str, Any]:
     Args:
         config: The resolved configuration.
         force: Start anew even if it has been scored.
+        after: An earlier session, whose data set and backbone are used again where they are the same.
 
     Raises:
         VlpromptError: As :func:`run`; or a data set without validation images.
     """
-    config, task, backbone = _ready(config)
-    if not task.val:
-        raise ConfigError(f"{task.name} has no validation images to score on")
-    # In place of the test images, which so cannot be touched by what follows.
-    task = dataclasses.replace(task, test=task.val)
-    pl.seed_everything(config.seed, verbose=False)
-    method = build_method(config, backbone, task)
-    if method.parameter_groups(config.recipe.lr):
+    session = Session(config, scored="val", after=after)
+    method, task, folder = session.method, session.task, session.folder
+    if session.trains:
         check_trainable(method, metric_of(task))
-    task = training_task(method, task)
-    folder = run_folder(config)
-    with opened(folder, config, _inputs(config, method, task), force=force), tally():
+    with opened(folder, session.config, _inputs(session), force=force), tally():
         known = None if force else read_json(folder / VALIDATION)
         if known is not None and known.get("val_sha256") == task.describe()["val_sha256"] and "val" in known:
             return dict(known["val"])
-        found, _ = tested(config, _trained(config, method, task, folder), method, task)
+        scores, _ = tested(session, _trained(session), method, task)
         if is_main_process():
-            kept = {"schema": SCHEMA, "val_sha256": task.describe()["val_sha256"], "val": found}
+            kept = {"schema": SCHEMA, "val_sha256": task.describe()["val_sha256"], "val": scores}
             write_json(folder / VALIDATION, kept)
-        return found
+        return scores
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
@@ -295,45 +251,44 @@ def _load_trained(method: PromptMethod, folder: Path) -> None:
 
 
 def tested(
-    config: RunConfig, trainer: pl.Trainer, method: PromptMethod, task: FewShotTask
+    session: Session, trainer: pl.Trainer, method: PromptMethod, task: FewShotTask
 ) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """Return the score of the task's test images, and the correct and total counts per class."""
     module = PromptModule(method, metric=metric_of(task))
-    found = test(trainer, module, data_of(config, method, task))
-    return found, module.per_class
+    scores = test(trainer, module, session.data(method, task))
+    return scores, module.per_class
 
 
-def _evaluate(
-    config: RunConfig, trainer: pl.Trainer, method: PromptMethod, task: FewShotTask
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _evaluate(session: Session, trainer: pl.Trainer, method: PromptMethod) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the scores on the task's test images, pooled and by domain where there are domains, and the class counts.
 
     After a base task the new classes are scored too, pooled.
     """
-    found: dict[str, Any] = {}
+    task = session.task
+    scores: dict[str, Any] = {}
     counts: dict[str, Any] = {}
-    parts = {name: tested(config, trainer, method, part) for name, part in task.by_domain().items()}
-    if parts and metric_of(task) == "accuracy":
+    domains = {name: tested(session, trainer, method, domain) for name, domain in session.domains.items()}
+    if domains and metric_of(task) == "accuracy":
         # Every image is in one domain: the counts add up, and nothing has to be tested twice.
-        correct, total = (sum(one[key] for one, _ in parts.values()) for key in ("correct", "total"))
-        found[task.classes] = score(correct, total)
+        correct, total = (sum(pooled[key] for pooled, _ in domains.values()) for key in ("correct", "total"))
+        scores[task.classes] = score(correct, total)
         counts[task.classes] = {
-            key: [sum(own) for own in zip(*(per_class[key] for _, per_class in parts.values()), strict=True)]
+            key: [sum(values) for values in zip(*(per_class[key] for _, per_class in domains.values()), strict=True)]
             for key in ("correct", "total")
         }
     else:
-        found[task.classes], counts[task.classes] = tested(config, trainer, method, task)
-    if parts:
-        found["domains"] = {name: one for name, (one, _) in parts.items()}
+        scores[task.classes], counts[task.classes] = tested(session, trainer, method, task)
+    if domains:
+        scores["domains"] = {name: pooled for name, (pooled, _) in domains.items()}
     if task.classes == "base":
-        other = task.counterpart()
+        other = session.counterpart
         try:
             moved = method.with_classes(other.class_names)
         except VlpromptError as error:  # class-specific context has nothing to say about new classes
-            return found | {"new": None, "why_no_new": str(error)}, counts
-        found["new"], counts["new"] = tested(config, trainer, moved, other)
-        found["harmonic_mean"] = harmonic_mean(headline(found["base"]), headline(found["new"]))
-    return found, counts
+            return scores | {"new": None, "why_no_new": str(error)}, counts
+        scores["new"], counts["new"] = tested(session, trainer, moved, other)
+        scores["harmonic_mean"] = harmonic_mean(headline(scores["base"]), headline(scores["new"]))
+    return scores, counts
 
 
 def harmonic_mean(base: float, new: float) -> float:
@@ -353,15 +308,14 @@ def evaluate_head(
     """
     if problems := data.problems():
         raise ConfigError("\n".join(problems))
-    trainer_config = trainer or TrainerConfig(progress=False)
-    head = load_head(folder, device=device_of(trainer_config))
-    task = load_task(data, seed)
-    method = head.method if task.class_names == head.class_names else head.method.with_classes(task.class_names)
-    config = RunConfig(method=method.name, data=data, trainer=trainer_config, seed=seed)
-    quiet_trainer = make_trainer(trainer_config, Path(folder), 1, gradient=method.needs_gradient)
+    trainer = trainer or TrainerConfig(progress=False)
+    head = load_head(folder, device=device_of(trainer))
+    session = Session.of_head(head, data, seed=seed, trainer=trainer)
+    method, task = session.method, session.task
+    quiet = make_trainer(trainer, Path(folder), 1, gradient=method.needs_gradient)
     with tally():  # says which images had to be left out
-        found, _ = tested(config, quiet_trainer, method.eval(), task)
-    return found | {"data": task.describe(), "oracle": is_oracle([head.training_facts])}
+        scores, _ = tested(session, quiet, method, task)
+    return scores | {"data": task.describe(), "oracle": is_oracle([head.training_facts])}
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -371,12 +325,11 @@ def last_checkpoint(folder: Path) -> Path:
 
 __all__: Sequence[str] = [
     "Run",
-    "build_method",
     "complete",
     "evaluate_head",
     "harmonic_mean",
-    "load_task",
     "run",
+    "run_session",
     "tested",
     "train",
     "validate",
