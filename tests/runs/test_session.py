@@ -164,6 +164,6 @@ def test_a_session_of_given_objects_is_that_of_its_configuration(tiny: Tiny) -> 
 def test_what_is_missing_is_told_together(tiny: Tiny, tmp_path: Path) -> None:
     config = replace(tiny("coop"), backbone=BackboneConfig("ViT-B-16", str(tmp_path / "no.pt")))
     with pytest.raises(ConfigError, match=r"(?s)two things are missing.*1\. .*folder.*2\. .*no\.pt"):
-        Session(config.with_data(root=str(tmp_path / "no"))).method
+        Session(config.with_data(root=str(tmp_path / "no"))).load()
     with pytest.raises(BackboneError, match="no.pt"):
         Session(config).load()
