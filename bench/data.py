@@ -1,15 +1,15 @@
-"""Seconds from JPEG files to normalised batches: torchvision's ImageFolder and DataLoader against FewShotData.
+"""Time from JPEG files to normalised batches: torchvision's ImageFolder and DataLoader compared with FewShotData.
 
 Run: python bench/data.py [--images 1000] [--workers 0,2] [--json]
 
-Photograph-like JPEGs of mixed sizes (150 to 1,000 pixels a side, seeded) are written to a temporary folder. Both sides
-then load all of them for two epochs, in random order, in batches of 100 float32 images, with the same number of worker
+Photograph-like JPEGs of mixed sizes (150 to 1,000 pixels per side, seeded) are written to a temporary folder. Both
+sides load all of them for two epochs, in random order, in batches of 100 float32 images, with the same number of worker
 processes: the naive side with the transforms of CoOp's code and ``torchvision.datasets.ImageFolder``, ours with
-``FewShotData``, which keeps what it has decoded. ``center`` is the test view, ``random`` the training view. The two
-sides take turns, ``--repeats`` times, each time anew; the least time of each epoch counts. ``first`` is naive's first
-epoch over our first: 1 or more means that keeping pictures costs nothing; ``second`` is the same of the second epochs;
-``again`` is our first epoch over our second. That both give the same batches is checked first. With ``--json`` the last
-line is one JSON object.
+``FewShotData``, which caches decoded images. ``center`` is the test transform, ``random`` the training transform. The
+two sides alternate, ``--repeats`` times, with new loaders each time; the table shows the shortest time of each epoch.
+``first`` is naive's first epoch over our first: 1 or more means that caching costs no time. ``second`` is the same for
+the second epochs, and ``again`` is our first epoch over our second. Both sides are first checked to give the same
+batches. With ``--json`` the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -80,15 +80,17 @@ def _parser() -> argparse.ArgumentParser:
         return int(text)
 
     def counts(text: str) -> list[int]:
-        found = [int(part) for part in text.split(",")]
-        if min(found) < 0:
-            raise argparse.ArgumentTypeError(f"{text}; accepted: 0 or more, with commas, such as 0,2")
-        return found
+        numbers = [int(number) for number in text.split(",")]
+        if min(numbers) < 0:
+            raise argparse.ArgumentTypeError(f"{text}; accepted: 0 or more, separated by commas, such as 0,2")
+        return numbers
 
-    parser = argparse.ArgumentParser(description="Loading images, plain torchvision and vlprompt side by side.")
+    parser = argparse.ArgumentParser(description="Image loading: plain torchvision compared with vlprompt.")
     parser.add_argument("--images", type=positive, default=1000, help="JPEG files (default 1000)")
-    parser.add_argument("--workers", type=counts, default=[0, 2], help="loader processes, with commas (default 0,2)")
-    parser.add_argument("--repeats", type=positive, default=3, help="turns of each side; the least times count")
+    parser.add_argument(
+        "--workers", type=counts, default=[0, 2], help="loader processes, separated by commas (default 0,2)"
+    )
+    parser.add_argument("--repeats", type=positive, default=3, help="runs of each side; the shortest times count")
     parser.add_argument("--threads", type=positive, help="torch's threads (default: torch's choice)")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     return parser
@@ -96,10 +98,10 @@ def _parser() -> argparse.ArgumentParser:
 
 # -- the images ---------------------------------------------------------------------------------------------------
 def write_images(folder: Path, number: int) -> int:
-    """Write ``number`` JPEGs into class folders; return their bytes.
+    """Write ``number`` JPEGs into class folders and return their total size in bytes.
 
-    Noise at several scales, its strength falling with its frequency, as in photographs; about a quarter of a byte per
-    pixel, like the files of Caltech-101.
+    Images are noise at several scales, weaker at higher frequencies, as in photographs. Files have about a quarter of a
+    byte per pixel, like those of Caltech-101.
     """
     rng = np.random.default_rng(0)
     total = 0
@@ -168,7 +170,7 @@ def _ours(task: FewShotTask, view: str, workers: int) -> Any:
 
 
 def _epochs(build: Callable[[], Any]) -> tuple[float, float]:
-    """Return the seconds of the first and the second epoch of a loader made anew."""
+    """Return the seconds of the first and the second epoch of a new loader."""
     seconds = []
     start = time.perf_counter()
     loader = build()
@@ -185,7 +187,7 @@ def _epochs(build: Callable[[], Any]) -> tuple[float, float]:
 
 
 def _check(folder: Path, task: FewShotTask, view: str) -> None:
-    """Compare a batch of each epoch with torchvision's views: bit for bit, or within 8 of 255 levels by tensor."""
+    """Compare batches of each epoch with torchvision: bit for bit, or within 8 of 255 levels for tensor transforms."""
     from vlprompt._random import derived_seed
 
     transform = _transform(view)

@@ -1,12 +1,12 @@
-"""One outer step of meta-training, first and second order, against a training step of the host itself.
+"""One outer step of meta-training, first and second order, compared with a plain training step of the method.
 
 Run: python bench/meta.py [--methods coop,ivlp] [--pairs 16] [--tasks 4] [--inner 1] [--json]
 
-``own`` is the host's forward and backward over one batch of query pairs, their captions as classes. An outer step does,
-for each of its tasks, inner steps on the support pairs and a forward and backward over the query pairs, with a
-regulator in between. All have the same backbone with random weights, images for hosts that learn on the image side and
-features for others. Each is measured in a process of its own: the least seconds of the repeats, and the peak memory
-with interpreter, libraries and weights. ``x`` is an outer step's seconds per task over those of ``own``. With
+``own`` is the method's forward and backward pass over one batch of query pairs, with captions as classes. An outer step
+runs, for each of its tasks, inner steps on the support pairs and a forward and backward pass over the query pairs, with
+a regulator in between. All use the same backbone with random weights; inputs are images for methods that learn on the
+image side and features for others. Each is measured in a separate process: the shortest time of the repeats, and the
+peak memory with interpreter, libraries and weights. ``x`` is an outer step's time per task over that of ``own``. With
 ``--json`` the last line is one JSON object with ``rows``.
 """
 
@@ -26,7 +26,7 @@ WORDS = "red old big cat dog bird tree house blue car small river king apple sto
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure every host and print the table."""
+    """Measure every method and print the table."""
     options = _parser().parse_args(argv)
     if options.child:
         print(json.dumps(_measured(options)))
@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.methods.split(","):
         row: dict[str, Any] = {"method": name, "tasks": options.tasks, "pairs": options.pairs, "inner": options.inner}
         for kind in KINDS:
-            words = [f"--{key}={getattr(options, key)}" for key in ("pairs", "tasks", "inner", "repeats", "model")]
-            command = [sys.executable, str(Path(__file__).resolve()), "--child", kind, "--methods", name, *words]
+            forwarded = [f"--{key}={getattr(options, key)}" for key in ("pairs", "tasks", "inner", "repeats", "model")]
+            command = [sys.executable, str(Path(__file__).resolve()), "--child", kind, "--methods", name, *forwarded]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 print(f"{name}, {kind}: {(done.stderr.strip().splitlines() or ['no memory?'])[-1]}", file=sys.stderr)
@@ -45,25 +45,25 @@ def main(argv: list[str] | None = None) -> int:
         for kind in KINDS[1:]:
             row[f"ratio_{kind}"] = row[kind]["seconds"] / options.tasks / row["own"]["seconds"]
         rows.append(row)
-        own = f"{name:<8} own step {row['own']['seconds'] * 1000:7.0f} ms {row['own']['megabytes']:6.0f} MB"
+        plain = f"{name:<8} own step {row['own']['seconds'] * 1000:7.0f} ms {row['own']['megabytes']:6.0f} MB"
         outer = (
             f"{kind} order {row[kind]['seconds'] * 1000:7.0f} ms {row[kind]['megabytes']:6.0f} MB "
             f"x{row[f'ratio_{kind}']:.1f} a task"
             for kind in KINDS[1:]
         )
-        print("   ".join([own, *outer]), flush=True)
+        print("   ".join([plain, *outer]), flush=True)
     if options.json:
         print(json.dumps({"model": options.model, "rows": rows}))
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="An outer step of meta-training against the host's own step.")
-    parser.add_argument("--methods", default="coop,ivlp", help="hosts with commas")
-    parser.add_argument("--pairs", type=int, default=16, help="support pairs, and as many query pairs")
+    parser = argparse.ArgumentParser(description="An outer step of meta-training compared with a training step.")
+    parser.add_argument("--methods", default="coop,ivlp", help="methods, separated by commas")
+    parser.add_argument("--pairs", type=int, default=16, help="number of support pairs and of query pairs")
     parser.add_argument("--tasks", type=int, default=4, help="tasks of an outer step")
     parser.add_argument("--inner", type=int, default=1, help="inner steps")
-    parser.add_argument("--repeats", type=int, default=3, help="repeats; the least time counts")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats; the shortest time counts")
     parser.add_argument("--model", default="ViT-B-16", help="an open_clip name, with random weights, or demo")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--child", choices=KINDS, help=argparse.SUPPRESS)
@@ -79,7 +79,7 @@ def _measured(options: argparse.Namespace) -> dict[str, float]:
     from vlprompt.meta import Regulator, RegulatorSettings
 
     torch.manual_seed(0)
-    # Random weights are asked for by name; nothing is loaded that could be taken for CLIP.
+    # Weights are random, except for the demo.
     backbone = load_backbone("demo") if options.model == "demo" else load_backbone(options.model, "random")
     names = [
         f"{WORDS[i % 16]} {WORDS[(i // 16 + 3 * i + 1) % 16]} {WORDS[i * 7 % 16]}" for i in range(2 * options.pairs)
@@ -104,10 +104,10 @@ def _measured(options: argparse.Namespace) -> dict[str, float]:
         for _ in range(options.tasks)
     ]
 
-    def own() -> None:
+    def plain_step() -> None:
         torch.stack(list(method.losses(tasks[0]["query"], labels).values())).sum().backward()
 
-    def outer() -> None:
+    def outer_step() -> None:
         from vlprompt.meta import differentiable
 
         module = MetaModule(method, regulator, MetaConfig(order=options.child, inner_steps=options.inner))
@@ -115,7 +115,7 @@ def _measured(options: argparse.Namespace) -> dict[str, float]:
             for task in tasks:
                 (module.losses(task)[1] / options.tasks).backward()
 
-    step = own if options.child == "own" else outer
+    step = plain_step if options.child == "own" else outer_step
     seconds = []
     for _ in range(1 + options.repeats):  # the first warms up
         started = time.perf_counter()

@@ -1,24 +1,25 @@
-"""One training step of every method: ours against the algorithm of the official code, on the same weights.
+"""One training step of every method: ours compared with the algorithm of the official code, on the same weights.
 
 Run: python bench/methods.py [--methods coop,maple] [--classes 10,100,1000] [--device cuda] [--json]
 
-``naive`` does what the published code does: every prompt padded to 77 tokens, images encoded in every step, CoCoOp's
-prompts encoded one image after the other, ProGrad's teacher encoding the images once more, the whole last image block,
-CLIP-LoRA's B A made and multiplied with, R-AMT's masks as float tensors, the frozen text of VP and of PromptKD's
-teacher (here the backbone's own zero-shot model) encoded in every step, VP's pixels added to every image; APT's code
-has no such algorithm of its own.
-``ours`` is what vlprompt runs: packed text, image features from the store for methods that learn nothing on the image
-side (they are computed once per run), the last image block for the class token alone. Both have forward and backward of
-the same losses on the same numbers; ``diff`` is the largest relative difference in losses and gradients.
+``naive`` is the algorithm of the published code. Every prompt is padded to 77 tokens, images are encoded in every step,
+and the last image block is computed for all tokens. CoCoOp's prompts are encoded for one image at a time. ProGrad's
+teacher encodes the images again. CLIP-LoRA's product B A is computed, R-AMT's masks are float tensors, VP's pixels are
+added to every image. The frozen text of VP and of PromptKD's teacher (here the backbone's zero-shot model) is encoded
+in every step. APT has no naive algorithm.
 
-Methods that are fitted on features (TaskRes, the linear probe, LP++) take one step of theirs (FITTED), here on kept
-features, ``naive`` after encoding the images as in every step of TaskRes's code; ``diff`` is then that of what was
-fitted. CLIP-Adapter's code encodes the class prompts in every step as well.
+``ours`` is vlprompt: packed text, image features from the feature store for methods without image-side parameters
+(computed once per run), and the last image block only for the class token. Both sides run a forward and backward pass
+of the same losses on the same inputs; ``diff`` is the largest relative difference of losses and gradients.
 
-Each side runs in a process of its own; ``MB`` is its peak with interpreter, libraries and weights; on a GPU the peak of
-what torch has allocated there, after one step that is not timed. Seconds are the
-least of the repeats (the naive side is timed once where a step takes longer than 20 s). The batch is the paper's: see
-BATCHES. CoCoOp's seconds are per image. With ``--json`` the last line is one JSON object with ``rows``.
+Methods that are fitted on features (TaskRes, the linear probe, LP++) run one fitting step (FITTED) on stored features;
+``naive`` encodes the images first, as TaskRes's code does in every step. ``diff`` then compares the fitted tensors.
+CLIP-Adapter's naive side also encodes the class prompts in every step.
+
+Each side runs in a separate process. ``MB`` is its peak memory with interpreter, libraries and weights, or on a GPU
+torch's peak of allocated memory; one step before the timed ones is not counted there. Times are the shortest of the
+repeats (the naive side is timed once if a step takes longer than 20 s). The batch is the paper's (see BATCHES).
+CoCoOp's times are per image. With ``--json`` the last line is one JSON object with ``rows``.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Images per step in the papers' configurations (image tokens: 4); CoCoOp's is 1, for us any number.
+#: Images per step in the papers' configurations (4 for methods with image tokens). CoCoOp's is 1 in the paper.
 BATCHES = {"coop": 32, "kgcoop": 32, "prograd": 32, "mocoop": 32, "cocoop": 4, "dept": 32, "ept": 32}
 BATCHES |= {"clip_lora": 32, "ramt": 32, "apt": 32, "clip_adapter": 32}
-#: Settings with which fitting is one step on all images. The batch is 32, as of the adapter (TaskRes's is 256).
+#: Settings with which fitting is one step on all images. The batch is 32, as for CLIP-Adapter (TaskRes's is 256).
 FITTED: dict[str, dict[str, Any]] = {
     "taskres": {"views": 0, "epochs": 1, "warmup_epochs": 0},
     "linear_probe": {"search": False, "iterations": 1},
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         return _child(options)
     rows = []
     for name in options.methods.split(","):
-        for classes in (int(part) for part in options.classes.split(",")):
+        for classes in (int(number) for number in options.classes.split(",")):
             print(f"running {name}, {classes} classes ...", file=sys.stderr, flush=True)
             rows.append(_row(options, name, classes))
             print(_line(rows[-1]), flush=True)
@@ -67,10 +68,10 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     every = "coop,cocoop,kgcoop,prograd,mocoop,vpt,ivlp,maple,promptsrc,restore,dept,ept,clip_lora,ramt,apt,"
     every += "visual_prompt,upt,promptkd,clip_adapter," + ",".join(FITTED)
-    parser = argparse.ArgumentParser(description="A training step of every method, official algorithm and ours.")
-    parser.add_argument("--methods", default=every, help="names with commas (default: all that learn)")
-    parser.add_argument("--classes", default="10,100,1000", help="numbers of classes with commas")
-    parser.add_argument("--repeats", type=int, default=3, help="steps of each side; the least time counts")
+    parser = argparse.ArgumentParser(description="A training step of every method: official algorithm and ours.")
+    parser.add_argument("--methods", default=every, help="names, separated by commas (default: all trained methods)")
+    parser.add_argument("--classes", default="10,100,1000", help="numbers of classes, separated by commas")
+    parser.add_argument("--repeats", type=int, default=3, help="steps of each side; the shortest time counts")
     parser.add_argument("--model", default="ViT-B-16", help="an open_clip name, with random weights, or demo")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
@@ -129,13 +130,17 @@ def _child(options: argparse.Namespace) -> int:
     backbone, on_gpu = vlprompt.load_backbone(options.model, *source, device=options.device), options.device != "cpu"
     names = [f"{word} {i}" if i >= 1000 else word for i, word in enumerate((IMAGENET_CLASSNAMES * 2)[:classes])]
     torch.manual_seed(0)
-    # Dropout draws by the shape of what it is given, which differs, and rounding decides which entries R-AMT drops: on
-    # neither side is anything dropped; R-AMT computes both gradients all the same.
-    own = {"cocoop": {"images_at_once": 1 if naive else 4}, "clip_lora": {"dropout": 0.0}, "ramt": {"strength": 0.0}}
-    settings = {**own, **FITTED}.get(name, {})
+    # Nothing is dropped on either side: dropout depends on the shape of its input, which differs, and R-AMT's dropped
+    # entries depend on rounding. R-AMT still computes both gradients.
+    without_drops = {
+        "cocoop": {"images_at_once": 1 if naive else 4},
+        "clip_lora": {"dropout": 0.0},
+        "ramt": {"strength": 0.0},
+    }
+    settings = {**without_drops, **FITTED}.get(name, {})
     method = vlprompt.create_method(name, backbone, list(names), **settings).train()
     for _, parameter in method.trainable_parameters():
-        if not parameter.any():  # a factor that starts at zero hides the other's gradient
+        if not parameter.any():  # a zero factor would make the other's gradient zero
             torch.nn.init.normal_(parameter.data, std=0.01)
     batch = 32 if name in FITTED else BATCHES.get(name, 4)
     size = backbone.preprocess.size
@@ -146,38 +151,38 @@ def _child(options: argparse.Namespace) -> int:
         _as_published(method, images)
     elif not method.learns_image_side:
         with torch.no_grad():
-            inputs = method.image_features(images)  # from the store in a run, once
+            inputs = method.image_features(images)  # in a run they come from the feature store
     step = _fitting_step if method.fits else _gradient_step
     times: list[float] = []
     while len(times) < options.repeats + on_gpu and not (naive and times and times[0] > _LONG):
         start = time.perf_counter()
-        found = step(method, inputs, labels)
+        outputs = step(method, inputs, labels)
         if on_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    times = times[on_gpu:]  # a GPU's first step chooses and compiles kernels
-    found.pop("projector.linear1.bias", None)  # in front of batch norm: zero but for rounding
-    np.savez(options.out, **{key: value.cpu().numpy() for key, value in found.items()})
-    per = batch if name == "cocoop" else 1
+    times = times[on_gpu:]  # the first step on a GPU selects and compiles kernels
+    outputs.pop("projector.linear1.bias", None)  # before batch norm: zero up to rounding
+    np.savez(options.out, **{key: value.cpu().numpy() for key, value in outputs.items()})
+    divisor = batch if name == "cocoop" else 1
     used = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak = used / 2**20
-    print(json.dumps({"seconds": min(times) / per, "peak_mb": peak, "batch": batch, "steps": len(times)}))
+    print(json.dumps({"seconds": min(times) / divisor, "peak_mb": peak, "batch": batch, "steps": len(times)}))
     return 0
 
 
 def _gradient_step(method: Any, inputs: Any, labels: Any) -> dict[str, Any]:
-    """Return the losses of a step and the gradients of all learnables."""
+    """Return the losses of a step and the gradients of all trainable parameters."""
     import torch
 
     method.zero_grad(set_to_none=True)
     terms = method.losses(inputs, labels)
     torch.stack(list(terms.values())).sum().backward()
-    found = {f"loss {key}": term.detach().reshape(1) for key, term in terms.items()}
-    return found | {key: p.grad for key, p in method.trainable_parameters() if p.grad is not None}
+    losses = {f"loss {key}": term.detach().reshape(1) for key, term in terms.items()}
+    return losses | {key: p.grad for key, p in method.trainable_parameters() if p.grad is not None}
 
 
 def _fitting_step(method: Any, inputs: Any, labels: Any) -> dict[str, Any]:
-    """Return what one step of fitting on images, or on their features, makes."""
+    """Return the state after one fitting step on images or their features."""
     import torch
 
     from vlprompt.methods.fitting import FewShotFeatures
@@ -189,7 +194,7 @@ def _fitting_step(method: Any, inputs: Any, labels: Any) -> dict[str, Any]:
 
 
 def _as_published(method: Any, images: Any) -> None:
-    """Make the towers work as the official code does: padded text, the whole last image block, teachers re-encoded."""
+    """Switch ``method`` to the official algorithms: padded text, whole last image block, re-encoded teachers."""
     from vlprompt.backbone import image_tower
 
     method.backbone.text.algorithm = "padded"
@@ -201,32 +206,34 @@ def _as_published(method: Any, images: Any) -> None:
     if method.name == "prograd":
         method._frozen_features = lambda inputs, features: method.backbone.encode_image(images)
     if method.name == "clip_lora":
-        method.base_model._update = lambda own: _dense_update(method.base_model, own)
+        method.base_model._update = lambda module: _dense_update(method.base_model, module)
     if method.name == "ramt":
         method.masks.overrides = lambda prefix, parameters: {
-            name: _float_mask(own, method.masks.threshold) * parameters[name]
-            for name, own in method.masks.scores(prefix).items()
+            name: _float_mask(module, method.masks.threshold) * parameters[name]
+            for name, module in method.masks.scores(prefix).items()
         }
     if method.name == "visual_prompt":
         method.backbone.image.folded = lambda pixels: None
-    kept = {"visual_prompt": "text_features", "promptkd": "taught_text"}.get(method.name)
-    if kept:
+    attribute = {"visual_prompt": "text_features", "promptkd": "taught_text"}.get(method.name)
+    if attribute:
         from vlprompt.prompts.zero_shot import template_features
 
-        # VP's code has spaces for hyphens.
+        # VP's code replaces hyphens by spaces.
         names = [name.replace("-", " ") if method.name == "visual_prompt" else name for name in method.class_names]
-        setattr(method, kept, lambda *_: template_features(method.backbone, names, [method.settings.template]))
+        setattr(method, attribute, lambda *_: template_features(method.backbone, names, [method.settings.template]))
 
 
-def _dense_update(low_rank: Any, own: Any) -> Any:
+def _dense_update(low_rank: Any, module: Any) -> Any:
     import torch.nn.functional as F
 
     rate = low_rank.dropout if low_rank._drops else 0.0
-    return lambda x: F.linear(F.dropout(x, rate, rate > 0), own.lora_B.weight @ own.lora_A.weight) * low_rank.scale
+    return lambda x: (
+        F.linear(F.dropout(x, rate, rate > 0), module.lora_B.weight @ module.lora_A.weight) * low_rank.scale
+    )
 
 
 def _float_mask(scores: Any, threshold: float) -> Any:
-    """Ones and zeros whose gradient is the scores'."""
+    """Return ones and zeros with the gradient of ``scores``."""
     return (scores > threshold).float() + scores - scores.detach()
 
 

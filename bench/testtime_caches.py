@@ -1,12 +1,12 @@
-"""Tip-Adapter's search: every grid point by full matrix products, as published, against grouped sums.
+"""Tip-Adapter's search: full matrix products for every grid point, as published, compared with grouped sums.
 
 Run: python bench/testtime_caches.py [--classes 1000] [--json], or bench/testtime.py --method tip_adapter
 
 ``naive`` is the published loop: for every (beta, alpha) it multiplies the validation features with all keys and with
-the text classifier again, and the affinities with dense one-hot values. ``ours`` is
-:meth:`vlprompt.caches.TipAdapter.search` on the same numbers. Features are random, of the size of ViT-B/16, near a
-random text classifier. Both give the accuracy of every point of the grid; ``max_rel_diff`` is the largest relative
-difference in these and in the logits at the chosen point.
+the text classifier, and the affinities with dense one-hot values. ``ours`` is :meth:`vlprompt.caches.TipAdapter.search`
+on the same inputs. Features are random, of ViT-B/16's size, near a random text classifier. Both return the accuracy of
+every grid point; ``max_rel_diff`` is the largest relative difference of these accuracies and of the logits at the
+chosen point.
 """
 
 from __future__ import annotations
@@ -33,31 +33,31 @@ SCALE, TOPS = 100.0, (7.0, 3.0)
 def tip_search_row(
     classes: int = 1000, *, shots: int = 16, images: int = 100, dim: int = 512, steps: tuple[int, int] = (10, 20)
 ) -> dict[str, Any]:
-    """Return the seconds of both sides, their ratio and the largest relative difference of what they find.
+    """Return the seconds of both sides, their ratio and the largest relative difference of their results.
 
     Args:
         classes: C.
         shots: Keys per class.
         images: Validation images.
         dim: Feature size; 512 is ViT-B/16's.
-        steps: How many betas and alphas. The official grid has 200 and 20; fewer betas shorten the naive side, and
-            the ratio of seconds hardly depends on them.
+        steps: Numbers of betas and alphas. The official grid has 200 and 20; fewer betas shorten the naive side and
+            hardly change the ratio.
     """
     text, keys, labels, val, truth = _problem(classes, shots, images, dim)
     betas, alphas = (grid(top, count) for top, count in zip(TOPS, steps, strict=True))
     cache = TipAdapter(text, SCALE).fit(keys, labels)
     stored, values = F.normalize(keys, dim=-1).t(), F.one_hot(labels, classes).float()
     unit = F.normalize(val, dim=-1)
-    cache.search(val[:8], truth[:8], betas[:1], alphas[:1])  # both sides once, to warm up
+    cache.search(val[:8], truth[:8], betas[:1], alphas[:1])  # warms up both sides
     naive_logits(unit[:8], stored, values, text.t(), betas[0], alphas[0])
     start = time.perf_counter()
-    found = cache.search(val, truth, betas, alphas)
+    result = cache.search(val, truth, betas, alphas)
     ours = time.perf_counter() - start
     start = time.perf_counter()
     accuracy, best = naive_search(unit, truth, stored, values, text.t(), betas, alphas)
     naive = time.perf_counter() - start
-    theirs = naive_logits(unit, stored, values, text.t(), *best)
-    same = list(found.values.values()) == list(best)
+    naive_result = naive_logits(unit, stored, values, text.t(), *best)
+    same = list(result.values.values()) == list(best)
     return {
         "method": "tip_adapter",
         "what": "search",
@@ -67,14 +67,14 @@ def tip_search_row(
         "naive": {"seconds": naive},
         "ratio_seconds": naive / ours,
         "max_rel_diff": max(
-            float((found.accuracy - accuracy).abs().max() / accuracy.max()),
-            float((cache.logits(val) - theirs).abs().max() / theirs.abs().max()) if same else float("inf"),
+            float((result.accuracy - accuracy).abs().max() / accuracy.max()),
+            float((cache.logits(val) - naive_result).abs().max() / naive_result.abs().max()) if same else float("inf"),
         ),
     }
 
 
 def naive_logits(val: Tensor, keys: Tensor, values: Tensor, text: Tensor, beta: float, alpha: float) -> Tensor:
-    """Return the logits ``[M, C]`` of unit features ``[M, D]``, by three full matrix products.
+    """Return the logits ``[M, C]`` of unit features ``[M, D]``, computed with three full matrix products.
 
     Args:
         val: ``[M, D]``.
@@ -117,7 +117,7 @@ def _problem(classes: int, shots: int, images: int, dim: int) -> tuple[Tensor, T
         return torch.randn(*shape, generator=generator)
 
     text = F.normalize(noise(classes, dim), dim=-1)
-    # The images of a class lie around a centre of their own, which the text only points at.
+    # The images of a class surround a centre that is near the text feature of the class.
     centres = F.normalize(text + 3.5 * noise(classes, dim) / dim**0.5, dim=-1)
     labels = torch.arange(classes).repeat_interleave(shots)
     truth = torch.randint(classes, (images,), generator=generator)
@@ -127,7 +127,7 @@ def _problem(classes: int, shots: int, images: int, dim: int) -> tuple[Tensor, T
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print one row."""
-    parser = argparse.ArgumentParser(description="Tip-Adapter's search, full products and grouped sums.")
+    parser = argparse.ArgumentParser(description="Tip-Adapter's search: full products and grouped sums.")
     parser.add_argument("--classes", type=int, default=1000, help="number of classes (default 1000)")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     options = parser.parse_args(argv)

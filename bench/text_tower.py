@@ -1,15 +1,15 @@
-"""Seconds and memory of text encoding: packed against padded to 77 tokens and against cut to the longest prompt.
+"""Time and memory of text encoding: packed compared with padded to 77 tokens and with cut to the longest prompt.
 
 Run: python bench/text_tower.py --classes 1000 --context 4 [--json]
 
-One run compares the algorithms on the same weights, names, context and cotangent: forward and backward to the context
-vectors, as in one step of CoOp. Each algorithm runs in a process of its own, so that its peak memory is its own:
-``peak`` is the whole process (interpreter, libraries and weights included), ``above`` is what it adds to the process
-that has loaded the model. ``diff`` is the largest relative difference from the padded algorithm, in features and in
-the gradient of the context. Times are the least of the repeats (``--repeats``; the padded algorithm is timed once
-unless ``--padded-repeats`` asks for more); ``CPU s`` are the processor's seconds, all threads added up, which other
-work on the machine disturbs less. The ratios, padded over packed, come last. With ``--json`` the last line
-is one JSON object. The exit status is 1 where an algorithm did not fit into memory.
+One run compares the algorithms on the same weights, names, context and cotangent: a forward pass and a backward pass to
+the context vectors, as in one step of CoOp. Each algorithm runs in a separate process, to measure its peak memory:
+``peak`` is that of the whole process (with interpreter, libraries and weights), ``above`` is the increase after the
+model is loaded. ``diff`` is the largest relative difference from the padded algorithm, in features and in the gradient
+of the context. Times are the shortest of the repeats (``--repeats``; the padded algorithm has ``--padded-repeats``,
+default 1). ``CPU s`` is the sum over all threads, which other work on the machine affects less. The ratios, padded over
+packed, come last. With ``--json`` the last line is one JSON object. The exit status is 1 if an algorithm does not fit
+into memory.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 
-# Torch is imported by the child processes alone: at its start a process inherits the peak memory of the one it was
-# started from, so the parent stays small.
+# Only the child processes import torch: a process inherits the peak memory of its parent at its start, so the parent
+# must be small.
 ROOT = Path(__file__).resolve().parent.parent
 ALGORITHMS = ("packed", "cut", "padded")
-_KEPT_FLOATS = 11  # float32 numbers per token, layer and unit of width that are alive at the peak; measured
+_KEPT_FLOATS = 11  # float32 numbers per token, layer and unit of width at the peak; measured
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,10 +74,12 @@ def _parser() -> argparse.ArgumentParser:
             raise argparse.ArgumentTypeError(f"{text}; accepted: 1 or more")
         return value
 
-    parser = argparse.ArgumentParser(description="Packed, cut and padded text encoding, side by side.")
-    parser.add_argument("--classes", type=positive, default=100, help="ImageNet's class names, repeated if need be")
+    parser = argparse.ArgumentParser(description="Packed, cut and padded text encoding compared.")
+    parser.add_argument(
+        "--classes", type=positive, default=100, help="number of ImageNet's class names, repeated if necessary"
+    )
     parser.add_argument("--context", type=positive, default=4, help="context vectors (default 4)")
-    parser.add_argument("--repeats", type=positive, default=3, help="runs of packed and cut; the least time counts")
+    parser.add_argument("--repeats", type=positive, default=3, help="runs of packed and cut; the shortest time counts")
     parser.add_argument("--padded-repeats", type=positive, default=1, help="runs of padded (default 1)")
     parser.add_argument("--model", default="ViT-B-16", help="an open_clip name, with random weights, or demo")
     parser.add_argument("--threads", type=positive, help="threads of each process (default: torch's choice)")
@@ -89,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 # -- the parent ---------------------------------------------------------------------------------------------------
 def _measure(options: argparse.Namespace, algorithm: str, folder: Path) -> dict[str, Any]:
-    """Run one algorithm in a child process; return its numbers, or ``{"error": why}``."""
+    """Run one algorithm in a child process; return its results, or ``{"error": reason}``."""
     repeats = options.padded_repeats if algorithm == "padded" else options.repeats
     command = [sys.executable, str(Path(__file__).resolve()), "--child", algorithm, "--out", str(folder / algorithm)]
     command += ["--classes", str(options.classes), "--context", str(options.context)]
@@ -100,12 +102,12 @@ def _measure(options: argparse.Namespace, algorithm: str, folder: Path) -> dict[
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return result
     if done.returncode < 0:
-        return {"error": f"ended by signal {-done.returncode}; most likely it did not fit into memory"}
+        return {"error": f"ended by signal {-done.returncode}; it probably did not fit into memory"}
     return {"error": "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])}
 
 
 def _compare(results: dict[str, dict[str, Any]], folder: Path) -> dict[str, float]:
-    """Add to each result its largest relative difference from padded; return the differences of packed."""
+    """Add the largest relative differences from padded to each result; return those of packed."""
     outputs = {}
     for algorithm in ALGORITHMS:
         with np.load(folder / f"{algorithm}.npz") as archive:
@@ -138,7 +140,7 @@ def _print_table(summary: dict[str, Any]) -> None:
 
 # -- a child ------------------------------------------------------------------------------------------------------
 def _child(options: argparse.Namespace) -> int:
-    """Measure one algorithm in this process; write its outputs and print its numbers as JSON."""
+    """Measure one algorithm in this process; write its outputs and print its results as JSON."""
     sys.path.insert(0, str(ROOT))
     import torch
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
@@ -165,12 +167,12 @@ def _child(options: argparse.Namespace) -> int:
 
     def step(classes: int) -> Any:
         context.grad = None
-        part = layout if classes == options.classes else layout.select(0, classes)
-        features = text.encode(part, context, algorithm=options.child)
+        selected = layout if classes == options.classes else layout.select(0, classes)
+        features = text.encode(selected, context, algorithm=options.child)
         (features * cotangent[:, :classes]).sum().backward()
         return features.detach()
 
-    step(1)  # what is made at the first call only
+    step(1)  # includes the work of the first call
     before = _memory_mb("VmRSS")
     seconds, cpu_seconds = [], []
     for _ in range(options.repeats):
@@ -194,7 +196,7 @@ def _child(options: argparse.Namespace) -> int:
 
 
 def _memory_mb(field: str) -> float:
-    """Return a memory field of this process in MB: VmRSS, resident now, or VmHWM, its highest value."""
+    """Return a memory field of this process in MB: VmRSS, the resident memory, or VmHWM, its peak."""
     status = Path("/proc/self/status")
     if status.exists():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
@@ -206,18 +208,18 @@ def _memory_mb(field: str) -> float:
 
 
 def _refuse_if_too_large(need: int, algorithm: str) -> None:
-    """End this process where ``need`` bytes of activations exceed the memory that is free, before the system does."""
+    """Exit if ``need`` bytes of activations exceed the free memory, before the system ends the process."""
     adjust, meminfo = Path("/proc/self/oom_score_adj"), Path("/proc/meminfo")
     if not meminfo.exists():
         return
     if adjust.exists() and os.access(adjust, os.W_OK):
-        adjust.write_text("1000")  # should memory run out after all, nothing but this process is ended
+        adjust.write_text("1000")  # if memory still runs out, only this process is ended
     lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     free = int(lines["MemAvailable"].split()[0]) * 1024
     if need > free:
         raise SystemExit(
-            f"{algorithm} needs about {need / 2**30:.1f} GiB for activations and {free / 2**30:.1f} GiB are free; "
-            "give fewer --classes"
+            f"{algorithm} needs about {need / 2**30:.1f} GiB for activations, but {free / 2**30:.1f} GiB are free; "
+            "use fewer --classes"
         )
 
 

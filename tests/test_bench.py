@@ -1,4 +1,4 @@
-"""The benchmark runs as a user would run it, on the packaged demo CLIP, and its last line can be read by a program."""
+"""The benchmarks as commands, on the packaged demo CLIP, with their last line as JSON."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_algorithm_is_measured_and_agrees_with_padded(report: tuple[str, d
         assert max(row["rel_diff"].values()) <= 1e-5
 
 
-def test_the_table_ends_in_the_ratios(report: tuple[str, dict[str, Any]]) -> None:
+def test_the_table_ends_with_the_ratios(report: tuple[str, dict[str, Any]]) -> None:
     lines = report[0].splitlines()
     assert lines[-2].startswith("padded / packed: seconds ")
     assert [line.split()[0] for line in lines[2:5]] == ["packed", "cut", "padded"]
@@ -55,7 +55,7 @@ def test_counts_below_one_are_refused(option: str) -> None:
     assert done.returncode == 2 and "1 or more" in done.stderr
 
 
-def test_context_that_does_not_fit_is_one_screen_and_a_failure() -> None:
+def test_context_that_is_too_long_fails_with_a_short_message() -> None:
     done = bench("--classes", "2", "--context", "80", "--model", "demo", "--repeats", "1")
     assert done.returncode == 1 and "77 tokens" in done.stdout and len(done.stdout.splitlines()) < 10
 

@@ -1,4 +1,4 @@
-"""tools/build_demo.py: what it can be held to without building for hours."""
+"""tools/build_demo.py: checks that need no full build."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOOLS = Path(__file__).parents[1] / "tools"
 
 @pytest.fixture(scope="module", autouse=True)
 def recipe():
-    """Make the recipe's modules importable, as the tool itself does."""
+    """Make the modules of tools/demo importable, as the tool does."""
     sys.path[:0] = [str(TOOLS / "demo"), str(TOOLS)]
     yield
     del sys.path[:2]
@@ -31,7 +31,7 @@ def recipe():
 
 @pytest.fixture
 def tool(monkeypatch, tmp_path):
-    """The tool, looking at a copy of the shipped files."""
+    """The tool with a copy of the shipped files."""
     spec = importlib.util.spec_from_file_location("build_demo", TOOLS / "build_demo.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -41,7 +41,7 @@ def tool(monkeypatch, tmp_path):
     return module
 
 
-def test_check_passes_on_what_is_shipped():
+def test_check_passes_on_the_shipped_files():
     done = subprocess.run([sys.executable, str(TOOLS / "build_demo.py"), "--check"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip().endswith("0 problems"), done.stdout + done.stderr
 
@@ -55,12 +55,12 @@ def test_check_finds_every_change(tool, capsys):
     (data / "extra.txt").write_text("x")
     (data / "LICENCES.md").write_text((data / "LICENCES.md").read_text().replace("`noto`", "`nota`"))
     assert tool.check() == 1
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name in ("openmoji.zip", "pairs.jsonl: missing", "extra.txt: not in", "does not name noto"):
-        assert name in said
+        assert name in output
 
 
-def emoji(sources, index, **more):
+def emoji(sources, index, **changes):
     box = sources.Picture("<circle r='4'/>", 0, 0, 8, 8)
     styles = (*sources.TRAINING, *sources.HELD_OUT)
     facts = {
@@ -72,35 +72,40 @@ def emoji(sources, index, **more):
         "tags": ["thing", f"tag{index}"],
         "pictures": dict.fromkeys(styles, box),
     }
-    return sources.Emoji(**{**facts, **more})
+    return sources.Emoji(**{**facts, **changes})
 
 
-def test_splits_keep_drawings_apart():
+def test_splits_share_no_drawing():
     import benchmarks
     import sources
 
     table = [emoji(sources, index, novel=index % 2 == 0) for index in range(140)]
     for split in (*(benchmarks.names_split(table, draw) for draw in (1, 2, 3)), benchmarks.kinds_split(table, True)):
-        parts = [{entry.partition("#")[0] for entry, _, _ in items} for items in split.values()]
-        assert all(parts) and not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+        drawings = [{entry.partition("#")[0] for entry, _, _ in items} for items in split.values()]
+        assert (
+            all(drawings)
+            and not drawings[0] & drawings[1]
+            and not drawings[0] & drawings[2]
+            and not drawings[1] & drawings[2]
+        )
     first, second = benchmarks.names_split(table, 1), benchmarks.names_split(table, 2)
     assert first == benchmarks.names_split(table, 1) and first != second
-    novel = {one.label: one.novel for one in table}
+    novel = {symbol.label: symbol.novel for symbol in table}
     names = list(dict.fromkeys(name for _, _, name in first["train"]))
     assert [novel[name] for name in names] == [False, True] * 50
 
 
-def test_novel_names_stay_out_of_icons_and_keywords():
+def test_a_tenth_of_every_subgroup_is_novel():
     import sources
 
     table = [emoji(sources, index) for index in range(40)]
     chosen = sources._novel(table)
-    assert len(chosen) == 3 and chosen == sources._novel(table)  # 14, 13 and 13 of a kind: one of each
+    assert len(chosen) == 3 and chosen == sources._novel(table)  # one of each kind, which have 14, 13 and 13
     assert not sources._novel([emoji(sources, index, subgroup="country-flag") for index in range(40)])
     assert sources.slug("O’Clock: “Café” & more!") == "oclock-cafe-and-more"
 
 
-def test_icons_that_name_a_novel_thing_are_left_out(tmp_path):
+def test_icons_that_name_a_novel_thing_are_skipped(tmp_path):
     import sources
 
     body = {"body": "<path/>"}
@@ -114,17 +119,17 @@ def test_icons_that_name_a_novel_thing_are_left_out(tmp_path):
     assert {icon.words for icon in icons if icon.style == "game-icons"} == {"owlet", "cat", "owlet thin"}
 
 
-def test_archives_depend_on_their_members_only():
+def test_archives_depend_only_on_their_members():
     import packing
 
-    one = packing.archive({"b": b"2", "a": b"1"})
-    assert one == packing.archive({"a": b"1", "b": b"2"}) != packing.archive({"a": b"1", "b": b"3"})
+    archive = packing.archive({"b": b"2", "a": b"1"})
+    assert archive == packing.archive({"a": b"1", "b": b"2"}) != packing.archive({"a": b"1", "b": b"3"})
     pixels = np.zeros((64, 64, 4), np.uint8)
     pixels[16:48, 16:48] = (200, 30, 30, 255)
     assert packing.encoded(pixels) == packing.encoded(pixels.copy()) and packing.encoded(pixels)[8:12] == b"WEBP"
 
 
-def test_compact_weights_come_back():
+def test_compact_weights_are_restored():
     import packing
 
     from vlprompt.backbone.demo import full_state
@@ -142,14 +147,14 @@ def test_compact_weights_come_back():
     assert torch.equal(state["visual.ln.bias"], weights["visual.ln.bias"]) and state["logit_scale"] == 3
     table = state["token_embedding.weight"]
     assert table.shape == (49408, 192) and int(table.abs().sum(1).count_nonzero()) == 3
-    for name, found in (("visual.conv1.weight", state["visual.conv1.weight"]), ("token_embedding.weight", table[ids])):
+    for name, tensor in (("visual.conv1.weight", state["visual.conv1.weight"]), ("token_embedding.weight", table[ids])):
         rows = weights[name].flatten(1)
-        assert ((found.flatten(1) - rows).abs() <= rows.abs().amax(1, keepdim=True) / 253).all()
+        assert ((tensor.flatten(1) - rows).abs() <= rows.abs().amax(1, keepdim=True) / 253).all()
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """Three hundred emoji, a hundred icons, and a folder of noise in place of their drawings."""
+    """300 emoji, 100 icons, and a folder with noise in place of their drawings."""
     import sources
 
     folder = tmp_path_factory.mktemp("drawings")
@@ -158,17 +163,17 @@ def drawn(tmp_path_factory):
     generator = np.random.default_rng(0)
     styles = (*sources.TRAINING, *(style + end for style, ends in sources.ICONS.items() for end in ends))
     for style in styles:
-        keys = [one.key for one in table] if style in sources.TRAINING else [icon.words for icon in icons]
+        keys = [symbol.key for symbol in table] if style in sources.TRAINING else [icon.words for icon in icons]
         pixels = generator.integers(0, 256, (len(keys), 64, 64, 4), dtype=np.uint8)
         np.savez(folder / f"{style}.npz", keys=json.dumps(keys), pixels=pixels)
     return folder, table, icons
 
 
-def test_views_and_batches_come_from_their_key_alone(drawn):
+def test_batches_depend_only_on_their_key(drawn):
     import training
 
     corpus = training.Corpus(*drawn)
-    assert len(corpus.emoji) == 299 and not any(one.novel for one in corpus.emoji)
+    assert len(corpus.emoji) == 299 and not any(symbol.novel for symbol in corpus.emoji)
     first = corpus.batch("1 contrast 0")
     torch.rand(3), random.random(), np.random.rand(2)
     again, other = corpus.batch("1 contrast 0"), corpus.batch("1 contrast 1")
@@ -180,7 +185,7 @@ def test_views_and_batches_come_from_their_key_alone(drawn):
     assert not any("thing number 5." in text or text.endswith("thing number 5") for text in first.captions)
 
 
-def test_a_stopped_training_goes_on_to_the_same_bits(drawn, tmp_path, monkeypatch):
+def test_a_stopped_training_resumes_exactly(drawn, tmp_path, monkeypatch):
     import captions
     import training
 
@@ -214,7 +219,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(drawn, tmp_path, monkeypatc
     assert all(torch.equal(whole[name], resumed[name]) for name in whole) and torch.isfinite(whole["map"]).all()
 
 
-def test_networks_in_training_are_the_networks_that_are_loaded(drawn):
+def test_networks_in_training_match_the_loaded_networks(drawn):
     import build_demo
     import captions
     import models
@@ -229,20 +234,20 @@ def test_networks_in_training_are_the_networks_that_are_loaded(drawn):
     texts = models.Texts(models.build("demo-rn", count), vocabulary, torch.zeros(count, 100))
     texts.eval().requires_grad_(False)
     backbone = build_demo.resnet_of(texts, vocabulary.ids)
-    said = ["a drawing of thing number 3, tag3", "an emoji of a bird."]
-    found = torch.nn.functional.normalize(backbone.model.encode_text(open_clip.tokenize(said)), dim=-1)
-    torch.testing.assert_close(found, texts(said), rtol=1e-4, atol=1e-5)
+    prompts = ["a drawing of thing number 3, tag3", "an emoji of a bird."]
+    features = torch.nn.functional.normalize(backbone.model.encode_text(open_clip.tokenize(prompts)), dim=-1)
+    torch.testing.assert_close(features, texts(prompts), rtol=1e-4, atol=1e-5)
     pixels = torch.randint(256, (2, 64, 64, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = views.normalised(views.on_white(pixels))
     torch.testing.assert_close(backbone.encode_image(images), texts.network.visual(images), rtol=1e-4, atol=1e-5)
-    # What is shipped is the same to within 8 bits.
+    # The shipped networks are the same up to 8-bit rounding.
     student = models.build("demo", count).eval()
     files = packing.weight_files(texts, student, vocabulary.ids)
     state = full_state(load(files["demo.safetensors"]))[0]
     shipped = Backbone.from_state_dict(state, quick_gelu=False, name="demo")
     close = torch.cosine_similarity(shipped.encode_image(images), student.visual(images))
     assert close.min() > 0.999 and json.loads(files["demo.json"])["model_cfg"]["vision_cfg"] == models.VISION["demo"]
-    again = torch.cosine_similarity(shipped.model.encode_text(open_clip.tokenize(said)), found)
+    again = torch.cosine_similarity(shipped.model.encode_text(open_clip.tokenize(prompts)), features)
     assert again.min() > 0.999
 
 

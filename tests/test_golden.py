@@ -1,7 +1,7 @@
-"""tools/check_golden.py on the archives in tests/golden, on broken copies, and on archives of other networks.
+"""tools/check_golden.py on the archives in tests/golden, on changed copies, and on archives of other networks.
 
-The other archives are computed here, from the weight rule alone: CLIP's two towers written out in float64 NumPy, with
-neither open_clip nor vlprompt in between.
+The archives of other networks are computed here from the weight rule, with CLIP's two towers in float64 NumPy and
+without open_clip or vlprompt.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def tool() -> Any:
 
 # -- archives of the project ------------------------------------------------------------------------------------------
 def known_archives() -> list[str]:
-    """Archives whose method the tool checks; a method gets here by being added to its ``CHECKS``."""
+    """Return the archives of methods in the tool's ``CHECKS``."""
     text = TOOL.read_text() + "".join(path.read_text() for path in TOOL.parent.glob("golden_*.py"))
     return sorted(path.stem for path in GOLDEN.glob("*.npz") if f'"{method_of(path)}": check_' in text)
 
@@ -66,11 +66,11 @@ def test_archive_agrees(tool: Any, name: str, capsys: pytest.CaptureFixture[str]
     assert int(count) >= 4 and float(worst) <= 1e-4
 
 
-def test_what_is_zero_but_for_rounding_is_compared_with_a_given_size(tool: Any) -> None:
+def test_a_given_size_replaces_the_scale_of_a_reference_near_zero(tool: Any) -> None:
     value, reference = np.array([3e-7, 0.0]), np.array([1e-7, 0.0])
     assert tool.relative_error(value, reference) == pytest.approx(2)
     assert tool.relative_error(value, reference, 0.1) == pytest.approx(2e-6)
-    assert tool.relative_error(value, reference, 1e-9) == pytest.approx(2), "it takes nothing off"
+    assert tool.relative_error(value, reference, 1e-9) == pytest.approx(2), "a smaller size has no effect"
 
 
 def test_several_files_are_summed_up(tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +79,7 @@ def test_several_files_are_summed_up(tool: Any, capsys: pytest.CaptureFixture[st
 
 
 def rewritten(source: Path, target: Path, change: Callable[[dict[str, Array], dict[str, Any]], None]) -> str:
-    """Copy an archive with its arrays and metadata changed."""
+    """Copy an archive with changed arrays and metadata."""
     with np.load(source, allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
     meta = json.loads(arrays.pop("meta").item())
@@ -99,7 +99,7 @@ def test_a_perturbed_array_fails(tool: Any, tmp_path: Path, capsys: pytest.Captu
     assert tool.main([path, "--tol", "0.01"]) == 0
 
 
-def test_a_wrong_token_fails_whatever_the_tolerance(tool: Any, tmp_path: Path) -> None:
+def test_a_wrong_token_fails_at_any_tolerance(tool: Any, tmp_path: Path) -> None:
     def perturb(arrays: dict[str, Array], meta: dict[str, Any]) -> None:
         arrays["ctx_init/tokens"][0, 3] += 1
 
@@ -126,7 +126,7 @@ def test_a_result_that_is_not_finite_fails(tool: Any) -> None:
     assert tool.relative_error(np.array([0.0, 2.0]), masked) == float("inf")
 
 
-def test_an_array_that_nothing_compares_fails(tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_uncompared_array_fails(tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def add(arrays: dict[str, Array], meta: dict[str, Any]) -> None:
         arrays["single/something_new"] = np.ones(3)
 
@@ -152,9 +152,9 @@ def test_an_unknown_method_and_a_missing_file_are_refused(tool: Any, tmp_path: P
         tool.main([str(tmp_path / "nowhere.npz")])
 
 
-# -- archives of other networks, computed the long way --------------------------------------------------------------
+# -- archives of other networks, computed with NumPy ----------------------------------------------------------------
 class Naive:
-    """CLIP in float64 NumPy, after OpenAI's clip/model.py."""
+    """CLIP in float64 NumPy, following OpenAI's clip/model.py."""
 
     def __init__(self, tiny_clip: Any, seed: int) -> None:
         self.state = tiny_clip.build_state_dict(tiny_clip.TinyClipDims(**DIMS), seed)
@@ -187,7 +187,7 @@ class Naive:
         return np.asarray(self.tokenizer(texts))
 
     def text(self, ids: Array, ctx: Array | None = None) -> Array:
-        """Features of token ids, their places 1 to M taken by ``ctx``."""
+        """Return the features of token ids, with ``ctx`` at positions 1 to M."""
         x = self.w["token_embedding.weight"][ids]
         if ctx is not None:
             x = np.concatenate([x[:, :1], np.broadcast_to(ctx, (len(x), *ctx.shape)), x[:, 1 + len(ctx) :]], axis=1)
@@ -287,9 +287,9 @@ def test_a_coop_archive_of_another_network(
     }
     path = save(tmp_path / "coop.npz", naive, 11, "coop", cases, arrays)
     assert tool.main([path]) == 0
-    # All but the inputs: images, labels and the context.
+    # All arrays except the inputs: images, labels and the context.
     assert capsys.readouterr().out.splitlines()[-1].startswith("7 arrays, ")
-    # The gradient, along a random direction: central differences in float64 against the tool's own method.
+    # The gradient along a random direction: central differences in float64 compared with vlprompt's method.
     direction = np.random.RandomState(1).standard_normal(ctx.shape)
     step = 1e-5
     slope = (loss(ctx + step * direction) - loss(ctx - step * direction)) / (2 * step)

@@ -1,14 +1,14 @@
-"""Build the packaged demo from package registries alone: drawings, benchmarks, two small CLIPs.
+"""Build the packaged demo from package registries: drawings, benchmarks and two small CLIPs.
 
     python tools/build_demo.py --build FOLDER          everything: fetch, render, pack, train, choose, ship
-    python tools/build_demo.py --build FOLDER --until pack     only the benchmarks' files (minutes, the same bytes)
+    python tools/build_demo.py --build FOLDER --until pack     only the benchmarks' files (minutes, reproducible)
     python tools/build_demo.py --check                 compare the shipped files with their record
-    python tools/build_demo.py --record                make that record anew, after a card's text was edited
+    python tools/build_demo.py --record                update that record, after the text of a card was edited
     python tools/build_demo.py --table                 the zero-shot table of the shipped networks
 
-Stages keep their results in FOLDER and go on where they were stopped. Needs npm, and pip install 'vlprompt[demo]'. The
-images come out byte for byte the same with the versions in tools/demo/. Training takes about an hour per seed, and one
-more for the ViT, on one core; with --device cuda it is minutes. MODEL_CARD.md says how near a second build came to the
+Stages keep their results in FOLDER and resume where they were stopped. They need npm and pip install 'vlprompt[demo]'.
+The images are identical byte for byte with the versions in tools/demo/. On one core, training takes about an hour per
+seed and another hour for the ViT; with --device cuda it takes minutes. MODEL_CARD.md compares a second build with the
 shipped weights.
 """
 
@@ -28,27 +28,27 @@ sys.path.insert(0, str(TOOLS / "demo"))
 
 
 def check() -> int:
-    """Compare every shipped file with its record, and the archives' licences with the list in LICENCES.md."""
+    """Compare every shipped file with its record, and the licences of archives with the list in LICENCES.md."""
     import packing
 
     path = ASSETS / "demo" / packing.MANIFEST
     known = json.loads(path.read_text(encoding="utf-8"))["files"]
-    found = packing.manifest(ASSETS)["files"]
-    problems = [f"{name}: not in {path.name}" for name in found if name not in known]
+    present = packing.manifest(ASSETS)["files"]
+    problems = [f"{name}: not in {path.name}" for name in present if name not in known]
     for name, row in known.items():
-        if found.get(name) != row:
-            problems.append(f"{name}: {found[name]}, recorded {row}" if name in found else f"{name}: missing")
-    said = (ASSETS / "demo" / "LICENCES.md").read_text(encoding="utf-8").splitlines()
+        if present.get(name) != row:
+            problems.append(f"{name}: {present[name]}, recorded {row}" if name in present else f"{name}: missing")
+    listed = (ASSETS / "demo" / "LICENCES.md").read_text(encoding="utf-8").splitlines()
     for name, row in known.items():
         style = Path(name).stem
-        if name.endswith(".zip") and not any(f"`{style}`" in line and line.endswith(row["licence"]) for line in said):
+        if name.endswith(".zip") and not any(f"`{style}`" in line and line.endswith(row["licence"]) for line in listed):
             problems.append(f"{name}: LICENCES.md does not name {style} with {row['licence']}")
-    heavy = sum(row["bytes"] for name, row in known.items() if name.endswith((".zip", ".safetensors")))
-    if heavy > LARGEST:
-        problems.append(f"images and weights have {heavy:,} bytes; at most {LARGEST:,} are shipped")
+    size = sum(row["bytes"] for name, row in known.items() if name.endswith((".zip", ".safetensors")))
+    if size > LARGEST:
+        problems.append(f"images and weights have {size:,} bytes; at most {LARGEST:,} are shipped")
     for problem in problems:
         print(f"problem: {problem}")
-    print(f"{len(known)} files, images and weights {heavy:,} bytes, {len(problems)} problems")
+    print(f"{len(known)} files, images and weights {size:,} bytes, {len(problems)} problems")
     return 1 if problems else 0
 
 
@@ -62,7 +62,7 @@ def record() -> int:
 
 
 def show_table() -> int:
-    """Print the zero-shot table of both networks, as the README and the model card show it."""
+    """Print the zero-shot table of both networks, in the form of the README and the model card."""
     import scores
 
     from vlprompt import load_backbone
@@ -74,27 +74,28 @@ def show_table() -> int:
             f"{name}: zero-shot accuracy in %, styles never trained on (number of classes)\n\n{scores.table(reported)}"
         )
         others = [row for row in rows if row["style"] in scores.SELECTION]
-        print(f"\nstyles that the training seed was chosen on, no result:\n\n{scores.table(others)}\n", flush=True)
+        print(f"\nstyles used to choose the training seed, not a result:\n\n{scores.table(others)}\n", flush=True)
     return 0
 
 
 class Build:
-    """The stages, in order; each finds what the earlier ones left in the folder."""
+    """The stages in order; each uses the results of earlier ones in the folder."""
 
     def __init__(self, folder: Path, seeds: list[int], device: str) -> None:
         self.folder, self.seeds, self.device = folder, seeds, device
 
     def fetch(self) -> None:
-        """Fetch the packages and join drawings and names."""
+        """Fetch the packages, and join drawings with names."""
         import sources
 
         self.modules = sources.fetch(self.folder)
         self.emoji = sources.read_emoji(self.modules)
         self.icons = sources.read_icons(self.modules, self.emoji)
-        print(f"fetch: {len(self.emoji)} emoji, {sum(one.novel for one in self.emoji)} novel; {len(self.icons)} icons")
+        novel = sum(symbol.novel for symbol in self.emoji)
+        print(f"fetch: {len(self.emoji)} emoji, {novel} novel; {len(self.icons)} icons")
 
     def render(self) -> None:
-        """Draw everything once."""
+        """Render all drawings."""
         import drawings
 
         drawings.render_all(self.folder / "drawings", self.emoji, self.icons, print)
@@ -109,7 +110,7 @@ class Build:
         print(f"pack: {sum(file.stat().st_size for file in target.iterdir()):,} bytes in {target}")
 
     def train(self) -> None:
-        """Train the ResNet and the texts with every seed, and the ViT from the one that the selection styles prefer."""
+        """Train the ResNet and text tower with every seed, and the ViT from the best one on the selection styles."""
         import captions
         import scores
         import torch
@@ -119,26 +120,26 @@ class Build:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise SystemExit("error: torch finds no GPU on this machine; train on the CPU: --device cpu")
         if device.type == "cpu":
-            torch.set_num_threads(1)  # sums in one order, whatever the machine
+            torch.set_num_threads(1)  # sums in the same order on every machine
         torch.set_flush_denormal(True)
         vocabulary = captions.Vocabulary(self.emoji, [icon.words for icon in self.icons])
         vectors = vocabulary.word_vectors(self.modules)
         corpus = training.Corpus(self.folder / "drawings", self.emoji, self.icons)
-        weights, found = self.folder / "weights", {}
+        weights, results = self.folder / "weights", {}
         for seed in self.seeds:
-            with Progress(seed) as tell:
-                texts = training.train_contrast(weights, corpus, vocabulary, vectors, seed, tell, device)
+            with Progress(seed) as report:
+                texts = training.train_contrast(weights, corpus, vocabulary, vectors, seed, report, device)
             rows = scores.style_scores(resnet_of(texts, vocabulary.ids), self.folder / "data", scores.SELECTION)
-            found[seed] = scores.selection_score(rows), texts
-            print(f"train: seed {seed} has {found[seed][0]:.2f} on the selection styles", flush=True)
-        best = max(found, key=lambda seed: found[seed][0])
-        print(f"train: seed {best} is taken")
-        texts = found[best][1]
-        with Progress(best) as tell:
-            self.networks = texts, training.train_distil(weights, corpus, texts, best, tell, device), vocabulary.ids
+            results[seed] = scores.selection_score(rows), texts
+            print(f"train: seed {seed} has {results[seed][0]:.2f} on the selection styles", flush=True)
+        best = max(results, key=lambda seed: results[seed][0])
+        print(f"train: seed {best} is chosen")
+        texts = results[best][1]
+        with Progress(best) as report:
+            self.networks = texts, training.train_distil(weights, corpus, texts, best, report, device), vocabulary.ids
 
     def ship(self) -> None:
-        """Put weights and benchmarks into the package, record them, and print the table."""
+        """Copy weights and benchmarks into the package, record them, and print the table."""
         import packing
 
         packing.write(ASSETS / "demo_clip", packing.weight_files(*self.networks))
@@ -148,7 +149,7 @@ class Build:
 
 
 class Progress:
-    """One bar per training stage, with the time left; plain lines where there is no terminal."""
+    """One progress bar per training stage, with the remaining time; plain lines without a terminal."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -171,7 +172,7 @@ class Progress:
         self._bar.stop()
 
     def __call__(self, stage: str, step: int, steps: int, loss: float, left: float) -> None:
-        """Show that ``step`` of ``steps`` is done, ``left`` seconds before the stage's end."""
+        """Show that ``step`` of ``steps`` is done, with ``left`` seconds remaining in the stage."""
         shown = f"{left / 60:.0f} min"
         if stage not in self._tasks:
             self._tasks[stage] = self._bar.add_task(f"seed {self._seed} {stage}", total=steps, loss=loss, left=shown)
@@ -187,23 +188,23 @@ def resnet_of(texts: Any, token_ids: list[int]) -> Any:
 
     from vlprompt.backbone.backbone import Backbone, Preprocess
 
-    whole = models.build("demo-rn", models.TEXT["vocab_size"])
-    table = torch.zeros_like(whole.token_embedding.weight)
+    network = models.build("demo-rn", models.TEXT["vocab_size"])
+    table = torch.zeros_like(network.token_embedding.weight)
     table[token_ids] = texts.merged()
-    whole.load_state_dict({**texts.network.state_dict(), "token_embedding.weight": table})
-    return Backbone.from_open_clip(whole, name="demo-rn", preprocess=Preprocess(64))
+    network.load_state_dict({**texts.network.state_dict(), "token_embedding.weight": table})
+    return Backbone.from_open_clip(network, name="demo-rn", preprocess=Preprocess(64))
 
 
 def main() -> int:
-    """Do what the command line says."""
+    """Run the requested actions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--build", type=Path, help="folder for everything that is fetched and made (about 2 GB)")
+    parser.add_argument("--build", type=Path, help="folder for fetched and generated files (about 2 GB)")
     parser.add_argument("--until", choices=STAGES, default="ship", help="the last stage to run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="training seeds (1 2 3)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where networks are trained (cpu)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device of training (cpu)")
     parser.add_argument("--check", action="store_true", help="compare the shipped files with their record")
     parser.add_argument("--table", action="store_true", help="print the zero-shot table of the shipped networks")
-    parser.add_argument("--record", action="store_true", help="write the record of the shipped files anew")
+    parser.add_argument("--record", action="store_true", help="update the record of the shipped files")
     options = parser.parse_args()
     wanted = [
         job for job, name in ((record, "record"), (check, "check"), (show_table, "table")) if getattr(options, name)
@@ -211,7 +212,7 @@ def main() -> int:
     if wanted:
         return max(job() for job in wanted)
     if options.build is None:
-        parser.error("give --build FOLDER, --check, --record or --table")
+        parser.error("use --build FOLDER, --check, --record or --table")
     build = Build(options.build.resolve(), options.seeds, options.device)
     for stage in STAGES[: STAGES.index(options.until) + 1]:
         getattr(build, stage)()

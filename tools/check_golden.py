@@ -1,11 +1,11 @@
-"""Compare vlprompt with reference tensors that the official implementations produced on a miniature CLIP.
+"""Compare vlprompt with reference tensors of the official implementations on a tiny CLIP.
 
 Run: python tools/check_golden.py tests/golden/*.npz [--tol 1e-4]
 
-Nothing is assumed about a file but its format (tests/golden/README.md): dimensions, weight seed, class names and
-hyperparameters come from the file, the method is built through the public API, and every array in the file is either an
-input or compared. Prints the largest relative error of each array, max|x - ref| / max|ref|, and ends with
-``N arrays, max rel err X``; the exit status is 1 above ``--tol``, or when an array could not be compared.
+Only the format of a file is assumed (tests/golden/README.md). Dimensions, weight seed, class names and hyperparameters
+come from the file, methods are created through the public API, and every array in the file is either an input or
+compared. The output lists the largest relative error of each array, max|x - ref| / max|ref|, and ends with
+``N arrays, max rel err X``. The exit status is 1 if an error is above ``--tol`` or an array was not compared.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Results = Iterator[tuple[str, Any]]
 
 
 class Golden:
-    """One archive: its metadata, arrays, and the backbone they were made on, where they were made on one."""
+    """One archive: its metadata, its arrays and, if it has one, its backbone."""
 
     def __init__(self, path: Path) -> None:
         with np.load(path, allow_pickle=False) as archive:
@@ -50,14 +50,14 @@ class Golden:
 
     @functools.cached_property
     def backbone(self) -> Backbone:
-        """The miniature CLIP of the weight rule, checked against the archive's checksum."""
+        """The tiny CLIP of the weight rule, checked against the archive's checksum."""
         state = tiny_clip.build_state_dict(tiny_clip.TinyClipDims(**self.meta["dims"]), self.meta["weights_seed"])
         if tiny_clip.checksum(state) != self.meta["weights_sha256"]:
-            raise SystemExit(f"{self.path}: the weight rule gives another network than the archive was made on")
+            raise SystemExit(f"{self.path}: the weight rule gives another network than that of the archive")
         return Backbone.from_state_dict(state, name=f"golden-{self.path.stem}")
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return an input array as a tensor and note that it is one."""
+        """Return an input array as a tensor and mark it as an input."""
         self.inputs.add(name)
         return torch.from_numpy(np.array(self.arrays[name]))
 
@@ -74,7 +74,7 @@ class Golden:
 
 
 def check_clip_core(golden: Golden) -> Results:
-    """Tokens, features after every block, features, logits, and the gradient with respect to pixels."""
+    """Compare tokens, features after every block, features, logits, and the gradient with respect to pixels."""
     backbone, texts = golden.backbone, golden.meta["texts"]
     yield "tokens", golden.tokens(texts)
     yield "tokens_truncated", golden.tokens([golden.meta["long_text"]], cut=True)
@@ -91,7 +91,7 @@ def check_clip_core(golden: Golden) -> Results:
     eot = keep("block_eot", lambda x: x[torch.arange(len(rows)), rows])
     hooks += [b.register_forward_hook(eot) for b in model.transformer.resblocks]
     image = backbone.encode_image(images)
-    backbone.text.encode(layout, algorithm="padded")  # block outputs exist in the padded algorithm only
+    backbone.text.encode(layout, algorithm="padded")  # only the padded algorithm has block outputs
     for hook in hooks:
         hook.remove()
     text = backbone.text.encode(layout)[0]
@@ -107,7 +107,7 @@ def check_clip_core(golden: Golden) -> Results:
 
 
 def check_zeroshot(golden: Golden) -> Results:
-    """Class embeddings and logits of single templates and ensembles."""
+    """Compare text features and logits of single templates and ensembles."""
     images = golden.tensor("images")
     for case, options in golden.meta["cases"].items():
         names = golden.meta["class_names"]
@@ -117,7 +117,7 @@ def check_zeroshot(golden: Golden) -> Results:
 
 
 def check_coop(golden: Golden) -> Results:
-    """Every variant of context: features, logits, loss and the gradient of the context."""
+    """Compare features, logits, loss and the gradient of the context for every variant of context."""
     images, labels = golden.tensor("images"), golden.tensor("labels")
     names = golden.meta["class_names"]
     yield "image_features_raw", golden.backbone.encode_image(images)
@@ -132,7 +132,7 @@ def check_coop(golden: Golden) -> Results:
             class_token_position=options["class_token_position"],
         )
         start = golden.tensor(f"{case}/param/ctx")
-        if options["ctx_init"]:  # then the words determine the start
+        if options["ctx_init"]:  # the words determine the initial context
             yield f"{case}/param/ctx", method.prompt.ctx.detach().clone()
         method.load_trained_state({"prompt.ctx": start})
         words = [name.replace("_", " ") for name in names]
@@ -143,7 +143,7 @@ def check_coop(golden: Golden) -> Results:
 
 
 def _trained(method: Any, case: str, images: torch.Tensor, labels: torch.Tensor, names: dict[str, str]) -> Results:
-    """Logits of both paths, loss terms and gradients of a case; ``names`` maps our learnables to published names."""
+    """Compare logits, loss and gradients of a case; ``names`` maps parameters to their published names."""
     features = method.image_features(images)
     yield f"{case}/train_logits", method.logits(features)
     terms = method.losses(features, labels)
@@ -157,7 +157,7 @@ def _trained(method: Any, case: str, images: torch.Tensor, labels: torch.Tensor,
 
 
 def check_mocoop(golden: Golden) -> Results:
-    """Prototypes, routing, experts, mixture, the three loss terms, gradients, and evaluation on new classes."""
+    """Compare prototypes, routing, experts, mixture, loss terms, gradients, and evaluation on new classes."""
     for case, options in golden.meta["cases"].items():
         used = options["images_used"]
         images, labels = golden.tensor("images")[:used], golden.tensor(f"{case}/labels")
@@ -182,9 +182,12 @@ def check_mocoop(golden: Golden) -> Results:
                 yield f"{case}/official_init/ctx_{side}_{g}", getattr(method.experts, side)[g].detach().clone()
         for i, name in enumerate(method.norms.names if method.norms else []):
             names[f"norms.values.{i}"] = f"image_encoder.{name}"
-        own = method.trained_state()
-        given = {name: f"{case}/param/{names[name]}" for name in own}
-        state = {name: golden.tensor(at) if at in golden.arrays else own[name] for name, at in given.items()}
+        initial = method.trained_state()
+        sources = {name: f"{case}/param/{names[name]}" for name in initial}
+        state = {
+            name: golden.tensor(source) if source in golden.arrays else initial[name]
+            for name, source in sources.items()
+        }
         method.load_trained_state(state)
         yield from ((f"{case}/{name}", value) for name, value in _mocoop_parts(method, golden, options, images, labels))
         yield from _trained(method, case, images, labels, names)
@@ -235,9 +238,9 @@ for _module in sorted((ROOT / "tools").glob("golden_*.py")):
 
 
 def relative_error(value: Any, reference: np.ndarray, size: float = 0.0) -> float:
-    """Return max|value - reference| / max|reference|; integers and what is not finite are exact or infinitely wrong.
+    """Return max|value - reference| / max|reference|; infinity if integers or values that are not finite differ.
 
-    ``size`` takes the place of ``max|reference|`` where it is larger: for what is zero but for rounding.
+    ``size`` replaces ``max|reference|`` if it is larger, for references that are zero up to rounding.
     """
     got = value.detach().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
     if got.shape != reference.shape:
@@ -256,14 +259,14 @@ def relative_error(value: Any, reference: np.ndarray, size: float = 0.0) -> floa
 
 
 def check_file(path: Path) -> tuple[int, float, list[str]]:
-    """Print the errors of one archive; return arrays compared, largest error, and arrays that were not compared."""
+    """Print the errors of one archive; return the number of compared arrays, largest error and uncompared arrays."""
     golden = Golden(path)
     method = golden.meta["method"]
     if method not in CHECKS:
         raise SystemExit(f"{path}: method {method!r} is not checked yet; known: {', '.join(CHECKS)}")
     print(f"{path}  ({method}" + (f", weights seed {golden.meta['weights_seed']})" if "dims" in golden.meta else ")"))
     if "dims" in golden.meta:
-        _ = golden.backbone  # says at once when it is another network
+        _ = golden.backbone  # raises if it is another network
     count, worst, done = 0, 0.0, set()
     for name, value, *size in CHECKS[method](golden):
         if name not in golden.arrays:
@@ -276,12 +279,12 @@ def check_file(path: Path) -> tuple[int, float, list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check every file named on the command line."""
+    """Check all given files."""
     parser = argparse.ArgumentParser(description="Compare vlprompt with golden tensors.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--tol", type=float, default=1e-4, help="largest relative error accepted (default 1e-4)")
+    parser.add_argument("--tol", type=float, default=1e-4, help="largest accepted relative error (default 1e-4)")
     options = parser.parse_args(argv)
-    count, worst, left = 0, 0.0, []
+    count, worst, uncompared = 0, 0.0, []
     for path in options.files:
         if not path.is_file():
             parser.error(f"there is no file {path}")
@@ -290,11 +293,11 @@ def main(argv: list[str] | None = None) -> int:
         except VlpromptError as error_text:
             raise SystemExit(f"{path}: {error_text}") from error_text
         count, worst = count + compared, max(worst, error)
-        left += [f"{path.name}:{name}" for name in missing]
-    if left:
-        print(f"not compared: {', '.join(left)}")
+        uncompared += [f"{path.name}:{name}" for name in missing]
+    if uncompared:
+        print(f"not compared: {', '.join(uncompared)}")
     print(f"{count} arrays, max rel err {worst:.2e}")
-    return int(bool(left) or not worst <= options.tol or not count)
+    return int(bool(uncompared) or not worst <= options.tol or not count)
 
 
 if __name__ == "__main__":

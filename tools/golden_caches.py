@@ -1,4 +1,4 @@
-"""How the golden files of caches and of their text classifiers are compared: one function per file."""
+"""Comparison of the golden files of caches and their text classifiers: one function per file."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _ADAPTERS = {"text_residual": "text_res", "image_down": "image_fc0", "image_up":
 
 # -- Tip-Adapter ------------------------------------------------------------------------------------------------------
 def check_tip_adapter(golden: Any) -> Results:
-    """Keys, values, logits of the whole grid, the search; then the trained keys."""
+    """Compare keys, values, logits of the whole grid and the search, then the trained keys."""
     hyper = golden.meta["hyper"]
     text, labels = golden.tensor("clip_weights").t(), golden.tensor("train_labels")
     raw = {name: golden.tensor(f"{name}_raw") for name in ("val", "test")}
     truth = {name: golden.tensor(f"{name}_labels") for name in raw}
-    own = {"alpha": hyper["init_alpha"], "beta": hyper["init_beta"]}
-    cache = TipAdapter(text, hyper["logit_scale"], **own).fit(golden.tensor("train_raw"), labels)
-    # Keys lie in the order of their classes; published, in that of the images.
+    options = {"alpha": hyper["init_alpha"], "beta": hyper["init_beta"]}
+    cache = TipAdapter(text, hyper["logit_scale"], **options).fit(golden.tensor("train_raw"), labels)
+    # Our keys are sorted by class, the published ones by image.
     back = labels.argsort(stable=True).argsort()
     yield "cache_keys", cache.get_buffer("keys")[back].t()
     yield "cache_values", F.one_hot(cache.key_labels[back], hyper["C"]).float()
@@ -40,26 +40,26 @@ def check_tip_adapter(golden: Any) -> Results:
     betas, alphas = (grid(top, n) for top, n in zip(hyper["search_scale"], hyper["search_step"], strict=True))
     yield "grid_beta", betas
     yield "grid_alpha", alphas
-    found = cache.search(raw["val"], truth["val"], betas, alphas)
-    yield "grid_val_acc", 100 * found.accuracy
-    yield "best_beta_alpha", list(found.values.values())
+    search = cache.search(raw["val"], truth["val"], betas, alphas)
+    yield "grid_val_acc", 100 * search.accuracy
+    yield "best_beta_alpha", list(search.values.values())
     yield "tip_test_logits_best", cache.logits(raw["test"])
     yield "acc_tip_test_best", 100 * cache.score(raw["test"], truth["test"])
     unit = cache.unit(raw["val"])
     zeroshot, affinity = cache.zeroshot(unit), cache.affinity(unit)
     steps = hyper["grid_logit_subsample_beta_alpha"]
-    says = [cache.evidence(affinity, beta).t() for beta in betas[:: steps[0]]]
+    evidence = [cache.evidence(affinity, beta).t() for beta in betas[:: steps[0]]]
     yield (
         "grid_val_logits",
-        torch.stack([torch.stack([zeroshot + alpha * one for alpha in alphas[:: steps[1]]]) for one in says]),
+        torch.stack([torch.stack([zeroshot + alpha * term for alpha in alphas[:: steps[1]]]) for term in evidence]),
     )
-    yield from _tip_adapter_f(golden, text, own, raw, truth, (betas, alphas))
+    yield from _tip_adapter_f(golden, text, options, raw, truth, (betas, alphas))
 
 
-def _tip_adapter_f(golden: Any, text: Any, own: Any, raw: Any, truth: Any, axes: Any) -> Results:
+def _tip_adapter_f(golden: Any, text: Any, options: Any, raw: Any, truth: Any, axes: Any) -> Results:
     hyper, labels = golden.meta["hyper"], golden.tensor("train_labels")
     recipe = CacheRecipe(hyper["epochs"], hyper["bsF"], hyper["lr"], eps=1e-4, weight_decay=0.01)
-    cache = TipAdapterF(text, hyper["logit_scale"], **own, recipe=recipe)
+    cache = TipAdapterF(text, hyper["logit_scale"], **options, recipe=recipe)
     TipAdapter.fit(cache, golden.tensor("train_raw"), labels)
     back = labels.argsort(stable=True).argsort()
     untrained = cache.get_buffer("keys")
@@ -84,12 +84,12 @@ def _tip_adapter_f(golden: Any, text: Any, own: Any, raw: Any, truth: Any, axes:
     yield "F_cache_keys_mutated", int(not torch.equal(cache.get_buffer("keys"), untrained))
     yield "F_epoch_test_logits", torch.stack(tests)
     yield "F_epoch_test_acc", scores
-    # The published choice of the epoch is made on the test images.
+    # The published code chooses the epoch on the test images.
     epoch = scores.index(max(scores))
     yield "F_best_epoch", epoch
     cache.get_buffer("keys").copy_(kept[epoch])
-    found = cache.search(raw["val"], truth["val"], *axes)
-    yield "F_best_beta_alpha", list(found.values.values())
+    search = cache.search(raw["val"], truth["val"], *axes)
+    yield "F_best_beta_alpha", list(search.values.values())
     final = 100 * cache.score(raw["test"], truth["test"])
     yield "F_final_test_logits", cache.logits(raw["test"])
     yield "F_final_test_acc", final
@@ -98,7 +98,7 @@ def _tip_adapter_f(golden: Any, text: Any, own: Any, raw: Any, truth: Any, axes:
 
 # -- TFUP -------------------------------------------------------------------------------------------------------------
 def check_tfup(golden: Any) -> Results:
-    """Selection, similarity, logits; then every step of both stages of training."""
+    """Compare selection, similarity and logits, then every step of both stages of training."""
     hyper = golden.meta["hyper"]
     text, images, truth = (golden.tensor(name) for name in ("text_raw", "image_raw", "labels"))
     recipe = CacheRecipe(hyper["max_epoch"], hyper["bs"], hyper["lr"], eps=0.003, weight_decay=0.1)
@@ -109,8 +109,8 @@ def check_tfup(golden: Any) -> Results:
         confidence=hyper["confidence_threshold"],
         marginal_weight=hyper["marginal_weight"],
     )
-    own = {"alpha": hyper["alpha"], "beta": hyper["beta"], "shots": hyper["cache_shots"]}
-    cache = TFUPTrained(text, 100.0, **own, recipe=recipe, adaptation=adaptation)
+    options = {"alpha": hyper["alpha"], "beta": hyper["beta"], "shots": hyper["cache_shots"]}
+    cache = TFUPTrained(text, 100.0, **options, recipe=recipe, adaptation=adaptation)
     super(TFUPTrained, cache).fit(images)
     chosen = cache.select(images, hyper["cache_shots"]).flatten()
     yield "cache_indices", chosen
@@ -185,16 +185,16 @@ def _tfup_t(golden: Any, cache: TFUPTrained, images: torch.Tensor, truth: torch.
     plain, cached = cache.adapter_logits(images), cache.adapter_logits(images, cache=True)
     yield "eval_last_logits", plain
     yield "eval_last_logits_cache", cached
-    yield "eval_last_acc", [100 * float((one.argmax(dim=-1) == truth).double().mean()) for one in (plain, cached)]
+    yield "eval_last_acc", [100 * float((logits.argmax(dim=-1) == truth).double().mean()) for logits in (plain, cached)]
 
 
 # -- text classifiers -------------------------------------------------------------------------------------------------
 def check_text_classifiers(golden: Any) -> Results:
-    """The normalised ensemble of templates, and the raw mean of each class's own prompts."""
+    """Compare the normalised ensemble of templates and the raw mean of the prompts of each class."""
     hyper, backbone = golden.meta["hyper"], golden.backbone
     names, templates = hyper["names"], hyper["templates"]
     prompts = filled_in(names, templates)
-    flat = [prompt for own in prompts for prompt in own]
+    flat = [prompt for class_prompts in prompts for prompt in class_prompts]
     shape = len(names), len(templates), -1
     yield "tokens", golden.tokens(flat).reshape(shape).astype("int32")
     yield "raw_text_features", raw_features(backbone, flat).reshape(shape)

@@ -1,4 +1,4 @@
-"""How the golden files of pixel prompts, unified prompts and distillation are compared: one function per file."""
+"""Comparison of the golden files of pixel prompts, unified prompts and distillation: one function per file."""
 
 from __future__ import annotations
 
@@ -20,48 +20,48 @@ Results = Iterator[tuple[Any, ...]]
 
 # -- VP ---------------------------------------------------------------------------------------------------------------
 def check_visual_prompt(golden: Any) -> Results:
-    """Border and patches: prompted pixels, logits, loss, gradients, and two SGD steps at the warm-up's rates."""
+    """Compare prompted pixels, logits, loss, gradients and two SGD steps of the warm-up, for border and patches."""
     hyper = golden.meta["hyper"]
     images, labels, size = golden.tensor("images").float(), golden.tensor("labels"), hyper["B"]
     for case in ("padding", "fixed_patch", "random_patch"):
         shape = "border" if case == "padding" else case
-        own = {"shape": shape, "prompt_size": hyper["prompt_size"], "template": hyper["template"]}
-        made = vlprompt.create_method("visual_prompt", golden.backbone, hyper["classes"], **own)
+        settings = {"shape": shape, "prompt_size": hyper["prompt_size"], "template": hyper["template"]}
+        made = vlprompt.create_method("visual_prompt", golden.backbone, hyper["classes"], **settings)
         yield "logits_no_prompt", made.logits(golden.backbone.encode_image(images))
         words = [name.replace("_", " ").replace("-", " ") for name in hyper["classes"]]
         yield "text_tokens", golden.tokens([hyper["template"].format(word) for word in words])
         names = {name: f"pad_{name[7:]}" if case == "padding" else "patch" for name, _ in made.trainable_parameters()}
-        made.load_trained_state({own: golden.tensor(f"{case}_init_{name}")[0] for own, name in names.items()})
+        made.load_trained_state({ours: golden.tensor(f"{case}_init_{name}")[0] for ours, name in names.items()})
         optimizer = torch.optim.SGD(made.parameter_groups(hyper["lr"]), lr=hyper["lr"], momentum=hyper["momentum"])
         losses, rates = [], []
         for step in range(2):
-            part = slice(size * step, size * (step + 1))
-            if case == "random_patch":  # the published places, one a step
+            rows = slice(size * step, size * (step + 1))
+            if case == "random_patch":  # the published positions, one per step
                 made.prompt.corner = functools.partial(tuple, golden.tensor("random_patch_offsets")[step].tolist())
             if step == 0:
                 yield f"{case}_output_image0", images[0] + made.prompt.pixels()
             rates.append(hyper["lr"] * (step + 1) / hyper["warmup"])
             optimizer.param_groups[0]["lr"] = rates[-1]
-            found = made.step(images[part], labels[part])
-            yield f"{case}_step{step}_logits", found.logits
-            loss = torch.stack(list(made.step_losses(found).values())).sum()
+            result = made.step(images[rows], labels[rows])
+            yield f"{case}_step{step}_logits", result.logits
+            loss = torch.stack(list(made.step_losses(result).values())).sum()
             losses.append(loss.detach())
             optimizer.zero_grad()
             loss.backward()
             yield from (
-                (f"{case}_step{step}_grad_{names[own]}", p.grad[None]) for own, p in made.trainable_parameters()
+                (f"{case}_step{step}_grad_{names[ours]}", p.grad[None]) for ours, p in made.trainable_parameters()
             )
             optimizer.step()
             yield from (
-                (f"{case}_step{step}_after_{names[own]}", p.detach()[None]) for own, p in made.trainable_parameters()
+                (f"{case}_step{step}_after_{names[ours]}", p.detach()[None]) for ours, p in made.trainable_parameters()
             )
         yield f"{case}_loss", torch.stack(losses)
         yield f"{case}_lr", rates
 
 
 # -- UPT --------------------------------------------------------------------------------------------------------------
-_BLOCK = [f"{part}.{kind}" for part in ("attn.out_proj", "ln_1", "ln_2") for kind in ("weight", "bias")]
-_BLOCK += [f"mlp.{part}.{kind}" for part in ("c_fc", "c_proj") for kind in ("weight", "bias")]
+_BLOCK = [f"{layer}.{kind}" for layer in ("attn.out_proj", "ln_1", "ln_2") for kind in ("weight", "bias")]
+_BLOCK += [f"mlp.{layer}.{kind}" for layer in ("c_fc", "c_proj") for kind in ("weight", "bias")]
 _MAPS = {
     f"{side}_{end}": f"{old}_{end}" for side, old in (("text", "coop"), ("image", "vpt")) for end in ("pre", "post")
 }
@@ -69,12 +69,12 @@ _UPT = {
     "context.ctx": "ctx",
     **{f"block.{name}": f"mvlpt_proj.resblocks.0.{name}" for name in (*_BLOCK, "attn.in_proj_weight")},
     "block.attn.in_proj_bias": "mvlpt_proj.resblocks.0.attn.in_proj_bias",
-    **{f"{own}.{kind}": f"mvlpt_proj_ctx_{old}.{kind}" for own, old in _MAPS.items() for kind in ("weight", "bias")},
+    **{f"{ours}.{kind}": f"mvlpt_proj_ctx_{old}.{kind}" for ours, old in _MAPS.items() for kind in ("weight", "bias")},
 }
 
 
 def check_upt(golden: Any) -> Results:
-    """Projected prompts, features, logits, loss, gradients and a first SGD step; deep image tokens by themselves."""
+    """Compare projected prompts, features, logits, loss, gradients and an SGD step; deep image tokens separately."""
     images, labels = golden.tensor("images").float(), golden.tensor("labels")
     tasks = golden.tensor("tasks")
     for case, options in golden.meta["hyper"]["cases"].items():
@@ -83,9 +83,9 @@ def check_upt(golden: Any) -> Results:
                 (f"{case}_{name}", value) for name, value in _image_tokens(golden, case, options, images, labels)
             )
             continue
-        own = {"context_length": options["coop"], "image_tokens": options["vpt"], "width": options["dim"]}
-        own |= {"image_depth": 12 if options["deep"] else 1, "class_token_position": options["pos"]}
-        made = vlprompt.create_method("upt", golden.backbone, options["names"], **own)
+        settings = {"context_length": options["coop"], "image_tokens": options["vpt"], "width": options["dim"]}
+        settings |= {"image_depth": 12 if options["deep"] else 1, "class_token_position": options["pos"]}
+        made = vlprompt.create_method("upt", golden.backbone, options["names"], **settings)
         prompts = made.prompts
         deep = [f"{case}_param[vpt_embeddings_deep]"] if options["deep"] else []
         visual = torch.cat([golden.tensor(name).float() for name in (f"{case}_param[vpt_embeddings]", *deep)])
@@ -103,14 +103,14 @@ def check_upt(golden: Any) -> Results:
         yield f"{case}_image_features", step.unit_image
         yield f"{case}_text_features", step.text_features
         logits = step.logits
-        if options.get("pertask"):  # the first half of the classes is task 0; foreign logits count as 0
-            of = torch.arange(len(options["names"])) * 2 // len(options["names"])
-            logits = logits * (of[None] == tasks[:, None])
+        if options.get("pertask"):  # the first half of the classes is task 0; logits of the other task are 0
+            task_of = torch.arange(len(options["names"])) * 2 // len(options["names"])
+            logits = logits * (task_of[None] == tasks[:, None])
         yield from ((f"{case}_{name}", value) for name, value in _stepped(golden, case, made, names, logits, labels))
 
 
 def _effect(prompts: Any) -> float:
-    """Return how far other prompts move when the first text prompt does, in the block's own width."""
+    """Return the change of other prompts if the first text prompt changes by 1, in the block's width."""
     before = prompts.vectors()[1:].detach(), prompts.tokens().input.detach()
     moved = torch.zeros_like(prompts.context.ctx)
     moved[0] = 1
@@ -123,12 +123,12 @@ def _effect(prompts: Any) -> float:
 
 
 def _cut(golden: Any, template: str, options: Any) -> Any:
-    found = golden.tokens([template.format(name.replace("_", " ")) for name in options["names"]])
-    return found[:, : int((found > 0).sum(axis=1).max())] if options["cut"] else found
+    tokens = golden.tokens([template.format(name.replace("_", " ")) for name in options["names"]])
+    return tokens[:, : int((tokens > 0).sum(axis=1).max())] if options["cut"] else tokens
 
 
 def _stepped(golden: Any, case: str, made: Any, names: Any, logits: Any, labels: Any) -> Results:
-    """Yield logits, loss, and strided gradients and values after one SGD step; image tokens in the published parts."""
+    """Yield logits, loss, and strided gradients and values after one SGD step; image tokens split as published."""
     options, strides = golden.meta["hyper"]["cases"][case], golden.meta["hyper"]["stored_stride"][case]
     loss = F.cross_entropy(logits, labels)
     yield "logits", logits
@@ -138,15 +138,15 @@ def _stepped(golden: Any, case: str, made: Any, names: Any, logits: Any, labels:
     optimizer.step()
     for name, parameter in made.trainable_parameters():
         for kind, value in (("grad", parameter.grad), ("after", parameter.detach())):
-            parts = {names.get(name): value}
+            tensors = {names.get(name): value}
             if name == "prompts.visual":
-                parts = {"vpt_embeddings": value[:1], "vpt_embeddings_deep": value[1:]}
-            yield from ((f"{kind}[{key}]", part.flatten()[:: strides.get(key, 1)]) for key, part in parts.items())
+                tensors = {"vpt_embeddings": value[:1], "vpt_embeddings_deep": value[1:]}
+            yield from ((f"{kind}[{key}]", tensor.flatten()[:: strides.get(key, 1)]) for key, tensor in tensors.items())
 
 
 def _image_tokens(golden: Any, case: str, options: Any, images: Any, labels: Any) -> Results:
-    """Deep image tokens at MVLPT's place, without projection and beside frozen text."""
-    first, deep = (golden.tensor(f"{case}_param[vpt_embeddings{part}]").float() for part in ("", "_deep"))
+    """Compare deep image tokens at MVLPT's position, without projection and with frozen text."""
+    first, deep = (golden.tensor(f"{case}_param[vpt_embeddings{suffix}]").float() for suffix in ("", "_deep"))
     first, deep = first.requires_grad_(), deep.requires_grad_()
     tokens = VisualTokens(first[0], dict(enumerate(deep, 1)), position="after_class", before_ln_pre=False)
     yield "vision_prompt", first
@@ -173,39 +173,39 @@ _PROJECTOR |= {"linear2.weight": "3.weight", "linear2.bias": "3.bias"}
 _TRANS = "VPT_image_trans.conv1."
 
 
-def _tokens(side: str, depth: int, own: str) -> dict[str, str]:
-    deep = {f"{own}.deep.{i - 1}": f"{side}.transformer.resblocks.{i}.VPT_shallow" for i in range(1, depth)}
-    return {f"{own}.input": f"{side}.VPT", **deep}
+def _tokens(side: str, depth: int, ours: str) -> dict[str, str]:
+    deep = {f"{ours}.deep.{i - 1}": f"{side}.transformer.resblocks.{i}.VPT_shallow" for i in range(1, depth)}
+    return {f"{ours}.input": f"{side}.VPT", **deep}
 
 
 def _teacher(golden: Any) -> Any:
-    """Return the teacher: deep prompts in both towers of the larger network."""
+    """Return the teacher, which has deep prompts in both towers of the larger network."""
     facts = golden.meta["teacher"]
     state = tiny_clip.build_state_dict(tiny_clip.TinyClipDims(**facts["dims"]), facts["weights_seed"])
     if tiny_clip.checksum(state) != facts["weights_sha256"]:
-        raise SystemExit(f"{golden.path}: the weight rule gives another teacher than the archive was made with")
+        raise SystemExit(f"{golden.path}: the weight rule gives another teacher than that of the archive")
     backbone = Backbone.from_state_dict(state, name="golden-teacher")
     depth = facts["dims"]["vision_layers"]
-    own = {"context_length": facts["n_ctx_text"], "image_tokens": facts["n_ctx_vision"], "image_depth": depth}
-    made = vlprompt.create_method("ivlp", backbone, golden.meta["class_names"], text_depth=depth, **own)
+    settings = {"context_length": facts["n_ctx_text"], "image_tokens": facts["n_ctx_vision"], "image_depth": depth}
+    made = vlprompt.create_method("ivlp", backbone, golden.meta["class_names"], text_depth=depth, **settings)
     names = _tokens("image_encoder", depth, "visual") | _tokens("text_encoder", depth, "context")
     del names["context.input"]
     names["context.ctx"] = "prompt_learner.ctx"
-    made.load_trained_state({own: golden.tensor(f"teacher/param/{name}") for own, name in names.items()})
+    made.load_trained_state({ours: golden.tensor(f"teacher/param/{name}") for ours, name in names.items()})
     return made
 
 
 def check_promptkd(golden: Any) -> Results:
-    """The teacher's features and logits; projected features, distillation, gradients, statistics, both evaluations."""
+    """Compare the teacher's outputs, projected features, distillation, gradients, statistics and both evaluations."""
     images, classes = golden.tensor("images"), golden.meta["class_names"]
-    golden.inputs.add("labels")  # nothing depends on them
+    golden.inputs.add("labels")  # no result depends on them
     for case, options in golden.meta["cases"].items():
         base = classes[: options["base_classes"]] if options["modal"] == "base2novel" else classes
-        own = {"image_tokens": options["n_ctx_vision"], "image_depth": options["depth_vision"]}
-        own |= {"weight": options["kd_weight"], "temperature": options["temperature"]}
+        settings = {"image_tokens": options["n_ctx_vision"], "image_depth": options["depth_vision"]}
+        settings |= {"weight": options["kd_weight"], "temperature": options["temperature"]}
         dim = golden.meta["teacher"]["dims"]["embed_dim"]
         made = vlprompt.create_method(
-            "promptkd", golden.backbone, base, all_class_names=classes, teacher_dim=dim, **own
+            "promptkd", golden.backbone, base, all_class_names=classes, teacher_dim=dim, **settings
         )
         made.teach(Teacher(_teacher(golden), golden.backbone))
         yield "teacher/text_features", made.teacher_text
@@ -220,7 +220,7 @@ def check_promptkd(golden: Any) -> Results:
         given = {ours: golden.tensor(f"{case}/param/{name}").reshape(shapes[ours]) for ours, name in names.items()}
         given |= {ours: golden.tensor(f"{case}/buffer/{name}") for ours, name in statistics.items()}
         made.load_trained_state({**given, "teacher_text": made.teacher_text})
-        made.eval()  # before the step, which changes the statistics
+        made.eval()  # before the step, because it changes the statistics
         with torch.no_grad():
             yield f"{case}/eval_image_features", made.unit_image(made.image_features(images))
             yield f"{case}/eval_logits_val", made(images)
@@ -236,10 +236,10 @@ def check_promptkd(golden: Any) -> Results:
         loss.backward()
         largest = max(float(p.grad.abs().max()) for _, p in made.trainable_parameters())
         for ours, parameter in made.trainable_parameters():
-            at = f"{case}/grad/{names[ours]}"
-            # A bias in front of batch norm has no gradient: compared with a tenth of the largest, at 1e-5 of it.
+            key = f"{case}/grad/{names[ours]}"
+            # A bias before batch norm has no gradient, so its error is relative to a tenth of the largest gradient.
             size = largest / 10 if ours == "projector.linear1.bias" else 0.0
-            yield at, parameter.grad.reshape(golden.arrays[at].shape), size
+            yield key, parameter.grad.reshape(golden.arrays[key].shape), size
 
 
 CHECKS = {

@@ -1,4 +1,4 @@
-"""How the golden files of methods that change the towers' inside are compared: one function per file."""
+"""Comparison of the golden files of methods that change the inside of the towers: one function per file."""
 
 from __future__ import annotations
 
@@ -27,19 +27,22 @@ def _published(name: str) -> str:
 
 
 def _without_input_gradient(added: Callable[[str], Added]) -> Callable[[str], Added]:
-    """Updates whose input gets no gradient through them: what un-merging in place before the backward pass does."""
+    """Return updates without gradients for their input, the effect of un-merging in place before the backward pass."""
 
     def cut(prefix: str) -> Added:
-        own = added(prefix)
+        additions = added(prefix)
         return dataclasses.replace(
-            own, projections={at: lambda x, update=update: update(x.detach()) for at, update in own.projections.items()}
+            additions,
+            projections={
+                at: lambda x, update=update: update(x.detach()) for at, update in additions.projections.items()
+            },
         )
 
     return cut
 
 
 def check_clip_lora(golden: Any) -> Results:
-    """Zero-shot and updated logits, loss, gradients; merged evaluation; gradients of the branch without dropout."""
+    """Compare logits, loss, gradients, merged evaluation, and gradients of the branch without dropout."""
     images, labels, names = golden.tensor("images"), golden.tensor("labels"), golden.meta["class_names"]
     for case, options in golden.meta["cases"].items():
         settings = {"encoder": options["encoder"], "position": options["position"], "params": options["params"]}
@@ -64,7 +67,7 @@ def check_clip_lora(golden: Any) -> Results:
         yield f"{case}/loss/total", loss
         loss.backward()
         yield from ((f"{case}/{grads}/{_published(name)}", p.grad) for name, p in made.trainable_parameters())
-        # Published evaluation takes the first template, even where training had the ensemble of all.
+        # The published evaluation uses the first template, even if training uses the ensemble of all.
         first = vlprompt.create_method(
             "clip_lora", golden.backbone, names, dropout=0.0, templates=options["templates"][:1], **settings
         )
@@ -74,7 +77,7 @@ def check_clip_lora(golden: Any) -> Results:
 
 @torch.no_grad()
 def _merged_cosines(made: Any, images: torch.Tensor) -> torch.Tensor:
-    """Evaluation as published: the updates are merged into the weights of both towers."""
+    """Return the cosines of the published evaluation, with updates merged into the weights of both towers."""
     backbone, low_rank = made.eval().backbone, made.base_model
     image = backbone.encode_image(images, overrides=made.image_overrides())
     text = made.text_features()
@@ -93,7 +96,7 @@ def _score_name(published: str) -> str:
 
 
 def check_ramt(golden: Any) -> Results:
-    """Masked layers, gradient dropout, and a whole step: losses, both gradients, what is left of them, Adam's step."""
+    """Compare masked layers, gradient dropout, and a whole step: losses, gradients before and after it, Adam's step."""
     hyper = golden.meta["hyper"]
     yield from _masked_layers(golden, hyper["thr"], hyper["sizes"])
     yield from _dropout(golden, hyper["gd_lambdas"], hyper["gd_sgd_lr"])
@@ -110,8 +113,8 @@ def check_ramt(golden: Any) -> Results:
         yield "logits_original", made.score(made.unit_image(golden.backbone.encode_image(images)), made.text_features())
         yield "logits_all_ones", made(images)
     draw = {
-        own: torch.from_numpy(tiny_clip.draw("ramt." + name, p.shape, hyper["seed"], std=0.004, mean=0.01))
-        for (own, name), (_, p) in zip(names.items(), made.trainable_parameters(), strict=True)
+        ours: torch.from_numpy(tiny_clip.draw("ramt." + name, p.shape, hyper["seed"], std=0.004, mean=0.01))
+        for (ours, name), (_, p) in zip(names.items(), made.trainable_parameters(), strict=True)
     }
     made.load_trained_state(draw)
     scores = dict(made.trainable_parameters())
@@ -136,36 +139,36 @@ def _ramt_step(golden: Any, made: Any, images: Any, labels: Any, names: dict[str
     general = dropout.general_loss(step)
     yield "step_loss_kl", general.double()
     both = [torch.autograd.grad(loss, list(scores.values()), retain_graph=True) for loss in (task, general)]
-    drawn, left = torch.Generator().manual_seed(0), {}
-    for (own, published), a, b in zip(names.items(), *both, strict=True):
-        at, some = f"mask[{published}]", _stored(golden, published, a)
-        # The archive has the draws of the entries it stores; the others, of which only sums are there, are our own.
+    drawn, kept = torch.Generator().manual_seed(0), {}
+    for (ours, published), a, b in zip(names.items(), *both, strict=True):
+        key, stored = f"mask[{published}]", _stored(golden, published, a)
+        # The archive holds the draws of its stored entries; the others are drawn here and enter only into sums.
         uniform = torch.rand(a.numel(), generator=drawn)
-        uniform[some] = golden.tensor(f"{at}_uniform")
-        left[own] = drop(a, b, uniform.reshape(a.shape), hyper["lam"])
-        yield f"{at}_init", scores[own].detach().flatten()[some].clone()
-        yield f"{at}_grad_task", a.flatten()[some]
-        yield f"{at}_grad_kl", b.flatten()[some]
-        yield f"{at}_grad_out", left[own].flatten()[some]
-        scores[own].grad = left[own]
-    before = {own: (own_scores > hyper["thr"]).double().mean() for own, own_scores in scores.items()}
+        uniform[stored] = golden.tensor(f"{key}_uniform")
+        kept[ours] = drop(a, b, uniform.reshape(a.shape), hyper["lam"])
+        yield f"{key}_init", scores[ours].detach().flatten()[stored].clone()
+        yield f"{key}_grad_task", a.flatten()[stored]
+        yield f"{key}_grad_kl", b.flatten()[stored]
+        yield f"{key}_grad_out", kept[ours].flatten()[stored]
+        scores[ours].grad = kept[ours]
+    before = {ours: (values > hyper["thr"]).double().mean() for ours, values in scores.items()}
     recipe = RecipeConfig(lr=hyper["lr"], optimizer="adam", weight_decay=0)
     make_optimizer(made.parameter_groups(hyper["lr"]), recipe).step()
     rows = []
-    for (own, published), a, b in zip(names.items(), *both, strict=True):
-        some, after, gradient = _stored(golden, published, a), scores[own].detach(), left[own]
-        yield f"mask[{published}]_after", after.flatten()[some]
+    for (ours, published), a, b in zip(names.items(), *both, strict=True):
+        stored, after, gradient = _stored(golden, published, a), scores[ours].detach(), kept[ours]
+        yield f"mask[{published}]_after", after.flatten()[stored]
         norms = [float(value.norm()) for value in (a, b, gradient, after)]
-        rows.append([some.step, *norms, float(before[own]), float((gradient != 0).double().mean())])
-    # The array's scale is that of its strides, so every column is held to its own, drawn ones to what draws allow.
-    found, reference = torch.tensor(rows, dtype=torch.float64), torch.from_numpy(golden.arrays["mask_summary"])
+        rows.append([stored.step, *norms, float(before[ours]), float((gradient != 0).double().mean())])
+    # The columns have different scales, so each has its tolerance; columns that depend on draws have a larger one.
+    summary, reference = torch.tensor(rows, dtype=torch.float64), torch.from_numpy(golden.arrays["mask_summary"])
     for column, tolerance in enumerate((0, 1e-4, 1e-4, 2e-3, 1e-4, 1e-4, 5e-3)):
-        torch.testing.assert_close(found[:, column], reference[:, column], rtol=tolerance, atol=0)
-    yield "mask_summary", found
+        torch.testing.assert_close(summary[:, column], reference[:, column], rtol=tolerance, atol=0)
+    yield "mask_summary", summary
 
 
 def _stored(golden: Any, published: str, scores: torch.Tensor) -> slice:
-    """Return which entries of a flattened tensor are stored: all of one, some 300 of the others."""
+    """Return the slice of stored entries of a flattened tensor: all of one tensor, about 300 of the others."""
     whole = golden.arrays[f"mask[{published}]_init"].size == scores.numel()
     return slice(None, None, 1 if whole else scores.numel() // 300)
 
@@ -203,9 +206,9 @@ def _dropout(golden: Any, strengths: list[float], lr: float) -> Results:
     for case, strength in enumerate(strengths):
         for number in (0, 1):
             a, b, uniform = (golden.tensor(f"gd{case}_{what}{number}") for what in ("grad_a", "grad_b", "uniform"))
-            left = drop(a, b, uniform, strength)
-            yield f"gd{case}_grad_out{number}", left
-            yield f"gd{case}_p_after{number}", golden.tensor(f"gd{case}_p{number}") - lr * left
+            kept = drop(a, b, uniform, strength)
+            yield f"gd{case}_grad_out{number}", kept
+            yield f"gd{case}_p_after{number}", golden.tensor(f"gd{case}_p{number}") - lr * kept
 
 
 CHECKS = {"clip_lora": check_clip_lora, "R-AMT (regularised mask tuning)": check_ramt}

@@ -1,4 +1,4 @@
-"""How the golden files of prompt learners and regularisers are compared: one function per file."""
+"""Comparison of the golden files of prompt learners and regularisers: one function per file."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Names = dict[str, str]
 
 
 def make(golden: Any, case: str, names: Names, method: str, **settings: Any) -> Any:
-    """Return the method with the case's learnables; ``names`` maps ours to the published ones."""
+    """Return the method with the parameters of a case; ``names`` maps our names to the published ones."""
     made = vlprompt.create_method(method, golden.backbone, golden.meta["class_names"], **settings)
     state = made.trained_state()
     made.load_trained_state(
-        {own: golden.tensor(f"{case}/param/{names[own]}") if own in names else state[own] for own in state}
+        {ours: golden.tensor(f"{case}/param/{names[ours]}") if ours in names else state[ours] for ours in state}
     )
     return made.train()
 
@@ -53,13 +53,13 @@ def prompts(golden: Any, case: str, placeholder: str) -> Results:
 
 
 def check_cocoop(golden: Any) -> Results:
-    """Shifts, text features of every image, logits, gradients; one image at a time and in batches."""
+    """Compare shifts, text features of every image, logits and gradients."""
     images, labels = golden.tensor("images"), golden.tensor("labels")
     nets = [f"meta_net.linear{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")]
     names = {"prompt.ctx": "ctx", **{name: name for name in nets}}
     for case, options in golden.meta["cases"].items():
-        own = {"context_length": options["n_ctx"], "context_init": options["ctx_init"], "images_at_once": 2}
-        made = make(golden, case, names, "cocoop", **own)
+        settings = {"context_length": options["n_ctx"], "context_init": options["ctx_init"], "images_at_once": 2}
+        made = make(golden, case, names, "cocoop", **settings)
         used = images[: options["images_used"]]
         yield from prompts(golden, case, made.prompt.placeholder)
         unit = F.normalize(made.image_features(used), dim=-1)
@@ -69,16 +69,16 @@ def check_cocoop(golden: Any) -> Results:
 
 
 def check_kgcoop(golden: Any) -> Results:
-    """The frozen template, both terms, gradients."""
+    """Compare the frozen template, both terms and gradients."""
     images, labels = golden.tensor("images"), golden.tensor("labels")
     names = {"prompt.ctx": "ctx"}
     for case, options in golden.meta["cases"].items():
-        own = {
+        settings = {
             "context_length": options["n_ctx"],
             "context_init": options["ctx_init"],
             "knowledge_weight": options["weight"],
         }
-        made = make(golden, case, names, "kgcoop", templates=(options["frozen_template"],), **own)
+        made = make(golden, case, names, "kgcoop", templates=(options["frozen_template"],), **settings)
         if options["ctx_init"]:
             fresh = vlprompt.create_method(
                 "kgcoop", golden.backbone, golden.meta["class_names"], context_init=options["ctx_init"]
@@ -92,17 +92,17 @@ def check_kgcoop(golden: Any) -> Results:
 
 
 def check_prograd(golden: Any) -> Results:
-    """Both losses, both gradients, and the one that is applied."""
+    """Compare both losses, both gradients and the applied gradient."""
     images, names = golden.tensor("images"), {"prompt.ctx": "ctx"}
     golden.inputs.add("labels")
     for case, options in golden.meta["cases"].items():
         labels = golden.tensor(f"{case}/labels")
-        own = {"context_length": options["n_ctx"], "class_specific": options["class_specific"]}
-        own |= {"strength": options["lambda_"], "temperature": options["temperature"]}
-        own["context_init"] = "template" if options["ctx_init"] else ""
-        made = make(golden, case, names, "prograd", templates=(options["zeroshot_template"],), **own)
+        base_settings = {"context_length": options["n_ctx"], "class_specific": options["class_specific"]}
+        base_settings |= {"strength": options["lambda_"], "temperature": options["temperature"]}
+        base_settings["context_init"] = "template" if options["ctx_init"] else ""
+        made = make(golden, case, names, "prograd", templates=(options["zeroshot_template"],), **base_settings)
         if f"{case}/official_init/ctx" in golden.arrays:
-            settings = {**own, "templates": (options["zeroshot_template"],)}
+            settings = {**base_settings, "templates": (options["zeroshot_template"],)}
             fresh = vlprompt.create_method("prograd", golden.backbone, golden.meta["class_names"], **settings)
             yield f"{case}/official_init/ctx", fresh.prompt.ctx.detach()
         yield from prompts(golden, case, made.prompt.placeholder)
@@ -132,16 +132,16 @@ def _text(depth: int) -> Names:
 
 
 def check_vpt(golden: Any) -> Results:
-    """Shallow and deep image tokens: features, logits, gradients."""
+    """Compare features, logits and gradients of shallow and deep image tokens."""
     images, labels = golden.tensor("images"), golden.tensor("labels")
     template = next(iter(golden.meta["cases"].values()))["template"]
     layout = template_layout(golden.backbone.text, golden.meta["class_names"], [template])
     yield "text_features_raw", golden.backbone.text.encode(layout)[0]
     for case, options in golden.meta["cases"].items():
         names = _visual(options["depth_vision"])
-        own = {"image_tokens": options["n_ctx_vision"], "image_depth": options["depth_vision"]}
+        settings = {"image_tokens": options["n_ctx_vision"], "image_depth": options["depth_vision"]}
         yield from trained(
-            make(golden, case, names, "vpt", template=options["template"], **own), case, images, labels, names
+            make(golden, case, names, "vpt", template=options["template"], **settings), case, images, labels, names
         )
 
 
@@ -162,7 +162,7 @@ def _deep(golden: Any, case: str, made: Any, context: Any) -> Results:
 
 
 def check_ivlp(golden: Any) -> Results:
-    """Deep prompts of both towers."""
+    """Compare deep prompts of both towers."""
     images, labels = golden.tensor("images"), golden.tensor("labels")
     for case, options in golden.meta["cases"].items():
         names = _text(options["depth_text"]) | _visual(options["depth_vision"])
@@ -175,7 +175,7 @@ def check_ivlp(golden: Any) -> Results:
 
 
 def check_promptsrc(golden: Any) -> Results:
-    """Frozen features, the four terms, gradients, and the aggregation over epochs."""
+    """Compare frozen features, the four terms, gradients, and the aggregation over epochs."""
     images, labels = golden.tensor("images"), golden.tensor("labels")
     templates = golden.meta["frozen_text_templates"]
     for case, options in golden.meta["cases"].items():
@@ -196,10 +196,12 @@ def check_promptsrc(golden: Any) -> Results:
         yield from _deep(golden, case, made, made.context)
         step, target = made.step(images, labels), made.objectives[0].target
         frozen = F.normalize(step.frozen_features(), dim=-1)
-        layouts = [template_layout(golden.backbone.text, golden.meta["class_names"], [one]) for one in templates]
+        layouts = [
+            template_layout(golden.backbone.text, golden.meta["class_names"], [template]) for template in templates
+        ]
         yield (
             f"{case}/frozen_text_mean_raw",
-            torch.stack([golden.backbone.text.encode(own)[0] for own in layouts]).mean(0),
+            torch.stack([golden.backbone.text.encode(layout)[0] for layout in layouts]).mean(0),
         )
         yield f"{case}/frozen_text_features", target
         yield f"{case}/frozen_image_features", frozen
@@ -223,10 +225,10 @@ def _aggregation(golden: Any, options: Any, images: torch.Tensor) -> Results:
     yield "gpa/weights_f64", gaussian_weights(epochs, mean, deviation)
     for epoch in range(epochs):
         with torch.no_grad():
-            for own, parameter in made.trainable_parameters():
-                parameter.copy_(golden.tensor(f"gpa/epoch{epoch + 1}/{names[own]}"))
+            for ours, parameter in made.trainable_parameters():
+                parameter.copy_(golden.tensor(f"gpa/epoch{epoch + 1}/{names[ours]}"))
         made.epoch_end(epoch, epochs)
-    yield from ((f"gpa/final/{names[own]}", parameter.detach()) for own, parameter in made.trainable_parameters())
+    yield from ((f"gpa/final/{names[ours]}", parameter.detach()) for ours, parameter in made.trainable_parameters())
     made.eval()
     yield "gpa/eval_logits", made(images)
 
@@ -242,18 +244,18 @@ def _coupled(depth: int) -> Names:
 
 
 def check_maple(golden: Any) -> Results:
-    """Coupled prompts of both towers."""
+    """Compare coupled prompts of both towers."""
     images, labels = golden.tensor("images"), golden.tensor("labels")
     for case, options in golden.meta["cases"].items():
         names = _coupled(options["prompt_depth"])
-        own = {
+        settings = {
             "context_length": options["n_ctx"],
             "context_init": options["ctx_init"],
             "depth": options["prompt_depth"],
         }
-        fresh = vlprompt.create_method("maple", golden.backbone, golden.meta["class_names"], **own)
+        fresh = vlprompt.create_method("maple", golden.backbone, golden.meta["class_names"], **settings)
         yield f"{case}/official_init/ctx", fresh.prompts.context.ctx.detach()
-        made = make(golden, case, names, "maple", **own)
+        made = make(golden, case, names, "maple", **settings)
         yield from _deep(golden, case, made, made.prompts.context)
         yield f"{case}/vision_prompts", torch.stack(made.prompts.image_prompts())
         yield from trained(made, case, images, labels, names)
@@ -263,22 +265,26 @@ _ADAPTER = {"norm": "post_ln", "up": "FFN.0", "down": "FFN.2"}
 
 
 def check_restore(golden: Any) -> Results:
-    """Shifts, surgery, both terms, gradients, the change of the ratios, and five epochs of training."""
+    """Compare shifts, surgery, both terms, gradients, the change of the ratios, and five epochs of training."""
     images, labels = golden.tensor("images"), golden.tensor("labels")
     options = golden.meta["cases"]["depth4"]
     names = _coupled(options["prompt_depth"])
     for side, published in (("text", "text_adapter"), ("image", "visual_adapter")):
         for ours, theirs in _ADAPTER.items():
             names |= {f"objectives.0.{side}.{ours}.{k}": f"{published}.{theirs}.{k}" for k in ("weight", "bias")}
-    own = {"context_length": options["n_ctx"], "context_init": options["ctx_init"], "depth": options["prompt_depth"]}
+    settings = {
+        "context_length": options["n_ctx"],
+        "context_init": options["ctx_init"],
+        "depth": options["prompt_depth"],
+    }
     ratios = {"text_ratio": options["text_ratio"], "image_ratio": options["vision_ratio"]}
-    fresh = vlprompt.create_method("restore", golden.backbone, golden.meta["class_names"], **own)
+    fresh = vlprompt.create_method("restore", golden.backbone, golden.meta["class_names"], **settings)
     yield "depth4/official_init/ctx", fresh.prompts.context.ctx.detach()
-    made = make(golden, "depth4", names, "restore", shift_weight=options["shift_weight"], **own, **ratios)
+    made = make(golden, "depth4", names, "restore", shift_weight=options["shift_weight"], **settings, **ratios)
     yield from _deep(golden, "depth4", made, made.prompts.context)
     yield "depth4/vision_prompts", torch.stack(made.prompts.image_prompts())
     yield from _restore_parts(golden, made, images, labels, names)
-    yield from _restore_run(golden, names, images, labels, own)
+    yield from _restore_run(golden, names, images, labels, settings)
 
 
 def _restore_parts(golden: Any, made: Any, images: torch.Tensor, labels: torch.Tensor, names: Names) -> Results:
@@ -290,7 +296,7 @@ def _restore_parts(golden: Any, made: Any, images: torch.Tensor, labels: torch.T
         for index, vectors in enumerate(deep):
             vectors.copy_(golden.tensor(f"{case}/reference/compound_prompts_text.{index}"))
     for name, value in trained(made, f"{case}/step0", images, labels, names):
-        # The shift term is zero by definition: compared absolutely.
+        # The shift term is zero by definition, so its error is absolute.
         yield name, value
     yield f"{case}/reference_norm_text", shift.text_reference
     yield f"{case}/reference_norm_vision", shift.image_reference
@@ -335,14 +341,22 @@ def _restore_parts(golden: Any, made: Any, images: torch.Tensor, labels: torch.T
         yield f"{case}/eval_logits_updated", made(images)
 
 
-def _restore_run(golden: Any, names: Names, images: torch.Tensor, labels: torch.Tensor, own: dict[str, Any]) -> Results:
+def _restore_run(
+    golden: Any, names: Names, images: torch.Tensor, labels: torch.Tensor, settings: dict[str, Any]
+) -> Results:
     from vlprompt.config.run import RecipeConfig
     from vlprompt.engine.recipe import learning_rate
 
     run = golden.meta["cases"]["run"]
     ratios = {"text_ratio": run["text_ratio"], "image_ratio": run["vision_ratio"]}
     made = make(
-        golden, run["starts_from"].split("/")[0], names, "restore", shift_weight=run["shift_weight"], **own, **ratios
+        golden,
+        run["starts_from"].split("/")[0],
+        names,
+        "restore",
+        shift_weight=run["shift_weight"],
+        **settings,
+        **ratios,
     )
     surgery, shift = made.objectives
     recipe = RecipeConfig(
@@ -365,9 +379,9 @@ def _restore_run(golden: Any, names: Names, images: torch.Tensor, labels: torch.
         seen["r_vision_f64"].append(float(surgery.image_strength))
         start = 0
         for size in run["batches"]:
-            part = slice(start, start + size)
+            rows = slice(start, start + size)
             start += size
-            terms = made.losses(images[part], labels[part])
+            terms = made.losses(images[rows], labels[rows])
             total = torch.stack(list(terms.values())).sum()
             for name, value in {
                 "ce": terms["ce"],

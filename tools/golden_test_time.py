@@ -1,4 +1,4 @@
-"""How the golden files of test-time methods are compared: one function per file."""
+"""Comparison of the golden files of test-time methods: one function per file."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ Results = Iterator[tuple[str, Any]]
 
 # -- TPT and DiffTPT --------------------------------------------------------------------------------------------------
 def check_tpt(golden: Any) -> Results:
-    """Selection, loss, gradient and context of every step, final logits; all images of a case at once."""
+    """Compare selection, loss, gradient and context of every step, and final logits; all images of a case at once."""
     for case, options in golden.meta["hyper"]["cases"].items():
-        own = {"steps": options["tta_steps"], "confidence": options["selection_p"], "lr": options["lr"]}
-        yield from _tuned(golden, case, "tpt", own)
+        settings = {"steps": options["tta_steps"], "confidence": options["selection_p"], "lr": options["lr"]}
+        yield from _tuned(golden, case, "tpt", settings)
 
 
 def check_difftpt(golden: Any) -> Results:
-    """The same with both filters and several steps."""
+    """Compare the same with both filters and several steps."""
     for case, options in golden.meta["hyper"]["cases"].items():
-        own = {"steps": options["tta_steps"], "lr": options["lr"]}
-        own |= {"similarity": options["selection_cosine"], "confidence": options["selection_selfentro"]}
-        for name, value in _tuned(golden, case, "difftpt", own):
+        settings = {"steps": options["tta_steps"], "lr": options["lr"]}
+        settings |= {"similarity": options["selection_cosine"], "confidence": options["selection_selfentro"]}
+        for name, value in _tuned(golden, case, "difftpt", settings):
             if isinstance(value, Filtered):
                 yield f"{case}_kept_cosine", value.similar
                 yield f"{case}_kept_entropy", value.confident
@@ -44,14 +44,14 @@ def check_difftpt(golden: Any) -> Results:
                 yield name, value
 
 
-def _tuned(golden: Any, case: str, method: str, own: dict[str, Any]) -> Results:
+def _tuned(golden: Any, case: str, method: str, settings: dict[str, Any]) -> Results:
     hyper, arrays = golden.meta["hyper"], golden.arrays
-    said = re.search(r"ctx_init '([^']*)'", hyper["contexts"][case])
-    words = said.group(1) if said else ""
+    match = re.search(r"ctx_init '([^']*)'", hyper["contexts"][case])
+    words = match.group(1) if match else ""
     start = golden.tensor(f"{case}_ctx_init")
-    own = own | {"context_init": words, "context_length": len(start), "images_at_once": 2}
-    made: Any = vlprompt.create_method(method, golden.backbone, hyper["classnames"], **own)
-    if words:  # then the words determine the start
+    settings = settings | {"context_init": words, "context_length": len(start), "images_at_once": 2}
+    made: Any = vlprompt.create_method(method, golden.backbone, hyper["classnames"], **settings)
+    if words:  # the words determine the initial context
         yield f"{case}_ctx_init", made.ctx
     made.load_trained_state({"ctx": start})
     placeholder = words.replace("[CLS] ", "") or " ".join(["X"] * len(start))
@@ -68,35 +68,37 @@ def _tuned(golden: Any, case: str, method: str, own: dict[str, Any]) -> Results:
     if method == "difftpt":
         yield "", made.filtered(logits, views)
         yield f"{case}_cosine", similarity_to_first(logits)
-    found = made.tuned(images)
-    yield f"{case}_selected", found.selected
-    yield f"{case}_loss", found.losses
-    yield f"{case}_grad", found.gradients
-    # AdamW's first step is a step of length lr along the sign of the gradient, whatever its size, so an entry whose
-    # gradient is rounding may go the other way (README_test_time.md): there the two may differ by twice lr.
+    tuned = made.tuned(images)
+    yield f"{case}_selected", tuned.selected
+    yield f"{case}_loss", tuned.losses
+    yield f"{case}_grad", tuned.gradients
+    # AdamW's first step has length lr along the sign of the gradient, so an entry whose gradient is only rounding may
+    # have the other sign (README_test_time.md). Such entries may differ by twice lr.
     reference = torch.from_numpy(arrays[f"{case}_ctx_after"])
-    unsure = torch.from_numpy(arrays[f"{case}_grad"]).abs().cummin(dim=1).values <= 1e-5
-    near = (found.contexts - reference).abs() <= 2.001 * own["lr"] * torch.arange(1, own["steps"] + 1)[:, None, None]
-    yield f"{case}_ctx_after", torch.where(unsure & near, reference, found.contexts)
-    yield f"{case}_final_logits", found.logits
+    rounding = torch.from_numpy(arrays[f"{case}_grad"]).abs().cummin(dim=1).values <= 1e-5
+    near = (tuned.contexts - reference).abs() <= 2.001 * settings["lr"] * torch.arange(1, settings["steps"] + 1)[
+        :, None, None
+    ]
+    yield f"{case}_ctx_after", torch.where(rounding & near, reference, tuned.contexts)
+    yield f"{case}_final_logits", tuned.logits
 
 
 # -- selection --------------------------------------------------------------------------------------------------------
 def check_difftpt_selection(golden: Any) -> Results:
-    """Both filters, loss and its gradient with respect to the logits."""
+    """Compare both filters, the loss and its gradient with respect to the logits."""
     for number, options in enumerate(golden.meta["hyper"]["cases"]):
         case = f"c{number}"
         views, text = golden.tensor(f"{case}_views")[None], golden.tensor(f"{case}_text")
         logits = (golden.meta["hyper"]["logit_scale"] * views @ text.t()).requires_grad_()
-        own = {"similarity": options["cos"], "confidence": options["ent"], "generated": options["n_diff"]}
-        found = filter_views(logits.detach(), views, **own)
+        filters = {"similarity": options["cos"], "confidence": options["ent"], "generated": options["n_diff"]}
+        filtered = filter_views(logits.detach(), views, **filters)
         yield f"{case}_logits", logits[0]
         yield f"{case}_cosine", similarity_to_first(logits)[0]
         yield f"{case}_entropy", entropy(logits)[0]
-        yield f"{case}_kept_cosine", found.similar[0]
-        yield f"{case}_kept_entropy", found.confident[0]
-        yield f"{case}_selected", found.selected[0]
-        chosen = gather_views(logits, found.selected)
+        yield f"{case}_kept_cosine", filtered.similar[0]
+        yield f"{case}_kept_entropy", filtered.confident[0]
+        yield f"{case}_selected", filtered.selected[0]
+        chosen = gather_views(logits, filtered.selected)
         yield f"{case}_selected_logits", chosen[0]
         loss = marginal_entropy(chosen)[0]
         yield f"{case}_loss", loss
@@ -106,14 +108,14 @@ def check_difftpt_selection(golden: Any) -> Results:
 
 # -- TDA --------------------------------------------------------------------------------------------------------------
 def check_tda(golden: Any) -> Results:
-    """Both caches after every step, what each contributes, and the scores; of one view each, and of many."""
+    """Compare both caches after every step, their contributions and the scores, with one view and with many."""
     hyper, text = golden.meta["hyper"], golden.tensor("clip_weights").t()
     positive = {key: hyper["positive"][name] for key, name in _POSITIVE.items()}
-    own = hyper["negative"]
+    given = hyper["negative"]
     bounds = {
-        name: tuple(own[f"{name}_threshold"][side] for side in ("lower", "upper")) for name in ("entropy", "mask")
+        name: tuple(given[f"{name}_threshold"][side] for side in ("lower", "upper")) for name in ("entropy", "mask")
     }
-    negative = {key: own[name] for key, name in _POSITIVE.items()} | bounds
+    negative = {key: given[name] for key, name in _POSITIVE.items()} | bounds
     caches = tda.PositiveCache(**positive), tda.NegativeCache(**negative)
     for prefix, raw in (("", golden.tensor("raw")[:, None]), ("mv_", golden.tensor("mv_raw"))):
         labels = golden.tensor(f"{prefix}labels")
@@ -139,7 +141,7 @@ _POSITIVE = {"capacity": "shot_capacity", "alpha": "alpha", "beta": "beta"}
 
 
 def _slots(prefix: str, summary: tda.Summary, stream: tda.TDAStream) -> Results:
-    """Yield what the slots hold after every image of a stream that is scored one by one."""
+    """Yield the contents of the slots after every image of a stream."""
     seen: dict[str, list[torch.Tensor]] = {}
     fields = (summary.features, summary.logits, summary.probabilities, summary.entropies, summary.predictions)
     for t in range(len(summary.features)):
@@ -155,49 +157,49 @@ def _slots(prefix: str, summary: tda.Summary, stream: tda.TDAStream) -> Results:
 
 # -- MTA --------------------------------------------------------------------------------------------------------------
 def check_mta(golden: Any) -> Results:
-    """Bandwidths, affinity, scores, mode and logits, and every iteration on the way."""
+    """Compare bandwidths, affinity, scores, mode, logits and every iteration."""
     for number, options in enumerate(golden.meta["hyper"]["cases"]):
         case = f"c{number}"
-        golden.inputs.add(f"{case}_outlier_index")  # which rows were drawn from other classes: nobody's result
+        golden.inputs.add(f"{case}_outlier_index")  # rows drawn from other classes; not a result
         views, text = golden.tensor(f"{case}_views")[None], golden.tensor(f"{case}_text")
         logits = options["scale"] * views @ text.t()
         lambdas: dict[str, Any] = {"lambda_q": float(options["lam_q"]), "lambda_y": float(options["lam_y"])}
-        found = mta.mean_shift(views, logits, **lambdas)
-        yield f"{case}_bandwidth", found.bandwidth[0]
-        yield f"{case}_affinity", found.affinity[0]
-        yield f"{case}_inlierness", found.inlierness[0]
-        yield f"{case}_mode", found.mode[0]
-        yield f"{case}_logits", options["scale"] * found.mode @ text.t()
-        yield f"{case}_first_density", mta.density(views, views[:, 0], found.bandwidth)[0]
-        scores, modes = _traced(views, found, lambdas)
+        result = mta.mean_shift(views, logits, **lambdas)
+        yield f"{case}_bandwidth", result.bandwidth[0]
+        yield f"{case}_affinity", result.affinity[0]
+        yield f"{case}_inlierness", result.inlierness[0]
+        yield f"{case}_mode", result.mode[0]
+        yield f"{case}_logits", options["scale"] * result.mode @ text.t()
+        yield f"{case}_first_density", mta.density(views, views[:, 0], result.bandwidth)[0]
+        scores, modes = _traced(views, result, lambdas)
         yield f"{case}_inlierness_trace", _nearest(scores, golden.arrays[f"{case}_inlierness_trace"])
         yield f"{case}_mode_trace", _nearest(modes, golden.arrays[f"{case}_mode_trace"])
 
 
-def _traced(views: torch.Tensor, found: mta.MeanShift, lambdas: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the iterations one by one; return all scores, and the mode at every evaluation of the kernel."""
+def _traced(views: torch.Tensor, result: mta.MeanShift, lambdas: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the iterations one by one; return all scores and the modes at every evaluation of the kernel."""
     mode, scores = views[:, 0], views.new_full(views.shape[:2], 1 / views.shape[1])
     seen: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for _ in range(5):
-        kernel = mta.density(views, mode, found.bandwidth)
+        kernel = mta.density(views, mode, result.bandwidth)
         seen[1].append(mode)
         for _ in range(5):
-            before, scores = scores, mta.inlierness_step(kernel, found.affinity, scores, **lambdas)
+            before, scores = scores, mta.inlierness_step(kernel, result.affinity, scores, **lambdas)
             seen[0].append(scores)
             if (scores - before).norm() < 1e-6:
                 break
         for _ in range(5):
             seen[1].append(mode)
-            before, mode = mode, mta.mode_step(views, mode, mta.density(views, mode, found.bandwidth), scores)
+            before, mode = mode, mta.mode_step(views, mode, mta.density(views, mode, result.bandwidth), scores)
             if (mode - before).norm() < 1e-6:
                 break
     return torch.cat(seen[0]), torch.cat(seen[1])
 
 
 def _nearest(trace: torch.Tensor, reference: Any) -> torch.Tensor:
-    """Return of ``trace`` what is nearest to each row of ``reference``, where the two differ in length.
+    """Return the rows of ``trace`` nearest to the rows of ``reference`` if their lengths differ.
 
-    The round at which an inner loop stops depends on rounding (README_test_time.md), so a last row may be there or not.
+    The last round of an inner loop depends on rounding (README_test_time.md), so a last row may be missing.
     """
     if trace.shape == reference.shape:
         return trace

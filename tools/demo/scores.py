@@ -1,4 +1,4 @@
-"""The zero-shot table of a demo network: held-out styles by tasks, from the files in the package."""
+"""The zero-shot table of a demo network: held-out styles by tasks, computed from the packaged files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vlprompt.datasets.records import Sample
 from vlprompt.datasets.variants import CORRUPTIONS, VariantSource
 
 TEMPLATES = ("an emoji of a {}.", "a photo of a {}.", "a drawing of a {}.", "{}", "an icon of a {}.")
-#: Styles on which the training seed was chosen; what they say of the chosen one is not a result.
+#: Styles used to choose the training seed; scores of the chosen seed on them are not results.
 SELECTION = SHARE_ALIKE
 WAYS, REPEATS = 100, 100
 
@@ -29,10 +29,10 @@ WAYS, REPEATS = 100, 100
 def style_scores(backbone: Backbone, data: Path, styles: tuple[str, ...] = HELD_OUT) -> list[dict[str, Any]]:
     """Return one row of accuracies (in %) per style.
 
-    - ``seen``: all names of the style that the network was trained on, ``seen_classes`` of them;
+    - ``seen``: among all ``seen_classes`` trained names of the style;
     - ``noise``, ``blur``: the same with corrupted images;
-    - ``seen_100``, ``novel_100``: among 100 names, seen or novel, mean over 100 draws of the names;
-    - ``kinds``: which of ``kinds_classes`` kinds of thing it is, all names.
+    - ``seen_100``, ``novel_100``: among 100 trained or novel names, mean over 100 draws of the names;
+    - ``kinds``: among ``kinds_classes`` kinds of things, for all names.
     """
     names = {row["key"]: row for row in json.loads((data / "names.json").read_text(encoding="utf-8"))}
     kinds = sorted({row["kind"] for row in names.values()})
@@ -81,21 +81,21 @@ def _accuracy(scores: Tensor) -> float:
 
 def _among(scores: Tensor) -> float:
     generator = torch.Generator().manual_seed(0)
-    found = []
+    accuracies = []
     for _ in range(REPEATS):
         chosen = torch.randperm(len(scores), generator=generator)[:WAYS]
-        found.append(_accuracy(scores[chosen][:, chosen]))
-    return sum(found) / len(found)
+        accuracies.append(_accuracy(scores[chosen][:, chosen]))
+    return sum(accuracies) / len(accuracies)
 
 
 def selection_score(rows: list[dict[str, Any]]) -> float:
-    """Return what seeds are compared by: the mean of seen, novel and noisy accuracy on the selection styles."""
+    """Return the criterion of seeds: the mean of seen, novel and noisy accuracy on the selection styles."""
     chosen = [row for row in rows if row["style"] in SELECTION]
     return sum(row["seen"] + row["novel_100"] + row["noise"] for row in chosen) / (3 * len(chosen))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the rows as a Markdown table, one decimal, number of classes in brackets."""
+    """Return the rows as a Markdown table with one decimal and the number of classes in brackets."""
     head = ["style", "seen names", "with noise", "blurred", "100 seen", "100 novel", "kinds"]
     lines = [head, ["---"] * len(head)]
     for row in rows:

@@ -1,7 +1,7 @@
-"""Where the demo's drawings and names come from, and which of them the model never sees.
+"""Sources of the demo's drawings and names, and the selection of those held out of training.
 
-Everything is in npm packages of fixed versions (``package.json``, ``package-lock.json``): twelve packs of emoji
-drawings, five packs of icons, the emoji's names and keywords, and GloVe word vectors.
+All sources are npm packages of fixed versions (``package.json``, ``package-lock.json``): twelve packs of emoji
+drawings, five packs of icons, the names and keywords of emoji, and GloVe word vectors.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 
-#: Emoji styles whose drawings train the model (Apache-2.0 and CC BY 4.0).
+#: Emoji styles for training (Apache-2.0 and CC BY 4.0).
 TRAINING = ("noto", "noto-v1", "twemoji", "emojione", "emojione-monotone", "fxemoji")
-#: Emoji styles the model never sees: what it is evaluated on, and what the benchmarks are made of.
+#: Emoji styles held out of training, for evaluation and benchmarks.
 HELD_OUT = (
     "fluent-emoji-flat",
     "fluent-emoji",
@@ -29,9 +29,9 @@ HELD_OUT = (
     "streamline-emojis",
     "emojione-v1",
 )
-#: Held-out styles under CC BY-SA 4.0; their drawings travel in an archive of their own.
+#: Held-out styles under CC BY-SA 4.0, with separate archives.
 SHARE_ALIKE = ("openmoji", "emojione-v1")
-#: Icons that widen what the model has seen, with the variants taken (an empty ending: the icon's own name).
+#: Icon packs for training, with the endings of the used variants (an empty ending: the plain icon).
 ICONS = {
     "game-icons": ("",),
     "icon-park": ("",),
@@ -39,7 +39,7 @@ ICONS = {
     "ph": ("-duotone", "-fill"),
 }
 
-#: What a subgroup of emoji is called in captions and in the benchmark of kinds.
+#: Names of the subgroups of emoji in captions and in the benchmark of kinds.
 KINDS = {
     "face-smiling": "smiling face",
     "face-affection": "affectionate face",
@@ -146,7 +146,7 @@ _NOVEL_SHARE, _SEED = 0.1, 0
 
 @dataclass
 class Picture:
-    """One vector drawing: SVG body and the box it is drawn in."""
+    """One vector drawing: SVG body and bounding box."""
 
     body: str
     left: float
@@ -157,7 +157,7 @@ class Picture:
 
 @dataclass
 class Emoji:
-    """One emoji: its name, its keywords, and its drawing in every style that has one."""
+    """One emoji: name, keywords, and drawings by style."""
 
     key: str
     label: str
@@ -171,7 +171,7 @@ class Emoji:
 
 @dataclass
 class Icon:
-    """One icon: a pack and variant, its name in words, its drawing."""
+    """One icon: pack and variant, name in words, and drawing."""
 
     style: str
     words: str
@@ -179,17 +179,17 @@ class Icon:
 
 
 def fetch(build: Path) -> Path:
-    """Install the packages under ``build`` with npm, unless they are there, and return their folder."""
+    """Install the packages under ``build`` with npm unless they are present, and return their folder."""
     folder = build / "npm"
     done = folder / "installed"
     lock = (HERE / "package-lock.json").read_bytes()
     if not done.is_file() or done.read_bytes() != lock:
         if shutil.which("npm") is None:
-            raise SystemExit("error: npm is not on this machine; it fetches the packages (any version from 7 on)")
+            raise SystemExit("error: npm is not installed; version 7 or later is needed to fetch the packages")
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("package.json", "package-lock.json"):
             shutil.copyfile(HERE / name, folder / name)
-        # Scripts of packages never run; the lock file's hashes say what the archives must be.
+        # Scripts of packages do not run; the hashes in the lock file verify the archives.
         subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=folder, check=True)
         done.write_bytes(lock)
     return folder / "node_modules"
@@ -201,18 +201,18 @@ def load_json(path: Path) -> Any:
 
 
 def slug(text: str) -> str:
-    """Return ``text`` in ASCII lower case with hyphens, as the packs spell names."""
+    """Return ``text`` in ASCII lower case with hyphens, the spelling of names in the packs."""
     plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not 0x300 <= ord(c) <= 0x36F)
     plain = re.sub(r"[’'`.“”\"!,():]", "", plain.lower().replace("&", " and "))
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
 def _code(hexcode: str) -> str:
-    return "-".join(part for part in hexcode.upper().split("-") if part != "FE0F")
+    return "-".join(point for point in hexcode.upper().split("-") if point != "FE0F")
 
 
 def _resolved(pack: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """Return an icon's entry; an alias counts where it is the same drawing, not a mirrored or turned one."""
+    """Return an icon's entry; aliases count only if they are not mirrored or rotated."""
     if name in pack["icons"]:
         return pack["icons"][name]
     alias = pack.get("aliases", {}).get(name)
@@ -251,14 +251,14 @@ def _emoji_names(modules: Path) -> list[Emoji]:
 
 def _spellings(modules: Path, emoji: list[Emoji], packs: dict[str, Any]) -> dict[str, int]:
     """Return every known spelling of an emoji's name; earlier sources win."""
-    by_code = {_code(one.hexcode): index for index, one in enumerate(emoji)}
-    found: dict[str, int] = {}
-    for index, one in enumerate(emoji):
-        found[slug(one.label)] = index
+    by_code = {_code(symbol.hexcode): index for index, symbol in enumerate(emoji)}
+    spellings: dict[str, int] = {}
+    for index, symbol in enumerate(emoji):
+        spellings[slug(symbol.label)] = index
 
     def add(name: str, code: str) -> None:
         if _code(code) in by_code:
-            found.setdefault(name, by_code[_code(code)])
+            spellings.setdefault(name, by_code[_code(code)])
 
     for style in ("noto", "openmoji", "twemoji", "fluent-emoji-flat", "fluent-emoji-high-contrast"):
         for code, name in packs[style][1].items():
@@ -267,20 +267,20 @@ def _spellings(modules: Path, emoji: list[Emoji], packs: dict[str, Any]) -> dict
         for code, names in load_json(modules / f"emojibase-data/en/shortcodes/{source}.json").items():
             for name in [names] if isinstance(names, str) else names:
                 add(slug(name), code)
-    for one in emoji:
-        if one.subgroup == "country-flag":
-            country = slug(one.label.removeprefix("flag: "))
+    for symbol in emoji:
+        if symbol.subgroup == "country-flag":
+            country = slug(symbol.label.removeprefix("flag: "))
             for name in (f"flag-for-{country}", f"flag-{country}", f"flag-for-flag-{country}"):
-                add(name, one.hexcode)
-        if "-" not in _code(one.hexcode):  # a single character has a name in Unicode as well
-            add(slug(unicodedata.name(chr(int(_code(one.hexcode), 16)), "")), one.hexcode)
-    return found
+                add(name, symbol.hexcode)
+        if "-" not in _code(symbol.hexcode):  # a single character also has a Unicode name
+            add(slug(unicodedata.name(chr(int(_code(symbol.hexcode), 16)), "")), symbol.hexcode)
+    return spellings
 
 
 def read_emoji(modules: Path) -> list[Emoji]:
-    """Join the twelve packs by code point, or else by name, and mark the novel names.
+    """Join the twelve packs by code point or name, and mark the novel names.
 
-    Novel are a tenth of every subgroup but the flags: no drawing and no caption of theirs is ever trained on.
+    A tenth of every subgroup except flags is novel: its drawings and captions are never used in training.
     """
     emoji = _emoji_names(modules)
     packs = {}
@@ -292,7 +292,7 @@ def read_emoji(modules: Path) -> list[Emoji]:
     joined: dict[str, int] = {}
     for name, index in spellings.items():
         joined.setdefault(name.replace("-", ""), index)
-    by_code = {_code(one.hexcode): index for index, one in enumerate(emoji)}
+    by_code = {_code(symbol.hexcode): index for index, symbol in enumerate(emoji)}
     for style, (pack, codes) in packs.items():
 
         def put(index: int | None, name: str, style: str = style, pack: dict[str, Any] = pack) -> None:
@@ -316,8 +316,8 @@ def read_emoji(modules: Path) -> list[Emoji]:
 def _novel(emoji: list[Emoji]) -> set[int]:
     generator = random.Random(_SEED)
     groups: dict[str, list[int]] = {}
-    for index, one in enumerate(emoji):
-        groups.setdefault(one.subgroup, []).append(index)
+    for index, symbol in enumerate(emoji):
+        groups.setdefault(symbol.subgroup, []).append(index)
     novel: set[int] = set()
     for subgroup, members in sorted(groups.items()):
         if subgroup not in FLAGS:
@@ -327,13 +327,13 @@ def _novel(emoji: list[Emoji]) -> set[int]:
 
 
 def read_icons(modules: Path, emoji: list[Emoji]) -> list[Icon]:
-    """Read the icon packs, leaving out every icon whose name holds a novel emoji's name or main keyword."""
-    held_back = {tuple(slug(one.label).split("-")) for one in emoji if one.novel}
+    """Read the icon packs without icons whose names contain the name of a novel emoji."""
+    held_back = {tuple(slug(symbol.label).split("-")) for symbol in emoji if symbol.novel}
     icons = []
     for style, endings in ICONS.items():
         pack = load_json(modules / "@iconify-json" / style / "icons.json")
         for name, icon in pack["icons"].items():
-            ending = next((one for one in endings if name.endswith(one)), None)
+            ending = next((suffix for suffix in endings if name.endswith(suffix)), None)
             if ending is None:
                 continue
             words = re.sub(r"(-(one|two|three|four|five|\d+|logo))+$", "", name.removesuffix(ending)).split("-")

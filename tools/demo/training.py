@@ -1,8 +1,8 @@
-"""The two stages that make the demo's weights: a ResNet and the text tower by contrast, then a ViT from the ResNet.
+"""The two stages of training the demo: a ResNet and the text tower contrastively, then a ViT by distillation.
 
-A small convolutional network learns from few drawings many times faster than a transformer; the transformer then
-learns its image features and keeps its text tower. Every random number of a step comes from (seed, stage, step), so
-that a run that was stopped goes on exactly, and drawings are drawn upon alike with a GPU and without one.
+A small convolutional network learns from few drawings much faster than a transformer. The ViT then learns the ResNet's
+image features and shares its text tower. The random numbers of a step depend only on (seed, stage, step), so a stopped
+run resumes exactly, and batches are the same on CPU and GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vlprompt._files import replacing
 
 EMOJI_A_BATCH, ICONS_A_BATCH, KIND_SHARE = 192, 64, 0.12
 WARMUP, KEEP_EVERY = 60, 200
-#: Processes that prepare batches for a GPU; a CPU prepares its own.
+#: Processes that prepare batches for a GPU; on a CPU the main process prepares them.
 WORKERS = 8
 #: Optimiser steps of each stage.
 STEPS = {"contrast": 2000, "distil": 1400}
@@ -42,10 +42,10 @@ _FLIP = ("animals-nature", "food-drink", "activities", "objects", "travel-places
 
 @dataclass
 class Batch:
-    """One step's images and texts.
+    """Images and captions of one step.
 
-    ``same[i, j]`` says that image i fits caption j although the caption was written for another image. ``classes``
-    numbers the drawn thing among :attr:`Corpus.texts`.
+    ``same[i, j]`` is true if caption j also fits image i. ``classes`` holds the indices of the drawn things among the
+    captions of :meth:`Corpus.captions`.
     """
 
     images: Tensor
@@ -59,10 +59,10 @@ class Batch:
 
 
 class Corpus:
-    """The drawings that may be trained on: seen emoji in the training styles, and icons."""
+    """The drawings used in training: emoji that are not novel, in the training styles, and icons."""
 
     def __init__(self, folder: Path, emoji: list[Emoji], icons: list[Icon]) -> None:
-        by_key = {one.key: one for one in emoji if not one.novel}
+        by_key = {symbol.key: symbol for symbol in emoji if not symbol.novel}
         words = {icon.words for icon in icons}
         drawings: dict[str, list[int]] = {}
         icon_drawings: dict[str, list[int]] = {}
@@ -77,26 +77,28 @@ class Corpus:
             pixels.append(torch.from_numpy(images))
             count += len(images)
         self._pixels = torch.cat(pixels)
-        held_back = {one.label for one in emoji if one.novel}  # a novel name is not anybody's keyword either
+        held_back = {symbol.label for symbol in emoji if symbol.novel}  # novel names are also removed from keywords
         self.emoji = [
             replace(by_key[key], tags=[tag for tag in by_key[key].tags if tag not in held_back])
             for key in sorted(drawings)
         ]
         self.icons = sorted(icon_drawings)
-        self._drawings = [drawings[one.key] for one in self.emoji] + [icon_drawings[name] for name in self.icons]
-        # Flags are many and alike.
-        weights = np.array([0.25 if one.subgroup == "country-flag" else 1.0 for one in self.emoji])
+        self._drawings = [drawings[symbol.key] for symbol in self.emoji] + [icon_drawings[name] for name in self.icons]
+        # Flags are numerous and similar, so they have lower weights.
+        weights = np.array([0.25 if symbol.subgroup == "country-flag" else 1.0 for symbol in self.emoji])
         self._weights = weights / weights.sum()
 
     def captions(self, generator: random.Random, plain: bool = False) -> list[str]:
-        """Return one caption of every thing: emoji first, then icons."""
+        """Return one caption per thing: emoji first, then icons."""
         if plain:
-            return [plain_prompt(one.label) for one in self.emoji] + [f"an icon of a {name}." for name in self.icons]
-        said = [caption(one, generator) for one in self.emoji]
-        return said + [icon_caption(name, generator) for name in self.icons]
+            return [plain_prompt(symbol.label) for symbol in self.emoji] + [
+                f"an icon of a {name}." for name in self.icons
+            ]
+        captions = [caption(symbol, generator) for symbol in self.emoji]
+        return captions + [icon_caption(name, generator) for name in self.icons]
 
     def batch(self, key: str) -> Batch:
-        """Return the batch that ``key`` determines."""
+        """Return the batch determined by ``key``."""
         generator = random.Random(key)
         numbers = np.random.default_rng(generator.getrandbits(64))
         chosen = numbers.choice(len(self.emoji), EMOJI_A_BATCH, replace=False, p=self._weights)
@@ -109,11 +111,11 @@ class Corpus:
                 kinds.append(None)
                 may_flip.append(False)
                 continue
-            one = self.emoji[index]
+            symbol = self.emoji[index]
             by_kind = generator.random() < KIND_SHARE
-            captions.append(kind_caption(one, generator) if by_kind else caption(one, generator))
-            kinds.append(one.subgroup if by_kind else None)
-            may_flip.append(one.group in _FLIP and one.subgroup not in ("time", "writing"))
+            captions.append(kind_caption(symbol, generator) if by_kind else caption(symbol, generator))
+            kinds.append(symbol.subgroup if by_kind else None)
+            may_flip.append(symbol.group in _FLIP and symbol.subgroup not in ("time", "writing"))
         subgroups = [self.emoji[index].subgroup if index < len(self.emoji) else "" for index in classes]
         same = torch.tensor([[kind == subgroup for kind in kinds] for subgroup in subgroups])
         same.fill_diagonal_(True)
@@ -123,7 +125,7 @@ class Corpus:
 
 
 class Batches(Dataset[Batch]):
-    """The batches of a stage, by step: processes that prepare them ahead change nothing."""
+    """The batches of a stage by step, independent of the number of worker processes."""
 
     def __init__(self, corpus: Corpus, seed: int, name: str) -> None:
         self._corpus, self._key = corpus, f"{seed} {name}"
@@ -135,7 +137,7 @@ class Batches(Dataset[Batch]):
 
 @dataclass
 class Stage:
-    """What the loop needs of a stage."""
+    """Inputs of the training loop."""
 
     learner: nn.Module
     optimisers: list[torch.optim.Optimizer]
@@ -145,9 +147,9 @@ class Stage:
 
 
 def contrast(texts: Texts, device: torch.device) -> Stage:
-    """The ResNet and the text tower learn from each other, as CLIP's towers do.
+    """Return the stage of contrastive training of the ResNet and the text tower, as in CLIP.
 
-    A kind's caption fits many images of a batch: it must find them all, and no image is pushed away from it.
+    The caption of a kind fits many images of a batch. It must match all of them, and they are not its negatives.
     """
     network = texts.to(device).network
     network.visual = network.visual.to(memory_format=torch.channels_last)
@@ -161,8 +163,8 @@ def contrast(texts: Texts, device: torch.device) -> Stage:
         with torch.no_grad():
             network.logit_scale.clamp_(0, math.log(100))
         logits = network.logit_scale.exp() * F.normalize(images.float(), dim=-1) @ captions.T
-        own = torch.arange(len(logits), device=device)
-        from_images = F.cross_entropy(logits.masked_fill(batch.same & ~diagonal, -1e4), own)
+        diagonal_labels = torch.arange(len(logits), device=device)
+        from_images = F.cross_entropy(logits.masked_fill(batch.same & ~diagonal, -1e4), diagonal_labels)
         wanted = batch.same.float().T
         from_texts = -(wanted / wanted.sum(1, keepdim=True) * F.log_softmax(logits.T, 1)).sum(1).mean()
         return (from_images + from_texts) / 2
@@ -172,12 +174,12 @@ def contrast(texts: Texts, device: torch.device) -> Stage:
 
 
 def distil(student: CLIP, texts: Texts, corpus: Corpus, seed: int, steps: int, device: torch.device) -> Stage:
-    """The ViT learns the ResNet's image features and what they say about every name; texts stay as they are."""
+    """Return the stage in which the ViT learns the ResNet's image features and logits; the text tower is fixed."""
     teacher = texts.to(device).network
     texts.eval()
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-        said = [corpus.captions(random.Random(f"{seed} captions {index}"), index == 0) for index in range(8)]
-        known = torch.stack([torch.cat([texts(part) for part in chunks(each, 512)]) for each in said])
+        captioned = [corpus.captions(random.Random(f"{seed} captions {index}"), index == 0) for index in range(8)]
+        known = torch.stack([torch.cat([texts(chunk) for chunk in chunks(captions, 512)]) for captions in captioned])
     scale = teacher.logit_scale.exp().item()
     visual = student.to(device).visual
     visual.train()
@@ -188,9 +190,9 @@ def distil(student: CLIP, texts: Texts, corpus: Corpus, seed: int, steps: int, d
         chosen = torch.Generator().manual_seed(hash_of(f"{seed} choice {step}"))
         which = torch.randint(len(known), (known.shape[1],), generator=chosen)
         classes = known[which.to(device), torch.arange(known.shape[1], device=device)]
-        # Short sequences: plain products are faster on a CPU than the fused attention.
+        # For short sequences plain products are faster on a CPU than fused attention.
         with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            images = torch.cat([visual(part) for part in batch.images.split(64)])
+            images = torch.cat([visual(chunk) for chunk in batch.images.split(64)])
             with torch.no_grad():
                 wanted = teacher.visual(batch.images.contiguous(memory_format=torch.channels_last))
         images, wanted = F.normalize(images.float(), dim=-1), F.normalize(wanted.float(), dim=-1)
@@ -214,8 +216,10 @@ def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def run(stage: Stage, name: str, corpus: Corpus, seed: int, steps: int, file: Path, tell: Callable[..., None]) -> None:
-    """Run ``stage`` to its end, going on from ``file`` where that holds an earlier state of it."""
+def run(
+    stage: Stage, name: str, corpus: Corpus, seed: int, steps: int, file: Path, report: Callable[..., None]
+) -> None:
+    """Run ``stage`` to its end, resuming from ``file`` if it holds an earlier state."""
     start, device = 0, next(stage.learner.parameters()).device
     if file.is_file():
         state = torch.load(file, map_location=device, weights_only=True)
@@ -241,7 +245,7 @@ def run(stage: Stage, name: str, corpus: Corpus, seed: int, steps: int, file: Pa
         recent.append(loss.detach())
         if (step + 1) % 25 == 0:
             left = (time.monotonic() - began) / (step + 1 - start) * (steps - step - 1)
-            tell(name, step + 1, steps, torch.stack(recent).mean().item(), left)
+            report(name, step + 1, steps, torch.stack(recent).mean().item(), left)
             recent = []
         if (step + 1) % KEEP_EVERY == 0 or step + 1 == steps:
             state = {
@@ -259,25 +263,25 @@ def train_contrast(
     vocabulary: Vocabulary,
     vectors: Tensor,
     seed: int,
-    tell: Callable[..., None],
+    report: Callable[..., None],
     device: torch.device,
 ) -> Texts:
-    """Train the ResNet and the text tower with ``seed``; a file in ``folder`` carries on what was begun."""
+    """Train the ResNet and the text tower with ``seed``; a file in ``folder`` allows resuming."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     texts = Texts(build("demo-rn", len(vocabulary.ids)), vocabulary, vectors)
-    run(contrast(texts, device), "contrast", corpus, seed, STEPS["contrast"], folder / f"contrast-{seed}.pt", tell)
+    run(contrast(texts, device), "contrast", corpus, seed, STEPS["contrast"], folder / f"contrast-{seed}.pt", report)
     texts.requires_grad_(False)
     return texts.cpu().eval()
 
 
 def train_distil(
-    folder: Path, corpus: Corpus, texts: Texts, seed: int, tell: Callable[..., None], device: torch.device
+    folder: Path, corpus: Corpus, texts: Texts, seed: int, report: Callable[..., None], device: torch.device
 ) -> CLIP:
-    """Train the ViT on what ``texts`` and its ResNet know; return the network whose image tower it is."""
+    """Train the ViT on the outputs of ``texts`` and its ResNet; return the network with the trained image tower."""
     torch.manual_seed(seed + 1000)
     student = build("demo", len(texts.vectors))
     stage = distil(student, texts, corpus, seed, STEPS["distil"], device)
-    run(stage, "distil", corpus, seed, STEPS["distil"], folder / f"distil-{seed}.pt", tell)
+    run(stage, "distil", corpus, seed, STEPS["distil"], folder / f"distil-{seed}.pt", report)
     texts.cpu()
     return student.cpu().eval()

@@ -1,4 +1,4 @@
-"""What training does to drawings: turned, scaled, bent, recoloured, on other backgrounds, noisy and blurred."""
+"""Augmentations of drawings in training: geometry, colours, backgrounds, line drawings, noise and blur."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def premultiplied(pixels: Tensor) -> Tensor:
 
 
 def on_white(pixels: Tensor) -> Tensor:
-    """Return what straight RGBA bytes look like on white: ``[B, 3, 64, 64]`` in 0 ... 1."""
+    """Return straight RGBA bytes on a white background: ``[B, 3, 64, 64]`` in 0 ... 1."""
     floats = premultiplied(pixels)
     return floats[:, :3] + 1 - floats[:, 3:]
 
 
 def normalised(images: Tensor) -> Tensor:
-    """Apply CLIP's constants to images in 0 ... 1."""
+    """Normalise images in 0 ... 1 with CLIP's constants."""
     return (images - MEAN) / STD
 
 
 class Views:
-    """Random views of a batch, all from one generator.
+    """Random augmentations of a batch with one generator.
 
     Args:
         generator: The only source of randomness.
@@ -45,11 +45,11 @@ class Views:
         return torch.randn(*shape, generator=self._generator)
 
     def __call__(self, pixels: Tensor, may_flip: Tensor) -> Tensor:
-        """Return normalised views ``[B, 3, 64, 64]`` of straight RGBA bytes ``[B, 64, 64, 4]``.
+        """Return normalised, augmented images ``[B, 3, 64, 64]`` of straight RGBA bytes ``[B, 64, 64, 4]``.
 
         Args:
             pixels: The drawings.
-            may_flip: ``[B]``, whether the mirrored drawing still means the same.
+            may_flip: ``[B]``, whether the mirrored drawing has the same meaning.
         """
         warped = self._warped(premultiplied(pixels), may_flip)
         images = self._stylised(self._recoloured(warped), warped[:, 3:])
@@ -86,7 +86,7 @@ class Views:
         return (colour + behind * (1 - opacity)).clamp(0, 1)
 
     def _stylised(self, images: Tensor, opacity: Tensor) -> Tensor:
-        """Turn some into line drawings, some into hard black and white, some into their negatives."""
+        """Turn some images into line drawings, some into hard black and white, and some into negatives."""
         kind = self._uniform(0, 1, len(images))
         grey = (images * _LUMINANCE.view(1, 3, 1, 1)).sum(1, keepdim=True)
         lines, hard, negative = kind < 0.08, (kind >= 0.08) & (kind < 0.13), (kind >= 0.13) & (kind < 0.16)
@@ -102,7 +102,7 @@ class Views:
         return images
 
     def _corrupted(self, images: Tensor) -> Tensor:
-        """Blur a fifth, add noise to a third: the model of the first release had seen neither and broke."""
+        """Blur a fifth of the images and add noise to a third, for robustness to both."""
         kind = self._uniform(0, 1, len(images))
         soft = kind < 0.2
         images[soft] = blurred(images[soft], self._uniform(0.5, 1.6, int(soft.sum())))
@@ -113,7 +113,7 @@ class Views:
 
 
 def blurred(images: Tensor, sigma: Tensor) -> Tensor:
-    """Blur each of ``images`` ``[B, 3, H, W]`` with a Gaussian of its own ``sigma`` ``[B]``, in pixels."""
+    """Blur each of ``images`` ``[B, 3, H, W]`` with a Gaussian of its ``sigma`` ``[B]``, in pixels."""
     if not len(images):
         return images
     place = torch.arange(-4, 5).float()
