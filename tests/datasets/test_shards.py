@@ -265,7 +265,7 @@ def test_a_shard_that_changes_after_reading(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(places=st.lists(st.tuples(st.integers(0, 2600), st.integers(0, 255)), max_size=8), cut=st.integers(0, 10240))
-def test_damaged_shards_give_our_own_errors(places: list[tuple[int, int]], cut: int, tmp_path: Path) -> None:
+def test_damaged_shards_raise_data_errors(places: list[tuple[int, int]], cut: int, tmp_path: Path) -> None:
     card = by_hand(tmp_path, good())
     path = tmp_path / "toy" / "train" / "0.tar"
     data = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Features of pairs: every image and caption encoded once, in parts, and found again."""
+"""Features of pairs: every image and caption is encoded once, in blocks, and reused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlprompt.data import FeatureStore
-from vlprompt.data import test_transform as clip_view
+from vlprompt.data import test_transform as clip_transform
 from vlprompt.data.tally import tally
 from vlprompt.datasets import FileSource
 from vlprompt.errors import ConfigError, DataError
@@ -22,7 +22,7 @@ from vlprompt.pairs import features as pair_features
 
 
 class Images:
-    """Counts the images it encodes."""
+    """An image encoder that counts images."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -33,7 +33,7 @@ class Images:
 
 
 class Texts:
-    """Counts the captions it encodes: their length and first letter."""
+    """A text encoder that counts captions; features are length and first letter."""
 
     def __init__(self) -> None:
         self.calls: list[int] = []
@@ -51,8 +51,8 @@ def pairs(tmp_path: Path, paint: Callable[..., Path]) -> list[Pair]:
 
 
 @pytest.fixture(autouse=True)
-def parts_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pair_features, "PART", 2)
+def blocks_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair_features, "BLOCK_ITEMS", 2)
 
 
 def entries(folder: Path) -> list[Path]:
@@ -63,16 +63,16 @@ def entries(folder: Path) -> list[Path]:
 def test_every_image_is_encoded_once(workers: int, pairs: list[Pair], tmp_path: Path, preprocess: Any) -> None:
     encode, store = Images(), FeatureStore(tmp_path / "store")
     rows = image_features(pairs, preprocess, encode, fingerprint="f", store=store, batch_size=3, workers=workers)
-    view = clip_view(preprocess)
-    expected = torch.stack([view(pair.source.open()).flatten()[:5] * 2 for pair in pairs])
+    transform = clip_transform(preprocess)
+    expected = torch.stack([transform(pair.source.open()).flatten()[:5] * 2 for pair in pairs])
     assert torch.equal(rows.features, expected) and rows.features.dtype == torch.float32 and rows.missing == ()
     assert encode.count == store.encoded == 5 and len(entries(tmp_path / "store")) == 3
     again = FeatureStore(tmp_path / "store")
     with tally() as counts:
-        found = image_features(pairs, preprocess, encode, fingerprint="f", store=again)
-    assert torch.equal(found.features, expected)
+        stored = image_features(pairs, preprocess, encode, fingerprint="f", store=again)
+    assert torch.equal(stored.features, expected)
     assert (encode.count, again.encoded, counts.encoded) == (5, 0, 0)
-    # A longer list begins with the same parts.
+    # A longer list shares the first blocks.
     longer = [*pairs[:5], Pair("new.png", "new", pairs[0].source)]
     image_features(longer, preprocess, encode, fingerprint="f", store=again)
     assert again.encoded == 1
@@ -94,13 +94,13 @@ def test_what_features_depend_on(pairs: list[Pair], tmp_path: Path, preprocess: 
     source = pairs[0].source
     assert isinstance(source, FileSource)
     os.utime(source.path, (1, 1))
-    assert computed() == 2, "only the part with the changed image"
+    assert computed() == 2, "only the block with the changed image"
     assert all(
         '"split":"images"' in path.read_bytes().decode("latin-1").replace("\\", "") for path in entries(store.folder)
     )
 
 
-def test_a_damaged_or_lost_part_is_computed_again(pairs: list[Pair], tmp_path: Path, preprocess: Any) -> None:
+def test_a_damaged_or_lost_block_is_computed_again(pairs: list[Pair], tmp_path: Path, preprocess: Any) -> None:
     encode, texts, folder = Images(), Texts(), tmp_path / "store"
     captions = [pair.caption for pair in pairs]
 
@@ -113,7 +113,7 @@ def test_a_damaged_or_lost_part_is_computed_again(pairs: list[Pair], tmp_path: P
     for path in entries(folder):
         before = encode.count + sum(texts.calls)
         data = path.read_bytes()
-        path.unlink()  # and written anew: a map of the old file must not see it change
+        path.unlink()  # a memory map of the old file must not see the change
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         with pytest.warns(UserWarning, match="damaged .* computed again"):
             again = both()
@@ -122,7 +122,7 @@ def test_a_damaged_or_lost_part_is_computed_again(pairs: list[Pair], tmp_path: P
         assert all(map(torch.equal, both(), first))
 
 
-def test_a_killed_run_goes_on(pairs: list[Pair], tmp_path: Path, preprocess: Any) -> None:
+def test_a_killed_run_resumes(pairs: list[Pair], tmp_path: Path, preprocess: Any) -> None:
     class Stops(Images):
         def __call__(self, images: Tensor) -> Tensor:
             if self.count >= 4:
@@ -139,27 +139,27 @@ def test_a_killed_run_goes_on(pairs: list[Pair], tmp_path: Path, preprocess: Any
 def test_images_that_cannot_be_read(pairs: list[Pair], tmp_path: Path, preprocess: Any) -> None:
     (tmp_path / "bad.png").write_bytes(b"nothing")
     bad = [Pair("bad.png", "x", FileSource(str(tmp_path / "bad.png"))), Pair("no.png", "x", FileSource("/no.png"))]
-    mixed = [pairs[0], bad[0], pairs[1], pairs[2], bad[0], bad[1]]  # the last part is one without any image
+    mixed = [pairs[0], bad[0], pairs[1], pairs[2], bad[0], bad[1]]  # the last block has no readable image
     encode, store = Images(), FeatureStore(tmp_path / "store")
 
-    def found(of: list[Pair], **named: Any) -> Any:
-        return image_features(of, preprocess, encode, fingerprint="f", store=store, **named)
+    def features_of(chosen: list[Pair], **named: Any) -> Any:
+        return image_features(chosen, preprocess, encode, fingerprint="f", store=store, **named)
 
     with pytest.raises(DataError, match="bad.png cannot be decoded"):
-        found(mixed[:4])
+        features_of(mixed[:4])
     with pytest.raises(DataError, match="/no.png cannot be read"):
-        found([pairs[0], bad[1]])
+        features_of([pairs[0], bad[1]])
     encode.count = 0
     for _ in range(2):
         with pytest.warns(UserWarning, match=r"left out: 2 \(bad.png, no.png\)"), tally() as counts:
-            rows = found(mixed, skip=True)
+            rows = features_of(mixed, skip=True)
         assert rows.missing == (1, 4, 5) and rows.features.shape == (6, 5)
         assert not rows.features[[1, 4, 5]].any() and rows.features[[0, 2, 3]].any(1).all()
         assert list(counts.skipped["train"]) == ["bad.png", "no.png"] and encode.count == 3
     with pytest.raises(DataError, match="bad.png cannot be decoded"):
-        found(mixed[:4])  # skipped once, it is an error to those who do not skip
+        features_of(mixed[:4])  # skipped before, an error without skip
     with pytest.raises(DataError, match="None of the 2 images can be read"):
-        found(bad, skip=True)
+        features_of(bad, skip=True)
 
 
 def test_captions(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_captions(tmp_path: Path) -> None:
     assert encode.calls == [1] * 5
     assert torch.equal(caption_features(captions, encode, fingerprint="f", store=tmp_path), features)
     assert len(encode.calls) == 5
-    # Line ends in captions do not make two lists one.
+    # Line ends in captions do not make two lists equal.
     assert caption_features(["a", "d\nb"], encode, fingerprint="f", store=store)[1].tolist() == [3, ord("d")]
     assert caption_features(["a\nd", "b"], encode, fingerprint="f", store=store)[0].tolist() == [3, ord("a")]
     assert encode.calls[5:] == [2, 2]
@@ -184,13 +184,13 @@ def test_no_gradient_is_kept(tmp_path: Path) -> None:
     assert not features.requires_grad and features.grad_fn is None
 
 
-def test_what_is_refused(pairs: list[Pair], tmp_path: Path, preprocess: Any) -> None:
+def test_refused_arguments(pairs: list[Pair], tmp_path: Path, preprocess: Any) -> None:
     with pytest.raises(ConfigError, match="fingerprint"):
         image_features(pairs, preprocess, Images(), fingerprint="", store=tmp_path)
     with pytest.raises(ConfigError, match="batch_size is 0; accepted: whole numbers from 1"):
         caption_features(["a"], Texts(), fingerprint="f", store=tmp_path, batch_size=0)
     for wrong in (torch.zeros(3, 2), torch.zeros(2)):
-        with pytest.raises(ConfigError, match=r"encode_text made \(.*\) of 2 captions; accepted: \[n, D\]"):
+        with pytest.raises(ConfigError, match=r"encode_text returned \(.*\) for 2 captions; accepted: \[n, D\]"):
             caption_features(["a", "b"], lambda _, wrong=wrong: wrong, fingerprint="f", store=tmp_path)
     with pytest.raises(DataError, match="There are no images to compute features of"):
         image_features([], preprocess, Images(), fingerprint="f", store=tmp_path)
@@ -200,7 +200,7 @@ def test_what_is_refused(pairs: list[Pair], tmp_path: Path, preprocess: Any) -> 
 
 def test_the_demo_pairs_in_the_default_store(tmp_path: Path, preprocess: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLPROMPT_CACHE", str(tmp_path))
-    monkeypatch.setattr(pair_features, "PART", 10_000)
+    monkeypatch.setattr(pair_features, "BLOCK_ITEMS", 10_000)
     encode, pairs = Images(), load_pairs()[:30]
     first = image_features(pairs, preprocess, encode, fingerprint="f")
     assert torch.equal(image_features(pairs, preprocess, encode, fingerprint="f").features, first.features)

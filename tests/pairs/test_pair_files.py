@@ -1,4 +1,4 @@
-"""Image-caption pairs from a user's own files: lists, folders, shards; all of them may be anything."""
+"""Image-caption pairs from files of the user: lists, folders and shards, all untrusted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def write(folder: Path, **files: str | bytes) -> Path:
-    """Write files whose names have ``__`` for a dot and ``_in_`` for a slash."""
+    """Write files; in names, ``__`` stands for a dot and ``_in_`` for a slash."""
     for name, content in files.items():
         path = folder / name.replace("_in_", "/").replace("__", ".")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def write(folder: Path, **files: str | bytes) -> Path:
     return folder
 
 
-def said(pairs: list[Pair]) -> list[tuple[str, str]]:
+def captions(pairs: list[Pair]) -> list[tuple[str, str]]:
     assert all(pair.source.open().size == (12, 10) and pair.domain == "" for pair in pairs)
     return [(pair.id, pair.caption) for pair in pairs]
 
@@ -67,17 +67,17 @@ def test_lists(name: str, tmp_path: Path) -> None:
     write(tmp_path, a__png=PNG, sub_in_b__jpg=JPG)
     (tmp_path / name).write_text(AS_LISTS[name], encoding="utf-8", newline="")
     pairs = load_pairs(str(tmp_path / name))
-    assert said(pairs) == [("a.png", "an a"), ("sub/b.jpg", "b, or so"), ("a.png", "a again")]
+    assert captions(pairs) == [("a.png", "an a"), ("sub/b.jpg", "b, or so"), ("a.png", "a again")]
     assert pairs[0].source == pairs[2].source and vlprompt.load_pairs(tmp_path / name) == pairs
 
 
 def test_images_under_another_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, images_in_a__png=PNG, lists_in_p__csv="image,caption\na.png,an a\n")
     monkeypatch.chdir(tmp_path / "lists")
-    assert said(load_pairs("p.csv", root="../images")) == [("a.png", "an a")]
+    assert captions(load_pairs("p.csv", root="../images")) == [("a.png", "an a")]
     refused("p.csv", "1 of 1 images of p.csv are missing under", "S15 a.png is missing")
-    with pytest.raises(ConfigError, match="root is '../pictures', which is no folder"):
-        load_pairs("p.csv", root="../pictures")
+    with pytest.raises(ConfigError, match="root is '../photos', which is not a folder"):
+        load_pairs("p.csv", root="../photos")
 
 
 def test_other_line_ends_are_part_of_a_caption(tmp_path: Path) -> None:
@@ -98,7 +98,8 @@ def test_all_bad_lines_of_a_table_are_listed(tmp_path: Path) -> None:
     text = refused(
         tmp_path / "p.csv", "line 2: the header has 2 fields, this line has 3", 'line 3: path "../a.png" leaves',
         "line 4: path", "line 5: the caption is ''", "S15 b.png is missing", "line 7: the caption is 'xxx",
-        "line 8: no row of a table: field larger", "line 9: no row of a table", "line 10: path", "line 12: no row",
+        "line 8: not a row of a table: field larger", "line 9: not a row of a table", "line 10: path",
+        "line 12: not a row",
     )  # fmt: skip
     assert "line 11" not in text and "line 1:" not in text
 
@@ -115,9 +116,9 @@ def test_all_bad_lines_of_json_are_listed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.csv"])
-def test_bad_utf8_is_placed(name: str, tmp_path: Path) -> None:
+def test_bad_utf8_is_located(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"image,caption\na.png,caf\xe9\n")
-    refused(tmp_path / name, "S01 line 2: byte 23 is no UTF-8", "save it as UTF-8")
+    refused(tmp_path / name, "S01 line 2: byte 23 is not UTF-8", "save it as UTF-8")
 
 
 def test_tables_without_the_columns_or_rows(tmp_path: Path) -> None:
@@ -133,23 +134,25 @@ def test_tables_without_the_columns_or_rows(tmp_path: Path) -> None:
 
 
 def test_links_out_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, secret__png=PNG, secret__txt="x", own_in_p__csv="image,caption\na.png,x\n")
-    (tmp_path / "own" / "a.png").symlink_to("../secret.png")
-    refused(tmp_path / "own" / "p.csv", 'S05 "a.png" is reached through a link that leads out')
-    (tmp_path / "own" / "a.txt").symlink_to("../secret.txt")
-    refused(tmp_path / "own", 'S05 "a.png" is reached', 'S05 "a.txt" is reached')
+    write(tmp_path, secret__png=PNG, secret__txt="x", list_in_p__csv="image,caption\na.png,x\n")
+    (tmp_path / "list" / "a.png").symlink_to("../secret.png")
+    refused(tmp_path / "list" / "p.csv", 'S05 "a.png" is reached through a link that leaves')
+    (tmp_path / "list" / "a.txt").symlink_to("../secret.txt")
+    refused(tmp_path / "list", 'S05 "a.png" is reached', 'S05 "a.txt" is reached')
     monkeypatch.setenv("VLPROMPT_ALLOW_LINKS", "1")
-    assert said(load_pairs(tmp_path / "own")) == said(load_pairs(tmp_path / "own" / "p.csv")) == [("a.png", "x")]
+    assert (
+        captions(load_pairs(tmp_path / "list")) == captions(load_pairs(tmp_path / "list" / "p.csv")) == [("a.png", "x")]
+    )
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------
-def test_a_folder_with_texts_beside_the_images(tmp_path: Path) -> None:
+def test_a_folder_with_text_files(tmp_path: Path) -> None:
     write(
         tmp_path, b__png=PNG, b__txt="a b\r\n\n  another b \n", a_in_c__JPG=JPG, a_in_c__txt="\ufeffa c", README__txt=""
     )
     write(tmp_path, B__v2__png=PNG, B__v2__txt="big", __hidden__png=PNG, __git_in_d__png=PNG)
     expected = [("B.v2.png", "big"), ("a/c.JPG", "a c"), ("b.png", "a b"), ("b.png", "another b")]
-    assert said(load_pairs(tmp_path)) == said(load_pairs(f"{tmp_path}/")) == expected
+    assert captions(load_pairs(tmp_path)) == captions(load_pairs(f"{tmp_path}/")) == expected
 
 
 def test_all_problems_of_a_folder_are_listed(tmp_path: Path) -> None:
@@ -160,17 +163,18 @@ def test_all_problems_of_a_folder_are_listed(tmp_path: Path) -> None:
     (tmp_path / "h\\i.png").write_bytes(PNG)
     (tmp_path / os.fsdecode(b"j\xff.png")).write_bytes(PNG)
     text = refused(
-        tmp_path, "S15 a.png has no text a.txt", "b.txt: the caption is ''", "c.txt: byte 0 is no UTF-8",
-        "d.txt: the caption is 'xxx", "e.txt cannot be read or has more than 1,048,576 bytes", "S15 g.png is no file",
+        tmp_path, "S15 a.png has no text file a.txt", "b.txt: the caption is ''", "c.txt: byte 0 is not UTF-8",
+        "d.txt: the caption is 'xxx", "e.txt cannot be read or has more than 1,048,576 bytes",
+        "S15 g.png is not a file",
         "S05 linked/ is a link to a folder", "has a backslash", "is not valid Unicode",
         "Every image needs a .txt of the same name",
     )  # fmt: skip
     assert text.startswith(f"Folder of pairs {tmp_path} cannot be used: 10 problems.")
 
 
-def test_a_folder_of_nothing(tmp_path: Path) -> None:
-    refused(tmp_path, "S02 there are neither .tar files nor images (.jpg")
-    with pytest.raises(ConfigError, match="root is '/', but only the images of a list may lie elsewhere"):
+def test_an_empty_folder(tmp_path: Path) -> None:
+    refused(tmp_path, "S02 there are no .tar files and no images (.jpg")
+    with pytest.raises(ConfigError, match="root is '/', but root is only accepted for a list"):
         load_pairs(tmp_path, root="/")
 
 
@@ -189,8 +193,8 @@ def test_shards(source: str, tmp_path: Path, cache: Path, monkeypatch: pytest.Mo
     shards(tmp_path)
     pairs = load_pairs(tmp_path / source)
     expected = [("s_0.tar/0.jpg", "one"), ("s_0.tar/0.jpg", "two"), ("s_0.tar/x/1.png", "three")]
-    assert said(pairs) == [*expected, ("s_1.tar/0.webp", "vi\u00e9r")]
-    assert said(load_pairs(tmp_path / "s_0.tar")) == expected
+    assert captions(pairs) == [*expected, ("s_1.tar/0.webp", "vi\u00e9r")]
+    assert captions(load_pairs(tmp_path / "s_0.tar")) == expected
     assert len({pair.source.stamp() for pair in pairs}) == 3
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", lambda *_, **__: pytest.fail("a second pass"))
@@ -230,12 +234,12 @@ def test_all_problems_of_shards_are_listed(tmp_path: Path, cache: Path) -> None:
         link = tarfile.TarInfo("l.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
-    write(tmp_path, bad__tar=stream.getvalue(), zipped__tar=tar_of(FIRST), torn__tar=tar_of(FIRST, "w")[:700])
+    write(tmp_path, bad__tar=stream.getvalue(), zipped__tar=tar_of(FIRST), cut__tar=tar_of(FIRST, "w")[:700])
     text = refused(
-        tmp_path, "bad.tar: a has no caption (.txt or .json)", "b has no image (webp", "h is there twice", "S04",
-        "'l.jpg' is a link", "shard zipped.tar cannot be read as a plain tar file", "torn.tar",
+        tmp_path, "bad.tar: a has no caption (.txt or .json)", "b has no image (webp", "h occurs twice", "S04",
+        "'l.jpg' is a link", "shard zipped.tar cannot be read as a plain tar file", "cut.tar",
     )  # fmt: skip
-    assert "e.txt: byte 0 is no UTF-8" in text and not cache.exists()
+    assert "e.txt: byte 0 is not UTF-8" in text and not cache.exists()
     refused(tmp_path / "bad.tar", "c.json: an object with", "i.txt cannot be read or has more", 'path "../f.jpg"')
     write(tmp_path / "none", s__tar=tar_of({"README.md": b"x"}, "w"))
     refused(tmp_path / "none", "S02 there are no images with captions")
@@ -243,7 +247,7 @@ def test_all_problems_of_shards_are_listed(tmp_path: Path, cache: Path) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(places=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), max_size=8), cut=st.integers(0, 10240))
-def test_damaged_shards_give_our_own_errors(places: list[tuple[int, int]], cut: int, tmp_path: Path) -> None:
+def test_damaged_shards_raise_data_errors(places: list[tuple[int, int]], cut: int, tmp_path: Path) -> None:
     data = bytearray(tar_of({"0.png": PNG, "0.txt": b"x", "1.png": PNG, "1.json": b'{"caption": "y"}'}, "w"))
     for place, value in places:
         data[place] = value
@@ -258,7 +262,7 @@ def test_damaged_shards_give_our_own_errors(places: list[tuple[int, int]], cut: 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=300), kind=st.sampled_from(["jsonl", "csv", "tsv"]), header=st.booleans())
-def test_any_bytes_as_a_list_give_our_own_errors(data: bytes, kind: str, header: bool, tmp_path: Path) -> None:
+def test_arbitrary_bytes_as_a_list_raise_data_errors(data: bytes, kind: str, header: bool, tmp_path: Path) -> None:
     path = tmp_path / f"p.{kind}"
     path.write_bytes((b"image\tcaption\n" if header else b"") + data)
     with pytest.raises(DataError, match="List of pairs"):
@@ -266,7 +270,7 @@ def test_any_bytes_as_a_list_give_our_own_errors(data: bytes, kind: str, header:
 
 
 # -- names and paths --------------------------------------------------------------------------------------------------
-def test_names_come_before_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_take_precedence_over_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("demo-pairs", "demo"):
         write(tmp_path / name, a__png=PNG, a__txt="x")
@@ -280,7 +284,7 @@ def test_names_come_before_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     "source", ["demo_pears", "x.tar.gz", "a.png", "no.csv", "a\0b", "x" * 5000, "~nobody/x", "", 7]
 )
-def test_what_is_no_source(source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_sources(source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(write(tmp_path, a__png=PNG, x__tar__gz=tar_of(FIRST)))
     with pytest.raises(ConfigError) as caught:
         load_pairs(source)

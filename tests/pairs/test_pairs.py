@@ -1,4 +1,4 @@
-"""Lists of image-caption pairs are a stranger's files, too."""
+"""Image-caption data sets: lists of pairs as untrusted input."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from vlprompt.datasets import catalogue as cards
+from vlprompt.datasets import catalogue
 from vlprompt.datasets.card import Card, Classes, Templates
 from vlprompt.datasets.options import PairsOptions
 from vlprompt.errors import DataError
@@ -21,7 +21,7 @@ def pairs_root(tmp_path, monkeypatch):
         Image.new("RGB", (8, 8), "red").save(tmp_path / "pairs" / "images" / f"{name}.png")
     options = PairsOptions("pairs.jsonl", "images")
     card = Card("mine", "pairs", options, Classes(), Templates("{}"), folders=("pairs",))
-    monkeypatch.setattr(cards, "all_cards", lambda: {"mine": card})
+    monkeypatch.setattr(catalogue, "all_cards", lambda: {"mine": card})
     return tmp_path
 
 

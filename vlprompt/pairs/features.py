@@ -1,7 +1,7 @@
 """Features of image-caption pairs, computed once and kept in the feature store.
 
-Lists of pairs may be long: they are encoded and kept in parts, so that a run that was killed goes on where it was. An
-image with several captions, or a caption of several images, is encoded once.
+Long lists are encoded and stored in blocks, so that a killed run resumes at its block. An image with several captions,
+or a caption of several images, is encoded once.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from vlprompt.datasets.records import Sample
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.pairs.load import Pair
 
-#: Images or captions that one entry of the store holds: at most what a killed run computes again.
-PART = 10_000
+#: Images or captions per entry of the store: a killed run repeats at most this many.
+BLOCK_ITEMS = 10_000
 _Item = TypeVar("_Item", bound=Hashable)
 
 
@@ -43,30 +43,30 @@ def image_features(
     workers: int | None = None,
     skip: bool = False,
 ) -> Rows:
-    """Return the raw features of the pairs' images under the weights' own test view.
+    """Return the raw features of the pairs' images under the backbone's test transform.
 
     Args:
         pairs: The N pairs.
         preprocess: The backbone's preprocessing.
         encode: Images ``[B, 3, H, W]`` on ``device`` to raw features ``[B, D]``.
         fingerprint: The backbone's fingerprint, part of the store's key.
-        store: The feature store or its folder; ``None`` takes :func:`~vlprompt.data.features.default_folder`.
-        device: Where ``encode`` wants its images.
+        store: The feature store or its folder; ``None`` for :func:`~vlprompt.data.features.default_folder`.
+        device: Device of the images passed to ``encode``.
         batch_size: Images per call of ``encode``.
-        workers: Processes that decode images; ``None`` chooses as :class:`~vlprompt.data.FewShotData` does.
-        skip: Whether images that cannot be read are left out instead of raised. They are counted among the training
-            images that were skipped (:mod:`vlprompt.data.tally`).
+        workers: Processes that decode images; ``None`` chooses like :class:`~vlprompt.data.FewShotData`.
+        skip: Whether to skip images that cannot be read instead of raising. They are counted as skipped training images
+            (:mod:`vlprompt.data.tally`).
 
     Returns:
-        Features ``[N, D]``, float32, on the CPU, and the positions of the pairs whose image was left out; their rows
-        are zeros.
+        Features ``[N, D]``, float32, on the CPU, and the positions of the pairs whose image was skipped; their rows are
+        zeros.
 
     Raises:
-        ConfigError: No fingerprint, or a number out of range.
-        DataError: An image that cannot be read, unless ``skip``; no image that can be read.
+        ConfigError: If the fingerprint is missing, or a number is out of range.
+        DataError: If an image cannot be read, unless ``skip``, or no image can be read.
     """
     _check(fingerprint, batch_size)
-    kept, view = _opened(store), Transform(preprocess, "center")
+    feature_store, transform = _opened(store), Transform(preprocess, "center")
     facts = {
         "backbone": fingerprint,
         "view": describe_transform(preprocess, "center"),
@@ -78,21 +78,21 @@ def image_features(
         samples = [Sample(name, 0, source) for name, source in images]
 
         def compute() -> Rows:
-            batches = ImageBatches(PixelCache(samples, view), torch.zeros(len(samples)), skip=skip)
+            batches = ImageBatches(PixelCache(samples, transform), torch.zeros(len(samples)), skip=skip)
             processes = automatic_workers(len(samples)) if workers is None else workers
             try:
                 return encode_all(encode, batches, batch_size, device, processes)
             except DataError:
                 if not skip:
                     raise
-                return Rows(torch.zeros(len(samples), 0), tuple(range(len(samples))))  # other parts may have images
+                return Rows(torch.zeros(len(samples), 0), tuple(range(len(samples))))  # other blocks may be readable
 
-        key = {**facts, "samples_sha256": sha256_lines(f"{one.id}\t{_stamp(one.source, skip)}" for one in samples)}
-        found = rows_or_error(kept, key, compute, samples, skip)
-        count_skipped("train", (samples[position].id for position in found.missing))
-        return found
+        lines = (f"{sample.id}\t{_stamp(sample.source, skip)}" for sample in samples)
+        block = rows_or_error(feature_store, {**facts, "samples_sha256": sha256_lines(lines)}, compute, samples, skip)
+        count_skipped("train", (samples[position].id for position in block.missing))
+        return block
 
-    return _in_parts([(pair.id, pair.source) for pair in pairs], rows, "image")
+    return _in_blocks([(pair.id, pair.source) for pair in pairs], rows, "image")
 
 
 def caption_features(
@@ -105,64 +105,65 @@ def caption_features(
 ) -> Tensor:
     """Return the raw features ``[N, D]`` of captions, float32, on the CPU.
 
-    The store counts the captions that it encodes as it counts images.
+    The store counts encoded captions like encoded images.
 
     Args:
         captions: The N captions.
         encode_text: n captions to raw features ``[n, D]``.
-        fingerprint: What features depend on beside the captions, part of the store's key: the backbone's fingerprint,
-            and how ``encode_text`` cuts or completes captions if it does.
+        fingerprint: Everything that features depend on besides the captions, part of the store's key: the backbone's
+            fingerprint, and any change that ``encode_text`` makes to captions.
         store: As for :func:`image_features`.
         batch_size: Captions per call of ``encode_text``.
 
     Raises:
-        ConfigError: No fingerprint, a number out of range, or ``encode_text`` returns another number of rows.
-        DataError: There are no captions.
+        ConfigError: If the fingerprint is missing, a number is out of range, or ``encode_text`` returns another number
+            of rows.
+        DataError: If there are no captions.
     """
     _check(fingerprint, batch_size)
-    kept = _opened(store)
+    feature_store = _opened(store)
     facts = {"backbone": fingerprint, "dataset": "pairs", "split": "captions"}
 
     def rows(texts: Sequence[str]) -> Rows:
         def compute() -> Rows:
-            found = []
+            blocks = []
             with torch.no_grad():
                 for start in range(0, len(texts), batch_size):
                     batch = list(texts[start : start + batch_size])
                     features = encode_text(batch).float().cpu()
                     if features.ndim != 2 or len(features) != len(batch):
                         shape = tuple(features.shape)
-                        raise ConfigError(f"encode_text made {shape} of {len(batch)} captions; accepted: [n, D].")
-                    found.append(features)
-            return Rows(torch.cat(found))
+                        raise ConfigError(f"encode_text returned {shape} for {len(batch)} captions; accepted: [n, D].")
+                    blocks.append(features)
+            return Rows(torch.cat(blocks))
 
-        # As JSON: a caption may hold line ends, which part the lines of the hash.
-        return kept.rows({**facts, "texts_sha256": sha256_lines(map(json.dumps, texts))}, compute)
+        # As JSON, because a caption may contain line ends, which separate the lines of the hash.
+        return feature_store.rows({**facts, "texts_sha256": sha256_lines(map(json.dumps, texts))}, compute)
 
-    return _in_parts(captions, rows, "caption").features
+    return _in_blocks(captions, rows, "caption").features
 
 
-def _in_parts(items: Sequence[_Item], part: Callable[[Sequence[_Item]], Rows], noun: str) -> Rows:
-    """Return the rows of ``items`` from those of the distinct ones, which ``part`` gives for some of them at a time."""
+def _in_blocks(items: Sequence[_Item], rows_of: Callable[[Sequence[_Item]], Rows], noun: str) -> Rows:
+    """Return the rows of ``items``: ``rows_of`` is called with blocks of the distinct items."""
     place = {item: position for position, item in enumerate(dict.fromkeys(items))}
     distinct = list(place)
     if not distinct:
         raise DataError(f"There are no {noun}s to compute features of.")
     blocks: list[Tensor] = []
     missing: set[int] = set()
-    for start in range(0, len(distinct), PART):
-        rows = part(distinct[start : start + PART])
+    for start in range(0, len(distinct), BLOCK_ITEMS):
+        rows = rows_of(distinct[start : start + BLOCK_ITEMS])
         blocks.append(rows.features)
         missing.update(start + position for position in rows.missing)
     if len(missing) == len(distinct):
         raise DataError(f"None of the {len(distinct)} {noun}s can be read.")
-    # Of a part without any readable image even the number of features is not known.
+    # For a block without readable images, the number of features is unknown.
     width = max(block.shape[1] for block in blocks)
     features = torch.cat([block if block.shape[1] else block.new_zeros(len(block), width) for block in blocks])
     if len(distinct) == len(items):
         return Rows(features, tuple(sorted(missing)))
     index = [place[item] for item in items]
-    return Rows(features[index], tuple(position for position, own in enumerate(index) if own in missing))
+    return Rows(features[index], tuple(position for position, row in enumerate(index) if row in missing))
 
 
 def _stamp(source: ImageSource, skip: bool) -> str:

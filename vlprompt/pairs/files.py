@@ -1,7 +1,7 @@
-"""Images and their captions from a user's own files: lists, and folders with texts beside the images.
+"""Image-caption pairs from files of the user: lists, and folders with text files next to the images.
 
-What :func:`vlprompt.load_pairs` reads, with :mod:`vlprompt.pairs.shards`. All of these are a stranger's files:
-whatever is wrong with them is noted in a :class:`~vlprompt.datasets.report.Report`, so that all of it is told at once.
+Used by :func:`vlprompt.load_pairs` together with :mod:`vlprompt.pairs.shards`. The files are untrusted input: all
+problems are collected in a :class:`~vlprompt.datasets.report.Report`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from vlprompt.datasets.readers.folder import is_image
 from vlprompt.datasets.readers.tar_files import LARGEST_TEXT
 from vlprompt.datasets.report import Report
 
-#: The columns' names, in any case: ours, those of open_clip and those of Hugging Face's imagefolder.
+#: Accepted column names, in any case: vlprompt's, open_clip's and those of Hugging Face's imagefolder.
 _IMAGE_NAMES, _CAPTION_NAMES = ("image", "filepath", "file_name"), ("caption", "title", "text")
 _LONGEST_CAPTION = 2000
 _LARGEST_LIST = 2**30
 
 
-class Found(NamedTuple):
-    """An image with one of its captions; the ``id`` is its path, in shards behind the shard's."""
+class CaptionedImage(NamedTuple):
+    """An image with one of its captions; ``id`` is its path, in shards prefixed by the path of the shard."""
 
     id: str
     caption: str
@@ -48,16 +48,17 @@ def caption_problem(caption: object) -> str | None:
 
 # -- lists ------------------------------------------------------------------------------------------------------------
 def read_list(path: Path, report: Report) -> list[tuple[str, str]]:
-    """Return the image paths and captions of a list: a table if it ends in .csv or .tsv, else an object on every line.
+    """Return the image paths and captions of a list: a table if it ends in .csv or .tsv, else JSON lines.
 
     Raises:
-        DataError: The file cannot be read, or has no columns of images and captions; other problems are in ``report``.
+        DataError: If the file cannot be read, or has no columns of images and captions; other problems are added to
+            ``report``.
     """
     text = _list_text(path, report)
     ending = path.suffix.lower()
-    found = _table(text, ending == ".tsv", report) if ending in (".csv", ".tsv") else _objects(text, report)
+    entries = _table(text, ending == ".tsv", report) if ending in (".csv", ".tsv") else _objects(text, report)
     rows: list[tuple[str, str]] = []
-    for number, image, caption in found:
+    for number, image, caption in entries:
         if problem := path_problem(image):
             report.error("S04", f"line {number}: {problem}")
         elif problem := caption_problem(caption):
@@ -83,13 +84,13 @@ def _list_text(path: Path, report: Report) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        report.error("S01", f"line {line}: {_no_utf8(error)}")
+        report.error("S01", f"line {line}: {_utf8_problem(error)}")
         report.stop()
 
 
 def _objects(text: str, report: Report) -> Iterator[tuple[int, Any, Any]]:
-    """Give line number, image and caption of every JSON object that has both."""
-    # Not splitlines: a text in JSON may hold other line ends as they are.
+    """Yield line number, image and caption of every JSON object that has both."""
+    # Not splitlines: JSON texts may contain other line separators.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -106,9 +107,9 @@ def _objects(text: str, report: Report) -> Iterator[tuple[int, Any, Any]]:
 
 
 def _table(text: str, tabs: bool, report: Report) -> Iterator[tuple[int, str, str]]:
-    """Give line number, image and caption of every row under the header."""
+    """Yield line number, image and caption of every row below the header."""
     head = text.partition("\n")[0]
-    # open_clip's own tables are called .csv and have tabs.
+    # open_clip's .csv tables are separated by tabs.
     delimiter = "\t" if tabs or ("\t" in head and "," not in head) else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     columns: tuple[int, int] | None = None
@@ -120,7 +121,7 @@ def _table(text: str, tabs: bool, report: Report) -> Iterator[tuple[int, str, st
         except StopIteration:
             return
         except csv.Error as error:
-            report.error("S03", f"line {number}: no row of a table: {error}")
+            report.error("S03", f"line {number}: not a row of a table: {error}")
             continue
         if not row:
             continue
@@ -132,14 +133,14 @@ def _table(text: str, tabs: bool, report: Report) -> Iterator[tuple[int, str, st
                 report.error("S03", f"line {number}: the header is {str(row)[:200]}; {expected}")
                 report.stop()
         elif len(row) != width:
-            quoted = '; a caption with the separator in it stands in "quotation marks"'
+            quoted = '; a caption that contains the separator must be in "quotation marks"'
             report.error("S03", f"line {number}: the header has {width} fields, this line has {len(row)}{quoted}")
         else:
             yield number, row[columns[0]], row[columns[1]]
 
 
 def _columns(names: Sequence[str]) -> tuple[int, int] | None:
-    """Return where image and caption stand among ``names``: the first of the accepted names that is there."""
+    """Return the columns of image and caption among ``names``: for each the first accepted name that occurs."""
     plain = [name.strip().lower() for name in names]
     image, caption = (
         next((plain.index(name) for name in accepted if name in plain), None)
@@ -149,10 +150,10 @@ def _columns(names: Sequence[str]) -> tuple[int, int] | None:
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------
-def read_sidecars(base: Path, report: Report) -> list[Found]:
-    """Return the images under ``base`` with the captions beside them, in the order of their paths' UTF-8 bytes.
+def read_sidecars(base: Path, report: Report) -> list[CaptionedImage]:
+    """Return the images under ``base`` with the captions in their text files, in order of their paths' UTF-8 bytes.
 
-    Every line of ``a.txt`` that is not empty is a caption of ``a.jpg``. What begins with a dot is passed over.
+    Every non-empty line of ``a.txt`` is a caption of ``a.jpg``. Names that begin with a dot are skipped.
     """
     images: list[str] = []
 
@@ -168,17 +169,17 @@ def read_sidecars(base: Path, report: Report) -> list[Found]:
         images += [prefix + name for name in files if is_image(name) and not name.startswith(".")]
     images.sort(key=os.fsencode)
     if not images:
-        report.error("S02", f"there are neither .tar files nor images ({', '.join(IMAGE_SUFFIXES)})")
+        report.error("S02", f"there are no .tar files and no images ({', '.join(IMAGE_SUFFIXES)})")
     problems = {image: problem for image in images if (problem := path_problem(image))}
     report.errors("S04", problems.values())
     texts = {image: f"{image.rpartition('.')[0]}.txt" for image in images if image not in problems}
     missing, outside = map(set, check_files(base, dict.fromkeys([*texts, *texts.values()])))
-    report.errors("S05", [f'"{path}" is reached through a link that leads out of {base}' for path in sorted(outside)])
-    report.errors("S15", [f"{image} is no file" for image in texts if image in missing])
-    report.errors("S15", [f"{image} has no text {text}" for image, text in texts.items() if text in missing])
+    report.errors("S05", [f'"{path}" is reached through a link that leaves {base}' for path in sorted(outside)])
+    report.errors("S15", [f"{image} is not a file" for image in texts if image in missing])
+    report.errors("S15", [f"{image} has no text file {text}" for image, text in texts.items() if text in missing])
     unusable = missing | outside
     return [
-        Found(image, caption, FileSource(os.path.join(base, image)))
+        CaptionedImage(image, caption, FileSource(os.path.join(base, image)))
         for image, text in texts.items()
         if image not in unusable and text not in unusable
         for caption in captions_of(_text_of(base / text), text, report)
@@ -195,12 +196,12 @@ def _text_of(path: Path) -> bytes | None:
 
 
 def captions_of(data: bytes | None, name: str, report: Report) -> list[str]:
-    """Return the lines of a text that are not empty; none of them where something is wrong.
+    """Return the non-empty lines of a text file; none if the file has a problem.
 
     Args:
-        data: The text; ``None`` where it cannot be read or is too large.
-        name: What problems call it.
-        report: Takes the problems.
+        data: Content of the file; ``None`` if it cannot be read or is too large.
+        name: Name of the file in problem texts.
+        report: Collects the problems.
     """
     if data is None:
         report.error("S01", f"{name} cannot be read or has more than {LARGEST_TEXT:,} bytes")
@@ -208,7 +209,7 @@ def captions_of(data: bytes | None, name: str, report: Report) -> list[str]:
     try:
         lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        report.error("S01", f"{name}: {_no_utf8(error)}")
+        report.error("S01", f"{name}: {_utf8_problem(error)}")
         return []
     captions = [line.strip() for line in lines if line.strip()]
     problems = [problem for caption in captions or [""] if (problem := caption_problem(caption))]
@@ -216,5 +217,5 @@ def captions_of(data: bytes | None, name: str, report: Report) -> list[str]:
     return [] if problems else captions
 
 
-def _no_utf8(error: UnicodeDecodeError) -> str:
-    return f"byte {error.start:,} is no UTF-8 ({error.reason}); save it as UTF-8"
+def _utf8_problem(error: UnicodeDecodeError) -> str:
+    return f"byte {error.start:,} is not UTF-8 ({error.reason}); save it as UTF-8"

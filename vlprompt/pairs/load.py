@@ -1,4 +1,4 @@
-"""Images with captions: those of the data sets that have them, and a user's own files."""
+"""Image-caption pairs of data sets and of files of the user."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from vlprompt.pairs.shards import find_shards, read_shards
 _LISTS = (".jsonl", ".csv", ".tsv")
 _PATHS = (
     "a .jsonl, .csv or .tsv list with image and caption; a folder of images, each with a .txt of the same name; or "
-    "webdataset's shards, not compressed: a .tar file, a folder of them, or a pattern such as shards-{0000..0009}.tar"
+    "uncompressed webdataset shards: a .tar file, a folder of them, or a pattern such as shards-{0000..0009}.tar"
 )
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and what is said about it.
+    """An image and a caption of it.
 
     Attributes:
         id: POSIX path of the image; in shards ``<shard>/<member>``.
-        caption: The text.
-        source: Where the pixels come from; ``source.open()`` gives a PIL RGB image.
-        domain: The first folder of the image's path where the card names domains, else empty.
+        caption: The caption.
+        source: Source of the pixels; ``source.open()`` returns a PIL RGB image.
+        domain: First folder of the image's path if the card names domains, else empty.
     """
 
     id: str
@@ -42,28 +42,28 @@ class Pair:
 
 
 def load_pairs(source: str | Path = "demo-pairs", *, root: str | Path | None = None) -> list[Pair]:
-    """Return the image-caption pairs of a data set that has them, or of files, in order; at least one.
+    """Return the image-caption pairs of a data set or of files, in order; at least one.
 
-    An image with several captions is in several pairs. A path leads to one of these:
+    An image with several captions is in several pairs. ``source`` may be the path of:
 
     - a list: a ``.jsonl`` file with an object on every line, or a ``.csv`` or ``.tsv`` table with a header. The image
       is under ``image``, ``filepath`` (open_clip) or ``file_name`` (Hugging Face), the caption under ``caption``,
-      ``title`` or ``text``, in any case; what else there is counts for nothing. Image paths are relative to the list's
-      folder, or to ``root``, and do not leave it;
-    - a folder with images at any depth: every line of ``a.txt`` that is not empty is a caption of ``a.jpg`` beside it.
-      If it holds ``.tar`` files, only these are read;
-    - webdataset's shards: a ``.tar`` file, a folder of them, or a pattern such as ``shards-{0000..0009}.tar``. The
-      captions of ``KEY.jpg`` are in ``KEY.txt``, a line each, or one is in ``KEY.json`` under ``caption``.
+      ``title`` or ``text``, in any case; other columns are ignored. Image paths are relative to the list's folder, or
+      to ``root``, and must not leave it;
+    - a folder with images at any depth: every non-empty line of ``a.txt`` is a caption of ``a.jpg`` in the same folder.
+      If the folder contains ``.tar`` files, only these are read;
+    - webdataset shards: a ``.tar`` file, a folder of them, or a pattern such as ``shards-{0000..0009}.tar``. The
+      captions of ``KEY.jpg`` are the lines of ``KEY.txt``, or the ``caption`` in ``KEY.json``.
 
     Args:
-        source: Name or alias of a data set (these come first; a folder of that name is ``./NAME``), or a path.
-        root: For a data set, the folder that holds the data sets; what is packaged needs none. For a list, the folder
-            of the images.
+        source: Name or alias of a data set (names take precedence; a folder of that name is ``./NAME``), or a path.
+        root: For a data set, the folder of the data sets; packaged data sets need none. For a list, the folder of the
+            images.
 
     Raises:
-        ConfigError: There is neither such a data set nor such a path; the data set holds classes instead of captions;
-            ``root`` where it means nothing.
-        DataError: Files or images are missing or cannot be used; all problems are listed.
+        ConfigError: If there is no such data set or path, the data set has classes instead of captions, or ``root`` is
+            given for a folder or shards.
+        DataError: If files or images are missing or cannot be used; all problems are listed.
     """
     card = _card(source)
     if card is not None:
@@ -77,26 +77,28 @@ def load_pairs(source: str | Path = "demo-pairs", *, root: str | Path | None = N
     if path.suffix.lower() in _LISTS and os.path.isfile(path):
         base = path.parent if root is None else Path(os.path.abspath(os.path.expanduser(root)))
         if not base.is_dir():
-            raise ConfigError(f"root is {str(root)!r}, which is no folder; accepted: the folder of the list's images.")
+            raise ConfigError(
+                f"root is {str(root)!r}, which is not a folder; accepted: the folder of the list's images."
+            )
         return _listed(Card(path.name, "pairs", PairsOptions(path.name), Classes(), Templates("{}")), path, base)
     shards = find_shards(path)
     if not os.path.isdir(path) and not shards:
         near = did_you_mean(str(source), _known())
         raise ConfigError(
-            f"{str(source)!r} is neither a data set nor a path of image-caption pairs.{near} A path leads to {_PATHS}."
+            f"{str(source)!r} is neither a data set nor a path of image-caption pairs.{near} Accepted paths: {_PATHS}."
         )
     if root is not None:
-        raise ConfigError(f"root is {str(root)!r}, but only the images of a list may lie elsewhere; {path} is none.")
+        raise ConfigError(f"root is {str(root)!r}, but root is only accepted for a list; {path} is not a list.")
     if shards:
         how = "Correct the shards, or fetch them again: plain tar files of KEY.jpg, .png or .webp and KEY.txt or .json."
         report = Report(f"Shards {path}", how)
-        found = read_shards(shards, report)
+        images = read_shards(shards, report)
     else:
-        how = "Correct the files, or take them out. Every image needs a .txt of the same name beside it, in UTF-8."
+        how = "Correct the files, or remove them. Every image needs a .txt of the same name in its folder, in UTF-8."
         report = Report(f"Folder of pairs {path}", how)
-        found = read_sidecars(path, report)
+        images = read_sidecars(path, report)
     report.finish()
-    return [Pair(*one) for one in found]
+    return [Pair(*image) for image in images]
 
 
 def _card(source: str | Path) -> Card | None:
@@ -124,12 +126,10 @@ def _known() -> list[str]:
 
 
 def _listed(card: Card, path: Path, base: Path) -> list[Pair]:
-    report = Report(f"List of pairs {path}", "Correct the lines, or leave them out.")
+    report = Report(f"List of pairs {path}", "Correct the lines, or remove them.")
     rows = read_list(path, report)
     sources = find_images(card, base, [image for image, _ in rows], report)
     report.finish()
     return [
         Pair(image, caption, sources[image], image.partition("/")[0] if card.domains else "") for image, caption in rows
     ]
-
-

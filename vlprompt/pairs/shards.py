@@ -1,4 +1,4 @@
-"""Images and their captions from webdataset's shards, for :func:`vlprompt.load_pairs`."""
+"""Image-caption pairs from webdataset shards, for :func:`vlprompt.load_pairs`."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from vlprompt.datasets.readers.tar_files import (
 )
 from vlprompt.datasets.report import Report
 from vlprompt.errors import ConfigError
-from vlprompt.pairs.files import Found, caption_problem, captions_of
+from vlprompt.pairs.files import CaptionedImage, caption_problem, captions_of
 
 _RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 _SCHEMA = 1
 
 
 def find_shards(path: Path) -> list[Path]:
-    """Return the shards that ``path`` means: itself, those in the folder, those of the pattern; else an empty list.
+    """Return the shards of ``path``: the file, those in the folder, or those of the pattern; else an empty list.
 
     Raises:
-        ConfigError: A range that runs down, or over more than 100,000 shards.
+        ConfigError: If a range is descending, or covers more than 100,000 shards.
     """
     if os.path.isdir(path):
         try:
             names = sorted(os.listdir(path), key=os.fsencode)
         except OSError:
-            return []  # the reader of folders says why
+            return []  # the reader of folders reports the problem
         return [path / name for name in names if name.lower().endswith(".tar") and not name.startswith(".")]
     if path.suffix.lower() != ".tar":
         return []
@@ -55,24 +55,24 @@ def find_shards(path: Path) -> list[Path]:
 
 
 def _expanded(pattern: str) -> list[str]:
-    found = _RANGE.search(pattern)
-    if found is None:
+    match = _RANGE.search(pattern)
+    if match is None:
         return [pattern]
-    # As in a shell: a leading zero says that all numbers have as many digits.
-    padded = any(len(end) > 1 and end.startswith("0") for end in found.groups())
-    width = max(map(len, found.groups())) if padded else 0
-    head, tails = pattern[: found.start()], _expanded(pattern[found.end() :])
-    return [f"{head}{n:0{width}}{tail}" for n in range(int(found[1]), int(found[2]) + 1) for tail in tails]
+    # As in a shell, a leading zero pads all numbers to the same width.
+    padded = any(len(end) > 1 and end.startswith("0") for end in match.groups())
+    width = max(map(len, match.groups())) if padded else 0
+    head, tails = pattern[: match.start()], _expanded(pattern[match.end() :])
+    return [f"{head}{n:0{width}}{tail}" for n in range(int(match[1]), int(match[2]) + 1) for tail in tails]
 
 
-def read_shards(shards: Sequence[Path], report: Report) -> list[Found]:
+def read_shards(shards: Sequence[Path], report: Report) -> list[CaptionedImage]:
     """Return the images of shards with their captions, in order.
 
-    A member ``KEY.jpg`` (or .jpeg, .png, .webp) has its captions in ``KEY.txt``, a line each, or, where there is none,
-    one in ``KEY.json`` under ``caption``. The id of an image is ``<shard>/<member>``.
+    The captions of a member ``KEY.jpg`` (or .jpeg, .png, .webp) are the lines of ``KEY.txt``, or, without that file,
+    the ``caption`` in ``KEY.json``. The id of an image is ``<shard>/<member>``.
 
     Raises:
-        DataError: All shards are missing; other problems are in ``report``.
+        DataError: If all shards are missing; other problems are added to ``report``.
     """
     base = os.path.commonpath([shard.parent for shard in shards])
     report.errors("S15", [f"shard {shard} is missing" for shard in shards if not os.path.isfile(shard)])
@@ -92,38 +92,38 @@ def read_shards(shards: Sequence[Path], report: Report) -> list[Found]:
         for *place, captions in content["entries"]:
             checked_place(place, len(shards))
             if not isinstance(captions, list) or any(map(caption_problem, captions)):
-                raise ValueError(f"{captions!r} are no captions")
+                raise ValueError(f"{captions!r} are not captions")
         return {"schema": _SCHEMA, "entries": content["entries"]}
 
     index = kept_index(shards, ["captions", _SCHEMA], check, read, report)
-    found = [
-        Found(f"{names[number]}/{name}", caption, ShardSource(str(shards[number]), offset, size, name))
+    images = [
+        CaptionedImage(f"{names[number]}/{name}", caption, ShardSource(str(shards[number]), offset, size, name))
         for number, offset, size, name, captions in index["entries"]
         for caption in captions
     ]
-    if not found and not report.failed:
+    if not images and not report.failed:
         report.error("S02", "there are no images with captions")
-    return found
+    return images
 
 
 def _scan(shard: Path, number: int, name: str, report: Report) -> list[tuple[int, int, int, str, list[str]]]:
-    """Read through one shard."""
+    """Read one shard from start to end."""
     files: dict[str, dict[str, Member]] = {}
     for member in members(shard, name, ("txt", "json"), report):
         kind = "image" if member.ending in IMAGES else member.ending
         if kind in ("image", "txt", "json"):
             if kind in files.setdefault(member.key, {}):
-                report.error("S11", f"{name}: {member.key} is there twice ({member.ending})")
+                report.error("S11", f"{name}: {member.key} occurs twice ({member.ending})")
             files[member.key][kind] = member
     entries = []
-    for key, own in files.items():
-        image, text = own.get("image"), own.get("txt") or own.get("json")
+    for key, members_of in files.items():
+        image, text = members_of.get("image"), members_of.get("txt") or members_of.get("json")
         if image is None:
             report.error("S03", f"{name}: {key} has no image ({', '.join(IMAGES)})")
         elif text is None:
             report.error("S03", f"{name}: {key} has no caption (.txt or .json)")
         else:
-            read = captions_of if "txt" in own else _json_caption
+            read = captions_of if "txt" in members_of else _json_caption
             captions = read(text.data, f"{name}: {text.name}", report)
             entries.append((number, image.offset, image.size, image.name, captions))
     return entries
