@@ -1,4 +1,4 @@
-"""AugMix against its recipe, written out by hand (test_time_and_cache.md 1.4)."""
+"""AugMix against its recipe, written out by hand."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def noise(width: int = 60, height: int = 60) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-class Script:
-    """Stands in for a generator and gives what it is told."""
+class Scripted:
+    """A generator that returns given numbers."""
 
     def __init__(self, weights: list[float], share: float, integers: list[int], uniforms: list[float]) -> None:
         self.weights, self.share, self.whole, self.numbers = weights, share, iter(integers), iter(uniforms)
@@ -53,49 +53,50 @@ class Script:
 
 
 def test_the_mixture() -> None:
-    picture = noise()
+    image = noise()
     names = [operation.__name__ for operation in OPERATIONS]
     chains = [["equalize"], ["rotate", "solarize"], ["translate_x", "shear_y", "posterize"]]
     integers = [number for chain in chains for number in (len(chain), *(names.index(name) for name in chain))]
     levels = [(0.3, 0.1), (0.7, 0.1), (0.5, 0.9), (0.9, 0.1), (0.6, 0.9), (1.0, 0.1)]
-    rng: Any = Script([0.5, 0.3, 0.2], 0.25, integers, [value for pair in levels for value in pair])
-    got = augmix(picture, rng)
+    rng: Any = Scripted([0.5, 0.3, 0.2], 0.25, integers, [value for pair in levels for value in pair])
+    got = augmix(image, rng)
     bilinear, affine = Image.Resampling.BILINEAR, Image.Transform.AFFINE
-    second = ImageOps.solarize(picture.rotate(2, resample=bilinear), 256 - 12)
-    third = picture.transform((60, 60), affine, (1, 0, 1, 0, 1, 0), resample=bilinear)  # int(0.9 * 60 / 30)
+    second = ImageOps.solarize(image.rotate(2, resample=bilinear), 256 - 12)
+    third = image.transform((60, 60), affine, (1, 0, 1, 0, 1, 0), resample=bilinear)  # int(0.9 * 60 / 30)
     third = third.transform((60, 60), affine, (1, 0, 0, -0.018, 1, 0), resample=bilinear)
-    parts = [np.asarray(one, dtype=float) for one in (ImageOps.equalize(picture), second, ImageOps.posterize(third, 4))]
-    mixture = 0.5 * parts[0] + 0.3 * parts[1] + 0.2 * parts[2]
-    np.testing.assert_allclose(got, 0.25 * np.asarray(picture, dtype=float) + 0.75 * mixture, atol=1e-4)
+    first, third = ImageOps.equalize(image), ImageOps.posterize(third, 4)
+    pixels = [np.asarray(changed, dtype=float) for changed in (first, second, third)]
+    mixture = 0.5 * pixels[0] + 0.3 * pixels[1] + 0.2 * pixels[2]
+    np.testing.assert_allclose(got, 0.25 * np.asarray(image, dtype=float) + 0.75 * mixture, atol=1e-4)
     assert got.dtype == np.float32 and got.shape == (60, 60, 3)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda one: one.__name__)
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
 @pytest.mark.parametrize("size", [(60, 60), (224, 224), (7, 40)])
 def test_operations_keep_size_and_mode(operation: module.Operation, size: tuple[int, int]) -> None:
-    picture = noise(*size)
-    before = picture.tobytes()
+    image = noise(*size)
+    before = image.tobytes()
     for level, sign in ((0.1, 1), (1.0, -1)):
-        changed = operation(picture, level, sign)
+        changed = operation(image, level, sign)
         assert changed.size == size and changed.mode == "RGB"
-    assert picture.tobytes() == before
+    assert image.tobytes() == before
 
 
 def test_levels_at_224_pixels() -> None:
-    picture = noise(224, 224)
-    moved = np.asarray(module.translate_x(picture, 0.99, 1))
-    assert np.array_equal(moved[:, :-7], np.asarray(picture)[:, 7:]), "int(7.47 * 0.99) pixels"
-    assert module.rotate(picture, 0.3, 1).tobytes() == picture.tobytes(), "int(0.9) degrees"
-    assert module.posterize(picture, 1.0, 1).tobytes() == module.posterize(picture, 0.1, 1).tobytes()
+    image = noise(224, 224)
+    moved = np.asarray(module.translate_x(image, 0.99, 1))
+    assert np.array_equal(moved[:, :-7], np.asarray(image)[:, 7:]), "int(7.47 * 0.99) pixels"
+    assert module.rotate(image, 0.3, 1).tobytes() == image.tobytes(), "int(0.9) degrees"
+    assert module.posterize(image, 1.0, 1).tobytes() == module.posterize(image, 0.1, 1).tobytes()
 
 
 def test_every_operation_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: Counter[int] = Counter()
 
     def counted(number: int) -> module.Operation:
-        def operation(picture: Any, level: float, sign: int) -> Any:
+        def operation(image: Any, level: float, sign: int) -> Any:
             drawn[number] += 1
-            return picture
+            return image
 
         return operation
 
@@ -117,25 +118,25 @@ def test_mixtures_stay_between_black_and_white(seed: int) -> None:
     assert np.array_equal(mixed, again)
 
 
-def test_mixing_pixels_is_mixing_normalised_pictures() -> None:
+def test_mixing_pixels_equals_mixing_normalised_images() -> None:
     """TPT normalises before it mixes."""
-    view = Transform(Preprocess(), "augmix")
+    transform = Transform(Preprocess(), "augmix")
     rng = np.random.default_rng(3)
-    pictures = [torch.from_numpy(rng.integers(0, 256, (3, 8, 8)).astype(np.float32)) for _ in range(4)]
+    images = [torch.from_numpy(rng.integers(0, 256, (3, 8, 8)).astype(np.float32)) for _ in range(4)]
     weights = torch.tensor([0.4, *(0.6 * rng.dirichlet(np.ones(3)))], dtype=torch.float32)
-    mixed = view.finish(sum(w * one for w, one in zip(weights, pictures, strict=True))[None])[0]  # type: ignore[index]
-    expected = sum(w * view.finish(one[None])[0] for w, one in zip(weights, pictures, strict=True))
+    mixed = transform.finish(sum(w * image for w, image in zip(weights, images, strict=True))[None])[0]  # type: ignore[index]
+    expected = sum(w * transform.finish(image[None])[0] for w, image in zip(weights, images, strict=True))
     torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-5)
 
 
-def test_the_view_mixes_the_crop() -> None:
-    """The view's crop is that of the kind without AugMix, and drawn from torch's generator like it."""
-    crop, mixed, picture = Transform(Preprocess(), "crop"), Transform(Preprocess(), "augmix"), noise(90, 70)
+def test_the_transform_mixes_the_crop() -> None:
+    """``augmix`` takes the same crop as ``crop``, drawn from torch's generator."""
+    crop, mixed, image = Transform(Preprocess(), "crop"), Transform(Preprocess(), "augmix"), noise(90, 70)
     for seed in range(4):
         torch.manual_seed(seed)
-        expected = crop.pixels(picture)
+        expected = crop.pixels(image)
         rng = np.random.default_rng(int(torch.randint(2**63 - 1, (1,))))
         torch.manual_seed(seed)
-        got = mixed.pixels(picture)
+        got = mixed.pixels(image)
         assert got.dtype == np.float32 and got.shape == (3, 60, 60)
         assert np.array_equal(got, augmix(Image.fromarray(expected.transpose(1, 2, 0)), rng).transpose(2, 0, 1))

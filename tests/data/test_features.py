@@ -1,4 +1,4 @@
-"""The feature store: computed once, never half written, never believed when damaged."""
+"""The feature store: computed once, written atomically, damaged entries are computed again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vlprompt.data import FeatureStore, extract
-from vlprompt.data import test_transform as clip_view
+from vlprompt.data import test_transform as clip_transform
 from vlprompt.data.features import Rows
 from vlprompt.data.tally import images_encoded, tally
 from vlprompt.datasets import FileSource, Sample
@@ -29,7 +29,7 @@ class Counter:
 
 
 def entries(folder: Path) -> list[str]:
-    """Everything in a store but its locks."""
+    """Files of a store except locks."""
     return sorted(path.name for path in folder.iterdir() if path.name != ".locks")
 
 
@@ -54,7 +54,7 @@ def test_encoded_images_are_counted(tmp_path: Path) -> None:
     assert (store.encoded, again.encoded, counts.encoded, images_encoded() - before) == (7, 0, 7, 7)
 
 
-def test_what_is_read_is_a_map_of_the_file(tmp_path: Path) -> None:
+def test_entries_are_memory_mapped(tmp_path: Path) -> None:
     if not Path("/proc/self/maps").exists():
         pytest.skip("maps are read from /proc")
     tensor = FeatureStore(tmp_path).get(KEY, Counter())
@@ -77,7 +77,7 @@ def test_a_damaged_entry_is_computed_again(damage: str, tmp_path: Path) -> None:
     elif damage == "other key":
         store.get({"n": 5}, Counter(2.0))
         data = bytearray(store.path({"n": 5}).read_bytes())
-    path.unlink()  # and written anew: a map of the old file must not see it change
+    path.unlink()  # a memory map of the old file must not see the change
     path.write_bytes(bytes(data[: {"cut": len(data) - 5, "empty": 0}.get(damage, len(data))]))
     with pytest.warns(UserWarning, match="damaged .* computed again"):
         assert torch.equal(store.get(KEY, compute), torch.ones(4, 3))
@@ -92,7 +92,7 @@ def test_a_failing_computation_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no"):
         FeatureStore(tmp_path).get(KEY, fail)
     assert entries(tmp_path) == []
-    assert torch.equal(FeatureStore(tmp_path).get(KEY, Counter()), torch.ones(4, 3)), "its lock is free again"
+    assert torch.equal(FeatureStore(tmp_path).get(KEY, Counter()), torch.ones(4, 3)), "the lock was released"
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
@@ -109,9 +109,9 @@ def test_keys_are_json() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_extract(workers: int, tmp_path: Path, paint: Callable[..., Path], preprocess: Any) -> None:
     samples = [Sample(f"{n}.png", 0, FileSource(str(paint(tmp_path / f"{n}.png", n)))) for n in range(7)]
-    view = clip_view(preprocess)
-    features = extract(lambda images: images.flatten(1) * 2, samples, view, batch_size=3, workers=workers)
-    expected = torch.stack([view(sample.source.open()).flatten() * 2 for sample in samples])
+    transform = clip_transform(preprocess)
+    features = extract(lambda images: images.flatten(1) * 2, samples, transform, batch_size=3, workers=workers)
+    expected = torch.stack([transform(sample.source.open()).flatten() * 2 for sample in samples])
     assert torch.equal(features, expected) and not features.requires_grad and not features.is_inference()
 
 
@@ -120,10 +120,10 @@ def test_extract_names_a_bad_image_without_a_traceback(workers: int, tmp_path: P
     (tmp_path / "bad.png").write_bytes(b"nothing")
     samples = [Sample("bad.png", 0, FileSource(str(tmp_path / "bad.png")))]
     with pytest.raises(DataError) as caught:
-        extract(lambda images: images.flatten(1), samples, clip_view(preprocess), workers=workers)
+        extract(lambda images: images.flatten(1), samples, clip_transform(preprocess), workers=workers)
     assert "bad.png cannot be decoded (7 bytes" in str(caught.value) and "Traceback" not in str(caught.value)
 
 
 def test_extract_nothing(preprocess: Any) -> None:
     with pytest.raises(DataError, match="no images"):
-        extract(lambda images: images, [], clip_view(preprocess))
+        extract(lambda images: images, [], clip_transform(preprocess))

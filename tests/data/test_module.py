@@ -1,4 +1,4 @@
-"""The data module: what batches hold, and that processes, workers and resuming change nothing."""
+"""The data module: batches, independent of processes, workers and resuming."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vlprompt.errors import ConfigError, DataError
 
 
 class World(FewShotData):
-    """A data module that believes to be rank ``rank`` of ``world``."""
+    """A data module with a fixed rank and world size."""
 
     rank, world = 0, 1
 
@@ -69,7 +69,7 @@ def test_images_depend_on_seed_epoch_and_index_only(task: FewShotTask, preproces
     assert any(not torch.equal(plain[index], changed[index]) for index in plain)
 
 
-def test_the_global_generator_is_left_alone(task: FewShotTask, preprocess: Any) -> None:
+def test_the_global_generator_keeps_its_state(task: FewShotTask, preprocess: Any) -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -81,17 +81,17 @@ def test_the_global_generator_is_left_alone(task: FewShotTask, preprocess: Any) 
 @pytest.mark.parametrize("batch_size", [4, 8, 16])
 def test_two_processes_see_the_batches_of_one(batch_size: int, task: FewShotTask, preprocess: Any) -> None:
     whole = epoch(FewShotData(task, preprocess, batch_size=batch_size), 2)
-    parts = []
+    ranks = []
     for rank in range(2):
         data = World(task, preprocess, batch_size=batch_size)
         data.rank, data.world = rank, 2
-        parts.append(epoch(data, 2))
+        ranks.append(epoch(data, 2))
     for step, batch in enumerate(whole):
         for name in ("images", "labels", "index"):
-            assert torch.equal(torch.cat([part[step][name] for part in parts]), batch[name])
-        sums = [part[step]["scale"] * part[step]["images"].mean((1, 2, 3)).mean() for part in parts]
-        torch.testing.assert_close(torch.stack(sums).mean(), batch["images"].mean((1, 2, 3)).mean())
-    assert [len(part) for part in parts] == [len(whole)] * 2
+            assert torch.equal(torch.cat([batches[step][name] for batches in ranks]), batch[name])
+        means = [batches[step]["scale"] * batches[step]["images"].mean((1, 2, 3)).mean() for batches in ranks]
+        torch.testing.assert_close(torch.stack(means).mean(), batch["images"].mean((1, 2, 3)).mean())
+    assert [len(batches) for batches in ranks] == [len(whole)] * 2
 
 
 def test_cached_features(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_cached_features(task: FewShotTask, preprocess: Any, tmp_path: Path) -> 
     build(fingerprint="g").prepare_data()
     assert sum(calls) == 42
     source = Path(task.test[0].source.path)  # type: ignore[attr-defined]
-    os.utime(source, ns=(1, 1))  # a file that was replaced is not believed to be the old one
+    os.utime(source, ns=(1, 1))  # a replaced file has other features
     build().prepare_data()
     assert sum(calls) == 49
 
@@ -191,16 +191,16 @@ def test_cached_views_are_the_views_of_their_epochs(
             expected = encode(torch.stack([everything[index] for index in batch["index"].tolist()]))
             assert torch.equal(batch["features"], expected)
         assert shown.keys() <= everything.keys()
-        for one, two in zip(batches, epoch(again, number), strict=True):
-            assert torch.equal(one["features"], two["features"])
+        for batch, repeated in zip(batches, epoch(again, number), strict=True):
+            assert torch.equal(batch["features"], repeated["features"])
     assert data.store.encoded == 11 * views and again.store.encoded == 0
     assert not torch.equal(epoch(other)[0]["features"], epoch(data)[0]["features"])
     assert "features" in next(iter(data.test_dataloader()))
 
 
-def spoil(task: FewShotTask, part: str, *positions: int) -> set[str]:
-    """Cut an image short, and remove every second one."""
-    samples = getattr(task, part)
+def spoil(task: FewShotTask, split: str, *positions: int) -> set[str]:
+    """Truncate the images at ``positions``, and remove every second of them."""
+    samples = getattr(task, split)
     for number, position in enumerate(positions):
         path = Path(samples[position].source.path)
         path.unlink() if number % 2 else path.write_bytes(path.read_bytes()[:60])
@@ -217,7 +217,7 @@ def test_skipping(how: str, task: FewShotTask, preprocess: Any, tmp_path: Path) 
         settings |= {"encode": encode, "fingerprint": "f", "transform": "center" if how == "center" else "random"}
         settings |= {"cached_views": 2 if how == "cached views" else 0}
     data = FewShotData(task, preprocess, batch_size=9, **settings)
-    with pytest.warns(UserWarning, match="left out: 6 .*on_bad_image"), tally() as counts:
+    with pytest.warns(UserWarning, match="skipped: 6 .*on_bad_image"), tally() as counts:
         for number in range(2):
             (batch,) = epoch(data, number)
             assert sorted(batch["index"].tolist()) == [0, 1, 2, 4, 5, 6, 7, 9, 10]
@@ -230,7 +230,7 @@ def test_skipping(how: str, task: FewShotTask, preprocess: Any, tmp_path: Path) 
     assert (skipped["train"], skipped["val"], skipped["test"]) == (2, 0, 4) and set(skipped["ids"]) == bad
 
 
-def test_skipping_gives_readable_images_the_views_they_have_anyway(task: FewShotTask, preprocess: Any) -> None:
+def test_skipping_does_not_change_the_readable_images(task: FewShotTask, preprocess: Any) -> None:
     whole = images_by_index(epoch(FewShotData(task, preprocess, batch_size=11), 2))
     spoil(task, "train", 3)
     rest = images_by_index(epoch(FewShotData(task, preprocess, batch_size=10, on_bad_image="skip"), 2))
@@ -241,19 +241,17 @@ def test_skipping_gives_readable_images_the_views_they_have_anyway(task: FewShot
 def test_two_processes_that_skip_see_the_batches_of_one(task: FewShotTask, preprocess: Any) -> None:
     spoil(task, "train", 3, 8, 9)
     (whole,) = epoch(FewShotData(task, preprocess, batch_size=10, on_bad_image="skip"), 2)
-    parts = []
+    batches = []
     for rank in range(2):
         data = World(task, preprocess, batch_size=10, on_bad_image="skip")
         data.rank, data.world = rank, 2
-        parts += epoch(data, 2)
-    assert len(whole["index"]) == 8 and [len(part["index"]) for part in parts] == [4, 4]
-    assert torch.equal(torch.cat([part["images"] for part in parts]), whole["images"])
-    assert [float(part["scale"]) for part in parts] == [1.0, 1.0]
+        batches += epoch(data, 2)
+    assert len(whole["index"]) == 8 and [len(batch["index"]) for batch in batches] == [4, 4]
+    assert torch.equal(torch.cat([batch["images"] for batch in batches]), whole["images"])
+    assert [float(batch["scale"]) for batch in batches] == [1.0, 1.0]
 
 
-def test_features_of_a_run_that_skipped_are_an_error_to_one_that_does_not(
-    task: FewShotTask, preprocess: Any, tmp_path: Path
-) -> None:
+def test_skipped_features_raise_without_skip(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
     good = Path(task.test[2].source.path).read_bytes()  # type: ignore[attr-defined]
     spoil(task, "test", 2)
 
@@ -281,34 +279,34 @@ def test_nothing_readable(task: FewShotTask, preprocess: Any, tmp_path: Path) ->
 
 
 def test_multi_label_tasks_have_rows_of_ones_and_zeros(task: FewShotTask, preprocess: Any) -> None:
-    several: tuple[Any, ...] = ((0,), (0, 1), ())
-    train = [dataclasses.replace(one, label=several[n % 3]) for n, one in enumerate(task.train)]
+    labels: tuple[Any, ...] = ((0,), (0, 1), ())
+    train = [dataclasses.replace(sample, label=labels[n % 3]) for n, sample in enumerate(task.train)]
 
-    class Several(FewShotTask):
+    class MultiLabel(FewShotTask):
         multilabel = True  # type: ignore[assignment]
 
-    fields = {one.name: getattr(task, one.name) for one in dataclasses.fields(task)}
-    (batch,) = epoch(FewShotData(Several(**{**fields, "train": train}), preprocess, batch_size=11))
+    fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
+    (batch,) = epoch(FewShotData(MultiLabel(**{**fields, "train": train}), preprocess, batch_size=11))
     rows = {0: [1.0, 0.0], 1: [1.0, 1.0], 2: [0.0, 0.0]}
     assert batch["labels"].dtype == torch.float32
     assert batch["labels"].tolist() == [rows[index % 3] for index in batch["index"].tolist()]
 
 
-class Kinds(pl.LightningModule):
-    """Writes down what travels to the device, and what the step is given."""
+class BatchRecorder(pl.LightningModule):
+    """Records the dtypes of transferred batches, and the images of each step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.travelled: list[torch.dtype] = []
-        self.given: list[torch.Tensor] = []
+        self.transferred: list[torch.dtype] = []
+        self.images: list[torch.Tensor] = []
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        self.travelled.append(batch["images"].dtype)
+        self.transferred.append(batch["images"].dtype)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
-        self.given.append(batch["images"])
+        self.images.append(batch["images"])
         return self.weight.sum()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -316,20 +314,20 @@ class Kinds(pl.LightningModule):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_trainer_moves_bytes_and_normalises_after(task: FewShotTask, preprocess: Any) -> None:
-    data, module = FewShotData(task, preprocess, batch_size=4), Kinds()
+def test_a_trainer_transfers_uint8_and_normalises_afterwards(task: FewShotTask, preprocess: Any) -> None:
+    data, module = FewShotData(task, preprocess, batch_size=4), BatchRecorder()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = pl.Trainer(accelerator="cpu", max_epochs=2, enable_model_summary=False, **quiet)  # type: ignore[arg-type]
     trainer.fit(module, datamodule=data)
-    assert set(module.travelled) == {torch.uint8}
+    assert set(module.transferred) == {torch.uint8}
     plain = FewShotData(task, preprocess, batch_size=4)
     expected = [batch["images"] for number in range(2) for batch in epoch(plain, number)]
-    assert len(module.given) == 4 and all(map(torch.equal, module.given, expected))
-    # Once the Trainer is done, batches are finished where they are read.
+    assert len(module.images) == 4 and all(map(torch.equal, module.images, expected))
+    # Without a running Trainer, the loader normalises batches.
     assert torch.equal(epoch(data)[0]["images"], expected[0])
 
 
-def test_test_images_are_not_kept(task: FewShotTask, preprocess: Any) -> None:
+def test_test_images_are_not_cached(task: FewShotTask, preprocess: Any) -> None:
     data = FewShotData(task, preprocess, batch_size=11)
     for loader, kept in ((data.train_dataloader(), 11), (data.val_dataloader(), 3), (data.test_dataloader(), 0)):
         assert len(list(loader)) > 0
@@ -341,7 +339,7 @@ def test_no_validation_images(task: FewShotTask, preprocess: Any) -> None:
 
 
 class Recorder(pl.LightningModule):
-    """Writes down the indices that a rank is given."""
+    """Records the indices of the batches of a rank."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -394,7 +392,7 @@ def test_lightning_on_two_processes(
 ) -> None:
     task = dataclasses.replace(task, test=task.test[:tests])
     ids = sorted(spoil(task, "train", *bad)) + sorted(spoil(task, "test", *bad))
-    one = _fit_and_test(task, preprocess, batch_size, 1)
+    single = _fit_and_test(task, preprocess, batch_size, 1)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -407,11 +405,11 @@ def test_lightning_on_two_processes(
     seen = dict(results.get(timeout=120) for _ in workers)
     for worker in workers:
         worker.join(30)
-    for step, (number, indices) in enumerate(one["train"]):
+    for step, (number, indices) in enumerate(single["train"]):
         assert seen[0]["train"][step][0] == seen[1]["train"][step][0] == number
         assert seen[0]["train"][step][1] + seen[1]["train"][step][1] == indices
-    assert len(seen[0]["train"]) == len(seen[1]["train"]) == len(one["train"])
+    assert len(seen[0]["train"]) == len(seen[1]["train"]) == len(single["train"])
     readable = [position for position in range(tests) if position not in bad]
-    assert sorted(seen[0]["test"] + seen[1]["test"]) == sorted(one["test"]) == readable
+    assert sorted(seen[0]["test"] + seen[1]["test"]) == sorted(single["test"]) == readable
     skipped = {"train": len(bad), "val": 0, "test": len(bad), "ids": ids}
-    assert seen[0]["facts"] == seen[1]["facts"] == one["facts"] == [{"encoded": 0, "skipped": skipped}]
+    assert seen[0]["facts"] == seen[1]["facts"] == single["facts"] == [{"encoded": 0, "skipped": skipped}]

@@ -1,4 +1,4 @@
-"""Kept pictures: the pixels that torchvision's own transforms give, decoded once, in memory that workers share."""
+"""The pixel cache: torchvision's pixels, decoded once, in memory that workers share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision import transforms
 
 from vlprompt._random import derived_seed
-from vlprompt.data import test_transform as clip_view
+from vlprompt.data import test_transform as clip_transform
 from vlprompt.data import train_transform
 from vlprompt.data.batches import ImageBatches, automatic_workers, labels_of, make_loader
 from vlprompt.data.pixel_cache import PixelCache, _free_memory
@@ -27,7 +27,7 @@ SIZES = [(40, 30), (7, 5), (1, 1), (16, 16), (3, 200), (900, 40), (1200, 900)]
 
 
 def reference(preprocess: Any) -> Any:
-    """CoOp's training view, as its code writes it."""
+    """CoOp's training transform, as in its code."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(
@@ -41,16 +41,16 @@ def reference(preprocess: Any) -> Any:
 
 
 def samples(folder: Path, mode: str = "RGB") -> list[Sample]:
-    found = []
+    written = []
     for number, (width, height) in enumerate(SIZES):
         rng = np.random.default_rng(number)
-        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         path = folder / f"{mode}{number}.png"
         if mode == "RGBA":
-            picture.putalpha(Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8)))
-        (picture if mode == "RGBA" else picture.convert(mode)).save(path)
-        found.append(Sample(path.name, 0, FileSource(str(path))))
-    return found
+            image.putalpha(Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8)))
+        (image if mode == "RGBA" else image.convert(mode)).save(path)
+        written.append(Sample(path.name, 0, FileSource(str(path))))
+    return written
 
 
 def decoded(sample: Sample) -> Image.Image:
@@ -65,7 +65,7 @@ def drawn(images: ImageBatches, epoch: int) -> torch.Tensor:
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_random_views_of_kept_pixels_are_torchvisions(
+def test_random_transforms_of_cached_images_match_torchvision(
     workers: int, mode: str, interpolation: str, tmp_path: Path, preprocess: Any
 ) -> None:
     weights = dataclasses.replace(preprocess, interpolation=interpolation)
@@ -80,23 +80,21 @@ def test_random_views_of_kept_pixels_are_torchvisions(
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])
 @pytest.mark.parametrize("mode", ["RGB", "P"])
-def test_center_views_of_kept_pixels_are_those_of_the_image(
-    mode: str, resize_mode: str, tmp_path: Path, preprocess: Any
-) -> None:
+def test_cached_center_pixels_match_the_image(mode: str, resize_mode: str, tmp_path: Path, preprocess: Any) -> None:
     weights = dataclasses.replace(preprocess, resize_mode=resize_mode)
-    # A line of pixels has no shorter side that could be scaled to the input's without its longer side growing absurd.
-    cache = PixelCache(samples(tmp_path, mode)[:4], clip_view(weights), 10**7)
+    # An image of one pixel in height cannot be scaled to the input size without a huge width.
+    cache = PixelCache(samples(tmp_path, mode)[:4], clip_transform(weights), 10**7)
     images = ImageBatches(cache, torch.zeros(4))
     ends = transforms.Compose([transforms.ToTensor(), transforms.Normalize(weights.mean, weights.std)])
     for _ in range(2):
         for image, sample in zip(drawn(images, 0), cache.samples, strict=True):
-            pixels = clip_view(weights).pixels(decoded(sample)).transpose(1, 2, 0)
+            pixels = clip_transform(weights).pixels(decoded(sample)).transpose(1, 2, 0)
             assert torch.equal(image, ends(Image.fromarray(pixels)))
     assert cache.kept() == 4
 
 
 class Counted(FileSource):
-    """A file that writes down that it was opened."""
+    """A file that logs every open."""
 
     def open(self) -> Any:
         with open(Path(self.path).parent / "log", "a") as file:
@@ -116,14 +114,14 @@ def counted(tmp_path: Path, paint: Callable[..., Path]) -> list[Sample]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["random", "center"])
-def test_each_picture_is_decoded_once(
+def test_each_image_is_decoded_once(
     kind: str, workers: int, counted: list[Sample], tmp_path: Path, preprocess: Any
 ) -> None:
     cache = PixelCache(counted, Transform(preprocess, kind), 10**6, workers)
     images = ImageBatches(cache, torch.zeros(9), seed=1 if kind == "random" else None)
     keys = [(0, index) for index in range(9)]
     first = [batch["images"] for batch in make_loader(images, keys, 2, workers)]
-    again = [batch["images"] for batch in make_loader(images, keys[::-1], 2, workers)]  # others decode which by now
+    again = [batch["images"] for batch in make_loader(images, keys[::-1], 2, workers)]  # other workers read them now
     assert torch.equal(torch.cat(first), torch.cat(again).flip(0))
     lines = opened(tmp_path)
     assert len(lines) == 9 == len({line.split()[1] for line in lines})
@@ -131,16 +129,16 @@ def test_each_picture_is_decoded_once(
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(0, 0), (767, 0), (768 * 4 + 5, 4), (10**5, 9)])
-def test_what_does_not_fit_is_decoded_again(
+def test_images_that_do_not_fit_are_decoded_again(
     keep: int, kept: int, counted: list[Sample], tmp_path: Path, preprocess: Any
 ) -> None:
-    cache = PixelCache(counted, clip_view(preprocess), keep)
+    cache = PixelCache(counted, clip_transform(preprocess), keep)
     images = ImageBatches(cache, torch.zeros(9))
     assert torch.equal(drawn(images, 0), drawn(images, 0))
     assert cache.kept() == kept and len(opened(tmp_path)) == 18 - kept
 
 
-def test_memory_that_is_promised_is_not_taken(counted: list[Sample], preprocess: Any) -> None:
+def test_reserved_memory_is_not_allocated(counted: list[Sample], preprocess: Any) -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("memory is read from /proc")
 
@@ -154,11 +152,11 @@ def test_memory_that_is_promised_is_not_taken(counted: list[Sample], preprocess:
     assert cache.kept() == 1 and resident() - before < 2**24
 
 
-def test_without_memory_nothing_is_kept(
+def test_without_memory_nothing_is_cached(
     counted: list[Sample], preprocess: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vlprompt.data.pixel_cache._free_memory", lambda: 100)
-    cache = PixelCache(counted, clip_view(preprocess), 10**6)
+    cache = PixelCache(counted, clip_transform(preprocess), 10**6)
     cache.pixels(0)
     assert cache.kept() == 0
 
@@ -167,32 +165,32 @@ def test_without_memory_nothing_is_kept(
 
     monkeypatch.setattr("vlprompt.data.pixel_cache._free_memory", lambda: 10**9)
     monkeypatch.setattr("vlprompt.data.pixel_cache.mmap.mmap", refuse)
-    cache = PixelCache(counted, clip_view(preprocess), 10**6, 2)
+    cache = PixelCache(counted, clip_transform(preprocess), 10**6, 2)
     assert cache.pixels(0).shape == (3, 16, 16) and cache.kept() == 0
 
 
-def test_free_memory_is_a_number_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_is_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 2**20 < _free_memory() < 2**50
     monkeypatch.setattr(Path, "is_file", lambda _: False)
     assert 2**20 < _free_memory() < 2**50
 
 
-def test_a_copy_for_a_spawned_worker_keeps_nothing(counted: list[Sample], preprocess: Any) -> None:
-    cache = PixelCache(counted, clip_view(preprocess), 10**6)
+def test_a_copy_for_a_spawned_worker_caches_nothing(counted: list[Sample], preprocess: Any) -> None:
+    cache = PixelCache(counted, clip_transform(preprocess), 10**6)
     expected = cache.pixels(0)
-    twin = copy.copy(cache)  # by what a pickle for a worker would hold
+    twin = copy.copy(cache)  # copies the state that a pickle for a worker has
     assert np.array_equal(twin.pixels(0), expected) and (cache.kept(), twin.kept()) == (1, 0)
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 16, 16), (0, 3, 16, 16)])
 def test_finishing_a_batch_is_to_tensor_and_normalize(shape: tuple[int, ...], preprocess: Any) -> None:
-    view = Transform(dataclasses.replace(preprocess, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28)), "center")
+    transform = Transform(dataclasses.replace(preprocess, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28)), "center")
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8)
-    got = view.finish(pixels)
+    got = transform.finish(pixels)
     assert got.dtype == torch.float32 and got.shape == shape and got.is_contiguous()
-    ends = transforms.Compose([transforms.ToTensor(), transforms.Normalize(view.mean, view.std)])
-    for image, one in zip(got, pixels, strict=True):
-        assert torch.equal(image, ends(Image.fromarray(one.permute(1, 2, 0).numpy())))
+    ends = transforms.Compose([transforms.ToTensor(), transforms.Normalize(transform.mean, transform.std)])
+    for image, raw in zip(got, pixels, strict=True):
+        assert torch.equal(image, ends(Image.fromarray(raw.permute(1, 2, 0).numpy())))
 
 
 def test_automatic_workers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,8 +203,8 @@ def test_automatic_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_labels() -> None:
-    several: Any = [Sample("a", label, FileSource("a")) for label in ((0, 2), (), 1)]  # type: ignore[arg-type]
-    assert labels_of(several, 3, True).tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
-    assert labels_of(several, 3, True).dtype == torch.float32
-    one = labels_of([Sample("a", label, FileSource("a")) for label in (2, 0)], 3, False)
-    assert one.tolist() == [2, 0] and one.dtype == torch.int64
+    multi: Any = [Sample("a", label, FileSource("a")) for label in ((0, 2), (), 1)]  # type: ignore[arg-type]
+    assert labels_of(multi, 3, True).tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    assert labels_of(multi, 3, True).dtype == torch.float32
+    single = labels_of([Sample("a", label, FileSource("a")) for label in (2, 0)], 3, False)
+    assert single.tolist() == [2, 0] and single.dtype == torch.int64

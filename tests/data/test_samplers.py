@@ -1,4 +1,4 @@
-"""Samplers: the batches of W processes are those of one, and evaluation loses and repeats nothing."""
+"""Samplers: W processes share the batches of one process; evaluation covers every image exactly once."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_evaluation_covers_every_index_once(length: int, world: int) -> None:
 
 @pytest.mark.parametrize(("length", "world"), [(7, 2), (2465, 2), (2465, 4), (1, 3), (3, 8)])
 def test_odd_and_tiny_evaluation_sets(length: int, world: int) -> None:
-    parts = [[index for _, index in EvalSampler(length, rank=rank, world_size=world)] for rank in range(world)]
-    assert sorted(sum(parts, [])) == list(range(length))
+    indices = [[index for _, index in EvalSampler(length, rank=rank, world_size=world)] for rank in range(world)]
+    assert sorted(sum(indices, [])) == list(range(length))
 
 
 @given(st.integers(1, 70), st.integers(1, 5), st.integers(1, 6), st.integers(0, 9), st.integers(0, 4))
@@ -40,22 +40,22 @@ def test_processes_share_the_batches_of_one(length: int, share: int, world: int,
     batch = share * world
     if length < world:
         return
-    one = TrainSampler(length, batch, seed=seed)
-    many = [TrainSampler(length, batch, seed=seed, rank=rank, world_size=world) for rank in range(world)]
-    for sampler in (one, *many):
+    single = TrainSampler(length, batch, seed=seed)
+    ranks = [TrainSampler(length, batch, seed=seed, rank=rank, world_size=world) for rank in range(world)]
+    for sampler in (single, *ranks):
         sampler.set_epoch(epoch)
-    whole, parts = batches(one), [batches(sampler) for sampler in many]
-    assert {len(part) for part in parts} == {len(whole)} == {max(1, length // batch)}
+    whole, shares = batches(single), [batches(sampler) for sampler in ranks]
+    assert {len(steps) for steps in shares} == {len(whole)} == {max(1, length // batch)}
     for step, expected in enumerate(whole):
-        assert sum((part[step] for part in parts), []) == expected
+        assert sum((steps[step] for steps in shares), []) == expected
         assert len(expected) == min(batch, length)
-        assert all(part[step] for part in parts)
+        assert all(steps[step] for steps in shares)
         # the mean over ranks of scale * local mean is the global mean
-        scales = [sampler.scale() for sampler in many]
+        scales = [sampler.scale() for sampler in ranks]
         mean = (
             sum(
-                scale * sum(i for _, i in part[step]) / len(part[step])
-                for scale, part in zip(scales, parts, strict=True)
+                scale * sum(i for _, i in steps[step]) / len(steps[step])
+                for scale, steps in zip(scales, shares, strict=True)
             )
             / world
         )
@@ -81,8 +81,8 @@ def test_the_order_is_frozen() -> None:
 FROZEN = [0, 2, 3, 4, 5, 1]
 
 
-def test_lightning_leaves_them_alone() -> None:
-    # Lightning replaces every sampler that is not a DistributedSampler, by one that pads.
+def test_lightning_does_not_replace_them() -> None:
+    # Lightning replaces every sampler that is not a DistributedSampler by one that pads.
     assert isinstance(TrainSampler(4, 2, seed=0), DistributedSampler)
     assert isinstance(EvalSampler(4), DistributedSampler)
 

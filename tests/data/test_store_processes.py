@@ -1,4 +1,4 @@
-"""The feature store among processes: one computes, all get it; a killed writer leaves nothing bad; prune."""
+"""The feature store with several processes: computed once; killed writers; pruning."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vlprompt.data.features import lock_of, read_entry
 KEY = {"dataset": "toy", "n": 3}
 
 
-def _ask(folder: str, log: str, start: Any, results: Any) -> None:
+def _read(folder: str, log: str, start: Any, results: Any) -> None:
     def compute() -> torch.Tensor:
         with open(log, "a") as file:
             file.write("computed\n")
@@ -36,23 +36,23 @@ def _ask(folder: str, log: str, start: Any, results: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["processes", "threads"])
-def test_who_asks_at_once_computes_once(kind: str, tmp_path: Path) -> None:
+def test_concurrent_readers_compute_once(kind: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
     context: Any = multiprocessing.get_context("fork")
     start, results = context.Barrier(3), context.Queue()
     make: Any = context.Process if kind == "processes" else threading.Thread
     if kind == "threads":
         start = threading.Barrier(3)
-    askers = [make(target=_ask, args=(str(tmp_path / "store"), str(log), start, results)) for _ in range(3)]
-    for asker in askers:
-        asker.start()
-    assert [results.get(timeout=60) for _ in askers] == [True] * 3
-    for asker in askers:
-        asker.join(30)
+    readers = [make(target=_read, args=(str(tmp_path / "store"), str(log), start, results)) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    assert [results.get(timeout=60) for _ in readers] == [True] * 3
+    for reader in readers:
+        reader.join(30)
     assert log.read_text() == "computed\n"
 
 
-def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
+def test_every_flipped_byte_is_detected(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path)
     store.get(KEY, lambda: torch.arange(6.0).view(2, 3))
     path, data = store.path(KEY), store.path(KEY).read_bytes()
@@ -89,7 +89,7 @@ FeatureStore(sys.argv[1]).get({"dataset": "toy", "n": 3}, lambda: torch.ones(4, 
 
 @pytest.fixture
 def killed(tmp_path: Path) -> FeatureStore:
-    """A store whose writer was killed in the middle of writing."""
+    """A store whose writer was killed while writing."""
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path.suffix for path in tmp_path.glob(".writing-*")] == [".tmp"]
@@ -104,19 +104,19 @@ def test_killed_while_writing(killed: FeatureStore) -> None:
     assert list(killed.folder.glob(".writing-*")) == [] and killed.encoded == 4
 
 
-def test_prune_removes_leftovers_but_not_those_of_a_living_writer(killed: FeatureStore) -> None:
+def test_prune_removes_leftovers_except_those_of_a_running_writer(killed: FeatureStore) -> None:
     with FileLock(lock_of(killed.path(KEY))):
         assert prune(killed.folder) == ([], [])
-    gone, stay = prune(killed.folder)
-    assert [entry.why for entry in gone] == ["left by a writer that was killed"] and stay == []
-    remove(killed.folder, gone)
+    removed, kept = prune(killed.folder)
+    assert [entry.why for entry in removed] == ["left by a writer that was killed"] and kept == []
+    remove(killed.folder, removed)
     assert [path.name for path in killed.folder.iterdir()] == [".locks"]
     assert list((killed.folder / ".locks").iterdir()) == []
 
 
 @pytest.fixture
 def filled(tmp_path: Path) -> FeatureStore:
-    """A store with entries 0, 1, 2 that were last used 30, 20 and 10 days ago."""
+    """A store with entries 0, 1, 2, last used 30, 20 and 10 days ago."""
     store = FeatureStore(tmp_path)
     for number in range(3):
         store.get({"n": number}, lambda: torch.ones(10, 8))
@@ -125,26 +125,26 @@ def filled(tmp_path: Path) -> FeatureStore:
     return store
 
 
-def numbers(found: list[Any]) -> list[int]:
-    return [entry.key["n"] for entry in found]
+def numbers(listed: list[Any]) -> list[int]:
+    return [entry.key["n"] for entry in listed]
 
 
 def test_entries(filled: FeatureStore) -> None:
-    found = entries(filled.folder)
-    assert numbers(found) == [2, 1, 0]
-    assert {entry.shape for entry in found} == {(10, 8)} and not any(entry.why for entry in found)
+    listed = entries(filled.folder)
+    assert numbers(listed) == [2, 1, 0]
+    assert {entry.shape for entry in listed} == {(10, 8)} and not any(entry.why for entry in listed)
     assert entries(filled.folder / "nowhere") == []
 
 
 def test_prune_by_age(filled: FeatureStore) -> None:
-    gone, stay = prune(filled.folder, older_than=15)
-    assert (numbers(gone), numbers(stay)) == ([1, 0], [2])
-    assert len(entries(filled.folder)) == 3, "choosing removes nothing"
-    remove(filled.folder, gone)
+    removed, kept = prune(filled.folder, older_than=15)
+    assert (numbers(removed), numbers(kept)) == ([1, 0], [2])
+    assert len(entries(filled.folder)) == 3, "prune only chooses"
+    remove(filled.folder, removed)
     assert numbers(entries(filled.folder)) == [2]
 
 
-def test_a_use_counts_and_a_look_does_not(filled: FeatureStore) -> None:
+def test_reading_counts_as_use_and_listing_does_not(filled: FeatureStore) -> None:
     filled.get({"n": 0}, lambda: pytest.fail("computed again"))
     prune(filled.folder)
     assert numbers(entries(filled.folder)) == [0, 2, 1]
@@ -159,7 +159,7 @@ def test_prune_by_size_keeps_the_last_used(filled: FeatureStore) -> None:
     assert numbers(prune(filled.folder, everything=True)[0]) == [2, 1, 0]
 
 
-def test_prune_touches_nothing_of_others(filled: FeatureStore) -> None:
+def test_prune_ignores_other_files(filled: FeatureStore) -> None:
     folder = filled.folder
     others = [folder / "notes.txt", folder / "model.safetensors", folder / f"{'g' * 64}.safetensors", folder / "x.tmp"]
     for other in others:
@@ -181,8 +181,8 @@ def test_prune_removes_damaged_entries(filled: FeatureStore) -> None:
     data = path.read_bytes()
     path.unlink()
     path.write_bytes(data[:-1] + b"!")
-    gone, stay = prune(filled.folder)
-    assert [(entry.key["n"], entry.why) for entry in gone] == [(1, "damaged")] and numbers(stay) == [2, 0]
+    removed, kept = prune(filled.folder)
+    assert [(entry.key["n"], entry.why) for entry in removed] == [(1, "damaged")] and numbers(kept) == [2, 0]
     path.unlink()
     path.write_bytes(b"not safetensors")
     assert [entry.why for entry in prune(filled.folder)[0]] == ["damaged"]

@@ -70,7 +70,7 @@ def test_a_run_that_skips_says_so(data: dict[str, Any], pictures: Path) -> None:
         path.write_bytes(path.read_bytes()[:70])
     with pytest.raises(DataError, match="(cat/1|owl/2).png cannot be decoded"):
         run(config(pictures, "runs", **data))
-    with pytest.warns(UserWarning, match="left out: 2"):
+    with pytest.warns(UserWarning, match="skipped: 2"):
         done = run(config(pictures, "runs", on_bad_image="skip", **data))
     skipped = done.results["images"]["skipped"]
     assert (skipped["train"], skipped["test"]) == (1, 1)

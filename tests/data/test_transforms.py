@@ -1,4 +1,4 @@
-"""The views against the recipe of datasets.md section 4, written out by hand."""
+"""Image transforms against their recipes, written out by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from vlprompt.data import describe_transform, train_transform
-from vlprompt.data import test_transform as clip_view
+from vlprompt.data import test_transform as clip_transform
 from vlprompt.data.transforms import Transform, check_kind
 from vlprompt.errors import ConfigError
 
@@ -26,33 +26,33 @@ def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 @pytest.mark.parametrize("size", [(32, 32), (50, 33), (33, 50), (20, 90), (7, 5), (301, 128)])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_the_test_view_is_clips(size: tuple[int, int], mode: str) -> None:
-    picture, side = noise(*size, mode), Preprocess.size
-    width, height = picture.size
+def test_the_test_transform_is_clips(size: tuple[int, int], mode: str) -> None:
+    image, side = noise(*size, mode), Preprocess.size
+    width, height = image.size
     short = min(width, height)
     new = (side, int(side * height / width)) if width == short else (int(side * width / height), side)
-    resized = picture.resize(new, Image.Resampling.BICUBIC)
+    resized = image.resize(new, Image.Resampling.BICUBIC)
     left, top = round((new[0] - side) / 2), round((new[1] - side) / 2)
     pixels = np.asarray(resized.crop((left, top, left + side, top + side)), dtype=np.float32) / 255
     mean, std = np.float32(Preprocess.mean), np.float32(Preprocess.std)
     expected = torch.from_numpy(((pixels - mean) / std).transpose(2, 0, 1).copy())
-    got = clip_view(Preprocess())(picture)
+    got = clip_transform(Preprocess())(image)
     assert got.shape == (3, side, side) and got.dtype == torch.float32
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
-def test_random_view_uses_the_cpu_generator() -> None:
-    view, picture = train_transform(Preprocess(), "random"), noise(64, 48)
+def test_the_random_transform_uses_the_cpu_generator() -> None:
+    transform, image = train_transform(Preprocess(), "random"), noise(64, 48)
     torch.manual_seed(3)
-    first, second = view(picture), view(picture)
+    first, second = transform(image), transform(image)
     torch.manual_seed(3)
-    assert torch.equal(view(picture), first) and not torch.equal(first, second)
+    assert torch.equal(transform(image), first) and not torch.equal(first, second)
     assert first.shape == (3, 32, 32)
 
 
-def test_center_view_is_the_test_view() -> None:
-    picture = noise(40, 60)
-    assert torch.equal(train_transform(Preprocess(), "center")(picture), clip_view(Preprocess())(picture))
+def test_the_center_transform_is_the_test_transform() -> None:
+    image = noise(40, 60)
+    assert torch.equal(train_transform(Preprocess(), "center")(image), clip_transform(Preprocess())(image))
 
 
 @pytest.mark.parametrize("mode", ["shortest", "squash", "longest"])
@@ -62,7 +62,8 @@ def test_every_resize_mode_is_open_clips(mode: str, size: tuple[int, int]) -> No
         resize_mode = mode
 
     config = PreprocessCfg(32, mean=Preprocess.mean, std=Preprocess.std, interpolation="bicubic", resize_mode=mode)
-    assert torch.equal(clip_view(Weights())(noise(*size)), image_transform_v2(config, is_train=False)(noise(*size)))
+    expected = image_transform_v2(config, is_train=False)(noise(*size))
+    assert torch.equal(clip_transform(Weights())(noise(*size)), expected)
 
 
 def test_refused() -> None:
@@ -73,10 +74,10 @@ def test_refused() -> None:
         interpolation = "bicubical"
 
     with pytest.raises(ConfigError, match="'bicubical'. Did you mean 'bicubic'"):
-        clip_view(Odd())
+        clip_transform(Odd())
 
 
-def test_descriptions_tell_views_apart() -> None:
+def test_descriptions_differ_between_transforms() -> None:
     class Larger(Preprocess):
         size = 48
 
@@ -90,17 +91,17 @@ def test_descriptions_tell_views_apart() -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
 @pytest.mark.parametrize("size", [(300, 200), (40, 60), (17, 900)])
-def test_the_tensor_view_takes_the_same_crops_and_nearly_the_same_pixels(mode: str, size: tuple[int, int]) -> None:
+def test_random_tensor_takes_the_same_crops_with_nearly_equal_pixels(mode: str, size: tuple[int, int]) -> None:
     """Within 8 of 255 levels of Pillow's resize, and within half a level on average."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 255, (size[1] // 8 + 2, size[0] // 8 + 2, 3), dtype=np.uint8))
-    picture = coarse.resize(size, Image.Resampling.BICUBIC).convert(mode).convert("RGB")
+    image = coarse.resize(size, Image.Resampling.BICUBIC).convert(mode).convert("RGB")
     exact, quick = Transform(Preprocess(), "random"), Transform(Preprocess(), "random-tensor")
     for seed in range(8):
         torch.manual_seed(seed)
-        expected = exact.pixels(picture).astype(int)
+        expected = exact.pixels(image).astype(int)
         after = torch.get_rng_state()
-        for source in (picture, np.asarray(picture)):
+        for source in (image, np.asarray(image)):
             torch.manual_seed(seed)
             got = quick.pixels(source).astype(int)
             assert torch.equal(torch.get_rng_state(), after)
@@ -109,8 +110,8 @@ def test_the_tensor_view_takes_the_same_crops_and_nearly_the_same_pixels(mode: s
 
 
 @pytest.mark.parametrize("kind", ["crop", "random-half"])
-def test_the_views_that_methods_ask_for_are_torchvisions(kind: str) -> None:
-    """TPT: torchvision's defaults, bilinear; Tip-Adapter: from half of the area on, bicubic."""
+def test_crop_and_random_half_match_torchvision(kind: str) -> None:
+    """TPT: torchvision's defaults, bilinear; Tip-Adapter: at least half of the area, bicubic."""
     from torchvision import transforms
     from torchvision.transforms import InterpolationMode
 
@@ -121,15 +122,15 @@ def test_the_views_that_methods_ask_for_are_torchvisions(kind: str) -> None:
     )
     normalise = transforms.Normalize(Preprocess.mean, Preprocess.std)
     whole = transforms.Compose([crop, transforms.RandomHorizontalFlip(0.5), transforms.ToTensor(), normalise])
-    view, picture = Transform(Preprocess(), kind), noise(70, 50)
+    transform, image = Transform(Preprocess(), kind), noise(70, 50)
     for seed in range(6):
         torch.manual_seed(seed)
-        expected = whole(picture)
+        expected = whole(image)
         torch.manual_seed(seed)
-        assert torch.equal(view(picture), expected)
+        assert torch.equal(transform(image), expected)
 
 
-def test_views_that_methods_ask_for_are_no_data_views() -> None:
+def test_view_kinds_are_refused_for_training_images() -> None:
     for kind in ("crop", "augmix"):
         assert Transform(Preprocess(), kind).kind == kind
         with pytest.raises(ConfigError, match=f"transform is '{kind}'"):

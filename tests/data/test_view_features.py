@@ -1,4 +1,4 @@
-"""Views of test images: what batches hold, that each view depends on its image alone, and what is computed once."""
+"""Views of test images: batches, independence of views, and stored features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from vlprompt.data import FewShotData, view_features
-from vlprompt.data.multi_view import Drawn, MultiViewImages
+from vlprompt.data.multi_view import MultiViewImages, RandomViews
 from vlprompt.data.tally import tally
 from vlprompt.data.transforms import Transform
 from vlprompt.datasets import FewShotTask, FileSource
@@ -26,7 +26,7 @@ def task(toy_task: Callable[..., FewShotTask]) -> FewShotTask:
 
 
 class Encoder:
-    """Counts the images that it encodes."""
+    """An encoder that counts images."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -37,17 +37,17 @@ class Encoder:
 
 
 class Bank:
-    """Gives flat pictures, whose colour is the image's position and the picture's number."""
+    """A bank of flat images, coloured by the source's position and the number."""
 
     recipe_id = "r1"
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int]] = []
 
-    def pictures(self, source: Any, count: int) -> list[Image.Image]:
+    def images(self, source: Any, count: int) -> list[Image.Image]:
         self.asked.append((Path(source.path).stem, count))
         number = int(Path(source.path).stem)
-        return [Image.new("RGB", (20, 30), (10 * number, 40 * made, 0)) for made in range(count)]
+        return [Image.new("RGB", (20, 30), (10 * number, 40 * index, 0)) for index in range(count)]
 
 
 def build(task: FewShotTask, preprocess: Any, folder: Path, encode: Any = None, **more: Any) -> FewShotData:
@@ -65,19 +65,19 @@ def test_batches_of_features(task: FewShotTask, preprocess: Any, tmp_path: Path)
     batches = list(data.test_dataloader())
     assert [tuple(batch["features"].shape) for batch in batches] == [(4, 6, 8), (3, 6, 8)]
     assert [batch["index"].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6]]
-    found = features(data)
-    assert torch.equal(found[:, 0], data.features("test")), "view 0 is the test view, to the bit"
-    assert torch.equal(found[:, 1:4], data.view_features("test", 3, "crop").transpose(0, 1))
+    views = features(data)
+    assert torch.equal(views[:, 0], data.features("test")), "view 0 is the test view, bit for bit"
+    assert torch.equal(views[:, 1:4], data.view_features("test", 3, "crop").transpose(0, 1))
     center = Transform(preprocess, "center")
     for number in range(7):
-        for made in range(2):
-            expected = center(Image.new("RGB", (20, 30), (10 * number, 40 * made, 0)))[None]
-            torch.testing.assert_close(found[number, 4 + made], Encoder()(expected)[0])
+        for index in range(2):
+            expected = center(Image.new("RGB", (20, 30), (10 * number, 40 * index, 0)))[None]
+            torch.testing.assert_close(views[number, 4 + index], Encoder()(expected)[0])
     assert torch.equal(next(iter(data.val_dataloader()))["features"], data.features("val"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("augmix", [False, True])
-def test_views_as_images_are_those_whose_features_are_kept(
+def test_views_as_images_match_the_stored_features(
     augmix: bool, task: FewShotTask, preprocess: Any, tmp_path: Path
 ) -> None:
     views: dict[str, Any] = {"test_views": TestViews(3, augmix, 1), "generated": Bank()}
@@ -86,14 +86,14 @@ def test_views_as_images_are_those_whose_features_are_kept(
     assert [tuple(batch["images"].shape) for batch in batches] == [(2, 5, 3, 16, 16)] * 3 + [(1, 5, 3, 16, 16)]
     images = torch.cat([batch["images"] for batch in batches])
     assert images.dtype == torch.float32
-    kept = features(build(task, preprocess, tmp_path, **views))
-    torch.testing.assert_close(Encoder()(images.flatten(0, 1)).unflatten(0, (7, 5)), kept, rtol=0, atol=1e-6)
+    stored = features(build(task, preprocess, tmp_path, **views))
+    torch.testing.assert_close(Encoder()(images.flatten(0, 1)).unflatten(0, (7, 5)), stored, rtol=0, atol=1e-6)
     plain = FewShotData(task, preprocess, views_as_images=True, workers=0, test_views=TestViews(0))
     center = torch.cat([batch["images"] for batch in plain.test_dataloader()])
     assert center.shape == (7, 1, 3, 16, 16) and torch.equal(center[:, 0], images[:, 0])
 
 
-def test_a_trainer_moves_bytes(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
+def test_a_trainer_transfers_uint8(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
     data = FewShotData(task, preprocess, views_as_images=True, workers=0, test_views=TestViews(2))
     loader = data.test_dataloader()
     raw = loader.dataset.__getitems__([(0, 1)])  # type: ignore[attr-defined]
@@ -102,7 +102,7 @@ def test_a_trainer_moves_bytes(task: FewShotTask, preprocess: Any, tmp_path: Pat
     assert torch.equal(finished, list(loader)[0]["images"][1:2])
 
 
-def test_a_view_depends_on_seed_image_and_number_alone(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
+def test_a_view_depends_on_seed_image_and_number_only(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
     whole = build(task, preprocess, tmp_path, seed=2).view_features("test", 4, "crop")
     turned = dataclasses.replace(task, test=task.test[::-1][:5])
     other = build(turned, preprocess, tmp_path / "other", seed=2, workers=2, test_batch_size=3)
@@ -114,8 +114,8 @@ def test_a_view_depends_on_seed_image_and_number_alone(task: FewShotTask, prepro
 def test_view_features(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
     data = build(task, preprocess, tmp_path)
     for split, number in (("train", 5), ("val", 3), ("test", 7)):
-        test_transform = data.view_features(split, 0, "center")
-        assert test_transform.shape == (1, number, 8) and torch.equal(test_transform[0], data.features(split))
+        test_view = data.view_features(split, 0, "center")
+        assert test_view.shape == (1, number, 8) and torch.equal(test_view[0], data.features(split))
         random, half = (data.view_features(split, 2, kind) for kind in ("random", "random-half"))
         assert random.shape == half.shape == (2, number, 8) and not torch.equal(random, half)
     with pytest.raises(ConfigError, match="-1 views"):
@@ -133,13 +133,13 @@ def test_view_features(task: FewShotTask, preprocess: Any, tmp_path: Path) -> No
 def test_computed_once_and_shared(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
     views: dict[str, Any] = {"test_views": TestViews(15, generated=1)}
     first, second = Encoder(), Encoder()
-    one = features(build(task, preprocess, tmp_path, first, generated=Bank(), **views))
-    assert first.images == 7 * (1 + 16 + 1), "16 crops, for those who want the test view and 15 and those who want 16"
+    fifteen = features(build(task, preprocess, tmp_path, first, generated=Bank(), **views))
+    assert first.images == 7 * (1 + 16 + 1), "16 crops, shared by methods that use 15 and methods that use 16"
     bank = Bank()
-    assert torch.equal(features(build(task, preprocess, tmp_path, second, generated=bank, **views)), one)
+    assert torch.equal(features(build(task, preprocess, tmp_path, second, generated=bank, **views)), fifteen)
     sixteen = features(build(task, preprocess, tmp_path, second, test_views=TestViews(16)))
     assert second.images == 0 and bank.asked == []
-    assert torch.equal(sixteen[:, :16], one[:, :16])
+    assert torch.equal(sixteen[:, :16], fifteen[:, :16])
     changed = Bank()
     changed.recipe_id = "r2"
     features(build(task, preprocess, tmp_path, second, generated=changed, **views))
@@ -159,7 +159,7 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_run_goes_on_at_its_block(
+def test_a_killed_run_resumes_at_its_block(
     task: FewShotTask, preprocess: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = build(task, preprocess, tmp_path / "whole").view_features("test", 3, "crop")
@@ -176,7 +176,7 @@ def test_a_killed_run_goes_on_at_its_block(
     encode = Encoder()
     data = build(task, preprocess, tmp_path, encode)
     assert torch.equal(data.view_features("test", 3, "crop"), expected)
-    assert encode.images == 3 * 3, "two blocks of two were kept"
+    assert encode.images == 3 * 3, "two blocks of two are stored"
     batches = list(build(task, preprocess, tmp_path, encode, test_views=TestViews(3)).test_dataloader())
     assert torch.equal(torch.cat([batch["features"] for batch in batches])[:, 1:], expected.transpose(0, 1))
 
@@ -206,19 +206,19 @@ def test_skipping(images: bool, task: FewShotTask, preprocess: Any, tmp_path: Pa
     whole = features(build(task, preprocess, tmp_path / "whole", test_views=TestViews(2)))
     for position in (0, 1, 5):
         Path(task.test[position].source.path).write_bytes(b"none")  # type: ignore[attr-defined]
-    views: dict[str, Any] = {"test_views": TestViews(2), "views_as_images": images}
-    data = build(task, preprocess, tmp_path, on_bad_image="skip", **views)
-    with pytest.warns(UserWarning, match="left out: 3 "), tally() as counts:
+    settings: dict[str, Any] = {"test_views": TestViews(2), "views_as_images": images}
+    data = build(task, preprocess, tmp_path, on_bad_image="skip", **settings)
+    with pytest.warns(UserWarning, match="skipped: 3 "), tally() as counts:
         batches = list(data.test_dataloader())
     assert [index for batch in batches for index in batch["index"].tolist()] == [2, 3, 4, 6]
     assert counts.facts()["skipped"]["test"] == 3
-    found = torch.cat([batch["images" if images else "features"] for batch in batches])
-    found = Encoder()(found.flatten(0, 1)).unflatten(0, (4, 3)) if images else found
-    torch.testing.assert_close(found, whole[[2, 3, 4, 6]], rtol=0, atol=1e-6)
+    views = torch.cat([batch["images" if images else "features"] for batch in batches])
+    views = Encoder()(views.flatten(0, 1)).unflatten(0, (4, 3)) if images else views
+    torch.testing.assert_close(views, whole[[2, 3, 4, 6]], rtol=0, atol=1e-6)
     assert data.unreadable("test") == (0, 1, 5)
     assert not data.view_features("test", 2, "crop")[:, [0, 1, 5]].any()
     with pytest.raises(DataError, match="0.png cannot be decoded"):
-        list(build(task, preprocess, tmp_path, **views).test_dataloader())
+        list(build(task, preprocess, tmp_path, **settings).test_dataloader())
 
 
 def test_a_block_without_a_readable_image(
@@ -238,23 +238,21 @@ def test_a_block_without_a_readable_image(
         build(dataclasses.replace(task, val=[]), preprocess, tmp_path).view_features("val", 2, "crop")
 
 
-def test_a_bank_without_an_images_pictures_is_an_error_to_a_run_that_skips(
-    task: FewShotTask, preprocess: Any, tmp_path: Path
-) -> None:
+def test_missing_generated_images_raise_even_with_skip(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
     class Empty(Bank):
-        def pictures(self, source: Any, count: int) -> list[Image.Image]:
-            raise DataError("no pictures of it")
+        def images(self, source: Any, count: int) -> list[Image.Image]:
+            raise DataError("no generated images")
 
     for images in (False, True):
         settings: dict[str, Any] = {"views_as_images": images, "on_bad_image": "skip", "generated": Empty()}
-        with pytest.raises(DataError, match="no pictures of it"):
+        with pytest.raises(DataError, match="no generated images"):
             list(build(task, preprocess, tmp_path, test_views=TestViews(0, generated=1), **settings).test_dataloader())
 
 
 def test_refused(task: FewShotTask, preprocess: Any) -> None:
     with pytest.raises(ConfigError, match="encode= or views_as_images=True"):
         FewShotData(task, preprocess, test_views=TestViews(2))
-    with pytest.raises(ConfigError, match="2 generated pictures: pass their bank"):
+    with pytest.raises(ConfigError, match="2 generated images: pass their bank"):
         FewShotData(task, preprocess, views_as_images=True, test_views=TestViews(1, generated=2))
 
 
@@ -265,29 +263,29 @@ def test_ranks_share_test_images(task: FewShotTask, preprocess: Any, tmp_path: P
         def _world(self) -> tuple[int, int]:
             return self.rank, 2
 
-    found: dict[int, torch.Tensor] = {}
+    features_of: dict[int, torch.Tensor] = {}
     for rank in range(2):
         settings: dict[str, Any] = {"encode": Encoder(), "fingerprint": "f", "features": tmp_path / "store"}
         data = World(task, preprocess, workers=0, test_views=TestViews(2), **settings)
         data.rank = rank
         for batch in data.test_dataloader():
-            found |= dict(zip(batch["index"].tolist(), batch["features"], strict=True))
+            features_of |= dict(zip(batch["index"].tolist(), batch["features"], strict=True))
     whole = features(build(task, preprocess, tmp_path, test_views=TestViews(2)))
-    assert torch.equal(torch.stack([found[index] for index in range(7)]), whole)
+    assert torch.equal(torch.stack([features_of[index] for index in range(7)]), whole)
 
 
 def test_more_views_than_a_batch(task: FewShotTask, preprocess: Any, tmp_path: Path) -> None:
-    """An encoder is never given many more images than a test batch has."""
+    """The encoder gets at most as many images as a test batch has."""
     sizes: list[int] = []
 
     def encode(images: torch.Tensor) -> torch.Tensor:
         sizes.append(len(images))
         return Encoder()(images)
 
-    found = build(task, preprocess, tmp_path, encode, test_batch_size=4).view_features("test", 9, "crop")
+    views = build(task, preprocess, tmp_path, encode, test_batch_size=4).view_features("test", 9, "crop")
     assert max(sizes) <= 4 and sum(sizes) == 63
-    images = MultiViewImages(task.test, [Drawn(preprocess, "crop", 9, 1)], torch.zeros(7))
+    images = MultiViewImages(task.test, [RandomViews(preprocess, "crop", 9, 1)], torch.zeros(7))
     before = torch.get_rng_state()
     raw = images.__getitems__([(0, 3)])["images"]
     assert torch.equal(torch.get_rng_state(), before)
-    torch.testing.assert_close(found[:, 3], Encoder()(Transform(preprocess, "crop").finish(raw[0])))
+    torch.testing.assert_close(views[:, 3], Encoder()(Transform(preprocess, "crop").finish(raw[0])))

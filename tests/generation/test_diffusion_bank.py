@@ -83,8 +83,8 @@ def test_filled_once(bank: DiffusionBank, samples: list[Sample]) -> None:
     assert second.batches == [] and (again.found, again.made) == (20, 0)
     assert fill(bank, second, samples, 7, 100).made == 8 and second.batches == [8]
     for sample in samples:
-        seven = pixels(bank.pictures(sample.source, 7))
-        assert len(set(seven)) == 7 and pixels(bank.pictures(sample.source, 5)) == seven[:5]
+        seven = pixels(bank.images(sample.source, 7))
+        assert len(set(seven)) == 7 and pixels(bank.images(sample.source, 5)) == seven[:5]
 
 
 def test_batches_do_not_change_pictures(bank: DiffusionBank, samples: list[Sample], tmp_path: Path) -> None:
@@ -101,13 +101,13 @@ def test_pictures_are_found_by_content(bank: DiffusionBank, samples: list[Sample
     source: Any = samples[0].source
     renamed = tmp_path / "elsewhere.bin"
     renamed.write_bytes(Path(source.path).read_bytes())
-    assert pixels(bank.pictures(FileSource(str(renamed)), 2)) == pixels(bank.pictures(source, 2))
+    assert pixels(bank.images(FileSource(str(renamed)), 2)) == pixels(bank.images(source, 2))
     twice = [*samples, Sample("copy.png", 1, FileSource(str(renamed)))]
     painter = Painter()
     filled = fill(bank, painter, twice, 2, 2)
     assert filled.images == 4 and painter.pictures == 6
     with pytest.raises(DataError, match=r"nowhere.png cannot be read"):
-        bank.pictures(FileSource(str(tmp_path / "nowhere.png")), 1)
+        bank.images(FileSource(str(tmp_path / "nowhere.png")), 1)
 
 
 def test_images_without_a_file_of_their_own(bank: DiffusionBank, samples: list[Sample], tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_images_without_a_file_of_their_own(bank: DiffusionBank, samples: list[S
         archive.write(source.path, "x/0.png")
     zipped = ZipSource(str(tmp_path / "a.zip"), "x/0.png")
     fill(bank, Painter(), [Sample("x/0.png", 0, zipped)], 2, 2)
-    assert len(bank.pictures(zipped, 2)) == 2
+    assert len(bank.images(zipped, 2)) == 2
     picture = zipped.open()
     assert picture.width != picture.height
 
@@ -151,8 +151,8 @@ def test_damage_is_found_and_remade(damage: str, bank: DiffusionBank, samples: l
     elif damage == "gone":
         path.unlink()
     with pytest.raises(DataError, match=r"(damaged or gone|0 of the 3 pictures of .*1.png).*vlprompt bank --bank"):
-        bank.pictures(samples[1].source, 3)
-    assert len(bank.pictures(samples[0].source, 3)) == 3
+        bank.images(samples[1].source, 3)
+    assert len(bank.images(samples[0].source, 3)) == 3
     painter = Painter()
     filled = fill(bank, painter, samples, 3, 4)
     lost = 3 if "record" in damage else 1
@@ -165,7 +165,7 @@ def test_damage_is_found_and_remade(damage: str, bank: DiffusionBank, samples: l
 def test_too_few_pictures_name_image_pipeline_and_command(bank: DiffusionBank, samples: list[Sample]) -> None:
     fill(bank, Painter(), samples[:1], 2, 2)
     with pytest.raises(DataError) as caught:
-        bank.pictures(samples[0].source, 63)
+        bank.images(samples[0].source, 63)
     text = str(caught.value)
     assert "has 2 of the 63 pictures of" in text and "0.png" in text
     assert f"vlprompt bank --bank {bank.folder.parent} --count 63 --pipeline p --data.name NAME" in text
@@ -221,7 +221,7 @@ def test_flagged_pictures_are_drawn_again(bank: DiffusionBank, samples: list[Sam
     painter = Painter(flagged=5)
     fill(bank, painter, samples[:1], 4, 4)
     assert painter.batches == [4, 4, 1], "all four, all four again, and the one of these that was flagged"
-    assert len(set(pixels(bank.pictures(samples[0].source, 4)))) == 4
+    assert len(set(pixels(bank.images(samples[0].source, 4)))) == 4
     with pytest.raises(DataError, match=r"flags every picture of 1.png .*--safety-checker off"):
         fill(bank, Painter(flagged=4 * ATTEMPTS + 4), samples[1:2], 4, 4)
 
@@ -270,7 +270,7 @@ def test_formats(kind: str, lossless: bool, samples: list[Sample], tmp_path: Pat
     fill(bank, Painter(), samples[:1], 1, 1)
     image = content_sha256(samples[0].source)
     assert bank.path(image, 0).suffix == f".{kind}" and bank.path(image, 0).is_file()
-    (found,) = bank.pictures(samples[0].source, 1)
+    (found,) = bank.images(samples[0].source, 1)
     (made,) = Painter().make([samples[0].source.open()], [bank.recipe.seed_of(image, 0)])
     assert made is not None and (found.tobytes() == made.tobytes()) is lossless
 

@@ -76,7 +76,7 @@ def test_made_resumed_and_mended(
     from vlprompt.datasets import FileSource
 
     sources = [FileSource(str(path)) for path in sorted((pictures / "test").rglob("*.png"))]
-    assert [len(bank.pictures(source, 2)) for source in sources] == [2] * 4
+    assert [len(bank.images(source, 2)) for source in sources] == [2] * 4
     damaged = next(bank.folder.rglob("001.png"))
     damaged.write_bytes(damaged.read_bytes()[:-4])
     assert main(words(pictures, "--count", "3", "--batch-size", "3")) == 0

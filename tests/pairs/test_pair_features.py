@@ -151,7 +151,7 @@ def test_images_that_cannot_be_read(pairs: list[Pair], tmp_path: Path, preproces
         features_of([pairs[0], bad[1]])
     encode.count = 0
     for _ in range(2):
-        with pytest.warns(UserWarning, match=r"left out: 2 \(bad.png, no.png\)"), tally() as counts:
+        with pytest.warns(UserWarning, match=r"skipped: 2 \(bad.png, no.png\)"), tally() as counts:
             rows = features_of(mixed, skip=True)
         assert rows.missing == (1, 4, 5) and rows.features.shape == (6, 5)
         assert not rows.features[[1, 4, 5]].any() and rows.features[[0, 2, 3]].any(1).all()

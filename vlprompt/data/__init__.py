@@ -1,4 +1,4 @@
-"""Data as tensors: views, batches, the feature store and the LightningDataModule."""
+"""Data as tensors: transforms, batches, the feature store and the LightningDataModule."""
 
 from vlprompt._lazy import lazy_names
 

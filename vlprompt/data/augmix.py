@@ -1,4 +1,4 @@
-"""AugMix as TPT has it (``data/augmix_ops.py``, ``data/datautils.py`` of its code; Hendrycks et al., ICLR 2020)."""
+"""AugMix as in TPT (``data/augmix_ops.py`` and ``data/datautils.py`` of its code; Hendrycks et al., ICLR 2020)."""
 
 from __future__ import annotations
 
@@ -13,99 +13,99 @@ if TYPE_CHECKING:
 
 CHAINS = 3
 LONGEST = 3
-#: A picture, a level in 0.1..1 (severity 1), and 1 or -1 for the direction, to the changed picture of the same size.
+#: Function of an image, a level in 0.1..1 (severity 1) and a direction (1 or -1); returns an image of the same size.
 Operation = Callable[["Image", float, int], "Image"]
 
 
-def augmix(picture: Image, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Mix a picture with three chains of changes of itself.
+def augmix(image: Image, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Mix an image with three chains of operations on it.
 
     ``m x + (1 - m) sum_i w_i chain_i(x)`` with ``w ~ Dirichlet(1, 1, 1)``, ``m ~ Beta(1, 1)``, and chains of one to
-    three operations drawn with replacement. TPT mixes normalised pictures; the weights add up to 1, so mixing pixels
-    and normalising the mixture is the same.
+    three operations drawn with replacement. TPT mixes normalised images; because the weights sum to 1, mixing pixels
+    and normalising the mixture is equivalent.
 
     Args:
-        picture: A PIL RGB image of H x W pixels.
-        rng: Draws everything.
+        image: A PIL RGB image of H x W pixels.
+        rng: Generator of all draws.
 
     Returns:
         Pixels ``[H, W, 3]`` in 0..255, not rounded.
     """
     weights = rng.dirichlet(np.ones(CHAINS))
     share = rng.beta(1.0, 1.0)
-    mixture = np.zeros((picture.height, picture.width, 3))
+    mixture = np.zeros((image.height, image.width, 3))
     for weight in weights:
-        changed = picture
+        changed = image
         for _ in range(rng.integers(1, LONGEST + 1)):
             operation = OPERATIONS[rng.integers(len(OPERATIONS))]
             changed = operation(changed, rng.uniform(0.1, 1.0), 1 if rng.uniform() < 0.5 else -1)
         mixture += weight * np.asarray(changed, dtype=np.float64)
-    mixed = share * np.asarray(picture, dtype=np.float64) + (1 - share) * mixture
+    mixed = share * np.asarray(image, dtype=np.float64) + (1 - share) * mixture
     return mixed.astype(np.float32)
 
 
-def autocontrast(picture: Image, level: float, sign: int) -> Image:
+def autocontrast(image: Image, level: float, sign: int) -> Image:
     """Stretch every channel to 0..255."""
     from PIL import ImageOps
 
-    return ImageOps.autocontrast(picture)
+    return ImageOps.autocontrast(image)
 
 
-def equalize(picture: Image, level: float, sign: int) -> Image:
+def equalize(image: Image, level: float, sign: int) -> Image:
     """Make every channel's histogram flat."""
     from PIL import ImageOps
 
-    return ImageOps.equalize(picture)
+    return ImageOps.equalize(image)
 
 
-def posterize(picture: Image, level: float, sign: int) -> Image:
-    """Keep the four upper bits: at severity 1 the level rounds down to no further bit."""
+def posterize(image: Image, level: float, sign: int) -> Image:
+    """Keep the four upper bits; at severity 1 the level rounds down to 0 further bits."""
     from PIL import ImageOps
 
-    return ImageOps.posterize(picture, 4 - int(0.4 * level))
+    return ImageOps.posterize(image, 4 - int(0.4 * level))
 
 
-def rotate(picture: Image, level: float, sign: int) -> Image:
-    """Rotate by 0, 1, 2 or (at level 1 alone) 3 degrees."""
+def rotate(image: Image, level: float, sign: int) -> Image:
+    """Rotate by 0, 1, 2 or (only at level 1) 3 degrees."""
     from PIL import Image
 
-    return picture.rotate(sign * int(3 * level), resample=Image.Resampling.BILINEAR)
+    return image.rotate(sign * int(3 * level), resample=Image.Resampling.BILINEAR)
 
 
-def solarize(picture: Image, level: float, sign: int) -> Image:
-    """Invert the brightest values, from 256 - 25.6 ``level`` on."""
+def solarize(image: Image, level: float, sign: int) -> Image:
+    """Invert values of at least 256 - 25.6 ``level``."""
     from PIL import ImageOps
 
-    return ImageOps.solarize(picture, 256 - int(25.6 * level))
+    return ImageOps.solarize(image, 256 - int(25.6 * level))
 
 
-def shear_x(picture: Image, level: float, sign: int) -> Image:
+def shear_x(image: Image, level: float, sign: int) -> Image:
     """Shear rows by up to 3 %."""
-    return _affine(picture, (1, sign * 0.03 * level, 0, 0, 1, 0))
+    return _affine(image, (1, sign * 0.03 * level, 0, 0, 1, 0))
 
 
-def shear_y(picture: Image, level: float, sign: int) -> Image:
+def shear_y(image: Image, level: float, sign: int) -> Image:
     """Shear columns by up to 3 %."""
-    return _affine(picture, (1, 0, 0, sign * 0.03 * level, 1, 0))
+    return _affine(image, (1, 0, 0, sign * 0.03 * level, 1, 0))
 
 
-def translate_x(picture: Image, level: float, sign: int) -> Image:
+def translate_x(image: Image, level: float, sign: int) -> Image:
     """Move by up to a thirtieth of the width, in whole pixels (7 of 224)."""
-    return _affine(picture, (1, 0, sign * int(level * picture.width / 30), 0, 1, 0))
+    return _affine(image, (1, 0, sign * int(level * image.width / 30), 0, 1, 0))
 
 
-def translate_y(picture: Image, level: float, sign: int) -> Image:
+def translate_y(image: Image, level: float, sign: int) -> Image:
     """Move by up to a thirtieth of the height, in whole pixels."""
-    return _affine(picture, (1, 0, 0, 0, 1, sign * int(level * picture.height / 30)))
+    return _affine(image, (1, 0, 0, 0, 1, sign * int(level * image.height / 30)))
 
 
-def _affine(picture: Image, matrix: tuple[float, ...]) -> Image:
+def _affine(image: Image, matrix: tuple[float, ...]) -> Image:
     from PIL import Image
 
-    return picture.transform(picture.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR)
 
 
-#: Drawn from with equal chances.
+#: Operations, drawn with equal probability.
 OPERATIONS: tuple[Operation, ...] = (
     autocontrast,
     equalize,

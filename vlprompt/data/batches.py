@@ -1,4 +1,4 @@
-"""Whole batches by their keys, of images or of cached features, and the loader that carries them."""
+"""Batched datasets of images or cached features, and their DataLoader."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from vlprompt.datasets.records import Sample
 from vlprompt.errors import DataError
 
 Batch = dict[str, Tensor]
-#: Fewer images than this are decoded sooner than worker processes start.
+#: Below this number of images, decoding is faster than starting worker processes.
 FEW_IMAGES = 256
 
 
 def automatic_workers(images: int, processes: int = 1) -> int:
-    """Return the loader processes for ``images``: none for fewer than 256, else up to 8, the cores shared evenly."""
+    """Return the number of loader processes: 0 below 256 images, else up to 8 with the cores shared evenly."""
     if images < FEW_IMAGES:
         return 0
     try:
@@ -37,22 +37,22 @@ def automatic_workers(images: int, processes: int = 1) -> int:
 
 
 def labels_of(samples: Sequence[Sample], classes: int, multilabel: bool) -> Tensor:
-    """Return the labels: int64 ``[N]``, or for ``multilabel`` float32 ``[N, C]`` with a 1 for each of an image's."""
+    """Return labels: int64 ``[N]``, or for ``multilabel`` float32 ``[N, C]`` with 1 for each label of an image."""
     if not multilabel:
         return torch.tensor([sample.label for sample in samples], dtype=torch.int64)
     labels = torch.zeros(len(samples), classes)
     for row, sample in zip(labels, samples, strict=True):
-        several: Any = sample.label
-        row[list(several) if isinstance(several, tuple) else [several]] = 1.0
+        label: Any = sample.label
+        row[list(label) if isinstance(label, tuple) else [label]] = 1.0
     return labels
 
 
 class _Keyed(Dataset[Batch]):
-    """What images and features share: labels, and which samples take part.
+    """Base class of batched datasets: labels and the positions of the samples in use.
 
     Args:
-        labels: ``[N]`` or ``[N, C]``, of all samples.
-        positions: The samples that keys count; ``None`` for all.
+        labels: ``[N]`` or ``[N, C]``, labels of all samples.
+        positions: Positions of the samples that keys index; ``None`` for all.
     """
 
     def __init__(self, labels: Tensor, positions: Sequence[int] | None = None) -> None:
@@ -63,12 +63,12 @@ class _Keyed(Dataset[Batch]):
         return len(self.positions)
 
     def batch(self, positions: Tensor) -> Batch:
-        """Return labels and index of the samples at ``positions``."""
+        """Return the labels and the index of the samples at ``positions``."""
         return {"labels": self.labels[positions], "index": positions}
 
 
 class FeatureBatches(_Keyed):
-    """Batches of cached features; ``rows(epoch)`` gives those of an epoch ``[N, D]``."""
+    """Batches of cached features; ``rows(epoch)`` returns the features ``[N, D]`` of an epoch."""
 
     def __init__(self, rows: Callable[[int], Tensor], labels: Tensor, positions: Sequence[int] | None = None) -> None:
         super().__init__(labels, positions)
@@ -80,16 +80,16 @@ class FeatureBatches(_Keyed):
 
 
 class ImageBatches(_Keyed):
-    """Batches of uint8 images ``[b, 3, S, S]``, not yet normalised.
+    """Batches of uint8 images ``[b, 3, S, S]``, not normalised.
 
-    With ``skip``, images that cannot be read are left out and their positions are in ``skipped``.
+    With ``skip``, unreadable images are omitted and their positions are in ``skipped``.
 
     Args:
-        cache: Where the pixels come from.
-        labels: Of all samples.
-        positions: The samples that keys count; ``None`` for all.
-        seed: Seed of random views, ``None`` for the center view.
-        skip: Whether unreadable images are left out instead of raised.
+        cache: Source of the pixels.
+        labels: Labels of all samples.
+        positions: Positions of the samples that keys index; ``None`` for all.
+        seed: Seed of a random transform, ``None`` for the ``center`` transform.
+        skip: Whether to skip unreadable images instead of raising.
     """
 
     def __init__(
@@ -132,19 +132,19 @@ class ImageBatches(_Keyed):
 
 
 class Loader(DataLoader[Batch]):
-    """A DataLoader whose errors read the same whether they were raised here or in a worker process.
+    """A DataLoader whose error texts do not depend on whether a worker process raised them.
 
-    ``arrived`` sees every batch in this process and returns it, changed, or ``None`` to leave it out. Worker processes
-    are asked for batches only when the first one is: Lightning makes the iterator before it says which epoch a resumed
-    run is in.
+    ``on_batch`` is called in this process with every batch and returns the batch to yield, or ``None`` to drop it.
+    Worker processes start when the first batch is requested, because Lightning creates the iterator before it sets the
+    epoch of a resumed run.
     """
 
-    arrived: Callable[[Batch], Batch | None] | None = None
+    on_batch: Callable[[Batch], Batch | None] | None = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         with named_errors():
             for batch in super().__iter__():
-                kept = batch if self.arrived is None else self.arrived(batch)
+                kept = batch if self.on_batch is None else self.on_batch(batch)
                 if kept is not None:
                     yield kept
 
@@ -158,16 +158,16 @@ def make_loader(
     scale: float = 1.0,
     persistent: bool = False,
 ) -> Loader:
-    """Return a loader of ``dataset``'s batches, each with ``scale``; pinned memory where there is a GPU.
+    """Return a loader of the batches of ``dataset``, each with ``scale``, in pinned memory if there is a GPU.
 
-    With a ``batch_size`` of None every key is a batch of its own.
+    With ``batch_size=None``, every key is a batch.
     """
     return Loader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
-        # Pixels are kept in memory that forked workers share; on Linux nothing that a worker runs minds the fork.
+        # Cached pixels are in memory that forked workers share; on Linux, code in workers is safe after a fork.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         persistent_workers=persistent and workers > 0,
         collate_fn=partial(_with_scale, scale=scale),
@@ -181,7 +181,7 @@ def _with_scale(batch: Batch, scale: float) -> Batch:
 
 @contextmanager
 def named_errors() -> Iterator[None]:
-    """Strip the traceback that a DataLoader's worker process puts into the text of our errors."""
+    """Remove the traceback that a DataLoader worker process adds to the text of a DataError."""
     marker = f"{DataError.__module__}.{DataError.__qualname__}: "
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a feature store holds, and what may go: damaged entries, leftovers, and the least recently used."""
+"""Listing and pruning of a feature store: damaged entries, leftovers, and least recently used entries."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Entry:
 
     Attributes:
         path: The file.
-        size: Its bytes.
-        used: When it was last used, in seconds since 1970.
-        key: What the features depend on; empty where it cannot be read.
-        shape: The features' shape.
-        why: Why it is of no use, in words; empty for a good entry.
+        size: Size in bytes.
+        used: Time of the last use, in seconds since 1970.
+        key: Everything the features depend on; empty if it cannot be read.
+        shape: Shape of the features.
+        why: Reason to remove it; empty for a valid entry.
     """
 
     path: Path
@@ -46,17 +46,17 @@ class Entry:
 
 
 def entries(folder: Path) -> list[Entry]:
-    """Return the store's entries, the last used first. Their checksums are not compared."""
+    """Return the store's entries, most recently used first. Checksums are not compared."""
     return sorted(_entries(folder), key=lambda entry: (-entry.used, entry.path.name))
 
 
 def _entries(folder: Path) -> Iterator[Entry]:
-    for path in _own(folder, _ENTRY):
+    for path in _matching(folder, _ENTRY):
         with contextlib.suppress(FileNotFoundError):  # another process pruned it
             status = path.stat()
             used = max(status.st_atime, status.st_mtime)
             facts = _header(path)
-            with contextlib.suppress(OSError):  # looking at it is no use of it
+            with contextlib.suppress(OSError):  # listing does not count as use
                 os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
             if facts is None:
                 yield Entry(path, status.st_size, used, {}, (), "damaged")
@@ -69,23 +69,23 @@ def _entries(folder: Path) -> Iterator[Entry]:
 def prune(
     folder: Path, *, everything: bool = False, older_than: float | None = None, max_size: int | None = None
 ) -> tuple[list[Entry], list[Entry]]:
-    """Choose what to remove; damaged entries and leftovers of killed writers always are.
+    """Choose the entries to remove; damaged entries and leftovers of killed writers are always among them.
 
     Args:
         folder: The store's folder.
-        everything: Every entry.
-        older_than: Entries that were not used for so many days.
-        max_size: The least recently used entries, until the rest has at most so many bytes.
+        everything: Remove every entry.
+        older_than: Remove entries that were not used for this many days.
+        max_size: Remove the least recently used entries until the rest has at most this many bytes.
 
     Returns:
-        What is to be removed, with the reason in ``why``, and what stays; :func:`remove` removes.
+        The entries to remove, with the reason in ``why``, and those to keep; :func:`remove` removes the former.
     """
-    gone = [
+    removed = [
         Entry(path, path.stat().st_size, 0.0, {}, (), "left by a writer that was killed")
-        for path in _own(folder, LEFTOVER)
+        for path in _matching(folder, LEFTOVER)
         if _ENTRY.fullmatch(name := LEFTOVER.sub(r"\1.safetensors", path.name)) and _unlocked(folder / name)
     ]
-    stay: list[Entry] = []
+    kept: list[Entry] = []
     left = max_size
     oldest = None if older_than is None else time.time() - older_than * DAY
     for entry in entries(folder):
@@ -97,36 +97,36 @@ def prune(
         if not why and read_entry(entry.path) is None:
             why = "damaged"
         if not why and left is not None and entry.size > left:
-            why, left = "over the size", -1  # what was used before this one goes too
+            why, left = "over the size", -1  # entries that were used earlier are removed too
         if why:
-            gone.append(Entry(entry.path, entry.size, entry.used, entry.key, entry.shape, why))
+            removed.append(Entry(entry.path, entry.size, entry.used, entry.key, entry.shape, why))
         else:
-            stay.append(entry)
+            kept.append(entry)
             left = None if left is None else left - entry.size
-    return gone, stay
+    return removed, kept
 
 
-def remove(folder: Path, gone: list[Entry]) -> None:
-    """Remove the files of ``gone`` from the store, and the locks that nobody holds of entries that are not there.
+def remove(folder: Path, removed: list[Entry]) -> None:
+    """Remove the files of these entries, and unused lock files of entries that do not exist.
 
     Raises:
         DataError: If a file cannot be removed.
     """
     try:
-        for entry in gone:
+        for entry in removed:
             entry.path.unlink(missing_ok=True)
-        for lock in _own(folder / LOCKS, _LOCK):
+        for lock in _matching(folder / LOCKS, _LOCK):
             entry_path = folder / f"{lock.stem}.safetensors"
             if not entry_path.exists() and _unlocked(entry_path):
                 lock.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(
-            f"{error.filename} cannot be removed: {error.strerror}. Remove it yourself: rm -r {folder}"
+            f"{error.filename} cannot be removed: {error.strerror}. Remove the store: rm -r {folder}"
         ) from error
 
 
-def _own(folder: Path, name: re.Pattern[str]) -> list[Path]:
-    """Return the regular files in ``folder`` whose whole name matches: nothing else there is the store's."""
+def _matching(folder: Path, name: re.Pattern[str]) -> list[Path]:
+    """Return the regular files in ``folder`` whose complete name matches; other files do not belong to the store."""
     if not folder.is_dir():
         return []
     return sorted(
@@ -153,7 +153,7 @@ def _key(text: str) -> dict[str, Any]:
 
 
 def _unlocked(entry: Path) -> bool:
-    """Return whether nobody is writing ``entry``."""
+    """Return whether no process is writing ``entry``."""
     if not lock_of(entry).is_file():
         return True
     try:

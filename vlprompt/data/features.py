@@ -1,4 +1,4 @@
-"""Image features computed once: a folder of safetensors files, each named by the hash of what it depends on."""
+"""Feature store: a folder of safetensors files, each named by the hash of everything its features depend on."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ from vlprompt.errors import ConfigError, DataError
 
 SCHEMA = "vlprompt features 2"
 LOCKS = ".locks"
-#: Entries whose checksum this process has compared: size, modification time and inode of the file that it read.
+#: Entries whose checksum this process has verified: size, modification time and inode of the file.
 _VERIFIED: dict[Path, tuple[int, int, int]] = {}
 
 
 def default_folder() -> Path:
-    """Return where features are kept if nothing is said: ``$VLPROMPT_CACHE`` or ``~/.cache/vlprompt``, ``features``."""
+    """Return the default folder: ``features`` under ``$VLPROMPT_CACHE`` or ``~/.cache/vlprompt``."""
     return Path(os.environ.get("VLPROMPT_CACHE") or "~/.cache/vlprompt").expanduser() / "features"
 
 
 class Rows(NamedTuple):
-    """Features ``[N, D]`` of N images, and the positions of those that could not be read, whose rows are zeros."""
+    """Features ``[N, D]`` of N images, and the positions of unreadable images, whose rows are zeros."""
 
     features: Tensor
     missing: tuple[int, ...] = ()
 
 
 class FeatureStore:
-    """A folder of feature tensors, addressed by what they were computed from.
+    """A folder of feature tensors, addressed by everything they were computed from.
 
-    An entry is written to a temporary name and renamed, so that a killed writer never leaves a partial one, under a
-    lock of its own, so that it is computed once whoever asks for it at the same time. It is memory-mapped when read;
-    where its checksum or key differs, it is computed again with a warning.
+    An entry is written to a temporary file and renamed, so that a killed writer leaves no partial entry. A lock per
+    entry makes concurrent processes compute it once. Entries are memory-mapped; an entry whose checksum or key differs
+    is computed again with a warning.
 
     Attributes:
-        folder: Where the entries are.
-        encoded: Images encoded through this object, as opposed to found in the folder.
+        folder: Folder of the entries.
+        encoded: Number of images encoded through this object, as opposed to read from the folder.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """Keep features in ``folder``, which is made when the first entry is written."""
+        """Store features in ``folder``, which is created with the first entry."""
         self.folder = Path(folder).expanduser()
         self.encoded = 0
 
@@ -69,7 +69,7 @@ class FeatureStore:
 
         Args:
             key: Everything the tensor depends on, as JSON values.
-            compute: Called without arguments if there is no valid entry; returns ``[N, D]``, a row for each image.
+            compute: Called without arguments if there is no valid entry; returns ``[N, D]``, one row per image.
 
         Returns:
             The tensor, on the CPU.
@@ -79,24 +79,24 @@ class FeatureStore:
         """
         return self.rows(key, lambda: Rows(compute())).features
 
-    def rows(self, key: Mapping[str, Any], compute: Callable[[], Rows], *, anew: bool = False) -> Rows:
+    def rows(self, key: Mapping[str, Any], compute: Callable[[], Rows], *, recompute: bool = False) -> Rows:
         """Return the features stored under ``key``, or compute and store them; see :meth:`get`.
 
         Args:
             key: Everything the features depend on, as JSON values.
             compute: Called if there is no valid entry.
-            anew: Whether to compute them in any case.
+            recompute: Whether to compute the features even if they are stored.
         """
         path, text = self.path(key), _canonical(key)
-        stored = None if anew else read_entry(path, text)
+        stored = None if recompute else read_entry(path, text)
         if stored is not None:
             return stored
         with self._locked(path):
             # Another process may have written it while this one waited.
-            stored = None if anew else read_entry(path, text)
+            stored = None if recompute else read_entry(path, text)
             if stored is not None:
                 return stored
-            if path.is_file() and not anew:
+            if path.is_file() and not recompute:
                 warnings.warn(
                     f"The stored features {path} are damaged (their checksum differs); they are computed again.",
                     stacklevel=1,
@@ -149,8 +149,8 @@ def lock_of(entry: Path) -> Path:
 def read_entry(path: Path, key: str | None = None) -> Rows | None:
     """Return an entry, memory-mapped; ``None`` if there is none, it is damaged, or its key is not ``key``.
 
-    The checksum is compared when this process first reads the file, and again whenever the file has changed. That it
-    was used is noted in its access time, for :func:`~vlprompt.data.eviction.prune`; without a ``key`` it is not.
+    The checksum is compared when this process first reads the file, and again after the file has changed. With a
+    ``key``, the access time is set to the current time, for :func:`~vlprompt.data.eviction.prune`.
     """
     try:
         status = path.stat()
@@ -168,7 +168,7 @@ def read_entry(path: Path, key: str | None = None) -> Rows | None:
         if metadata["sha256"] != _sha256(tensors):
             return None
         _VERIFIED[path] = stamp
-    # The modification time stays: it is part of the stamp.
+    # The modification time is part of the stamp and must not change.
     used = status.st_atime_ns if key is None else time.time_ns()
     with contextlib.suppress(OSError):
         os.utime(path, ns=(used, status.st_mtime_ns))
@@ -187,10 +187,10 @@ def extract(
 
     Args:
         encode: Images ``[B, 3, H, W]`` on ``device`` to raw features ``[B, D]``.
-        samples: What to encode.
+        samples: Samples to encode.
         transform: A deterministic transform.
         batch_size: Images per call of ``encode``.
-        device: Where ``encode`` wants its images.
+        device: Device of the images passed to ``encode``.
         workers: Processes that decode images.
 
     Returns:
@@ -211,29 +211,29 @@ def encode_all(
     workers: int,
     epoch: int = 0,
 ) -> Rows:
-    """Encode all of ``images`` in the views of ``epoch``; see :func:`extract`.
+    """Encode all ``images`` with the random draws of ``epoch``; see :func:`extract`.
 
     Raises:
-        DataError: If an image cannot be decoded and ``images.skip`` does not say to leave it out, or none can.
+        DataError: If an image cannot be decoded, unless ``images.skip``, or no image can be decoded.
     """
     keys: list[Key] = [(epoch, index) for index in range(len(images))]
-    found, read = [], []
+    blocks, read = [], []
     with torch.no_grad():
         for batch in make_loader(images, keys, batch_size, workers):
             if len(batch["images"]):
-                numbers = images.cache.transform.finish(batch["images"].to(device))
-                found.append(encode(numbers).float().cpu())
+                normalised = images.cache.transform.finish(batch["images"].to(device))
+                blocks.append(encode(normalised).float().cpu())
                 read += batch["index"].tolist()
-    if not found:
+    if not blocks:
         raise DataError(
             f"None of the {len(images)} images can be read." if keys else "There are no images to compute features of."
         )
-    features = torch.cat(found)
+    features = torch.cat(blocks)
     if len(read) == len(images):
         return Rows(features)
-    everything = features.new_zeros(len(images), *features.shape[1:])
-    everything[read] = features
-    return Rows(everything, tuple(sorted(set(range(len(images))) - set(read))))
+    all_rows = features.new_zeros(len(images), *features.shape[1:])
+    all_rows[read] = features
+    return Rows(all_rows, tuple(sorted(set(range(len(images))) - set(read))))
 
 
 def _canonical(key: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from vlprompt._dist import gathered, rank_and_size
 from vlprompt._files import sha256_lines
 from vlprompt.data.batches import Batch, FeatureBatches, ImageBatches, automatic_workers, labels_of, make_loader
 from vlprompt.data.features import FeatureStore, Rows, default_folder, encode_all
-from vlprompt.data.multi_view import Drawn, Generated, ImageBank, MultiViewImages, other_views
+from vlprompt.data.multi_view import GeneratedViews, ImageBank, MultiViewImages, RandomViews, additional_views
 from vlprompt.data.pixel_cache import KEEP_BYTES, PixelCache
 from vlprompt.data.samplers import EvalSampler, TrainSampler
 from vlprompt.data.tally import count_skipped
@@ -31,19 +31,19 @@ ON_BAD_IMAGE = ("error", "skip")
 
 
 class FewShotData(pl.LightningDataModule):
-    """Batches of a :class:`~vlprompt.datasets.FewShotTask`, the same ones whatever the number of processes or workers.
+    """Batches of a :class:`~vlprompt.datasets.FewShotTask`, independent of the number of processes and workers.
 
     A batch is a dict:
 
-    - ``images`` ``[b, 3, H, W]`` normalised float32, or ``features`` ``[b, D]`` raw image features; of test images with
-      ``test_views`` ``[b, V, 3, H, W]`` or ``[b, V, D]``;
-    - ``labels`` ``[b]`` int64, or of a multi-label task ``[b, C]`` float32 of ones and zeros;
+    - ``images`` ``[b, 3, H, W]`` normalised float32, or ``features`` ``[b, D]`` raw image features; for test images
+      with ``test_views``, ``[b, V, 3, H, W]`` or ``[b, V, D]``;
+    - ``labels`` ``[b]`` int64, or for a multi-label task ``[b, C]`` float32 of ones and zeros;
     - ``index`` ``[b]`` int64, the position in the task's list;
     - ``scale``, a float32 scalar: ``local_count * world_size / global_count``, so that the mean over ranks of
-      ``scale * mean loss`` is the mean over the global batch (1 but for a short batch shared unevenly).
+      ``scale * mean loss`` is the mean over the global batch (1 except for a short batch shared unevenly).
 
-    The randomness of a training image depends on ``(seed, epoch, index)`` alone, so resumed runs, other numbers of
-    workers and other numbers of ranks give bit-identical images. Evaluation counts every image exactly once.
+    The random draws of a training image depend on ``(seed, epoch, index)`` only, so resumed runs and other numbers of
+    workers and ranks give bit-identical images. Evaluation counts every image exactly once.
 
     Training and validation images are decoded once and kept (:class:`~vlprompt.data.pixel_cache.PixelCache`). Test
     images are read once and not kept. Under a Trainer, images are moved to the device as uint8 and normalised there.
@@ -53,28 +53,29 @@ class FewShotData(pl.LightningDataModule):
         preprocess: The backbone's preprocessing: ``size``, ``mean``, ``std``, ``interpolation``.
         batch_size: Global training batch, over all processes.
         test_batch_size: Evaluation batch per process.
-        transform: ``random`` (CoOp's training transform) or ``center`` (the deterministic test transform).
+        transform: Kind of the training transform (:class:`~vlprompt.data.transforms.Transform`): ``random`` (CoOp's),
+            ``random-tensor``, ``random-half``, or ``center`` (the deterministic test transform).
         seed: Seed of order and augmentation.
-        workers: Processes per DataLoader that decode images; 0 decodes in this one; ``None``: none for fewer than 256
-            images, else up to 8, the cores shared evenly with the other processes.
-        features: Feature store, or its folder, for cached features; ``None`` takes
+        workers: Processes per DataLoader that decode images; 0 decodes in this process. ``None`` uses 0 for fewer than
+            256 images, else up to 8, with the cores shared evenly among processes.
+        features: Feature store, or its folder, for cached features; ``None`` uses
             :func:`~vlprompt.data.features.default_folder`. Used only with ``encode``.
-        encode: Images ``[B, 3, H, W]`` to raw features ``[B, D]``. If given, every deterministic view is encoded once
-            and batches carry ``features``; under a random view training batches still carry ``images``, unless
-            there are ``cached_views``.
-        fingerprint: The backbone's fingerprint, part of the store's key; needed with ``encode``.
-        device: Where ``encode`` wants its images.
-        cached_views: 0, or the number K of random views of each training image whose features are stored: then epoch
-            ``e`` trains on the features of view ``e % K``, computed when they are first needed.
-        on_bad_image: ``error`` stops at an image that cannot be read and names it; ``skip`` leaves it out, of every
-            process alike, and counts it (:mod:`vlprompt.data.tally`).
-        keep_bytes: Bytes of decoded pictures to keep per split, at most; what does not fit is decoded again.
-        test_views: Views of every test image: the test view, then crops, then generated pictures under the test view.
-            ``None`` for the test view alone, without a dimension for views. Crop ``v`` depends on
-            ``(seed, image id, v)`` alone. Their features are stored (:mod:`vlprompt.data.view_features`).
-        views_as_images: Whether test batches have the views as images, not as features; then they hold
+        encode: Images ``[B, 3, H, W]`` to raw features ``[B, D]``. If given, images under a deterministic transform are
+            encoded once and batches have ``features``. With a random transform, training batches still have ``images``
+            unless ``cached_views`` is set.
+        fingerprint: The backbone's fingerprint, part of the store's key; required with ``encode``.
+        device: Device of the images passed to ``encode``.
+        cached_views: 0, or the number K of random views per training image whose features are stored: epoch ``e``
+            trains on the features of view ``e % K``, which are computed on first use.
+        on_bad_image: ``error`` raises for an unreadable image and names it; ``skip`` omits it in every process and
+            counts it (:mod:`vlprompt.data.tally`).
+        keep_bytes: Limit, in bytes, of decoded images kept per split; images that do not fit are decoded again.
+        test_views: Views of every test image: the test view, then crops, then generated images under the test
+            transform. ``None`` for the test view without a view dimension. Crop ``v`` depends on
+            ``(seed, image id, v)`` only. Features of views are stored (:mod:`vlprompt.data.view_features`).
+        views_as_images: Whether test batches have the views as images instead of features; a batch then has
             ``max(1, test_batch_size // V)`` test images.
-        generated: The bank of generated pictures, needed if ``test_views`` has some.
+        generated: The bank of generated images, required if ``test_views`` has any.
 
     Raises:
         ConfigError: If a value is out of range, or ``test_views`` lacks an encoder or a bank.
@@ -102,7 +103,7 @@ class FewShotData(pl.LightningDataModule):
         generated: ImageBank | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
+        for name, value, minimum in (
             ("batch_size", batch_size, 1),
             ("test_batch_size", test_batch_size, 1),
             ("workers", 0 if workers is None else workers, 0),
@@ -110,8 +111,8 @@ class FewShotData(pl.LightningDataModule):
             ("cached_views", cached_views, 0),
             ("keep_bytes", keep_bytes, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} is {value!r}; accepted: whole numbers from {least}.")
+            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+                raise ConfigError(f"{name} is {value!r}; accepted: whole numbers from {minimum}.")
         if on_bad_image not in ON_BAD_IMAGE:
             raise ConfigError(f"on_bad_image is {on_bad_image!r}.{did_you_mean(str(on_bad_image), ON_BAD_IMAGE)}")
         if encode is not None and not fingerprint:
@@ -126,21 +127,21 @@ class FewShotData(pl.LightningDataModule):
         self.cached_views = cached_views if transform != "center" else 0
         self.skip, self.keep_bytes = on_bad_image == "skip", keep_bytes
         self.test_views, self.views_as_images = test_views, views_as_images
-        self._first = Drawn(preprocess, "center", 1, seed)
-        self._others = [] if test_views is None else other_views(preprocess, test_views, generated, seed)
+        self._test_view = RandomViews(preprocess, "center", 1, seed)
+        self._additional = [] if test_views is None else additional_views(preprocess, test_views, generated, seed)
         self.store = features if isinstance(features, FeatureStore) else FeatureStore(features or default_folder())
-        # With more ranks than test images some ranks have nothing to do; that is right and no reason to stop.
+        # With more ranks than test images, some ranks have an empty loader, which Lightning must accept.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._transforms: dict[str, Transform] = {
             kind: Transform(preprocess, kind) for kind in ("center", self.transform)
         }
         self._rows: dict[tuple[str, int | None], Rows] = {}
-        self._several: dict[tuple[str, str, int], ViewRows] = {}
-        self._kept: dict[str, PixelCache] = {}
+        self._views: dict[tuple[str, str, int], ViewRows] = {}
+        self._caches: dict[str, PixelCache] = {}
         self._stamps: dict[str, list[str]] = {}
 
     def prepare_data(self) -> None:
-        """Compute the features that are needed and not stored yet (Lightning calls this in one process a machine)."""
+        """Compute the required features that are not stored (Lightning calls this in one process per machine)."""
         self._load(self._wanted(None))
 
     def setup(self, stage: str | None = None) -> None:
@@ -148,9 +149,9 @@ class FewShotData(pl.LightningDataModule):
         self._load(self._wanted(stage))
 
     def teardown(self, stage: str) -> None:
-        """Release what training alone needs: decoded pictures, and features of random views."""
+        """Release data used only for training: decoded images, and features of random views."""
         if stage == "fit":
-            self._kept.pop("train", None)
+            self._caches.pop("train", None)
             self._rows = {key: value for key, value in self._rows.items() if key[1] is None}
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -164,7 +165,7 @@ class FewShotData(pl.LightningDataModule):
         else:
             dataset = self._images("train", self.transform)
             if self.skip:
-                # Found before the first step, so that every process leaves out the same and batches stay whole.
+                # Determined before the first step, so that all processes skip the same images.
                 dataset = self._images("train", self.transform, self._readable(self._unreadable(dataset)))
         sampler = TrainSampler(len(dataset), self.batch_size, seed=self.seed, rank=rank, world_size=world_size)
         return self._loader("train", dataset, sampler, sampler.local_batch_size, sampler.scale())
@@ -182,11 +183,11 @@ class FewShotData(pl.LightningDataModule):
         return self._finished(batch)
 
     def feature_key(self, split: str, view: int | None = None) -> dict[str, Any]:
-        """Return what the features of ``split`` depend on: the key in the feature store.
+        """Return the key of the features of ``split`` in the feature store: everything they depend on.
 
         Args:
             split: ``train``, ``val`` or ``test``.
-            view: Number of the random view; ``None`` for the deterministic one.
+            view: Number of the random view; ``None`` for the test view.
         """
         return {
             "backbone": self.fingerprint,
@@ -199,39 +200,40 @@ class FewShotData(pl.LightningDataModule):
         }
 
     def features(self, split: str) -> Tensor:
-        """Return the raw features ``[N, D]`` of ``train``, ``val`` or ``test`` under the deterministic view.
+        """Return the raw features ``[N, D]`` of ``train``, ``val`` or ``test`` under the test transform.
 
-        The rows of images that were skipped are zeros.
+        Rows of skipped images are zeros.
         """
         return self._rows_of(split, None).features
 
     def view_features(self, split: str, count: int, kind: str) -> Tensor:
         """Return the raw features ``[count, N, D]`` of random views, or of the test view ``[1, N, D]``.
 
-        View ``v`` of an image depends on ``(seed, image id, v)`` alone: a larger count has the same views and more.
-        The rows of images that were skipped are zeros.
+        View ``v`` of an image depends on ``(seed, image id, v)`` only: a larger count adds views. Rows of skipped
+        images are zeros.
 
         Args:
             split: ``train``, ``val`` or ``test``.
-            count: Number of views; 0 for the test view.
-            kind: Kind of the random views, ``random``, ``random-half``, ``crop`` or ``augmix``
-                (:class:`~vlprompt.data.transforms.Transform`); of no meaning for the test view.
+            count: Number of random views; 0 for the test view.
+            kind: Random kind of :class:`~vlprompt.data.transforms.Transform`; ignored for the test view.
 
         Raises:
-            ConfigError: Without an encoder; an unknown split or kind; a negative count.
-            DataError: An image that cannot be read, unless they are skipped.
+            ConfigError: If there is no encoder, the split or kind is unknown, or the count is negative.
+            DataError: If an image cannot be read, unless images are skipped.
         """
         if count < 0 or (count and kind == "center"):
-            raise ConfigError(f"{count} views of kind {kind!r}; accepted: 0, the test view, or more random ones.")
+            raise ConfigError(
+                f"{count} views of kind {kind!r}; accepted: 0 for the test view, or a random kind with 1 or more views."
+            )
         if count == 0:
             return self.features(split)[None]
-        return self._view_rows(split, Drawn(self.preprocess, kind, count, self.seed)).by_view()
+        return self._view_rows(split, RandomViews(self.preprocess, kind, count, self.seed)).by_view()
 
     def unreadable(self, split: str) -> tuple[int, ...]:
-        """Return the positions of images that were skipped, whose features are zeros."""
+        """Return the positions of skipped images, whose features are zeros."""
         return self._rows_of(split, None).missing
 
-    # -- features -----------------------------------------------------------------------------------------------
+    # -- features -----------------------------------------------------------------------------------------------------
     def _rows_of(self, split: str, view: int | None) -> Rows:
         samples = self._samples(split)
         if (split, view) in self._rows:
@@ -240,7 +242,7 @@ class FewShotData(pl.LightningDataModule):
         key = self.feature_key(split, view)
         rows = rows_or_error(self.store, key, partial(self._compute, split, view), samples, self.skip)
         count_skipped(split, (samples[position].id for position in rows.missing))
-        if view is not None:  # one random view at a time: the next epoch brings the next
+        if view is not None:  # one random view at a time: the next epoch uses the next view
             self._rows = {key: value for key, value in self._rows.items() if key[1] is None}
         self._rows[split, view] = rows
         return rows
@@ -250,19 +252,19 @@ class FewShotData(pl.LightningDataModule):
         workers = self._workers(len(images))
         return encode_all(self._encoder(), images, self.test_batch_size, self.device, workers, view or 0)
 
-    def _view_rows(self, split: str, part: Drawn | Generated) -> ViewRows:
-        samples, name = self._samples(split), (split, part.transform.kind, part.count)
-        if name not in self._several:
+    def _view_rows(self, split: str, views: RandomViews | GeneratedViews) -> ViewRows:
+        samples, name = self._samples(split), (split, views.transform.kind, views.count)
+        if name not in self._views:
             facts = {"backbone": self.fingerprint, "dataset": self.task.name, "split": split}
             size = self.test_batch_size
-            bank = ViewEncoder(self.store, self._encoder(), facts, size, self.device, self._workers, self.skip)
-            rows = self._several[name] = bank.rows(samples, self._lines(split), part)
+            encoder = ViewEncoder(self.store, self._encoder(), facts, size, self.device, self._workers, self.skip)
+            rows = self._views[name] = encoder.rows(samples, self._lines(split), views)
             count_skipped(split, (samples[position].id for position in rows.missing))
-        return self._several[name]
+        return self._views[name]
 
     def _encoder(self) -> Callable[[Tensor], Tensor]:
         if self.encode is None:
-            raise ConfigError("There are no features without encode=: pass the backbone's encode_image.")
+            raise ConfigError("Features cannot be computed without encode=: pass the backbone's encode_image.")
         return self.encode
 
     def _train_features(self, epoch: int) -> Tensor:
@@ -275,15 +277,15 @@ class FewShotData(pl.LightningDataModule):
         for split in splits:
             if self.encode is not None and self._samples(split) and (split != "train" or self.transform == "center"):
                 self.features(split)
-                for part in self._others if split == "test" and not self.views_as_images else ():
-                    self._view_rows(split, part)
+                for views in self._additional if split == "test" and not self.views_as_images else ():
+                    self._view_rows(split, views)
 
     def _wanted(self, stage: str | None) -> Sequence[str]:
         if stage is None and self.trainer is not None and self.trainer.state.fn is not None:
             stage = self.trainer.state.fn.value
         return {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage or "", SPLITS)
 
-    # -- samples ------------------------------------------------------------------------------------------------
+    # -- samples ------------------------------------------------------------------------------------------------------
     def _samples(self, split: str) -> list[Sample]:
         if split not in SPLITS:
             raise ConfigError(f"Unknown split {split!r}; accepted: {', '.join(SPLITS)}.")
@@ -308,13 +310,13 @@ class FewShotData(pl.LightningDataModule):
         return labels_of(self._samples(split), len(self.task.class_names), self.task.multilabel)
 
     def _unreadable(self, images: ImageBatches) -> list[int]:
-        """Return the positions of training images that cannot be read; what can be is kept from then on."""
-        found: list[int] = []
+        """Return the positions of unreadable training images; readable images are cached on the way."""
+        unreadable: list[int] = []
         keys = [(0, index) for index in range(len(images))]
         for batch in make_loader(images, keys, self.test_batch_size, self._workers(len(images))):
-            found += batch["skipped"].tolist()
-        count_skipped("train", (self.task.train[position].id for position in found))
-        return found
+            unreadable += batch["skipped"].tolist()
+        count_skipped("train", (self.task.train[position].id for position in unreadable))
+        return unreadable
 
     def _readable(self, unreadable: Sequence[int]) -> list[int] | None:
         """Return the positions of training images that every process can read; ``None`` for all."""
@@ -323,7 +325,7 @@ class FewShotData(pl.LightningDataModule):
             raise DataError(f"None of the {len(missing)} training images can be read.")
         return [position for position in range(len(self.task.train)) if position not in missing] if missing else None
 
-    # -- loaders ------------------------------------------------------------------------------------------------
+    # -- loaders ------------------------------------------------------------------------------------------------------
     def _world(self) -> tuple[int, int]:
         """Return this process's rank and the number of processes."""
         if self.trainer is not None:
@@ -340,29 +342,31 @@ class FewShotData(pl.LightningDataModule):
     ) -> ImageBatches:
         samples = self._samples(split)
         if not keep:
-            pictures = PixelCache(samples, self._transforms[kind])
+            cache = PixelCache(samples, self._transforms[kind])
         else:
             room = self.keep_bytes // self._world()[1]
-            if split not in self._kept:
-                self._kept[split] = PixelCache(samples, self._transforms[kind], room, self._workers(len(samples)))
-            pictures = self._kept[split]
+            if split not in self._caches:
+                self._caches[split] = PixelCache(samples, self._transforms[kind], room, self._workers(len(samples)))
+            cache = self._caches[split]
         seed = self.seed if kind != "center" else None
-        return ImageBatches(pictures, self._labels(split), positions, seed=seed, skip=self.skip)
+        return ImageBatches(cache, self._labels(split), positions, seed=seed, skip=self.skip)
 
     def _evaluation(self, split: str) -> DataLoader[Batch]:
         rank, world_size = self._world()
         dataset: FeatureBatches | ImageBatches
         labels, size = self._labels(split), self.test_batch_size
-        several = split == "test" and self.test_views is not None
-        if several and self.views_as_images:
-            dataset = MultiViewImages(self._samples(split), [self._first, *self._others], labels, skip=self.skip)
+        multi_view = split == "test" and self.test_views is not None
+        if multi_view and self.views_as_images:
+            dataset = MultiViewImages(
+                self._samples(split), [self._test_view, *self._additional], labels, skip=self.skip
+            )
             size = max(1, size // dataset.views)
         elif self.encode is not None:
-            others = [self._view_rows(split, part) for part in self._others] if several else []
+            others = [self._view_rows(split, views) for views in self._additional] if multi_view else []
             missing = set(self._rows_of(split, None).missing).union(*(rows.missing for rows in others))
             positions = [position for position in range(len(self._samples(split))) if position not in missing]
             dataset = FeatureBatches(lambda _: self.features(split), labels, positions)
-            if several:
+            if multi_view:
                 dataset = MultiViewFeatures(self.features(split), others, labels, positions)
         else:
             once = self.trainer is not None and self.trainer.state.fn != "fit"
@@ -380,11 +384,11 @@ class FewShotData(pl.LightningDataModule):
     ) -> DataLoader[Batch]:
         workers = 0 if isinstance(dataset, FeatureBatches) else self._workers(len(dataset))
         loader = make_loader(dataset, sampler, batch_size, workers, scale=scale, persistent=True)
-        loader.arrived = partial(self._arrived, split)
+        loader.on_batch = partial(self._on_batch, split)
         return loader
 
-    def _arrived(self, split: str, batch: Batch) -> Batch | None:
-        """Note what was skipped; normalise unless a Trainer does so after the transfer; ``None`` for an empty batch."""
+    def _on_batch(self, split: str, batch: Batch) -> Batch | None:
+        """Count skipped images; normalise unless a Trainer does it after the transfer; ``None`` for an empty batch."""
         if (skipped := batch.pop("skipped", None)) is not None and len(skipped):
             count_skipped(split, (self._samples(split)[position].id for position in skipped.tolist()))
         if not len(batch["index"]):

@@ -1,4 +1,4 @@
-"""Many views of every image, as pixels; which views of a test image a method looks at."""
+"""Several views of every image, as pixels; the views of a test image that a method uses."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-
 class ImageBank(Protocol):
-    """What views need to know of a :class:`~vlprompt.generation.DiffusionBank`."""
+    """Interface of :class:`~vlprompt.generation.DiffusionBank` that views use."""
 
     @property
     def recipe_id(self) -> str:
-        """The hash of everything that pictures are made from besides the image."""
+        """Hash of everything that generated images depend on besides the source image."""
 
-    def pictures(self, source: ImageSource, count: int) -> list[Image]:
-        """Return the first ``count`` pictures made of an image."""
+    def images(self, source: ImageSource, count: int) -> list[Image]:
+        """Return the first ``count`` images generated from a source image."""
 
 
-class Drawn:
-    """Views 1 to ``count`` of a kind; each depends on the seed, the image's id and the view's number alone.
+class RandomViews:
+    """Views 1 to ``count`` of an image by a random transform.
+
+    A view depends on the seed, the image's id and the view's number only.
 
     Args:
         preprocess: The backbone's preprocessing.
-        kind: A kind of :class:`~vlprompt.data.transforms.Transform`; of ``center`` there is but one.
+        kind: A random kind of :class:`~vlprompt.data.transforms.Transform`, or ``center`` with one view.
         count: Number of views.
         seed: Seed of the draws.
     """
@@ -48,40 +49,38 @@ class Drawn:
     def __init__(self, preprocess: PreprocessLike, kind: str, count: int, seed: int) -> None:
         self.preprocess, self.transform, self.count, self.seed = preprocess, Transform(preprocess, kind), count, seed
 
-    def shared(self) -> Drawn:
-        """Return the views to compute and keep: 32 where 31 are asked for, and 64 for 63; else these.
+    def shared(self) -> RandomViews:
+        """Return the views to compute and store: 32 for a count of 31, 64 for 63, else the same number.
 
-        Methods that count the test view among theirs, as TPT does, and those that do not, as DiffTPT, then share them.
+        Methods that count the test view among their views (TPT) and those that do not (DiffTPT) then share features.
         """
         rounded = -(-self.count // 16) * 16
-        return Drawn(self.preprocess, self.transform.kind, rounded, self.seed) if rounded == self.count + 1 else self
+        if rounded != self.count + 1:
+            return self
+        return RandomViews(self.preprocess, self.transform.kind, rounded, self.seed)
 
     def facts(self) -> dict[str, Any]:
-        """Return description, number and seed."""
+        """Return description, number and seed of the views."""
         text = describe_transform(self.preprocess, self.transform.kind)
         return {"view": text, "views": self.count, "seed": self.seed}
 
-    def pixels(self, sample: Sample, picture: Image) -> Iterator[Pixels]:
-        """Give the views' pixels; the state of torch's generator stays as it is."""
+    def pixels(self, sample: Sample, image: Image) -> Iterator[Pixels]:
+        """Yield the pixels of each view; torch's generator keeps its state."""
         number = hashed_number(sample.id)
         for view in range(1, self.count + 1):
             with seeded_random(derived_seed(self.seed, number, view)):
-                yield self.transform.pixels(picture)
+                yield self.transform.pixels(image)
 
 
-class Generated:
-    """The test views of the first ``count`` pictures that a bank has of an image (DiffTPT, ``difftpt_utils.py``)."""
+class GeneratedViews:
+    """The first ``count`` generated images of an image, under the test transform (DiffTPT, ``difftpt_utils.py``)."""
 
     def __init__(self, preprocess: PreprocessLike, bank: ImageBank, count: int) -> None:
-        self.preprocess, self.transform, self.bank, self.count = (
-            preprocess,
-            Transform(preprocess, "center"),
-            bank,
-            count,
-        )
+        self.preprocess, self.transform = preprocess, Transform(preprocess, "center")
+        self.bank, self.count = bank, count
 
-    def shared(self) -> Generated:
-        """Return the views to compute and keep: these."""
+    def shared(self) -> GeneratedViews:
+        """Return the views to compute and store: the same."""
         return self
 
     def facts(self) -> dict[str, Any]:
@@ -89,78 +88,78 @@ class Generated:
         text = describe_transform(self.preprocess, "center")
         return {"view": text, "views": self.count, "recipe": self.bank.recipe_id}
 
-    def pixels(self, sample: Sample, picture: Image) -> Iterator[Pixels]:
-        """Give the views' pixels; raises DataError if the bank does not have so many pictures."""
-        for made in self.bank.pictures(sample.source, self.count):
-            yield self.transform.pixels(made)
+    def pixels(self, sample: Sample, image: Image) -> Iterator[Pixels]:
+        """Yield the pixels of each view; raises DataError if the bank has too few images."""
+        for generated in self.bank.images(sample.source, self.count):
+            yield self.transform.pixels(generated)
 
 
 class MultiViewImages(ImageBatches):
-    """Batches of all views of an image, ``[b, V, 3, S, S]``: each image is decoded once for all of them.
+    """Batches of all views of an image, ``[b, V, 3, S, S]``; each image is decoded once for all views.
 
-    Pixels are uint8; if a part has float32 ones (AugMix), the batch is normalised already.
+    Pixels are uint8. If a group has float32 pixels (AugMix), the batch is already normalised.
 
     Args:
         samples: The images.
-        parts: Their views, one part behind the other.
-        labels: Of all samples.
-        positions: The samples that keys count; ``None`` for all.
-        skip: Whether unreadable images are left out instead of raised.
+        groups: Groups of views, concatenated in order.
+        labels: Labels of all samples.
+        positions: Positions of the samples that keys index; ``None`` for all.
+        skip: Whether to skip unreadable images instead of raising.
     """
 
     def __init__(
         self,
         samples: Sequence[Sample],
-        parts: Sequence[Drawn | Generated],
+        groups: Sequence[RandomViews | GeneratedViews],
         labels: Tensor,
         positions: Sequence[int] | None = None,
         *,
         skip: bool = False,
     ) -> None:
-        super().__init__(PixelCache(samples, parts[0].transform), labels, positions, skip=skip)
-        self.parts, self.views = parts, sum(part.count for part in parts)
-        self.mixed = any(part.transform.mixed for part in parts)
+        super().__init__(PixelCache(samples, groups[0].transform), labels, positions, skip=skip)
+        self.groups, self.views = groups, sum(group.count for group in groups)
+        self.mixed = any(group.transform.mixed for group in groups)
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        samples, size = self.cache.samples, self.cache.transform.size
+        samples, transform = self.cache.samples, self.cache.transform
         kind = torch.float32 if self.mixed else torch.uint8
-        images = torch.empty(len(keys), self.views, 3, size, size, dtype=kind)
+        images = torch.empty(len(keys), self.views, 3, transform.size, transform.size, dtype=kind)
         read, skipped = list[int](), list[int]()
         for _, index in keys:
             position = int(self.positions[index])
             sample = samples[position]
             try:
-                picture = sample.source.open()
+                image = sample.source.open()
             except DataError:
                 if not self.skip:
                     raise
                 skipped.append(position)
                 continue
-            pixels = (one for part in self.parts for one in part.pixels(sample, picture))
-            for place, one in zip(images.numpy()[len(read)], pixels, strict=True):
-                np.copyto(place, one)
+            views = (pixels for group in self.groups for pixels in group.pixels(sample, image))
+            for target, pixels in zip(images.numpy()[len(read)], views, strict=True):
+                np.copyto(target, pixels)
             read.append(position)
-        shown = images[: len(read)]
-        shown = self.cache.transform.finish(shown) if self.mixed else shown
-        batch = {"images": shown, **self.batch(torch.tensor(read, dtype=torch.int64))}
+        images = images[: len(read)]
+        images = transform.finish(images) if self.mixed else images
+        batch = {"images": images, **self.batch(torch.tensor(read, dtype=torch.int64))}
         if self.skip:
             batch["skipped"] = torch.tensor(skipped, dtype=torch.int64)
         return batch
 
 
-def other_views(
+def additional_views(
     preprocess: PreprocessLike, views: TestViews, bank: ImageBank | None, seed: int
-) -> list[Drawn | Generated]:
-    """Return the views of a test image beside the test view: crops, then generated pictures.
+) -> list[RandomViews | GeneratedViews]:
+    """Return the views of a test image besides the test view: crops, then generated images.
 
     Raises:
-        ConfigError: Generated pictures without their bank.
+        ConfigError: If there are generated images but no bank.
     """
-    parts: list[Drawn | Generated] = []
+    groups: list[RandomViews | GeneratedViews] = []
     if views.crops:
-        parts.append(Drawn(preprocess, "augmix" if views.augmix else "crop", views.crops, seed))
+        groups.append(RandomViews(preprocess, "augmix" if views.augmix else "crop", views.crops, seed))
     if views.generated:
         if bank is None:
-            raise ConfigError(f"test_views has {views.generated} generated pictures: pass their bank, generated=.")
-        parts.append(Generated(preprocess, bank, views.generated))
-    return parts
+            raise ConfigError(f"test_views has {views.generated} generated images: pass their bank, generated=.")
+        groups.append(GeneratedViews(preprocess, bank, views.generated))
+    return groups

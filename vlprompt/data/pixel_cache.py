@@ -1,4 +1,4 @@
-"""Decoded pictures, kept in memory that every loader process shares."""
+"""Cache of decoded images in memory that all loader processes share."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ import numpy as np
 from vlprompt.data.transforms import Pixels, Transform
 from vlprompt.datasets.records import Sample
 
-#: Bytes of decoded pictures that a split keeps at most in a process and its workers, unless it is told otherwise.
+#: Default limit, in bytes, of decoded images that a split keeps in a process and its workers.
 KEEP_BYTES = 2 * 2**30
 
 
 class PixelCache:
-    """The pixels of samples under a view; each picture is decoded once as long as there is room.
+    """Pixels of samples under a transform; each image is decoded once while the cache has room.
 
-    For the center view the finished pixels are kept, for the random view the picture as decoded, because crops are cut
-    from the original. What does not fit is decoded again every time.
+    The ``center`` transform caches transformed pixels. A random transform caches the decoded image, because crops are
+    taken from it. Images that do not fit are decoded every time.
 
-    Without workers the decoded objects themselves are held. With workers the pixels lie in anonymous shared memory,
-    reserved at once and taken up as it is filled: workers that are forked see and fill the same pages, and nothing is
-    copied per worker. Workers that are not forked keep nothing.
+    Without workers, decoded objects are kept. With workers, pixels are in anonymous shared memory, which is reserved at
+    once but allocated as it is filled: forked workers read and fill the same pages without copies. Workers that are not
+    forked cache nothing.
 
     Args:
-        samples: Where the pictures come from.
-        transform: Makes the pixels.
-        keep: Bytes to keep at most; not more than half of the memory that is free. 0 keeps nothing.
-        workers: Processes that will decode; each fills a part of its own of the memory, so none waits for another.
+        samples: The images.
+        transform: Transform of the images.
+        keep: Limit in bytes, reduced to half of the free memory; 0 caches nothing.
+        workers: Number of processes that decode; each fills a separate section of the memory, without locks.
     """
 
     def __init__(self, samples: Sequence[Sample], transform: Transform, keep: int = 0, workers: int = 0) -> None:
         self.samples, self.transform = samples, transform
         keep = min(keep, _free_memory() // 2)
-        self._kept: _Held | _Shared | None = None
+        self._kept: _Local | _Shared | None = None
         if keep and not workers:
-            self._kept = _Held(keep)
+            self._kept = _Local(keep)
         elif keep:
-            # A system that promises no more memory than it has may refuse.
+            # A system without memory overcommit may refuse.
             with contextlib.suppress(OSError, ValueError, OverflowError):
                 self._kept = _Shared(keep, len(samples), workers)
 
@@ -59,63 +59,63 @@ class PixelCache:
         kept = None if self._kept is None else self._kept.get(position)
         if kept is not None:
             return self.transform.pixels(kept) if self.transform.random else kept
-        picture = self.samples[position].source.open()
-        pixels = self.transform.pixels(picture)
+        image = self.samples[position].source.open()
+        pixels = self.transform.pixels(image)
         if self._kept is not None:
-            self._kept.put(position, picture if self.transform.random else pixels)
+            self._kept.put(position, image if self.transform.random else pixels)
         return pixels
 
     def kept(self) -> int:
-        """Return how many pictures are kept."""
+        """Return the number of cached images."""
         return 0 if self._kept is None else self._kept.count()
 
 
-class _Held:
-    """Pictures and pixels as they are, in one process."""
+class _Local:
+    """Images or pixels of one process."""
 
     def __init__(self, room: int) -> None:
         self.room = room
-        self.held: dict[int, Any] = {}
+        self.images: dict[int, Any] = {}
 
     def get(self, position: int) -> Any:
-        return self.held.get(position)
+        return self.images.get(position)
 
-    def put(self, position: int, picture: Any) -> None:
-        # Pillow takes 4 bytes for a pixel.
-        size = picture.size if isinstance(picture, np.ndarray) else math.prod(picture.size) * 4
+    def put(self, position: int, image: Any) -> None:
+        # Pillow uses 4 bytes per pixel.
+        size = image.size if isinstance(image, np.ndarray) else math.prod(image.size) * 4
         if size <= self.room:
             self.room -= size
-            self.held[position] = picture.copy() if isinstance(picture, np.ndarray) else picture
+            self.images[position] = image.copy() if isinstance(image, np.ndarray) else image
 
     def count(self) -> int:
-        return len(self.held)
+        return len(self.images)
 
 
 class _Shared:
-    """Pixels one behind the other in memory that forked processes share."""
+    """Pixels stored contiguously in memory that forked processes share."""
 
-    def __init__(self, room: int, number: int, parts: int) -> None:
-        self.size, self.parts = room // parts, parts
-        self.memory = np.frombuffer(mmap.mmap(-1, self.size * parts), dtype=np.uint8)
-        table = np.frombuffer(mmap.mmap(-1, 8 * (4 * number + parts)), dtype=np.int64)
-        self.filled, self.places = table[:parts], table[parts:].reshape(-1, 4)
+    def __init__(self, room: int, number: int, sections: int) -> None:
+        self.size, self.sections = room // sections, sections
+        self.memory = np.frombuffer(mmap.mmap(-1, self.size * sections), dtype=np.uint8)
+        table = np.frombuffer(mmap.mmap(-1, 8 * (4 * number + sections)), dtype=np.int64)
+        self.filled, self.places = table[:sections], table[sections:].reshape(-1, 4)
 
     def get(self, position: int) -> Any:
         start, *shape = self.places[position].tolist()
         return self.memory[start : start + math.prod(shape)].reshape(shape) if shape[0] else None
 
-    def put(self, position: int, picture: Any) -> None:
+    def put(self, position: int, image: Any) -> None:
         from torch.utils.data import get_worker_info
 
-        pixels, worker = np.asarray(picture), get_worker_info()
-        part = worker.id % self.parts if worker is not None else 0
-        filled = int(self.filled[part])
+        pixels, worker = np.asarray(image), get_worker_info()
+        section = worker.id % self.sections if worker is not None else 0
+        filled = int(self.filled[section])
         if filled + pixels.size > self.size:
             return
-        start = part * self.size + filled
+        start = section * self.size + filled
         self.memory[start : start + pixels.size] = pixels.reshape(-1)
-        self.filled[part] = filled + pixels.size
-        # Last: a place with a shape is complete.
+        self.filled[section] = filled + pixels.size
+        # Written last: an entry with a shape is complete.
         self.places[position] = (start, *pixels.shape)
 
     def count(self) -> int:
@@ -123,7 +123,7 @@ class _Shared:
 
 
 def _free_memory() -> int:
-    """Return the bytes of memory that programs can still get."""
+    """Return the available memory in bytes."""
     table = Path("/proc/meminfo")
     if table.is_file():
         lines = dict(line.split(":", 1) for line in table.read_text().splitlines())

@@ -1,4 +1,4 @@
-"""Samplers whose batches do not depend on how many processes share them."""
+"""Samplers whose batches do not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -10,41 +10,42 @@ from torch.utils.data import DistributedSampler
 from vlprompt._random import derived_seed
 from vlprompt.errors import ConfigError
 
-#: What a sampler yields: epoch and position in the list of samples.
+#: Item of a sampler: epoch and index of the sample.
 Key = tuple[int, int]
 
 
 class KeySampler(DistributedSampler[Key]):
-    """What samplers of keys share: their length, rank and epoch.
+    """Base class of samplers of keys: length, rank and epoch.
 
-    A DistributedSampler by type, because Lightning replaces any other sampler by one that pads, and because it then
-    calls ``set_epoch``. Nothing of the parent's arithmetic is used.
+    A subclass of DistributedSampler, because Lightning replaces other samplers by one that pads and does not call their
+    ``set_epoch``. The arithmetic of the parent class is not used.
     """
 
     def __init__(self, length: int, *, rank: int, world_size: int) -> None:
         self.length, self.rank, self.num_replicas, self.epoch = length, rank, world_size, 0
-        # What torch's own class keeps and other code may read.
+        # Attributes of the parent class, which other code may read.
         self.shuffle, self.seed, self.drop_last = False, 0, False
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank is {rank}; with {world_size} processes ranks run from 0 to {world_size - 1}.")
 
 
 class TrainSampler(KeySampler):
-    """Yield ``(epoch, index)`` in an order that depends on ``(seed, epoch)`` alone.
+    """Yield ``(epoch, index)`` in an order that depends on ``(seed, epoch)`` only.
 
-    The epoch's order is cut into global batches of ``batch_size``. Rank ``r`` of ``W`` yields the ``r``-th ``W``-th of
-    every global batch, so that ``W`` processes see exactly the batches of one. The last, incomplete batch is dropped;
-    if there are fewer samples than ``batch_size``, the epoch is one short batch, shared out as evenly as can be.
+    The order of an epoch is cut into global batches of ``batch_size``. Rank ``r`` of ``W`` yields slice ``r`` of ``W``
+    of every global batch, so that ``W`` processes together see the batches of one process. The last, incomplete batch
+    is dropped. If there are fewer samples than ``batch_size``, the epoch is one short batch, shared as evenly as
+    possible.
 
     Args:
         length: Number of training samples.
         batch_size: Global batch size ``B``, over all processes.
         seed: Seed of the orders.
-        rank: This process.
+        rank: Rank of this process.
         world_size: Number of processes ``W``.
 
     Raises:
-        ConfigError: If ``W`` does not divide ``B``, if there is nothing to train on, or less than one sample a process.
+        ConfigError: If ``W`` does not divide ``B``, or there are fewer samples than processes.
     """
 
     def __init__(self, length: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -66,18 +67,18 @@ class TrainSampler(KeySampler):
 
     @property
     def local_batch_size(self) -> int:
-        """Samples of one global batch that one rank sees: the batch size of its DataLoader."""
+        """Samples of a global batch per rank: the batch size of its DataLoader."""
         return self.batch_size // self.num_replicas
 
     def local_slice(self) -> tuple[int, int]:
-        """Return first and last-plus-one position of this rank in a global batch."""
+        """Return start and stop of this rank's slice of a global batch."""
         size = min(self.batch_size, self.length)
         each, extra = divmod(size, self.num_replicas)
         start = self.rank * each + min(self.rank, extra)
         return start, start + each + (self.rank < extra)
 
     def scale(self) -> float:
-        """Return ``local_count * W / global_count``: weighs a local mean so that ranks average to the global mean."""
+        """Return ``local_count * W / global_count``, the weight of a local mean in the mean over ranks."""
         start, stop = self.local_slice()
         return (stop - start) * self.num_replicas / min(self.batch_size, self.length)
 
@@ -100,7 +101,7 @@ class TrainSampler(KeySampler):
 class EvalSampler(KeySampler):
     """Yield every index exactly once over all ranks: rank ``r`` of ``W`` yields ``r, r + W, r + 2W, ...``.
 
-    Nothing is padded: ranks may have one sample more or less, and none at all where there are more ranks than samples.
+    Nothing is padded: ranks may differ by one sample, and have none if there are more ranks than samples.
     """
 
     def __init__(self, length: int, *, rank: int = 0, world_size: int = 1) -> None:

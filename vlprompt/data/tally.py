@@ -1,4 +1,4 @@
-"""What happened to the images of a run: how many were encoded, and which could not be read."""
+"""Counts of encoded and skipped images of a run."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _SHOWN = 20
 
 @dataclass
 class Tally:
-    """Counts since a moment.
+    """Counts since the tally was opened.
 
     Attributes:
-        encoded: Images that were encoded for the feature store.
-        skipped: Ids of the images that were left out because they cannot be read, by split, each once.
+        encoded: Number of images encoded for the feature store.
+        skipped: Ids of unreadable images that were skipped, by split, each once.
     """
 
     encoded: int = 0
     skipped: dict[str, dict[str, None]] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
-        """Return the counts of all processes as plain JSON values; where there are several, each has to call this.
+        """Return the counts of all processes as plain JSON values; with several processes, every process must call it.
 
         Returns:
             ``{"encoded": n, "skipped": {"train": n, "val": n, "test": n, "ids": [the first 20]}}``
@@ -36,47 +36,47 @@ class Tally:
             encoded += other.encoded
             for split, ids in other.skipped.items():
                 skipped[split].update(ids)
-        names = list(dict.fromkeys(name for found in skipped.values() for name in sorted(found)))
-        counts = {split: len(found) for split, found in skipped.items()}
+        names = list(dict.fromkeys(name for ids in skipped.values() for name in sorted(ids)))
+        counts = {split: len(ids) for split, ids in skipped.items()}
         return {"encoded": encoded, "skipped": {**counts, "ids": names[:_SHOWN]}}
 
 
-#: The whole process's, and those opened by :func:`tally`.
+#: The tally of the process, and those opened by :func:`tally`.
 _OPEN = [Tally()]
 
 
 def images_encoded() -> int:
-    """Return how many images this process has encoded for feature stores."""
+    """Return the number of images that this process has encoded for feature stores."""
     return _OPEN[0].encoded
 
 
 def count_encoded(number: int) -> None:
     """Add ``number`` encoded images to every open tally."""
-    for one in _OPEN:
-        one.encoded += number
+    for counts in _OPEN:
+        counts.encoded += number
 
 
 def count_skipped(split: str, ids: Iterable[str]) -> None:
-    """Note images of ``split`` that were left out in every open tally."""
+    """Add skipped images of ``split`` to every open tally."""
     names = dict.fromkeys(ids)
-    for one in _OPEN:
-        one.skipped.setdefault(split, {}).update(names)
+    for counts in _OPEN:
+        counts.skipped.setdefault(split, {}).update(names)
 
 
 @contextmanager
 def tally() -> Iterator[Tally]:
-    """Count what happens inside; afterwards one warning names the images that this process left out."""
+    """Count images in the context; on exit, one warning names the images that this process skipped."""
     counts = Tally()
     _OPEN.append(counts)
     try:
         yield counts
     finally:
-        _OPEN[:] = [one for one in _OPEN if one is not counts]
+        _OPEN[:] = [other for other in _OPEN if other is not counts]
     names = sorted({name for ids in counts.skipped.values() for name in ids})
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         warnings.warn(
-            f"Images that cannot be read were left out: {len(names)} ({', '.join(names[:3])}{more}). Results are over "
-            "the images that could be read; data.on_bad_image error stops at the first.",
+            f"Unreadable images were skipped: {len(names)} ({', '.join(names[:3])}{more}). Results cover the readable "
+            "images; data.on_bad_image error stops at the first unreadable image.",
             stacklevel=1,
         )

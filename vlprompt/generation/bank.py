@@ -65,7 +65,7 @@ class DiffusionBank:
         """Hash of the recipe: with the source image, all that a picture depends on."""
         return self.recipe.id
 
-    def pictures(self, source: ImageSource, count: int) -> list[Image]:
+    def images(self, source: ImageSource, count: int) -> list[Image]:
         """Return the first ``count`` pictures of an image, PIL RGB.
 
         Raises:
