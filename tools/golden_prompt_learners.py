@@ -403,8 +403,8 @@ def _restore_run(
     seen["r_vision_f64"].append(float(surgery.image_strength))
     yield from ((f"run/{name}", np.array([np.asarray(v) for v in values])) for name, values in seen.items())
     yield from ((f"run/loss/{name}", torch.stack(values)) for name, values in losses.items())
-    learnables = dict(made.trainable_parameters())
-    yield from ((f"run/final/{theirs}", learnables[ours].detach()) for ours, theirs in names.items())
+    parameters = dict(made.trainable_parameters())
+    yield from ((f"run/final/{theirs}", parameters[ours].detach()) for ours, theirs in names.items())
     made.eval()
     with torch.no_grad():
         yield "run/eval_logits", made(images)

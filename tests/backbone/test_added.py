@@ -43,7 +43,7 @@ def all_additions(width: int, layers: int) -> tuple[Added, list[Tensor]]:
     return Added(projections, after, rows), [*tensors, *rows.values()]
 
 
-def test_nothing_added_is_the_frozen_tower(tiny_backbone: Backbone, images: Tensor) -> None:
+def test_empty_additions_leave_the_frozen_tower_unchanged(tiny_backbone: Backbone, images: Tensor) -> None:
     plain = tiny_backbone.encode_image(images)
     torch.testing.assert_close(tiny_backbone.encode_image(images, added=Added()), plain, rtol=1e-5, atol=1e-6)
     layout = template_layout(tiny_backbone.text, NAMES, TEMPLATES)

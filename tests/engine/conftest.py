@@ -47,7 +47,7 @@ def make_method(tiny_backbone: Any, task: FewShotTask) -> Callable[..., PromptMe
 
 
 @pytest.fixture
-def own_trainer(tmp_path: Any) -> Callable[..., pl.Trainer]:
+def user_trainer(tmp_path: Any) -> Callable[..., pl.Trainer]:
     """A user's Trainer: Lightning's defaults and the given values."""
 
     def make(**values: Any) -> pl.Trainer:

@@ -44,13 +44,13 @@ def plain_loader(method: PromptMethod, task: FewShotTask, batch_size: int = 4) -
 
 @pytest.mark.parametrize("name", ["coop", "mocoop"])
 def test_user_trainer_with_few_shot_data(
-    name: str, make_method: Make, own_trainer: Trainers, task: FewShotTask, tmp_path: Path
+    name: str, make_method: Make, user_trainer: Trainers, task: FewShotTask, tmp_path: Path
 ) -> None:
     method = make_method(name)
     before = {key: value.clone() for key, value in method.backbone.state_dict().items()}
     start = method.trained_state()
     data = FewShotData(task, method.backbone.preprocess, batch_size=4, test_batch_size=5)
-    trainer = own_trainer()
+    trainer = user_trainer()
     module = vlprompt.PromptModule(method, RecipeConfig(epochs=2))
     trainer.fit(module, datamodule=data)
     assert 0 <= trainer.callback_metrics["val/accuracy"] <= 100  # on the task's validation images
@@ -64,11 +64,11 @@ def test_user_trainer_with_few_shot_data(
     assert changed == {key for key, value in start.items() if value.numel()}
 
 
-def test_user_trainer_with_plain_pairs(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+def test_user_trainer_with_plain_pairs(make_method: Make, user_trainer: Trainers, task: FewShotTask) -> None:
     method = make_method("mocoop")
     loader = plain_loader(method, task)
     module = vlprompt.PromptModule(method, RecipeConfig(epochs=2))
-    trainer = own_trainer()
+    trainer = user_trainer()
     trainer.fit(module, loader)
     assert trainer.global_step == 6
     assert set(trainer.callback_metrics) >= {"train/loss", "train/ce", "train/text", "train/gate"}
@@ -76,13 +76,13 @@ def test_user_trainer_with_plain_pairs(make_method: Make, own_trainer: Trainers,
     assert scores["test/total"] == 12
 
 
-def test_features_in_place_of_images(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+def test_features_in_place_of_images(make_method: Make, user_trainer: Trainers, task: FewShotTask) -> None:
     by_images, by_features = make_method("coop"), make_method("coop")
     images = plain_loader(by_images, task)
     pixels, labels = images.dataset.tensors  # type: ignore[attr-defined]
     features = DataLoader(TensorDataset(by_images.backbone.encode_image(pixels), labels), batch_size=4)
     for method, loader in ((by_images, images), (by_features, features)):
-        own_trainer().fit(vlprompt.PromptModule(method, RecipeConfig(epochs=2)), loader)
+        user_trainer().fit(vlprompt.PromptModule(method, RecipeConfig(epochs=2)), loader)
     torch.testing.assert_close(by_images.trained_state(), by_features.trained_state(), rtol=1e-5, atol=1e-7)
 
 
@@ -101,11 +101,11 @@ def test_loss_is_the_sum_of_its_terms(make_method: Make, task: FewShotTask) -> N
     assert not any(value.requires_grad for value in logged.values())
 
 
-def test_rates_of_two_groups(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+def test_rates_of_two_groups(make_method: Make, user_trainer: Trainers, task: FewShotTask) -> None:
     method = make_method("mocoop", tune_layer_norms=True, layer_norm_lr_factor=0.1)
     recipe = RecipeConfig(epochs=4, lr=0.01)
     rates = Rates()
-    own_trainer(max_epochs=4, callbacks=[rates]).fit(vlprompt.PromptModule(method, recipe), plain_loader(method, task))
+    user_trainer(max_epochs=4, callbacks=[rates]).fit(vlprompt.PromptModule(method, recipe), plain_loader(method, task))
     expected = [[learning_rate(epoch, lr, recipe) for lr in (0.01, 0.001)] for epoch in range(4)]
     for seen, wanted in zip(rates.seen, expected, strict=True):
         assert seen == pytest.approx(wanted, rel=1e-12)
@@ -115,10 +115,10 @@ def test_rates_of_two_groups(make_method: Make, own_trainer: Trainers, task: Few
     assert sorted(both) == sorted(id(p) for _, p in method.trainable_parameters())
 
 
-def test_a_group_with_rate_zero_does_not_change(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+def test_a_group_with_rate_zero_does_not_change(make_method: Make, user_trainer: Trainers, task: FewShotTask) -> None:
     method = make_method("mocoop", tune_layer_norms=True, layer_norm_lr_factor=0.0)
     norms = [value.clone() for value in method.image_overrides().values()]
-    own_trainer().fit(vlprompt.PromptModule(method, RecipeConfig(epochs=2)), plain_loader(method, task))
+    user_trainer().fit(vlprompt.PromptModule(method, RecipeConfig(epochs=2)), plain_loader(method, task))
     assert all(torch.equal(a, b) for a, b in zip(norms, method.image_overrides().values(), strict=True))
 
 
@@ -131,31 +131,31 @@ def test_default_optimiser_is_the_published_one(make_method: Make) -> None:
 
 
 @pytest.mark.parametrize("by_trainer", [False, True])
-def test_gradient_clip(by_trainer: bool, make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+def test_gradient_clip(by_trainer: bool, make_method: Make, user_trainer: Trainers, task: FewShotTask) -> None:
     method, norm = make_method("mocoop"), 1e-3
     start = method.trained_state()
     recipe = RecipeConfig(epochs=1, lr=1.0, warmup_epochs=0, momentum=0, weight_decay=0)
     recipe.gradient_clip = 1e9 if by_trainer else norm
-    trainer = own_trainer(max_epochs=1, limit_train_batches=1, gradient_clip_val=norm if by_trainer else None)
+    trainer = user_trainer(max_epochs=1, limit_train_batches=1, gradient_clip_val=norm if by_trainer else None)
     trainer.fit(vlprompt.PromptModule(method, recipe), plain_loader(method, task))
     scale = {name: 0.1 if "norms" in name else 1.0 for name in start}  # the groups' rates
     steps = [(value - start[name]) / scale[name] for name, value in method.trained_state().items()]
     assert math.sqrt(sum(float(step.double().square().sum()) for step in steps)) == pytest.approx(norm, rel=1e-2)
 
 
-def test_loss_that_is_not_finite_names_the_fix(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+def test_loss_that_is_not_finite_names_the_fix(make_method: Make, user_trainer: Trainers, task: FewShotTask) -> None:
     method = make_method("coop")
     method.load_trained_state({name: value * float("nan") for name, value in method.trained_state().items()})
     with pytest.raises(
         ConfigError, match=r"not finite in epoch 0 \(ce nan\).*--recipe.lr.*--trainer.precision 32-true"
     ):
-        own_trainer().fit(vlprompt.PromptModule(method), plain_loader(method, task))
+        user_trainer().fit(vlprompt.PromptModule(method), plain_loader(method, task))
 
 
-def test_method_with_nothing_to_train_is_refused(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+def test_method_with_nothing_to_train_is_refused(make_method: Make, user_trainer: Trainers, task: FewShotTask) -> None:
     method = make_method("zeroshot")
     with pytest.raises(ConfigError, match="'zeroshot' has nothing to train"):
-        own_trainer().fit(vlprompt.PromptModule(method), plain_loader(method, task))
+        user_trainer().fit(vlprompt.PromptModule(method), plain_loader(method, task))
 
 
 def test_recipe_is_checked(make_method: Make) -> None:
@@ -165,11 +165,11 @@ def test_recipe_is_checked(make_method: Make) -> None:
 
 
 def test_checkpoint_holds_trainable_parameters_and_needs_no_unpickling(
-    make_method: Make, own_trainer: Trainers, task: FewShotTask, tmp_path: Path
+    make_method: Make, user_trainer: Trainers, task: FewShotTask, tmp_path: Path
 ) -> None:
     method = make_method("mocoop")
     module = vlprompt.PromptModule(method, RecipeConfig(epochs=2))
-    trainer = own_trainer()
+    trainer = user_trainer()
     trainer.fit(module, plain_loader(method, task))
     trainer.save_checkpoint(tmp_path / "own.ckpt")
     checkpoint = torch.load(tmp_path / "own.ckpt", weights_only=True)
@@ -184,17 +184,17 @@ def test_checkpoint_holds_trainable_parameters_and_needs_no_unpickling(
 
 
 def test_resuming_with_a_user_trainer_is_exact(
-    make_method: Make, own_trainer: Trainers, task: FewShotTask, tmp_path: Path
+    make_method: Make, user_trainer: Trainers, task: FewShotTask, tmp_path: Path
 ) -> None:
     whole, interrupted = make_method("coop"), make_method("coop")
     recipe = RecipeConfig(epochs=3)
     data = FewShotData(task, whole.backbone.preprocess, batch_size=4)
-    own_trainer(max_epochs=3).fit(vlprompt.PromptModule(whole, recipe), datamodule=data)
-    first = own_trainer(max_epochs=2)
+    user_trainer(max_epochs=3).fit(vlprompt.PromptModule(whole, recipe), datamodule=data)
+    first = user_trainer(max_epochs=2)
     first.fit(vlprompt.PromptModule(interrupted, recipe), datamodule=data)
     first.save_checkpoint(tmp_path / "half.ckpt")
     again = make_method("coop")
-    own_trainer(max_epochs=3).fit(
+    user_trainer(max_epochs=3).fit(
         vlprompt.PromptModule(again, recipe), datamodule=data, ckpt_path=str(tmp_path / "half.ckpt"), weights_only=True
     )
     torch.testing.assert_close(again.trained_state(), whole.trained_state(), rtol=0, atol=0)
@@ -214,10 +214,10 @@ def test_mismatched_state_is_refused(change: str, make_method: Make) -> None:
         module.load_state_dict(state)
 
 
-def test_accuracy_is_exact(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+def test_accuracy_is_exact(make_method: Make, user_trainer: Trainers, task: FewShotTask) -> None:
     method = make_method("coop")
     data = FewShotData(task, method.backbone.preprocess, test_batch_size=4)
-    (scores,) = own_trainer().test(vlprompt.PromptModule(method), datamodule=data, verbose=False)
+    (scores,) = user_trainer().test(vlprompt.PromptModule(method), datamodule=data, verbose=False)
     data.setup("test")
     with torch.no_grad():
         hits = sum(int((method(b["images"]).argmax(-1) == b["labels"]).sum()) for b in data.test_dataloader())
@@ -226,11 +226,11 @@ def test_accuracy_is_exact(make_method: Make, own_trainer: Trainers, task: FewSh
 
 
 # -- other metrics --------------------------------------------------------------------------------------------------
-def test_mean_per_class_counts_every_class_once(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+def test_mean_per_class_counts_every_class_once(make_method: Make, user_trainer: Trainers, task: FewShotTask) -> None:
     method = make_method("coop")
     data = FewShotData(task, method.backbone.preprocess, test_batch_size=4)
     module = vlprompt.PromptModule(method, metric="mean_per_class")
-    (scores,) = own_trainer().test(module, datamodule=data, verbose=False)
+    (scores,) = user_trainer().test(module, datamodule=data, verbose=False)
     assert sum(module.per_class["correct"]) == scores["test/correct"]
     assert module.per_class["total"] == [3, 3, 3, 3, 3, 2]  # the last class has one image less
     accuracies = [a / b for a, b in zip(*module.per_class.values(), strict=True)]
@@ -244,10 +244,10 @@ def several_labels(method: PromptMethod, task: FewShotTask) -> DataLoader[Any]:
     return DataLoader(TensorDataset(images, hot.float()), batch_size=5)
 
 
-def test_several_labels_are_ranked(make_method: Make, own_trainer: Trainers, task: FewShotTask) -> None:
+def test_several_labels_are_ranked(make_method: Make, user_trainer: Trainers, task: FewShotTask) -> None:
     method = make_method("zeroshot")
     loader = several_labels(method, task)
-    (scores,) = own_trainer().test(vlprompt.PromptModule(method, metric="map"), loader, verbose=False)
+    (scores,) = user_trainer().test(vlprompt.PromptModule(method, metric="map"), loader, verbose=False)
     reference = MultilabelScores(6)
     images, labels = loader.dataset.tensors  # type: ignore[attr-defined]
     with torch.no_grad():
@@ -259,8 +259,8 @@ def test_several_labels_are_ranked(make_method: Make, own_trainer: Trainers, tas
 
 
 def test_cross_entropy_is_not_trained_on_several_labels(
-    make_method: Make, own_trainer: Trainers, task: FewShotTask
+    make_method: Make, user_trainer: Trainers, task: FewShotTask
 ) -> None:
     method = make_method("coop")
     with pytest.raises(ConfigError, match="'coop' is trained by cross-entropy over one label.*--method zeroshot"):
-        own_trainer().fit(vlprompt.PromptModule(method, metric="map"), several_labels(method, task))
+        user_trainer().fit(vlprompt.PromptModule(method, metric="map"), several_labels(method, task))

@@ -76,14 +76,14 @@ class Views:
         colour, opacity = images[:, :3], images[:, 3:]
         kind = self._uniform(0, 1, count, 1, 1, 1)
         pale, any_colour = self._uniform(0.5, 1, count, 3, 1, 1), self._uniform(0, 1, count, 3, 1, 1)
-        behind = torch.where(kind < 0.55, torch.ones(()), torch.where(kind < 0.9, pale, any_colour))
+        background = torch.where(kind < 0.55, torch.ones(()), torch.where(kind < 0.9, pale, any_colour))
         matrix = torch.eye(3) + self._normal(count, 3, 3) * 0.13 * (self._uniform(0, 1, count, 1, 1) < 0.8)
         saturation = self._uniform(0.4, 1.4, count, 1, 1)
         saturation = saturation * (self._uniform(0, 1, count, 1, 1) >= 0.12)
         matrix = matrix @ (saturation * torch.eye(3) + (1 - saturation) * _LUMINANCE.expand(3, 3))
         colour = torch.einsum("bij,bjhw->bihw", matrix, colour) * self._uniform(0.75, 1.25, count, 1, 1, 1)
         colour = colour + self._uniform(-0.125, 0.125, count, 1, 1, 1) * opacity
-        return (colour + behind * (1 - opacity)).clamp(0, 1)
+        return (colour + background * (1 - opacity)).clamp(0, 1)
 
     def _stylised(self, images: Tensor, opacity: Tensor) -> Tensor:
         """Turn some images into line drawings, some into hard black and white, and some into negatives."""

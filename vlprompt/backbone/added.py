@@ -50,7 +50,7 @@ class Added:
         width = x.shape[-1]
         rows = slice("qkv".index(parts[0]) * width, ("qkv".index(parts[-1]) + 1) * width)
         out: Tensor = F.linear(x, attention.in_proj_weight[rows], attention.in_proj_bias[rows])
-        updates = [self.projections.get((layer, part)) for part in parts]
+        updates = [self.projections.get((layer, name)) for name in parts]
         if not any(updates):
             return out
         added = [torch.zeros_like(x) if update is None else update(x).to(x.dtype) for update in updates]

@@ -227,7 +227,7 @@ class ImageTower:
             raise BackboneError(f"deep visual tokens at layer {wrong[0]}; accepted: 1 to {self.layers - 1}")
         if tokens.deep and tokens.input is None:
             raise BackboneError(
-                "deep visual tokens replace input tokens, but VisualTokens.input is None; give [V, W] there as well"
+                "deep visual tokens replace input tokens, but VisualTokens.input is None; set it to [V, W]"
             )
         given = {"input": tokens.input} if tokens.input is not None else {}
         given |= {f"layer {layer}": value for layer, value in tokens.deep.items()}

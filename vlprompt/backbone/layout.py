@@ -128,8 +128,8 @@ class TokenLayout:
         reached = self.names
         if reach != "name":
             last = self.lengths[..., None] - 1
-            behind = (self.slots >= 0) & (place > first) & (place < last + (reach == "end-of-text"))
-            reached = reached | (behind & self.names.any(dim=2, keepdim=True))
+            after_name = (self.slots >= 0) & (place > first) & (place < last + (reach == "end-of-text"))
+            reached = reached | (after_name & self.names.any(dim=2, keepdim=True))
         return torch.where(reached, place - first, -1)
 
     def select(self, start: int, stop: int) -> TokenLayout:

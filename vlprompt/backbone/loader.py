@@ -134,7 +134,7 @@ def _registered_file(name: str, config: Config, path: Path, precision: str, quic
         "the argument quick_gelu": quick_gelu,
         f"{CONFIG_FILE} in the folder of the file": settings["model_cfg"].get("quick_gelu") if settings else None,
         "the name": True if name.endswith("-quickgelu") else None,
-        "the file's own fields (OpenAI's archive)": True if _is_archive(state) else None,
+        "the fields of the file (OpenAI's archive)": True if _is_archive(state) else None,
     }
     stated = {source: bool(value) for source, value in claims.items() if value is not None}
     if len(set(stated.values())) > 1:
@@ -195,7 +195,7 @@ def _entry(name: str, tag: str) -> dict[str, Any] | None:
 
 
 def _tag_spelling(tag: str) -> str:
-    return tag.lower().replace("-", "_")  # open_clip's own spelling of tags
+    return tag.lower().replace("-", "_")  # open_clip's spelling of tags
 
 
 def _tags_of(name: str) -> str:

@@ -76,12 +76,12 @@ def _suffix_attention(
         to_prefix = to_prefix.masked_fill(~real[:, None, None], float("-inf"))
     to_prefix = by_group.collect(to_prefix)  # [N, H, Pmax]
     # One split instead of a slice per block: the gradient of a split is a single concatenation.
-    asked = [(1 if pooled else length) for length, _ in plan.blocks]
-    query_sizes = [rows * n for (_, rows), n in zip(plan.blocks, asked, strict=True)]
+    queries_per_row = [(1 if pooled else length) for length, _ in plan.blocks]
+    query_sizes = [rows * n for (_, rows), n in zip(plan.blocks, queries_per_row, strict=True)]
     key_sizes = [rows * length for length, rows in plan.blocks]
     pieces = zip(q.split(query_sizes), to_prefix.split(query_sizes), suffix[:, -2:].split(key_sizes), strict=True)
     shares, outs = [], []
-    for (length, rows), n, (block_q, outside, keys_values) in zip(plan.blocks, asked, pieces, strict=True):
+    for (length, rows), n, (block_q, outside, keys_values) in zip(plan.blocks, queries_per_row, pieces, strict=True):
         # Keys and values of the block: [R, H, length, d].
         block_k, block_v = keys_values.unflatten(0, (rows, length)).permute(2, 0, 3, 1, 4).unbind(0)
         scores = block_q.unflatten(0, (rows, n)).transpose(1, 2) @ block_k.transpose(2, 3)  # [R, H, n, length]

@@ -166,7 +166,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, name: str, so
     from open_clip.model import convert_to_custom_text_state_dict
 
     fitted = {key: value for key, value in state.items() if key not in ARCHIVE_FIELDS}
-    fitted = dict(convert_state_dict(model, fitted))  # MobileCLIP's own names
+    fitted = dict(convert_state_dict(model, fitted))  # renames MobileCLIP's parameters
     if "positional_embedding" in fitted and hasattr(model, "text"):
         fitted = dict(convert_to_custom_text_state_dict(fitted))
     expected = model.state_dict()

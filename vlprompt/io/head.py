@@ -69,8 +69,8 @@ class Head(nn.Module):
         """Return the classifier ``[C, D]``: the transpose of open_clip's zero-shot weights.
 
         ``exp(logit_scale) * unit image features @ text_features().T`` are the head's logits. A mixture of prompts has
-        class weights per image: give it raw image ``features`` ``[B, D]`` for its exact ``[B, C, D]``; without them it
-        warns and returns the mean expert.
+        one classifier per image: raw image ``features`` ``[B, D]`` give ``[B, C, D]``; without them it warns and
+        returns the mean expert.
         """
         return self.method.text_features(features)
 

@@ -1,4 +1,4 @@
-"""Saved heads as teachers of other methods: what :mod:`vlprompt.methods.teacher` calls for a folder."""
+"""Saved heads as teachers of other methods, for :mod:`vlprompt.methods.teacher`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from vlprompt.methods.base import PromptMethod
 def method_of(folder: Path, student: Backbone) -> PromptMethod:
     """Return the trained method of a saved head or run, on the device of ``student``.
 
-    It shares the backbone of the student where the weights are the same.
+    It shares the backbone of the student if the weights are the same.
 
     Raises:
-        HeadError: ``folder`` holds no head, or one that cannot be loaded.
+        HeadError: ``folder`` holds no head, or the head cannot be loaded.
     """
     folder = find_head(folder)
     same = read_config(folder)["backbone"]["fingerprint"] == student.fingerprint
