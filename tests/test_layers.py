@@ -43,6 +43,7 @@ TOWERS = (
 )
 #: Where modules of vlprompt are imported by a name that is computed, so that what is imported cannot be read off.
 COMPUTED = {
+    "vlprompt.cli.main": "the command of the command line",
     "vlprompt._lazy": "the names of a package, which its stub lists; what vlprompt/__init__.py provides",
     "vlprompt.datasets.readers": "the reader that a card names",
     "vlprompt.methods": "every method",

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 import vlprompt
-from vlprompt.cli.main import COMMANDS, head_folder, main
+from vlprompt.cli.main import COMMANDS, main
 from vlprompt.cli.parse import parse_run
+from vlprompt.cli.run import head_folder
 from vlprompt.config.keys import to_yaml
 from vlprompt.errors import DataError, HeadError
 from vlprompt.methods import list_methods

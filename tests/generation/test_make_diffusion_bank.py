@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import subprocess
 import sys
@@ -139,8 +138,7 @@ def test_an_interrupt_says_how_to_go_on(
     def interrupted(argv: list[str]) -> int:
         raise KeyboardInterrupt
 
-    command = dataclasses.replace(cli.COMMANDS["bank"], call=interrupted)
-    monkeypatch.setitem(cli.COMMANDS, "bank", command)
+    monkeypatch.setattr(cli_bank, "bank", interrupted)
     assert main(words(pictures)) == 130
     assert "the same command resumes it" in capsys.readouterr().err
 

@@ -1,0 +1,171 @@
+"""``vlprompt train``, ``eval`` and ``predict``."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_run, key_table, read_command_line, refuse
+from vlprompt.cli.protocols import need_config, need_no_config, protocol_command, say
+from vlprompt.config.keys import to_yaml
+from vlprompt.config.yaml import shown
+from vlprompt.errors import HeadError
+
+RUN_CONFIG = "config.yaml"
+HEAD_FOLDER, HEAD_CONFIG = "head", "config.json"
+# -- training -----------------------------------------------------------------------------------------------------
+TRAIN_FLAGS = ("print-config", "dry-run", "force")
+
+
+def train_command(words: list[str]) -> int:
+    """Run ``vlprompt train`` and return its exit status."""
+    line = read_command_line(words, "train", flags=TRAIN_FLAGS)
+    need_config(line)
+    config, problems = check_run(line)
+    if config is None or problems:
+        refuse(problems, "train")
+    if "print-config" in line.flags:
+        print(to_yaml(config), end="")
+        return 0
+    if "dry-run" in line.flags:
+        from vlprompt.runs.dry_run import dry_run
+
+        print(dry_run(config))
+        return 0
+    from vlprompt.runs.run import run
+
+    result = run(config, force="force" in line.flags)
+    say(f"{result.table()}\nhead:       {result.head_dir}\nrun folder: {result.folder}")
+    return 0
+
+
+def train_keys_help(words: list[str]) -> str:
+    """Return the accepted keys; the settings too, if the command names a method or a configuration that can be read."""
+    text = f"\nKeys, defaults and what they accept:\n{key_table()}\n"
+    line = read_command_line([word for word in words if word not in ("-h", "--help")], flags=TRAIN_FLAGS)
+    if not line.configs and not line.overrides:
+        return text + "\nWith --method NAME or --config FILE this help also lists the method's --settings.* keys.\n"
+    config, problems = check_run(line)
+    if config is None or problems:
+        refuse(problems, "train")
+    from vlprompt.methods.registry import get_method_class
+
+    settings = get_method_class(config.method).Settings
+    return f"{text}\nSettings of {config.method}:\n{key_table(settings)}\n"
+
+
+# -- saved heads --------------------------------------------------------------------------------------------------
+def head_folder(text: str) -> Path:
+    """Return the head folder that RUN means: a run folder's ``head``, or the folder itself.
+
+    Raises:
+        HeadError: Neither; the text says what is there instead.
+    """
+    folder = Path(text)
+    if os.path.isfile(folder / HEAD_FOLDER / HEAD_CONFIG):
+        return folder / HEAD_FOLDER
+    if os.path.isfile(folder / HEAD_CONFIG):
+        return folder
+    if os.path.isfile(folder):
+        raise HeadError(f"RUN {shown(text)} is a file; give a run folder or a head folder")
+    if not os.path.isdir(folder):
+        raise HeadError(f"RUN {shown(text)}: there is no such folder; give a run folder or a head folder")
+    if os.path.isfile(folder / RUN_CONFIG):
+        raise HeadError(
+            f"RUN {text!r} holds no head yet: the run is not finished. Resume it with: "
+            f"vlprompt train --config {folder / RUN_CONFIG}"
+        )
+    raise HeadError(f"RUN {text!r} holds neither {HEAD_FOLDER}/{HEAD_CONFIG} (a run) nor {HEAD_CONFIG} (a head)")
+
+
+def eval_command(words: list[str]) -> int:
+    """Run ``vlprompt eval`` and return its exit status."""
+    if any(word.partition("=")[0] == "--protocol" for word in words):
+        return protocol_command(words)
+    line = read_command_line(words, "eval", operands=True)
+    head, files = None, []
+    if len(line.operands) != 1:
+        line.problems.append(f"{COMMAND_LINE}: eval takes one RUN folder, got {len(line.operands)}")
+    else:
+        head = _head_or_problem(line)
+        files = [str(path) for path in _run_config(Path(line.operands[0]))]
+    if line.configs:
+        line.problems.append(f"{COMMAND_LINE}: --config has no meaning for `vlprompt eval`: the head says what it is")
+    if head is not None and not files and "data.name" not in line.overrides:
+        line.problems.append(f"{COMMAND_LINE}: {str(head)!r} is a head without its run; say --data.name NAME")
+    config, problems = check_run(line, files, within=("data.", "seed"))
+    if config is None or problems or head is None:
+        refuse(problems, "eval")
+    from vlprompt.runs.run import evaluate_head
+
+    scores = evaluate_head(head, config.data, config.seed)
+    oracle = " (oracle: its hyperparameters were chosen on test images)" if scores.get("oracle") else ""
+    print(f"{config.data.name}, {config.data.classes} classes: {_in_words(scores)}{oracle}")
+    return 0
+
+
+def _in_words(scores: Mapping[str, Any]) -> str:
+    """Return the headline number of a head's scores, and what else was measured."""
+    from vlprompt.engine.metrics import METRICS, headline
+
+    if "metric" not in scores:
+        return f"{headline(scores):.2f} % ({scores['correct']}/{scores['total']} images)"
+    named = {"accuracy": "accuracy", "cf1": "CF1", "of1": "OF1", **METRICS}
+    own = scores["metric"]
+    others = [f"{words} {scores[name]:.2f}" for name, words in named.items() if name in scores and name != own]
+    return f"{named[own]} {headline(scores):.2f} % ({', '.join(others)}; {scores['total']} images)"
+
+
+def _head_or_problem(line: CommandLine) -> Path | None:
+    try:
+        return head_folder(line.operands[0])
+    except HeadError as error:
+        line.problems.append(f"{COMMAND_LINE}: {error}")
+        return None
+
+
+def _run_config(folder: Path) -> list[Path]:
+    """Return the resolved configuration of the run that ``folder`` is, or is the head folder of, if it is there."""
+    own = folder.resolve().parent if folder.resolve().name == HEAD_FOLDER else folder
+    return [own / RUN_CONFIG] if os.path.isfile(own / RUN_CONFIG) else []
+
+
+def predict_command(words: list[str]) -> int:
+    """Run ``vlprompt predict`` and return its exit status."""
+    line = read_command_line(words, "predict", flags=("json",), options=("top",), operands=True)
+    need_no_config(line)
+    top = line.options.get("top", "5")
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", top):
+        line.problems.append(f"{COMMAND_LINE}: --top is {top!r}; accepted: a whole number of classes, 1 or more")
+    head = _head_or_problem(line) if line.operands else None
+    if len(line.operands) < 2:
+        missing = "IMAGE, at least one file or folder" if line.operands else "RUN and IMAGE"
+        line.problems.append(f"{COMMAND_LINE}: missing {missing}: vlprompt predict RUN IMAGE...")
+    if line.problems or head is None:
+        refuse(line.problems, "predict")
+    from vlprompt.runs.predict import predict
+
+    found = predict(head, [Path(name) for name in line.operands[1:]], int(top))
+    if "json" in line.flags:
+        print(json.dumps(found, indent=2, ensure_ascii=False, default=str))
+    else:
+        _print_predictions(found)
+    return 0
+
+
+def _print_predictions(found: Sequence[Mapping[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("image", "class", box=None, pad_edge=False)
+    table.add_column("probability", justify="right")
+    for entry in found:
+        for rank, guess in enumerate(entry["classes"]):
+            table.add_row("" if rank else str(entry["path"]), guess["name"], f"{100 * guess['probability']:.1f} %")
+    # File and class names are texts, whatever brackets or colons they hold.
+    console = Console(markup=False, emoji=False, highlight=False)
+    console.print(table, width=None if console.is_terminal else 10_000)
