@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from vlprompt.errors import ConfigError, did_you_mean
 
-T = TypeVar("T")
+
+class Configurable(Protocol):
+    """What has settings: a dataclass that checks its values when it is made."""
+
+    Settings: ClassVar[type]
+
+
+T = TypeVar("T", bound=Configurable)
 K = TypeVar("K", bound=type)
 
 class Registry(Generic[T]):
@@ -52,3 +59,14 @@ class Registry(Generic[T]):
             near = did_you_mean(str(name), self.names())
             raise ConfigError(f"there is no {self._what} {name!r}.{near} See `vlprompt list {self._what}s`.")
         return self._known[name]
+
+    def settings(self, name: str, values: Mapping[str, Any]) -> Any:
+        """Return the ``Settings`` of the class enrolled as ``name``, made of ``values``.
+
+        Raises:
+            ConfigError: There is no such class or setting, or values are not accepted; all of them are listed.
+        """
+        try:
+            return self.get(name).Settings(**{str(key): value for key, value in values.items()})
+        except ConfigError as error:
+            raise ConfigError(f"{self._what} {name!r}: {error}") from error

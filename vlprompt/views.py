@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from vlprompt.errors import ConfigError
+from vlprompt.config.types import Count, validated
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class TestViews:
     """Views of a test image: the test view, then random crops, then generated images.
 
@@ -15,21 +13,13 @@ class TestViews:
         crops: Number of random crops of 8 to 100 % of the area, mirrored with probability 0.5.
         augmix: Whether crops are mixed by AugMix.
         generated: Number of images from a diffusion bank.
-
-    Raises:
-        ConfigError: A number is negative.
     """
 
     __test__ = False  # pytest collects classes of this name
 
-    crops: int
+    crops: Count
     augmix: bool = False
-    generated: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("crops", "generated"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"settings.{name} is {getattr(self, name)}; accepted: 0 or more views")
+    generated: Count = 0
 
     @property
     def count(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlprompt.caches import TFUP, Adaptation, CacheRecipe, TFUPTrained, cache_shots
 from vlprompt.caches.tfup import candidate_divergence, kl_matrix, marginal_loss
-from vlprompt.errors import ConfigError, DataError
+from vlprompt.errors import DataError
 
 SHORT = CacheRecipe(epochs=2, batch_size=8, lr=1e-3, eps=1e-4, weight_decay=0.01)
 
@@ -48,8 +48,6 @@ def test_each_class_has_as_many_keys_and_no_more_than_there_are_images() -> None
     for wrong in (features, features[0, :0], features[0, :, 1:]):
         with pytest.raises(DataError, match="accepted"):
             TFUP(text).fit(wrong)
-    with pytest.raises(ConfigError, match="settings.shots is -1"):
-        TFUP(text, shots=-1)
 
 
 def test_selection_is_that_of_the_loops() -> None:

@@ -266,5 +266,5 @@ def test_tfup_s_text_is_the_mean_of_raw_features(tiny_backbone: Backbone) -> Non
     ids=repr,
 )
 def test_settings_that_cannot_be_are_named(tiny_backbone: Backbone, name: str, own: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"settings.{next(iter(own))}.*{{}}|settings.{next(iter(own))} is .*accepted"):
+    with pytest.raises(ConfigError, match=rf"settings.{next(iter(own))}.* is .*accepted"):
         create_method(name, tiny_backbone, NAMES, **own)

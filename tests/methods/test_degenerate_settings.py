@@ -103,7 +103,7 @@ def test_depth_beyond_the_tower_means_all_of_it(tiny_backbone: Backbone) -> None
     layers = tiny_backbone.image.layers
     assert len(make(tiny_backbone, "vpt", image_depth=99).visual.deep) == layers - 1  # type: ignore[union-attr, arg-type]
     for name, setting in (("vpt", "image_depth"), ("maple", "depth"), ("ivlp", "text_depth")):
-        with pytest.raises(ConfigError, match=f"settings.{setting} is 0; accepted: 1 or more layers"):
+        with pytest.raises(ConfigError, match=f"settings.{setting} is 0; accepted: a whole number of 1 or more"):
             make(tiny_backbone, name, **{setting: 0})
 
 

@@ -408,7 +408,7 @@ def test_an_unknown_setting_is_named_with_its_neighbour(tiny_backbone: Backbone,
     known = list(get_method_class(name).Settings.__dataclass_fields__)
     with pytest.raises(ConfigError, match=f"{known[0]}z") as caught:
         create_method(name, tiny_backbone, NAMES, **{f"{known[0]}z": 1})
-    assert f"{known[0]!r}" in str(caught.value) and name in str(caught.value)
+    assert f"'settings.{known[0]}'" in str(caught.value) and name in str(caught.value)
 
 
 @pytest.mark.parametrize("name", list_methods())

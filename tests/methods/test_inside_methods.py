@@ -117,7 +117,7 @@ def test_lora_stands_in_the_chosen_blocks(tiny_backbone: Backbone, own: dict[str
     ("own", "said"),
     [
         ({"layers": [9]}, "no block of a tower that has 4"),
-        ({"params": []}, "one or more of q, k, v, o"),
+        ({"params": []}, "a list that is not empty, each item .q., .k., .v. or .o."),
         ({"rank": 0}, "settings.rank is 0"),
         ({"dropout": 1.0}, "settings.dropout is 1.0"),
         ({"logit_scale": -1.0}, "settings.logit_scale is -1.0"),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from vlprompt import create_method
 from vlprompt.backbone import Backbone
 from vlprompt.errors import ConfigError
-from vlprompt.methods.zeroshot import SELECTED_TEMPLATES
+from vlprompt.methods.zeroshot import SELECTED_TEMPLATES, ZeroShotSettings
 
 NAMES = ["golden_retriever", "jack-o'-lantern", "cat"]
 
@@ -87,3 +87,14 @@ def test_malformed_settings_are_config_errors(tiny_backbone: Backbone, own: dict
     with pytest.raises(ConfigError) as caught:
         create_method("zeroshot", tiny_backbone, NAMES, **own)
     assert next(iter(own)) in str(caught.value)
+
+
+@pytest.mark.parametrize("templates", [["{}"], ("a photo of a {}.", "{} texture"), ["{{}}"]])
+def test_templates_with_one_place_are_accepted(templates: Any) -> None:
+    assert ZeroShotSettings(templates=templates).templates == tuple(templates)
+
+
+@pytest.mark.parametrize("templates", ["a photo of a {}.", None, ["a photo"], ["{} and {}"], ["a {}", 3], ["a {c}"]])
+def test_other_templates_are_refused_and_named(templates: Any) -> None:
+    with pytest.raises(ConfigError, match=r"settings.templates.* is .*; accepted: .*a text with {} once"):
+        ZeroShotSettings(templates=templates)

@@ -254,12 +254,12 @@ def test_one_file_is_all_that_a_method_takes(tiny_backbone: Backbone, images: Te
     ("objectives", "match"),
     [
         ({"knowlege": {}}, "there is no objective 'knowlege'. Did you mean 'knowledge'"),
-        ({"knowledge": {"weigth": 1}}, "has no setting 'weigth'. Did you mean 'weight'"),
+        ({"knowledge": {"weigth": 1}}, "'objectives.knowledge.weigth'. Did you mean 'objectives.knowledge.weight'"),
         ({"knowledge": {"weight": "much"}}, "objectives.knowledge.weight is 'much'"),
-        ({"knowledge": {"weight": -1.0}}, "objectives.knowledge.weight is -1.0; accepted: 0 or more"),
+        ({"knowledge": {"weight": -1.0}}, "objectives.knowledge.weight is -1.0; accepted: a finite number of 0"),
         ({"knowledge": 3}, "objectives.knowledge is 3; accepted: its settings"),
-        ({"aggregation": {"deviation": 0.0}}, "deviation is 0.0; accepted: above 0"),
-        ({"grouped_text": {"groups": [2]}}, "does not cut 3 templates"),
+        ({"aggregation": {"deviation": 0.0}}, "deviation is 0.0; accepted: a finite number above 0"),
+        ({"grouped_text": {"groups": [2]}}, "adds up to 2; objectives.grouped_text.templates holds 3"),
     ],
 )
 def test_wrong_objectives(objectives: Any, match: str, tiny_backbone: Backbone) -> None:

@@ -1,4 +1,4 @@
-"""Class names and templates: what is accepted, and the text that names what is not."""
+"""Class names: what is accepted, and the text that names what is not."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlprompt.errors import ClassNameError, ConfigError
-from vlprompt.prompts import check_class_names, check_templates, words_of
+from vlprompt.errors import ClassNameError
+from vlprompt.prompts import check_class_names, words_of
 
 
 @pytest.mark.parametrize(
@@ -69,26 +69,3 @@ def test_visible_characters_always_make_a_name(names: list[str]) -> None:
 def test_underscores_become_spaces_in_prompts_only() -> None:
     assert words_of("sea_lake__big") == "sea lake  big"
     assert check_class_names(["sea_lake"]) == ["sea_lake"]
-
-
-@pytest.mark.parametrize("templates", [["{}"], ("a photo of a {}.", "{} texture"), ["{{}}"]])
-def test_templates_with_one_place_are_accepted(templates: Any) -> None:
-    assert check_templates(templates, "settings.templates") is None
-
-
-@pytest.mark.parametrize(
-    ("templates", "words"),
-    [
-        ("a photo of a {}.", "a list of templates"),
-        ([], "a list of templates"),
-        (None, "a list of templates"),
-        (["a photo"], "'a photo'"),
-        (["{} and {}"], r"'{} and {}'"),
-        (["a {}", 3], "3"),
-        (["a {c}"], "'a {c}'"),
-    ],
-)
-def test_other_templates_are_refused_and_named(templates: Any, words: str) -> None:
-    with pytest.raises(ConfigError, match=words) as caught:
-        check_templates(templates, "settings.templates")
-    assert "settings.templates" in str(caught.value) and "{{" not in str(caught.value)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt.caches.base import KeyValueCache
-from vlprompt.errors import ConfigError, DataError
+from vlprompt.errors import DataError
 
 
 class TFUP(KeyValueCache):
@@ -27,9 +27,6 @@ class TFUP(KeyValueCache):
         beta: Sharpness of the affinities.
         temperature: What cosines are multiplied by before the softmax that ranks and compares images.
         shots: Images of each class; 0 takes the paper's rule, :func:`cache_shots`.
-
-    Raises:
-        ConfigError: A negative number of shots.
     """
 
     def __init__(
@@ -43,8 +40,6 @@ class TFUP(KeyValueCache):
         shots: int = 0,
     ) -> None:
         super().__init__(text_features, logit_scale, alpha=alpha, beta=beta)
-        if shots < 0:
-            raise ConfigError(f"settings.shots is {shots}; accepted: 0 for the paper's rule, or 1 or more images")
         self.temperature, self.shots = temperature, shots
 
     def fit(self, features: Tensor, labels: Tensor | None = None) -> TFUP:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from vlprompt.errors import ConfigError
+from vlprompt.config.types import Count, NonNegative, Positive, validated
 from vlprompt.schedule import warm_cosine
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class CacheRecipe:
     """How long and how fast a cache is trained: AdamW, with a cosine decay at every step.
 
@@ -22,25 +22,13 @@ class CacheRecipe:
         lr: Learning rate at the first step.
         eps: AdamW's epsilon.
         weight_decay: AdamW's weight decay.
-
-    Raises:
-        ConfigError: A value that cannot be used.
     """
 
-    epochs: int
-    batch_size: int
-    lr: float
-    eps: float
-    weight_decay: float
-
-    def __post_init__(self) -> None:
-        if self.epochs < 0 or self.batch_size < 1:
-            raise ConfigError(
-                f"{self.epochs} epochs in batches of {self.batch_size}; accepted: 0 or more, and 1 or more"
-            )
-        for name in ("lr", "eps", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"settings.{name} is {getattr(self, name)}; accepted: 0 or more")
+    epochs: Count
+    batch_size: Positive
+    lr: NonNegative
+    eps: NonNegative
+    weight_decay: NonNegative
 
     def batches(self, images: int) -> int:
         """Return the number of steps of an epoch over ``images`` images."""
@@ -54,7 +42,7 @@ class CacheRecipe:
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(period, 1))
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class EpochRecipe(CacheRecipe):
     """Adam with the schedule of the CoOp family, one rate for each epoch (Dassl's; prompt_learners 2.4, 2.5).
 
@@ -65,10 +53,10 @@ class EpochRecipe(CacheRecipe):
         warmup_lr: Their learning rate.
     """
 
-    eps: float = 1e-8
-    weight_decay: float = 5e-4
-    warmup_epochs: int = 1
-    warmup_lr: float = 1e-5
+    eps: NonNegative = 1e-8
+    weight_decay: NonNegative = 5e-4
+    warmup_epochs: Count = 1
+    warmup_lr: NonNegative = 1e-5
 
     def batches(self, images: int) -> int:
         """Return the number of steps of an epoch over ``images`` images."""
@@ -85,8 +73,6 @@ class EpochRecipe(CacheRecipe):
             return warm_cosine(epoch, self.epochs, self.lr, self.warmup_epochs, self.warmup_lr)
 
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-
-
 
 
 @dataclass(frozen=True)

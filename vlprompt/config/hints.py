@@ -35,6 +35,11 @@ class _Multiline:
     """Marks a text that may hold line breaks and tabs."""
 
 
+@dataclasses.dataclass(frozen=True)
+class FromData:
+    """Marks a list of templates that becomes the data set's own template where it is empty."""
+
+
 Positive: TypeAlias = Annotated[int, Ge(1)]
 Count: TypeAlias = Annotated[int, Ge(0)]
 Seed: TypeAlias = Annotated[int, Ge(0), Le(2**32 - 1)]
@@ -47,6 +52,8 @@ Lines: TypeAlias = Annotated[str, _Multiline()]
 Template: TypeAlias = Annotated[
     str, Holds(lambda text: text.count("{}") == 1, "a text with {} once, for the class name")
 ]
+Templates: TypeAlias = Annotated[tuple[Template, ...], MinLen(1)]
+OpenTemplates: TypeAlias = Annotated[tuple[Template, ...], FromData()]
 
 
 # -- hints ------------------------------------------------------------------------------------------------------------
@@ -90,6 +97,11 @@ def is_mapping(hint: Any) -> bool:
 def is_dataclass(hint: Any) -> bool:
     """Return whether a bare hint is a dataclass."""
     return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def is_open(hint: Any) -> bool:
+    """Return whether a hint is that of templates that the data set may fill."""
+    return FromData() in _metadata(hint)
 
 
 def _metadata(hint: Any) -> tuple[Any, ...]:

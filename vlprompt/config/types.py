@@ -41,13 +41,16 @@ from vlprompt.config.hints import (
     Below1,
     Count,
     Fraction,
+    FromData,
     Holds,
     Lines,
     Name,
     NonNegative,
+    OpenTemplates,
     Positive,
     Seed,
     Template,
+    Templates,
     Words,
     accepted_values,
     bare,
@@ -55,6 +58,7 @@ from vlprompt.config.hints import (
     is_dataclass,
     is_list,
     is_mapping,
+    is_open,
     literals,
     options,
     strict,
@@ -63,9 +67,9 @@ from vlprompt.config.yaml import shown, yaml_node, yaml_value
 from vlprompt.errors import ConfigError, nearest
 
 __all__ = [
-    "Above0", "Below1", "Count", "Fraction", "Ge", "Gt", "Holds", "Le", "Lines", "Lt", "MaxLen", "MinLen", "Name",
-    "NonNegative", "Positive", "Problem", "Seed", "Template", "Words", "accepted_values", "convert", "field_hints",
-    "from_text", "literals", "validate", "validated",
+    "Above0", "Below1", "Count", "Fraction", "FromData", "Ge", "Gt", "Holds", "Le", "Lines", "Lt", "MaxLen", "MinLen",
+    "Name", "NonNegative", "OpenTemplates", "Positive", "Problem", "Seed", "Template", "Templates", "Words",
+    "accepted_values", "convert", "field_hints", "fill_templates", "from_text", "literals", "validate", "validated",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -330,6 +334,29 @@ def _plain_instance(kind: type[T], checked: Any) -> tuple[T | None, list[str]]:
         return kind(**vars(checked)), []
     except ConfigError as error:
         return None, str(error).splitlines()
+
+
+# -- templates --------------------------------------------------------------------------------------------------------
+def fill_templates(settings: T, templates: Sequence[str]) -> T:
+    """Return validated settings with ``templates`` in every empty field that is marked :class:`FromData`.
+
+    Settings nested in them take the templates of the outer settings, where these have such a field.
+
+    Args:
+        settings: An instance of a :func:`validated` dataclass.
+        templates: One or more.
+    """
+    values: dict[str, Any] = {}
+    hints = field_hints(cast(Any, type(settings)))
+    for name in (name for name, hint in hints.items() if is_open(hint)):
+        if not getattr(settings, name):
+            values[name] = tuple(templates)
+        templates = values.get(name, getattr(settings, name))
+    for name in hints:
+        nested = getattr(settings, name)
+        if hasattr(type(nested), "__where__") and (made := fill_templates(nested, templates)) != nested:
+            values[name] = made
+    return dataclasses.replace(cast(Any, settings), **values) if values else settings
 
 
 # -- single values ----------------------------------------------------------------------------------------------------

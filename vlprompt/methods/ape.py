@@ -5,22 +5,18 @@ The published text classifier also averages sentences of a language model for ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
 from vlprompt.caches import APE, grid
-from vlprompt.config.settings import check_settings
-from vlprompt.errors import ConfigError
+from vlprompt.config.types import Count, Ge, NonNegative, OpenTemplates, Positive, validated
 from vlprompt.methods.cached import CachedMethod, keys_of
 from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.registry import register
-from vlprompt.prompts import check_templates
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class APESettings:
     """Settings of APE; the defaults are the official ones for ImageNet.
 
@@ -41,27 +37,20 @@ class APESettings:
         select_on: Images that the search is on: val, or, as published for ImageNet, test. Results then say so.
     """
 
-    templates: Sequence[str] = ("a photo of a {}.",)
-    channels: int = 0
-    likeness_weight: float = 0.7
-    variance_weight: float = 0.3
-    alpha: float = 2.0
-    beta: float = 1.0
-    gamma: float = 0.1
-    views: int = 10
+    templates: OpenTemplates = ()
+    channels: Count = 0
+    likeness_weight: NonNegative = 0.7
+    variance_weight: NonNegative = 0.3
+    alpha: NonNegative = 2.0
+    beta: NonNegative = 1.0
+    gamma: NonNegative = 0.1
+    views: Count = 10
     search: bool = True
-    search_alpha: float = 7.0
-    search_beta: float = 7.0
-    search_gamma: float = 0.5
-    search_steps: Sequence[int] = (200, 20, 5)
+    search_alpha: Annotated[float, Ge(0.1)] = 7.0
+    search_beta: Annotated[float, Ge(0.1)] = 7.0
+    search_gamma: Annotated[float, Ge(0.1)] = 0.5
+    search_steps: tuple[Positive, Positive, Positive] = (200, 20, 5)
     select_on: Literal["val", "test"] = "val"
-
-    def __post_init__(self) -> None:
-        check_templates(self.templates, "settings.templates")
-        check_settings(self, channels=0, likeness_weight=0, variance_weight=0, alpha=0, beta=0, gamma=0, views=0)
-        check_settings(self, search_alpha=0.1, search_beta=0.1, search_gamma=0.1)
-        if len(self.search_steps) != 3 or min(self.search_steps) < 1:
-            raise ConfigError(f"settings.search_steps is {list(self.search_steps)}; accepted: three numbers, 1 or more")
 
 
 @register("ape")

@@ -10,21 +10,22 @@ the code for ViLT; its place behind every attention of both towers, and the size
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vlprompt.backbone import Added, TokenLayout
+from vlprompt.config.run import RecipeConfig
+from vlprompt.config.types import Ge, Le, OpenTemplates, validated
 from vlprompt.errors import ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
-from vlprompt.prompts import CONTEXT_STD, Diffusion, check_templates, template_layout
+from vlprompt.prompts import CONTEXT_STD, Diffusion, template_layout
 from vlprompt.prompts.zero_shot import template_features
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class APTSettings:
     """Settings of APT; rank and form are the official code's, the sizes of both towers ours.
 
@@ -41,28 +42,25 @@ class APTSettings:
             unit features of all.
     """
 
-    text_tokens: int = 16
-    image_tokens: int = 32
-    rank: int = 4
+    text_tokens: Annotated[int, Ge(0), Le(4096)] = 16
+    image_tokens: Annotated[int, Ge(0), Le(4096)] = 32
+    rank: Annotated[int, Ge(1), Le(4096)] = 4
     normaliser: Literal["relu-max", "softmax-lambda"] = "relu-max"
     zero_init_values: bool = False
     per_head: bool = False
-    templates: Sequence[str] = ("a photo of a {}.",)
+    templates: OpenTemplates = ()
 
     def __post_init__(self) -> None:
-        for name, least in (("text_tokens", 0), ("image_tokens", 0), ("rank", 1)):
-            if not least <= getattr(self, name) <= 4096:
-                raise ConfigError(f"settings.{name} is {getattr(self, name)}; accepted: {least} to 4096")
+        problems = []
         if not self.text_tokens and not self.image_tokens:
-            raise ConfigError(
-                "settings.text_tokens and settings.image_tokens are both 0; accepted: one of them above 0"
-            )
+            problems.append("settings.text_tokens and settings.image_tokens are both 0; accepted: one of them above 0")
         if self.normaliser == "softmax-lambda" and (self.zero_init_values or self.per_head):
-            raise ConfigError(
+            problems.append(
                 "settings.zero_init_values and settings.per_head are variants of normaliser relu-max; set them to "
                 "false with softmax-lambda, which has the attention's own heads and values"
             )
-        check_templates(self.templates, "settings.templates")
+        if problems:
+            raise ConfigError("\n".join(problems))
 
 
 class Tokens(nn.Module):
@@ -79,6 +77,7 @@ class APT(PromptMethod):
 
     checked = "reconstruction"
     Settings = APTSettings
+    recipe = RecipeConfig(lr=0.0005, optimizer="adamw", weight_decay=0.01)
     template_setting = "templates"
     settings: APTSettings
 

@@ -13,13 +13,18 @@ from torch import Tensor, nn
 
 from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, TokenLayout
+from vlprompt.config.run import RecipeConfig
+from vlprompt.config.types import fill_templates
 from vlprompt.errors import ClassNameError, ConfigError, bulleted
 from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.learned import Learned
-from vlprompt.objectives.base import Objective, Step, check_objectives, create_objective
+from vlprompt.objectives.base import Objective, Step, create_objective, objective_settings
 from vlprompt.prompts.decomposed import Decomposition, check_decomposition, create_decomposition
 from vlprompt.prompts.words import check_class_names
 from vlprompt.views import TestViews
+
+TEMPLATE = "a photo of a {}."
+"""CLIP's own prompt: what templates become that neither the settings nor a data set names."""
 
 
 class PromptMethod(Learned):
@@ -38,7 +43,9 @@ class PromptMethod(Learned):
         all_class_names: Every class of the data set, those of ``class_names`` first; methods with virtual classes
             (MoCoOp's text loss) use the rest during training. Default: ``class_names``.
         decomposition: The name of a low-rank update of the class tokens, with its settings, as the configuration has
-            it; see :mod:`vlprompt.prompts.decomposed`. Default: the method's own, which most have not.
+            it; see :mod:`vlprompt.prompts.decomposed`. Default: the method's own, if any.
+        data_template: The data set's own prompt, with ``{}`` for the class name. Templates that the settings leave
+            open become it.
 
     Raises:
         ClassNameError: No classes, names that are empty or do not fit the text tower's 77 tokens.
@@ -47,6 +54,8 @@ class PromptMethod(Learned):
     """
 
     Settings: ClassVar[type]
+    recipe: ClassVar[RecipeConfig] = RecipeConfig()
+    """How the method is trained by gradient steps over images, as its paper or official code has it."""
     checked: ClassVar[Literal["official code", "equations", "reconstruction"]] = "official code"
     """What the numbers are held to: tensors that the official code made; the equations, written out once more in the
     tests; or those of a reconstruction, where the paper has other models or no equations."""
@@ -83,6 +92,7 @@ class PromptMethod(Learned):
         all_class_names: Sequence[str] | None = None,
         objectives: Mapping[str, Mapping[str, Any]] | None = None,
         decomposition: Mapping[str, Mapping[str, Any]] | None = None,
+        data_template: str = TEMPLATE,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -93,15 +103,15 @@ class PromptMethod(Learned):
                 "all_class_names must begin with class_names in the same order, because labels count from there; "
                 f"got {self.all_class_names[:3]}... against {self.class_names[:3]}..."
             )
-        self.settings = settings
+        self.settings = fill_templates(settings, [data_template])
         self._remembered: dict[str, tuple[tuple[object, ...], Tensor]] = {}
         self._warn_of_untrained_words()
-        self.objective_settings = check_objectives(self, objectives or {})
+        self.objective_settings = objective_settings(self, objectives or {}, [data_template])
         self.decomposition_settings = check_decomposition(decomposition or {})
         self.objectives = nn.ModuleList()
         self.decomposition: Decomposition | None = None
         self.build()
-        wanted = {**self.own_objectives(), **self.objective_settings}
+        wanted = {**objective_settings(self, self.own_objectives(), [data_template]), **self.objective_settings}
         self.objectives.extend(create_objective(name, self, own) for name, own in wanted.items())
         # After all else, so that what others draw at random stays the same.
         self.decomposition = create_decomposition(self, self.decomposition_settings or self.own_decomposition)

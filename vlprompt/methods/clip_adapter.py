@@ -8,19 +8,17 @@ are frozen, so that training runs on features that are computed once; other clas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from vlprompt.errors import ConfigError
+from vlprompt.config.run import RecipeConfig
+from vlprompt.config.types import Fraction, OpenTemplates, Positive, validated
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
-from vlprompt.prompts import FeatureAdapter, check_templates
+from vlprompt.prompts import FeatureAdapter
 from vlprompt.prompts.zero_shot import template_features
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class CLIPAdapterSettings:
     """Settings of CLIP-Adapter; the defaults are the official code's.
 
@@ -30,16 +28,9 @@ class CLIPAdapterSettings:
         reduction: The hidden layer has D // reduction units.
     """
 
-    templates: Sequence[str] = ("a photo of a {}.",)
-    ratio: float = 0.2
-    reduction: int = 4
-
-    def __post_init__(self) -> None:
-        check_templates(self.templates, "settings.templates")
-        if not 0 <= self.ratio <= 1:
-            raise ConfigError(f"settings.ratio is {self.ratio}; accepted: 0 to 1")
-        if self.reduction < 1:
-            raise ConfigError(f"settings.reduction is {self.reduction}; accepted: 1 or more")
+    templates: OpenTemplates = ()
+    ratio: Fraction = 0.2
+    reduction: Positive = 4
 
 
 @register("clip_adapter")
@@ -48,6 +39,7 @@ class CLIPAdapter(PromptMethod):
 
     checked = "equations"
     Settings = CLIPAdapterSettings
+    recipe = RecipeConfig(epochs=200)
     template_setting = "templates"
     settings: CLIPAdapterSettings
 

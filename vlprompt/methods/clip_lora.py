@@ -8,25 +8,25 @@ constant 100 in OpenAI's weights; training minimises their cross-entropy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
 from vlprompt.backbone import TokenLayout
+from vlprompt.config.run import RecipeConfig
+from vlprompt.config.types import Above0, Below1, Count, Ge, Le, MinLen, OpenTemplates, validated
 from vlprompt.errors import ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
 from vlprompt.objectives.base import Step
-from vlprompt.prompts import LowRank, check_templates, template_layout
+from vlprompt.prompts import LowRank, template_layout
 from vlprompt.prompts.zero_shot import template_features
 
 #: From where to where a position reaches, in twelfths of a tower's blocks (loralib/utils.py has twelve, or L/14's 24).
 POSITIONS = {"all": (0, 12), "bottom": (0, 4), "mid": (4, 8), "up": (8, 12), "half-bottom": (0, 6), "half-up": (6, 12)}
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class CLIPLoRASettings:
     """Settings of CLIP-LoRA; the defaults are the paper's (184,320 numbers on ViT-B/16).
 
@@ -45,26 +45,20 @@ class CLIPLoRASettings:
 
     encoder: Literal["both", "vision", "text"] = "both"
     position: Literal["all", "bottom", "mid", "up", "half-bottom", "half-up"] = "all"
-    layers: Sequence[int] = ()
-    params: Sequence[Literal["q", "k", "v", "o"]] = ("q", "k", "v")
-    rank: int = 2
+    layers: tuple[Count, ...] = ()
+    params: Annotated[tuple[Literal["q", "k", "v", "o"], ...], MinLen(1)] = ("q", "k", "v")
+    rank: Annotated[int, Ge(1), Le(4096)] = 2
     alpha: float = 1.0
-    dropout: float = 0.25
-    templates: Sequence[str] = ("a photo of a {}.",)
-    logit_scale: float | None = None
+    dropout: Below1 = 0.25
+    templates: OpenTemplates = ()
+    logit_scale: Above0 | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rank <= 4096:
-            raise ConfigError(f"settings.rank is {self.rank}; accepted: 1 to 4096")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"settings.dropout is {self.dropout}; accepted: 0 to below 1")
-        if not self.params or len(set(self.params)) < len(self.params):
-            raise ConfigError(f"settings.params is {list(self.params)}; accepted: one or more of q, k, v, o, each once")
-        if len(set(self.layers)) < len(self.layers) or any(layer < 0 for layer in self.layers):
-            raise ConfigError(f"settings.layers is {list(self.layers)}; accepted: blocks from 0, each once")
-        if self.logit_scale is not None and self.logit_scale <= 0:
-            raise ConfigError(f"settings.logit_scale is {self.logit_scale}; accepted: above 0, or null")
-        check_templates(self.templates, "settings.templates")
+        repeated = [name for name in ("layers", "params") if len(set(getattr(self, name))) < len(getattr(self, name))]
+        if repeated:
+            raise ConfigError(
+                "\n".join(f"settings.{name} is {list(getattr(self, name))}; accepted: each once" for name in repeated)
+            )
 
     def blocks(self, depth: int) -> list[int]:
         """Return which of a tower's ``depth`` blocks have updates.
@@ -86,6 +80,15 @@ class CLIPLoRA(PromptMethod):
     """Low-rank updates of attention projections, trained by cross-entropy."""
 
     Settings = CLIPLoRASettings
+    recipe = RecipeConfig(
+        epochs=160,
+        lr=0.0002,
+        optimizer="adamw",
+        weight_decay=0.01,
+        schedule="step",
+        final_lr=1e-6,
+        warmup_epochs=0,
+    )
     template_setting = "templates"
     settings: CLIPLoRASettings
 

@@ -8,20 +8,22 @@ takes batches of one; here the prompts of a batch are encoded together, and an i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vlprompt.backbone import TokenLayout
-from vlprompt.errors import ConfigError
+from vlprompt.config.run import RecipeConfig
+from vlprompt.config.types import Ge, Le, validated
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
 from vlprompt.prompts import MetaNet, TextContext
+from vlprompt.prompts.context import ContextLength
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class CoCoOpSettings:
     """Settings of CoCoOp.
 
@@ -31,14 +33,9 @@ class CoCoOpSettings:
         images_at_once: Images whose prompts are encoded together. More need more memory; the result is the same.
     """
 
-    context_length: int = 4
+    context_length: ContextLength = 4
     context_init: str = "a photo of a"
-    images_at_once: int = 16
-
-    def __post_init__(self) -> None:
-        for name, most in (("context_length", 74), ("images_at_once", 10_000)):
-            if not 1 <= getattr(self, name) <= most:
-                raise ConfigError(f"settings.{name} is {getattr(self, name)}; accepted: 1 to {most}")
+    images_at_once: Annotated[int, Ge(1), Le(10_000)] = 16
 
 
 @register("cocoop")
@@ -46,6 +43,7 @@ class CoCoOp(PromptMethod):
     """Context vectors and the meta-network that shifts them."""
 
     Settings = CoCoOpSettings
+    recipe = RecipeConfig(epochs=10, batch_size=1)
     text_features_per = "image"
     settings: CoCoOpSettings
 

@@ -7,19 +7,20 @@ front), its classifier row is the unit text feature, and the vectors are trained
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from vlprompt.backbone import TokenLayout
-from vlprompt.errors import ClassNameError, ConfigError
+from vlprompt.config.run import RecipeConfig
+from vlprompt.config.types import validated
+from vlprompt.errors import ClassNameError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
 from vlprompt.prompts import TextContext
-from vlprompt.prompts.context import Position, check_context_length
+from vlprompt.prompts.context import ContextLength, Position
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class CoOpSettings:
     """Settings of CoOp.
 
@@ -31,17 +32,10 @@ class CoOpSettings:
         class_token_position: Where the class name stands: behind the vectors (end), amid, or in front of them.
     """
 
-    context_length: int = 16
+    context_length: ContextLength = 16
     context_init: str = ""
     class_specific: bool = False
     class_token_position: Position = "end"
-
-    def __post_init__(self) -> None:
-        check_context_length(self.context_length)
-        if self.class_token_position not in ("end", "middle", "front"):
-            raise ConfigError(
-                f"settings.class_token_position is {self.class_token_position!r}; accepted: end, middle, front"
-            )
 
 
 @register("coop")
@@ -49,6 +43,7 @@ class CoOp(PromptMethod):
     """One set of context vectors, or one per class, trained by cross-entropy."""
 
     Settings = CoOpSettings
+    recipe = RecipeConfig(epochs=200)
     settings: CoOpSettings
 
     def build(self) -> None:

@@ -11,14 +11,15 @@ moves the names of new classes too, so measure those.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from vlprompt.config.types import validated
 from vlprompt.methods.coop import CoOp, CoOpSettings
 from vlprompt.methods.registry import register
+from vlprompt.prompts.context import ContextLength
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class DePTSettings(CoOpSettings):
     """Settings of DePT's host, CoOp; the update's stand under ``decomposition.dept``.
 
@@ -31,7 +32,7 @@ class DePTSettings(CoOpSettings):
         class_token_position: Where the class name stands.
     """
 
-    context_length: int = 4
+    context_length: ContextLength = 4
     context_init: str = "a photo of a"
 
 

@@ -17,18 +17,15 @@ The default, ``code``, made the published numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from vlprompt.errors import ConfigError
-from vlprompt.methods.episodic import check_at_least
+from vlprompt.config.types import Count, validated
 from vlprompt.methods.registry import register
 from vlprompt.methods.tpt import TPT, TPTSettings
-from vlprompt.testtime.selection import Filtered, Variant, check_fraction, filter_views
+from vlprompt.testtime.selection import Filtered, Variant, ViewFraction, filter_views
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class DiffTPTSettings(TPTSettings):
     """Settings of DiffTPT, beside those of TPT.
 
@@ -41,19 +38,12 @@ class DiffTPTSettings(TPTSettings):
         variant: Where paper and code disagree, see above.
     """
 
-    steps: int = 4
-    confidence: float = 0.3
-    crops: int = 64
-    similarity: float = 0.8
-    generated: int = 63
+    steps: Count = 4
+    confidence: ViewFraction = 0.3
+    crops: Count = 64
+    similarity: ViewFraction = 0.8
+    generated: Count = 63
     variant: Variant = "code"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_fraction("similarity", self.similarity)
-        check_at_least(self, 0, "generated")
-        if self.variant not in ("paper", "code"):
-            raise ConfigError(f"settings.variant is {self.variant!r}; accepted: paper, code")
 
 
 @register("difftpt")

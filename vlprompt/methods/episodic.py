@@ -8,20 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vlprompt.errors import ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.prompts.zero_shot import template_features
 from vlprompt.views import TestViews
 
 _IMAGES = 256  # views encoded at a time
-
-
-def check_at_least(settings: object, least: float, *names: str) -> None:
-    """Raise ConfigError unless the named settings are finite numbers, ``least`` or more."""
-    for name in names:
-        value = getattr(settings, name)
-        if not least <= value < float("inf"):
-            raise ConfigError(f"settings.{name} is {value}; accepted: {least:g} or more")
 
 
 class ViewsMethod(PromptMethod):

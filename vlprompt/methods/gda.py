@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from vlprompt.caches import GDA
-from vlprompt.config.settings import check_settings
+from vlprompt.config.types import Count, NonNegative, OpenTemplates, validated
 from vlprompt.methods.cached import CachedMethod
 from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.registry import register
-from vlprompt.prompts import check_templates
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class GDASettings:
     """Settings of GDA; the defaults are the official ones.
 
@@ -28,15 +25,11 @@ class GDASettings:
         select_on: Images that the search is on: val, or, as published for ImageNet, test. Results then say so.
     """
 
-    templates: Sequence[str] = ("a photo of a {}.",)
-    alpha: float = 1.0
-    views: int = 10
+    templates: OpenTemplates = ()
+    alpha: NonNegative = 1.0
+    views: Count = 10
     search: bool = True
     select_on: Literal["val", "test"] = "val"
-
-    def __post_init__(self) -> None:
-        check_templates(self.templates, "settings.templates")
-        check_settings(self, alpha=0, views=0)
 
 
 @register("gda")

@@ -6,18 +6,20 @@ language prompting" of MaPLe's tables.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
 from vlprompt.backbone import TokenLayout
-from vlprompt.errors import ConfigError
+from vlprompt.config.run import RecipeConfig
+from vlprompt.config.types import Ge, Le, Positive, validated
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
 from vlprompt.prompts import DeepContext, VisualPrompts
+from vlprompt.prompts.context import ContextLength
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class IVLPSettings:
     """Settings of IVLP; the defaults are PromptSRC's (46,080 numbers on ViT-B/16), MaPLe's are 2 and 2 at depth 12.
 
@@ -29,16 +31,11 @@ class IVLPSettings:
         image_depth: Layers with image tokens of their own; 0 learns nothing on the image side.
     """
 
-    context_length: int = 4
+    context_length: ContextLength = 4
     context_init: str = "a photo of a"
-    text_depth: int = 9
-    image_tokens: int = 4
-    image_depth: int = 9
-
-    def __post_init__(self) -> None:
-        for name, least, most in (("context_length", 1, 74), ("image_tokens", 1, 1000), ("image_depth", 0, 1000)):
-            if not least <= getattr(self, name) <= most:
-                raise ConfigError(f"settings.{name} is {getattr(self, name)}; accepted: {least} to {most}")
+    text_depth: Positive = 9
+    image_tokens: Annotated[int, Ge(1), Le(1000)] = 4
+    image_depth: Annotated[int, Ge(0), Le(1000)] = 9
 
 
 @register("ivlp")
@@ -46,6 +43,7 @@ class IVLP(PromptMethod):
     """Deep text context and deep image tokens."""
 
     Settings = IVLPSettings
+    recipe = RecipeConfig(epochs=20, batch_size=4, lr=0.0025)
     settings: IVLPSettings
 
     def build(self) -> None:

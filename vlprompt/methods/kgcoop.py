@@ -6,14 +6,15 @@ Cross-entropy, plus ``weight * (1 - mean cosine)`` between the learned and the t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
+from vlprompt.config.run import RecipeConfig
+from vlprompt.config.types import NonNegative, OpenTemplates, validated
 from vlprompt.methods.coop import CoOp, CoOpSettings
 from vlprompt.methods.registry import register
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class KgCoOpSettings(CoOpSettings):
     """Settings of KgCoOp: those of CoOp, and the knowledge term's.
 
@@ -29,9 +30,9 @@ class KgCoOpSettings(CoOpSettings):
     """
 
     context_init: str = "a photo of a"
-    knowledge_weight: float = 8.0
+    knowledge_weight: NonNegative = 8.0
     variant: Literal["code", "paper"] = "code"
-    templates: tuple[str, ...] = ("a photo of a {}.",)
+    templates: OpenTemplates = ()
 
 
 @register("kgcoop")
@@ -39,10 +40,11 @@ class KgCoOp(CoOp):
     """CoOp with the objective ``knowledge``."""
 
     Settings = KgCoOpSettings
+    recipe = RecipeConfig(epochs=100, batch_size=128)
     template_setting = "templates"
     settings: KgCoOpSettings
 
     def own_objectives(self) -> dict[str, dict[str, Any]]:
         """Return the knowledge term."""
         own = self.settings
-        return {"knowledge": {"weight": own.knowledge_weight, "template": own.templates[0], "variant": own.variant}}
+        return {"knowledge": {"weight": own.knowledge_weight, "templates": own.templates, "variant": own.variant}}

@@ -6,22 +6,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
 from vlprompt.caches import LinearProbe
-from vlprompt.config.settings import check_settings
+from vlprompt.config.types import Count, Ge, OpenTemplates, Positive, validated
 from vlprompt.errors import ConfigError
 from vlprompt.methods.cached import CachedMethod
 from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.registry import register
-from vlprompt.prompts import check_templates
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class LinearProbeSettings:
     """Settings of the linear probe; the defaults are those of the few-shot protocol.
 
@@ -39,18 +36,16 @@ class LinearProbeSettings:
         select_on: Images that c is chosen on: val, or test, and results then say so.
     """
 
-    templates: Sequence[str] = ("a photo of a {}.",)
-    c: float = 0.316
+    templates: OpenTemplates = ()
+    c: Annotated[float, Ge(1e-12)] = 0.316
     search: bool = True
     normalised: bool = True
     start: Literal["zero", "zeroshot"] = "zero"
-    iterations: int = 1000
-    views: int = 0
+    iterations: Positive = 1000
+    views: Count = 0
     select_on: Literal["val", "test"] = "val"
 
     def __post_init__(self) -> None:
-        check_templates(self.templates, "settings.templates")
-        check_settings(self, c=1e-12, iterations=1, views=0)
         if self.start == "zeroshot" and not self.normalised:
             raise ConfigError(
                 "settings.start is 'zeroshot' and settings.normalised false; accepted then: zero, because the text "

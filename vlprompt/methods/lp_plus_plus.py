@@ -7,22 +7,18 @@ zero; ``accumulate: false`` does. Images are seen in one random view, whose feat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from vlprompt.caches import LPPlusPlus
-from vlprompt.config.settings import check_settings
-from vlprompt.errors import ConfigError
+from vlprompt.config.types import Below1, Count, NonNegative, OpenTemplates, Positive, validated
 from vlprompt.methods.cached import CachedMethod
 from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.registry import register
-from vlprompt.prompts import check_templates
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class LPPlusPlusSettings:
     """Settings of LP++; the defaults are the official ones.
 
@@ -40,21 +36,15 @@ class LPPlusPlusSettings:
         select_on: Images that the iteration is chosen on: val, or test, and results then say so.
     """
 
-    templates: Sequence[str] = ("a photo of a {}.",)
-    iterations: int = 300
-    momentum: float = 0.9
-    alpha_every: int = 10
-    alpha_start: float = 250.0
+    templates: OpenTemplates = ()
+    iterations: Count = 300
+    momentum: Below1 = 0.9
+    alpha_every: Positive = 10
+    alpha_start: NonNegative = 250.0
     accumulate: bool = True
-    views: int = 1
+    views: Count = 1
     search: bool = True
     select_on: Literal["val", "test"] = "val"
-
-    def __post_init__(self) -> None:
-        check_templates(self.templates, "settings.templates")
-        check_settings(self, iterations=0, alpha_every=1, alpha_start=0, views=0)
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"settings.momentum is {self.momentum}; accepted: 0 to below 1")
 
 
 @register("lp_plus_plus")

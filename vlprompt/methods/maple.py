@@ -6,18 +6,18 @@ layer with a map of its own. Cross-entropy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from vlprompt.backbone import TokenLayout
+from vlprompt.config.run import RecipeConfig
+from vlprompt.config.types import Positive, validated
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
 from vlprompt.prompts import CoupledPrompts
-from vlprompt.prompts.context import check_context_length
+from vlprompt.prompts.context import ContextLength
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class MaPLeSettings:
     """Settings of MaPLe; the defaults are those of base-to-new (3,555,072 numbers on ViT-B/16).
 
@@ -29,12 +29,9 @@ class MaPLeSettings:
         depth: J layers of both towers; more than there are means all.
     """
 
-    context_length: int = 2
+    context_length: ContextLength = 2
     context_init: str = "a photo of a"
-    depth: int = 9
-
-    def __post_init__(self) -> None:
-        check_context_length(self.context_length)
+    depth: Positive = 9
 
 
 @register("maple")
@@ -42,6 +39,7 @@ class MaPLe(PromptMethod):
     """Coupled prompts of both towers."""
 
     Settings = MaPLeSettings
+    recipe = RecipeConfig(epochs=5, batch_size=4, lr=0.0035)
     learns_image_side = True
     settings: MaPLeSettings
 

@@ -8,8 +8,6 @@ prototypes, plus supervision of the router by the image's affinity to those prot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,14 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.backbone import TokenLayout
+from vlprompt.config.run import RecipeConfig
+from vlprompt.config.types import NonNegative, Positive, Templates, validated
 from vlprompt.errors import ConfigError
 from vlprompt.methods.mixture import PromptMixture
 from vlprompt.methods.registry import register
 from vlprompt.objectives import Step, routing_loss, routing_target, text_to_text_loss
-from vlprompt.prompts import ExpertContexts, TunedLayerNorms, check_templates, template_layout
+from vlprompt.prompts import ExpertContexts, TunedLayerNorms, template_layout
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class MoCoOpSettings:
     """Settings of MoCoOp; the defaults are the official code's, the templates those of its common groups.
 
@@ -42,7 +42,7 @@ class MoCoOpSettings:
             official code does so at batch sizes below 4.
     """
 
-    templates: Sequence[str] = (
+    templates: Templates = (
         "a photo of a {}.",
         "a photo of many {}.",
         "a low resolution photo of the {}.",
@@ -52,31 +52,29 @@ class MoCoOpSettings:
         "a good photo of the {}.",
         "a good photo of a {}.",
     )
-    groups: Sequence[int] = (1, 1, 4, 2)
-    top_k: int = 2
-    text_loss_weight: float = 5.0
-    gate_loss_weight: float = 1.0
+    groups: tuple[Positive, ...] = (1, 1, 4, 2)
+    top_k: Positive = 2
+    text_loss_weight: NonNegative = 5.0
+    gate_loss_weight: NonNegative = 1.0
     text_correction: bool = True
     tune_layer_norms: bool = True
-    layer_norm_lr_factor: float = 0.1
-    text_temperature: float = 1.0
+    layer_norm_lr_factor: NonNegative = 0.1
+    text_temperature: NonNegative = 1.0
     context_counting: Literal["words", "tokens"] = "words"
     drop_unused_experts: bool = False
 
     def __post_init__(self) -> None:
-        check_templates(self.templates, "settings.templates")
-        if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in self.groups):
-            raise ConfigError(f"settings.groups is {list(self.groups)}; accepted: sizes of 1 or more")
+        problems = []
         if sum(self.groups) != len(self.templates):
-            raise ConfigError(
+            problems.append(
                 f"settings.groups {list(self.groups)} adds up to {sum(self.groups)}, "
                 f"but settings.templates holds {len(self.templates)}"
             )
-        if not 1 <= self.top_k <= len(self.groups):
-            raise ConfigError(f"settings.top_k is {self.top_k}; accepted: 1 to {len(self.groups)}, the count of groups")
-        for name in ("text_loss_weight", "gate_loss_weight", "layer_norm_lr_factor", "text_temperature"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"settings.{name} is {getattr(self, name)}; accepted: 0 or more")
+        if self.top_k > len(self.groups):
+            count = len(self.groups)
+            problems.append(f"settings.top_k is {self.top_k}; accepted: 1 to {count}, the number of settings.groups")
+        if problems:
+            raise ConfigError("\n".join(problems))
 
 
 @register("mocoop")
@@ -84,6 +82,7 @@ class MoCoOp(PromptMixture):
     """G experts, a router, and what they are supervised with."""
 
     Settings = MoCoOpSettings
+    recipe = RecipeConfig(epochs=25, lr=0.032, warmup_epochs=3, gradient_clip=1.0)
     settings: MoCoOpSettings
     _prototypes: Tensor | None
 

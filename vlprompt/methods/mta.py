@@ -6,19 +6,15 @@ an image feature. The published code encodes all class prompts anew for every im
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from vlprompt.errors import ConfigError
-from vlprompt.methods.episodic import EpisodicMethod, TemplateViewsMethod, check_at_least
+from vlprompt.config.types import Above0, Count, NonNegative, OpenTemplates, validated
+from vlprompt.methods.episodic import EpisodicMethod, TemplateViewsMethod
 from vlprompt.methods.registry import register
-from vlprompt.prompts import check_templates
 from vlprompt.testtime.mta import MeanShift, mean_shift
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class MTASettings:
     """Settings of MTA; the same for all data sets.
 
@@ -30,17 +26,11 @@ class MTASettings:
         augmix: Mix the crops by AugMix; the published code never does.
     """
 
-    templates: Sequence[str] = ("a photo of a {}.",)
-    lambda_q: float = 4.0
-    lambda_y: float = 0.2
-    crops: int = 63
+    templates: OpenTemplates = ()
+    lambda_q: NonNegative = 4.0
+    lambda_y: Above0 = 0.2
+    crops: Count = 63
     augmix: bool = False
-
-    def __post_init__(self) -> None:
-        check_templates(self.templates, "settings.templates")
-        check_at_least(self, 0, "lambda_q", "crops")
-        if not 0 < self.lambda_y < float("inf"):
-            raise ConfigError(f"settings.lambda_y is {self.lambda_y}; accepted: a number above 0")
 
 
 @register("mta")

@@ -7,18 +7,19 @@ zeros first, and counts words by spaces, so that behind a comma the last word st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from vlprompt.config.run import RecipeConfig
+from vlprompt.config.types import Above0, NonNegative, OpenTemplates, validated
 from vlprompt.errors import ConfigError
 from vlprompt.methods.coop import CoOp, CoOpSettings
 from vlprompt.methods.registry import register
 from vlprompt.prompts import TextContext, words_of
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class ProGradSettings(CoOpSettings):
     """Settings of ProGrad: those of CoOp, and the projection's.
 
@@ -33,9 +34,9 @@ class ProGradSettings(CoOpSettings):
             than CoOp ("a type of pet, a photo of a {}."), which ``configs/prograd`` has.
     """
 
-    strength: float = 1.0
-    temperature: float = 1.0
-    templates: tuple[str, ...] = ("a photo of a {}.",)
+    strength: NonNegative = 1.0
+    temperature: Above0 = 1.0
+    templates: OpenTemplates = ()
 
 
 @register("prograd")
@@ -43,6 +44,7 @@ class ProGrad(CoOp):
     """CoOp with the objective ``projected_gradient``."""
 
     Settings = ProGradSettings
+    recipe = RecipeConfig(epochs=100)
     template_setting = "templates"
     settings: ProGradSettings
 
@@ -72,5 +74,5 @@ class ProGrad(CoOp):
     def own_objectives(self) -> dict[str, dict[str, Any]]:
         """Return the projection."""
         own = self.settings
-        projection = {"strength": own.strength, "temperature": own.temperature, "template": own.templates[0]}
+        projection = {"strength": own.strength, "temperature": own.temperature, "templates": own.templates}
         return {"projected_gradient": projection}

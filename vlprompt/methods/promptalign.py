@@ -10,22 +10,22 @@ their own; here :meth:`PromptAlign.measure_source` computes them from images, an
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vlprompt.config.types import Count, NonNegative, Positive, validated
 from vlprompt.errors import ConfigError
-from vlprompt.methods.episodic import TunedMethod, check_at_least
+from vlprompt.methods.episodic import TunedMethod
 from vlprompt.methods.registry import register
 from vlprompt.prompts import CoupledPrompts
-from vlprompt.prompts.context import check_context_length
+from vlprompt.prompts.context import ContextLength
 from vlprompt.testtime.alignment import CoupledTuner, aligned_layers, as_buffers, coupled_tokens, token_statistics
-from vlprompt.testtime.selection import check_fraction, gather_views, most_confident
+from vlprompt.testtime.selection import ViewFraction, gather_views, most_confident
 from vlprompt.views import TestViews
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class PromptAlignSettings:
     """Settings of PromptAlign; the first three are those of the MaPLe head that it starts from.
 
@@ -43,23 +43,17 @@ class PromptAlignSettings:
         images_at_once: Images that are tuned together. More need more memory; the result is the same.
     """
 
-    context_length: int = 2
+    context_length: ContextLength = 2
     context_init: str = "a photo of a"
-    depth: int = 3
-    lr: float = 0.04
-    steps: int = 1
-    confidence: float = 0.1
-    alignment_weight: float = 100.0
-    alignment_depth: int = 3
-    crops: int = 63
+    depth: Positive = 3
+    lr: NonNegative = 0.04
+    steps: Count = 1
+    confidence: ViewFraction = 0.1
+    alignment_weight: NonNegative = 100.0
+    alignment_depth: Positive = 3
+    crops: Count = 63
     augmix: bool = False
-    images_at_once: int = 4
-
-    def __post_init__(self) -> None:
-        check_at_least(self, 0, "lr", "steps", "alignment_weight", "crops")
-        check_at_least(self, 1, "alignment_depth", "images_at_once")
-        check_fraction("confidence", self.confidence)
-        check_context_length(self.context_length)
+    images_at_once: Positive = 4
 
 
 @register("promptalign")

@@ -8,20 +8,18 @@ images are trained on as well: results are transductive and say so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlprompt.config.settings import check_settings
-from vlprompt.errors import ConfigError
+from vlprompt.config.run import RecipeConfig
+from vlprompt.config.types import Above0, Count, NonNegative, Positive, Template, validated
 from vlprompt.methods.registry import register
 from vlprompt.methods.taught import TaughtMethod
 from vlprompt.objectives.base import Step
-from vlprompt.prompts import Projector, VisualPrompts, check_templates
+from vlprompt.prompts import Projector, VisualPrompts
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class PromptKDSettings:
     """Settings of PromptKD; 1,013,760 numbers are learned on ViT-B/16 from a ViT-L/14.
 
@@ -38,18 +36,12 @@ class PromptKDSettings:
     """
 
     teacher: str = ""
-    image_tokens: int = 4
-    image_depth: int = 9
-    weight: float = 1000.0
-    temperature: float = 1.0
-    template: str = "a photo of a {}."
-    teacher_dim: int = 0
-
-    def __post_init__(self) -> None:
-        check_settings(self, image_tokens=1, weight=0, teacher_dim=0)
-        if not 0 < self.temperature < float("inf"):
-            raise ConfigError(f"settings.temperature is {self.temperature}; accepted: a number above 0")
-        check_templates([self.template], "settings.template")
+    image_tokens: Positive = 4
+    image_depth: Positive = 9
+    weight: NonNegative = 1000.0
+    temperature: Above0 = 1.0
+    template: Template = "a photo of a {}."
+    teacher_dim: Count = 0
 
 
 @register("promptkd")
@@ -57,6 +49,7 @@ class PromptKD(TaughtMethod):
     """Deep image tokens and a projector into the teacher's space; the teacher's text features are the classifier."""
 
     Settings = PromptKDSettings
+    recipe = RecipeConfig(epochs=20, batch_size=8, lr=0.005)
     learns_image_side = True
     fitted = (*TaughtMethod.fitted, "projector.running_mean", "projector.running_var")
     settings: PromptKDSettings

@@ -6,14 +6,14 @@ near those of the frozen model, and ``aggregation``, which averages the prompts 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from vlprompt.config.types import Above0, NonNegative, validated
 from vlprompt.methods.ivlp import IVLP, IVLPSettings
 from vlprompt.methods.registry import register
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class PromptSRCSettings(IVLPSettings):
     """Settings of PromptSRC; the defaults are those of base-to-new.
 
@@ -33,12 +33,12 @@ class PromptSRCSettings(IVLPSettings):
         aggregation_deviation: Width of the curve in epochs.
     """
 
-    text_weight: float = 25.0
-    image_weight: float = 10.0
-    logits_weight: float = 1.0
+    text_weight: NonNegative = 25.0
+    image_weight: NonNegative = 10.0
+    logits_weight: NonNegative = 1.0
     aggregate: bool = True
     aggregation_mean: float = 15.0
-    aggregation_deviation: float = 1.0
+    aggregation_deviation: Above0 = 1.0
 
 
 @register("promptsrc")

@@ -13,26 +13,27 @@ starts from a head with scores of 0.01 and 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vlprompt.backbone import Added, TokenLayout
+from vlprompt.config.run import RecipeConfig
+from vlprompt.config.types import Above0, Fraction, NonNegative, OpenTemplates, validated
 from vlprompt.errors import ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
 from vlprompt.objectives.base import Step
-from vlprompt.prompts import Masks, check_templates, template_layout
+from vlprompt.prompts import Masks, template_layout
 from vlprompt.prompts.zero_shot import template_features
 
 _MLP = (".mlp.c_fc.weight", ".mlp.c_proj.weight")
 _ATTENTION = ("in_proj_weight", "out_proj.weight", *(f"attnpool.{part}_proj.weight" for part in "qkvc"))
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class RAMTSettings:
     """Settings of R-AMT; the defaults are the official code's (28,901,376 masks on ViT-B/16).
 
@@ -54,22 +55,19 @@ class RAMTSettings:
     side: Literal["image", "text", "both"] = "image"
     candidates: Literal["attention", "mlp", "all"] = "attention"
     gradient_dropout: bool = True
-    strength: float = 1.0
-    temperature: float = 1.0
+    strength: Fraction = 1.0
+    temperature: Above0 = 1.0
     initial: float = 0.01
-    threshold: float = 0.005
-    penalty: float = 1e-4
-    templates: Sequence[str] = ("a photo of a {}.",)
+    threshold: NonNegative = 0.005
+    penalty: NonNegative = 1e-4
+    templates: OpenTemplates = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold < self.initial:
+        if self.threshold >= self.initial:
             raise ConfigError(
-                f"settings.threshold is {self.threshold} and settings.initial {self.initial}; accepted: a threshold "
-                "of 0 or more, and a start above it"
+                f"settings.threshold is {self.threshold} and settings.initial {self.initial}; accepted: a start above "
+                "the threshold"
             )
-        if self.penalty < 0:
-            raise ConfigError(f"settings.penalty is {self.penalty}; accepted: 0 or more")
-        check_templates(self.templates, "settings.templates")
 
 
 @register("ramt")
@@ -77,6 +75,7 @@ class RAMT(PromptMethod):
     """Binary masks over frozen weights, trained by cross-entropy with gradient dropout."""
 
     Settings = RAMTSettings
+    recipe = RecipeConfig(epochs=30, lr=8e-5, optimizer="adam", weight_decay=0.0, warmup_epochs=0)
     template_setting = "templates"
     any_tower = True
     settings: RAMTSettings

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from vlprompt.backbone import Backbone
-from vlprompt.config.settings import check_types
-from vlprompt.errors import ConfigError, did_you_mean
-from vlprompt.methods.base import PromptMethod
+from vlprompt.methods.base import TEMPLATE, PromptMethod
 from vlprompt.registry import Registry
 
 _METHODS: Registry[PromptMethod] = Registry("method")
@@ -47,22 +44,34 @@ def create_method(
     all_class_names: Sequence[str] | None = None,
     objectives: Mapping[str, Mapping[str, Any]] | None = None,
     decomposition: Mapping[str, Mapping[str, Any]] | None = None,
+    data_template: str = TEMPLATE,
     **settings: Any,
 ) -> PromptMethod:
-    """Return the method ``name`` around ``backbone`` for ``class_names``; ``settings`` are fields of its ``Settings``.
+    """Return the method ``name`` around ``backbone`` for ``class_names``.
 
-    ``objectives`` names further loss terms and regularisers with their settings: ``{"knowledge": {"weight": 8.0}}``.
-    ``decomposition`` names a low-rank update of the class tokens in the same way: ``{"dept": {"rank": 10}}``.
+    Args:
+        name: A registered name; :func:`list_methods` has them.
+        backbone: The frozen CLIP.
+        class_names: The C classes to tell apart, in label order.
+        all_class_names: Every class of the data set, those of ``class_names`` first. Default: ``class_names``.
+        objectives: Further loss terms and regularisers with their settings: ``{"knowledge": {"weight": 8.0}}``.
+        decomposition: A low-rank update of the class tokens, in the same way: ``{"dept": {"rank": 10}}``.
+        data_template: The data set's own prompt with ``{}`` for the class name (``task.template``). Templates that
+            the settings leave open become it.
+        **settings: Fields of the method's ``Settings``.
 
     Raises:
         ConfigError: Unknown method or setting, or a value that is not accepted.
         ClassNameError: Class names that cannot be turned into prompts.
     """
-    method = get_method_class(name)
-    known = [entry.name for entry in dataclasses.fields(method.Settings)]
-    wrong = [f"{key!r}.{did_you_mean(key, known)}" for key in settings if key not in known]
-    if wrong:
-        raise ConfigError(f"method {name!r} has no setting " + "; nor ".join(wrong))
-    check_types(method.Settings, settings)
-    made = method(backbone, class_names, method.Settings(**settings), all_class_names, objectives, decomposition)
+    kind = get_method_class(name)
+    made = kind(
+        backbone,
+        class_names,
+        _METHODS.settings(name, settings),
+        all_class_names,
+        objectives,
+        decomposition,
+        data_template,
+    )
     return made if backbone.device.type == "meta" else made.to(backbone.device)

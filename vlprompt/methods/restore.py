@@ -7,14 +7,15 @@ whose numbers are published, takes the norms of the prompts' Gram matrices in th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
+from vlprompt.config.run import RecipeConfig
+from vlprompt.config.types import NonNegative, validated
 from vlprompt.methods.maple import MaPLe, MaPLeSettings
 from vlprompt.methods.registry import register
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class RESTORESettings(MaPLeSettings):
     """Settings of RESTORE; ratios and weight differ by data set in the official scripts: see ``configs/restore``.
 
@@ -29,11 +30,11 @@ class RESTORESettings(MaPLeSettings):
         image_ratio: The same for image features.
     """
 
-    shift_weight: float = 1.0
+    shift_weight: NonNegative = 1.0
     variant: Literal["code", "paper"] = "code"
     surgery: bool = True
-    text_ratio: float = 0.1
-    image_ratio: float = 0.1
+    text_ratio: NonNegative = 0.1
+    image_ratio: NonNegative = 0.1
 
 
 @register("restore")
@@ -41,6 +42,7 @@ class RESTORE(MaPLe):
     """MaPLe with the objectives ``surgery`` and ``shift_consistency``."""
 
     Settings = RESTORESettings
+    recipe = RecipeConfig(epochs=10, batch_size=4, lr=0.0035)
     settings: RESTORESettings
 
     def own_objectives(self) -> dict[str, dict[str, Any]]:

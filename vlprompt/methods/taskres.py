@@ -7,21 +7,17 @@ Official code: geekyutao/TaskRes, the regular base; on ImageNet its t is a mean 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from vlprompt.caches import EpochRecipe, TaskResidual
-from vlprompt.config.settings import check_settings
+from vlprompt.config.types import Count, NonNegative, OpenTemplates, Positive, validated
 from vlprompt.methods.cached import CachedMethod
 from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.registry import register
-from vlprompt.prompts import check_templates
 from vlprompt.prompts.zero_shot import raw_template_features
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class TaskResSettings:
     """Settings of TaskRes; the defaults are the official ones at 8 and 16 shots.
 
@@ -37,18 +33,14 @@ class TaskResSettings:
         warmup_epochs: Epochs before that, at the rate 1e-5.
     """
 
-    templates: Sequence[str] = ("a photo of a {}.",)
-    alpha: float = 0.5
-    views: int = 20
-    epochs: int = 200
-    batch_size: int = 256
-    lr: float = 2e-3
-    weight_decay: float = 5e-4
-    warmup_epochs: int = 1
-
-    def __post_init__(self) -> None:
-        check_templates(self.templates, "settings.templates")
-        check_settings(self, alpha=0, views=0, epochs=0, batch_size=1, lr=0, weight_decay=0, warmup_epochs=0)
+    templates: OpenTemplates = ()
+    alpha: NonNegative = 0.5
+    views: Count = 20
+    epochs: Count = 200
+    batch_size: Positive = 256
+    lr: NonNegative = 2e-3
+    weight_decay: NonNegative = 5e-4
+    warmup_epochs: Count = 1
 
 
 @register("taskres")

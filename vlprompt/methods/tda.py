@@ -11,21 +11,20 @@ own factor is used, which is 100 for OpenAI's weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from vlprompt.config.types import Count, NonNegative, OpenTemplates, Positive, validated
 from vlprompt.errors import ConfigError
-from vlprompt.methods.episodic import TemplateViewsMethod, check_at_least
+from vlprompt.methods.episodic import TemplateViewsMethod
 from vlprompt.methods.registry import register
-from vlprompt.prompts import check_templates
-from vlprompt.testtime.selection import check_fraction
+from vlprompt.testtime.selection import ViewFraction
 from vlprompt.testtime.tda import NegativeCache, PositiveCache, Scored, TDAStream, summarise
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class TDASettings:
     """Settings of TDA.
 
@@ -46,30 +45,29 @@ class TDASettings:
         augmix: Mix the crops by AugMix.
     """
 
-    templates: Sequence[str] = ("a photo of a {}.",)
+    templates: OpenTemplates = ()
     positive: bool = True
-    positive_capacity: int = 3
-    positive_alpha: float = 2.0
-    positive_beta: float = 5.0
+    positive_capacity: Positive = 3
+    positive_alpha: NonNegative = 2.0
+    positive_beta: NonNegative = 5.0
     negative: bool = True
-    negative_capacity: int = 2
-    negative_alpha: float = 0.117
-    negative_beta: float = 1.0
-    negative_entropy: Sequence[float] = (0.2, 0.5)
-    negative_mask: Sequence[float] = (0.03, 1.0)
-    confidence: float = 0.1
-    crops: int = 0
+    negative_capacity: Positive = 2
+    negative_alpha: NonNegative = 0.117
+    negative_beta: NonNegative = 1.0
+    negative_entropy: tuple[float, float] = (0.2, 0.5)
+    negative_mask: tuple[float, float] = (0.03, 1.0)
+    confidence: ViewFraction = 0.1
+    crops: Count = 0
     augmix: bool = False
 
     def __post_init__(self) -> None:
-        check_templates(self.templates, "settings.templates")
-        check_fraction("confidence", self.confidence)
-        check_at_least(self, 1, "positive_capacity", "negative_capacity")
-        check_at_least(self, 0, "positive_alpha", "positive_beta", "negative_alpha", "negative_beta", "crops")
-        for name in ("negative_entropy", "negative_mask"):
-            bounds = list(getattr(self, name))
-            if len(bounds) != 2 or not bounds[0] <= bounds[1]:
-                raise ConfigError(f"settings.{name} is {bounds}; accepted: a lower and an upper bound, [0.2, 0.5]")
+        problems = [
+            f"settings.{name} is {list(bounds)}; accepted: a lower and an upper bound, [0.2, 0.5]"
+            for name, bounds in (("negative_entropy", self.negative_entropy), ("negative_mask", self.negative_mask))
+            if bounds[0] > bounds[1]
+        ]
+        if problems:
+            raise ConfigError("\n".join(problems))
 
 
 @register("tda")

@@ -6,22 +6,19 @@ themselves (``unlabelled: test``: the result is transductive and says so), those
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from vlprompt.caches import TFUP
-from vlprompt.config.settings import check_settings
+from vlprompt.config.types import Count, NonNegative, OpenTemplates, validated
 from vlprompt.methods.cached import CachedMethod
 from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.registry import register
-from vlprompt.prompts import check_templates
 from vlprompt.prompts.zero_shot import raw_template_features
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class TFUPSettings:
     """Settings of TFUP; the defaults are the official ones.
 
@@ -36,16 +33,12 @@ class TFUPSettings:
             split, which makes the result transductive.
     """
 
-    templates: Sequence[str] = ("a photo of a {}.",)
-    alpha: float = 0.3
-    beta: float = 1.0
-    temperature: float = 10.0
-    cache_shots: int = 0
+    templates: OpenTemplates = ()
+    alpha: NonNegative = 0.3
+    beta: NonNegative = 1.0
+    temperature: NonNegative = 10.0
+    cache_shots: Count = 0
     unlabelled: Literal["train", "test"] = "train"
-
-    def __post_init__(self) -> None:
-        check_templates(self.templates, "settings.templates")
-        check_settings(self, alpha=0, beta=0, temperature=0, cache_shots=0)
 
 
 @register("tfup")

@@ -6,20 +6,18 @@ otherwise. Features are frozen, so that training runs on those of random views t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from vlprompt.caches import Adaptation, CacheRecipe, TFUPTrained
-from vlprompt.config.settings import check_settings
-from vlprompt.errors import ConfigError
+from vlprompt.config.types import Count, Fraction, NonNegative, Positive, validated
 from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.registry import register
 from vlprompt.methods.tfup import TFUPMethod, TFUPSettings
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class TFUPTSettings(TFUPSettings):
     """Settings of TFUP-T: those of :class:`TFUPSettings`, and how adapters are trained; official defaults.
 
@@ -42,28 +40,20 @@ class TFUPTSettings(TFUPSettings):
             the best on the test images. Results then say so.
     """
 
-    text_ratio: float = 0.5
-    image_ratio: float = 0.2
-    warmup_epochs: int = 5
-    warmup_fraction: float = 0.75
-    confidence: float = 0.9
-    marginal_weight: float = 0.3
+    text_ratio: Fraction = 0.5
+    image_ratio: Fraction = 0.2
+    warmup_epochs: Count = 5
+    warmup_fraction: NonNegative = 0.75
+    confidence: Fraction = 0.9
+    marginal_weight: NonNegative = 0.3
     use_cache: bool = False
-    epochs: int = 30
-    views: int = 30
-    batch_size: int = 256
-    lr: float = 0.012
-    eps: float = 0.003
-    weight_decay: float = 0.1
+    epochs: Count = 30
+    views: Count = 30
+    batch_size: Positive = 256
+    lr: NonNegative = 0.012
+    eps: NonNegative = 0.003
+    weight_decay: NonNegative = 0.1
     select_on: Literal["last", "val", "test"] = "last"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_settings(self, warmup_epochs=0, warmup_fraction=0, marginal_weight=0, epochs=0, views=0, batch_size=1)
-        check_settings(self, lr=0, eps=0, weight_decay=0)
-        for name in ("text_ratio", "image_ratio", "confidence"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"settings.{name} is {getattr(self, name)}; accepted: 0 to 1")
 
 
 @register("tfup_t")

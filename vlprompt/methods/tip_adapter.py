@@ -7,22 +7,18 @@ searched on validation images (official code: gaopengcuhk/Tip-Adapter, which on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
 from vlprompt.caches import TipAdapter, grid
-from vlprompt.config.settings import check_settings
-from vlprompt.errors import ConfigError
+from vlprompt.config.types import Count, Ge, NonNegative, OpenTemplates, Positive, validated
 from vlprompt.methods.cached import CachedMethod, keys_of
 from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.registry import register
-from vlprompt.prompts import check_templates
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class TipAdapterSettings:
     """Settings of Tip-Adapter; the defaults are the official ones for ImageNet.
 
@@ -38,21 +34,15 @@ class TipAdapterSettings:
         select_on: Images that the search is on: val, or, as published for ImageNet, test. Results then say so.
     """
 
-    templates: Sequence[str] = ("a photo of a {}.",)
-    alpha: float = 1.17
-    beta: float = 1.0
-    views: int = 10
+    templates: OpenTemplates = ()
+    alpha: NonNegative = 1.17
+    beta: NonNegative = 1.0
+    views: Count = 10
     search: bool = True
-    search_alpha: float = 3.0
-    search_beta: float = 7.0
-    search_steps: Sequence[int] = (200, 20)
+    search_alpha: Annotated[float, Ge(0.1)] = 3.0
+    search_beta: Annotated[float, Ge(0.1)] = 7.0
+    search_steps: tuple[Positive, Positive] = (200, 20)
     select_on: Literal["val", "test"] = "val"
-
-    def __post_init__(self) -> None:
-        check_templates(self.templates, "settings.templates")
-        check_settings(self, alpha=0, beta=0, views=0, search_alpha=0.1, search_beta=0.1)
-        if len(self.search_steps) != 2 or min(self.search_steps) < 1:
-            raise ConfigError(f"settings.search_steps is {list(self.search_steps)}; accepted: two numbers, 1 or more")
 
 
 @register("tip_adapter")

@@ -7,19 +7,17 @@ keeps the epoch that is best on the test images and searches afterwards; here va
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from vlprompt.caches import CacheRecipe, TipAdapterF
-from vlprompt.config.settings import check_settings
+from vlprompt.config.types import Count, NonNegative, Positive, validated
 from vlprompt.methods.cached import keys_of
 from vlprompt.methods.fitting import FewShotFeatures
 from vlprompt.methods.registry import register
 from vlprompt.methods.tip_adapter import TipAdapterMethod, TipAdapterSettings
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class TipAdapterFSettings(TipAdapterSettings):
     """Settings of Tip-Adapter-F: those of :class:`TipAdapterSettings`, and how keys are trained.
 
@@ -33,16 +31,12 @@ class TipAdapterFSettings(TipAdapterSettings):
         weight_decay: AdamW's weight decay.
     """
 
-    epochs: int = 20
-    epoch_views: int = 20
-    batch_size: int = 256
-    lr: float = 1e-3
-    eps: float = 1e-4
-    weight_decay: float = 0.01
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_settings(self, epochs=0, epoch_views=0, batch_size=1, lr=0, eps=0, weight_decay=0)
+    epochs: Count = 20
+    epoch_views: Count = 20
+    batch_size: Positive = 256
+    lr: NonNegative = 1e-3
+    eps: NonNegative = 1e-4
+    weight_decay: NonNegative = 0.01
 
 
 @register("tip_adapter_f")

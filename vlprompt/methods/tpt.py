@@ -12,25 +12,25 @@ Its loss scaling in half precision, which can skip an image's step, is left out.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vlprompt.backbone import TokenLayout
+from vlprompt.config.types import Count, NonNegative, Positive, validated
 from vlprompt.errors import ConfigError
-from vlprompt.methods.episodic import TunedMethod, check_at_least
+from vlprompt.methods.episodic import TunedMethod
 from vlprompt.methods.registry import register
 from vlprompt.prompts import TextContext
-from vlprompt.prompts.context import check_context_length, generic_context
-from vlprompt.testtime.selection import check_fraction, most_confident
+from vlprompt.prompts.context import ContextLength, generic_context
+from vlprompt.testtime.selection import ViewFraction, most_confident
 from vlprompt.testtime.tuning import ContextTuner, Tuned, tuned_layout
 from vlprompt.views import TestViews
 
 _NAME = "[CLS]"
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class TPTSettings:
     """Settings of TPT.
 
@@ -49,20 +49,16 @@ class TPTSettings:
     """
 
     context_init: str = "a photo of a"
-    context_length: int = 4
-    lr: float = 0.005
-    steps: int = 1
-    confidence: float = 0.1
-    crops: int = 63
+    context_length: ContextLength = 4
+    lr: NonNegative = 0.005
+    steps: Count = 1
+    confidence: ViewFraction = 0.1
+    crops: Count = 63
     augmix: bool = False
-    images_at_once: int = 8
+    images_at_once: Positive = 8
     jacobian: bool = False
 
     def __post_init__(self) -> None:
-        check_at_least(self, 0, "lr", "steps", "crops")
-        check_at_least(self, 1, "images_at_once")
-        check_fraction("confidence", self.confidence)
-        check_context_length(self.context_length)
         if self.context_init.split().count(_NAME) > 1 or self.context_init.strip() == _NAME:
             raise ConfigError(f"settings.context_init is {self.context_init!r}; accepted: words, {_NAME} once or never")
 

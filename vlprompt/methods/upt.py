@@ -7,20 +7,20 @@ patches. Trained by cross-entropy; several tasks are learned together as one tas
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
 from vlprompt.backbone import TokenLayout
-from vlprompt.errors import ConfigError
+from vlprompt.config.run import RecipeConfig
+from vlprompt.config.types import Ge, Le, Positive, validated
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
 from vlprompt.prompts import UnifiedPrompts
-from vlprompt.prompts.context import Position
+from vlprompt.prompts.context import ContextLength, Position
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class UPTSettings:
     """Settings of UPT; the defaults learn 566,400 numbers on ViT-B/16.
 
@@ -34,17 +34,12 @@ class UPTSettings:
             weights but never meet. ``paper``: they attend to each other.
     """
 
-    context_length: int = 4
+    context_length: ContextLength = 4
     class_token_position: Position = "middle"
-    image_tokens: int = 4
-    image_depth: int = 12
-    width: int = 128
+    image_tokens: Annotated[int, Ge(1), Le(1000)] = 4
+    image_depth: Positive = 12
+    width: Annotated[int, Ge(1), Le(8192)] = 128
     variant: Literal["code", "paper"] = "code"
-
-    def __post_init__(self) -> None:
-        for name, most in (("context_length", 74), ("image_tokens", 1000), ("width", 8192)):
-            if not 1 <= getattr(self, name) <= most:
-                raise ConfigError(f"settings.{name} is {getattr(self, name)}; accepted: 1 to {most}")
 
 
 @register("upt")
@@ -52,6 +47,7 @@ class UPT(PromptMethod):
     """Prompts of both towers that share a transformer block."""
 
     Settings = UPTSettings
+    recipe = RecipeConfig(epochs=200)
     learns_image_side = True
     settings: UPTSettings
 

@@ -7,18 +7,18 @@ by cross-entropy, with SGD at a rate of 40 without weight decay. Works with ever
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
+from vlprompt.config.run import RecipeConfig
+from vlprompt.config.types import Positive, Template, validated
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
-from vlprompt.prompts import PixelPrompt, check_templates
+from vlprompt.prompts import PixelPrompt
 from vlprompt.prompts.pixels import Shape
 from vlprompt.prompts.zero_shot import template_features
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class VisualPromptSettings:
     """Settings of VP; the defaults learn 69,840 numbers at 224 x 224 pixels.
 
@@ -30,11 +30,8 @@ class VisualPromptSettings:
     """
 
     shape: Shape = "border"
-    prompt_size: int = 30
-    template: str = "This is a photo of a {}"
-
-    def __post_init__(self) -> None:
-        check_templates([self.template], "settings.template")
+    prompt_size: Positive = 30
+    template: Template = "This is a photo of a {}"
 
 
 @register("visual_prompt")
@@ -42,6 +39,9 @@ class VisualPrompt(PromptMethod):
     """Learned pixels; zero-shot text."""
 
     Settings = VisualPromptSettings
+    recipe = RecipeConfig(
+        epochs=1000, batch_size=64, lr=40.0, warmup_epochs=100, warmup_lr=0.1, weight_decay=0.0
+    )
     learns_image_side = True
     any_tower = True
     settings: VisualPromptSettings

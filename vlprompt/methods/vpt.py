@@ -6,18 +6,19 @@ text is "a photo of a NAME." for every data set in the official code; a template
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
-from vlprompt.errors import ConfigError
+from vlprompt.config.run import RecipeConfig
+from vlprompt.config.types import Ge, Le, Positive, Template, validated
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
-from vlprompt.prompts import VisualPrompts, check_templates
+from vlprompt.prompts import VisualPrompts
 from vlprompt.prompts.zero_shot import template_features
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class VPTSettings:
     """Settings of VPT; the defaults are those of the shipped configuration (VPT-deep, 73,728 numbers on ViT-B/16).
 
@@ -27,14 +28,9 @@ class VPTSettings:
         template: The fixed prompt with {} for the class name.
     """
 
-    image_tokens: int = 8
-    image_depth: int = 12
-    template: str = "a photo of a {}."
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.image_tokens <= 1000:
-            raise ConfigError(f"settings.image_tokens is {self.image_tokens}; accepted: 1 to 1000")
-        check_templates([self.template], "settings.template")
+    image_tokens: Annotated[int, Ge(1), Le(1000)] = 8
+    image_depth: Positive = 12
+    template: Template = "a photo of a {}."
 
 
 @register("vpt")
@@ -42,6 +38,7 @@ class VPT(PromptMethod):
     """Learned image tokens; zero-shot text."""
 
     Settings = VPTSettings
+    recipe = RecipeConfig(epochs=5, batch_size=4, lr=0.0025)
     learns_image_side = True
     settings: VPTSettings
 

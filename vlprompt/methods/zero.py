@@ -7,19 +7,16 @@ as the paper has it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from vlprompt.methods.episodic import EpisodicMethod, TemplateViewsMethod, check_at_least
+from vlprompt.config.types import Count, OpenTemplates, validated
+from vlprompt.methods.episodic import EpisodicMethod, TemplateViewsMethod
 from vlprompt.methods.registry import register
-from vlprompt.prompts import check_templates
-from vlprompt.testtime.selection import check_fraction
+from vlprompt.testtime.selection import ViewFraction
 from vlprompt.testtime.zero import Votes, ranked_logits, vote
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class ZEROSettings:
     """Settings of ZERO; the same for all data sets.
 
@@ -30,15 +27,10 @@ class ZEROSettings:
         augmix: Mix the crops by AugMix; the published code never does.
     """
 
-    templates: Sequence[str] = ("a photo of a {}.",)
-    confidence: float = 0.3
-    crops: int = 63
+    templates: OpenTemplates = ()
+    confidence: ViewFraction = 0.3
+    crops: Count = 63
     augmix: bool = False
-
-    def __post_init__(self) -> None:
-        check_templates(self.templates, "settings.templates")
-        check_fraction("confidence", self.confidence)
-        check_at_least(self, 0, "crops")
 
 
 @register("zero")

@@ -6,14 +6,11 @@ length again. Nothing is learned.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from torch import Tensor
 
+from vlprompt.config.types import OpenTemplates, validated
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
-from vlprompt.prompts import check_templates
 from vlprompt.prompts.zero_shot import template_features
 
 SELECTED_TEMPLATES = (
@@ -28,7 +25,7 @@ SELECTED_TEMPLATES = (
 """The seven templates of CoOp's ensemble; it appends the data set's own, except on ImageNet."""
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class ZeroShotSettings:
     """Settings of zero-shot CLIP.
 
@@ -37,11 +34,8 @@ class ZeroShotSettings:
         ensemble: Add the seven selected templates in front.
     """
 
-    templates: Sequence[str] = ("a photo of a {}.",)
+    templates: OpenTemplates = ()
     ensemble: bool = False
-
-    def __post_init__(self) -> None:
-        check_templates(self.templates, "settings.templates")
 
 
 @register("zeroshot")

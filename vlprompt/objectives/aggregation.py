@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from vlprompt.errors import ConfigError
+from vlprompt.config.types import Above0, validated
 from vlprompt.objectives.base import Host, Objective, register_objective
 
 
-@dataclass(frozen=True)
+@validated("objectives.aggregation")
 class AggregationSettings:
     """Settings of the aggregation.
 
@@ -21,11 +19,7 @@ class AggregationSettings:
     """
 
     mean: float = 15.0
-    deviation: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.deviation < float("inf"):
-            raise ConfigError(f"objectives.aggregation.deviation is {self.deviation}; accepted: above 0")
+    deviation: Above0 = 1.0
 
 
 def gaussian_weights(epochs: int, mean: float, deviation: float) -> Tensor:

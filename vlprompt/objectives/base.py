@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlprompt.config.settings import check_types
-from vlprompt.errors import ConfigError, did_you_mean
+from vlprompt.config.types import fill_templates
+from vlprompt.errors import ConfigError
 from vlprompt.registry import Registry
 
 Terms = dict[str, Tensor]
@@ -149,44 +149,40 @@ def get_objective_class(name: str) -> type[Objective]:
     return _OBJECTIVES.get(name)
 
 
-def check_objectives(host: Host, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the objectives ``wanted`` with their settings as plain dictionaries.
+def objective_settings(
+    host: Host, given: Mapping[str, Mapping[str, Any]], templates: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Return the settings of the objectives ``given``, defaults included, by name.
+
+    Args:
+        host: The method they are for.
+        given: Names with values of fields of their ``Settings``.
+        templates: What templates become that are left open.
 
     Raises:
-        ConfigError: Settings that are no mapping, or a method in which no objective can take part.
+        ConfigError: Unknown objectives or settings, values that are not accepted, or a method in which no objective
+            can take part.
     """
-    for name, own in wanted.items():
-        if not isinstance(own, Mapping):
-            raise ConfigError(f"objectives.{name} is {own!r}; accepted: its settings, {{}} for the defaults")
+    found = {}
+    for name, values in given.items():
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"objectives.{name} is {values!r}; accepted: its settings, {{}} for the defaults")
         if host.no_objectives:
             raise ConfigError(
                 f"objective {name!r} cannot go with method {host.name!r}: {host.no_objectives}, and no objective takes "
                 "part in that; leave objectives empty"
             )
-    return {name: dict(own) for name, own in wanted.items()}
+        found[name] = dataclasses.asdict(fill_templates(_OBJECTIVES.settings(name, values), templates))
+    return found
 
 
-def create_objective(name: str, host: Host, given: Mapping[str, Any] | None = None) -> Objective:
-    """Return objective ``name`` for the method ``host``; ``given`` are fields of its ``Settings``.
+def create_objective(name: str, host: Host, values: Mapping[str, Any] | None = None) -> Objective:
+    """Return objective ``name`` for the method ``host``; ``values`` are fields of its ``Settings``.
 
     Raises:
         ConfigError: Unknown objective or setting, or a method that lacks what it needs.
     """
-    kind = get_objective_class(name)
-    known = [entry.name for entry in dataclasses.fields(kind.Settings)]
-    given = dict(given or {})
-    wrong = [f"{key!r}.{did_you_mean(str(key), known)}" for key in given if key not in known]
-    if wrong:
-        raise ConfigError(f"objective {name!r} has no setting " + "; nor ".join(wrong))
-    check_types(kind.Settings, given, f"objectives.{name}")
-    return kind(host, kind.Settings(**given))
-
-
-def non_negative(settings: Any, *names: str, where: str) -> None:
-    """Raise ConfigError for the named fields of ``settings`` that are below 0 or not finite."""
-    for name in names:
-        if not 0 <= getattr(settings, name) < float("inf"):
-            raise ConfigError(f"objectives.{where}.{name} is {getattr(settings, name)}; accepted: 0 or more")
+    return get_objective_class(name)(host, _OBJECTIVES.settings(name, values or {}))
 
 
 def unit(features: Tensor) -> Tensor:

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from vlprompt.errors import ConfigError
+from vlprompt.config.types import Above0, Fraction, OpenTemplates, validated
 from vlprompt.objectives.base import Host, register_objective
-from vlprompt.objectives.two_gradients import TwoGradients, check_temperature
-from vlprompt.prompts import Draws, check_templates
+from vlprompt.objectives.two_gradients import TwoGradients
+from vlprompt.prompts import Draws
 
 
-@dataclass(frozen=True)
+@validated("objectives.gradient_dropout")
 class GradientDropoutSettings:
     """Settings of the dropout.
 
     Attributes:
         strength: What is taken of an entry that is dropped: 1 all of it, 0 nothing (the paper's lambda).
         temperature: Divides both logits of the general loss.
-        templates: The frozen model's prompts with {} for the class name.
+        templates: The frozen model's prompts; their features are averaged. Left open, the data set's own.
     """
 
-    strength: float = 1.0
-    temperature: float = 1.0
-    templates: Sequence[str] = ("a photo of a {}.",)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.strength <= 1:
-            raise ConfigError(f"objectives.gradient_dropout.strength is {self.strength}; accepted: 0 to 1")
-        check_temperature(self, "gradient_dropout")
-        check_templates(self.templates, "objectives.gradient_dropout.templates")
+    strength: Fraction = 1.0
+    temperature: Above0 = 1.0
+    templates: OpenTemplates = ()
 
 
 @register_objective("gradient_dropout")
@@ -50,10 +41,6 @@ class GradientDropout(TwoGradients):
         """Encode the templates once, and get ready to draw."""
         super().build(host)
         self.draws = Draws()
-
-    def templates(self) -> Sequence[str]:
-        """Return the templates."""
-        return self.settings.templates
 
     def combine(self, task: list[Tensor], general: list[Tensor]) -> list[Tensor]:
         """Return the gradients of the task that are left."""

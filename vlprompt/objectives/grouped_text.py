@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from vlprompt.config.types import NonNegative, Positive, Templates, validated
 from vlprompt.errors import ConfigError
-from vlprompt.objectives.base import Host, Objective, Step, Terms, non_negative, register_objective
+from vlprompt.objectives.base import Host, Objective, Step, Terms, register_objective
 from vlprompt.objectives.mixture import text_to_text_loss
-from vlprompt.prompts.words import check_templates
 from vlprompt.prompts.zero_shot import template_features
 
 
-@dataclass(frozen=True)
+@validated("objectives.grouped_text")
 class GroupedTextSettings:
     """Settings of the term.
 
@@ -26,17 +23,16 @@ class GroupedTextSettings:
         temperature: Factor on the cosines: 1 in MoCoOp's official code, 100 in LASP.
     """
 
-    weight: float = 5.0
-    templates: Sequence[str] = ("a photo of a {}.", "a low resolution photo of a {}.", "a good photo of a {}.")
-    groups: Sequence[int] = (1, 1, 1)
-    temperature: float = 1.0
+    weight: NonNegative = 5.0
+    templates: Templates = ("a photo of a {}.", "a low resolution photo of a {}.", "a good photo of a {}.")
+    groups: tuple[Positive, ...] = (1, 1, 1)
+    temperature: NonNegative = 1.0
 
     def __post_init__(self) -> None:
-        non_negative(self, "weight", "temperature", where="grouped_text")
-        check_templates(self.templates, "objectives.grouped_text.templates")
-        if sum(self.groups) != len(self.templates) or any(size < 1 for size in self.groups):
+        if sum(self.groups) != len(self.templates):
             raise ConfigError(
-                f"objectives.grouped_text.groups {list(self.groups)} does not cut {len(self.templates)} templates"
+                f"objectives.grouped_text.groups is {list(self.groups)}, which adds up to {sum(self.groups)}; "
+                f"objectives.grouped_text.templates holds {len(self.templates)}"
             )
 
 

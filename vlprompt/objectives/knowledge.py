@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlprompt.objectives.base import Host, Objective, Step, Terms, non_negative, register_objective
+from vlprompt.config.types import NonNegative, OpenTemplates, validated
+from vlprompt.objectives.base import Host, Objective, Step, Terms, register_objective
 from vlprompt.prompts.zero_shot import template_features
 
 
-@dataclass(frozen=True)
+@validated("objectives.knowledge")
 class KnowledgeSettings:
     """Settings of the knowledge term.
 
@@ -20,15 +20,12 @@ class KnowledgeSettings:
         weight: Factor of the term; 8 in the official scripts.
         variant: ``code``: one minus the mean cosine, which published numbers were made with. ``paper``: the mean
             squared distance, twice as large for unit vectors.
-        template: The hand-written prompt with {} for the class name.
+        templates: The hand-written prompts; their unit features are averaged. Left open, the data set's own.
     """
 
-    weight: float = 8.0
-    template: str = "a photo of a {}."
+    weight: NonNegative = 8.0
+    templates: OpenTemplates = ()
     variant: Literal["code", "paper"] = "code"
-
-    def __post_init__(self) -> None:
-        non_negative(self, "weight", where="knowledge")
 
 
 @register_objective("knowledge")
@@ -43,7 +40,7 @@ class Knowledge(Objective):
         """Encode the template once."""
         if not host.has_text_prompts():
             self.refuse("it learns nothing on the text side")
-        target = template_features(host.backbone, host.class_names, [self.settings.template])
+        target = template_features(host.backbone, host.class_names, self.settings.templates)
         self.register_buffer("target", target, persistent=False)
 
     def add(self, step: Step, terms: Terms) -> Terms:

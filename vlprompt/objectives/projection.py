@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from vlprompt.objectives.base import non_negative, register_objective
-from vlprompt.objectives.two_gradients import TwoGradients, check_temperature
+from vlprompt.config.types import Above0, NonNegative, OpenTemplates, validated
+from vlprompt.objectives.base import register_objective
+from vlprompt.objectives.two_gradients import TwoGradients
 
 
-@dataclass(frozen=True)
+@validated("objectives.projected_gradient")
 class ProjectedGradientSettings:
     """Settings of the projection.
 
@@ -19,16 +18,12 @@ class ProjectedGradientSettings:
         strength: How much of the conflicting part is taken away: 1 all of it (0.8 in the README's runs at 8 and 16
             shots of Flowers102, DTD and EuroSAT).
         temperature: Divides both logits; the general loss is multiplied by its square.
-        template: The frozen model's prompt with {} for the class name.
+        templates: The frozen model's prompts; their features are averaged. Left open, the data set's own.
     """
 
-    strength: float = 1.0
-    temperature: float = 1.0
-    template: str = "a photo of a {}."
-
-    def __post_init__(self) -> None:
-        non_negative(self, "strength", where="projected_gradient")
-        check_temperature(self, "projected_gradient")
+    strength: NonNegative = 1.0
+    temperature: Above0 = 1.0
+    templates: OpenTemplates = ()
 
 
 @register_objective("projected_gradient")
@@ -41,10 +36,6 @@ class ProjectedGradient(TwoGradients):
 
     Settings = ProjectedGradientSettings
     settings: ProjectedGradientSettings
-
-    def templates(self) -> list[str]:
-        """Return the one template."""
-        return [self.settings.template]
 
     def combine(self, task: list[Tensor], general: list[Tensor]) -> list[Tensor]:
         """Return the projected gradients."""

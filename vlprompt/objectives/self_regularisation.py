@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlprompt.objectives.base import Host, Objective, Step, Terms, non_negative, register_objective, unit
+from vlprompt.config.types import NonNegative, Templates, validated
+from vlprompt.objectives.base import Host, Objective, Step, Terms, register_objective, unit
 from vlprompt.objectives.templates import PROMPTSRC_TEMPLATES
-from vlprompt.prompts.words import check_templates
 from vlprompt.prompts.zero_shot import template_features
 
 
-@dataclass(frozen=True)
+@validated("objectives.self_regularisation")
 class SelfRegularisationSettings:
     """Settings of the three terms; a weight of 0 leaves its term out.
 
@@ -27,14 +24,10 @@ class SelfRegularisationSettings:
             official code's 60.
     """
 
-    text: float = 25.0
-    image: float = 10.0
-    logits: float = 1.0
-    templates: Sequence[str] = PROMPTSRC_TEMPLATES
-
-    def __post_init__(self) -> None:
-        non_negative(self, "text", "image", "logits", where="self_regularisation")
-        check_templates(self.templates, "objectives.self_regularisation.templates")
+    text: NonNegative = 25.0
+    image: NonNegative = 10.0
+    logits: NonNegative = 1.0
+    templates: Templates = PROMPTSRC_TEMPLATES
 
 
 @register_objective("self_regularisation")

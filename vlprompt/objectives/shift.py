@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlprompt.errors import ConfigError
-from vlprompt.objectives.base import Host, Objective, Step, Terms, non_negative, register_objective
+from vlprompt.config.types import NonNegative, OpenTemplates, Positive, validated
+from vlprompt.objectives.base import Host, Objective, Step, Terms, register_objective
 from vlprompt.prompts.zero_shot import template_features
 
 
-@dataclass(frozen=True)
+@validated("objectives.shift_consistency")
 class ShiftConsistencySettings:
     """Settings of the consistency term.
 
@@ -23,15 +22,12 @@ class ShiftConsistencySettings:
         variant: ``code``, the official surrogate: norms of the deep prompts' Gram matrices relative to the first step.
             ``paper``, the paper's definition as this library reads it: relative change of the towers' features against
             the frozen ones, of a hand-written template and of the same images. Published numbers are ``code``'s.
-        template: The frozen prompt that ``paper`` compares with.
+        templates: The frozen prompts that ``paper`` compares with. Left open, the data set's own.
     """
 
-    weight: float = 1.0
+    weight: NonNegative = 1.0
     variant: Literal["code", "paper"] = "code"
-    template: str = "a photo of a {}."
-
-    def __post_init__(self) -> None:
-        non_negative(self, "weight", where="shift_consistency")
+    templates: OpenTemplates = ()
 
 
 def gram_norms(prompts: list[Tensor]) -> Tensor:
@@ -59,7 +55,7 @@ class ShiftConsistency(Objective):
         if self.settings.variant == "paper":
             if not (host.has_text_prompts() and host.learns_image_side):
                 self.refuse("a shift of both sides is compared, and it learns on one side only")
-            target = template_features(host.backbone, host.class_names, [self.settings.template])
+            target = template_features(host.backbone, host.class_names, self.settings.templates)
             self.register_buffer("target", target, persistent=False)
         elif not layers:
             self.refuse("the shift is that of deep prompts in both towers; it has none (use depth 2 or more)")
@@ -110,7 +106,7 @@ def _relative(features: Tensor, frozen: Tensor) -> Tensor:
     return shift
 
 
-@dataclass(frozen=True)
+@validated("objectives.surgery")
 class SurgerySettings:
     """Settings of the surgery adapters.
 
@@ -122,20 +118,15 @@ class SurgerySettings:
         expansion: Width of the adapters' hidden layer in widths of the features.
     """
 
-    text_ratio: float = 0.1
-    image_ratio: float = 0.1
-    text_gain: float = 0.02
-    image_gain: float = 0.005
-    expansion: int = 4
-
-    def __post_init__(self) -> None:
-        non_negative(self, "text_ratio", "image_ratio", "text_gain", "image_gain", where="surgery")
-        if self.expansion < 1:
-            raise ConfigError(f"objectives.surgery.expansion is {self.expansion}; accepted: 1 or more")
+    text_ratio: NonNegative = 0.1
+    image_ratio: NonNegative = 0.1
+    text_gain: NonNegative = 0.02
+    image_gain: NonNegative = 0.005
+    expansion: Positive = 4
 
 
 class _Adapter(nn.Module):
-    def __init__(self, width: int, expansion: int) -> None:
+    def __init__(self, width: int, expansion: Positive) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.up, self.down = nn.Linear(width, expansion * width), nn.Linear(expansion * width, width)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt._dist import in_group, sum_over_processes
-from vlprompt.errors import ConfigError
 from vlprompt.objectives.base import Host, Objective, Step, Terms, unit
 from vlprompt.prompts.zero_shot import template_features
 
@@ -20,14 +16,10 @@ class TwoGradients(Objective):
 
     The terms keep their values, ``ce`` and whatever came before as the task, ``general`` beside them; the gradient of
     their sum is what :meth:`combine` returns, so that accumulation, clipping and several processes need to know nothing
-    of it. Settings have a ``temperature``.
+    of it. Settings have ``temperature`` and ``templates``, the frozen model's prompts.
     """
 
     target: Tensor
-
-    def templates(self) -> Sequence[str]:
-        """Return the frozen model's prompts, with {} for the class name."""
-        raise NotImplementedError
 
     def combine(self, task: list[Tensor], general: list[Tensor]) -> list[Tensor]:
         """Return the gradient to follow, tensor by tensor, of the two gradients of the global batch."""
@@ -35,7 +27,7 @@ class TwoGradients(Objective):
 
     def build(self, host: Host) -> None:
         """Encode the templates once."""
-        target = template_features(host.backbone, host.class_names, self.templates(), average="raw")
+        target = template_features(host.backbone, host.class_names, self.settings.templates, average="raw")
         self.register_buffer("target", target, persistent=False)
 
     def general_loss(self, step: Step) -> Tensor:
@@ -72,12 +64,6 @@ class TwoGradients(Objective):
         """Return the gradients of the global batch, where several processes share it."""
         found = [gradient * share for gradient in gradients] if share != 1 else list(gradients)
         return [sum_over_processes(gradient) for gradient in found]
-
-
-def check_temperature(settings: Any, where: str) -> None:
-    """Raise ConfigError for a ``temperature`` of ``settings`` that is not above 0."""
-    if not 0 < settings.temperature < float("inf"):
-        raise ConfigError(f"objectives.{where}.temperature is {settings.temperature}; accepted: above 0")
 
 
 def _share(count: int, device: torch.device) -> float:

@@ -17,7 +17,7 @@ from vlprompt.prompts.norms import TunedLayerNorms
 from vlprompt.prompts.pixels import PixelPrompt
 from vlprompt.prompts.projector import Projector
 from vlprompt.prompts.unified import UnifiedPrompts
-from vlprompt.prompts.words import check_class_names, check_templates, words_of
+from vlprompt.prompts.words import check_class_names, words_of
 
 __all__ = [
     "CONTEXT_STD",
@@ -38,7 +38,6 @@ __all__ = [
     "UnifiedPrompts",
     "VisualPrompts",
     "check_class_names",
-    "check_templates",
     "context_layout",
     "get_decomposition_class",
     "list_decompositions",

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from vlprompt.backbone.layout import TokenLayout, check_row_lengths, context_slot
 from vlprompt.backbone.text_tower import TextTower
+from vlprompt.config.types import Ge, Le
 from vlprompt.errors import ConfigError, HeadError
 from vlprompt.prompts.words import words_of
 
 Position = Literal["end", "middle", "front"]
+ContextLength: TypeAlias = Annotated[int, Ge(1), Le(74)]
+"""M: as many vectors as the text tower has room for."""
 CONTEXT_STD = 0.02
 """Standard deviation of randomly initialised context vectors (CoOp: trainers/coop.py)."""
 
@@ -103,12 +106,6 @@ class TextContext(nn.Module):
         return context_layout(
             tower, class_names, self.placeholder, self.length, position, class_specific=self.class_specific
         )
-
-
-def check_context_length(length: int) -> None:
-    """Raise ConfigError unless M is a number of vectors that the text tower has room for."""
-    if not 1 <= length <= 74:
-        raise ConfigError(f"settings.context_length is {length}; accepted: 1 to 74 vectors")
 
 
 def generic_context(method: str, state: Mapping[str, Tensor]) -> Tensor:

@@ -11,10 +11,8 @@ A decomposition owns its tensors and knows no method. A method calls ``encode_te
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -22,12 +20,12 @@ from torch import Tensor, nn
 
 from vlprompt.backbone.layout import Reach, TokenLayout, WordUpdate
 from vlprompt.backbone.text_tower import TextTower
-from vlprompt.config.settings import check_settings, check_types
-from vlprompt.errors import ConfigError, did_you_mean
+from vlprompt.config.types import NonNegative, Positive, validated
+from vlprompt.errors import ConfigError
 from vlprompt.registry import Registry
 
 
-@dataclass(frozen=True)
+@validated("decomposition.dept")
 class DePTDecompositionSettings:
     """Settings of DePT's decomposition.
 
@@ -42,13 +40,10 @@ class DePTDecompositionSettings:
         lr_ratio: The pair's learning rate in parts of the method's: the paper finds two rates essential.
     """
 
-    rank: int = 10
-    alpha: float = 8.0
+    rank: Positive = 10
+    alpha: NonNegative = 8.0
     reach: Reach = "name"
-    lr_ratio: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_settings(self, "decomposition.dept", rank=1, alpha=0, lr_ratio=0)
+    lr_ratio: NonNegative = 0.1
 
 
 class Decomposition(nn.Module):
@@ -142,14 +137,10 @@ def check_decomposition(wanted: object) -> dict[str, dict[str, Any]]:
     if len(wanted) > 1:
         raise ConfigError(f"decomposition names {', '.join(map(repr, wanted))}; accepted: one of them, or none")
     for name, given in wanted.items():
-        kind = get_decomposition_class(name)
+        get_decomposition_class(name)
         if not isinstance(given, Mapping):
             raise ConfigError(f"decomposition.{name} is {given!r}; accepted: its settings, {{}} for the defaults")
-        known = [entry.name for entry in dataclasses.fields(kind.Settings)]
-        wrong = [f"{key!r}.{did_you_mean(str(key), known)}" for key in given if key not in known]
-        if wrong:
-            raise ConfigError(f"decomposition {name!r} has no setting " + "; nor ".join(wrong))
-        check_types(kind.Settings, given, f"decomposition.{name}")
+        _DECOMPOSITIONS.settings(name, given)
     return {name: dict(given) for name, given in wanted.items()}
 
 
@@ -172,7 +163,7 @@ def create_decomposition(host: Host, wanted: Mapping[str, Mapping[str, Any]]) ->
     """
     for name, given in wanted.items():
         kind = get_decomposition_class(name)
-        settings = kind.Settings(**given)
+        settings = _DECOMPOSITIONS.settings(name, given)
         layouts = host.training_layouts()
         if not layouts or any(layout.names is None for layout in layouts):
             why = host.no_objectives or "it learns no text prompts in training"
@@ -193,7 +184,7 @@ class DePTDecomposition(Decomposition):
     settings: DePTDecompositionSettings
 
 
-@dataclass(frozen=True)
+@validated("decomposition.ept")
 class EPTDecompositionSettings(DePTDecompositionSettings):
     """Settings of EPT's decomposition: DePT's, and those of fusion and subspaces.
 
@@ -207,12 +198,9 @@ class EPTDecompositionSettings(DePTDecompositionSettings):
         bottleneck: Width of each subspace.
     """
 
-    fusion_rank: int = 8
-    spaces: int = 3
-    bottleneck: int = 32
-
-    def __post_init__(self) -> None:
-        check_settings(self, "decomposition.ept", rank=1, fusion_rank=1, spaces=1, bottleneck=1, alpha=0, lr_ratio=0)
+    fusion_rank: Positive = 8
+    spaces: Positive = 3
+    bottleneck: Positive = 32
 
 
 @register_decomposition("ept")

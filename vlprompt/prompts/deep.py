@@ -18,17 +18,6 @@ from vlprompt.prompts.words import words_of
 MOST_WORDS = 4
 
 
-def fitting_depth(name: str, depth: int, layers: int) -> int:
-    """Return how many layers have prompts of their own: ``depth``, or all where the tower has fewer.
-
-    Raises:
-        ConfigError: A depth below 1.
-    """
-    if depth < 1:
-        raise ConfigError(f"settings.{name} is {depth}; accepted: 1 or more layers (this tower has {layers})")
-    return min(depth, layers)
-
-
 def _noise(count: int, *shape: int) -> nn.ParameterList:
     return nn.ParameterList([nn.Parameter(torch.randn(shape) * CONTEXT_STD) for _ in range(count)])
 
@@ -43,13 +32,12 @@ class VisualPrompts(nn.Module):
 
     Raises:
         BackboneError: The tower takes no tokens.
-        ConfigError: A depth below 1.
     """
 
     def __init__(self, tower: ImageTower, count: int, depth: int) -> None:
         super().__init__()
         tower.require_tokens()
-        depth = fitting_depth("image_depth", depth, tower.layers)
+        depth = min(depth, tower.layers)
         self.input = nn.Parameter(torch.randn(count, tower.width) * CONTEXT_STD)
         self.deep = _noise(depth - 1, count, tower.width)
 
@@ -69,12 +57,12 @@ class DeepContext(nn.Module):
         depth: J layers with context of their own.
 
     Raises:
-        ConfigError: Fewer tokens than vectors, or a depth below 1.
+        ConfigError: Fewer tokens than vectors.
     """
 
     def __init__(self, tower: TextTower, length: int, words: str, depth: int) -> None:
         super().__init__()
-        depth = fitting_depth("text_depth", depth, tower.layers)
+        depth = min(depth, tower.layers)
         words = words_of(words) if length <= MOST_WORDS else ""
         self.length, self.placeholder = length, words or " ".join(["X"] * length)
         tokens = tower.tokens(self.placeholder)[1:-1]
@@ -109,7 +97,7 @@ class CoupledPrompts(nn.Module):
     def __init__(self, text: TextTower, image: ImageTower, length: int, words: str, depth: int) -> None:
         super().__init__()
         image.require_tokens()
-        depth = fitting_depth("depth", depth, min(text.layers, image.layers))
+        depth = min(depth, text.layers, image.layers)
         self.context = DeepContext(text, length, words, depth)
         self.proj = nn.Linear(text.width, image.width)
         # One map is drawn and copied: all deep maps start alike (maple.py 129-130).

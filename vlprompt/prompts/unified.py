@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from vlprompt.backbone.image_tower import ImageTower, VisualTokens
 from vlprompt.backbone.text_tower import TextTower
 from vlprompt.prompts.context import TextContext
-from vlprompt.prompts.deep import fitting_depth
 
 
 class UnifiedPrompts(nn.Module):
@@ -41,7 +40,7 @@ class UnifiedPrompts(nn.Module):
 
         super().__init__()
         image.require_tokens()
-        depth = fitting_depth("image_depth", depth, image.layers)
+        depth = min(depth, image.layers)
         self.mixing = mixing
         self.context = TextContext(text, length)
         bound = math.sqrt(6 / (3 * image.patch_size**2 + image.width))

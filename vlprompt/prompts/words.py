@@ -1,10 +1,10 @@
-"""Class names and templates: what is accepted, and how a name stands in a prompt."""
+"""Class names: what is accepted, and the words of a name in a prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from vlprompt.errors import ClassNameError, ConfigError, bulleted
+from vlprompt.errors import ClassNameError, bulleted
 
 
 def check_class_names(class_names: Sequence[str]) -> list[str]:
@@ -37,12 +37,3 @@ def _printable(name: object) -> bool:
 def words_of(name: str) -> str:
     """Return a class name as it stands in a prompt: underscores become spaces (prompt_learners 1.5)."""
     return name.replace("_", " ")
-
-
-def check_templates(templates: Sequence[str], where: str) -> None:
-    """Raise ConfigError unless ``templates`` is a list of texts that hold ``{}`` exactly once."""
-    if isinstance(templates, str) or not templates:
-        raise ConfigError(f"{where} is {templates!r}; accepted: a list of templates such as ['a photo of a {{}}.']")
-    wrong = [repr(text) for text in templates if not isinstance(text, str) or text.count("{}") != 1]
-    if wrong:
-        raise ConfigError(f"{where}: {', '.join(wrong)}; a template holds {{}} exactly once, for the class name")

@@ -5,21 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlprompt.errors import ConfigError
+from vlprompt.config.types import Gt, Le, Words
 
 Variant = Literal["paper", "code"]
-
-
-def check_fraction(name: str, value: float) -> None:
-    """Raise ConfigError unless ``settings.<name>`` is a fraction of the views, above 0 and at most 1."""
-    if not 0 < value <= 1:
-        raise ConfigError(f"settings.{name} is {value}; accepted: a fraction of the views, above 0 and at most 1")
+ViewFraction: TypeAlias = Annotated[float, Gt(0), Le(1), Words("a fraction of the views, above 0 and at most 1")]
 
 
 def entropy(logits: Tensor) -> Tensor:
