@@ -13,7 +13,6 @@ import pytest
 from vlprompt._files import sha256_lines
 from vlprompt.datasets import FewShotTask, FileSource, Sample, SplitLists, fewshot, find_card, load_dataset, readers
 from vlprompt.datasets.domains import PROTOCOLS, check_protocol, domain_rounds, domains_of, split_domain
-from vlprompt.datasets.task import dataset_names
 from vlprompt.errors import ConfigError
 
 Load = Callable[..., FewShotTask]
@@ -192,16 +191,3 @@ def test_refused_rounds(toy_sets: Path, monkeypatch: pytest.MonkeyPatch) -> None
     replaced(monkeypatch, lambda lists: dataclasses.replace(lists, train=[s for s in lists.train if s.domain == "b"]))
     with pytest.raises(ConfigError, match=r"training images of \['b'\] only; leave-one-out needs two or more domains"):
         domain_rounds("toy-styles", toy_sets, "leave-one-out")
-
-
-# -- several data sets ------------------------------------------------------------------------------------------------
-def test_names_of_several_data_sets() -> None:
-    assert dataset_names(["demo", "DescribableTextures"]) == ["demo", "dtd"]
-    for names, message in (
-        (["dmo", "dtd", "calltech101"], "'dmo' is no data set. Did you mean 'demo'.*'calltech101' is no data set. Did"),
-        (["dtd", "demo", "DescribableTextures"], "datasets: 'dtd' is named twice"),
-        ([], "datasets: none is named; accepted: names with commas, demo,dtd"),
-        ([""], "'' is no data set. Accepted: caltech101"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            dataset_names(names)

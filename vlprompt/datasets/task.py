@@ -1,4 +1,4 @@
-"""A few-shot task: the samples, names and hashes that one run works on."""
+"""Few-shot tasks: the samples, class names and hashes of a run."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from typing import Any, Literal, cast
 
 from vlprompt._files import sha256_json, sha256_lines
 from vlprompt.datasets.card import Card, Metric, describe
-from vlprompt.datasets.catalogue import find_card, list_datasets
+from vlprompt.datasets.catalogue import find_card
 from vlprompt.datasets.domains import domains_of, keep_domains
 from vlprompt.datasets.readers import read_dataset
 from vlprompt.datasets.records import Sample, SplitLists, labels_of
 from vlprompt.datasets.shot_lists import read_shot_list, use_shot_list
 from vlprompt.datasets.shots import check_draw, class_labels, fewshot, find_sampler, keep_labels
-from vlprompt.errors import ClassNameError, ConfigError, did_you_mean
+from vlprompt.errors import ClassNameError, ConfigError
 
 
 @dataclass(frozen=True)
 class FewShotTask:
-    """What :func:`load_dataset` returns.
+    """A few-shot task, as returned by :func:`load_dataset`.
 
     Attributes:
         name: Name of the data set.
-        class_names: Names of the classes in play, by label.
-        all_class_names: Names of all classes of the data set in its own label order (base classes come first).
+        class_names: Names of the task's classes, by label.
+        all_class_names: Names of all classes of the data set, by its labels (base classes come first).
         template: Prompt with ``{}`` for the class name.
         train: Few-shot training samples, labels from 0 within ``class_names``.
         val: Validation samples (at most 4 per class, except with ``shots=-1`` and on ImageNet); may be empty.
-        test: All test samples of the classes in play, of the ``target`` domains.
+        test: All test samples of the task's classes, of the ``target`` domains.
         shots: Training images per class, or -1 for all.
         seed: Seed of the draw.
         classes: ``all``, ``base`` or ``new``.
-        split_sha256: Content hash of the whole split, before any draw.
+        split_sha256: Content hash of the complete split, before any draw.
         shots_sha256: SHA-256 of the ids in ``train``, joined by LF.
         card: The data set's card.
-        sampler: Name of the few-shot rule (:data:`vlprompt.datasets.shots.SAMPLERS`), or that of a list's.
-        root: The data root as it was given to :func:`load_dataset`.
+        sampler: Name of the sampler (:data:`vlprompt.datasets.shots.SAMPLERS`), or that of a few-shot list.
+        root: The data root passed to :func:`load_dataset`.
         source: Domains that ``train`` and ``val`` were drawn from; empty for all.
         target: Domains of ``test``; empty for all.
-        request: What :func:`load_dataset` was asked for besides the name.
-        whole: The task over all classes that this one is a half of, from the same draw; None where it is that task.
+        request: Arguments of :func:`load_dataset` besides the name.
+        whole: The task over all classes, from the same draw; None for that task itself.
     """
 
     name: str
@@ -71,16 +71,16 @@ class FewShotTask:
 
     @property
     def multilabel(self) -> bool:
-        """Whether labels are tuples: an image may have several."""
+        """Whether an image may have several labels; labels are then tuples."""
         return self.card.multilabel
 
     def half(self, classes: Literal["base", "new"]) -> FewShotTask:
         """Return the task of one half of this task's classes, ``base`` or ``new``, with labels from 0.
 
         Raises:
-            ConfigError: There are too few classes, or the half has no images of the ``target`` domains.
+            ConfigError: If there are too few classes, or the half has no images of the ``target`` domains.
         """
-        # A data set that only tests has no training list that would say which classes there are.
+        # A test-only data set has no training list: the classes come from the test list.
         labels = class_labels([label for sample in self.train or self.test for label in labels_of(sample)], classes)
         train, val, test = (keep_labels(samples, labels) for samples in (self.train, self.val, self.test))
         if self.target and not test:
@@ -98,7 +98,7 @@ class FewShotTask:
         )
 
     def counterpart(self) -> FewShotTask:
-        """Return the task of the other half of the classes: ``new`` for ``base`` and the reverse, from the same draw.
+        """Return the task of the other half of the classes, from the same draw: ``new`` for ``base`` and vice versa.
 
         Raises:
             ConfigError: If this task has all classes.
@@ -108,19 +108,19 @@ class FewShotTask:
         return self.whole.half("new" if self.classes == "base" else "base")
 
     def by_domain(self) -> dict[str, FewShotTask]:
-        """Return this task with the test samples of one domain alone, for each domain that is tested.
+        """Return by test domain this task with the test samples of that domain only.
 
-        A data set without domains gives an empty dict.
+        The result is empty for a data set without domains.
         """
         names = domains_of(self.card, self.test) if self.card.domains else []
-        return {name: replace(self, test=[one for one in self.test if one.domain == name]) for name in names}
+        return {name: replace(self, test=[sample for sample in self.test if sample.domain == name]) for name in names}
 
     def describe(self) -> dict[str, Any]:
-        """Return what a results file records of the data, as plain JSON values."""
+        """Return the data record of a results file, as plain JSON values."""
         facts = self.card.facts
         published = None if facts.content_sha256 is None else facts.content_sha256 == self.split_sha256
         if self.card.split.endswith(".json"):
-            published = False  # a split file of the user's
+            published = False  # a split file of the user
         domains = {"source": list(self.source), "target": list(self.target)} if self.card.domains else {}
         return {
             "name": self.name,
@@ -162,27 +162,27 @@ def load_dataset(
 ) -> FewShotTask:
     """Read a data set and draw its few-shot task.
 
-    The draw is made over all classes and filtered afterwards, so base and new of one seed come from one draw
-    (datasets.md 2.1). Domains are chosen before the draw: ``shots`` images per class come from all of ``source``.
+    The draw covers all classes and is filtered afterwards, so that base and new tasks of one seed share a draw, as in
+    CoOp. Domains are selected before the draw: ``shots`` images per class come from all of ``source``.
 
     Args:
         name: Name or alias of a data set (:func:`~vlprompt.datasets.list_datasets`); ``folder`` for your own images.
-        root: Folder that holds the data sets; for ``folder``, the folder of images itself. ``None`` takes the
-            environment's ``VLPROMPT_DATA``, else ``data``. The packaged demo needs none.
+        root: Folder of the data sets; for ``folder``, the folder of images. ``None`` uses the environment variable
+            ``VLPROMPT_DATA``, else ``data``. The packaged demo needs none.
         shots: Training images per class, or -1 for the complete lists.
         seed: Seed of the draw, 0 or more.
         classes: ``all``, or the ``base`` or ``new`` half of the classes, with labels from 0.
-        template: A prompt instead of the card's; it holds ``{}`` once.
-        source: Domains to train on, where the data set has domains; empty for all.
-        target: Domains to test on, where the data set has domains; empty for all.
-        split: One of the card's splits, or a split file of your own in the data set's folder; ``None`` for the first.
-        sampler: How shots are drawn (:data:`vlprompt.datasets.shots.SAMPLERS`); ``None`` for what fits the data set.
-        shots_file: A few-shot list (:mod:`vlprompt.datasets.shot_lists`) instead of a draw; ``shots`` and ``seed``
-            are then the list's.
+        template: Prompt that replaces the card's; contains ``{}`` once.
+        source: Domains to train on, if the data set has domains; empty for all.
+        target: Domains to test on, if the data set has domains; empty for all.
+        split: A split of the card, or a split file of your own in the data set's folder; ``None`` for the first split.
+        sampler: Name of the sampler (:data:`vlprompt.datasets.shots.SAMPLERS`); ``None`` for the data set's default.
+        shots_file: A few-shot list (:mod:`vlprompt.datasets.shot_lists`) instead of a draw; it also sets ``shots`` and
+            ``seed``.
 
     Raises:
         ConfigError: If a name is unknown, a value is out of range, or the domains leave nothing to train or test on.
-        ClassNameError: If the template does not hold ``{}`` exactly once.
+        ClassNameError: If the template does not contain ``{}`` exactly once.
         DataError: If the data are missing or cannot be used.
     """
     request = {
@@ -194,11 +194,11 @@ def load_dataset(
     if classes not in ("all", "base", "new"):
         raise ConfigError(f"data.classes is {classes!r}; accepted: all, base, new.")
     if template is not None and (template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1):
-        raise ClassNameError(f"data.template is {template!r}; it must hold {{}} exactly once, for the class name.")
+        raise ClassNameError(f"data.template is {template!r}; it must contain {{}} exactly once, for the class name.")
     if sampler is not None:
         find_sampler(sampler)
     whole = read_dataset(card, root)
-    lists = _part(card, whole, source, target)
+    lists = _selected(card, whole, source, target)
     if shots_file is not None:
         chosen = read_shot_list(Path(shots_file))
         train, val = use_shot_list(chosen, lists, card.name, Path(shots_file))
@@ -231,35 +231,17 @@ def load_dataset(
     return task if classes == "all" else task.half(cast(Literal["base", "new"], classes))
 
 
-def _part(card: Card, whole: SplitLists, source: Sequence[str], target: Sequence[str]) -> SplitLists:
-    """Return the domains that are asked for; where train and test hold the same images, domains have to part them."""
+def _selected(card: Card, whole: SplitLists, source: Sequence[str], target: Sequence[str]) -> SplitLists:
+    """Return the lists of the selected domains; if train and test share images, the domains must separate them."""
     lists = keep_domains(card, whole, source, target)
     if not card.same_images:
         return lists
     if not source and not target:
-        return replace(lists, train=[], val=[])  # nothing may be trained on what is tested
+        return replace(lists, train=[], val=[])  # test images must not be trained on
     tested = {sample.id for sample in lists.test}
     if shared := sum(sample.id in tested for sample in [*lists.train, *lists.val]):
         raise ConfigError(
-            f"{shared:,} images of {card.name} would be trained on and tested: name data.source and data.target "
-            f"without a domain in common. Domains: {', '.join(card.domains)}"
+            f"{shared:,} images of {card.name} would be both training and test images: name data.source and "
+            f"data.target without a common domain. Domains: {', '.join(card.domains)}"
         )
     return lists
-
-
-def dataset_names(names: Sequence[str]) -> list[str]:
-    """Return the data sets' own names for ``names``, which may be aliases.
-
-    Raises:
-        ConfigError: None is named, one is unknown, or one is named twice; all problems are listed.
-    """
-    found, problems = [], []
-    for name in names:
-        try:
-            found.append(find_card(name).name)
-        except ConfigError:
-            problems.append(f"{name!r} is no data set.{did_you_mean(str(name), list_datasets())}")
-    problems += [f"{name!r} is named twice." for name in dict.fromkeys(found) if found.count(name) > 1]
-    if problems or not found:
-        raise ConfigError("datasets: " + (" ".join(problems) or "none is named; accepted: names with commas, demo,dtd"))
-    return found
