@@ -83,8 +83,8 @@ TOY_CLASSES = 4
 
 
 @pytest.fixture(scope="session")
-def toy_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data root with the same small pictures as ``styles`` and as ``plain``: ``<domain>/<split>/<class>/<n>.png``."""
+def toy_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with the same small images as ``styles`` and as ``plain``: ``<domain>/<split>/<class>/<n>.png``."""
     from PIL import Image, ImageOps
 
     from vlprompt.datasets import load_dataset
@@ -114,7 +114,7 @@ def toy_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def toy_sets(toy_pictures: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def toy_sets(toy_images: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The root of two data sets that are known in this test: ``toy-styles``, with domains, and ``toy-plain`` without.
 
     ``toy-styles`` has the clean domains a, b and c, each with a noisy version and a with a blurred one too, and names
@@ -146,7 +146,7 @@ def toy_sets(toy_pictures: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     known, usual = {**cards.all_cards(), styles.name: styles, plain.name: plain}, readers.reader
     monkeypatch.setattr(cards, "all_cards", lambda: known)
     monkeypatch.setattr(readers, "reader", lambda name: read if name == "toy" else usual(name))
-    return toy_pictures
+    return toy_images
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,10 @@ Tiny = Callable[..., RunConfig]
 
 
 @pytest.fixture(scope="module")
-def folder(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bank with two pictures of every test image."""
     place = tmp_path_factory.mktemp("bank")
-    words = f"--bank {place} --data.name folder --data.root {pictures} --pipeline tiny --count 2 --steps 2"
+    words = f"--bank {place} --data.name folder --data.root {image_folder} --pipeline tiny --count 2 --steps 2"
     assert bank(words.split()) == 0
     return place
 

@@ -165,7 +165,7 @@ def test_the_command_on_two_processes(
 
 @pytest.mark.slow
 def test_switches_short_batches_and_own_trainers(
-    tiny: Tiny, folder_of: Callable[[RunConfig], Path], pictures: Path, tmp_path: Path, command: Command
+    tiny: Tiny, folder_of: Callable[[RunConfig], Path], image_folder: Path, tmp_path: Path, command: Command
 ) -> None:
     plain: dict[str, Any] = {"text_correction": False, "text_loss_weight": 0.0, "gate_loss_weight": 0.0, "top_k": 1}
     configs = [
@@ -189,7 +189,7 @@ def test_switches_short_batches_and_own_trainers(
     (folder / "runs.json").write_text(json.dumps(jobs))
     (tmp_path / "script.py").write_text(SCRIPT)
     output, errors = finish(
-        command(str(tmp_path / "script.py"), str(folder), str(pictures), PYTHONPATH=str(Path(__file__).parents[2]))
+        command(str(tmp_path / "script.py"), str(folder), str(image_folder), PYTHONPATH=str(Path(__file__).parents[2]))
     )
     assert "touched" not in errors
     for rank in (0, 1):
@@ -205,18 +205,18 @@ def test_switches_short_batches_and_own_trainers(
 
     own = [json.loads(line.removeprefix("OWN ")) for line in output.splitlines() if line.startswith("OWN ")]
     assert sorted(each["rank"] for each in own) == [0, 1]
-    scores, ctx = one_process(pictures)
+    scores, ctx = one_process(image_folder)
     for each in own:
         assert each["scores"] == scores and scores["test/total"] == 13
         assert difference(torch.tensor(each["ctx"]), ctx) < TOLERANCE
 
 
-def one_process(pictures: Path) -> tuple[dict[str, float], torch.Tensor]:
+def one_process(image_folder: Path) -> tuple[dict[str, float], torch.Tensor]:
     """What the script's own Trainer does, on one process."""
     import vlprompt
 
     pl.seed_everything(1, verbose=False)
-    task = load_dataset("folder", root=pictures, shots=2)
+    task = load_dataset("folder", root=image_folder, shots=2)
     backbone = vlprompt.load_backbone("demo")
     method = vlprompt.create_method("coop", backbone, task.class_names, context_init="an emoji of a")
     module = PromptModule(method, RecipeConfig(epochs=2, lr=0.1))

@@ -212,7 +212,7 @@ def test_interrupted_and_run_again(
 
 @pytest.mark.slow
 def test_the_command_killed_three_times(
-    pictures: Path,
+    image_folder: Path,
     tmp_path: Path,
     folder_of: FolderOf,
     command: Callable[..., subprocess.Popen[str]],
@@ -223,7 +223,7 @@ def test_the_command_killed_three_times(
         "--data.name",
         "folder",
         "--data.root",
-        str(pictures),
+        str(image_folder),
     ]
     words += ["--data.view", "random", "--data.shots", "2", "--settings.tune_layer_norms", "true"]
     words += ["--recipe.epochs", "12", "--recipe.batch_size", "2", "--recipe.lr", "0.05", "--trainer.progress", "false"]

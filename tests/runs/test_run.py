@@ -153,17 +153,17 @@ def test_settings_left_out_are_the_defaults(tiny: Tiny) -> None:
     assert not open_template.settings.get("templates")
 
 
-def test_other_pictures_are_refused(tiny: Tiny, pictures: Path, tmp_path: Path) -> None:
+def test_other_images_are_refused(tiny: Tiny, image_folder: Path, tmp_path: Path) -> None:
     config = tiny("coop")
     done = run(config)
     before = stamps(done.folder)
     other = tmp_path / "others"
-    for path in sorted(pictures.rglob("*.png")):
-        place = other / path.relative_to(pictures)
+    for path in sorted(image_folder.rglob("*.png")):
+        place = other / path.relative_to(image_folder)
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(path.read_bytes())
     moved = replace(config, data=replace(config.data, root=str(other)))
-    assert run(moved).reused  # the same pictures in another place
+    assert run(moved).reused  # the same images in another place
     next((other / "train").rglob("*.png")).rename(next((other / "train").iterdir()) / "another name.png")
     with pytest.raises(ConfigError, match="was started from another split.*--force.*another --output") as caught:
         run(moved)
