@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,30 +35,106 @@ from vlprompt.pairs.features import caption_features, image_features
 from vlprompt.pairs.load import Pair, load_pairs
 from vlprompt.prompts import template_layout
 from vlprompt.runs.folder import HEAD, RESULTS, opened, read_json, versions
-from vlprompt.runs.session import configured_backbone
+from vlprompt.runs.session import configured_backbone, load_parts
 
 SCHEMA = 1
 CLUSTERS, INSPECTION = "clusters.safetensors", "inspect.html"
 RECONSTRUCTION = "GRAM-R, a reconstruction: the method section of arXiv 2303.06571 is not available (seed_methods 3)"
 
 
-@dataclass(frozen=True)
-class Tasks:
-    """What tasks are made of.
+class MetaSession:
+    """Everything that belongs to one meta-training, each thing made once and when it is first asked for.
 
-    Attributes:
-        pairs: The N pairs.
-        captions: Their captions as they stand in prompts.
-        features: Raw frozen image features ``[N, D]``.
-        clusters: Topics and domains.
-        sampler: The tasks.
+    Args:
+        config: The configuration.
+
+    Raises:
+        ConfigError: The configuration holds values that are not accepted.
     """
 
-    pairs: Sequence[Pair]
-    captions: Sequence[str]
-    features: Tensor
-    clusters: Clusters
-    sampler: TaskSampler
+    def __init__(self, config: MetaRunConfig) -> None:
+        if problems := config.problems():
+            raise ConfigError("\n".join(problems))
+        self.config = config
+
+    def load(self) -> None:
+        """Load pairs and backbone, and check the host before any image is encoded.
+
+        Raises:
+            VlpromptError: Values, pairs, weights or a host that cannot be used.
+        """
+        check_devices(self.config.trainer)
+        load_parts(self, "pairs", "backbone")
+        # Class-specific parameters, say, cannot be learned across tasks.
+        host(self.config, self.backbone, ["one", "two"]).with_classes(["three", "four", "five"])
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the meta-training."""
+        return meta_folder(self.config)
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """The N pairs."""
+        return load_pairs(self.config.pairs.source, root=self.config.pairs.root)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The frozen CLIP, on the device of this process."""
+        return configured_backbone(self.config.backbone, self.config.trainer)
+
+    # -- tasks ------------------------------------------------------------------------------------------------------
+    @cached_property
+    def captions(self) -> list[str]:
+        """The captions of the pairs, as they stand in prompts."""
+        return fit_captions(self.backbone.text, [pair.caption for pair in self.pairs], self.config.tasks.caption_tokens)
+
+    @cached_property
+    def image_features(self) -> Tensor:
+        """Raw frozen image features ``[N, D]``, out of the feature store."""
+        backbone = self.backbone
+        return image_features(
+            self.pairs,
+            backbone.preprocess,
+            backbone.encode_image,
+            fingerprint=backbone.fingerprint,
+            device=backbone.device,
+            workers=self.config.pairs.workers,
+        ).features
+
+    @cached_property
+    def caption_features(self) -> Tensor:
+        """Features of the captions ``[N, D]``, out of the feature store."""
+        backbone = self.backbone
+        return caption_features(self.captions, lambda some: _encoded(backbone, some), fingerprint=backbone.fingerprint)
+
+    @cached_property
+    def clusters(self) -> Clusters:
+        """Topics and domains."""
+        tasks, images, texts = self.config.tasks, self.image_features, self.caption_features
+        looks = images if tasks.domain_features == "images" else without_caption(images, texts)
+        return cluster(
+            looks, texts, topics=tasks.topics, domains=tasks.domains, least=tasks.least, seed=self.config.seed
+        )
+
+    @cached_property
+    def sampler(self) -> TaskSampler:
+        """The tasks.
+
+        Raises:
+            ConfigError: No topic has the pairs that tasks need.
+        """
+        tasks = self.config.tasks
+        return TaskSampler(
+            self.clusters,
+            self.captions,
+            support=tasks.support,
+            query=tasks.query,
+            labels=tasks.labels,
+            classes=tasks.classes,
+            seed=self.config.seed,
+            caption_features=self.caption_features,
+        )
 
     def words(self) -> str:
         """Return what tasks are drawn from, in words."""
@@ -66,11 +142,56 @@ class Tasks:
         return f"{len(usable)} topics with {sum(map(len, usable.values()))} visual domains"
 
     def topic_names(self) -> list[str]:
-        """Return for every topic a caption out of it: what stands for it where a method needs class names."""
+        """Return a caption of every topic, which stands for it where a method needs class names."""
         first: dict[int, str] = {}
         for topic, caption in zip(self.clusters.topic.tolist(), self.captions, strict=True):
             first.setdefault(topic, caption)
         return list(dict.fromkeys(first.values()))
+
+    # -- what is learned --------------------------------------------------------------------------------------------
+    @cached_property
+    def method(self) -> PromptMethod:
+        """The method that is meta-trained; the seed is set before it is made."""
+        return host(self.config, self.backbone, self.topic_names())
+
+    @cached_property
+    def regulator(self) -> Regulator | None:
+        """The regulator that the configuration asks for, if any; the seed is set before it is made."""
+        meta = self.config.meta
+        method = self.method
+        pl.seed_everything(self.config.seed, verbose=False)
+        if meta.regulator == "none":
+            return None
+        shapes = {name: tuple(prompt.shape) for name, prompt in method.prompt_tensors()}
+        settings = RegulatorSettings(meta.regulator, meta.sharing, meta.rank, meta.bottleneck, meta.gate_bias)
+        return Regulator(shapes, method.backbone.embed_dim, settings)
+
+    def data(self) -> MetaData:
+        """Return the batches of tasks: features, or images where the method's image side is learned."""
+        method = self.method
+        images = [Sample(pair.id, 0, pair.source) for pair in self.pairs] if method.learns_image_side else None
+        return MetaData(
+            self.sampler.task,
+            self.image_features,
+            self.config.meta,
+            images=images,
+            preprocess=method.backbone.preprocess,
+            workers=self.config.pairs.workers,
+        )
+
+    def inputs(self) -> dict[str, str]:
+        """Return the checksums of what the meta-training starts from."""
+        plain = dataclasses.asdict(self.config)
+        for name in ("output", "name", "trainer", "pairs"):
+            del plain[name]
+        if not plain["decomposition"]:  # younger than meta-trainings that people have
+            del plain["decomposition"]
+        captioned = zip(self.pairs, self.captions, strict=True)
+        return {
+            "configuration": sha256_json([plain, self.config.trainer.precision]),
+            "set of pairs": sha256_json([[pair.id, caption] for pair, caption in captioned]),
+            "backbone": self.backbone.fingerprint,
+        }
 
 
 def meta_folder(config: MetaRunConfig) -> Path:
@@ -92,34 +213,31 @@ def meta_train(config: MetaRunConfig, *, force: bool = False) -> tuple[Path, dic
     Raises:
         VlpromptError: Pairs, weights, settings or values that cannot be used.
     """
-    pairs, backbone = _loaded(config)
-    tasks, folder = make_tasks(config, pairs, backbone), meta_folder(config)
-    method = host(config, backbone, tasks.topic_names())
-    pl.seed_everything(config.seed, verbose=False)
-    regulator = make_regulator(config, method)
-    with opened(folder, config, _inputs(config, tasks, backbone), force=force):
+    session = MetaSession(config)
+    session.load()
+    clusters, words = session.clusters, session.words()
+    folder, method, regulator = session.folder, session.method, session.regulator
+    with opened(folder, config, session.inputs(), force=force):
         known = None if force else read_json(folder / RESULTS)
         if known is not None:
             return folder, known
-        clusters = tasks.clusters
         if is_main_process():
             clusters.save(folder / CLUSTERS)
         started = time.monotonic()
-        own = config.meta
-        with peak_memory(backbone.device) as peak:
-            module = MetaModule(method, regulator, own)
-            accumulate = own.tasks_per_step // config.trainer.devices
+        meta = config.meta
+        with peak_memory(session.backbone.device) as peak:
+            accumulate = meta.tasks_per_step // config.trainer.devices
             trainer = make_trainer(
-                dataclasses.replace(config.trainer, accumulate=accumulate), folder, own.steps // own.save_every
+                dataclasses.replace(config.trainer, accumulate=accumulate), folder, meta.steps // meta.save_every
             )
-            fit(trainer, module, _data(config, method, tasks), folder)
+            fit(trainer, MetaModule(method, regulator, meta), session.data(), folder)
         results = {
             "schema": SCHEMA,
             "what": RECONSTRUCTION,
             "config": dataclasses.asdict(config),
-            "backbone": backbone_facts(backbone),
-            "pairs": len(tasks.pairs),
-            "tasks": tasks.words(),
+            "backbone": backbone_facts(session.backbone),
+            "pairs": len(session.pairs),
+            "tasks": words,
             "versions": versions(),
             "last": read_metrics(folder / METRICS)[-1],
             "train": {"seconds": round(time.monotonic() - started, 1), "peak_mb": peak.megabytes},
@@ -139,87 +257,22 @@ def inspect(config: MetaRunConfig) -> Path:
     Raises:
         VlpromptError: As :func:`meta_train`. Where no topic has the pairs that tasks need, the page is written first.
     """
-    pairs, backbone = _loaded(config)
-    clustered = _clustered(config, pairs, backbone)
+    session = MetaSession(config)
+    session.load()
+    clusters = session.clusters
     problem: ConfigError | None = None
     sampler = None
     try:
-        sampler = _sampler(config, clustered)
+        sampler = session.sampler
     except ConfigError as error:
         problem = error
-    picture = [pair.source.open for pair in pairs]
-    page = inspection_page(clustered.clusters, sampler, clustered.captions, lambda row: picture[row]())
-    path = meta_folder(config) / INSPECTION
+    picture = [pair.source.open for pair in session.pairs]
+    page = inspection_page(clusters, sampler, session.captions, lambda row: picture[row]())
+    path = session.folder / INSPECTION
     write_text(path, page)
     if problem is not None:
         raise ConfigError(f"{problem}\nWhat there is can be seen in {path}") from problem
     return path
-
-
-def _loaded(config: MetaRunConfig) -> tuple[list[Pair], Backbone]:
-    """Return the pairs and the backbone.
-
-    Raises:
-        VlpromptError: Values, pairs, weights or a host that cannot be used.
-    """
-    if problems := config.problems():
-        raise ConfigError("\n".join(problems))
-    check_devices(config.trainer)
-    pairs = load_pairs(config.pairs.source, root=config.pairs.root)
-    backbone = configured_backbone(config.backbone, config.trainer)
-    # Before any image is encoded: class-specific learnables, say, cannot be learned across tasks.
-    host(config, backbone, ["one", "two"]).with_classes(["three", "four", "five"])
-    return pairs, backbone
-
-
-@dataclass(frozen=True)
-class _Clustered:
-    captions: list[str]
-    images: Tensor
-    texts: Tensor
-    clusters: Clusters
-
-
-def _clustered(config: MetaRunConfig, pairs: Sequence[Pair], backbone: Backbone) -> _Clustered:
-    """Return captions, features (out of the feature store) and clusters of ``pairs``."""
-    own = config.tasks
-    captions = fit_captions(backbone.text, [pair.caption for pair in pairs], own.caption_tokens)
-    images = image_features(
-        pairs,
-        backbone.preprocess,
-        backbone.encode_image,
-        fingerprint=backbone.fingerprint,
-        device=backbone.device,
-        workers=config.pairs.workers,
-    ).features
-    texts = caption_features(captions, lambda some: _encoded(backbone, some), fingerprint=backbone.fingerprint)
-    looks = images if own.domain_features == "images" else without_caption(images, texts)
-    clusters = cluster(looks, texts, topics=own.topics, domains=own.domains, least=own.least, seed=config.seed)
-    return _Clustered(captions, images, texts, clusters)
-
-
-def _sampler(config: MetaRunConfig, found: _Clustered) -> TaskSampler:
-    own = config.tasks
-    return TaskSampler(
-        found.clusters,
-        found.captions,
-        support=own.support,
-        query=own.query,
-        labels=own.labels,
-        classes=own.classes,
-        seed=config.seed,
-        caption_features=found.texts,
-    )
-
-
-def make_tasks(config: MetaRunConfig, pairs: Sequence[Pair], backbone: Backbone) -> Tasks:
-    """Return the tasks that are drawn from ``pairs``.
-
-    Raises:
-        VlpromptError: Captions or settings that make no tasks.
-    """
-    found = _clustered(config, pairs, backbone)
-    return Tasks(pairs, found.captions, found.images, found.clusters, _sampler(config, found))
 
 
 @torch.no_grad()
@@ -250,44 +303,4 @@ def host(config: MetaRunConfig, backbone: Backbone, class_names: Sequence[str]) 
     return method
 
 
-def make_regulator(config: MetaRunConfig, method: PromptMethod) -> Regulator | None:
-    """Return the regulator that ``config`` asks for, or None."""
-    own = config.meta
-    if own.regulator == "none":
-        return None
-    shapes = {name: tuple(prompt.shape) for name, prompt in method.prompt_tensors()}
-    settings = RegulatorSettings(own.regulator, own.sharing, own.rank, own.bottleneck, own.gate_bias)
-    return Regulator(shapes, method.backbone.embed_dim, settings)
-
-
-def _data(config: MetaRunConfig, method: PromptMethod, tasks: Tasks) -> MetaData:
-    images = None
-    if method.learns_image_side:
-        images = [Sample(pair.id, 0, pair.source) for pair in tasks.pairs]
-    return MetaData(
-        tasks.sampler.task,
-        tasks.features,
-        config.meta,
-        images=images,
-        preprocess=method.backbone.preprocess,
-        workers=config.pairs.workers,
-    )
-
-
-def _inputs(config: MetaRunConfig, tasks: Tasks, backbone: Backbone) -> dict[str, str]:
-    plain = dataclasses.asdict(config)
-    for name in ("output", "name", "trainer"):
-        del plain[name]
-    del plain["pairs"]
-    if not plain["decomposition"]:  # younger than meta-trainings that people have
-        del plain["decomposition"]
-    return {
-        "configuration": sha256_json([plain, config.trainer.precision]),
-        "set of pairs": sha256_json(
-            [[pair.id, caption] for pair, caption in zip(tasks.pairs, tasks.captions, strict=True)]
-        ),
-        "backbone": backbone.fingerprint,
-    }
-
-
-__all__ = ["REGULATOR_FILE", "Tasks", "inspect", "make_tasks", "meta_folder", "meta_train"]
+__all__ = ["REGULATOR_FILE", "MetaSession", "host", "inspect", "meta_folder", "meta_train"]

@@ -139,16 +139,7 @@ class Session:
             VlpromptError: One of them cannot be used; where both cannot, one error says so. Or devices are missing.
         """
         check_devices(self.config.trainer)
-        missing: list[VlpromptError] = []
-        for name in ("drawn", "backbone"):
-            try:
-                getattr(self, name)
-            except VlpromptError as error:
-                missing.append(error)
-        if len(missing) == 1:
-            raise missing[0]
-        if missing:
-            raise ConfigError(f"two things are missing.\n\n1. {missing[0]}\n\n2. {missing[1]}")
+        load_parts(self, "drawn", "backbone")
 
     # -- what is loaded ---------------------------------------------------------------------------------------------
     @cached_property
@@ -455,6 +446,24 @@ class Session:
 
 
 # -- single parts -----------------------------------------------------------------------------------------------------
+def load_parts(session: object, *names: str) -> None:
+    """Ask ``session`` for the parts ``names``; where several cannot be loaded, one error says so.
+
+    Raises:
+        VlpromptError: A part cannot be loaded.
+    """
+    missing: list[VlpromptError] = []
+    for name in names:
+        try:
+            getattr(session, name)
+        except VlpromptError as error:
+            missing.append(error)
+    if len(missing) == 1:
+        raise missing[0]
+    if missing:
+        raise ConfigError(f"two things are missing.\n\n1. {missing[0]}\n\n2. {missing[1]}")
+
+
 def load_task(data: DataConfig, seed: int) -> FewShotTask:
     """Return the task that ``data`` names."""
     return load_dataset(**_request(data, seed))
