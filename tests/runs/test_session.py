@@ -120,7 +120,7 @@ def test_pictures_of_training_are_released_after_it(tiny: Tiny) -> None:
     session = Session(tiny("vpt", view="random"))
     run_session(session)
     (module,) = [data for served, data in session._modules if not data.encode]
-    assert "train" not in module._kept
+    assert "train" not in module._caches
 
 
 # -- several sessions -----------------------------------------------------------------------------------------------
