@@ -209,7 +209,7 @@ def test_domains_takes_a_protocol_configurations_and_seeds(
 def test_domains_of_one_run_are_keys(calls: Calls) -> None:
     assert main(["train", "--config", "coop/demo", "--data.source", "[a, b]", "--data.target", '["c", c+noise]']) == 0
     data = calls[0][1][0].data
-    assert (data.source, data.target) == (["a", "b"], ["c", "c+noise"])
+    assert (data.source, data.target) == (("a", "b"), ("c", "c+noise"))
 
 
 # -- saved heads ----------------------------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ def test_problems_of_the_form_and_of_the_values_come_together(fails: Callable[..
         "base-to-new", "--config", "coop/demo", "--seeds", "x", "--data.shots", "y", "word", "--recipe.lr", "-1"
     )
     assert err.startswith("vlprompt: error: 4 problems:\n")
-    for culprit in ("--seeds is 'x'", "--data.shots is 'y'", "'word' stands alone", "recipe.lr is -1"):
+    for culprit in ("--seeds is 'x'", "--data.shots is 'y'", "'word' stands alone", "--recipe.lr is '-1'"):
         assert err.count(culprit) == 1
 
 

@@ -276,7 +276,7 @@ COMMANDS: dict[str, tuple[Prepare | list[str], str]] = {
     "results into a file": (with_file("taken", b"", *RUN, *DEMO[:2], "--output", "taken"), "--output"),
     "results below a file": (with_file("taken", b"", *RUN, *DEMO[:2], "--output", "taken/x"), "--output"),
     "an empty word": ([*COOP, ""], "''"),
-    "an empty value": ([*COOP, "--data.root="], "--data.root is an empty text"),
+    "an empty value": ([*COOP, "--data.root="], "--data.root is ''; accepted: a text that is not empty, or null"),
     "dashes alone": ([*COOP, "--"], "'--'"),
     "an option without a name": ([*COOP, "--=4"], "'--=4'"),
     "one dash": ([*COOP, "-seed", "4"], "'-seed'"),

@@ -17,7 +17,6 @@ from vlprompt.cli.parse import check_config, check_run, key_table, parse_run, re
 from vlprompt.config.keys import RUN_KEYS, SECTIONS, to_yaml
 from vlprompt.config.meta import MetaRunConfig
 from vlprompt.config.run import DataConfig, RecipeConfig, RunConfig, TrainerConfig
-from vlprompt.config.values import accepted_values, convert, from_text
 from vlprompt.config.yaml import MAX_CONFIG_BYTES, find_config
 from vlprompt.errors import ConfigError, did_you_mean
 
@@ -97,7 +96,7 @@ def test_an_alias_becomes_the_data_sets_own_name(toys: Path) -> None:
 
 def test_defaults_are_the_dataclasses_with_the_methods_settings_filled_in(toys: Path) -> None:
     config = parse_run(["--method", "toy"])
-    settings_given = dataclasses.asdict(ToySettings()) | {"texts": ["a {}."]}
+    settings_given = dataclasses.asdict(ToySettings()) | {"texts": ["a {}."], "pair": [1, 2]}
     assert config == RunConfig(method="toy", settings=settings_given)
 
 
@@ -117,13 +116,13 @@ def test_later_files_win_over_earlier_ones_and_the_command_line_over_both(toys: 
         ("recipe.lr", "1e-3", 1e-3),
         ("recipe.gradient_clip", "null", None),
         ("trainer.progress", "false", False),
-        ("trainer.loggers", "[wandb]", ["wandb"]),
-        ("trainer.loggers", "[]", []),
+        ("trainer.loggers", "[wandb]", ("wandb",)),
+        ("trainer.loggers", "[]", ()),
         ("data.template", "a photo: {}, or [not].", "a photo: {}, or [not]."),
         ("data.root", "123", "123"),
         ("data.root", "null", None),
         ("settings.texts", '["a {}", "b: {}"]', ["a {}", "b: {}"]),
-        ("settings.pair", "[3, 4]", (3, 4)),
+        ("settings.pair", "[3, 4]", [3, 4]),
         ("settings.mode", "front", "front"),
         ("settings.depth", "3", 3),
         ("settings.depth", "auto", "auto"),
@@ -207,8 +206,13 @@ def test_to_yaml_is_read_back_to_an_equal_configuration(
     toys: Path, name: str, root: str | None, texts: list[str], lr: float, seed: int
 ) -> None:
     config = parse_run(["--method", "toy"])
-    config.backbone.name, config.data.root, config.recipe.lr, config.seed = name, root, lr, seed
-    config.settings |= {"texts": texts, "start": root}
+    config = dataclasses.replace(
+        config.with_data(root=root),
+        backbone=dataclasses.replace(config.backbone, name=name),
+        recipe=dataclasses.replace(config.recipe, lr=lr),
+        seed=seed,
+        settings=config.settings | {"texts": texts, "start": root},
+    )
     (toys / "again.yaml").write_text(to_yaml(config), encoding="utf-8")
     assert parse_run(["--config", "again.yaml"]) == config
 
@@ -254,20 +258,20 @@ BAD_COMMAND_LINES = {
     "only an equals sign": (["--=4"], r"'--=4' is not an option"),
     "section instead of key": (["--data", "demo"], r"--data is a section; its keys are --data.name, --data.root"),
     "settings as a whole": (["--settings", "{length: 3}"], r"--settings is a section; its keys are --settings.texts"),
-    "text for int": (["--data.shots", "four"], r"--data.shots is 'four'; accepted: a whole number$"),
-    "float for int": (["--data.shots", "4.5"], r"--data.shots is '4.5'; accepted: a whole number$"),
-    "bool for int": (["--seed", "true"], r"--seed is 'true'; accepted: a whole number$"),
-    "octal for int": (["--seed", "010"], r"--seed is '010'; accepted: a whole number$"),
-    "base 60 for int": (["--seed", "1:30"], r"--seed is '1:30'; accepted: a whole number$"),
-    "quoted number for int": (["--seed", '"3"'], r"--seed is '\"3\"'; accepted: a whole number$"),
-    "nothing for int": (["--seed="], r"--seed is ''; accepted: a whole number$"),
-    "null for int": (["--seed", "null"], r"--seed is 'null'; accepted: a whole number$"),
-    "huge int": (["--seed", "9" * 5000], r"--seed is '9+\.\.\.9+' \(.*\); accepted: a whole number$"),
-    "seed out of range": (["--seed", "-1"], r"^command line: seed is -1; accepted: 0 to 4294967295$"),
-    "text for float": (["--recipe.lr", "fast"], r"--recipe.lr is 'fast'; accepted: a finite number$"),
-    "nan": (["--recipe.lr", ".nan"], r"--recipe.lr is '.nan'; accepted: a finite number$"),
-    "infinity": (["--recipe.momentum", ".inf"], r"--recipe.momentum is '.inf'; accepted: a finite number$"),
-    "overflow": (["--recipe.lr", "1" + "0" * 400], r"--recipe.lr is '10+\.\.\.0+'; accepted: a finite number$"),
+    "text for int": (["--data.shots", "four"], r"--data.shots is 'four'; accepted: 1 or more images"),
+    "float for int": (["--data.shots", "4.5"], r"--data.shots is '4.5'; accepted: 1 or more images"),
+    "bool for int": (["--seed", "true"], r"--seed is 'true'; accepted: a whole number from 0 to 429"),
+    "octal for int": (["--seed", "010"], r"--seed is '010'; accepted: a whole number from 0 to 429"),
+    "base 60 for int": (["--seed", "1:30"], r"--seed is '1:30'; accepted: a whole number from 0 to 429"),
+    "quoted number for int": (["--seed", '"3"'], r"--seed is '\"3\"'; accepted: a whole number from 0 to 429"),
+    "nothing for int": (["--seed="], r"--seed is ''; accepted: a whole number from 0 to 429"),
+    "null for int": (["--seed", "null"], r"--seed is 'null'; accepted: a whole number from 0 to 429"),
+    "huge int": (["--seed", "9" * 5000], r"--seed is '9+\.\.\.9+' \(.*\); accepted: a whole number from 0 to 429"),
+    "seed out of range": (["--seed", "-1"], r"^command line: --seed is '-1'; accepted: a whole number from 0 to 429"),
+    "text for float": (["--recipe.lr", "fast"], r"--recipe.lr is 'fast'; accepted: a finite number above 0$"),
+    "nan": (["--recipe.lr", ".nan"], r"--recipe.lr is '.nan'; accepted: a finite number above 0$"),
+    "infinity": (["--recipe.momentum", ".inf"], r"--recipe.momentum is '.inf'; accepted: .* from 0 to below 1$"),
+    "overflow": (["--recipe.lr", "1" + "0" * 400], r"--recipe.lr is '10+\.\.\.0+'; accepted: a finite number above 0$"),
     "yes for bool": (["--trainer.progress", "yes"], r"--trainer.progress is 'yes'; accepted: true or false$"),
     "1 for bool": (["--trainer.progress", "1"], r"--trainer.progress is '1'; accepted: true or false$"),
     "unknown choice": (["--backbone.precision", "fp8"], r"'fp8'; accepted: 'fp32', 'fp16' or 'bf16'\. Did"),
@@ -281,8 +285,8 @@ BAD_COMMAND_LINES = {
     "deep nesting": (["--settings.pair", "[" * 5000], r"nested too deeply"),
     "control character": (["--output", "a\x07b"], r"the text holds control characters"),
     "not UTF-8": (["--output", "a\udcffb"], r"is not valid UTF-8"),
-    "empty text": (["--output", ""], r"--output is an empty text"),
-    "no value at the end": (["--data.shots"], r"--data.shots has no value; accepted: a whole number$"),
+    "empty text": (["--output", ""], r"--output is ''; accepted: a text that is not empty$"),
+    "no value at the end": (["--data.shots"], r"--data.shots has no value; accepted: 1 or more images per class, or"),
     "no value before an option": (["--data.shots", "--seed", "3"], r"--data.shots has no value"),
     "config without a file": (["--config"], r"--config has no value; write --config VALUE"),
     "leftover word": (["demo"], r"'demo' stands alone; a value follows its key"),
@@ -291,8 +295,8 @@ BAD_COMMAND_LINES = {
     "two different values": (["--seed", "1", "--seed=2"], r"--seed is given twice, '1' and '2'$"),
     "two methods": (["--method", "tou"], r"--method is given twice"),
     "unknown data set": (["--data.name", "Caltech-110"], r"data.name is 'Caltech-110', .*Did you mean 'caltech101'\?"),
-    "no shots": (["--data.shots", "0"], r"data.shots is 0; accepted: 1 or more images per class, or -1"),
-    "template without a slot": (["--data.template", "photo"], r"data.template is 'photo'; accepted: a text with \{\}"),
+    "no shots": (["--data.shots", "0"], r"data.shots is '0'; accepted: 1 or more images"),
+    "template without a slot": (["--data.template", "photo"], r"data.template is 'photo'; accepted: a text with"),
     "batch that devices cannot share": (["--trainer.devices", "3"], r"line: recipe.batch_size is 32 .* 3 processes"),
     "settings that contradict": (
         ["--settings.length", "11", "--settings.mode", "front"],
@@ -318,7 +322,7 @@ def test_an_unknown_method_is_named_with_the_nearest_and_its_settings_are_not_ju
 
 
 def test_a_setting_without_a_default_has_to_be_given(toys: Path) -> None:
-    with pytest.raises(ConfigError, match=r"settings\.width has no default; give it: --settings\.width VALUE"):
+    with pytest.raises(ConfigError, match=r"settings\.width is missing; .* give it: --settings\.width VALUE"):
         parse_run(["--method", "needy"])
 
 
@@ -339,7 +343,7 @@ BAD_FILES: dict[str, tuple[str | bytes, str]] = {
     "python tag": ("seed: !!python/object/apply:os.system [ls]\n", r"^bad.yaml, line 1: .* tags \(tag:.*os.system\)"),
     "bad tag value": ("seed: !!int abc\n", r"^bad.yaml, line 1: not valid YAML: tags \(tag:.*:int\)"),
     "number with too many digits": (f"seed: {'9' * 5000}\n", r"line 1: not usable: Exceeds.*\(key 'seed'\)$"),
-    "list as inner key": ("settings: {pair: {[1]: 2}}\n", r"line 1: not usable: found unhashable key \(key '"),
+    "list as inner key": ("settings: {pair: {[1]: 2}}\n", r"line 1: a key is a list or a mapping"),
     "same key twice": ("seed: 1\noutput: x\nseed: 2\n", r"^bad.yaml, line 3: 'seed' stands twice \(first in line 1\)$"),
     "same section twice": ("data: {shots: 1}\ndata: {shots: 2}\n", r"line 2: 'data' stands twice \(first in line 1\)$"),
     "same inner key twice": ("data:\n  shots: 1\n  shots: 2\n", r"line 3: 'data.shots' stands twice"),
@@ -353,17 +357,17 @@ BAD_FILES: dict[str, tuple[str | bytes, str]] = {
     "section that is a list": ("data: [demo]\n", r"line 1: 'data' is a section"),
     "section left empty": ("seed: 1\ndata:\n", r"line 2: 'data' is a section"),
     "settings that are a list": ("settings: [1]\n", r"line 1: 'settings' is a section"),
-    "text for int": ("data:\n  shots: four\n", r"^bad.yaml, line 2: data.shots is 'four'; accepted: a whole number$"),
-    "quoted int": ("seed: '3'\n", r"line 1: seed is '3'; accepted: a whole number$"),
-    "bool for int": ("seed: true\n", r"line 1: seed is True; accepted: a whole number$"),
-    "list for int": ("seed: [1]\n", r"line 1: seed is \[1\]; accepted: a whole number$"),
-    "null for text": ("output: null\n", r"line 1: output is None; accepted: a text$"),
-    "number for text": ("output: 3\n", r"line 1: output is 3; accepted: a text$"),
-    "mapping for text": ("output: {a: 1}\n", r"line 1: output is \{'a': 1\}; accepted: a text$"),
-    "number in quotes in a list": ("settings: {pair: [1, '2']}\n", r"pair is \[1, '2'\]; accepted: a list of 2"),
-    "inner duplicate in a value": ("settings: {pair: {a: 1, a: 2}}\n", r"line 1: not usable: the key 'a' stands twice"),
+    "text for int": ("data:\n  shots: four\n", r"^bad.yaml, line 2: data.shots is 'four'; accepted: 1 or more images"),
+    "quoted int": ("seed: '3'\n", r"line 1: seed is '3'; accepted: a whole number from 0 to 429"),
+    "bool for int": ("seed: true\n", r"line 1: seed is True; accepted: a whole number from 0 to 429"),
+    "list for int": ("seed: [1]\n", r"line 1: seed is \[1\]; accepted: a whole number from 0 to 429"),
+    "null for text": ("output: null\n", r"line 1: output is None; accepted: a text that is not empty$"),
+    "number for text": ("output: 3\n", r"line 1: output is 3; accepted: a text that is not empty$"),
+    "mapping for text": ("output: {a: 1}\n", r"line 1: output is \{'a': 1\}; accepted: a text that is not empty$"),
+    "number in quotes in a list": ("settings: {pair: [1, '2']}\n", r"pair\[1\] is '2'; accepted: a whole number$"),
+    "inner duplicate in a value": ("settings: {pair: {a: 1, a: 2}}\n", r"line 1: 'settings.pair.a' stands twice"),
     "misspelled choice": ("data: {view: centre}\n", r"'centre'; accepted: 'random', .* 'center'\. Did you mean 'cen"),
-    "out of range": ("recipe:\n  epochs: 0\n", r"^bad.yaml, line 2: recipe.epochs is 0; accepted: 1 or more$"),
+    "out of range": ("recipe:\n  epochs: 0\n", r"^bad.yaml, line 2: recipe.epochs is 0; accepted: .* of 1 or more$"),
     "unknown data set": ("data:\n  name: dmo\n", r"^bad.yaml, line 2: data.name is 'dmo', .*Did you mean 'demo'"),
     "unknown setting": ("settings: {lenth: 3}\n", r"no key 'settings.lenth'\. Did you mean 'settings.length'"),
 }  # fmt: skip
@@ -398,13 +402,12 @@ def test_everything_is_reported_at_once_and_nothing_twice(toys: Path) -> None:
     )
     for culprit in expected:
         assert sum(culprit in bullet for bullet in bullets) == 1, (culprit, bullets)
-    # the one problem beyond: warm-up epochs are counted against the epochs
-    assert len(bullets) == len(expected) + 1 and any("recipe.warmup_epochs is 1" in bullet for bullet in bullets)
+    assert len(bullets) == len(expected)
 
 
 def test_a_value_that_failed_is_not_judged_again_through_its_default(toys: Path) -> None:
     assert refused("--recipe.epochs", "x", "--recipe.warmup_epochs", "60") == [
-        "command line: --recipe.epochs is 'x'; accepted: a whole number"
+        "command line: --recipe.epochs is 'x'; accepted: a whole number of 1 or more"
     ]
 
 
@@ -461,38 +464,9 @@ def test_sections_and_keys_are_those_of_the_dataclasses() -> None:
 def test_the_key_table_has_a_line_for_every_key_with_default_and_type() -> None:
     table = key_table()
     assert len(table.splitlines()) == len(RUN_KEYS)
-    assert re.search(r"^  --data.shots +16 +a whole number$", table, re.MULTILINE)
+    assert re.search(r"^  --data.shots +16 +1 or more images per class, or -1 for all of them$", table, re.MULTILINE)
     assert re.search(r"^  --settings.mode +end +'front' or 'end'$", key_table(ToySettings), re.MULTILINE)
     assert re.search(r"^  --settings.width +required +a whole number$", key_table(NeedySettings), re.MULTILINE)
-
-
-@pytest.mark.parametrize(
-    ("hint", "words"),
-    [
-        (int, "a whole number"),
-        (float | None, "a finite number or null"),
-        (Literal["a"], "'a'"),
-        (Literal["a", "b", 3], "'a', 'b' or 3"),
-        (list[int], "a list, each item a whole number"),
-        (tuple[str, ...], "a list, each item a text"),
-        (tuple[int, str], "a list of 2: a whole number, a text"),
-        (list, "a list"),
-        (dict[str, int], "a mapping"),
-        (Any, "any value"),
-        (Path, "Path"),
-    ],
-)
-def test_types_are_told_in_words(hint: Any, words: str) -> None:
-    assert accepted_values(hint) == words
-
-
-def test_unions_with_text_try_the_number_first_and_keep_the_text() -> None:
-    assert from_text(int | str, "3") == 3
-    assert from_text(int | str, "three: [") == "three: ["
-    assert from_text(int | str, "x") == "x"
-    assert convert(Any, {"a": [1]}) == {"a": [1]}
-    with pytest.raises(ValueError):
-        convert(int, None)
 
 
 def test_the_command_line_is_sorted_without_raising() -> None:

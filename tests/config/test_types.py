@@ -155,10 +155,10 @@ REFUSED: list[tuple[str, Any, str]] = [
      "accepted: a text or null"),
     ("start", "a\udcff", "settings.start is 'a\\udcff' (the text holds control characters or is not valid UTF-8); "
      "accepted: a text or null"),
-    ("depth", "atuo", "settings.depth is 'atuo'; accepted: 'auto' or a whole number of 1 or more. "
+    ("depth", "atuo", "settings.depth is 'atuo'; accepted: 'auto', or a whole number of 1 or more. "
      "Did you mean 'auto'?"),
-    ("depth", 0, "settings.depth is 0; accepted: 'auto' or a whole number of 1 or more"),
-    ("depth", True, "settings.depth is True; accepted: 'auto' or a whole number of 1 or more"),
+    ("depth", 0, "settings.depth is 0; accepted: 'auto', or a whole number of 1 or more"),
+    ("depth", True, "settings.depth is True; accepted: 'auto', or a whole number of 1 or more"),
     ("switch", 1, "settings.switch is 1; accepted: true or false"),
     ("knowledge", 3, "settings.knowledge is 3; accepted: a table of weight, template"),
     ("knowledge", {"weight": -1}, "settings.knowledge.weight is -1; accepted: a finite number of 0 or more"),
@@ -292,6 +292,8 @@ def test_a_text_of_several_lines_is_one_where_the_hint_says_so() -> None:
         (str | None, "a text or null"),
         (Any, "any value"),
         (dict[str, Any], "a table"),
+        (list, "a list"),
+        (Path, "Path"),
         (Literal["all"], "'all'"),
         (Literal["all", "base", "new"], "'all', 'base' or 'new'"),
         (list[str], "a list, each item a text"),
@@ -305,8 +307,8 @@ def test_a_text_of_several_lines_is_one_where_the_hint_says_so() -> None:
         (Annotated[int, Le(5)], "a whole number of at most 5"),
         (Annotated[Count | None, Words("0 or more views, or null")], "0 or more views, or null"),
         (Annotated[str, Holds(str.isalpha, "letters")], "letters"),
-        (Count | None, "a whole number of 0 or more or null"),
-        (Literal["a", "b"] | Count | None, "'a' or 'b', a whole number of 0 or more or null"),
+        (Count | None, "a whole number of 0 or more, or null"),
+        (Literal["a", "b"] | Count | None, "'a' or 'b', a whole number of 0 or more, or null"),
         (Knowledge, "a table of weight, template"),
     ],
 )
@@ -339,6 +341,8 @@ def test_literals_are_found_in_unions() -> None:
         (Sequence[str] | str, "a {}: b", "a {}: b"),
         (dict[str, Any], "{a: [1, x]}", {"a": [1, "x"]}),
         (Any, "[1, 2]", [1, 2]),
+        (int | str, "3", 3),
+        (int | str, "three: [", "three: ["),
     ],
 )
 def test_a_text_is_read_by_its_hint(hint: Any, text: str, value: Any) -> None:

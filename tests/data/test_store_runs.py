@@ -81,10 +81,13 @@ def test_a_run_that_skips_says_so(data: dict[str, Any], pictures: Path) -> None:
 
 
 def test_fields_are_checked() -> None:
-    problems = DataConfig(workers=-1, cached_views=-2).problems()
+    with pytest.raises(ConfigError) as caught:
+        DataConfig(workers=-1, cached_views=-2)
+    problems = str(caught.value).splitlines()
     assert [text.split(";")[0] for text in problems] == ["data.workers is -1", "data.cached_views is -2"]
-    assert DataConfig(workers=None, cached_views=None).problems() == []
-    assert "no random views" in DataConfig(view="center", cached_views=2).problems()[0]
+    assert DataConfig(workers=None, cached_views=None) == DataConfig()
+    with pytest.raises(ConfigError, match="no random views"):
+        DataConfig(view="center", cached_views=2)
 
 
 def test_views_cannot_be_kept_where_the_image_side_learns(pictures: Path) -> None:

@@ -134,8 +134,8 @@ def test_default_optimiser_is_the_published_one(make_method: Make) -> None:
 def test_gradient_clip(by_trainer: bool, make_method: Make, user_trainer: Trainers, task: FewShotTask) -> None:
     method, norm = make_method("mocoop"), 1e-3
     start = method.trained_state()
-    recipe = RecipeConfig(epochs=1, lr=1.0, warmup_epochs=0, momentum=0, weight_decay=0)
-    recipe.gradient_clip = 1e9 if by_trainer else norm
+    clip = 1e9 if by_trainer else norm
+    recipe = RecipeConfig(epochs=1, lr=1.0, warmup_epochs=0, momentum=0, weight_decay=0, gradient_clip=clip)
     trainer = user_trainer(max_epochs=1, limit_train_batches=1, gradient_clip_val=norm if by_trainer else None)
     trainer.fit(vlprompt.PromptModule(method, recipe), plain_loader(method, task))
     scale = {name: 0.1 if "norms" in name else 1.0 for name in start}  # the groups' rates

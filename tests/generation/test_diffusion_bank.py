@@ -294,11 +294,12 @@ def test_a_recipe_is_its_facts() -> None:
 
 def test_settings_are_difftpts_and_are_checked() -> None:
     usual = GenerationSettings()
-    assert (usual.steps, usual.guidance, usual.eta) == (50, 3.0, 0.0) and usual.problems() == []
+    assert (usual.steps, usual.guidance, usual.eta) == (50, 3.0, 0.0)
     assert usual.pipeline == "lambdalabs/sd-image-variations-diffusers"
-    wrong = GenerationSettings(pipeline="", steps=0, guidance=-1, eta=2, strength=0, size=12, seed=-1)
-    texts = wrong.problems()
+    with pytest.raises(ConfigError) as caught:
+        GenerationSettings(pipeline="", steps=0, guidance=-1, eta=2, strength=0, size=12, seed=-1)
+    texts = str(caught.value).splitlines()
     for name in ("pipeline", "steps", "guidance", "eta", "strength", "size", "seed"):
-        assert sum(text.startswith(f"--{name} is ") for text in texts) == 1
-    (text,) = GenerationSettings(steps=4, strength=0.2).problems()
-    assert "leaves none of 4 steps; accepted: 0.25 or more" in text
+        assert sum(text.startswith(f"{name} is ") for text in texts) == 1
+    with pytest.raises(ConfigError, match="leaves none of 4 steps; accepted: 0.25 or more"):
+        GenerationSettings(steps=4, strength=0.2)

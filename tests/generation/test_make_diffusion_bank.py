@@ -106,12 +106,12 @@ def test_everything_wrong_is_said_at_once(pictures: Path, capsys: pytest.Capture
     assert main(wrong) == 2
     text = capsys.readouterr().err
     for expected in (
-        "--bank FOLDER is missing",
-        "--count is 0; accepted: 1 or more",
+        "--bank is missing; accepted: the folder where pictures are kept",
+        "--count is '0'; accepted: a whole number of 1 or more",
         "--batch-size is 'many'; accepted: ",
-        "--split is 'tests'; accepted: train, val, test",
+        "--split is 'tests'; accepted: 'train', 'val' or 'test'. Did you mean 'test'",
         "'--guidanse' is not an option of `vlprompt bank`. Did you mean '--guidance'",
-        "--steps is 0; accepted: 1 or more",
+        "--steps is '0'; accepted: a whole number of 1 or more",
         "--safety-checker is 'maybe'; accepted: 'on' or 'off'",
         "data.name is 'folders', which is no data set",
         "'--method' is not an option",
@@ -149,7 +149,7 @@ def test_the_tool_is_a_door(tmp_path: Path) -> None:
     for name in cli_bank.OPTIONS + cli_bank.FLAGS:
         assert f"--{name}" in helped.stdout
     alone = subprocess.run([sys.executable, TOOL], cwd=tmp_path, capture_output=True, text=True)
-    assert alone.returncode == 2 and "--bank FOLDER is missing" in alone.stderr
+    assert alone.returncode == 2 and "--bank is missing; accepted: the folder where pictures are kept" in alone.stderr
 
 
 def test_times() -> None:

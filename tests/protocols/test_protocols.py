@@ -30,7 +30,7 @@ def test_the_shipped_ones_are_the_papers() -> None:
     assert list_protocols() == NAMES and list_protocols("*-shot") == ["few-shot"]
     found = {name: find_protocol(name) for name in NAMES}
     assert all(one.name == name and one.seeds == (1, 2, 3) and one.about for name, one in found.items())
-    assert {name: (one.part, one.classes, one.shots) for name, one in found.items()} == {
+    assert {name: (one.test.part, one.train.classes, one.train.shots) for name, one in found.items()} == {
         "base-to-new": ("halves", "base", (16,)),
         "cross-dataset": ("datasets", "all", (16,)),
         "few-shot": ("same", "all", (1, 2, 4, 8, 16)),
@@ -39,12 +39,12 @@ def test_the_shipped_ones_are_the_papers() -> None:
         "single-source": ("domains", "all", ()),
     }
     assert found["base-to-new"].report == ("h_of_averages", "average_of_h")
-    assert found["imagenet-domains"].data == ("imagenet",)
-    variants = dataset_names(found["imagenet-domains"].targets)
+    assert found["imagenet-domains"].train.data == ("imagenet",)
+    variants = dataset_names(found["imagenet-domains"].test.data)
     assert sorted(variants) == ["imagenet_a", "imagenet_r", "imagenet_sketch", "imagenetv2"]
-    few = dataset_names(found["few-shot"].data)
-    assert dataset_names(found["base-to-new"].data) == few and len(few) == 11
-    assert dataset_names(found["cross-dataset"].targets) == [name for name in few if name != "imagenet"]
+    few = dataset_names(found["few-shot"].train.data)
+    assert dataset_names(found["base-to-new"].train.data) == few and len(few) == 11
+    assert dataset_names(found["cross-dataset"].test.data) == [name for name in few if name != "imagenet"]
     assert [found[name].domain_protocol for name in NAMES[-2:]] == NAMES[-2:]
 
 
@@ -84,25 +84,26 @@ def test_a_users_own_file(mine: Callable[..., Path]) -> None:
     path = mine("cross-dataset", name="tpt", seeds=[7], report=["mean_of_targets", "mean_with_source"])
     found = find_protocol(str(path))
     assert (found.name, found.seeds, found.report) == ("tpt", (7,), ("mean_of_targets", "mean_with_source"))
-    assert found.targets == find_protocol("cross-dataset").targets
+    assert found.test == find_protocol("cross-dataset").test
 
 
 @pytest.mark.parametrize(
     ("base", "values", "messages"),
     [
-        ("few-shot", {"seed": [1]}, ["there is no field 'seed'. Did you mean 'seeds'"]),
-        ("few-shot", {"train": {"dat": ["demo"]}}, ["'train.dat'", "the field 'train.data' is missing"]),
+        ("few-shot", {"seed": [1]}, ["line 10: there is no key 'seed'. Did you mean 'seeds'"]),
+        ("few-shot", {"train": {"dat": ["demo"]}}, ["'train.dat'. Did you mean 'train.data'", "train.data is missing"]),
         ("few-shot", {"seeds": "1,2", "report": 3}, ["seeds is '1,2'; accepted: a list", "report is 3"]),
-        ("few-shot", {"schema": None}, ["the field 'schema' is missing; accepted: a whole number"]),
-        ("few-shot", {"schema": 2}, ["schema is 2; this version reads schema 1"]),
+        ("few-shot", {"schema": None}, ["schema is missing; accepted: 1"]),
+        ("few-shot", {"schema": 2}, ["schema is 2; accepted: 1"]),
         ("few-shot", {"name": "../up"}, ["name is '../up'; accepted: letters"]),
-        ("few-shot", {"seeds": []}, ["seeds is empty; name at least one"]),
-        ("few-shot", {"seeds": [1, 1, -2]}, ["one stands twice", "seeds holds [-2]"]),
+        ("few-shot", {"seeds": []}, ["seeds is []; accepted: a list of one or more"]),
+        ("few-shot", {"seeds": [1, 1]}, ["seeds is [1, 1]; accepted: a list of one or more different numbers"]),
+        ("few-shot", {"seeds": [1, -2]}, ["seeds[1] is -2; accepted: a whole number from 0 to 4294967295"]),
         ("few-shot", {"test": {"part": "sam"}}, ["test.part is 'sam'", "Did you mean 'same'"]),
         ("few-shot", {"test": {"part": "same", "data": ["demo"]}}, ["with test.part: same it has no meaning"]),
         ("few-shot", {"report": ["mean_of_dataset"]}, ["Did you mean 'mean_of_datasets'", "it holds"]),
         ("few-shot", {"train": {"data": ["config", "demo"], "classes": "all", "shots": [0, 1]}},
-         ["'config', the configuration's own, stands alone", "train.shots holds [0]"]),
+         ["accepted: 'config', the configuration's own data set, alone", "train.shots[0] is 0; accepted: 1 or more"]),
         ("few-shot", {"train": {"data": ["demo"], "classes": "all"}}, ["train.shots is empty"]),
         ("base-to-new", {"train": {"data": ["demo"], "classes": "all", "shots": [1, 2]}},
          ["train.classes is 'all'; with test.part: halves accepted: 'base'", "train.shots is [1, 2]; several are for"]),
@@ -131,7 +132,7 @@ def test_files_that_are_no_description(content: str, tmp_path: Path) -> None:
 
 def test_every_report_can_be_asked_for(mine: Callable[..., Path]) -> None:
     for base in NAMES:
-        known = REPORTS[find_protocol(base).part]
+        known = REPORTS[find_protocol(base).test.part]
         assert read_protocol(mine(base, report=list(known))).report == known
 
 
@@ -216,7 +217,7 @@ def test_configurations_of_a_protocol(tiny: Tiny) -> None:
         ("few-shot", Overrides(targets=["demo"]), "--targets has no meaning for few-shot"),
         ("base-to-new", Overrides(shots=[1, 2]), r"--shots is \[1, 2\]; base-to-new takes one number"),
         ("few-shot", Overrides(datasets=["dmo"]), "'dmo' is no data set"),
-        ("few-shot", Overrides(datasets=["demo"], seeds=[]), "at least one configuration and one seed"),
+        ("few-shot", Overrides(datasets=["demo"], seeds=[]), r"seeds is \(\); accepted: a list of one or more"),
     ],
 )
 def test_overrides_that_do_not_fit(name: str, own: Overrides, message: str, tiny: Tiny, tmp_path: Path) -> None:

@@ -210,8 +210,9 @@ def test_no_validation_images(tiny: Tiny, tmp_path: Path) -> None:
         ({"settings.top_k": [1]}, ["'settings.top_k' cannot be searched"]),
         ({"seed": [1, 2], "data.shots": [1]}, ["'seed' cannot be searched. It says which task", "'data.shots' cannot"]),
         ({"recipe.lr": ["fast"], "recipe.epochs": [1.5]}, ["recipe.lr is 'fast'", "recipe.epochs is 1.5; accepted: a"]),
-        ({"recipe.lr": [-1.0]}, ["recipe.lr is -1.0; accepted: a number above 0 (of the candidate"]),
-        ({"settings.context_length": [0]}, ["settings.context_length is 0; accepted: 1 to 74"]),
+        ({"recipe.lr": [-1.0]}, ["recipe.lr is -1.0; accepted: a finite number above 0"]),
+        ({"recipe.final_lr": [1.0]}, ["recipe.final_lr is 1.0; accepted: 0 to recipe.lr (0.002) (of the candidate"]),
+        ({"settings.context_length": [0]}, ["settings.context_length is 0; accepted: a whole number from 1 to 74"]),
         (
             {"data.view": ["centre"]},
             ["data.view is 'centre'; accepted: 'random', 'random-tensor', 'random-half' or 'center'"],
@@ -245,7 +246,7 @@ def test_settings_of_the_decomposition_can_be_searched(tiny: Tiny) -> None:
     assert config.decomposition == {"dept": {"rank": 3}}
     own = candidates_of(tiny("dept"), {key: [0.01]})[0][1]
     assert own.decomposition == {"dept": {"lr_ratio": 0.01}}
-    for wrong, grid in (("cannot be searched", {"decomposition.ept.rank": [3]}), ("-1.0; accepted: 0", {key: [-1.0]})):
+    for wrong, grid in (("cannot be searched", {"decomposition.ept.rank": [3]}), ("-1.0; accepted: a finite number of 0 or more", {key: [-1.0]})):
         with pytest.raises(ConfigError, match=wrong):
             candidates_of(config, grid)
     with pytest.raises(ConfigError, match="cannot be searched"):

@@ -83,8 +83,7 @@ def test_wrong_values(tiny: Tiny) -> None:
 
 
 def test_own_folder_that_is_not_there(tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny("coop")
-    config.data.root = str(tmp_path / "nowhere")
+    config = tiny("coop").with_data(root=str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="nowhere"):  # nobody but the folder knows its classes
         dry_run(config)
 

@@ -21,6 +21,7 @@ from vlprompt.data import FewShotData
 from vlprompt.datasets import load_dataset
 from vlprompt.engine.callbacks import read_metrics
 from vlprompt.engine.module import PromptModule
+from vlprompt.errors import ConfigError
 from vlprompt.runs.run import run
 
 Tiny = Callable[..., RunConfig]
@@ -243,9 +244,9 @@ def test_loss_that_is_not_finite_ends_all_processes(tiny: Tiny, tmp_path: Path, 
 
 def test_too_few_images_for_the_processes(tiny: Tiny) -> None:
     from vlprompt.data import TrainSampler
-    from vlprompt.errors import ConfigError
 
     with pytest.raises(ConfigError, match="1 training images for 2 processes"):
         TrainSampler(1, 2, seed=1, world_size=2)
     assert "LOCAL_RANK" not in os.environ  # these tests leave nothing behind that would start or hide processes
-    assert tiny("coop", batch_size=3, devices=2).problems()
+    with pytest.raises(ConfigError, match="recipe.batch_size is 3"):
+        tiny("coop", batch_size=3, devices=2)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_run, read_command_line
-from vlprompt.config.values import accepted_values, from_text
-from vlprompt.datasets.records import SPLITS
+from vlprompt.config.keys import keys_in
+from vlprompt.config.types import Name, Positive, Words, field_hints, from_text, refusal, validate, validated
 from vlprompt.errors import ConfigError, bulleted
 from vlprompt.generation.recipe import COUNT, TOOL, GenerationSettings
 
 if TYPE_CHECKING:
     from vlprompt.generation.making import Filled, Progress
 
+T = TypeVar("T")
 BANK_HELP = f"""\
 {TOOL} --bank FOLDER --data.name NAME [--data.root DIR] [options]
 
@@ -47,9 +48,20 @@ Example: {TOOL} --bank banks --data.name imagenet_r --data.root data --safety-ch
 """
 
 FLAGS = ("offline",)
-_OWN: Mapping[str, Any] = {"bank": str, "split": str, "count": int, "batch-size": int, "device": str}
-_HINTS = {name.replace("_", "-"): hint for name, hint in get_type_hints(GenerationSettings).items()}
-OPTIONS = (*_OWN, *_HINTS)
+
+
+@validated("")
+class BankOptions:
+    """The command's own options."""
+
+    bank: Annotated[Name, Words("the folder where pictures are kept")]
+    split: Literal["train", "val", "test"] = "test"
+    count: Positive = COUNT
+    batch_size: Positive = 16
+    device: Name = "auto"
+
+
+OPTIONS = tuple(name.replace("_", "-") for kind in (BankOptions, GenerationSettings) for name in field_hints(kind))
 
 
 def bank(words: list[str]) -> int:
@@ -59,9 +71,12 @@ def bank(words: list[str]) -> int:
         VlpromptError: Options that are not accepted, all of them at once; a pipeline or data that cannot be used.
     """
     line = read_command_line(words, "bank", flags=FLAGS, options=OPTIONS)
-    own, settings = _values(line)
+    if line.configs:
+        line.problems.append(f"{COMMAND_LINE}: --config has no meaning here; give --data.name NAME")
+        line.configs.clear()
+    options, settings = _options(line, BankOptions), _options(line, GenerationSettings)
     config, problems = check_run(line, within=("data.",))
-    if config is None or problems:
+    if config is None or options is None or settings is None or problems:
         texts = list(dict.fromkeys(problems))
         count = "1 problem" if len(texts) == 1 else f"{len(texts)} problems"
         raise ConfigError(f"{count}:\n{bulleted(texts)}\nSee `{TOOL} --help`.")
@@ -70,43 +85,35 @@ def bank(words: list[str]) -> int:
     from vlprompt.generation.pipeline import load_maker
     from vlprompt.runs.session import load_task
 
-    samples = getattr(load_task(config.data, config.seed), own["split"])
+    samples = getattr(load_task(config.data, config.seed), options.split)
     if not samples:
-        raise ConfigError(f"--split is {own['split']!r}, and {config.data.name} has no such images")
-    maker = load_maker(settings, _device(own["device"]), offline="offline" in line.flags)
-    kept = make_bank(Path(own["bank"]), maker.recipe)
-    print(f"{len(samples):,} {own['split']} images of {config.data.name}, {own['count']} pictures each; {kept.folder}")
+        raise ConfigError(f"--split is {options.split!r}, and {config.data.name} has no such images")
+    maker = load_maker(settings, _device(options.device), offline="offline" in line.flags)
+    kept = make_bank(Path(options.bank), maker.recipe)
+    images = f"{len(samples):,} {options.split} images of {config.data.name}"
+    print(f"{images}, {options.count} pictures each; {kept.folder}")
     skip = config.data.on_bad_image == "skip"
     with _shown() as tell:
-        filled = fill(kept, maker, samples, own["count"], own["batch-size"], tell, skip=skip)
+        filled = fill(kept, maker, samples, options.count, options.batch_size, tell, skip=skip)
     print(_told(filled))
     print(f"runs take them with: --data.bank {kept.folder}")
     return 0
 
 
-def _values(line: CommandLine) -> tuple[dict[str, Any], GenerationSettings]:
-    """Return the command's own values and the settings; what is wrong is noted in ``line``."""
-    found: dict[str, Any] = {"split": "test", "count": COUNT, "batch-size": 16, "device": "auto"}
-    for name, text in line.options.items():
-        hint = _OWN.get(name) or _HINTS[name]
+def _options(line: CommandLine, kind: type[T]) -> T | None:
+    """Return the options of ``line`` that are fields of ``kind``; what is wrong is noted in ``line``."""
+    values, failed = {}, {}
+    for name, hint in field_hints(kind).items():
+        option = name.replace("_", "-")
         try:
-            found[name] = from_text(hint, text)
-        except ValueError:
-            line.problems.append(f"{COMMAND_LINE}: --{name} is {text!r}; accepted: {accepted_values(hint)}")
-    if not line.options.get("bank"):
-        line.problems.append(f"{COMMAND_LINE}: --bank FOLDER is missing: where the pictures are kept")
-    for name in ("count", "batch-size"):
-        if found[name] < 1:
-            line.problems.append(f"{COMMAND_LINE}: --{name} is {found[name]}; accepted: 1 or more")
-    if found["split"] not in SPLITS:
-        line.problems.append(f"{COMMAND_LINE}: --split is {found['split']!r}; accepted: {', '.join(SPLITS)}")
-    if line.configs:
-        line.problems.append(f"{COMMAND_LINE}: --config has no meaning here; give --data.name NAME")
-        line.configs.clear()
-    given = {name.replace("-", "_"): found[name] for name in _HINTS if name in found}
-    settings = GenerationSettings(**given)
-    line.problems += [f"{COMMAND_LINE}: {text}" for text in settings.problems()]
-    return found, settings
+            if option in line.options:
+                values[name] = from_text(hint, line.options[option])
+        except ValueError as error:
+            failed[name] = refusal(option, line.options[option], hint, str(error))
+    options, problems = validate(kind, values)
+    texts = [problem.text for problem in problems if not keys_in(problem.text, failed)]
+    line.problems += [f"{COMMAND_LINE}: --{text}" for text in [*failed.values(), *texts]]
+    return None if failed else options
 
 
 def _device(name: str) -> Any:

@@ -1,59 +1,40 @@
 """Files and command line into a configuration: order-free, typed, every problem reported at once.
 
-Two kinds have one: training runs (:class:`RunConfig`, meant where nothing is said) and meta-training.
+Two kinds have one: training runs (:class:`RunConfig`, the default) and meta-training.
 
-Values come from ``--config`` files (later files win over earlier ones) and from ``--a.b value`` overrides, which win
-over files wherever they stand. Types are the hints of the dataclasses (jsonargparse checks them); a value is never
-guessed, cut or replaced: whatever is not accepted is listed with the place it came from.
+:func:`given_values` collects values and their places: ``--config`` files (later files win over earlier ones) and
+``--a.b value`` overrides, which win over files wherever they stand. :class:`_Judge` makes a configuration of them.
+Nothing is guessed, cut or replaced: what is not accepted is listed with the place it came from.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
-from typing import Any, NoReturn, TypeVar, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar
 
-from vlprompt.cli.parse_parts import judge_decomposition, judge_objectives
-from vlprompt.config.keys import keys_of, sections_of, settings_keys
+from vlprompt.config.keys import NAMED, as_plain, keys_in, keys_of, merged, nest, sections_of, settings_keys, sources
 from vlprompt.config.run import RunConfig
-from vlprompt.config.values import accepted_values, convert, from_text, literals
-from vlprompt.config.yaml import Given, find_config, read_config, shown, yaml_text
+from vlprompt.config.types import Problem, accepted_values, convert, field_default, from_text, refusal, validate
+from vlprompt.config.yaml import Given, find_config, plain, read_config, shown, yaml_text
 from vlprompt.errors import ConfigError, bulleted, did_you_mean, nearest
 
 COMMAND_LINE = "command line"
 C = TypeVar("C")
 
 
-
-
-
-
-
-
-
-
-
-
 def key_table(settings: type | None = None, root: type = RunConfig) -> str:
     """Return the accepted keys with defaults and types, one per line: those of ``root``, or of a ``Settings``."""
-    default: Any = root()
     rows = []
     for key, hint in (keys_of(root) if settings is None else settings_keys(settings)).items():
-        if settings is None:
-            value: Any = functools.reduce(getattr, key.split("."), default)
-        else:
-            value = _default(next(entry for entry in dataclasses.fields(settings) if f"settings.{entry.name}" == key))
+        first, *rest = key.split(".") if settings is None else key.split(".")[1:]
+        value = functools.reduce(getattr, rest, field_default(root if settings is None else settings, first))
         text = "required" if value is MISSING else yaml_text(value, flow=True)
         text = text if len(text) <= 24 else text[:21] + "..."
         rows.append(f"  --{key:<30} {text:<24} {accepted_values(hint)}")
     return "\n".join(rows)
-
-
-def _default(entry: dataclasses.Field[Any]) -> Any:
-    return entry.default_factory() if entry.default_factory is not MISSING else entry.default
 
 
 def _near(key: str, accepted: Iterable[str], dashes: str = "") -> str:
@@ -188,169 +169,222 @@ def check_config(
 
     Args:
         line: The command line.
-        root: Its dataclass, with ``method``, :data:`NAMED` and ``problems()`` as :class:`RunConfig` has.
+        root: Its dataclass, with ``method`` and the sections :data:`NAMED` as :class:`RunConfig` has.
         configs: Files to use instead of ``line.configs``.
         within: Beginnings of the keys that the command lets one override; the files may hold any key.
     """
-    problems: list[str] = []
-    given: dict[str, Given] = {}
-    for name in line.configs if configs is None else configs:
-        try:
-            given.update(read_config(find_config(name), sections_of(root), problems))
-        except ConfigError as error:
-            problems.append(str(error))
-    for key, text in line.overrides.items():
-        if key.startswith(tuple(within)):
-            given[key] = Given(text, COMMAND_LINE, False)
-        else:
-            line.refuse(key, [name for name in keys_of(root) if name.startswith(tuple(within))])
+    given, problems = given_values(line, root, configs, within)
     config: C | None = _Judge(given, problems, line.names, root).run()
     return config, [*line.problems, *problems]
 
 
+def given_values(
+    line: CommandLine, root: type[Any], configs: Sequence[str] | None = None, within: Sequence[str] = ("",)
+) -> tuple[dict[str, Given], list[str]]:
+    """Return the values of files and overrides by dotted key, in the order in which they apply, and problems of form.
+
+    The arguments are those of :func:`check_config`.
+    """
+    problems: list[str] = []
+    layers: list[dict[str, Given]] = []
+    for name in line.configs if configs is None else configs:
+        try:
+            layers.append(read_config(find_config(name), sections_of(root), problems, NAMED))
+        except ConfigError as error:
+            problems.append(str(error))
+    overrides: dict[str, Given] = {}
+    for key, text in line.overrides.items():
+        if key.startswith(tuple(within)):
+            overrides[key] = Given(text, COMMAND_LINE, False)
+        else:
+            line.refuse(key, [name for name in keys_of(root) if name.startswith(tuple(within))])
+    given: dict[str, Given] = {}
+    for layer in [*layers, overrides]:
+        for key, value in layer.items():
+            given.pop(key, None)  # the order of a dictionary is that of the first insertion
+            given[key] = value
+    return given, problems
+
+
 class _Judge:
-    """Types the given values and asks every part what it does not accept."""
+    """Makes a configuration of given values.
+
+    Attributes:
+        given: The values, those in braces by their own keys.
+        problems: Takes what is wrong, with its place.
+        names: The command's own options, for near spellings.
+        root: The configuration's dataclass.
+        hints: Every known key with its type.
+        tables: Keys of settings in braces: ``objectives.NAME``, and settings that are dataclasses.
+        values: Values read by the type of their key.
+        failed: Keys with a problem that is noted.
+    """
 
     def __init__(self, given: Mapping[str, Given], problems: list[str], names: Iterable[str], root: type[Any]) -> None:
-        self.given, self.problems, self.names = dict(given), problems, tuple(names)
-        self.root, self.keys = root, keys_of(root)
+        self.given, self.problems, self.names, self.root = dict(given), problems, tuple(names), root
+        self.hints: dict[str, Any] = dict(keys_of(root))
+        self.tables: set[str] = set()
         self.values: dict[str, Any] = {}
         self.failed: set[str] = set()
-        self.left_open: str | None = None
 
     def run(self) -> Any:
         """Return the configuration, or None; ``problems`` grows by what is wrong."""
         before = len(self.problems)
-        self.type_value("method", self.keys["method"])
-        settings = self._settings_class()
-        objectives, decomposition = judge_objectives(self), judge_decomposition(self)
-        known = {**self.keys, **(settings_keys(settings) if settings else {})}
-        for key in self.given:
-            if key in known:
-                self.type_value(key, known[key])
-            elif (key.startswith("settings.") and settings is None) or key.startswith(
-                ("objectives.", "decomposition.")
-            ):
-                continue  # the method is what is wrong; the others are judged by themselves
-            else:
-                self._unknown(key, known)
-        if "data.name" in self.keys:
+        method = self._method()
+        kinds: dict[str, type] = {} if method is None else {"settings": method.Settings}
+        for section in ("objectives", "decomposition"):
+            kinds |= self._named_kinds(section)
+        for where, kind in kinds.items():
+            self.hints |= keys_of(kind, f"{where}.")
+        self.tables = {outer for key in [*self.hints, *(f"{where}." for where in kinds)] for outer in _outer(key)}
+        self.tables -= set(sections_of(self.root))
+        for key, given in list(self.given.items()):
+            if method is not None or not key.startswith("settings."):  # else the method is what is wrong
+                self._take(key, given)
+        if "data.name" in self.hints:
             self._data_name()
-        config = self._build(self.root, "")
-        for text in config.problems():
-            keys = self._keys_in(text)
-            if not self.failed & set(keys):
-                self.problems.append(f"{self.sources(keys)}: {text}")
-        if settings is not None:
-            config.settings = self._settings(settings)
-        config.objectives, config.decomposition = objectives, decomposition
-        return config if len(self.problems) == before else None
+        tree = nest(self.values)
+        config: Any = self._validated(self.root, {name: tree[name] for name in tree if name not in NAMED}, "")
+        named: dict[str, Any] = {section: {} for section in NAMED}
+        if method is not None:
+            settings = self._validated(method.Settings, tree.get("settings", {}), "settings")
+            named["settings"] = {} if settings is None else as_plain(settings)
+            if f"settings.{method.template_setting}" not in self.values:  # the data set's own template fills it
+                named["settings"].pop(method.template_setting, None)
+        for section in ("objectives", "decomposition"):
+            for name, values in tree.get(section, {}).items():
+                made = self._validated(kinds[f"{section}.{name}"], values, f"{section}.{name}")
+                named[section][name] = {entry: plain(getattr(made, entry, None)) for entry in values}
+        if len(named["decomposition"]) > 1:
+            where = sources([key for key in self.given if key.startswith("decomposition.")], self.given)
+            names = " and ".join(named["decomposition"])
+            self.problems.append(f"{where}: decomposition names {names}; accepted: one of them, or none")
+        return dataclasses.replace(config, **named) if len(self.problems) == before else None
 
-    def type_value(self, key: str, hint: Any) -> None:
-        given = self.given.get(key)
-        if given is None or key in self.values or key in self.failed:
-            return
-        accepted = accepted_values(hint)
-        dashes = "" if given.typed else "--"
-        if not given.typed and given.value is None:
-            self.fail(key, f"{given.source}: --{key} has no value; accepted: {accepted}")
-            return
+    def _method(self) -> Any:
+        """Return the method's class, or None when the method is unknown, which is noted."""
+        given = self.given.get("method")
         try:
-            value = convert(hint, given.value) if given.typed else from_text(hint, given.value)
-        except ValueError as error:
-            why = f" ({error})" if str(error) else ""
-            near = nearest(str(given.value)[:100], [str(name) for name in literals(hint)], 1)
-            meant = f". Did you mean {near[0]!r}?" if near else ""
-            self.fail(key, f"{given.source}: {dashes}{key} is {shown(given.value)}{why}; accepted: {accepted}{meant}")
-            return
-        if value == "" and key in self.keys:
-            self.fail(key, f"{given.source}: {dashes}{key} is an empty text; accepted: {accepted}")
-            return
-        self.values[key] = value
-
-    def fail(self, key: str, text: str) -> None:
-        self.failed.add(key)
-        self.problems.append(text)
-
-    def _unknown(self, key: str, known: Iterable[str]) -> None:
-        given = self.given[key]
-        dashes = "" if given.typed else "--"
-        inner = [name for name in known if name.startswith(key + ".")]
-        if key in sections_of(self.root):
-            text = f"{dashes}{key} is a section; its keys are " + ", ".join(dashes + name for name in inner)
-        else:
-            own = () if given.typed else (*self.names, "config")
-            text = f"there is no key {shown(dashes + key)}.{_near(key, [*own, *known], dashes)}"
-        self.problems.append(f"{given.source}: {text}")
-
-    def _settings_class(self) -> type | None:
-        """Return the method's ``Settings``, or None when the method is unknown (which is a problem already noted)."""
-        if "method" in self.failed:
-            return None
+            name = convert(self.hints["method"], given.value if given else field_default(self.root, "method"))
+        except ValueError:
+            return None  # noted with all other values
         from vlprompt.methods.registry import get_method_class  # torch: imported when a configuration is judged
 
         try:
-            method = get_method_class(self.values.get("method", self.root.method))
+            return get_method_class(name)
         except ConfigError as error:
-            self.fail("method", f"{self.sources(['method'])}: method: {error}")
+            self._fail("method", f"{sources(['method'], self.given)}: method: {error}")
             return None
-        self.left_open = method.template_setting
-        return method.Settings
+
+    def _named_kinds(self, section: str) -> dict[str, type]:
+        """Return the ``Settings`` of every objective or decomposition, by its key, if one is given."""
+        if not any(key.startswith(f"{section}.") for key in self.given):
+            return {}
+        if section == "objectives":
+            from vlprompt.objectives import get_objective_class, list_objectives
+
+            return {f"{section}.{name}": get_objective_class(name).Settings for name in list_objectives()}
+        from vlprompt.prompts.decomposed import get_decomposition_class, list_decompositions
+
+        return {f"{section}.{name}": get_decomposition_class(name).Settings for name in list_decompositions()}
+
+    # -- one value ----------------------------------------------------------------------------------------------------
+    def _take(self, key: str, given: Given) -> None:
+        """Read the value under ``key`` by its type into ``values``."""
+        leaf = next((outer for outer in _outer(key) if outer in self.hints), None)
+        section, name = [*key.split("."), ""][:2]
+        if key in self.failed:
+            return
+        if key in self.hints:
+            self._read(key, given)
+        elif key in self.tables:
+            self._take_table(key, given)
+        elif leaf is not None and given.typed:  # a file has a mapping where a value is due
+            self.given[leaf] = given
+            self.values[leaf] = merged(self.values.get(leaf), nest({key.removeprefix(f"{leaf}."): given.value}))
+        elif section in ("objectives", "decomposition") and name and f"{section}.{name}" not in self.tables:
+            known = [table.partition(".")[2] for table in self.tables if table.startswith(f"{section}.")]
+            near = did_you_mean(name, sorted(known))
+            self._fail(key, f"{given.source}: there is no {section.removesuffix('s')} {shown(name)}.{near}")
+        else:
+            self._unknown(key, given)
+
+    def _read(self, key: str, given: Given) -> None:
+        hint = self.hints[key]
+        if given.typed:
+            self.values[key] = given.value
+        elif given.value is None:
+            self._fail(key, f"{given.source}: --{key} has no value; accepted: {accepted_values(hint)}")
+        else:
+            try:
+                self.values[key] = from_text(hint, given.value)
+            except ValueError as error:
+                self._fail(key, f"{given.source}: {refusal(f'--{key}', given.value, hint, str(error))}")
+
+    def _take_table(self, key: str, given: Given) -> None:
+        """Take the settings that stand in braces: ``--objectives.knowledge {weight: 4}``."""
+        value = given.value
+        if not given.typed and value is not None:
+            try:
+                value = from_text(dict[str, Any], value)
+            except ValueError:
+                value = given.value
+        if not isinstance(value, Mapping):
+            accepted = "its settings in braces, {} for the defaults"
+            self._fail(key, f"{given.source}: {key} is {shown(value)}; accepted: {accepted}")
+            return
+        self.values.setdefault(key, {})
+        for name, inner in value.items():
+            self.given[f"{key}.{name}"] = Given(inner, given.source, True)
+            self._take(f"{key}.{name}", self.given[f"{key}.{name}"])
 
     def _data_name(self) -> None:
-        if "data.name" in self.failed:
+        name = self.values.get("data.name", field_default(self.root, "data").name)
+        if "data.name" in self.failed or not isinstance(name, str):
             return
         from vlprompt.datasets import find_card, list_datasets
 
-        name = self.values.get("data.name", RunConfig().data.name)
         try:
             self.values["data.name"] = find_card(name).name  # an alias becomes the data set's own name
         except ConfigError:
-            near = did_you_mean(name, list_datasets())
-            text = f"data.name is {shown(name)}, which is no data set.{near} See `vlprompt list datasets`."
-            self.fail("data.name", f"{self.sources(['data.name'])}: {text}")
+            text = f"data.name is {shown(name)}, which is no data set.{did_you_mean(name, list_datasets())}"
+            self._fail("data.name", f"{sources(['data.name'], self.given)}: {text} See `vlprompt list datasets`.")
 
-    def _build(self, part: type, prefix: str) -> Any:
-        """Return ``part`` with the typed values; what failed keeps its default, only so that the rest can be judged."""
-        filled: dict[str, Any] = {}
-        for name, hint in get_type_hints(part).items():
-            if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-                filled[name] = self._build(hint, f"{prefix}{name}.")
-            elif prefix + name in self.values:
-                filled[name] = self.values[prefix + name]
-        return part(**filled)
+    # -- problems -----------------------------------------------------------------------------------------------------
+    def _validated(self, kind: type[C], values: Mapping[str, Any], where: str) -> C | None:
+        """Return ``kind`` made of ``values``; its problems are noted with their places."""
+        instance, problems = validate(kind, values, where)
+        for problem in problems:
+            keys = list(dict.fromkeys([problem.key, *keys_in(problem.text, self.hints)]))
+            if not self.failed.intersection(keys):
+                self.problems.append(f"{sources(keys, self.given)}: {_with_advice(problem)}")
+        return instance
 
-    def _settings(self, settings: type) -> dict[str, Any]:
-        """Return the settings, defaults filled in, after the dataclass has checked what contradicts."""
-        complete: dict[str, Any] = {}
-        hints = settings_keys(settings)
-        for entry in (entry for entry in dataclasses.fields(settings) if entry.init):
-            key = f"settings.{entry.name}"
-            value = self.values.get(key, _default(entry))
-            if entry.name == self.left_open and key not in self.values:
-                continue  # the data set's own template fills it
-            if value is MISSING:
-                if key not in self.failed:
-                    accepted = accepted_values(hints[key])
-                    self.fail(key, f"defaults: {key} has no default; give it: --{key} VALUE; accepted: {accepted}")
-                continue
-            as_list = isinstance(value, tuple) and get_origin(hints[key]) is not tuple
-            complete[entry.name] = list(value) if as_list else value
-        if any(key.startswith("settings.") for key in self.failed):
-            return complete
-        try:
-            settings(**complete)
-        except ConfigError as error:
-            self.problems.append(f"{self.sources(self._keys_in(str(error), hints))}: {error}")
-        return complete
+    def _fail(self, key: str, text: str) -> None:
+        self.failed.add(key)
+        self.values.pop(key, None)
+        self.problems.append(text)
 
-    def _keys_in(self, text: str, known: Iterable[str] | None = None) -> list[str]:
-        """Return the keys that ``text`` speaks of, in its order."""
-        known = set(self.keys if known is None else known)
-        return [word for word in dict.fromkeys(re.findall(r"[a-z_]+(?:\.[a-z_]+)?", text)) if word in known]
-
-    def sources(self, keys: Iterable[str]) -> str:
-        places = dict.fromkeys(self.given[key].source for key in keys if key in self.given)
-        return " and ".join(places) or "defaults"
+    def _unknown(self, key: str, given: Given) -> None:
+        dashes = "" if given.typed else "--"
+        if key in sections_of(self.root):
+            inner = ", ".join(dashes + name for name in self.hints if name.startswith(f"{key}."))
+            text = f"{dashes}{key} is a section; its keys are {inner}"
+        else:
+            section = key.rpartition(".")[0] + "."
+            own = [name for name in self.hints if name.startswith(section) and section.startswith(("obj", "dec"))]
+            options = () if given.typed or own else (*self.names, "config")
+            near = _near(key, [*options, *(own or self.hints)], dashes)
+            text = f"there is no key {shown(dashes + key)}.{near or (own and did_you_mean(key, own))}"
+        self._fail(key, f"{given.source}: {text}")
 
 
+def _outer(key: str) -> Iterable[str]:
+    """Yield the keys of the sections that ``key`` is in, the innermost first."""
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key
+
+
+def _with_advice(problem: Problem) -> str:
+    return f"{problem.text}; give it: --{problem.key} VALUE" if problem.missing else problem.text

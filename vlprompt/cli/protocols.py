@@ -96,11 +96,11 @@ def protocol_command(words: list[str]) -> int:
         line.problems.append(f"{COMMAND_LINE}: --{error}")
     fixed = {"seed": "--seeds says which", "data.classes": "the protocol says which classes"}
     if protocol is not None:
-        if datasets is not None or protocol.data != (CONFIG,):
+        if datasets is not None or protocol.train.data != (CONFIG,):
             fixed["data.name"] = f"{protocol.name} names its own data sets; --datasets says which others"
-        if shots is not None or protocol.shots:
+        if shots is not None or protocol.train.shots:
             fixed["data.shots"] = "--shots says how many"
-        fixed |= _BY_DOMAIN if protocol.part == "domains" else {}
+        fixed |= _BY_DOMAIN if protocol.test.part == "domains" else {}
     configs = configs_of(line, fixed)
     if protocol is None:
         refuse(line.problems, "eval")

@@ -7,7 +7,7 @@ import functools
 import types
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, BeforeValidator, Strict
@@ -57,7 +57,15 @@ OpenTemplates: TypeAlias = Annotated[tuple[Template, ...], FromData()]
 
 
 # -- hints ------------------------------------------------------------------------------------------------------------
-@functools.cache
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def cached(function: F) -> F:
+    """Return ``functools.cache`` of a function with its signature as type checkers see it."""
+    return functools.cache(function)  # type: ignore[return-value]
+
+
+@cached
 def field_hints(kind: type) -> Mapping[str, Any]:
     """Return the annotations of the fields that a dataclass takes, bounds included."""
     hints = get_type_hints(kind, include_extras=True)
@@ -138,7 +146,10 @@ def accepted_values(hint: Any) -> str:
 
 
 def _either(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+    if len(words) == 1:
+        return words[0]
+    bounded = any(len(word.split()) > 3 for word in words)  # "a whole number of 1 or more, or null"
+    return ", ".join(words[:-1]) + (", or " if bounded else " or ") + words[-1]
 
 
 def _list_words(hint: Any, metadata: Iterable[Any]) -> str:

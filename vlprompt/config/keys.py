@@ -1,50 +1,86 @@
-"""Keys of configurations: the dotted names of a dataclass's fields, with their types."""
+"""Keys of configurations: the dotted names of a dataclass's fields, with their types, and values under them."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
-from collections.abc import Mapping
-from typing import Any, get_type_hints
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from vlprompt.config.hints import bare, field_hints, is_dataclass
 from vlprompt.config.run import RunConfig
-from vlprompt.config.yaml import yaml_text
+from vlprompt.config.yaml import Given, plain, yaml_text
 
 NAMED = ("settings", "objectives", "decomposition")
 """Sections whose keys depend on what is named."""
 
 
-def _hints(part: type, prefix: str = "") -> dict[str, Any]:
-    """Return the dotted keys of a dataclass with their types; nested dataclasses are sections."""
-    found: dict[str, Any] = {}
-    for name, hint in get_type_hints(part).items():
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            found.update(_hints(hint, f"{prefix}{name}."))
-        elif name not in NAMED:  # typed by the method, the objectives and the decomposition themselves
-            found[prefix + name] = hint
-    return found
+def keys_of(root: type[Any], prefix: str = "") -> Mapping[str, Any]:
+    """Return every key of a configuration or settings dataclass with its type; nested dataclasses are sections.
 
-
-def keys_of(root: type[Any]) -> Mapping[str, Any]:
-    """Return every key of a configuration dataclass but the method's settings, with its type."""
-    return types.MappingProxyType(_hints(root))
+    The sections :data:`NAMED` are left out: the method, the objectives and the decomposition have their keys.
+    """
+    keys: dict[str, Any] = {}
+    for name, hint in field_hints(root).items():
+        if is_dataclass(nested := bare(hint)):
+            keys |= keys_of(nested, f"{prefix}{name}.")
+        elif prefix + name not in NAMED:
+            keys[prefix + name] = hint
+    return types.MappingProxyType(keys)
 
 
 def sections_of(root: type) -> tuple[str, ...]:
-    """Return the keys that hold keys."""
-    own = dict.fromkeys(key.partition(".")[0] for key in keys_of(root) if "." in key)
-    return (*own, *NAMED)
+    """Return the keys of a configuration that hold keys."""
+    return (*dict.fromkeys(key.partition(".")[0] for key in keys_of(root) if "." in key), *NAMED)
 
 
 RUN_KEYS, SECTIONS = keys_of(RunConfig), sections_of(RunConfig)
 
 
-def settings_keys(settings: type) -> dict[str, Any]:
+def settings_keys(settings: type) -> Mapping[str, Any]:
     """Return the ``settings.*`` keys of a method's ``Settings`` dataclass with their types."""
-    hints = get_type_hints(settings)
-    return {f"settings.{entry.name}": hints[entry.name] for entry in dataclasses.fields(settings) if entry.init}
+    return keys_of(settings, "settings.")
+
+
+def nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by dotted keys as nested mappings."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = {**place.get(name, {}), **value} if isinstance(value, Mapping) else value
+    return tree
+
+
+def merged(values: Any, more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return two nested mappings as one, the values of ``more`` over ``values``."""
+    both = dict(values) if isinstance(values, Mapping) else {}
+    for name, value in more.items():
+        both[name] = merged(both.get(name), value) if isinstance(value, Mapping) else value
+    return both
+
+
+def keys_in(text: str, known: Iterable[str]) -> list[str]:
+    """Return the ``known`` keys that the text of a problem names; behind "; accepted" only those with a dot."""
+    first, _, rest = text.partition(";")
+    words = re.findall(r"\w+(?:\.\w+)*", first) + re.findall(r"\w+(?:\.\w+)+", rest)
+    return [word for word in dict.fromkeys(words) if word in known]
+
+
+def sources(keys: Iterable[str], given: Mapping[str, Given]) -> str:
+    """Return the places that values of ``keys`` come from."""
+    return " and ".join(dict.fromkeys(given[key].source for key in keys if key in given)) or "defaults"
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """Return a configuration, or other dataclass, as nested mappings and lists, equal to what JSON gives back."""
+    values: dict[str, Any] = plain(dataclasses.asdict(config))
+    return values
 
 
 def to_yaml(config: Any) -> str:
     """Return ``config`` as the text of a configuration file; reading it gives an equal configuration."""
-    return yaml_text(dataclasses.asdict(config))
+    return yaml_text(as_plain(config))

@@ -1,17 +1,25 @@
-"""What meta-training is told (GRAM, a reconstruction): plain, typed dataclasses, as :mod:`vlprompt.config.run`.
+"""Configuration of meta-training (GRAM, a reconstruction): validated dataclasses, as :mod:`vlprompt.config.run`.
 
 The paper's method section leaves most of this open; every choice is a field here, with the default of seed_methods 3.b.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
-from vlprompt.config.run import BackboneConfig, TrainerConfig, seed_problems
+from vlprompt.config.run import BackboneConfig, TrainerConfig
+from vlprompt.config.types import Count, Ge, Holds, Name, NonNegative, Positive, Seed, Words, validated
+from vlprompt.errors import ConfigError
+
+AtLeast2 = Annotated[int, Ge(2)]
 
 
-@dataclass
+def _is_folder_name(name: str) -> bool:
+    return bool(name.strip(".")) and "/" not in name and "\\" not in name
+
+
+@validated("pairs")
 class PairsConfig:
     """Which image-caption pairs.
 
@@ -20,18 +28,12 @@ class PairsConfig:
     paths start from. ``workers``: loader processes; null chooses.
     """
 
-    source: str = "demo-pairs"
-    root: str | None = None
-    workers: int | None = None
-
-    def problems(self) -> list[str]:
-        """Return what is wrong with these values, in words."""
-        if self.workers is not None and self.workers < 0:
-            return [f"pairs.workers is {self.workers}; accepted: 0 or more, or null to leave the choice"]
-        return []
+    source: Name = "demo-pairs"
+    root: Name | None = None
+    workers: Annotated[Count | None, Words("0 or more, or null to leave the choice")] = None
 
 
-@dataclass
+@validated("tasks")
 class TasksConfig:
     """How tasks are made of pairs: cross-modal hierarchical clustering, then draws.
 
@@ -42,32 +44,24 @@ class TasksConfig:
     are cut to as many byte-pair tokens.
     """
 
-    topics: int = 100
-    domains: int = 4
-    least: int = 32
-    support: int = 16
-    query: int = 16
+    topics: Positive = 100
+    domains: AtLeast2 = 4
+    least: Positive = 32
+    support: AtLeast2 = 16
+    query: AtLeast2 = 16
     labels: Literal["captions", "clusters"] = "captions"
-    classes: int = 4
-    caption_tokens: int = 40
+    classes: AtLeast2 = 4
+    caption_tokens: Positive = 40
     domain_features: Literal["images", "residuals"] = "images"
 
-    def problems(self) -> list[str]:
-        """Return what is wrong with these values, in words."""
-        least = {"topics": 1, "domains": 2, "least": 1, "support": 2, "query": 2, "classes": 2, "caption_tokens": 1}
-        found = [
-            f"tasks.{name} is {getattr(self, name)}; accepted: {smallest} or more"
-            for name, smallest in least.items()
-            if getattr(self, name) < smallest
-        ]
+    def __post_init__(self) -> None:
         if self.labels == "clusters" and self.classes > self.support:
-            found.append(
+            raise ConfigError(
                 f"tasks.classes is {self.classes} and tasks.support {self.support}; accepted: as many pairs as classes"
             )
-        return found
 
 
-@dataclass
+@validated("meta")
 class MetaConfig:
     """Bi-level training.
 
@@ -81,81 +75,66 @@ class MetaConfig:
     ``gate_bias`` as in :class:`vlprompt.meta.RegulatorSettings`.
     """
 
-    steps: int = 10_000
-    tasks_per_step: int = 4
-    inner_steps: int = 1
-    inner_lr: float = 0.002
+    steps: Positive = 10_000
+    tasks_per_step: Positive = 4
+    inner_steps: Count = 1
+    inner_lr: NonNegative = 0.002
     order: Literal["first", "second"] = "first"
     loss: Literal["infonce", "cross-entropy"] = "infonce"
-    lr: float = 0.001
-    regulator_lr: float = 1e-4
+    lr: NonNegative = 0.001
+    regulator_lr: NonNegative = 1e-4
     schedule: Literal["linear", "constant"] = "linear"
-    save_every: int = 100
+    save_every: Positive = 100
     regulator: Literal["rescale-gate", "sigmoid-gate", "none"] = "rescale-gate"
     sharing: Literal["tensor", "shape"] = "tensor"
-    rank: int = 64
-    bottleneck: int = 8
+    rank: Positive = 64
+    bottleneck: Positive = 8
     gate_bias: float = 4.0
 
-    def problems(self) -> list[str]:
-        """Return what is wrong with these values, in words."""
-        least = {"steps": 1, "tasks_per_step": 1, "inner_steps": 0, "save_every": 1, "rank": 1, "bottleneck": 1}
-        found = [
-            f"meta.{name} is {getattr(self, name)}; accepted: {smallest} or more"
-            for name, smallest in least.items()
-            if getattr(self, name) < smallest
-        ]
-        for name in ("inner_lr", "lr", "regulator_lr"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                found.append(f"meta.{name} is {getattr(self, name)}; accepted: 0 or more")
-        if not found and self.steps % self.save_every:
-            found.append(
+    def __post_init__(self) -> None:
+        if self.steps % self.save_every:
+            raise ConfigError(
                 f"meta.steps is {self.steps} and meta.save_every {self.save_every}; accepted: a multiple of it, "
                 "because training is kept and goes on at such places"
             )
-        return found
 
 
-@dataclass
+@validated("")
 class MetaRunConfig:
     """One meta-training: the host method, its backbone, the pairs, how tasks are made of them, and how it learns.
 
     ``name``: the run's folder under ``output``/gram; null makes one of method and pairs.
     """
 
-    method: str = "coop"
+    method: Name = "coop"
     settings: dict[str, Any] = field(default_factory=dict)
     objectives: dict[str, dict[str, Any]] = field(default_factory=dict)
     decomposition: dict[str, dict[str, Any]] = field(default_factory=dict)
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    pairs: PairsConfig = field(default_factory=PairsConfig)
-    tasks: TasksConfig = field(default_factory=TasksConfig)
-    meta: MetaConfig = field(default_factory=MetaConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    seed: int = 1
-    output: str = "runs"
-    name: str | None = None
+    backbone: BackboneConfig = BackboneConfig()
+    pairs: PairsConfig = PairsConfig()
+    tasks: TasksConfig = TasksConfig()
+    meta: MetaConfig = MetaConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    seed: Seed = 1
+    output: Name = "runs"
+    name: Annotated[str, Holds(_is_folder_name, "a folder's name without slashes")] | None = None
 
-    def problems(self) -> list[str]:
-        """Return what is wrong with all values that do not need the method, backbone or pairs to be known."""
-        parts = (self.backbone, self.pairs, self.tasks, self.meta, self.trainer)
-        found = [text for part in parts for text in part.problems()]
-        found += seed_problems(self.seed)
+    def __post_init__(self) -> None:
+        problems = []
         if self.meta.tasks_per_step % self.trainer.devices:
-            found.append(
+            problems.append(
                 f"meta.tasks_per_step is {self.meta.tasks_per_step}, which {self.trainer.devices} processes "
                 "(trainer.devices) cannot share evenly; accepted: a multiple of trainer.devices"
             )
         if self.trainer.precision == "16-mixed":
-            found.append(
+            problems.append(
                 "trainer.precision is '16-mixed', whose small inner gradients vanish without the scaling that only the "
                 "outer ones get; accepted: '32-true', 'bf16-mixed'"
             )
         if self.trainer.accumulate != 1:
-            found.append(
+            problems.append(
                 f"trainer.accumulate is {self.trainer.accumulate}; accepted: 1, because tasks are accumulated "
                 "already, one at a time: meta.tasks_per_step"
             )
-        if self.name is not None and (not self.name.strip(".") or "/" in self.name or "\\" in self.name):
-            found.append(f"name is {self.name!r}; accepted: a folder's name without slashes, or null")
-        return found
+        if problems:
+            raise ConfigError("\n".join(problems))

@@ -54,6 +54,7 @@ from vlprompt.config.hints import (
     Words,
     accepted_values,
     bare,
+    cached,
     field_hints,
     is_dataclass,
     is_list,
@@ -69,7 +70,8 @@ from vlprompt.errors import ConfigError, nearest
 __all__ = [
     "Above0", "Below1", "Count", "Fraction", "FromData", "Ge", "Gt", "Holds", "Le", "Lines", "Lt", "MaxLen", "MinLen",
     "Name", "NonNegative", "OpenTemplates", "Positive", "Problem", "Seed", "Template", "Templates", "Words",
-    "accepted_values", "convert", "field_hints", "fill_templates", "from_text", "literals", "validate", "validated",
+    "accepted_values", "convert", "field_default", "field_hints", "fill_templates", "from_text", "literals", "make",
+    "refusal", "validate", "validated",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -130,20 +132,18 @@ def _checked_init(cls: Any, where: str) -> Callable[..., None]:
         given = dict(zip(names, args, strict=False))
         if len(args) > len(names) or given.keys() & values.keys():
             raise TypeError(f"{cls.__name__} takes the values {', '.join(names)}, each once")
-        instance, problems = validate(cls, {**given, **values}, where)
-        if instance is None or problems:
-            raise ConfigError("\n".join(problem.text for problem in problems))
-        vars(self).update(vars(instance))
+        vars(self).update(vars(make(cls, {**given, **values}, where)))
 
     return __init__
 
 
 # -- validation -------------------------------------------------------------------------------------------------------
 class Problem(NamedTuple):
-    """What is wrong: the dotted ``key``, and the whole ``text``, which names it."""
+    """What is wrong: the dotted ``key``, the whole ``text``, which names it, and whether a value is ``missing``."""
 
     key: str
     text: str
+    missing: bool = False
 
 
 def validate(kind: type[T], values: Mapping[str, Any], where: str | None = None) -> tuple[T | None, list[Problem]]:
@@ -160,7 +160,7 @@ def validate(kind: type[T], values: Mapping[str, Any], where: str | None = None)
     Returns:
         The instance, None if it cannot be made; and the problems, none if all is well.
     """
-    checked = _checked_form(cast(Any, kind))
+    checked = _checked_form(kind)
     where = checked.__where__ if where is None else where
     problems: list[Problem] = []
     token = _DEFERRED.set(True)
@@ -184,6 +184,18 @@ def validate(kind: type[T], values: Mapping[str, Any], where: str | None = None)
     return (None if problems else instance), problems
 
 
+def make(kind: type[T], values: Mapping[str, Any], where: str | None = None) -> T:
+    """Return an instance of a dataclass made of ``values``; see :func:`validate`.
+
+    Raises:
+        ConfigError: Values that are not accepted; all of them are listed.
+    """
+    instance, problems = validate(kind, values, where)
+    if instance is None:
+        raise ConfigError("\n".join(problem.text for problem in problems))
+    return instance
+
+
 _Path: TypeAlias = tuple[str, ...]
 
 
@@ -198,7 +210,8 @@ def _make(kind: Any, values: Mapping[str, Any], where: str, problems: list[Probl
         for entry in error.errors(include_url=False):
             place = _Place(kind, complete, where).at(entry["loc"])
             refused.append(place.names)
-            by_path.setdefault(place.path, Problem(place.key, place.text(entry.get("ctx", {}).get("why", ""))))
+            text, missing = place.text(entry.get("ctx", {}).get("why", "")), place.is_missing
+            by_path.setdefault(place.path, Problem(place.key, text, missing))
         problems += by_path.values()
         return None, refused
 
@@ -243,16 +256,22 @@ class _Place:
             names = [repr(section + name) for name in near] or [section + name for name in self.siblings[:12]]
             hint = f"Did you mean {' or '.join(names)}?" if near else f"Accepted: {', '.join(names)}."
             return f"there is no key {shown(self.path)}. {hint}"
-        if self.value is MISSING:
+        if self.is_missing:
             return f"{self.path} is missing; accepted: {accepted_values(self.hint)}"
-        why = f" ({why})" if why else ""
-        return f"{self.path} is {shown(self.value)}{why}; accepted: {accepted_values(self.hint)}{_meant(self)}"
+        return refusal(self.path, self.value, self.hint, why)
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether a field without a default has no value."""
+        return self.value is MISSING and self.hint is not MISSING
 
 
-def _meant(place: _Place) -> str:
-    choices = {str(choice): choice for choice in literals(place.hint)}
-    near = nearest(place.value[:100], choices, 1) if isinstance(place.value, str) else []
-    return f". Did you mean {choices[near[0]]!r}?" if near else ""
+def refusal(key: str, value: Any, hint: Any, why: str = "") -> str:
+    """Return the text for a value that ``hint`` does not accept, with the nearest accepted one."""
+    choices = {str(choice): choice for choice in literals(hint)}
+    near = nearest(value[:100], choices, 1) if isinstance(value, str) else []
+    meant = f". Did you mean {choices[near[0]]!r}?" if near else ""
+    return f"{key} is {shown(value)}{f' ({why})' if why else ''}; accepted: {accepted_values(hint)}{meant}"
 
 
 def _over_defaults(kind: Any, values: Mapping[str, Any], defaults: Any = None) -> dict[str, Any]:
@@ -261,13 +280,14 @@ def _over_defaults(kind: Any, values: Mapping[str, Any], defaults: Any = None) -
     for name, value in values.items():
         nested = bare(field_hints(kind).get(name))
         if is_dataclass(nested) and isinstance(value, Mapping):
-            default = complete.get(name, _default(kind, name))
+            default = complete.get(name, field_default(kind, name))
             value = _over_defaults(nested, value, default if isinstance(default, nested) else None)
         complete[name] = value
     return complete
 
 
-def _default(kind: Any, name: str) -> Any:
+def field_default(kind: Any, name: str) -> Any:
+    """Return the default of a dataclass's field; MISSING where it has none."""
     entry = next(entry for entry in dataclasses.fields(kind) if entry.name == name)
     return entry.default if entry.default_factory is MISSING else entry.default_factory()
 
@@ -286,7 +306,7 @@ def _without(values: Mapping[str, Any], refused: Iterable[_Path]) -> dict[str, A
 
 def _contradictions(instance: Any, where: str) -> list[str]:
     """Return what ``__post_init__`` of nested dataclasses and of this one refuse; keys start with ``where``."""
-    kind: Any = type(instance)
+    kind = type(instance)
     found = []
     for name in field_hints(kind):
         for path, value in _items(getattr(instance, name), f"{where}.{name}".removeprefix(".")):
@@ -314,7 +334,7 @@ def _items(value: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from _items(item, f"{path}.{key}")
 
 
-@functools.cache
+@cached
 def _checked_form(kind: Any) -> Any:
     """Return a validated dataclass, or for a plain one its like with the same fields."""
     if "__where__" in vars(kind):
@@ -347,7 +367,7 @@ def fill_templates(settings: T, templates: Sequence[str]) -> T:
         templates: One or more.
     """
     values: dict[str, Any] = {}
-    hints = field_hints(cast(Any, type(settings)))
+    hints = field_hints(type(settings))
     for name in (name for name, hint in hints.items() if is_open(hint)):
         if not getattr(settings, name):
             values[name] = tuple(templates)
@@ -360,7 +380,7 @@ def fill_templates(settings: T, templates: Sequence[str]) -> T:
 
 
 # -- single values ----------------------------------------------------------------------------------------------------
-@functools.cache
+@cached
 def _adapter(hint: Any) -> TypeAdapter[Any]:
     return TypeAdapter(strict(hint), config=ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True))
 

@@ -109,8 +109,16 @@ def _refuse_repeats(node: yaml.Node) -> None:
             _refuse_repeats(item)
 
 
-def read_config(path: Path, sections: Collection[str], problems: list[str]) -> dict[str, Given]:
-    """Return the dotted keys of a configuration file with their values; what is wrong inside goes to ``problems``.
+def read_config(
+    path: Path, sections: Collection[str], problems: list[str], open_sections: Collection[str] = ()
+) -> dict[str, Given]:
+    """Return the dotted keys of a configuration file with their values.
+
+    Args:
+        path: The file.
+        sections: Keys that hold keys.
+        problems: Takes what is wrong inside the file.
+        open_sections: Those of ``sections`` in which every mapping holds keys, an empty one excepted.
 
     Raises:
         ConfigError: The file as a whole cannot be used: unreadable, too large, not UTF-8, not YAML, not a mapping.
@@ -137,7 +145,7 @@ def read_config(path: Path, sections: Collection[str], problems: list[str]) -> d
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{name}, line {root.start_mark.line + 1}: a list or a text stands here; {_EXPECTED}")
     given: dict[str, Given] = {}
-    _Leaves(loader, name, sections, given, problems).collect(root)
+    _Leaves(loader, name, sections, tuple(f"{key}." for key in open_sections), given, problems).collect(root)
     return given
 
 
@@ -148,6 +156,7 @@ class _Leaves:
     loader: _Loader
     name: str
     sections: Collection[str]
+    open_prefixes: tuple[str, ...]
     given: dict[str, Given]
     problems: list[str]
 
@@ -167,6 +176,8 @@ class _Leaves:
                 self.problems.append(f"{source}: {shown(key)}: dotted keys are for the command line; {fix}")
             elif key in seen:
                 self.problems.append(f"{source}: {shown(key)} stands twice (first in line {seen[key]})")
+            elif key.startswith(self.open_prefixes) and isinstance(value_node, yaml.MappingNode) and value_node.value:
+                self.collect(value_node, key + ".")
             elif key not in self.sections:
                 self._leaf(key, value_node, source)
             elif isinstance(value_node, yaml.MappingNode):
@@ -184,17 +195,17 @@ class _Leaves:
 
 def yaml_text(value: Any, *, flow: bool = False) -> str:
     """Return plain values, lists, tuples and mappings as YAML that this module reads back; ``flow``: on one line."""
-    plain = _plain(value)
     text: str = yaml.dump(
-        plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow
+        plain(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow
     )
     return text.removesuffix("...\n").rstrip("\n") if flow else text
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a copy of nested mappings and lists in which tuples are lists."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # -- finding configuration files ------------------------------------------------------------------------------------

@@ -72,8 +72,6 @@ class PromptModule(FrozenInside):
         super().__init__(method)
         self.metric = metric
         self.recipe = recipe or RecipeConfig()
-        if problems := self.recipe.problems():
-            raise ConfigError("\n".join(problems))
         self.scores = make_scores(metric, len(method.class_names))
         self.per_class: dict[str, list[int]] = {}  # of the last evaluation: correct and total, [C] each
 

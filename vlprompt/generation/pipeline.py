@@ -30,10 +30,6 @@ _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _WEIGHTS = (".safetensors", ".bin", ".json", ".txt", ".model")
 
 
-
-
-
-
 class PictureMaker:
     """A loaded pipeline with its settings.
 
@@ -146,8 +142,6 @@ def load_maker(settings: GenerationSettings, device: str | torch.device, *, offl
             no diffusers.
         DataError: Files of the pipeline that cannot be read.
     """
-    if problems := settings.problems():
-        raise ConfigError("; ".join(problems))
     diffusers, _ = import_diffusers()
     device = torch.device(device)
     precision = settings.precision

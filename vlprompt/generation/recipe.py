@@ -6,11 +6,12 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from vlprompt._files import canonical_json, sha256_text
 from vlprompt._random import hashed_number
-from vlprompt.errors import DataError
+from vlprompt.config.types import Count, Fraction, Ge, Gt, Holds, Le, Name, Positive, Words, validated
+from vlprompt.errors import ConfigError, DataError
 
 SCHEMA = "vlprompt diffusion bank 1"
 TOOL = "vlprompt bank"
@@ -21,7 +22,7 @@ COUNT = 63
 Format = Literal["png", "webp", "jpeg"]
 
 
-@dataclass(frozen=True)
+@validated("")
 class GenerationSettings:
     """What can be chosen; the defaults are those of DiffTPT's code (``image_generator_R.py``) where it has any.
 
@@ -43,42 +44,26 @@ class GenerationSettings:
         seed: Seed of all pictures.
     """
 
-    pipeline: str = OFFICIAL[0]
+    pipeline: Annotated[Name, Words("a folder, or a name on the Hugging Face hub")] = OFFICIAL[0]
     revision: str | None = None
     scheduler: str | None = None
-    steps: int = 50
-    guidance: float = 3.0
-    eta: float = 0.0
-    strength: float = 0.8
+    steps: Positive = 50
+    guidance: Annotated[float, Ge(0), Le(100)] = 3.0
+    eta: Fraction = 0.0
+    strength: Annotated[float, Gt(0), Le(1)] = 0.8
     prompt: str = "a photo"
-    size: int | None = None
+    size: Annotated[int, Ge(8), Holds(lambda size: size % 8 == 0, "multiples of 8 pixels")] | None = None
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     safety_checker: Literal["on", "off"] = "on"
     format: Format = "png"
-    seed: int = 0
+    seed: Count = 0
 
-    def problems(self) -> list[str]:
-        """Return what is wrong with these values, in words."""
-        found = []
-        if not self.pipeline:
-            found.append("--pipeline is an empty text; accepted: a folder, or a name on the Hugging Face hub")
-        if self.steps < 1:
-            found.append(f"--steps is {self.steps}; accepted: 1 or more")
-        for name, high in (("guidance", 100.0), ("eta", 1.0)):
-            if not 0 <= getattr(self, name) <= high:
-                found.append(f"--{name} is {getattr(self, name)}; accepted: 0 to {high:g}")
-        if not 0 < self.strength <= 1:
-            found.append(f"--strength is {self.strength}; accepted: above 0, at most 1")
-        elif self.steps >= 1 and int(self.steps * self.strength) < 1:
-            found.append(
-                f"--strength is {self.strength}, which leaves none of {self.steps} steps; accepted: "
-                f"{1 / self.steps:g} or more, or more --steps"
+    def __post_init__(self) -> None:
+        if int(self.steps * self.strength) < 1:
+            raise ConfigError(
+                f"strength is {self.strength}, which leaves none of {self.steps} steps; accepted: "
+                f"{1 / self.steps:g} or more, or more steps"
             )
-        if self.size is not None and (self.size < 8 or self.size % 8):
-            found.append(f"--size is {self.size}; accepted: multiples of 8 pixels")
-        if self.seed < 0:
-            found.append(f"--seed is {self.seed}; accepted: 0 or more")
-        return found
 
 
 @dataclass(frozen=True)

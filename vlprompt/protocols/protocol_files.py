@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from vlprompt.config.values import accepted_values, convert, literals
-from vlprompt.config.yaml import Given, read_config, shown
+from vlprompt.config.keys import keys_in, nest, sources
+from vlprompt.config.types import Holds, Lines, MinLen, Positive, Seed, Words, validate, validated
+from vlprompt.config.yaml import read_config, shown
 from vlprompt.datasets.card import ASSETS
 from vlprompt.errors import ConfigError, bulleted, did_you_mean, nearest
 
@@ -28,54 +28,109 @@ REPORTS: Mapping[str, tuple[str, ...]] = {
 """What each kind of test can report; the first is its headline, always reported, the others as asked."""
 
 
-@dataclass(frozen=True)
+def _different(values: tuple[Any, ...]) -> bool:
+    return len(set(values)) == len(values)
+
+
+def _is_file_name(name: str) -> bool:
+    return name.replace("-", "").replace("_", "").isalnum()
+
+
+Shots = Annotated[Literal[-1] | Positive, Words("1 or more images per class, or -1 for all of them")]
+Names = Annotated[tuple[str, ...], Holds(_different, "a list of different names")]
+SomeNames = Annotated[tuple[str, ...], MinLen(1), Holds(_different, "a list of one or more different names")]
+
+
+@validated("train")
+class Training:
+    """What is trained.
+
+    Attributes:
+        data: Data sets: names, ``group:NAME``, or ``config`` alone for the configuration's own.
+        classes: Classes.
+        shots: Numbers of training images per class; empty for the configuration's own.
+        domains: Which domains are trained on at a time, where ``test.part`` is ``domains``.
+    """
+
+    data: SomeNames
+    classes: Literal["all", "base"]
+    shots: Annotated[tuple[Shots, ...], Holds(_different, "a list of different numbers of images")] = ()
+    domains: Literal["all", "all-but-one", "one"] = "all"
+
+    def __post_init__(self) -> None:
+        if CONFIG in self.data and len(self.data) > 1:
+            raise ConfigError(
+                f"train.data is {list(self.data)}; accepted: {CONFIG!r}, the configuration's own data set, alone"
+            )
+
+
+@validated("test")
+class Testing:
+    """What is tested.
+
+    Attributes:
+        part: The ``same`` classes, base and new ``halves``, other ``datasets``, or unseen ``domains``.
+        data: The other data sets, where ``part`` is ``datasets``.
+    """
+
+    part: Part
+    data: Names = ()
+
+
+@validated("")
 class Protocol:
     """A protocol's description.
 
     Attributes:
+        schema: Version of the format.
         name: What it is called, in tables and file names.
         about: What it does, in a sentence or two.
-        data: Data sets to train on: names, ``group:NAME``, or ``config`` alone for the configuration's own.
-        classes: Classes to train on.
-        shots: Numbers of training images per class; empty for the configuration's own.
-        domains: Which domains are trained on at a time, where ``part`` is ``domains``.
-        part: What is tested: the ``same`` classes, base and new ``halves``, other ``datasets``, or unseen ``domains``.
-        targets: The other data sets, where ``part`` is ``datasets``.
+        train: What is trained.
+        test: What is tested.
         seeds: Seeds of the shots and of the training.
         report: The averages that are reported.
     """
 
-    name: str
-    about: str
-    data: tuple[str, ...]
-    classes: Literal["all", "base"]
-    shots: tuple[int, ...]
-    domains: Literal["all", "all-but-one", "one"]
-    part: Part
-    targets: tuple[str, ...]
-    seeds: tuple[int, ...]
-    report: tuple[str, ...]
+    schema: Annotated[Literal[1], Words("1, the schema that this version reads")]
+    name: Annotated[str, Holds(_is_file_name, "letters, digits, - and _ (files are named after it)")]
+    about: Lines
+    train: Training
+    test: Testing
+    seeds: Annotated[tuple[Seed, ...], MinLen(1), Holds(_different, "a list of one or more different numbers")]
+    report: Names
 
     @property
     def domain_protocol(self) -> Literal["leave-one-out", "single-source"]:
         """What :func:`vlprompt.protocols.domains.domain_generalisation` calls its rounds."""
-        return "leave-one-out" if self.domains == "all-but-one" else "single-source"
+        return "leave-one-out" if self.train.domains == "all-but-one" else "single-source"
+
+    def __post_init__(self) -> None:
+        if problems := _contradictions(self):
+            raise ConfigError("\n".join(problems))
 
 
-_FIELDS: Mapping[str, Any] = {
-    "schema": int,
-    "name": str,
-    "about": str,
-    "train.data": list[str],
-    "train.classes": Literal["all", "base"],
-    "train.shots": list[int],
-    "train.domains": Literal["all", "all-but-one", "one"],
-    "test.part": Part,
-    "test.data": list[str],
-    "seeds": list[int],
-    "report": list[str],
-}
-_OPTIONAL: Mapping[str, Any] = {"train.shots": [], "train.domains": "all", "test.data": []}
+def _contradictions(protocol: Protocol) -> list[str]:
+    """Return what is wrong with the training and the report for the kind of test."""
+    train, test, problems = protocol.train, protocol.test, []
+    part = test.part
+    if part != "same" and len(train.shots) > 1:
+        problems.append(f"train.shots is {list(train.shots)}; several are for test.part: same")
+    if part == "same" and not train.shots:
+        problems.append("train.shots is empty; test.part: same compares numbers of shots, such as [1, 2, 4, 8, 16]")
+    classes = "base" if part == "halves" else "all"
+    if train.classes != classes:
+        problems.append(f"train.classes is {train.classes!r}; with test.part: {part} accepted: {classes!r}")
+    if (part == "domains") == (train.domains == "all"):
+        accepted = "'all-but-one' or 'one'" if part == "domains" else "'all'"
+        problems.append(f"train.domains is {train.domains!r}; with test.part: {part} accepted: {accepted}")
+    if (part == "datasets") != bool(test.data):
+        text = "names the targets" if part == "datasets" else "has no meaning; omit it"
+        problems.append(f"test.data is {list(test.data)}; with test.part: {part} it {text}")
+    known = REPORTS[part]
+    problems += [f"report: {name!r}.{did_you_mean(name, known)}" for name in protocol.report if name not in known]
+    if known[0] not in protocol.report:
+        problems.append(f"report is {list(protocol.report)}; with test.part: {part} it holds {known[0]!r}")
+    return problems
 
 
 def protocol_folder() -> Path:
@@ -119,80 +174,12 @@ def read_protocol(path: Path) -> Protocol:
     """
     problems: list[str] = []
     given = read_config(path, ("train", "test"), problems)
-    values: dict[str, Any] = {}
-    for key, one in given.items():
-        if key not in _FIELDS:
-            problems.append(f"{one.source}: there is no field {shown(key)}.{did_you_mean(key, _FIELDS)}")
-        else:
-            _take(key, one, values, problems)
-    for key in _FIELDS:
-        if key not in given and key not in _OPTIONAL:
-            problems.append(f"the field {key!r} is missing; accepted: {accepted_values(_FIELDS[key])}")
-    if not problems:
-        problems += _contradictions({**_OPTIONAL, **values})
-    if problems:
+    values = nest({key: entry.value for key, entry in given.items()})
+    protocol, wrong = validate(Protocol, values)
+    for problem in wrong:
+        keys = [problem.key, *keys_in(problem.text, given)]
+        place = "" if problem.missing else f"{sources(keys, given)}: "
+        problems.append(place + problem.text)
+    if protocol is None or problems:
         raise ConfigError(f"the protocol {path} cannot be used:\n{bulleted(problems)}")
-    whole = {**_OPTIONAL, **values}
-    return Protocol(
-        name=whole["name"],
-        about=whole["about"],
-        data=tuple(whole["train.data"]),
-        classes=whole["train.classes"],
-        shots=tuple(whole["train.shots"]),
-        domains=whole["train.domains"],
-        part=whole["test.part"],
-        targets=tuple(whole["test.data"]),
-        seeds=tuple(whole["seeds"]),
-        report=tuple(whole["report"]),
-    )
-
-
-def _take(key: str, given: Given, values: dict[str, Any], problems: list[str]) -> None:
-    hint = _FIELDS[key]
-    try:
-        values[key] = convert(hint, given.value)
-    except ValueError:
-        near = nearest(str(given.value)[:100], [str(name) for name in literals(hint)], 1)
-        meant = f". Did you mean {near[0]!r}?" if near else ""
-        problems.append(f"{given.source}: {key} is {shown(given.value)}; accepted: {accepted_values(hint)}{meant}")
-
-
-def _contradictions(values: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with values that are each of the right type."""
-    part, found = values["test.part"], []
-    if values["schema"] != 1:
-        found.append(f"schema is {values['schema']}; this version reads schema 1")
-    if not values["name"].replace("-", "").replace("_", "").isalnum():
-        found.append(f"name is {shown(values['name'])}; accepted: letters, digits, - and _ (files are named after it)")
-    for key in ("train.data", "seeds"):
-        if not values[key]:
-            found.append(f"{key} is empty; name at least one")
-    if CONFIG in values["train.data"] and len(values["train.data"]) > 1:
-        found.append(f"train.data is {values['train.data']}; {CONFIG!r}, the configuration's own, stands alone")
-    found += [
-        f"{key} is {values[key]}; one stands twice"
-        for key in ("train.data", "train.shots", "test.data", "seeds", "report")
-        if len(set(values[key])) < len(values[key])
-    ]
-    if wrong := [count for count in values["train.shots"] if count < 1 and count != -1]:
-        found.append(f"train.shots holds {wrong}; accepted: 1 or more images per class, or -1 for all of them")
-    if wrong := [seed for seed in values["seeds"] if not 0 <= seed < 2**32]:
-        found.append(f"seeds holds {wrong}; accepted: 0 to {2**32 - 1}")
-    if part != "same" and len(values["train.shots"]) > 1:
-        found.append(f"train.shots is {values['train.shots']}; several are for test.part: same")
-    if part == "same" and not values["train.shots"]:
-        found.append("train.shots is empty; test.part: same compares numbers of shots, such as [1, 2, 4, 8, 16]")
-    classes = "base" if part == "halves" else "all"
-    if values["train.classes"] != classes:
-        found.append(f"train.classes is {values['train.classes']!r}; with test.part: {part} accepted: {classes!r}")
-    if (part == "domains") == (values["train.domains"] == "all"):
-        accepted = "'all-but-one' or 'one'" if part == "domains" else "'all'"
-        found.append(f"train.domains is {values['train.domains']!r}; with test.part: {part} accepted: {accepted}")
-    if (part == "datasets") != bool(values["test.data"]):
-        text = "names the targets" if part == "datasets" else "has no meaning; leave it away"
-        found.append(f"test.data is {values['test.data']}; with test.part: {part} it {text}")
-    known = REPORTS[part]
-    found += [f"report: {name!r}.{did_you_mean(name, known)}" for name in values["report"] if name not in known]
-    if known[0] not in values["report"]:
-        found.append(f"report is {values['report']}; with test.part: {part} it holds {known[0]!r}")
-    return found
+    return protocol

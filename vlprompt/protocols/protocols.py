@@ -43,19 +43,21 @@ def overridden(protocol: Protocol, own: Overrides) -> Protocol:
             are listed.
     """
     problems = []
-    if own.targets is not None and protocol.part != "datasets":
+    if own.targets is not None and protocol.test.part != "datasets":
         problems.append(f"--targets has no meaning for {protocol.name}, which does not test on other data sets")
-    if own.shots is not None and len(own.shots) != 1 and protocol.part != "same":
+    if own.shots is not None and len(own.shots) != 1 and protocol.test.part != "same":
         problems.append(f"--shots is {list(own.shots)}; {protocol.name} takes one number of images per class")
     if problems:
         raise ConfigError("\n".join(problems))
-    return replace(
-        protocol,
-        seeds=tuple(protocol.seeds if own.seeds is None else own.seeds),
-        data=tuple(protocol.data if own.datasets is None else own.datasets),
-        targets=tuple(protocol.targets if own.targets is None else own.targets),
-        shots=tuple(protocol.shots if own.shots is None else own.shots),
-    )
+    train, test = protocol.train, protocol.test
+    if own.datasets is not None:
+        train = replace(train, data=tuple(own.datasets))
+    if own.shots is not None:
+        train = replace(train, shots=tuple(own.shots))
+    if own.targets is not None:
+        test = replace(test, data=tuple(own.targets))
+    seeds = protocol.seeds if own.seeds is None else tuple(own.seeds)
+    return replace(protocol, train=train, test=test, seeds=seeds)
 
 
 def expanded(protocol: Protocol, configs: Sequence[RunConfig]) -> list[RunConfig]:
@@ -64,14 +66,14 @@ def expanded(protocol: Protocol, configs: Sequence[RunConfig]) -> list[RunConfig
     Raises:
         ConfigError: A data set or a group that is not known.
     """
-    own = protocol.data == (CONFIG,)
-    names = [] if own else dataset_names(protocol.data)
+    own = protocol.train.data == (CONFIG,)
+    names = [] if own else dataset_names(protocol.train.data)
     found = []
     for config in configs:
         on_each = [config] if own else [config.with_data(name=name) for name in names]
         for one in on_each:
-            shots = protocol.shots or (one.data.shots,)
-            found += [one.with_data(classes=protocol.classes, shots=count) for count in shots]
+            shots = protocol.train.shots or (one.data.shots,)
+            found += [one.with_data(classes=protocol.train.classes, shots=count) for count in shots]
     return found
 
 
@@ -100,20 +102,20 @@ def run_protocol(
         VlpromptError: Whatever a single run raises.
     """
     protocol = overridden(protocol, overrides or Overrides())
-    names = None if protocol.data == (CONFIG,) else dataset_names(protocol.data)
+    names = None if protocol.train.data == (CONFIG,) else dataset_names(protocol.train.data)
     more: dict[str, Any] = {"force": force, "report": report}
-    if protocol.part == "same":
-        return few_shot(configs, protocol.shots, protocol.seeds, datasets=names, **more)
-    if protocol.shots:
-        configs = [config.with_data(shots=protocol.shots[0]) for config in configs]
+    if protocol.test.part == "same":
+        return few_shot(configs, protocol.train.shots, protocol.seeds, datasets=names, **more)
+    if protocol.train.shots:
+        configs = [config.with_data(shots=protocol.train.shots[0]) for config in configs]
     every = expanded(protocol, configs)
-    if protocol.part == "datasets":
+    if protocol.test.part == "datasets":
         with_source = "mean_with_source" in protocol.report
         return cross_dataset(
-            every, protocol.targets, protocol.seeds, name=protocol.name, with_source=with_source, **more
+            every, protocol.test.data, protocol.seeds, name=protocol.name, with_source=with_source, **more
         )
     # Before the first run, so that what is missing is not found out in the middle.
     load_all([config.data for config in every], protocol.seeds[0])
-    if protocol.part == "halves":
+    if protocol.test.part == "halves":
         return base_to_new(configs, protocol.seeds, datasets=names, **more)
     return domain_generalisation(every, protocol.domain_protocol, protocol.seeds, **more)

@@ -13,16 +13,17 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from rich.table import Table
 
 from vlprompt._dist import is_main_process
 from vlprompt._files import sha256_json, write_json, write_text
-from vlprompt.config.keys import RUN_KEYS, settings_keys, to_yaml
+from vlprompt.config.keys import RUN_KEYS, as_plain, merged, nest, settings_keys, to_yaml
 from vlprompt.config.run import RunConfig
-from vlprompt.config.values import accepted_values, convert
-from vlprompt.config.yaml import shown, yaml_text
+from vlprompt.config.types import convert, field_hints, refusal
+from vlprompt.config.types import validate as validate_values
+from vlprompt.config.yaml import plain, shown, yaml_text
 from vlprompt.engine.metrics import METRICS, headline
 from vlprompt.errors import ConfigError, bulleted, did_you_mean
 from vlprompt.methods import get_method_class
@@ -157,7 +158,7 @@ def candidates_of(config: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[
             try:
                 typed[key].append(convert(hints[key], value))
             except ValueError:
-                problems.append(f"{key} is {shown(value)}; accepted: {accepted_values(hints[key])}")
+                problems.append(refusal(key, value, hints[key]))
         if not values:
             problems.append(f"{key} has no values to try")
         if any(values[i] in values[:i] for i in range(len(values))):
@@ -184,33 +185,18 @@ def searched_keys(config: RunConfig) -> dict[str, Any]:
     own = {key: hint for key, hint in RUN_KEYS.items() if key.startswith("recipe.")}
     own |= {key: RUN_KEYS[key] for key in ("data.view", "data.template")}
     for name in config.decomposition or get_method_class(config.method).own_decomposition:
-        hints = get_type_hints(get_decomposition_class(name).Settings)
+        hints = field_hints(get_decomposition_class(name).Settings)
         own |= {f"decomposition.{name}.{entry}": hint for entry, hint in hints.items()}
-    return own | settings_keys(get_method_class(config.method).Settings)
+    return {**own, **settings_keys(get_method_class(config.method).Settings)}
 
 
 def _candidate(config: RunConfig, values: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
     """Return ``config`` with ``values``, and what is wrong with it."""
-    parts: dict[str, dict[str, Any]] = {"recipe": {}, "data": {}, "settings": {}, "decomposition": {}}
-    for key, value in values.items():
-        section, _, name = key.partition(".")
-        parts[section][name] = list(value) if isinstance(value, tuple) else value
-    decomposition = {name: dict(own) for name, own in config.decomposition.items()}
-    for key, value in parts["decomposition"].items():
-        name, _, entry = key.partition(".")
-        decomposition.setdefault(name, {})[entry] = value
-    one = dataclasses.replace(
-        config,
-        decomposition=decomposition,
-        recipe=dataclasses.replace(config.recipe, **parts["recipe"]),
-        data=dataclasses.replace(config.data, **parts["data"]),
-        settings={**config.settings, **parts["settings"]},
-    )
-    problems = one.problems()
-    try:
-        get_method_class(config.method).Settings(**one.settings)
-        for name, own in decomposition.items():
-            get_decomposition_class(name).Settings(**own)
-    except ConfigError as error:
-        problems.append(str(error))
-    return one, problems
+    changed = plain(merged(as_plain(config), nest(values)))
+    candidate, problems = validate_values(RunConfig, changed)
+    settings = {"settings": (get_method_class(config.method).Settings, changed["settings"])}
+    for name, inner in changed["decomposition"].items():
+        settings[f"decomposition.{name}"] = (get_decomposition_class(name).Settings, inner)
+    for where, (kind, inner) in settings.items():
+        problems += validate_values(kind, inner, where)[1]
+    return candidate or config, [problem.text for problem in problems]

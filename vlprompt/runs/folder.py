@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -20,9 +19,9 @@ import torch
 from vlprompt._dist import first_process_says, is_main_process
 from vlprompt._files import sha256_json, sha256_tensors, write_json, write_text
 from vlprompt.backbone import Backbone
+from vlprompt.config.keys import as_plain, to_yaml
 from vlprompt.config.meta import MetaRunConfig
 from vlprompt.config.run import RunConfig
-from vlprompt.config.yaml import yaml_text
 from vlprompt.data import describe_transform, test_transform
 from vlprompt.datasets import FewShotTask
 from vlprompt.engine.callbacks import LAST_CHECKPOINT
@@ -50,7 +49,7 @@ _INDIFFERENT: dict[str, tuple[str, ...] | None] = {
 
 def config_sha256(config: RunConfig) -> str:
     """Return the SHA-256 of everything in ``config`` that can change a result."""
-    plain = dataclasses.asdict(config)
+    plain = as_plain(config)
     for part, names in _INDIFFERENT.items():
         for name in names or ():
             del plain[part][name]
@@ -107,7 +106,7 @@ def opened(folder: Path, config: RunConfig | MetaRunConfig, inputs: dict[str, st
             _clear(folder)
         _check_inputs(folder, inputs)
         _sweep(folder)
-        write_text(folder / CONFIG, yaml_text(dataclasses.asdict(config)))
+        write_text(folder / CONFIG, to_yaml(config))
         if not (folder / ENVIRONMENT).is_file():
             write_json(folder / ENVIRONMENT, environment(config) | {"inputs": inputs})
         ready = True

@@ -16,6 +16,7 @@ from torch import Tensor
 from vlprompt._dist import is_main_process
 from vlprompt._files import sha256_json, write_json, write_text
 from vlprompt.backbone import Backbone
+from vlprompt.config.keys import as_plain
 from vlprompt.config.meta import MetaRunConfig
 from vlprompt.datasets.records import Sample
 from vlprompt.engine.callbacks import read_metrics
@@ -47,14 +48,9 @@ class MetaSession:
 
     Args:
         config: The configuration.
-
-    Raises:
-        ConfigError: The configuration holds values that are not accepted.
     """
 
     def __init__(self, config: MetaRunConfig) -> None:
-        if problems := config.problems():
-            raise ConfigError("\n".join(problems))
         self.config = config
 
     def load(self) -> None:
@@ -234,7 +230,7 @@ def meta_train(config: MetaRunConfig, *, force: bool = False) -> tuple[Path, dic
         results = {
             "schema": SCHEMA,
             "what": RECONSTRUCTION,
-            "config": dataclasses.asdict(config),
+            "config": as_plain(config),
             "backbone": backbone_facts(session.backbone),
             "pairs": len(session.pairs),
             "tasks": words,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import pytorch_lightning as pl
 from vlprompt._dist import is_main_process
 from vlprompt._files import write_json
 from vlprompt.backbone import Backbone
+from vlprompt.config.keys import as_plain
 from vlprompt.config.run import DataConfig, RunConfig, TrainerConfig
 from vlprompt.data.tally import tally
 from vlprompt.datasets import FewShotTask
@@ -151,7 +151,7 @@ def run_session(session: Session, *, force: bool = False) -> Run:
         results = {
             "schema": SCHEMA,
             "method": config.method,
-            "config": dataclasses.asdict(config),
+            "config": as_plain(config),
             "config_sha256": config_sha256(config),
             "backbone": backbone_facts(method.backbone),
             "data": data_record(task, method.backbone, config.data.view),
@@ -306,8 +306,6 @@ def evaluate_head(
     Raises:
         VlpromptError: The head or the data cannot be used.
     """
-    if problems := data.problems():
-        raise ConfigError("\n".join(problems))
     trainer = trainer or TrainerConfig(progress=False)
     head = load_head(folder, device=device_of(trainer))
     session = Session.of_head(head, data, seed=seed, trainer=trainer)

@@ -18,7 +18,8 @@ from vlprompt._dist import local_rank
 from vlprompt._files import sha256_lines
 from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, load_backbone
-from vlprompt.config.run import GRAM, BackboneConfig, DataConfig, RecipeConfig, RunConfig, TrainerConfig
+from vlprompt.config.run import GRAM, BackboneConfig, DataConfig, RunConfig, TrainerConfig
+from vlprompt.config.types import make
 from vlprompt.data import FewShotData
 from vlprompt.datasets import FewShotTask, load_dataset
 from vlprompt.engine.fit import check_devices
@@ -60,16 +61,11 @@ class Session:
 
     Attributes:
         config: The configuration with all settings, but for templates that the data set fills.
-
-    Raises:
-        ConfigError: The configuration holds values that are not accepted.
     """
 
     def __init__(
         self, config: RunConfig, *, scored: Literal["test", "val"] = "test", after: Session | None = None
     ) -> None:
-        if problems := config.problems():
-            raise ConfigError("\n".join(problems))
         self.config = complete(config)
         self.scored = scored
         self._modules: list[tuple[tuple[Any, ...], FewShotData]] = []
@@ -98,26 +94,17 @@ class Session:
         Raises:
             ConfigError: Values that are not accepted.
         """
-        known = [entry.name for entry in dataclasses.fields(RecipeConfig)]
-        if unknown := [name for name in recipe or {} if name not in known]:
-            raise ConfigError(f"the recipe has no field {', '.join(unknown)}; accepted: {', '.join(sorted(known))}")
         backbone, view = method.backbone, values.pop("view", "random")
-        sections: dict[str, dict[str, Any]] = {
+        sections = {
+            "method": method.name,
+            "settings": method.settings_dict(),
+            "objectives": method.objective_settings,
+            "decomposition": method.decomposition_settings,
             "backbone": {"name": backbone.name, "pretrained": backbone.pretrained, "precision": backbone.precision},
-            "data": {**_data_section(task), "view": view},
+            "data": {**_data_section(task), "view": view} if data is None else data,
+            "recipe": dict(recipe or {}),
         }
-        session = cls(
-            RunConfig(
-                method=method.name,
-                settings=method.settings_dict(),
-                objectives=method.objective_settings,
-                decomposition=method.decomposition_settings,
-                backbone=BackboneConfig(**sections["backbone"]),
-                data=DataConfig(**sections["data"]) if data is None else data,
-                recipe=RecipeConfig(**(recipe or {})),
-                **values,
-            )
-        )
+        session = cls(make(RunConfig, {**sections, **values}))
         session.drawn, session.backbone, session.method = task, backbone, method
         return session
 
