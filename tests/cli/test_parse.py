@@ -362,7 +362,7 @@ BAD_FILES: dict[str, tuple[str | bytes, str]] = {
     "bool for int": ("seed: true\n", r"line 1: seed is True; accepted: a whole number from 0 to 429"),
     "list for int": ("seed: [1]\n", r"line 1: seed is \[1\]; accepted: a whole number from 0 to 429"),
     "null for text": ("output: null\n", r"line 1: output is None; accepted: a text that is not empty$"),
-    "number for text": ("output: 3\n", r"line 1: output is 3; accepted: a text that is not empty$"),
+    "number for text": ("output: 3\n", r"line 1: output is 3; accepted: a text that is not empty, in quotes$"),
     "mapping for text": ("output: {a: 1}\n", r"line 1: output is \{'a': 1\}; accepted: a text that is not empty$"),
     "number in quotes in a list": ("settings: {pair: [1, '2']}\n", r"pair\[1\] is '2'; accepted: a whole number$"),
     "inner duplicate in a value": ("settings: {pair: {a: 1, a: 2}}\n", r"line 1: 'settings.pair.a' stands twice"),

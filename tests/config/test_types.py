@@ -140,7 +140,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("mode", "ende", "settings.mode is 'ende'; accepted: 'front' or 'end'. Did you mean 'end'?"),
     ("mode", ["end"], "settings.mode is ['end']; accepted: 'front' or 'end'"),
     ("texts", "one", "settings.texts is 'one'; accepted: a list, each item a text"),
-    ("texts", ["a", 3], "settings.texts[1] is 3; accepted: a text"),
+    ("texts", ["a", 3], "settings.texts[1] is 3; accepted: a text, in quotes"),
     ("texts", {"a"}, "settings.texts is {'a'}; accepted: a list, each item a text"),
     ("pair", [1], "settings.pair is [1]; accepted: a list of 2: a whole number, a whole number"),
     ("pair", [1, 2, 3], "settings.pair is [1, 2, 3]; accepted: a list of 2: a whole number, a whole number"),
@@ -169,7 +169,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("knowledge", {"weight": 0, "template": "{}"}, "settings.knowledge.template has no effect; accepted: "
      "settings.knowledge.weight > 0"),
     ("parts", {"x": 2}, "settings.parts.x is 2; accepted: a finite number from 0 to 1"),
-    ("parts", {1: 1}, "settings.parts is {1: 1}; accepted: a table"),
+    ("parts", {1: 1}, "settings.parts: a key is 1; accepted: a text, in quotes"),
     ("parts", [1], "settings.parts is [1]; accepted: a table"),
     ("lenght", 3, "there is no key 'settings.lenght'. Did you mean 'settings.length'?"),
     ("zzz", 3, "there is no key 'settings.zzz'. Accepted: settings.length, settings.mode, settings.texts, settings.pair"

@@ -43,8 +43,8 @@ def a_card(names: tuple[str, ...] = NAMES, **options: Any) -> Card:
     classes = Classes(len(names), "list", names) if names else Classes(3)
     multilabel = options.pop("multilabel", False)
     shard_options = ShardOptions(**{"splits": FOLDERS, **options})
-    task: Any = "multilabel" if multilabel else "multiclass"
-    return Card("toy", "shards", shard_options, classes, Templates("{}"), task=task, folders=("toy",), notes="Do so.")
+    several: dict[str, Any] = {"task": "multilabel", "metric": "map"} if multilabel else {}
+    return Card("toy", "shards", shard_options, classes, Templates("{}"), folders=("toy",), notes="Do so.", **several)
 
 
 def built(tmp_path: Path, **options: Any) -> tuple[Expected, SplitLists]:

@@ -216,4 +216,4 @@ def test_nothing_is_run_where_something_cannot_be(styles: Tiny, tmp_path: Path) 
     with pytest.raises(ConfigError, match="data.source names 'd', .* Accepted: c, a, b"):
         run(good.with_data(source=["d"]))
     assert not (tmp_path / "runs").exists()
-    assert DataConfig().source == DataConfig().target == []
+    assert DataConfig().source == DataConfig().target == ()

@@ -193,7 +193,8 @@ def _refused(why: str = "") -> PydanticCustomError:
 
 
 def _check_text(text: str, allowed: str = "") -> str:
-    if any(unicodedata.category(char) in ("Cc", "Cs") and char not in allowed for char in text):
+    odd = "" if text.isprintable() else text.translate(dict.fromkeys(map(ord, allowed)))
+    if any(unicodedata.category(char) in ("Cc", "Cs") for char in odd):
         raise _refused("the text holds control characters or is not valid UTF-8")
     return text
 

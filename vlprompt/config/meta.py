@@ -8,11 +8,14 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
+from pydantic import AllowInfNan
+
 from vlprompt.config.run import BackboneConfig, TrainerConfig
 from vlprompt.config.types import Count, Ge, Holds, Name, NonNegative, Positive, Seed, Words, validated
 from vlprompt.errors import ConfigError
 
 AtLeast2 = Annotated[int, Ge(2)]
+Bias = Annotated[float, AllowInfNan(True), Holds(lambda bias: bias > float("-inf"), "a number, or .inf for open gates")]
 
 
 def _is_folder_name(name: str) -> bool:
@@ -89,7 +92,7 @@ class MetaConfig:
     sharing: Literal["tensor", "shape"] = "tensor"
     rank: Positive = 64
     bottleneck: Positive = 8
-    gate_bias: float = 4.0
+    gate_bias: Bias = 4.0
 
     def __post_init__(self) -> None:
         if self.steps % self.save_every:

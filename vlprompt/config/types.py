@@ -228,8 +228,8 @@ class _Place:
     siblings: Sequence[str] = ()
 
     def at(self, steps: tuple[Any, ...]) -> _Place:
-        """Return the place that pydantic's ``steps`` lead to; of a union or of a mapping's key, the whole."""
-        for step in steps[:-2] if steps[-1:] == ("[key]",) else steps:
+        """Return the place that pydantic's ``steps`` lead to; of a union, the whole."""
+        for number, step in enumerate(steps):
             kind = bare(self.hint)
             if is_dataclass(kind) and isinstance(self.value, Mapping):
                 hints = field_hints(kind)
@@ -241,6 +241,10 @@ class _Place:
                 items = [arg for arg in get_args(kind) if arg is not Ellipsis] or [Any]
                 self.hint, self.value = items[step if step < len(items) else 0], self.value[step]
                 self.path += f"[{step}]"
+            elif is_mapping(kind) and steps[number + 1 :] == ("[key]",):
+                self.hint, self.value = (*get_args(kind), Any)[0], step
+                self.path += ": a key"
+                break
             elif is_mapping(kind) and step in self.value:
                 self.hint, self.value = (*get_args(kind), Any, Any)[1], self.value[step]
                 self.path += f".{step}"
@@ -271,7 +275,9 @@ def refusal(key: str, value: Any, hint: Any, why: str = "") -> str:
     choices = {str(choice): choice for choice in literals(hint)}
     near = nearest(value[:100], choices, 1) if isinstance(value, str) else []
     meant = f". Did you mean {choices[near[0]]!r}?" if near else ""
-    return f"{key} is {shown(value)}{f' ({why})' if why else ''}; accepted: {accepted_values(hint)}{meant}"
+    takes_text = str in {bare(option) for option in options(hint)}
+    quotes = ", in quotes" if takes_text and isinstance(value, (int, float)) else ""
+    return f"{key} is {shown(value)}{f' ({why})' if why else ''}; accepted: {accepted_values(hint)}{quotes}{meant}"
 
 
 def _over_defaults(kind: Any, values: Mapping[str, Any], defaults: Any = None) -> dict[str, Any]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from vlprompt.datasets.options import ReaderOptions, SplitJsonOptions
+from pydantic import BeforeValidator
+
+from vlprompt.config.types import Count, Holds, Lines, MinLen, Name, Positive, validated
+from vlprompt.datasets.options import Inside, Named, OneOrMore, ReaderOptions, SplitJsonOptions
 from vlprompt.datasets.paths import path_problem
+from vlprompt.datasets.records import class_name_problem
 from vlprompt.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -20,7 +24,32 @@ Metric = Literal["accuracy", "mean_per_class", "map", "map_11point"]
 NamesFrom = Literal["split", "folders", "file", "list", "wnids"]
 
 
-@dataclass(frozen=True)
+def _is_word(word: str) -> bool:
+    return bool(word) and word.isprintable() and "," not in word and word == word.strip()
+
+
+def _has_one_slot(template: str) -> bool:
+    return template.count("{}") == template.count("{") == template.count("}") == 1
+
+
+def _is_no_file(name: str) -> bool:
+    return not name.endswith(".json")
+
+
+def _with_text(licence: Any) -> Any:
+    return {"text": licence} if isinstance(licence, str) else licence
+
+
+Word = Annotated[str, Holds(_is_word, "a name of letters, digits, - and _")]
+Words = Annotated[tuple[Word, ...], OneOrMore]
+CardTemplate = Annotated[str, Holds(_has_one_slot, "a text with {} exactly once and no other braces")]
+CardTemplates = Annotated[tuple[CardTemplate, ...], OneOrMore, MinLen(1)]
+SplitName = Annotated[
+    str, Holds(_is_no_file, "a name that does not end in .json, which means a split file of the user's")
+]
+
+
+@validated("classes")
 class Classes:
     """What is known of the classes.
 
@@ -34,15 +63,32 @@ class Classes:
         order: The rule of the order, in words.
     """
 
-    count: int | None = None
+    count: Positive | None = None
     names_from: NamesFrom = "split"
-    names: tuple[str, ...] = ()
-    keys: tuple[str, ...] = ()
+    names: Annotated[tuple[str, ...], OneOrMore] = ()
+    keys: Annotated[tuple[str, ...], OneOrMore] = ()
     names_sha256: str | None = None
-    order: str = ""
+    order: Lines = ""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.names_from == "list" and not self.names:
+            problems.append("classes.names_from is list but classes.names is missing")
+        for name, listed in (("names", self.names), ("keys", self.keys)):
+            if listed and len(listed) != self.count:
+                problems.append(f"classes.{name} has {len(listed)} entries but classes.count is {self.count}")
+        problems += [
+            f"classes.names[{index}]: {text}"
+            for index, name in enumerate(self.names)
+            if (text := class_name_problem(name))
+        ]
+        if len(set(self.keys)) != len(self.keys):
+            problems.append("classes.keys names something twice")
+        if problems:
+            raise ConfigError("\n".join(problems))
 
 
-@dataclass(frozen=True)
+@validated("splits")
 class Split:
     """One way to cut a data set into train, val and test.
 
@@ -56,24 +102,24 @@ class Split:
         reader_options: Its options.
     """
 
-    train: int | None = None
-    val: int | None = None
-    test: int | None = None
+    train: Count | None = None
+    val: Count | None = None
+    test: Count | None = None
     content_sha256: str | None = None
     file_sha256: str | None = None
     reader: str | None = None
     reader_options: ReaderOptions | None = None
 
 
-@dataclass(frozen=True)
+@validated("templates")
 class Templates:
     """Prompts with ``{}`` for the class name: the ``single`` published one, and ``ensembles`` by name."""
 
-    single: str
-    ensembles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    single: CardTemplate
+    ensembles: Mapping[str, CardTemplates] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@validated("sources")
 class Source:
     """Where one part of the data comes from.
 
@@ -95,13 +141,13 @@ class Source:
     url: str | None = None
     md5: str | None = None
     sha256: str | None = None
-    unpack: str | None = None
-    strip: str = ""
-    inner: str | None = None
-    to: str | None = None
+    unpack: Inside | None = None
+    strip: Inside = ""
+    inner: Inside | None = None
+    to: Inside | None = None
 
 
-@dataclass(frozen=True)
+@validated("licence")
 class Licence:
     """The licence of the images: its ``text``, the ``page`` that has it, and whether they may be passed on."""
 
@@ -110,7 +156,7 @@ class Licence:
     redistribute: bool = False
 
 
-@dataclass(frozen=True)
+@validated("")
 class Card:
     """What is known of a data set without having it. The YAML file has the same fields; datasets.md 6.1 shows one.
 
@@ -139,27 +185,33 @@ class Card:
         file: The card's own file.
     """
 
-    name: str
-    reader: str
+    name: Word
+    reader: Name
     options: ReaderOptions
     classes: Classes
     templates: Templates
     metric: Metric = "accuracy"
-    licence: Licence = field(default_factory=lambda: Licence("not stated"))
+    licence: Annotated[Licence, BeforeValidator(_with_text)] = Licence("not stated")
     task: Literal["multiclass", "multilabel"] = "multiclass"
-    aliases: tuple[str, ...] = ()
-    group: tuple[str, ...] = ()
-    folders: tuple[str, ...] = (".",)
+    aliases: Words = ()
+    group: Words = ()
+    folders: Annotated[tuple[Inside, ...], OneOrMore, MinLen(1)] = (".",)
     root: str | None = None
-    splits: Mapping[str, Split] = field(default_factory=dict)
+    splits: Mapping[SplitName, Split] = field(default_factory=dict)
     split: str = ""
-    domains: Mapping[str, str] = field(default_factory=dict)
-    excluded: tuple[str, ...] = ()
+    domains: Annotated[Mapping[Word, Inside], Named] = field(default_factory=dict)
+    excluded: Annotated[tuple[Inside, ...], OneOrMore] = ()
     sources: tuple[Source, ...] = ()
-    notes: str = ""
+    notes: Lines = ""
     packaged: bool = False
     same_images: bool = False
     file: str = ""
+
+    def __post_init__(self) -> None:
+        if self.multilabel != self.metric.startswith("map"):
+            raise ConfigError(
+                f"task is {self.task} but metric is {self.metric}; map and map_11point go with multilabel"
+            )
 
     @property
     def template(self) -> str:

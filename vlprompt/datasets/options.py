@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-Paths = Mapping[str, tuple[str, ...]]
+from pydantic import BeforeValidator
+
+from vlprompt.config.types import Count, Holds, validated
+from vlprompt.datasets.paths import stays_inside
 
 
-@dataclass(frozen=True)
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _named(value: Any) -> Any:
+    return (
+        {name: name for name in value} if isinstance(value, list) and all(isinstance(n, str) for n in value) else value
+    )
+
+
+Inside = Annotated[str, Holds(stays_inside, "a path inside the data root")]
+"""A path of files under a folder of the user's."""
+OneOrMore = BeforeValidator(_listed)
+"""Metadata of a list of texts that may be written as one text."""
+Named = BeforeValidator(_named)
+"""Metadata of a mapping of texts that may be written as the list of its keys, which are then the values."""
+if TYPE_CHECKING:
+    Part = str  # keys of a Mapping are invariant: readers look parts up by plain texts
+else:
+    Part = Literal["train", "val", "test"]
+Paths = Mapping[Part, Annotated[tuple[Inside, ...], OneOrMore]]
+
+
+@validated("reader_options")
 class SplitJsonOptions:
     """CoOp's split file.
 
@@ -23,14 +49,14 @@ class SplitJsonOptions:
         variants: Whether a path may end in ``#`` and a variant (:mod:`vlprompt.datasets.variants`).
     """
 
-    split_file: str
-    image_dir: str = "."
+    split_file: Inside
+    image_dir: Inside = "."
     index_by: Literal["relative_path", "basename"] = "relative_path"
-    archive: str | None = None
+    archive: Inside | None = None
     variants: bool = False
 
 
-@dataclass(frozen=True)
+@validated("reader_options")
 class FolderOptions:
     """Class folders.
 
@@ -44,14 +70,14 @@ class FolderOptions:
         lower: Whether class names are the folders' in lower case (after sorting).
     """
 
-    image_dir: str = "."
+    image_dir: Inside = "."
     splits: Paths = field(default_factory=dict)
     sort: Literal["bytes", "int"] = "bytes"
-    ignore: tuple[str, ...] = ()
+    ignore: Annotated[tuple[str, ...], OneOrMore] = ()
     lower: bool = False
 
 
-@dataclass(frozen=True)
+@validated("reader_options")
 class ListFileOptions:
     """Text lists of images with their labels.
 
@@ -72,18 +98,18 @@ class ListFileOptions:
     """
 
     splits: Paths
-    image_dir: str = "."
+    image_dir: Inside = "."
     format: Literal["lines", "per_class", "coco", "jsonl"] = "lines"
     label: Literal["number", "name", "folder"] = "number"
-    first_label: int = 0
+    first_label: Count = 0
     suffix: str = ""
-    names_file: str | None = None
-    folders: Mapping[str, str] = field(default_factory=dict)
+    names_file: Inside | None = None
+    folders: Annotated[Mapping[str, Inside], Named] = field(default_factory=dict)
     image_key: str = "path"
     label_key: str = "label"
 
 
-@dataclass(frozen=True)
+@validated("reader_options")
 class TorchvisionOptions:
     """A data set that torchvision reads.
 
@@ -93,10 +119,10 @@ class TorchvisionOptions:
     """
 
     dataset: str
-    splits: Mapping[str, Mapping[str, Any]]
+    splits: Mapping[Part, Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
+@validated("reader_options")
 class ShardOptions:
     """Archives of many images.
 
@@ -114,7 +140,7 @@ class ShardOptions:
     label_key: str = "label"
 
 
-@dataclass(frozen=True)
+@validated("reader_options")
 class PairsOptions:
     """Images with captions: a JSON object with ``image`` and ``caption`` on every line of ``split_file``.
 
@@ -125,9 +151,9 @@ class PairsOptions:
         variants: As in :class:`SplitJsonOptions`.
     """
 
-    split_file: str
-    image_dir: str = "."
-    archive: str | None = None
+    split_file: Inside
+    image_dir: Inside = "."
+    archive: Inside | None = None
     variants: bool = False
 
 

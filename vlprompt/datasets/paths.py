@@ -36,6 +36,12 @@ def path_problem(path: object) -> str | None:
     return None
 
 
+def stays_inside(path: str) -> bool:
+    """Return whether a path of a card stays inside the folder that it is relative to."""
+    outside = path.startswith(("/", "~")) or ".." in path.split("/") or _DRIVE.match(path)
+    return not outside and "\\" not in path and "\0" not in path
+
+
 def check_files(root: Path, paths: Iterable[str]) -> tuple[list[str], list[str]]:
     """Check that ``paths``, which have no :func:`path_problem`, exist under ``root`` (rules S05 and S15).
 
