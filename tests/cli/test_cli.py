@@ -324,7 +324,7 @@ BAD_COMMANDS = {
     "train without anything": ("train", ["no --config FILE; for a first run: --config mocoop/demo"]),
     "train with a bad option": ("train --config coop/demo --forse", ["no key '--forse'. Did you mean '--force'"]),
     "train with a value for a flag": ("train --config coop/demo --dry-run=no", ["--dry-run takes no value", "'no'"]),
-    "train with an unknown file": ("train --config coop/dmo", ["--config 'coop/dmo'", "configs/coop/demo.yaml"]),
+    "train with an unknown file": ("train --config coop/dmo", ["--config 'coop/dmo'", "Did you mean coop/demo"]),
     "train with another method's setting": (
         "train --config mocoop/demo --method coop",
         ["there is no key 'settings.templates'"],

@@ -13,15 +13,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vlprompt.cli.parse import check_config, check_run, key_table, parse_run, read_command_line
+from vlprompt.cli.parse import check_config, check_run, key_table, parse_run, read_command_line, source_of
+from vlprompt.config.book import list_books
 from vlprompt.config.keys import RUN_KEYS, SECTIONS, to_yaml
 from vlprompt.config.meta import MetaRunConfig
 from vlprompt.config.run import DataConfig, RecipeConfig, RunConfig, TrainerConfig
+from vlprompt.config.source import origin_of
 from vlprompt.config.yaml import MAX_CONFIG_BYTES, find_config
 from vlprompt.errors import ConfigError, did_you_mean
 
 CONFIG_ROOT = Path(__file__).parents[2] / "configs"
-CONFIGS = sorted(CONFIG_ROOT.rglob("*.yaml"))
+META = [f"gram/{path.stem}" for path in sorted((CONFIG_ROOT / "gram").glob("*.yaml"))]
+CONFIGS = [*META, *(f"{book}/{data}" for book in list_books() for data in ("imagenet", "demo", "folder"))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,24 +228,42 @@ def test_to_yaml_keeps_every_key_and_short_lists_on_one_line(toys: Path) -> None
         assert re.search(rf"^ *{key.rpartition('.')[2]}:", text, re.MULTILINE), key
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_configuration_of_the_project_is_accepted_and_read_back(path: Path, tmp_path: Path) -> None:
-    meta = path.parent.name == "gram"
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration_of_the_project_is_accepted_and_read_back(name: str, tmp_path: Path) -> None:
+    root: type[Any] = MetaRunConfig if name.startswith("gram/") else RunConfig
 
-    def read(file: Path) -> Any:
-        config, problems = check_config(
-            read_command_line(["--config", str(file)]), MetaRunConfig if meta else RunConfig
-        )
+    def read(file: str) -> Any:
+        config, problems = check_config(read_command_line(["--config", file]), root)
         assert not problems
         return config
 
-    config = read(path)
-    if meta:
-        assert config.method == path.stem.removesuffix("-demo")
-    else:
-        assert config.method == path.relative_to(CONFIG_ROOT).parts[0] and config.data.name == path.stem
-    (tmp_path / "again.yaml").write_text(to_yaml(config), encoding="utf-8")
-    assert read(tmp_path / "again.yaml") == config
+    config = read(name)
+    for text in (to_yaml(config), to_yaml(config, lambda key: "a comment: with #, {} and 'quotes'")):
+        (tmp_path / "again.yaml").write_text(text, encoding="utf-8")
+        assert read(str(tmp_path / "again.yaml")) == config
+
+
+def test_printed_values_say_where_they_come_from(toys: Path) -> None:
+    (toys / "mine").mkdir()
+    (toys / "mine" / "base.yaml").write_text("method: toy\nsettings: {length: 5}\ndatasets: {dtd: {recipe: {lr: 1}}}\n")
+    (toys / "over.yaml").write_text("objectives:\n  knowledge: {}\n")
+    source = source_of(
+        read_command_line(["--config", "mine/dtd", "--config", "over.yaml", "--seed", "3", "--settings.mode", "front"])
+    )
+    given = source.given()
+    text = to_yaml(source.resolve(), lambda key: origin_of(given, key))
+    for key, value, origin in (
+        ("method", "toy", "mine/base.yaml, line 1"),
+        ("  length", "5", "mine/base.yaml, line 2"),
+        ("  lr", "1.0", "mine/base.yaml, line 3"),
+        ("  name", "dtd", "--config mine/dtd"),
+        ("  knowledge", "{}", "over.yaml, line 2"),
+        ("seed", "3", "command line"),
+        ("  mode", "front", "command line"),
+        ("  weight", "0.5", "method"),
+        ("  shots", "16", "default"),
+    ):
+        assert re.search(rf"^{key}: {value} +# {origin}$", text, re.MULTILINE), key
 
 
 # -- malformed command lines ----------------------------------------------------------------------------------------
@@ -412,26 +433,28 @@ def test_a_value_that_failed_is_not_judged_again_through_its_default(toys: Path)
 
 
 # -- finding files --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["mocoop/demo", "mocoop/demo.yaml", "configs/mocoop/demo.yaml", "configs/mocoop/demo"])
+@pytest.mark.parametrize("name", ["gram/coop", "gram/coop.yaml", "configs/gram/coop.yaml", "configs/gram/coop"])
 def test_own_configurations_are_found_from_any_folder(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert find_config(name).resolve() == Path(__file__).parents[2] / "configs" / "mocoop" / "demo.yaml"
+    assert find_config(name).resolve() == Path(__file__).parents[2] / "configs" / "gram" / "coop.yaml"
 
 
 def test_a_file_in_the_current_folder_goes_before_our_own(toys: Path) -> None:
-    (toys / "mocoop").mkdir()
-    (toys / "mocoop" / "demo.yaml").write_text("method: toy\n")
-    assert find_config("mocoop/demo").resolve() == toys / "mocoop" / "demo.yaml"
+    (toys / "gram").mkdir()
+    (toys / "gram" / "coop.yaml").write_text("method: toy\n")
+    assert find_config("gram/coop").resolve() == toys / "gram" / "coop.yaml"
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("mocop/demo", "Did you mean configs/mocoop/demo.yaml"),
-        ("configs/mocoop/caltech-101.yaml", "Did you mean configs/mocoop/caltech101.yaml"),
-        ("somewhere/else/configs/coop/dmo.yaml", "Did you mean configs/coop/demo.yaml"),
+        ("mocop/demo", "Did you mean mocoop/demo or "),
+        ("configs/mocoop/caltech-102.yaml", "Did you mean mocoop/caltech101 or "),
+        ("somewhere/else/configs/coop/dmo.yaml", "Did you mean coop/demo or "),
+        ("mocop", "Did you mean mocoop or "),
+        ("gram/coop-dmo", "Did you mean gram/coop-demo or "),
         ("x" * 5000, "there is no such file"),
         ("../../etc/hostname", "there is no such file"),
         (".", "this is a folder"),

@@ -1,5 +1,7 @@
-"""The run configurations as text: complete, parseable, consistent, and opened by a comment whose commands work."""
+"""vlprompt's own configurations: every method on every data set, complete, consistent, and written once."""
 
+import dataclasses
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -8,34 +10,25 @@ from typing import Any
 import pytest
 import yaml
 
+from vlprompt.cli.parse import check_config, parse_run, read_command_line, source_of
+from vlprompt.config.book import TABLES, list_books
 from vlprompt.config.meta import MetaRunConfig
-from vlprompt.config.run import RunConfig
-from vlprompt.config.types import make
-from vlprompt.methods import get_method_class
+from vlprompt.config.source import ConfigSource
+from vlprompt.datasets import list_datasets
+from vlprompt.datasets.catalogue import list_groups
+from vlprompt.methods import get_method_class, list_methods
+from vlprompt.protocols.protocol_files import find_protocol, list_protocols
 from vlprompt.runs.meta_run import meta_folder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-METHODS = (
-    *("zeroshot", "coop", "mocoop", "cocoop", "kgcoop", "prograd"),
-    *("vpt", "ivlp", "maple", "promptsrc", "restore"),
-    *("tip_adapter", "tip_adapter_f", "tfup", "tfup_t", "ape", "gda"),
-    *("dept", "ept"),
-    *("clip_lora", "ramt", "apt"),
-    *("visual_prompt", "upt", "promptkd"),
-    *("clip_adapter", "taskres", "linear_probe", "lp_plus_plus"),
-)
-TEST_TIME = ("tpt", "difftpt", "tda", "mta", "zero", "promptalign")
-SHIFTED = ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
-FEW_SHOT = (
-    *("imagenet", "caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101"),
-    *("fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"),
-)
+METHODS = list_methods()
+FEW_SHOT = tuple(list_groups()["fewshot11"])
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 META = [path for path in FILES if path.parent.name == "gram"]
-RUNS = [path for path in FILES if path not in META]
-MOCOOP = sorted((CONFIGS / "mocoop").glob("*.yaml"))
+BOOKS = [path for path in FILES if (path.parent / "base.yaml").is_file() and path.parent != CONFIGS]
+COMPOSITIONS = [path for path in FILES if path.parent.name == "compositions"]
 
-# seed_methods.md 1.a: templates N and group sizes; their number is the number of experts.
+# The official configurations of MoCoOp: templates and group sizes, whose number is the number of experts.
 PUBLISHED_GROUPS = {
     "imagenet": (32, [1, 1, 1, 1, 2, 2, 3, 1, 1, 1, 7, 2, 1, 2, 1, 1, 1, 1, 1, 1]),
     "caltech101": (9, [1, 1, 1, 4, 2]),
@@ -49,7 +42,7 @@ PUBLISHED_GROUPS = {
     "sun397": (8, [1, 1, 4, 2]),
     "ucf101": (10, [1, 1, 1, 1, 4, 2]),
 }
-# seed_methods.md 1.a: a word of the first template of every group, in order.
+# A word of the first template of every group, in order.
 PUBLISHED_FIRST = {
     "imagenet": "flower|person doing|centered satellite|aircraft|itap|large|art of the|small|a photo of a {}.|many"
     "|low resolution|cropped|bright|good|close-up|clean|video game|hard to see|origami|texture",
@@ -64,7 +57,7 @@ PUBLISHED_FIRST = {
     "sun397": "a photo of a {}.|many|low resolution|good",
     "ucf101": "person doing|a {} in a video game.|a photo of a {}.|many|low resolution|good",
 }
-# seed_methods.md 1.c: epochs, batch, learning rate, warm-up epochs.
+# Epochs, batch, learning rate, warm-up epochs.
 PUBLISHED_RECIPES = {
     **dict.fromkeys(("caltech101", "dtd", "ucf101"), (50, 32, 0.032, 5)),
     **dict.fromkeys(("fgvc_aircraft", "oxford_flowers", "oxford_pets", "stanford_cars", "sun397"), (25, 32, 0.032, 3)),
@@ -96,77 +89,98 @@ def header(path: Path) -> list[str]:
 
 def command(path: Path, label: str) -> list[str]:
     """Return the words of the one command that the header shows behind ``label``."""
-    found = [line.removeprefix(label).strip() for line in header(path) if line.startswith(label)]
-    assert len(found) == 1, f"{path}: {len(found)} lines begin with {label!r}"
-    return shlex.split(found[0])
+    commands = [line.removeprefix(label).strip() for line in header(path) if line.startswith(label)]
+    assert len(commands) == 1, f"{path}: {len(commands)} lines begin with {label!r}"
+    return shlex.split(commands[0])
 
 
-def run_config(content: dict[str, Any], root: type[Any] = RunConfig) -> Any:
-    """Return the typed configuration; a key that is not a field or a value that is not accepted fails."""
-    return make(root, content)
+@functools.cache
+def book(method: str) -> ConfigSource:
+    return source_of(read_command_line(["--config", method]))
 
 
-def test_every_method_has_every_data_set() -> None:
-    expected = {f"{method}/{data}" for method in METHODS for data in (*FEW_SHOT, "demo", "folder")}
-    assert len(expected) == len(METHODS) * 13
-    # Test-time methods: the papers' five ImageNet sets and ten others.
-    expected |= {f"{method}/{data}" for method in TEST_TIME for data in (*FEW_SHOT, *SHIFTED, "demo")}
-    assert expected <= {named(path) for path in FILES}
+# -- the books --------------------------------------------------------------------------------------------------------
+def test_every_method_has_a_book_and_every_book_is_a_methods() -> None:
+    assert list_books() == sorted(METHODS)
+    assert {name: load(CONFIGS / name / "base.yaml")["method"] for name in METHODS} == {name: name for name in METHODS}
 
 
-@pytest.mark.parametrize("path", RUNS, ids=named)
-def test_keys_and_values_are_accepted(path: Path) -> None:
-    content = load(path)
-    run_config(content)
-    assert content["method"] == path.relative_to(CONFIGS).parts[0]
-    assert content["data"]["name"] == path.stem
-    assert isinstance(content.get("settings", {}), dict)
+def test_every_file_is_a_book_a_data_set_of_one_a_meta_training_or_a_composition() -> None:
+    assert [path for path in FILES if path not in (CONFIGS / "base.yaml", *BOOKS, *META, *COMPOSITIONS)] == []
+    assert [path for path in BOOKS if path.stem not in ("base", *list_datasets())] == []
+    assert len(FILES) <= 80
 
 
-@pytest.mark.parametrize("path", FILES, ids=named)
-def test_header_says_how_to_run_and_override_this_file(path: Path) -> None:
-    meta = path in META
-    tool = "tools/meta_train.py" if meta else "tools/train.py"
-    start = ["python", tool, "--config", f"configs/{named(path)}.yaml"]
-    assert len(header(path)) >= 3, "the header says what the file is, how to run it and how to override it"
-    assert command(path, "Run:")[:4] == start
-    override = command(path, "Override:")
-    assert override[:4] == start
-    assert len(override) > 4
+@pytest.mark.parametrize("method", METHODS)
+def test_every_data_set_and_protocol_resolves(method: str) -> None:
+    """Values that differ in the names of data set and protocol alone are validated once."""
+    points: list[dict[str, Any]] = [{"dataset": name} for name in list_datasets()]
+    for protocol in list_protocols():
+        for shots in find_protocol(protocol).train.shots or (None,):
+            points += [{"protocol": protocol, "dataset": name, "shots": shots} for name in FEW_SHOT]
+    validated = set()
+    for point in points:
+        values = {key: given.value for key, given in book(method).given(**point).items()}
+        assert (values["method"], values.pop("data.name")) == (method, point["dataset"])
+        assert point.get("shots") in (None, values.pop("data.shots", None))
+        if str(sorted(values.items())) not in validated:
+            assert book(method).resolve(**point).data.name == point["dataset"]
+            validated.add(str(sorted(values.items())))
+    assert book(method).problems() == []
 
-    content = load(path)
-    for flag, value in zip(override[4::2], override[5::2], strict=True):
-        match = re.fullmatch(r"--(?:(\w+)\.)?(\w+)", flag)
-        assert match, flag
-        (content.setdefault(match[1], {}) if match[1] else content)[match[2]] = yaml.safe_load(value)
-    run_config(content, MetaRunConfig if meta else RunConfig)
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_book_does_not_repeat_the_methods_own_values(method: str) -> None:
+    """What stands at the top of a book differs from what holds without it."""
+    values, defaults = (
+        flat(load(CONFIGS / method / "base.yaml")),
+        flat(dataclasses.asdict(parse_run(["--method", method]))),
+    )
+    assert {key for key, value in values.items() if key != "method" and defaults.get(key) == value} == set()
 
 
-@pytest.mark.parametrize("path", META, ids=named)
-def test_meta_training_goes_with_the_training_it_names(path: Path) -> None:
-    content = load(path)
-    config = run_config(content, MetaRunConfig)
-    assert path.stem.removesuffix("-demo") == config.method
-    then = command(path, "Then:")
-    other = load(CONFIGS.parent / then[3])
-    assert other["method"] == config.method and other["backbone"] == content["backbone"]
-    assert then[then.index("--init") + 1] == f"gram:{meta_folder(config)}"
-    # What is learned fits only prompts of the same shapes.
-    kind = get_method_class(config.method).Settings
-    own, others = kind(**content["settings"]), kind(**other.get("settings", {}))
-    assert own == others
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values by dotted key, tables left out."""
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and key not in TABLES:
+            leaves |= flat(value, f"{prefix}{key}.")
+        elif key not in TABLES:
+            leaves[prefix + key] = value
+    return leaves
+
+
+@pytest.mark.parametrize("path", [*BOOKS, *COMPOSITIONS], ids=named)
+def test_the_header_names_the_paper_and_a_command_that_works(path: Path) -> None:
+    words = command(path, "Run:")
+    assert words[:3] == ["vlprompt", "train", "--config"]
+    config = parse_run(words[2:])
+    if path.stem == "base":
+        assert re.search(r"\(arXiv \d{4}\.\d{5}[;,)]", " ".join(header(path)))
+        assert config.method == path.parent.name and config.data.name == "dtd"
+    elif path in BOOKS:
+        assert (config.method, config.data.name) == (path.parent.name, path.stem)
 
 
 @pytest.mark.parametrize("path", FILES, ids=named)
 def test_text_is_plain_and_fits_the_screen(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert text.isascii() and "\t" not in text and text.endswith("\n") and not text.endswith("\n\n")
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= 120 and header(path)
 
 
-@pytest.mark.parametrize("path", MOCOOP, ids=named)
-def test_mocoop_groups_cover_the_templates(path: Path) -> None:
-    settings = load(path)["settings"]
+@pytest.mark.parametrize("method", METHODS)
+def test_the_demo_runs_from_the_package_alone(method: str) -> None:
+    for name in list_datasets("demo*"):
+        config = book(method).resolve(dataset=name)
+        assert config.backbone.name == "demo" and config.data.root is None and config.data.template is None
+        assert config.data.classes == ("all" if get_method_class(method).fits else "base")
+
+
+# -- published values -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("data", [*FEW_SHOT, "folder", "demo", "cifar10"])
+def test_mocoop_groups_cover_the_templates(data: str) -> None:
+    settings = book("mocoop").resolve(dataset=data).settings
     templates, groups = settings["templates"], settings["groups"]
     assert sum(groups) == len(templates)
     assert len(groups) >= 2, "two experts are chosen per image"
@@ -177,7 +191,7 @@ def test_mocoop_groups_cover_the_templates(path: Path) -> None:
 
 @pytest.mark.parametrize("data", FEW_SHOT)
 def test_mocoop_experts_are_the_published_ones(data: str) -> None:
-    settings = load(CONFIGS / "mocoop" / f"{data}.yaml")["settings"]
+    settings = book("mocoop").resolve(dataset=data).settings
     count, groups = PUBLISHED_GROUPS[data]
     assert settings["groups"] == groups
     assert len(settings["templates"]) == count
@@ -190,27 +204,51 @@ def test_mocoop_experts_are_the_published_ones(data: str) -> None:
 
 @pytest.mark.parametrize("data", FEW_SHOT)
 def test_few_shot_protocol_is_the_published_one(data: str) -> None:
-    mocoop, coop, zeroshot = (load(CONFIGS / method / f"{data}.yaml") for method in ("mocoop", "coop", "zeroshot"))
-    for content in (mocoop, coop, zeroshot):
-        assert content["backbone"] == {"name": "ViT-B-16", "pretrained": "openai"}
-        assert content["data"]["classes"] == "base"
-    for content in (mocoop, coop):
-        assert content["data"]["shots"] == 16
-        assert content["data"]["view"] == "random"
-
-    recipe = mocoop["recipe"]
-    assert tuple(recipe[key] for key in ("epochs", "batch_size", "lr", "warmup_epochs")) == PUBLISHED_RECIPES[data]
-    assert recipe["gradient_clip"] == 1.0
-
+    mocoop, coop, zeroshot = (book(method).resolve(dataset=data) for method in ("mocoop", "coop", "zeroshot"))
+    for config in (mocoop, coop, zeroshot):
+        assert (config.backbone.name, config.backbone.pretrained) == ("ViT-B-16", "openai")
+        assert (config.data.classes, config.data.shots, config.data.view) == ("base", 16, "random")
+    recipe = mocoop.recipe
+    assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.warmup_epochs) == PUBLISHED_RECIPES[data]
+    assert recipe.gradient_clip == 1.0
+    recipe = coop.recipe
     epochs = 50 if data == "imagenet" else 200
-    assert coop["recipe"] == {"epochs": epochs, "batch_size": 32, "lr": 0.002, "warmup_epochs": 1}
-    assert coop["settings"] == {"context_init": "a photo of a"}
-    assert "recipe" not in zeroshot, "nothing is trained"
+    assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.warmup_epochs) == (epochs, 32, 0.002, 1)
+    assert coop.settings["context_init"] == "a photo of a"
 
 
-@pytest.mark.parametrize("method", [*METHODS, *TEST_TIME])
-def test_demo_runs_from_the_package_alone(method: str) -> None:
-    content = load(CONFIGS / method / "demo.yaml")
-    assert content["backbone"] == {"name": "demo"}
-    assert "root" not in content["data"]
-    assert content["data"]["classes"] == ("all" if get_method_class(method).fits else "base")
+def test_what_a_paper_fixes_is_kept_where_a_protocol_only_proposes_shots() -> None:
+    for method, shots in (("prograd", 4), ("promptkd", -1), ("coop", 16), ("mocoop", 16)):
+        assert book(method).resolve(protocol="base-to-new", dataset="dtd", default_shots=16).data.shots == shots
+        assert book(method).resolve(protocol="base-to-new", dataset="dtd", shots=2).data.shots == 2
+
+
+def test_maple_has_the_recipe_of_its_cross_data_set_runs_there_alone() -> None:
+    for protocol, values in ((None, (9, 5, 0.0035)), ("cross-dataset", (3, 2, 0.0026)), ("few-shot", (9, 5, 0.0035))):
+        config = book("maple").resolve(protocol=protocol, dataset="imagenet")
+        assert (config.settings["depth"], config.recipe.epochs, config.recipe.lr) == values
+    assert book("maple").resolve(protocol="cross-dataset", dataset="demo").recipe.epochs == 5
+
+
+def test_every_data_set_of_a_protocol_has_its_own_values() -> None:
+    """Tip-Adapter's grid is another one for each data set, which the plan of the protocol shows."""
+    rows = [book("tip_adapter").differences(protocol="few-shot", dataset=name, shots=1) for name in FEW_SHOT]
+    assert len({str(row) for row in rows}) == len(FEW_SHOT)
+    assert all({"settings.alpha", "settings.search_alpha", "settings.search_beta"} <= set(row) for row in rows)
+
+
+# -- meta-training ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", META, ids=named)
+def test_meta_training_goes_with_the_training_it_names(path: Path) -> None:
+    words = command(path, "Run:")
+    assert words == ["python", "tools/meta_train.py", "--config", f"configs/{named(path)}.yaml"]
+    config, problems = check_config(read_command_line(command(path, "Override:")[2:]), MetaRunConfig)
+    assert config is not None and problems == []
+    config, problems = check_config(read_command_line(words[2:]), MetaRunConfig)
+    assert config is not None and problems == [] and path.stem.removesuffix("-demo") == config.method
+    then = command(path, "Then:")
+    other = parse_run(then[2:])
+    assert (other.method, other.backbone) == (config.method, config.backbone)
+    assert other.init == f"gram:{meta_folder(config)}"
+    # What is learned fits only prompts of the same shapes.
+    assert other.settings == config.settings

@@ -28,7 +28,6 @@ from vlprompt.runs.session import Session
 
 NAMES = ["cat", "annual crop land", "aeroplane", "sea_lake"]
 LABELS = torch.tensor([0, 1, 2, 3])
-CONFIGS = Path(__file__).parents[2] / "configs"
 #: Methods that learn no text prompts in training, with a word of the reason.
 REFUSED = {
     **dict.fromkeys(("zeroshot", "vpt", "visual_prompt", "clip_adapter", "ramt"), "learns no text prompts in training"),
@@ -228,7 +227,7 @@ def test_all_that_is_wrong_on_a_command_line_is_said_at_once(tmp_path: Path) -> 
     (tmp_path / "own.yaml").write_text("method: coop\ndecomposition: {dept: {rnk: 3, rank: 0}}\n")
     with pytest.raises(ConfigError) as caught:
         parse_run(["--config", str(tmp_path / "own.yaml"), "--decomposition.detp", "{}", "--decomposition.ept", "{}"])
-    for words in ("no decomposition 'detp'", "no setting 'rnk'", "rank is 0; accepted", "dept and ept"):
+    for words in ("no decomposition 'detp'", "no key 'decomposition.dept.rnk'", "rank is 0; accepted", "dept and ept"):
         assert words in str(caught.value)
 
 
@@ -253,7 +252,7 @@ def test_runs_without_one_keep_their_folders(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_worked_example_is_maple_with_promptsrcs_terms_and_depts_update() -> None:
 
-    config = parse_run(["--config", str(CONFIGS / "maple" / "promptsrc-dept" / "demo.yaml"), "--data.shots", "1"])
+    config = parse_run(["--config", "maple/demo", "--config", "compositions/promptsrc_dept", "--data.shots", "1"])
     method = Session(config).method
     assert method.name == "maple" and [one.name for one in method.active] == ["self_regularisation", "aggregation"]
     assert method.decomposition.settings.lr_ratio == 0.1  # type: ignore[union-attr]

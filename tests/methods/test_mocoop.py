@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
 from vlprompt import create_method
 from vlprompt.backbone import Backbone
+from vlprompt.cli.parse import parse_run
 from vlprompt.errors import ConfigError
 from vlprompt.prompts import template_layout
 
 NAMES = ["golden_retriever", "jack-o'-lantern", "Boeing 737-200", "cat"]
 ALL_NAMES = [*NAMES, "aeroplane", "sea_lake"]
 PLAIN = {"text_loss_weight": 0.0, "gate_loss_weight": 0.0, "text_correction": False, "tune_layer_norms": False}
-CONFIGS = Path(__file__).parents[2] / "configs" / "mocoop"
 LABELS = torch.tensor([0, 1, 2, 3, 3, 0])
 
 
@@ -282,8 +280,7 @@ def test_gate_loss_reaches_the_layer_norms(mocoop: Any, images: Tensor) -> None:
 def test_parameter_counts_are_the_published_formula(tiny_state_dict: Any, tiny_backbone: Backbone) -> None:
     # seed_methods 12.3: sum (b_g + a_g) W + (D + 1) G + D + layer norms; the gate of ImageNet's 20 experts has 10,260.
     wide = Backbone.from_state_dict(tiny_state_dict(embed_dim=512, text_width=512, text_layers=1))
-    own = yaml.safe_load((CONFIGS / "imagenet.yaml").read_text())["settings"]
-    method = create_method("mocoop", wide, NAMES, **own)
+    method = create_method("mocoop", wide, NAMES, **parse_run(["--config", "mocoop/imagenet"]).settings)
     counts: dict[str, int] = {}
     for name, parameter in method.trainable_parameters():
         counts[name.split(".")[0]] = counts.get(name.split(".")[0], 0) + parameter.numel()
@@ -292,8 +289,8 @@ def test_parameter_counts_are_the_published_formula(tiny_state_dict: Any, tiny_b
     # The published 36,864 layer-norm values belong to 12 blocks of width 768.
     assert counts["norms"] * (12 * 768) // (4 * 128) == 36_864
     for data_set in ("demo", "caltech101", "food101"):
-        own = yaml.safe_load((CONFIGS / f"{data_set}.yaml").read_text()).get("settings", {})
-        method = create_method("mocoop", tiny_backbone, NAMES, **own)
+        settings = parse_run(["--config", f"mocoop/{data_set}"]).settings
+        method = create_method("mocoop", tiny_backbone, NAMES, **settings)
         experts, contexts = len(method.settings.groups), sum(b + a for b, a in method.experts.lengths)
         norms = 2048 if method.settings.tune_layer_norms else 0
         total = contexts * 128 + 65 * experts + (64 if method.settings.text_correction else 0) + norms

@@ -1,4 +1,4 @@
-"""Adding a method takes one file: the package with a toy file beside the methods lists, trains, saves and tests it."""
+"""Adding a method takes one file and one recipe book: the package lists, resolves, trains, saves and tests it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ TOY = '''"""Toy: a learned factor on every class of the zero-shot classifier."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlprompt.config.types import validated
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
 from vlprompt.prompts.zero_shot import template_features
 
 
-@dataclass(frozen=True)
+@validated("settings")
 class ToySettings:
     """Settings of the toy.
 
@@ -57,6 +56,17 @@ class Toy(PromptMethod):
 '''
 
 
+BOOK = """\
+# Toy (arXiv 0000.00000).
+# Run: vlprompt train --config toy --data.name dtd
+method: toy
+recipe: {lr: 0.1}
+datasets:
+  imagenet: {recipe: {epochs: 2}}
+  demo*: {backbone: {name: demo}, data: {view: center}, recipe: {epochs: 2}}
+"""
+
+
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package by links, with one real file more."""
@@ -68,6 +78,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for source in (ROOT / "vlprompt" / "methods").glob("*.py"):
         (folder / "vlprompt" / "methods" / source.name).symlink_to(source)
     (folder / "vlprompt" / "methods" / "toy.py").write_text(TOY)
+    (folder / "configs" / "toy").mkdir(parents=True)
+    (folder / "configs" / "toy" / "base.yaml").write_text(BOOK)
     return folder
 
 
@@ -83,9 +95,19 @@ def test_it_is_listed(house: Path) -> None:
     assert "\ntoy " in python(house, "-m", "vlprompt", "list", "methods")
 
 
+def test_it_is_resolved_for_every_data_set(house: Path) -> None:
+    program = (
+        "from vlprompt.cli.parse import read_command_line, source_of\n"
+        "from vlprompt.datasets import list_datasets\n"
+        "source = source_of(read_command_line(['--config', 'configs/toy']))\n"
+        "for name in list_datasets(): print(name, source.resolve(dataset=name).recipe.epochs)\n"
+    )
+    epochs = dict(line.split() for line in python(house, "-c", program).splitlines())
+    assert len(epochs) > 40 and (epochs["imagenet"], epochs["demo-2"], epochs["dtd"]) == ("2", "2", "50")
+
+
 def test_it_is_trained_and_saved(house: Path) -> None:
-    words = "train --method toy --backbone.name demo --data.name demo --data.shots 1 --recipe.epochs 2 --recipe.lr 0.1"
-    words += " --data.view center --output runs --trainer.progress false"
+    words = "train --config configs/toy/demo.yaml --data.shots 1 --output runs --trainer.progress false"
     python(house, "-m", "vlprompt", *words.split())
     (folder,) = (path.parent for path in house.glob("runs/**/results.json"))
     assert json.loads((folder / "results.json").read_text())["results"]

@@ -25,7 +25,7 @@ def lines_of(text: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("method", ["coop", "mocoop", "zeroshot"])
 def test_demo(method: str, tmp_path: Path) -> None:
-    config = parse_run(["--config", str(ROOT / "configs" / method / "demo.yaml"), "--output", str(tmp_path / "out")])
+    config = parse_run(["--config", f"{method}/demo", "--output", str(tmp_path / "out")])
     text = dry_run(config)
     found = lines_of(text)
     assert "demo" in found["backbone"] and "50 classes (base), 800 training and 450 test images" in found["data"]
@@ -53,17 +53,16 @@ def test_numbers_are_the_run_s_own(tiny: Tiny) -> None:
 
 
 def test_all_that_is_learned_is_counted(tmp_path: Path) -> None:
-    example = str(ROOT / "configs" / "maple" / "promptsrc-dept" / "demo.yaml")
+    example = ["--config", "maple/demo", "--config", "compositions/promptsrc_dept"]
     for classes in ("base", "new"):
-        text = dry_run(parse_run(["--config", example, "--data.classes", classes]))
+        text = dry_run(parse_run([*example, "--data.classes", classes]))
         assert "115,010 numbers in 11 tensors" in text  # MaPLe's 112,320, and (77 + 192) 10 of the pair
 
 
 def test_unlabelled_images_of_the_other_half_are_counted(tmp_path: Path) -> None:
     counts = []
     for method in ("coop", "promptkd"):
-        where = str(ROOT / "configs" / method / "demo.yaml")
-        text = dry_run(parse_run(["--config", where, "--data.shots", "16", "--data.classes", "base"]))
+        text = dry_run(parse_run(["--config", f"{method}/demo", "--data.shots", "16", "--data.classes", "base"]))
         counts.append(int(text.partition("(base), ")[2].partition(" training")[0]))
     assert counts == [800, 1600]
 

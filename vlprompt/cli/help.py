@@ -6,9 +6,9 @@ vlprompt train --config FILE [--a.b VALUE ...] [--print-config] [--dry-run] [--f
 Trains a method, evaluates it, and keeps config, head and results in a run folder. The same command resumes an
 unfinished run and shows a finished one.
 
-  --config FILE     a path, or one of vlprompt's own such as mocoop/demo; several files: later ones win
+  --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours; several: later ones win
   --a.b VALUE       overrides a key of the files, wherever it stands; lists as '[1, 2]', nothing as null
-  --print-config    print the resolved configuration and stop
+  --print-config    print every value with where it comes from, and stop
   --dry-run         print shapes, parameters, memory and steps and stop
   --force           train again although the run is finished
 
@@ -21,7 +21,7 @@ vlprompt base-to-new --config FILE [--config FILE2 ...] [--datasets NAME,NAME2] 
 Trains on the base classes with each seed, evaluates base and new classes, and prints accuracies, their harmonic mean
 and zero-shot. Several --config files are compared side by side; the overrides apply to all of them.
 
-  --config FILE     a path, or one of vlprompt's own such as mocoop/demo
+  --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours
   --datasets A,B    run every configuration on each of these data sets (group:NAME for a group of them), and add the
                     average: its H is the harmonic mean of the averages, as in published tables
   --seeds 1,2,3     the seeds (default 1,2,3)
@@ -40,7 +40,7 @@ each seed, and prints the accuracy on every domain and their mean, beside zero-s
 side by side; the overrides apply to all of them. Chosen domains for one run: vlprompt train --data.source '[A, B]'
 --data.target '[C]'.
 
-  --config FILE     a path, or one of vlprompt's own; its data set has to have domains
+  --config FILE     a method's recipes (mocoop, mocoop/pacs) or a file of yours; its data set has to have domains
   --protocol P      leave-one-out: once per domain, trained on all the others and tested on it;
                     single-source: once per domain, trained on it alone and tested on all the others
   --seeds 1,2,3     the seeds (default 1,2,3)
@@ -62,7 +62,7 @@ Finished runs are reused; the same command goes on where it stopped. Several --c
 
   --protocol NAME   `vlprompt list protocols` shows them: few-shot, base-to-new, cross-dataset, imagenet-domains,
                     leave-one-out, single-source; or a file of yours, my.yaml, with the same fields
-  --config FILE     a path, or one of vlprompt's own such as mocoop/demo
+  --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours
   --datasets A,B    data sets to train on, in place of the protocol's; group:NAME for all that are in a group
   --targets C,D     other data sets to test on (cross-dataset, imagenet-domains)
   --shots 1,2,4     training images per class; several for few-shot alone
@@ -82,7 +82,7 @@ Trains every candidate of a grid, chooses the best on the validation images (of 
 alone. The same command goes on where it stopped. Runs, choice (selection.json) and the winner's configuration
 (best.yaml) lie in OUTPUT/search-...; other seeds and protocols go on from best.yaml.
 
-  --config FILE     a path, or one of vlprompt's own such as mocoop/demo
+  --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours
   --grid KEY=A,B    values to try of recipe.*, settings.*, decomposition.NAME.*, data.view or data.template; texts with
                     commas in quotes
   --on val|test     images to choose on (default val)

@@ -15,10 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any, NoReturn, TypeVar
 
+from vlprompt.config.book import Book, Known, find_book, list_books
 from vlprompt.config.keys import NAMED, as_plain, keys_in, keys_of, merged, nest, sections_of, settings_keys, sources
 from vlprompt.config.run import RunConfig
+from vlprompt.config.source import ConfigSource, NamedBook
 from vlprompt.config.types import Problem, accepted_values, convert, field_default, from_text, refusal, validate
-from vlprompt.config.yaml import Given, find_config, plain, read_config, shown, yaml_text
+from vlprompt.config.yaml import Given, find_config, plain, read_config, shown, shown_path, yaml_text
 from vlprompt.errors import ConfigError, bulleted, did_you_mean, nearest
 
 COMMAND_LINE = "command line"
@@ -181,29 +183,79 @@ def check_config(
 def given_values(
     line: CommandLine, root: type[Any], configs: Sequence[str] | None = None, within: Sequence[str] = ("",)
 ) -> tuple[dict[str, Given], list[str]]:
-    """Return the values of files and overrides by dotted key, in the order in which they apply, and problems of form.
+    """Return the values of books, files and overrides by dotted key, in the order in which they apply, and problems.
 
     The arguments are those of :func:`check_config`.
     """
+    source = _source(line, root, configs, within)
+    return source.given(), source.problems()
+
+
+def source_of(line: CommandLine, configs: Sequence[str] | None = None, within: Sequence[str] = ("",)) -> ConfigSource:
+    """Return what ``line`` says of runs, to be resolved per protocol, data set and shots; see :func:`check_config`."""
+    return _source(line, RunConfig, configs, within)
+
+
+def _source(line: CommandLine, root: type[Any], configs: Sequence[str] | None, within: Sequence[str]) -> ConfigSource:
     problems: list[str] = []
-    layers: list[dict[str, Given]] = []
+    layers: list[NamedBook | dict[str, Given]] = []
     for name in line.configs if configs is None else configs:
         try:
-            layers.append(read_config(find_config(name), sections_of(root), problems, NAMED))
+            layers.append(_layer(name, root, line, problems))
         except ConfigError as error:
             problems.append(str(error))
+    books = [layer for layer in layers if isinstance(layer, NamedBook)]
+    if len({layer.book.folder.resolve() for layer in books}) > 1:
+        names = " and ".join(shown_path(layer.book.folder) for layer in books)
+        problems.append(f"{COMMAND_LINE}: --config names the books {names}; accepted: one, and files of yours")
     overrides: dict[str, Given] = {}
     for key, text in line.overrides.items():
         if key.startswith(tuple(within)):
             overrides[key] = Given(text, COMMAND_LINE, False)
         else:
             line.refuse(key, [name for name in keys_of(root) if name.startswith(tuple(within))])
-    given: dict[str, Given] = {}
-    for layer in [*layers, overrides]:
-        for key, value in layer.items():
-            given.pop(key, None)  # the order of a dictionary is that of the first insertion
-            given[key] = value
-    return given, problems
+
+    def build(given: Mapping[str, Given], wrong: list[str]) -> RunConfig:
+        config: RunConfig | None = _Judge(given, wrong, line.names, root).run()
+        wrong = [*line.problems, *wrong]
+        return config if config is not None and not wrong else refuse(wrong, line.command)
+
+    return ConfigSource([*layers, overrides], build, _dataset_name, problems)
+
+
+def _layer(name: str, root: type[Any], line: CommandLine, problems: list[str]) -> NamedBook | dict[str, Given]:
+    """Return what ``--config NAME`` means: a book, for training runs, or the values of a file."""
+    books: list[str] = []
+    if root is RunConfig:
+        from vlprompt.datasets import list_datasets
+
+        datasets = list_datasets()
+        if named := find_book(name, _dataset_name):
+            folder, dataset = named
+            book = Book(folder, Known(datasets, _protocols(line)))
+            return NamedBook(book, None if dataset is None else Given(dataset, f"--config {name}", True))
+        books = [text for method in list_books() for text in (method, *(f"{method}/{data}" for data in datasets))]
+    return read_config(find_config(name, books), sections_of(root), problems, NAMED)
+
+
+def _protocols(line: CommandLine) -> list[str]:
+    """Return the names of vlprompt's own protocols and of the one in a file that ``line`` runs."""
+    from vlprompt.protocols.protocol_files import find_protocol, list_protocols
+
+    try:
+        return [*list_protocols(), find_protocol(line.options["protocol"]).name]
+    except (KeyError, ConfigError):
+        return list_protocols()
+
+
+def _dataset_name(name: str) -> str | None:
+    """Return a data set's own name for a spelling of it, or None."""
+    from vlprompt.datasets import find_card
+
+    try:
+        return find_card(name).name
+    except ConfigError:
+        return None
 
 
 class _Judge:

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_run, key_table, read_command_line, refuse
+from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_run, key_table, read_command_line, refuse, source_of
 from vlprompt.cli.protocols import need_config, need_no_config, protocol_command, say
 from vlprompt.config.keys import to_yaml
+from vlprompt.config.source import origin_of
 from vlprompt.config.yaml import shown
 from vlprompt.errors import HeadError
 
@@ -29,7 +30,8 @@ def train_command(words: list[str]) -> int:
     if config is None or problems:
         refuse(problems, "train")
     if "print-config" in line.flags:
-        print(to_yaml(config), end="")
+        given = source_of(line).given()
+        print(to_yaml(config, lambda key: origin_of(given, key)), end="")
         return 0
     if "dry-run" in line.flags:
         from vlprompt.runs.dry_run import dry_run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from vlprompt.config.hints import bare, field_hints, is_dataclass
@@ -81,6 +81,24 @@ def as_plain(config: Any) -> dict[str, Any]:
     return values
 
 
-def to_yaml(config: Any) -> str:
-    """Return ``config`` as the text of a configuration file; reading it gives an equal configuration."""
-    return yaml_text(as_plain(config))
+def to_yaml(config: Any, origin: Callable[[str], str] | None = None) -> str:
+    """Return ``config`` as the text of a configuration file; reading it gives an equal configuration.
+
+    Args:
+        config: A configuration dataclass.
+        origin: Says where the value of a dotted key comes from, which is then a comment on its line.
+    """
+    values = as_plain(config)
+    return yaml_text(values) if origin is None else "".join(f"{line}\n" for line in _annotated(values, origin))
+
+
+def _annotated(values: Mapping[str, Any], origin: Callable[[str], str], prefix: str = "") -> Iterator[str]:
+    indent = "  " * prefix.count(".")
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield f"{indent}{name}:"
+            yield from _annotated(value, origin, f"{prefix}{name}.")
+        else:
+            first, *more = (indent + line for line in yaml_text({name: value}).splitlines())
+            yield f"{first:<48}  # {origin(prefix + name)}"
+            yield from more

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import yaml
 
 from vlprompt.errors import ConfigError, nearest
 
+BASE = "base.yaml"
+"""The file that makes a folder a recipe book (:mod:`vlprompt.config.book`)."""
 MAX_CONFIG_BYTES = 1_000_000
 _EXPECTED = "a configuration is a mapping such as 'method: mocoop'"
 
@@ -123,6 +125,18 @@ def read_config(
     Raises:
         ConfigError: The file as a whole cannot be used: unreadable, too large, not UTF-8, not YAML, not a mapping.
     """
+    loader, root = read_mapping(path)
+    leaves = Leaves(loader, shown_path(path), sections, problems, open_sections)
+    leaves.collect(root)
+    return leaves.given
+
+
+def read_mapping(path: Path) -> tuple[_Loader, yaml.MappingNode]:
+    """Return the loader and the mapping that the file at ``path`` holds.
+
+    Raises:
+        ConfigError: The file as a whole cannot be used: unreadable, too large, not UTF-8, not YAML, not a mapping.
+    """
     name = shown_path(path)
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -144,25 +158,29 @@ def read_config(
         raise ConfigError(f"{name} holds no keys; {_EXPECTED}")
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{name}, line {root.start_mark.line + 1}: a list or a text stands here; {_EXPECTED}")
-    given: dict[str, Given] = {}
-    _Leaves(loader, name, sections, tuple(f"{key}." for key in open_sections), given, problems).collect(root)
-    return given
+    return loader, root
 
 
 @dataclass
-class _Leaves:
-    """The walk over one file: leaves into ``given`` under dotted keys, what is wrong into ``problems``."""
+class Leaves:
+    """The values of one file under dotted keys, each with its line; what is wrong goes to ``problems``.
+
+    Mappings in ``sections`` hold keys, and so does every mapping inside ``open_sections`` that is not empty; any other
+    mapping is a value. Keys in ``tables`` are left to the caller.
+    """
 
     loader: _Loader
     name: str
     sections: Collection[str]
-    open_prefixes: tuple[str, ...]
-    given: dict[str, Given]
     problems: list[str]
+    open_sections: Collection[str] = ()
+    tables: Collection[str] = ()
+    given: dict[str, Given] = field(default_factory=dict)
 
-    def collect(self, node: yaml.MappingNode, prefix: str = "") -> None:
-        """Take the keys of ``node``, going down into sections only."""
+    def collect(self, node: yaml.MappingNode, prefix: str = "") -> list[tuple[str, yaml.Node, str]]:
+        """Take the keys of ``node`` into ``given``; return the tables: name, content and line."""
         seen: dict[str, int] = {}
+        tables = []
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             source = f"{self.name}, line {line}"
@@ -176,15 +194,19 @@ class _Leaves:
                 self.problems.append(f"{source}: {shown(key)}: dotted keys are for the command line; {fix}")
             elif key in seen:
                 self.problems.append(f"{source}: {shown(key)} stands twice (first in line {seen[key]})")
-            elif key.startswith(self.open_prefixes) and isinstance(value_node, yaml.MappingNode) and value_node.value:
+            elif key in self.tables:
+                tables.append((key, value_node, source))
+            elif isinstance(value_node, yaml.MappingNode) and self._holds_keys(key, value_node):
                 self.collect(value_node, key + ".")
-            elif key not in self.sections:
-                self._leaf(key, value_node, source)
-            elif isinstance(value_node, yaml.MappingNode):
-                self.collect(value_node, key + ".")
-            else:
+            elif key in self.sections:
                 self.problems.append(f"{source}: {key!r} is a section: keys stand indented under it, or it is left out")
+            else:
+                self._leaf(key, value_node, source)
             seen.setdefault(key, line)
+        return tables
+
+    def _holds_keys(self, key: str, node: yaml.MappingNode) -> bool:
+        return key in self.sections or (key.partition(".")[0] in self.open_sections and bool(node.value))
 
     def _leaf(self, key: str, node: yaml.Node, source: str) -> None:
         try:
@@ -218,30 +240,34 @@ def config_root() -> Path | None:
     return None
 
 
-def find_config(name: str) -> Path:
-    """Return the file that ``--config NAME`` means: a path, or one of vlprompt's own such as ``mocoop/demo``.
+def find_config(name: str, books: Collection[str] = ()) -> Path:
+    """Return the file that ``--config NAME`` means: a path, or one of vlprompt's own such as ``gram/coop``.
+
+    Args:
+        name: What was typed.
+        books: Other names that are accepted, for the text of the error.
 
     Raises:
         ConfigError: No such file; the text names the nearest ones.
     """
     root = config_root()
-    own = name.removeprefix("./").removeprefix("configs/")
+    plain = name.removeprefix("./").removeprefix("configs/")
     candidates = [Path(name), Path(name + ".yaml")]
-    if root is not None and ".." not in Path(own).parts and not Path(own).is_absolute():
-        candidates += [root / own, root / (own + ".yaml")]
+    if root is not None and ".." not in Path(plain).parts and not Path(plain).is_absolute():
+        candidates += [root / plain, root / (plain + ".yaml")]
     for path in candidates:
         if os.path.isfile(path):  # unlike Path.is_file, False for a name that is too long
             return path
+    paths = sorted(root.glob("*/*.yaml")) if root is not None else []
+    own = [f"{path.parent.name}/{path.stem}" for path in paths if not (path.parent / BASE).is_file()]
     if os.path.isdir(name):
-        example = f"{name.rstrip('/')}/demo.yaml"
-        raise ConfigError(f"--config {shown(name)}: this is a folder; name one file in it, such as {example}")
-    known = [path.relative_to(root).with_suffix("").as_posix() for path in sorted(root.rglob("*.yaml"))] if root else []
-    found = nearest(own.removesuffix(".yaml").removesuffix(".yml"), known)
-    if not found:  # a path elsewhere: its last two parts say which configuration was meant
-        found = nearest("/".join(Path(own).with_suffix("").parts[-2:]), known)
-    hint = " Did you mean " + " or ".join(f"configs/{near}.yaml" for near in found) + "?" if found else ""
+        raise ConfigError(f"--config {shown(name)}: this is a folder without {BASE}; name one file in it")
+    near = nearest(plain.removesuffix(".yaml").removesuffix(".yml"), [*books, *own])
+    if not near:  # a path elsewhere: its last two parts say which configuration was meant
+        near = nearest("/".join(Path(plain).with_suffix("").parts[-2:]), [*books, *own])
+    hint = " Did you mean " + " or ".join(near) + "?" if near else ""
     where = f" or in {shown_path(root)}" if root else ""
-    raise ConfigError(f"--config {shown(name)}: there is no such file here{where}.{hint}")
+    raise ConfigError(f"--config {shown(name)}: there is no such file or book here{where}.{hint}")
 
 
 # -- words ----------------------------------------------------------------------------------------------------------

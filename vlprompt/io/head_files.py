@@ -52,7 +52,7 @@ def find_head(folder: str | Path) -> Path:
             raise HeadError(
                 f"saving over {folder} was interrupted; restore the older head: mv {kept[0].parent} {folder}"
             )
-        raise HeadError(f"there is no folder {folder}. Train a head first: vlprompt train --config mocoop/demo.yaml")
+        raise HeadError(f"there is no folder {folder}. Train a head first: vlprompt train --config mocoop/demo")
     raise HeadError(
         f"{folder} holds no head: looked for {CONFIG_FILE} and {TENSOR_FILE} in it and in {folder / 'head'}. "
         "An unfinished run has none yet; run its train command again to finish it."

@@ -26,7 +26,7 @@ class KgCoOpSettings(CoOpSettings):
         knowledge_weight: Factor of the knowledge term.
         variant: "code", one minus the mean cosine, or "paper", the mean squared distance.
         templates: The hand-written prompt; left open, the data set's own. The official table differs from CoOp's for
-            DTD: "a photo of a {}, a type of texture.", which ``configs/kgcoop/dtd.yaml`` has.
+            DTD: "a photo of a {}, a type of texture.", which ``configs/kgcoop/base.yaml`` has.
     """
 
     context_init: str = "a photo of a"

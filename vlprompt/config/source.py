@@ -1,0 +1,194 @@
+"""Where the values of runs come from: books, files and command line, resolved for a protocol, a data set and shots."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlprompt.config.book import Book, Selectors
+from vlprompt.config.run import RunConfig
+from vlprompt.config.yaml import Given
+
+Build = Callable[[Mapping[str, Given], list[str]], RunConfig]
+"""Makes the configuration of values by dotted key; raises ConfigError with these problems and those of the values."""
+
+
+@dataclass(frozen=True)
+class NamedBook:
+    """A book, and the data set that its name had (``coop/dtd``), if any."""
+
+    book: Book
+    dataset: Given | None = None
+
+    def resolve(self, selectors: Selectors) -> dict[str, Given]:
+        """Return the book's values for ``selectors``, with the data set of the name."""
+        given = self.book.resolve(selectors)
+        return given if self.dataset is None else {**given, "data.name": self.dataset}
+
+
+Layer = NamedBook | Mapping[str, Given]
+
+
+_DECLARED = ("settings", "recipe")
+"""Sections whose defaults are the method's own."""
+
+
+class ConfigSource:
+    """Configurations that follow from the same ``--config`` names and overrides.
+
+    Args:
+        layers: Books and plain values by dotted key; later ones win.
+        build: Makes a configuration of values.
+        canonical: Returns a data set's own name for a spelling, or None.
+        problems: What was wrong before the values are looked at.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        build: Build,
+        canonical: Callable[[str], str | None],
+        problems: Sequence[str] = (),
+    ) -> None:
+        self._layers, self._build, self._canonical = tuple(layers), build, canonical
+        self._problems = list(problems)
+
+    def resolve(
+        self,
+        *,
+        protocol: str | None = None,
+        dataset: str | None = None,
+        shots: int | None = None,
+        default_shots: int | None = None,
+    ) -> RunConfig:
+        """Return the configuration of one run.
+
+        Args:
+            protocol: The protocol that runs it.
+            dataset: The data set that the protocol names; None for the configuration's own.
+            shots: Images per class, whatever the configuration says.
+            default_shots: Images per class where neither book, nor file, nor command line says any.
+
+        Raises:
+            ConfigError: With every problem of the values.
+        """
+        given = self.given(protocol=protocol, dataset=dataset, shots=shots, default_shots=default_shots)
+        return self._build(given, self.problems())
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the names, the files and the form of the overrides, as far as they were read."""
+        books = [layer.book for layer in self._layers if isinstance(layer, NamedBook)]
+        return [*self._problems, *(text for book in books for text in book.problems)]
+
+    def given(
+        self,
+        *,
+        protocol: str | None = None,
+        dataset: str | None = None,
+        shots: int | None = None,
+        default_shots: int | None = None,
+    ) -> dict[str, Given]:
+        """Return the values of one run by dotted key, each with where it comes from; see :meth:`resolve`."""
+        place = "command line" if protocol is None else f"protocol {protocol}"
+        forced = {"data.name": dataset, "data.shots": shots}
+        last = {key: Given(value, place, True) for key, value in forced.items() if value is not None}
+        # The name of the data set, then the backbone, then the shots: each may depend on those before it.
+        selectors = Selectors(protocol=protocol)
+        name = _text({**self._merged(selectors), **last}, "data.name", RunConfig().data.name)
+        selectors = Selectors(protocol=protocol, dataset=self._canonical(name))
+        backbone = _text(self._merged(selectors), "backbone.name", RunConfig().backbone.name)
+        selectors = Selectors(protocol=protocol, dataset=selectors.dataset, backbone=backbone)
+        fallback = {} if default_shots is None else {"data.shots": Given(default_shots, place, True)}
+        count = _number({**fallback, **self._merged(selectors), **last}, "data.shots", RunConfig().data.shots)
+        selectors = Selectors(count, selectors.dataset, backbone, protocol)
+        return {**fallback, **self._merged(selectors), **last}
+
+    def differences(
+        self,
+        *,
+        protocol: str | None = None,
+        dataset: str | None = None,
+        shots: int | None = None,
+        default_shots: int | None = None,
+    ) -> dict[str, Any]:
+        """Return the values of one run that do not stand at the top of its book, by dotted key.
+
+        They come from the book's tables, later files and the command line; without a book, from the command line alone.
+        ``data.name`` and ``data.shots`` are left out.
+        """
+        arguments: dict[str, Any] = dict(protocol=protocol, dataset=dataset, shots=shots, default_shots=default_shots)
+        books = [layer.book.base() for layer in self._layers if isinstance(layer, NamedBook)]
+        files = [layer for layer in self._layers if not isinstance(layer, NamedBook)]
+        base = {id(value) for values in books or files for value in values.values() if value.typed}
+        config = self.resolve(**arguments)
+        return {
+            key: _value_of(config, key)
+            for key, value in self.given(**arguments).items()
+            if id(value) not in base and key not in ("data.name", "data.shots")
+        }
+
+    def _merged(self, selectors: Selectors) -> dict[str, Given]:
+        merged: dict[str, Given] = {}
+        for layer in self._layers:
+            for key, value in (layer.resolve(selectors) if isinstance(layer, NamedBook) else layer).items():
+                merged.pop(key, None)  # the order of a dictionary is that of the first insertion
+                merged[key] = value
+        return merged
+
+
+class _Fixed(ConfigSource):
+    """A configuration made in Python: only its data set and shots change."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__((), lambda given, problems: config, lambda name: name)
+        self._config = config
+
+    def resolve(
+        self,
+        *,
+        protocol: str | None = None,
+        dataset: str | None = None,
+        shots: int | None = None,
+        default_shots: int | None = None,
+    ) -> RunConfig:
+        count = default_shots if shots is None else shots
+        chosen = {"name": dataset, "shots": count}
+        return self._config.with_data(**{key: value for key, value in chosen.items() if value is not None})
+
+    def differences(self, **arguments: Any) -> dict[str, Any]:
+        return {}
+
+
+def as_source(config: RunConfig | ConfigSource) -> ConfigSource:
+    """Return ``config`` as a source; one made in Python keeps its values but for data set and shots."""
+    return config if isinstance(config, ConfigSource) else _Fixed(config)
+
+
+def origin_of(given: Mapping[str, Given], key: str) -> str:
+    """Return where the value of ``key`` comes from in words: a file and line, the command line, method or default."""
+    parts = key.split(".")
+    for count in range(len(parts), 0, -1):  # objectives.knowledge may be given as a whole
+        if place := given.get(".".join(parts[:count])):
+            return place.source
+    return "method" if parts[0] in _DECLARED else "default"
+
+
+def _text(given: Mapping[str, Given], key: str, default: str) -> str:
+    value = given[key].value if key in given else default
+    return value if isinstance(value, str) else default
+
+
+def _number(given: Mapping[str, Given], key: str, default: int) -> int:
+    try:
+        return int(str(given[key].value)) if key in given else default
+    except ValueError:  # the build says what is wrong with it
+        return default
+
+
+def _value_of(config: RunConfig, key: str) -> Any:
+    """Return the value of a dotted ``key``, through dataclasses and mappings."""
+    return functools.reduce(
+        lambda part, name: part[name] if isinstance(part, Mapping) else getattr(part, name), key.split("."), config
+    )
