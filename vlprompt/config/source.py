@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from typing_extensions import TypedDict, Unpack
 
 from vlprompt.config.book import Book, Selectors
 from vlprompt.config.run import RunConfig
@@ -29,6 +30,22 @@ class NamedBook:
 
 
 Layer = NamedBook | Mapping[str, Given]
+
+
+class Selection(TypedDict, total=False):
+    """What chooses the values of one run; None is the same as a key that is left out.
+
+    Attributes:
+        protocol: The protocol that runs it.
+        dataset: The data set that the protocol names; without it, the configuration's own.
+        shots: Images per class, whatever the configuration says.
+        default_shots: Images per class where neither book, nor file, nor command line says any.
+    """
+
+    protocol: str | None
+    dataset: str | None
+    shots: int | None
+    default_shots: int | None
 
 
 _DECLARED = ("settings", "recipe")
@@ -55,26 +72,13 @@ class ConfigSource:
         self._layers, self._build, self._canonical = tuple(layers), build, canonical
         self._problems = list(problems)
 
-    def resolve(
-        self,
-        *,
-        protocol: str | None = None,
-        dataset: str | None = None,
-        shots: int | None = None,
-        default_shots: int | None = None,
-    ) -> RunConfig:
+    def resolve(self, **selection: Unpack[Selection]) -> RunConfig:
         """Return the configuration of one run.
-
-        Args:
-            protocol: The protocol that runs it.
-            dataset: The data set that the protocol names; None for the configuration's own.
-            shots: Images per class, whatever the configuration says.
-            default_shots: Images per class where neither book, nor file, nor command line says any.
 
         Raises:
             ConfigError: With every problem of the values.
         """
-        given = self.given(protocol=protocol, dataset=dataset, shots=shots, default_shots=default_shots)
+        given = self.given(**selection)
         return self._build(given, self.problems())
 
     def problems(self) -> list[str]:
@@ -82,17 +86,11 @@ class ConfigSource:
         books = [layer.book for layer in self._layers if isinstance(layer, NamedBook)]
         return [*self._problems, *(text for book in books for text in book.problems)]
 
-    def given(
-        self,
-        *,
-        protocol: str | None = None,
-        dataset: str | None = None,
-        shots: int | None = None,
-        default_shots: int | None = None,
-    ) -> dict[str, Given]:
-        """Return the values of one run by dotted key, each with where it comes from; see :meth:`resolve`."""
+    def given(self, **selection: Unpack[Selection]) -> dict[str, Given]:
+        """Return the values of one run by dotted key, each with where it comes from."""
+        protocol, default_shots = selection.get("protocol"), selection.get("default_shots")
         place = "command line" if protocol is None else f"protocol {protocol}"
-        forced = {"data.name": dataset, "data.shots": shots}
+        forced = {"data.name": selection.get("dataset"), "data.shots": selection.get("shots")}
         last = {key: Given(value, place, True) for key, value in forced.items() if value is not None}
         # The name of the data set, then the backbone, then the shots: each may depend on those before it.
         selectors = Selectors(protocol=protocol)
@@ -105,27 +103,19 @@ class ConfigSource:
         selectors = Selectors(count, selectors.dataset, backbone, protocol)
         return {**fallback, **self._merged(selectors), **last}
 
-    def differences(
-        self,
-        *,
-        protocol: str | None = None,
-        dataset: str | None = None,
-        shots: int | None = None,
-        default_shots: int | None = None,
-    ) -> dict[str, Any]:
+    def differences(self, **selection: Unpack[Selection]) -> dict[str, Any]:
         """Return the values of one run that do not stand at the top of its book, by dotted key.
 
         They come from the book's tables, later files and the command line; without a book, from the command line alone.
         ``data.name`` and ``data.shots`` are left out.
         """
-        arguments: dict[str, Any] = dict(protocol=protocol, dataset=dataset, shots=shots, default_shots=default_shots)
         books = [layer.book.base() for layer in self._layers if isinstance(layer, NamedBook)]
         files = [layer for layer in self._layers if not isinstance(layer, NamedBook)]
         base = {id(value) for values in books or files for value in values.values() if value.typed}
-        config = self.resolve(**arguments)
+        config = self.resolve(**selection)
         return {
-            key: _value_of(config, key)
-            for key, value in self.given(**arguments).items()
+            key: _value_of(config, key, value.value)
+            for key, value in self.given(**selection).items()
             if id(value) not in base and key not in ("data.name", "data.shots")
         }
 
@@ -145,19 +135,12 @@ class _Fixed(ConfigSource):
         super().__init__((), lambda given, problems: config, lambda name: name)
         self._config = config
 
-    def resolve(
-        self,
-        *,
-        protocol: str | None = None,
-        dataset: str | None = None,
-        shots: int | None = None,
-        default_shots: int | None = None,
-    ) -> RunConfig:
-        count = default_shots if shots is None else shots
-        chosen = {"name": dataset, "shots": count}
+    def resolve(self, **selection: Unpack[Selection]) -> RunConfig:
+        shots = selection.get("shots")
+        chosen = {"name": selection.get("dataset"), "shots": selection.get("default_shots") if shots is None else shots}
         return self._config.with_data(**{key: value for key, value in chosen.items() if value is not None})
 
-    def differences(self, **arguments: Any) -> dict[str, Any]:
+    def differences(self, **selection: Unpack[Selection]) -> dict[str, Any]:
         return {}
 
 
@@ -187,8 +170,12 @@ def _number(given: Mapping[str, Given], key: str, default: int) -> int:
         return default
 
 
-def _value_of(config: RunConfig, key: str) -> Any:
-    """Return the value of a dotted ``key``, through dataclasses and mappings."""
-    return functools.reduce(
-        lambda part, name: part[name] if isinstance(part, Mapping) else getattr(part, name), key.split("."), config
-    )
+def _value_of(config: RunConfig, key: str, given: Any) -> Any:
+    """Return the value of ``config`` under a dotted ``key``; ``given`` where the configuration has another key for it."""
+    value: Any = config
+    for name in key.split("."):
+        entries = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
+        if name not in entries:
+            return given
+        value = entries[name]
+    return value
