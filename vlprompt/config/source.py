@@ -171,7 +171,7 @@ def _number(given: Mapping[str, Given], key: str, default: int) -> int:
 
 
 def _value_of(config: RunConfig, key: str, given: Any) -> Any:
-    """Return the value of ``config`` under a dotted ``key``; ``given`` where the configuration has another key for it."""
+    """Return the value of a dotted ``key``; ``given`` where the configuration holds it under another key."""
     value: Any = config
     for name in key.split("."):
         entries = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
