@@ -11,7 +11,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-METHODS := coop mocoop cocoop kgcoop prograd vpt ivlp maple promptsrc restore dept ept clip_adapter clip_lora ramt apt \
+METHODS := coop mocoop cocoop kgcoop prograd vpt ivlp maple promptsrc restore dept_lowrank ept clip_adapter clip_lora ramt apt_approximated \
 	visual_prompt upt promptkd
 CACHES := tip_adapter tip_adapter_f tfup tfup_t ape gda taskres linear_probe lp_plus_plus
 TEST_TIME := tpt difftpt tda mta zero

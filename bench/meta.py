@@ -89,7 +89,7 @@ def _measured(options: argparse.Namespace) -> dict[str, float]:
     shapes = {name: tuple(prompt.shape) for name, prompt in method.prompt_tensors()}
     regulator = Regulator(shapes, backbone.embed_dim, RegulatorSettings())
     size = (3, backbone.preprocess.size, backbone.preprocess.size)
-    shape = size if method.learns_image_side else (backbone.embed_dim,)
+    shape = size if method.needs.images else (backbone.embed_dim,)
     labels = torch.arange(options.pairs)
     tasks = [
         {

@@ -38,8 +38,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Images per step in the papers' configurations (4 for methods with image tokens). CoCoOp's is 1 in the paper.
-BATCHES = {"coop": 32, "kgcoop": 32, "prograd": 32, "mocoop": 32, "cocoop": 4, "dept": 32, "ept": 32}
-BATCHES |= {"clip_lora": 32, "ramt": 32, "apt": 32, "clip_adapter": 32}
+BATCHES = {"coop": 32, "kgcoop": 32, "prograd": 32, "mocoop": 32, "cocoop": 4, "dept_lowrank": 32, "ept": 32}
+BATCHES |= {"clip_lora": 32, "ramt": 32, "apt_approximated": 32, "clip_adapter": 32}
 #: Settings with which fitting is one step on all images. The batch is 32, as for CLIP-Adapter (TaskRes's is 256).
 FITTED: dict[str, dict[str, Any]] = {
     "taskres": {"views": 0, "epochs": 1, "warmup_epochs": 0},
@@ -66,8 +66,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    every = "coop,cocoop,kgcoop,prograd,mocoop,vpt,ivlp,maple,promptsrc,restore,dept,ept,clip_lora,ramt,apt,"
-    every += "visual_prompt,upt,promptkd,clip_adapter," + ",".join(FITTED)
+    every = "coop,cocoop,kgcoop,prograd,mocoop,vpt,ivlp,maple,promptsrc,restore,dept_lowrank,ept,clip_lora,ramt,"
+    every += "apt_approximated,visual_prompt,upt,promptkd,clip_adapter," + ",".join(FITTED)
     parser = argparse.ArgumentParser(description="A training step of every method: official algorithm and ours.")
     parser.add_argument("--methods", default=every, help="names, separated by commas (default: all trained methods)")
     parser.add_argument("--classes", default="10,100,1000", help="numbers of classes, separated by commas")
@@ -149,10 +149,12 @@ def _child(options: argparse.Namespace) -> int:
     inputs = images
     if naive:
         _as_published(method, images)
-    elif not method.learns_image_side:
+    elif not method.needs.images:
         with torch.no_grad():
             inputs = method.image_features(images)  # in a run they come from the feature store
-    step = _fitting_step if method.fits else _gradient_step
+    from vlprompt.methods.fitted import FittedMethod
+
+    step = _fitting_step if isinstance(method, FittedMethod) else _gradient_step
     times: list[float] = []
     while len(times) < options.repeats + on_gpu and not (naive and times and times[0] > _LONG):
         start = time.perf_counter()
@@ -185,7 +187,7 @@ def _fitting_step(method: Any, inputs: Any, labels: Any) -> dict[str, Any]:
     """Return the state after one fitting step on images or their features."""
     import torch
 
-    from vlprompt.methods.fitting import FewShotFeatures
+    from vlprompt.methods.fitted import FewShotFeatures
 
     with torch.no_grad():
         features = method.image_features(inputs) if inputs.ndim == 4 else inputs

@@ -25,7 +25,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from vlprompt.caches import TipAdapter, grid  # noqa: E402
+from vlprompt.caches.search import grid
+from vlprompt.caches.tip_adapter import TipAdapter  # noqa: E402
 
 SCALE, TOPS = 100.0, (7.0, 3.0)
 

@@ -23,7 +23,7 @@ LAYERS = (
     ("errors", "_lazy"),
     ("_dist", "_files", "_random", "registry", "schedule", "version"),
     ("config",),
-    ("backbone", "datasets", "views"),
+    ("backbone", "datasets", "needs"),
     ("prompts",),
     ("caches", "objectives", "testtime"),
     ("methods",),
@@ -47,6 +47,7 @@ COMPUTED = {
     "vlprompt._lazy": "the names of a package, which its stub lists; what vlprompt/__init__.py provides",
     "vlprompt.datasets.readers": "the reader that a card names",
     "vlprompt.methods": "every method",
+    "vlprompt.objectives": "every objective",
 }
 
 

@@ -31,7 +31,7 @@ import tiny_clip  # noqa: E402
 import vlprompt  # noqa: E402
 from vlprompt.backbone import Backbone  # noqa: E402
 from vlprompt.errors import VlpromptError  # noqa: E402
-from vlprompt.objectives import routing_target  # noqa: E402
+from vlprompt.methods.mocoop import routing_target  # noqa: E402
 from vlprompt.prompts import template_layout  # noqa: E402
 
 Arrays = Mapping[str, np.ndarray]

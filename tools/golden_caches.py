@@ -8,8 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from vlprompt.caches import Adaptation, CacheRecipe, TFUPTrained, TipAdapter, TipAdapterF, grid
+from vlprompt.caches.search import grid
 from vlprompt.caches.tfup import candidate_divergence, kl_matrix
+from vlprompt.caches.tfup_trained import Adaptation, TFUPTrained
+from vlprompt.caches.tip_adapter import TipAdapter, TipAdapterF
+from vlprompt.caches.training import CacheRecipe
 from vlprompt.prompts.zero_shot import filled_in, mean_features, raw_features, template_features
 
 Results = Iterator[tuple[str, Any]]
@@ -59,7 +62,7 @@ def check_tip_adapter(golden: Any) -> Results:
 def _tip_adapter_f(golden: Any, text: Any, options: Any, raw: Any, truth: Any, axes: Any) -> Results:
     hyper, labels = golden.meta["hyper"], golden.tensor("train_labels")
     recipe = CacheRecipe(hyper["epochs"], hyper["bsF"], hyper["lr"], eps=1e-4, weight_decay=0.01)
-    cache = TipAdapterF(text, hyper["logit_scale"], **options, recipe=recipe)
+    cache = TipAdapterF(text, hyper["logit_scale"], **options, training=recipe)
     TipAdapter.fit(cache, golden.tensor("train_raw"), labels)
     back = labels.argsort(stable=True).argsort()
     untrained = cache.get_buffer("keys")
@@ -109,8 +112,8 @@ def check_tfup(golden: Any) -> Results:
         confidence=hyper["confidence_threshold"],
         marginal_weight=hyper["marginal_weight"],
     )
-    options = {"alpha": hyper["alpha"], "beta": hyper["beta"], "shots": hyper["cache_shots"]}
-    cache = TFUPTrained(text, 100.0, **options, recipe=recipe, adaptation=adaptation)
+    options = {"alpha": hyper["alpha"], "beta": hyper["beta"], "cache_shots": hyper["cache_shots"]}
+    cache = TFUPTrained(text, 100.0, **options, training=recipe, adaptation=adaptation)
     super(TFUPTrained, cache).fit(images)
     chosen = cache.select(images, hyper["cache_shots"]).flatten()
     yield "cache_indices", chosen

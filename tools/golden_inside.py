@@ -102,7 +102,11 @@ def check_ramt(golden: Any) -> Results:
     yield from _dropout(golden, hyper["gd_lambdas"], hyper["gd_sgd_lr"])
     images, labels = golden.tensor("images").float(), golden.tensor("labels")
     made = vlprompt.create_method(
-        "ramt", golden.backbone, hyper["names"], templates=[hyper["template"]], strength=hyper["lam"]
+        "ramt",
+        golden.backbone,
+        hyper["names"],
+        templates=[hyper["template"]],
+        gradient_dropout={"strength": hyper["lam"]},
     )
     words = [name.replace("_", " ").lower() for name in hyper["names"]]
     yield "text_tokens", golden.tokens([hyper["template"].replace("{}", word) for word in words])

@@ -76,9 +76,9 @@ def check_kgcoop(golden: Any) -> Results:
         settings = {
             "context_length": options["n_ctx"],
             "context_init": options["ctx_init"],
-            "knowledge_weight": options["weight"],
+            "knowledge": {"weight": options["weight"], "templates": [options["frozen_template"]]},
         }
-        made = make(golden, case, names, "kgcoop", templates=(options["frozen_template"],), **settings)
+        made = make(golden, case, names, "kgcoop", **settings)
         if options["ctx_init"]:
             fresh = vlprompt.create_method(
                 "kgcoop", golden.backbone, golden.meta["class_names"], context_init=options["ctx_init"]
@@ -98,12 +98,15 @@ def check_prograd(golden: Any) -> Results:
     for case, options in golden.meta["cases"].items():
         labels = golden.tensor(f"{case}/labels")
         base_settings = {"context_length": options["n_ctx"], "class_specific": options["class_specific"]}
-        base_settings |= {"strength": options["lambda_"], "temperature": options["temperature"]}
+        base_settings["projected_gradient"] = {
+            "strength": options["lambda_"],
+            "temperature": options["temperature"],
+            "templates": [options["zeroshot_template"]],
+        }
         base_settings["context_init"] = "template" if options["ctx_init"] else ""
-        made = make(golden, case, names, "prograd", templates=(options["zeroshot_template"],), **base_settings)
+        made = make(golden, case, names, "prograd", **base_settings)
         if f"{case}/official_init/ctx" in golden.arrays:
-            settings = {**base_settings, "templates": (options["zeroshot_template"],)}
-            fresh = vlprompt.create_method("prograd", golden.backbone, golden.meta["class_names"], **settings)
+            fresh = vlprompt.create_method("prograd", golden.backbone, golden.meta["class_names"], **base_settings)
             yield f"{case}/official_init/ctx", fresh.prompt.ctx.detach()
         yield from prompts(golden, case, made.prompt.placeholder)
         projection, step = made.objectives[0], made.step(images, labels)
@@ -186,11 +189,13 @@ def check_promptsrc(golden: Any) -> Results:
             yield from _aggregation(golden, options, images)
             continue
         names = _text(options["depth_text"]) | _visual(options["depth_vision"])
-        weights = {"text_weight": options["text_loss_weight"], "image_weight": options["image_loss_weight"]}
-        made = make(golden, case, names, "promptsrc", aggregate=False, **_ivlp(options), **weights)
+        weights = {"text": options["text_loss_weight"], "image": options["image_loss_weight"]}
+        made = make(
+            golden, case, names, "promptsrc", aggregation=None, self_regularisation=weights, **_ivlp(options)
+        )
         assert tuple(made.objectives[0].settings.templates) == tuple(templates)
         fresh = vlprompt.create_method(
-            "promptsrc", golden.backbone, golden.meta["class_names"], aggregate=False, **_ivlp(options)
+            "promptsrc", golden.backbone, golden.meta["class_names"], aggregation=None, **_ivlp(options)
         )
         yield f"{case}/official_init/prompt_learner.ctx", fresh.context.ctx.detach()
         yield from _deep(golden, case, made, made.context)
@@ -215,8 +220,7 @@ def _aggregation(golden: Any, options: Any, images: torch.Tensor) -> Results:
     names = _text(options["depth_text"]) | _visual(options["depth_vision"])
     mean, deviation = options["mean"], options["std"]
     settings = {
-        "aggregation_mean": float(mean),
-        "aggregation_deviation": float(deviation),
+        "aggregation": {"mean": float(mean), "deviation": float(deviation)},
         "context_init": "a photo of a",
     }
     settings |= {key: value for key, value in _ivlp({**options, "ctx_init": ""}).items() if key != "context_init"}
@@ -280,7 +284,8 @@ def check_restore(golden: Any) -> Results:
     ratios = {"text_ratio": options["text_ratio"], "image_ratio": options["vision_ratio"]}
     fresh = vlprompt.create_method("restore", golden.backbone, golden.meta["class_names"], **settings)
     yield "depth4/official_init/ctx", fresh.prompts.context.ctx.detach()
-    made = make(golden, "depth4", names, "restore", shift_weight=options["shift_weight"], **settings, **ratios)
+    shift = {"weight": options["shift_weight"]}
+    made = make(golden, "depth4", names, "restore", shift_consistency=shift, surgery=ratios, **settings)
     yield from _deep(golden, "depth4", made, made.prompts.context)
     yield "depth4/vision_prompts", torch.stack(made.prompts.image_prompts())
     yield from _restore_parts(golden, made, images, labels, names)
@@ -354,9 +359,9 @@ def _restore_run(
         run["starts_from"].split("/")[0],
         names,
         "restore",
-        shift_weight=run["shift_weight"],
+        shift_consistency={"weight": run["shift_weight"]},
+        surgery=ratios,
         **settings,
-        **ratios,
     )
     surgery, shift = made.objectives
     recipe = RecipeConfig(

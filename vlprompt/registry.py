@@ -23,10 +23,11 @@ class Registry(Generic[T]):
 
     Args:
         what: Kind of class, for messages: "method", "objective" or "decomposition".
+        renamed: Former names with their present ones, for messages.
     """
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, what: str, renamed: Mapping[str, str] | None = None) -> None:
+        self._what, self._renamed = what, dict(renamed or {})
         self._known: dict[str, type[T]] = {}
 
     def enrol(self, name: str) -> Callable[[K], K]:
@@ -57,6 +58,8 @@ class Registry(Generic[T]):
         """
         if name not in self._known:
             near = did_you_mean(str(name), self.names())
+            if name in self._renamed:
+                near = f" It is called {self._renamed[name]!r} now."
             raise ConfigError(f"there is no {self._what} {name!r}.{near} See `vlprompt list {self._what}s`.")
         return self._known[name]
 

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlprompt.caches import APE, GDA, TipAdapter
+from vlprompt.caches.ape import APE
+from vlprompt.caches.gda import GDA
+from vlprompt.caches.tip_adapter import TipAdapter
 from vlprompt.errors import ConfigError, DataError
 
 
@@ -34,7 +36,7 @@ def test_ape_s_closed_form_is_the_loop_over_pairs() -> None:
     text, features, labels = problem(classes=3, shots=2, dim=6)
     keys = F.normalize(features[0], dim=-1)
     order = labels.argsort(stable=True)
-    cache = APE(text, channels=4, weights=(0.7, 0.3))
+    cache = APE(text, channels=4)
     rows = [[text[c], *keys[labels == c]] for c in range(3)]
     pairs = [x * y for i in range(3) for j in range(3) if i != j for x in rows[i] for y in rows[j]]
     assert len(pairs) == 3 * 2 * 3**2
@@ -55,9 +57,9 @@ def test_ape_s_divergence_is_that_of_the_one_hot_value() -> None:
     torch.testing.assert_close(cache.divergence, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("channels", [0, 17, -1])
+@pytest.mark.parametrize("channels", [17, -1])
 def test_ape_cannot_keep_more_channels_than_there_are(channels: int) -> None:
-    with pytest.raises(ConfigError, match=f"settings.channels is {channels}; accepted: 1 to 16"):
+    with pytest.raises(ConfigError, match=f"settings.channels is {channels}; accepted"):
         APE(problem()[0], channels=channels)
     one = APE(problem()[0][:1], channels=3).fit(torch.ones(2, 16), torch.zeros(2, dtype=torch.int64))
     assert bool(one.logits(torch.ones(1, 16)).isfinite().all())

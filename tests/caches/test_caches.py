@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,41 +15,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlprompt.caches import (
-    APE,
-    GDA,
-    TFUP,
-    Adaptation,
-    CacheRecipe,
-    EpochRecipe,
-    FeatureClassifier,
-    LinearProbe,
-    LPPlusPlus,
-    RowClassifier,
-    TaskResidual,
-    TFUPTrained,
-    TipAdapter,
-    TipAdapterF,
-    class_sums,
-    grid,
-)
-from vlprompt.caches.search import first_best
-from vlprompt.caches.training import orders
+from vlprompt.caches.ape import APE
+from vlprompt.caches.base import FeatureClassifier, RowClassifier, class_sums
+from vlprompt.caches.gda import GDA
+from vlprompt.caches.linear_probe import LinearProbe
+from vlprompt.caches.lp_plus_plus import LPPlusPlus
+from vlprompt.caches.residual import TaskResidual
+from vlprompt.caches.search import first_best, grid
+from vlprompt.caches.tfup import TFUP
+from vlprompt.caches.tfup_trained import Adaptation, TFUPTrained
+from vlprompt.caches.tip_adapter import TipAdapter, TipAdapterF
+from vlprompt.caches.training import CacheRecipe, EpochRecipe, orders
 from vlprompt.errors import ConfigError, DataError
 
 SHORT = CacheRecipe(epochs=2, batch_size=8, lr=1e-3, eps=1e-4, weight_decay=0.01)
+WARM = Adaptation(warmup_epochs=1)
 Make = Callable[[Tensor], Any]
 #: Every cache with its number of epochs kept low.
 CACHES: dict[str, Make] = {
     "tip_adapter": lambda text: TipAdapter(text, 20.0),
-    "tip_adapter_f": lambda text: TipAdapterF(text, 20.0, recipe=SHORT),
+    "tip_adapter_f": lambda text: TipAdapterF(text, 20.0, training=SHORT),
     "ape": lambda text: APE(text, 20.0, channels=9),
     "gda": lambda text: GDA(text, 20.0),
-    "taskres": lambda text: TaskResidual(text, 20.0, recipe=EpochRecipe(epochs=2, batch_size=8, lr=1e-3)),
+    "taskres": lambda text: TaskResidual(text, 20.0, training=EpochRecipe(epochs=2, batch_size=8, lr=1e-3)),
     "linear_probe": lambda text: LinearProbe(text, 20.0, c=10.0),
     "lp_plus_plus": lambda text: LPPlusPlus(text, 20.0, iterations=12),
-    "tfup": lambda text: TFUP(text, 20.0, shots=3),
-    "tfup_t": lambda text: TFUPTrained(text, 20.0, shots=3, recipe=SHORT, adaptation=Adaptation(warmup_epochs=1)),
+    "tfup": lambda text: TFUP(text, 20.0, cache_shots=3),
+    "tfup_t": lambda text: TFUPTrained(text, 20.0, cache_shots=3, training=SHORT, adaptation=WARM),
 }
 every_cache = pytest.mark.parametrize("name", CACHES)
 
@@ -128,7 +121,8 @@ def test_unfitted_is_zero_shot(name: str) -> None:
 def test_alpha_zero_is_zero_shot(name: str) -> None:
     cache, features, _ = fitted(name)
     if name == "tfup_t":  # its null setting is an adapter and a residual that do nothing
-        cache.own = Adaptation(text_ratio=0.0, image_ratio=0.0, use_cache=True)
+        changed = Adaptation(text_ratio=0.0, image_ratio=0.0, use_cache=True)
+        cache.settings = replace(cache.settings, adaptation=changed)
     cache.alpha.zero_()
     assert cache.is_fitted
     torch.testing.assert_close(cache.logits(features), cache.zeroshot(cache.unit(features)), rtol=1e-5, atol=1e-5)
@@ -269,10 +263,10 @@ def test_no_epochs_is_training_free_and_training_lowers_the_loss() -> None:
     text, features, labels = problem(views=4)
     plain = TipAdapter(text, 20.0).fit(features, labels)
     none = CacheRecipe(epochs=0, batch_size=8, lr=0.1, eps=1e-4, weight_decay=0.0)
-    untrained = TipAdapterF(text, 20.0, recipe=none).fit(features, labels)
+    untrained = TipAdapterF(text, 20.0, training=none).fit(features, labels)
     assert torch.equal(untrained.logits(features[0]), plain.logits(features[0]))
     more = CacheRecipe(epochs=30, batch_size=8, lr=0.01, eps=1e-4, weight_decay=0.0)
-    cache = TipAdapterF(text, 20.0, recipe=more)
+    cache = TipAdapterF(text, 20.0, training=more)
     TipAdapter.fit(cache, features, labels)
     losses = [step.loss for step in cache.training_steps(features, labels, [torch.arange(20)] * 30)]
     assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
@@ -280,14 +274,14 @@ def test_no_epochs_is_training_free_and_training_lowers_the_loss() -> None:
 
 def test_epochs_take_their_views_in_turn_and_seeds_their_orders() -> None:
     text, features, labels = problem(views=3)
-    cache = TipAdapterF(text, 20.0, recipe=SHORT)
+    cache = TipAdapterF(text, 20.0, training=SHORT)
     TipAdapter.fit(cache, features, labels)
     order = [torch.arange(20)] * 4
     seen = {step.epoch: step.rows for step in cache.training_steps(features, labels, order) if step.ends_epoch}
     assert list(seen) == [0, 1, 2, 3] and seen[0].tolist() == [16, 17, 18, 19]
-    both = [TipAdapterF(text, 20.0, recipe=SHORT).fit(features, labels, seed=seed) for seed in (1, 2, 1)]
+    both = [TipAdapterF(text, 20.0, training=SHORT).fit(features, labels, seed=seed) for seed in (1, 2, 1)]
     assert torch.equal(both[0].keys, both[2].keys) and not torch.equal(both[0].keys, both[1].keys)
-    other = TipAdapterF(text, 20.0, recipe=SHORT).fit(features, labels, epoch_features=features[:1], seed=1)
+    other = TipAdapterF(text, 20.0, training=SHORT).fit(features, labels, epoch_features=features[:1], seed=1)
     assert not torch.equal(other.keys, both[0].keys)
 
 
@@ -295,8 +289,8 @@ def test_the_best_epoch_on_validation_is_kept() -> None:
     text, features, labels = problem()
     wild = CacheRecipe(epochs=6, batch_size=20, lr=1.0, eps=1e-4, weight_decay=0.0)
     val = (text[labels] + 0.7 * normal(20, 16, seed=9), labels)
-    chosen = TipAdapterF(text, 20.0, recipe=wild).fit(features, labels, val=val)
-    replay = TipAdapterF(text, 20.0, recipe=wild)
+    chosen = TipAdapterF(text, 20.0, training=wild).fit(features, labels, val=val)
+    replay = TipAdapterF(text, 20.0, training=wild)
     TipAdapter.fit(replay, features, labels)
     scores, keys = [], []
     for _ in replay.training_steps(features, labels, orders(20, 6, 1)):

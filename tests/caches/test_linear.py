@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlprompt.caches import EpochRecipe, LinearProbe, LPPlusPlus, TaskResidual
-from vlprompt.caches.linear_probe import penalised_loss
-from vlprompt.caches.lp_plus_plus import step_sizes
+from vlprompt.caches.linear_probe import LinearProbe, penalised_loss
+from vlprompt.caches.lp_plus_plus import LPPlusPlus, step_sizes
+from vlprompt.caches.residual import TaskResidual
 from vlprompt.caches.search import search_exponent
-from vlprompt.caches.training import orders
+from vlprompt.caches.training import EpochRecipe, orders
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.schedule import warm_cosine
 
@@ -38,10 +38,10 @@ def test_a_residual_of_zero_is_zero_shot() -> None:
     unfitted = TaskResidual(text, 20.0)
     expected = 20 * F.normalize(features[0], dim=-1) @ F.normalize(text, dim=-1).t()
     torch.testing.assert_close(unfitted.logits(features[0]), expected)
-    untrained = TaskResidual(text, 20.0, recipe=EpochRecipe(epochs=0, batch_size=8, lr=0.1)).fit(features, labels)
+    untrained = TaskResidual(text, 20.0, training=EpochRecipe(epochs=0, batch_size=8, lr=0.1)).fit(features, labels)
     assert untrained.is_fitted and not untrained.get_buffer("residual").any()
     torch.testing.assert_close(untrained.logits(features[0]), expected)
-    trained = TaskResidual(text, 20.0, alpha=0.0, recipe=EpochRecipe(epochs=3, batch_size=8, lr=0.1))
+    trained = TaskResidual(text, 20.0, alpha=0.0, training=EpochRecipe(epochs=3, batch_size=8, lr=0.1))
     torch.testing.assert_close(trained.fit(features, labels).logits(features[0]), expected)
 
 
@@ -49,7 +49,7 @@ def test_the_residual_is_trained_as_published() -> None:
     """Adam with coupled weight decay written out; Dassl's schedule; partial batches left out; a view per epoch."""
     text, views, labels = problem(views=2)
     recipe = EpochRecipe(epochs=4, batch_size=8, lr=0.05, weight_decay=0.01)
-    cache = TaskResidual(text, 20.0, alpha=0.5, recipe=recipe).fit(views, labels, seed=7)
+    cache = TaskResidual(text, 20.0, alpha=0.5, training=recipe).fit(views, labels, seed=7)
     x = torch.zeros(C, D, dtype=torch.float64)
     first, second, count = torch.zeros_like(x), torch.zeros_like(x), 0
     for epoch, order in enumerate(orders(N, 4, 7)):
@@ -71,7 +71,7 @@ def test_the_residual_is_trained_as_published() -> None:
 
 def test_a_residual_learns_what_zero_shot_gets_wrong() -> None:
     text, features, labels = problem(noise=0.1)
-    wrong = TaskResidual(text.roll(1, 0), 20.0, recipe=EpochRecipe(epochs=60, batch_size=8, lr=0.2))
+    wrong = TaskResidual(text.roll(1, 0), 20.0, training=EpochRecipe(epochs=60, batch_size=8, lr=0.2))
     assert wrong.score(features[0], labels) < 0.5
     assert wrong.fit(features, labels).score(features[0], labels) == 1.0
 
@@ -80,7 +80,7 @@ def test_fewer_images_than_a_batch_are_one_batch_and_none_are_no_step() -> None:
     recipe = EpochRecipe(epochs=2, batch_size=256, lr=0.1)
     assert [recipe.batches(images) for images in (0, 1, 255, 256, 511, 512)] == [0, 1, 1, 1, 1, 2]
     text, features, labels = problem()
-    empty = TaskResidual(text, recipe=recipe).fit(features[:, :0], labels[:0])
+    empty = TaskResidual(text, training=recipe).fit(features[:, :0], labels[:0])
     assert not empty.get_buffer("residual").any()
     assert warm_cosine(0, 2, 1.0, 0, 1e-5) == 1.0 and warm_cosine(1, 2, 1.0, 0, 1e-5) == pytest.approx(0.5)
 
@@ -94,7 +94,9 @@ def test_the_probe_is_scikit_learn_s(c: float, normalised: bool) -> None:
     rows = F.normalize(features[0], dim=-1) if normalised else features[0]
     theirs = linear_model.LogisticRegression(C=c, max_iter=1000, tol=1e-8).fit(rows.numpy(), labels.numpy())
     best = float(penalised_loss(*(torch.from_numpy(own) for own in (theirs.coef_, theirs.intercept_)), rows, labels, c))
-    exact = LinearProbe(text, c=c, normalised=normalised, tolerance=1e-8).fit(features, labels)
+    exact = LinearProbe(text, c=c, normalised=normalised)
+    exact.tolerance = 1e-8
+    exact.fit(features, labels)
     expected = torch.from_numpy(theirs.decision_function(rows.numpy()))
     torch.testing.assert_close(exact.logits(features[0]), expected, rtol=1e-3, atol=2e-3)
     quick = LinearProbe(text, c=c, normalised=normalised).fit(features, labels)

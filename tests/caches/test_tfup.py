@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlprompt.caches import TFUP, Adaptation, CacheRecipe, TFUPTrained, cache_shots
-from vlprompt.caches.tfup import candidate_divergence, kl_matrix, marginal_loss
+from vlprompt.caches.tfup import TFUP, cache_shots, candidate_divergence, kl_matrix, marginal_loss
+from vlprompt.caches.tfup_trained import Adaptation, TFUPTrained
+from vlprompt.caches.training import CacheRecipe
 from vlprompt.errors import DataError
 
 SHORT = CacheRecipe(epochs=2, batch_size=8, lr=1e-3, eps=1e-4, weight_decay=0.01)
@@ -30,7 +33,7 @@ def problem(classes: int = 5, shots: int = 4, dim: int = 16, views: int = 1) -> 
 
 def trained(text: Tensor) -> TFUPTrained:
     """An empty cache that is trained for an epoch in each stage."""
-    return TFUPTrained(text, 20.0, shots=3, recipe=SHORT, adaptation=Adaptation(warmup_epochs=1))
+    return TFUPTrained(text, 20.0, cache_shots=3, training=SHORT, adaptation=Adaptation(warmup_epochs=1))
 
 
 def test_the_paper_s_numbers_of_shots() -> None:
@@ -129,7 +132,7 @@ def test_tfup_t_s_first_values_are_linear_s_and_depend_on_the_seed_alone() -> No
 
 def test_tfup_t_without_a_sure_label_is_still_finite() -> None:
     text, features, _ = problem()
-    cache = TFUPTrained(text, 1e-3, shots=3, recipe=SHORT, adaptation=Adaptation(warmup_epochs=0))
+    cache = TFUPTrained(text, 1e-3, cache_shots=3, training=SHORT, adaptation=Adaptation(warmup_epochs=0))
     cache.fit(features[0])
     assert all(bool(cache.get_buffer(name).isfinite().all()) for name in cache.fitted)
 
@@ -142,5 +145,5 @@ def test_tfup_t_s_views_validation_and_cache_count() -> None:
     chosen = trained(text).fit(features[0], val=(features[0], labels))
     assert chosen.score(features[0], labels) >= plain.score(features[0], labels)
     with_cache = trained(text).fit(features[0])
-    with_cache.own = Adaptation(use_cache=True)
+    with_cache.settings = replace(with_cache.settings, adaptation=Adaptation(use_cache=True))
     assert not torch.allclose(with_cache.logits(features[0]), plain.logits(features[0]))

@@ -280,7 +280,7 @@ def test_head_folder_takes_a_run_or_a_head(tmp_path: Path) -> None:
         (["methods", "--names"], list_methods()),
         (["methods", "zeros*", "--names"], ["zeroshot"]),
         (["objectives", "know*", "--names"], ["knowledge"]),
-        (["decompositions", "--names"], ["dept", "ept"]),
+        (["decompositions", "--names"], ["dept_lowrank", "ept"]),
         (["protocols", "*shot"], ["few-shot"]),
         (["datasets", "caltech*"], ["caltech101"]),
         (["backbones", "demo"], ["demo"]),

@@ -19,6 +19,7 @@ from vlprompt.config.keys import RUN_KEYS, SECTIONS, to_yaml
 from vlprompt.config.meta import MetaRunConfig
 from vlprompt.config.run import DataConfig, RecipeConfig, RunConfig, TrainerConfig
 from vlprompt.config.source import origin_of
+from vlprompt.config.types import OpenTemplates
 from vlprompt.config.yaml import MAX_CONFIG_BYTES, find_config
 from vlprompt.errors import ConfigError, did_you_mean
 
@@ -51,15 +52,15 @@ class NeedySettings:
     """A setting without a default, and one that the data set's template fills."""
 
     width: int
-    templates: Sequence[str] = ("a photo of a {}.",)
+    templates: OpenTemplates = ()
 
 
 @pytest.fixture
 def toys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Two methods, ``toy`` and ``needy``; a folder to work in."""
     methods = {
-        "toy": types.SimpleNamespace(Settings=ToySettings, template_setting=None),
-        "needy": types.SimpleNamespace(Settings=NeedySettings, template_setting="templates"),
+        "toy": types.SimpleNamespace(Settings=ToySettings, recipe=RecipeConfig()),
+        "needy": types.SimpleNamespace(Settings=NeedySettings, recipe=RecipeConfig()),
     }
 
     def get_method_class(name: str) -> Any:
@@ -150,7 +151,7 @@ def test_a_value_that_begins_with_dashes_is_given_with_an_equals_sign(toys: Path
 
 
 def test_a_template_that_the_data_set_fills_is_left_open_unless_given(toys: Path) -> None:
-    assert parse_run(["--method", "needy", "--settings.width", "3"]).settings == {"width": 3}
+    assert parse_run(["--method", "needy", "--settings.width", "3"]).settings == {"width": 3, "templates": []}
     words = ["--method", "needy", "--settings.width", "3", "--settings.templates", "['b {}']"]
     assert parse_run(words).settings == {"width": 3, "templates": ["b {}"]}
 

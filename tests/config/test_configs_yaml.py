@@ -17,6 +17,7 @@ from vlprompt.config.source import ConfigSource
 from vlprompt.datasets import list_datasets
 from vlprompt.datasets.catalogue import list_groups
 from vlprompt.methods import get_method_class, list_methods
+from vlprompt.methods.fitted import FittedMethod
 from vlprompt.protocols.protocol_files import find_protocol, list_protocols
 from vlprompt.runs.meta_run import meta_folder
 
@@ -174,7 +175,7 @@ def test_the_demo_runs_from_the_package_alone(method: str) -> None:
     for name in list_datasets("demo*"):
         config = book(method).resolve(dataset=name)
         assert config.backbone.name == "demo" and config.data.root is None and config.data.template is None
-        assert config.data.classes == ("all" if get_method_class(method).fits else "base")
+        assert config.data.classes == ("all" if issubclass(get_method_class(method), FittedMethod) else "base")
 
 
 # -- published values -------------------------------------------------------------------------------------------------

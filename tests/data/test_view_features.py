@@ -17,7 +17,7 @@ from vlprompt.data.tally import tally
 from vlprompt.data.transforms import Transform
 from vlprompt.datasets import FewShotTask, FileSource
 from vlprompt.errors import ConfigError, DataError
-from vlprompt.views import TestViews
+from vlprompt.needs import TestViews
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from vlprompt.generation.bank import make_bank
 from vlprompt.generation.making import fill
 from vlprompt.generation.pipeline import PictureMaker, load_maker
 from vlprompt.generation.tiny import TINY, save_tiny
-from vlprompt.views import TestViews
+from vlprompt.needs import TestViews
 
 FEW = GenerationSettings(pipeline="tiny", steps=2)
 

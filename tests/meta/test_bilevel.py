@@ -78,7 +78,7 @@ def inputs(method: PromptMethod, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(3, 3, *[method.backbone.preprocess.size] * 2, generator=generator, dtype=torch.float64)
     with torch.no_grad():
-        return images if method.learns_image_side else method.backbone.encode_image(images)
+        return images if method.needs.images else method.backbone.encode_image(images)
 
 
 class Outer:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from vlprompt import create_method, load_head
 from vlprompt.backbone import Backbone
-from vlprompt.caches import RowClassifier
+from vlprompt.caches.base import RowClassifier
 from vlprompt.errors import ClassNameError, ConfigError, HeadError
 from vlprompt.io.head import Head
 from vlprompt.methods import PromptMethod
-from vlprompt.methods.cached import own_rows
-from vlprompt.methods.fitting import FewShotFeatures
+from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
+from vlprompt.prompts.words import rows_of
 from vlprompt.prompts.zero_shot import mean_features
 from vlprompt.runs.session import use_of_test_images
 
@@ -27,12 +27,12 @@ NAMES = ["cat", "annual crop land", "aeroplane"]
 #: Settings that keep the tests short.
 SMALL: dict[str, dict[str, Any]] = {
     "tip_adapter": {"search_steps": (6, 4)},
-    "tip_adapter_f": {"search_steps": (6, 4), "views": 2, "epochs": 3, "epoch_views": 3, "batch_size": 5},
+    "tip_adapter_f": {"search_steps": (6, 4), "views": 2, "epoch_views": 3, "training": {"epochs": 3, "batch_size": 5}},
     "ape": {"search_steps": (4, 3, 2)},
     "gda": {},
     "tfup": {},
-    "tfup_t": {"epochs": 3, "warmup_epochs": 1, "views": 2},
-    "taskres": {"epochs": 3, "views": 2, "batch_size": 5, "lr": 0.2},
+    "tfup_t": {"training": {"epochs": 3}, "adaptation": {"warmup_epochs": 1}, "views": 2},
+    "taskres": {"views": 2, "training": {"epochs": 3, "batch_size": 5, "lr": 0.2}},
     "linear_probe": {},
     "lp_plus_plus": {"iterations": 20},
 }
@@ -56,12 +56,12 @@ def shots_for(method: PromptMethod, seed: int = 1, val: int = 9) -> FewShotFeatu
     labels, truth = torch.arange(3).repeat(4), torch.arange(val) % 3
     images = torch.arange(30) % 3
     return FewShotFeatures(
-        train=around(labels, max(method.fit_views(), 1)),
+        train=around(labels, max(method.needs.fit_views, 1)),
         labels=labels,
         val=around(truth),
         val_labels=truth,
         unlabelled=around(images),
-        unlabelled_views=around(images, method.unlabelled_view_count()),
+        unlabelled_views=around(images, method.needs.unlabelled_views),
         seed=seed,
     )
 
@@ -82,7 +82,8 @@ def test_unfitted_is_zero_shot(tiny_backbone: Backbone, tiny_clip: Any, name: st
 
 @every_sum
 def test_alpha_zero_is_zero_shot(tiny_backbone: Backbone, name: str) -> None:
-    own = {"text_ratio": 0.0, "image_ratio": 0.0, "use_cache": True} if name == "tfup_t" else {}
+    silent = {"adaptation": {"warmup_epochs": 1, "text_ratio": 0.0, "image_ratio": 0.0, "use_cache": True}}
+    own = silent if name == "tfup_t" else {}
     own |= {} if name.startswith("tfup") else {"search": False}
     method, shots = fitted(tiny_backbone, name, alpha=0.0, **own)
     expected = create_method("zeroshot", tiny_backbone, NAMES)(shots.val)
@@ -138,18 +139,18 @@ def test_own_classes_in_any_order_and_no_others(tiny_backbone: Backbone, name: s
     assert part(shots.val).shape == (9, 2) and part.training == method.training
     if not name.startswith("tfup"):  # whose likeness is measured in the probabilities of all classes
         torch.testing.assert_close(part(shots.val), method(shots.val)[:, [2, 0]], rtol=1e-4, atol=1e-4)
-    with pytest.raises(ClassNameError, match=f"{name} was fitted on images of its own 3 classes.*'dog'"):
+    with pytest.raises(ClassNameError, match=f"{name} was fitted on images of its 3 classes.*'dog'"):
         method.with_classes(["cat", "dog"])
 
 
 def test_repeated_names_are_taken_in_turn() -> None:
-    assert own_rows(["a", "b", "a"], ["a", "a", "b", "a"]) == [0, 2, 1, 2]
+    assert rows_of(["a", "b", "a"], ["a", "a", "b", "a"]) == [0, 2, 1, 2]
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "taskres"])  # whose rows are the whole classifier
 def test_text_features_are_zero_shot_s_and_a_fitted_cache_warns(tiny_backbone: Backbone, name: str) -> None:
     method, _ = fitted(tiny_backbone, name)
-    with pytest.warns(UserWarning, match=f"{name} scores by more than class weights"):
+    with pytest.warns(UserWarning, match=f"{name} is fitted and scores by more than text features"):
         weights = method.text_features()
     torch.testing.assert_close(weights, create_method("zeroshot", tiny_backbone, NAMES).text_features())
     with warnings.catch_warnings():
@@ -167,7 +168,8 @@ def test_no_objective_goes_with_a_cache(tiny_backbone: Backbone, name: str) -> N
 def test_the_views_that_are_asked_for(tiny_backbone: Backbone) -> None:
     def asked(name: str, **own: Any) -> tuple[int, str, str, int]:
         method = create_method(name, tiny_backbone, NAMES, **own)
-        return method.fit_views(), method.fit_view, method.unlabelled(), method.unlabelled_view_count()
+        needs = method.needs
+        return needs.fit_views, needs.fit_view, needs.unlabelled, needs.unlabelled_views
 
     assert asked("tip_adapter") == (10, "random-half", "none", 0)
     assert asked("tip_adapter", views=0) == (0, "random-half", "none", 0)
@@ -184,13 +186,14 @@ def test_the_views_that_are_asked_for(tiny_backbone: Backbone) -> None:
 def test_test_images_are_used_only_where_settings_say_so(tiny_backbone: Backbone) -> None:
     for name in SMALL:
         method = make(tiny_backbone, name)
-        assert method.fits and not method.parameter_groups(0.1) and method.selects_on() == "val"
+        assert isinstance(method, FittedMethod) and not method.parameter_groups(0.1)
+        assert method.needs.select_on == (None if name in ("tfup", "tfup_t", "taskres") else "val")
         assert use_of_test_images(method) is None
         if name not in ("tfup", "taskres"):  # which choose nothing
-            assert make(tiny_backbone, name, select_on="test").selects_on() == "test"
+            assert make(tiny_backbone, name, select_on="test").needs.select_on == "test"
     for name in ("tfup", "tfup_t"):
         method = make(tiny_backbone, name, unlabelled="test")
-        assert method.unlabelled() == "test" and use_of_test_images(method) == "transductive"
+        assert method.needs.unlabelled == "test" and use_of_test_images(method) == "transductive"
 
 
 @pytest.mark.parametrize("name", ["tip_adapter", "tip_adapter_f", "ape", "gda"])
@@ -206,7 +209,7 @@ def test_the_search_needs_validation_images(tiny_backbone: Backbone, name: str) 
 
 
 def test_tip_adapter_f_trains_on_the_views_behind_those_of_its_keys(tiny_backbone: Backbone) -> None:
-    method = make(tiny_backbone, "tip_adapter_f", epochs=0, search=False)
+    method = make(tiny_backbone, "tip_adapter_f", training={"epochs": 0}, search=False)
     shots = shots_for(method)
     method.fit(shots)
     order = shots.labels.argsort(stable=True)
@@ -245,17 +248,17 @@ def test_tfup_s_text_is_the_mean_of_raw_features(tiny_backbone: Backbone) -> Non
         ("tip_adapter", {"search_beta": 0.05}),
         ("tip_adapter", {"select_on": "train"}),
         ("tip_adapter", {"templates": ["no name"]}),
-        ("tip_adapter_f", {"batch_size": 0}),
-        ("tip_adapter_f", {"lr": -0.1}),
+        ("tip_adapter_f", {"training": {"batch_size": 0}}),
+        ("tip_adapter_f", {"training": {"lr": -0.1}}),
         ("ape", {"channels": 65}),
         ("ape", {"search_steps": (2, 2)}),
         ("gda", {"views": -2}),
         ("tfup", {"cache_shots": -1}),
         ("tfup", {"unlabelled": "val"}),
-        ("tfup_t", {"image_ratio": 1.5}),
-        ("tfup_t", {"warmup_epochs": -1}),
+        ("tfup_t", {"adaptation": {"image_ratio": 1.5}}),
+        ("tfup_t", {"adaptation": {"warmup_epochs": -1}}),
         ("taskres", {"alpha": -0.5}),
-        ("taskres", {"batch_size": 0}),
+        ("taskres", {"training": {"batch_size": 0}}),
         ("linear_probe", {"c": 0.0}),
         ("linear_probe", {"start": "zeroshot", "normalised": False}),
         ("lp_plus_plus", {"momentum": 1.0}),

@@ -22,6 +22,7 @@ from vlprompt.meta import adapted, differentiable, inner_rates, task_loss
 from vlprompt.methods import PromptMethod
 from vlprompt.methods.registry import get_method_class
 from vlprompt.prompts import list_decompositions
+from vlprompt.prompts.decomposed import decompositions_in
 from vlprompt.runs import folder
 from vlprompt.runs.folder import config_sha256
 from vlprompt.runs.session import Session
@@ -31,7 +32,7 @@ LABELS = torch.tensor([0, 1, 2, 3])
 #: Methods that learn no text prompts in training, with a word of the reason.
 REFUSED = {
     **dict.fromkeys(("zeroshot", "vpt", "visual_prompt", "clip_adapter", "ramt"), "learns no text prompts in training"),
-    **dict.fromkeys(("clip_lora", "apt"), "its prompts are hand-written"),
+    **dict.fromkeys(("clip_lora", "apt_approximated"), "its prompts are hand-written"),
     **{
         name: str(get_method_class(name).no_objectives)
         for name in list_methods()
@@ -75,7 +76,7 @@ def test_every_text_prompt_starts_as_its_host_and_trains_from_there(
 ) -> None:
     method = make(tiny_backbone, name, kind)
     assert type(method.decomposition).name == kind  # type: ignore[union-attr]
-    if not type(method).own_decomposition:
+    if not decompositions_in(type(method.settings)):
         host = make(tiny_backbone, name)
         assert torch.equal(method(images), host(images))  # the host's learnables are drawn as without it
         apart = {key for key, _ in method.trainable_parameters()} - {key for key, _ in host.trainable_parameters()}
@@ -114,7 +115,7 @@ def test_heads_of_before_have_none(tiny_backbone: Backbone, images: Tensor, tmp_
     assert config.pop("decomposition") == {}
     (place / "config.json").write_text(json.dumps(config))
     assert load_head(place, tiny_backbone).method.decomposition is None
-    config["decomposition"] = ["dept"]
+    config["decomposition"] = ["dept_lowrank"]
     (place / "config.json").write_text(json.dumps(config))
     with pytest.raises(HeadError, match="decomposition is .*; expected dict"):
         load_head(place, tiny_backbone)
@@ -122,14 +123,14 @@ def test_heads_of_before_have_none(tiny_backbone: Backbone, images: Tensor, tmp_
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_methods_without_text_prompts_refuse_with_the_reason(name: str, tiny_backbone: Backbone) -> None:
-    with pytest.raises(ConfigError, match=f"decomposition 'dept' cannot go with method '{name}'") as caught:
-        make(tiny_backbone, name, "dept")
+    with pytest.raises(ConfigError, match=f"decomposition 'dept_lowrank' cannot go with method '{name}'") as caught:
+        make(tiny_backbone, name, "dept_lowrank")
     assert REFUSED[name] in str(caught.value)
 
 
 def test_it_stands_beside_objectives(tiny_backbone: Backbone, images: Tensor) -> None:
     both = {"self_regularisation": {}, "aggregation": {"mean": 1.0}}
-    method = make(tiny_backbone, "maple", "dept", depth=2, objectives=both)
+    method = make(tiny_backbone, "maple", "dept_lowrank", depth=2, objectives=both)
     assert set(method.losses(images, LABELS)) == {"ce", "scl_text", "scl_image", "scl_logits"}
     train(method, images)
     kept = method.trained_state()
@@ -142,19 +143,20 @@ def test_it_stands_beside_objectives(tiny_backbone: Backbone, images: Tensor) ->
 
 
 def test_a_decomposition_of_the_configuration_takes_the_place_of_the_methods_own(tiny_backbone: Backbone) -> None:
-    assert type(make(tiny_backbone, "dept").decomposition).name == "dept"  # type: ignore[union-attr]
-    assert type(make(tiny_backbone, "dept", "ept").decomposition).name == "ept"  # type: ignore[union-attr]
+    assert type(make(tiny_backbone, "dept_lowrank").decomposition).name == "dept_lowrank"  # type: ignore[union-attr]
+    assert type(make(tiny_backbone, "dept_lowrank", "ept").decomposition).name == "ept"  # type: ignore[union-attr]
 
 
 def test_dept_is_coop_with_the_decomposition(tiny_backbone: Backbone, images: Tensor) -> None:
-    own, composed = make(tiny_backbone, "dept"), make(tiny_backbone, "coop", "dept", context_init="a photo of a")
+    own = make(tiny_backbone, "dept_lowrank")
+    composed = make(tiny_backbone, "coop", "dept_lowrank", context_init="a photo of a")
     assert torch.equal(train(own, images)(images), train(composed, images)(images))
 
 
 # -- rates ------------------------------------------------------------------------------------------------------------
 def test_two_rates_follow_one_schedule(tiny_backbone: Backbone) -> None:
     """2e-3 for the prompt and 2e-4 for the pair (seed_methods 11.1), each with its own warm-up and cosine."""
-    method, recipe = make(tiny_backbone, "dept"), RecipeConfig(epochs=4, lr=2e-3)
+    method, recipe = make(tiny_backbone, "dept_lowrank"), RecipeConfig(epochs=4, lr=2e-3)
     made = PromptModule(method, recipe).configure_optimizers()
     groups, schedule = made["optimizer"].param_groups, made["lr_scheduler"]["scheduler"]
     assert [group["initial_lr"] for group in groups] == pytest.approx([2e-3, 2e-4])
@@ -168,7 +170,7 @@ def test_two_rates_follow_one_schedule(tiny_backbone: Backbone) -> None:
 
 def test_rates_stand_beside_those_of_layer_norms(tiny_backbone: Backbone) -> None:
     method = create_method(
-        "mocoop", tiny_backbone, NAMES, layer_norm_lr_factor=0.5, decomposition={"dept": {"lr_ratio": 0.01}}
+        "mocoop", tiny_backbone, NAMES, layer_norm_lr_factor=0.5, decomposition={"dept_lowrank": {"lr_ratio": 0.01}}
     )
     groups = method.parameter_groups(1.0)
     assert [group["lr"] for group in groups] == [1.0, 0.5, 0.01]
@@ -206,16 +208,16 @@ def test_inner_steps_reach_the_decomposition_at_its_own_rate(
 @pytest.mark.parametrize(
     ("wanted", "match"),
     [
-        ({"detp": {}}, "there is no decomposition 'detp'. Did you mean 'dept'"),
-        ({"dept": {}, "ept": {}}, "names 'dept', 'ept'; accepted: one of them, or none"),
-        ({"dept": {"rnak": 1}}, "there is no key 'decomposition.dept.rnak'. Did you mean 'decomposition.dept.rank'"),
-        ({"dept": {"rank": 2.5}}, "decomposition.dept.rank is 2.5; accepted: a whole number"),
-        ({"dept": {"rank": 0}}, "decomposition.dept.rank is 0; accepted: a whole number of 1 or more"),
-        ({"dept": {"lr_ratio": -1.0}}, "decomposition.dept.lr_ratio is -1.0; accepted: a finite number of 0 or more"),
-        ({"dept": {"reach": "names"}}, "decomposition.dept.reach is 'names'; accepted: 'name'"),
+        ({"detp": {}}, "there is no decomposition 'detp'. Did you mean 'ept'"),
+        ({"dept_lowrank": {}, "ept": {}}, "names 'dept_lowrank', 'ept'; accepted: one of them, or none"),
+        ({"dept_lowrank": {"rnak": 1}}, "dept_lowrank.rnak'. Did you mean 'decomposition.dept_lowrank.rank'"),
+        ({"dept_lowrank": {"rank": 2.5}}, "decomposition.dept_lowrank.rank is 2.5; accepted: a whole number"),
+        ({"dept_lowrank": {"rank": 0}}, "decomposition.dept_lowrank.rank is 0; accepted: a whole number of 1 or more"),
+        ({"dept_lowrank": {"lr_ratio": -1.0}}, "decomposition.dept_lowrank.lr_ratio is -1.0; accepted: a finite"),
+        ({"dept_lowrank": {"reach": "names"}}, "decomposition.dept_lowrank.reach is 'names'; accepted: 'name'"),
         ({"ept": {"spaces": 0}}, "decomposition.ept.spaces is 0; accepted: a whole number of 1 or more"),
-        ({"dept": 3}, "decomposition.dept is 3; accepted: its settings"),
-        (["dept"], "decomposition is .'dept'.; accepted: a name with its settings"),
+        ({"dept_lowrank": 3}, "decomposition.dept_lowrank is 3; accepted: its settings"),
+        (["dept_lowrank"], "decomposition is .'dept_lowrank'.; accepted: a name with its settings"),
     ],
 )
 def test_wrong_decompositions(wanted: Any, match: str, tiny_backbone: Backbone) -> None:
@@ -224,26 +226,28 @@ def test_wrong_decompositions(wanted: Any, match: str, tiny_backbone: Backbone) 
 
 
 def test_all_that_is_wrong_on_a_command_line_is_said_at_once(tmp_path: Path) -> None:
-    (tmp_path / "own.yaml").write_text("method: coop\ndecomposition: {dept: {rnk: 3, rank: 0}}\n")
+    (tmp_path / "own.yaml").write_text("method: coop\ndecomposition: {dept_lowrank: {rnk: 3, rank: 0}}\n")
     with pytest.raises(ConfigError) as caught:
         parse_run(["--config", str(tmp_path / "own.yaml"), "--decomposition.detp", "{}", "--decomposition.ept", "{}"])
-    for words in ("no decomposition 'detp'", "no key 'decomposition.dept.rnk'", "rank is 0; accepted", "dept and ept"):
+    for words in ("no decomposition 'detp'", "dept_lowrank.rnk'", "rank is 0; accepted", "dept_lowrank and ept"):
         assert words in str(caught.value)
 
 
 def test_a_single_setting_of_the_command_line_wins_over_the_files_table(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
-    path.write_text("decomposition: {dept: {rank: 3, alpha: 4}}\nobjectives: {knowledge: {weight: 4}}\nmethod: coop\n")
-    words = ["--decomposition.dept.rank", "5", "--objectives.knowledge.weight", "2"]
+    text = "decomposition: {dept_lowrank: {rank: 3, alpha: 4}}\nobjectives: {knowledge: {weight: 4}}\nmethod: coop\n"
+    path.write_text(text)
+    words = ["--decomposition.dept_lowrank.rank", "5", "--objectives.knowledge.weight", "2"]
     for argv in (["--config", str(path), *words], [*words, "--config", str(path)]):
         config = parse_run(argv)
-        assert config.decomposition == {"dept": {"rank": 5, "alpha": 4.0}}
+        assert config.decomposition == {"dept_lowrank": {"rank": 5, "alpha": 4.0}}
         assert config.objectives == {"knowledge": {"weight": 2.0}}
 
 
 def test_runs_without_one_keep_their_folders(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, decomposed = RunConfig(), RunConfig(decomposition={"dept": {"rank": 3}})
-    assert config_sha256(plain) != config_sha256(decomposed) != config_sha256(RunConfig(decomposition={"dept": {}}))
+    plain, decomposed = RunConfig(), RunConfig(decomposition={"dept_lowrank": {"rank": 3}})
+    default = RunConfig(decomposition={"dept_lowrank": {}})
+    assert config_sha256(plain) != config_sha256(decomposed) != config_sha256(default)
     hashed: list[dict[str, Any]] = []
     monkeypatch.setattr(folder, "sha256_json", hashed.append)
     config_sha256(plain)

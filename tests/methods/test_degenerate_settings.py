@@ -116,8 +116,8 @@ def test_maple_projections_start_alike_and_the_first_has_its_own(tiny_backbone: 
 
 def test_prograds_words_stand_at_the_right(tiny_backbone: Backbone) -> None:
     """The comma is a token of its own but no word: the last word stays before the name as it is."""
-    template = "a type of pet, a photo of a {}."
-    method = make(tiny_backbone, "prograd", context_init="template", templates=[template], context_length=16)
+    template = {"templates": ["a type of pet, a photo of a {}."]}
+    method = make(tiny_backbone, "prograd", context_init="template", projected_gradient=template, context_length=16)
     context = method.prompt.ctx.detach()  # type: ignore[union-attr, operator]
     assert bool((context[:8] == 0).all()) and bool((context[8:].norm(dim=-1) > 0).all())
     text = tiny_backbone.text
@@ -125,14 +125,14 @@ def test_prograds_words_stand_at_the_right(tiny_backbone: Backbone) -> None:
     slots = method.layout.slots[0, 0].tolist()  # type: ignore[union-attr, operator]
     assert slots[17] == text.tokens("a")[1]
     with pytest.raises(ConfigError, match="has 8 words but settings.context_length is 4"):
-        make(tiny_backbone, "prograd", context_init="template", templates=[template], context_length=4)
+        make(tiny_backbone, "prograd", context_init="template", projected_gradient=template, context_length=4)
 
 
 def test_image_tokens_need_a_vision_transformer() -> None:
     from vlprompt import load_backbone
 
     resnet = load_backbone("demo-rn")
-    for name in ("vpt", "ivlp", "maple", "promptsrc", "restore", "clip_lora", "apt"):
+    for name in ("vpt", "ivlp", "maple", "promptsrc", "restore", "clip_lora", "apt_approximated"):
         with pytest.raises(BackboneError, match="has no extra image tokens.*ModifiedResNet"):
             create_method(name, resnet, NAMES)
     for name in ("coop", "cocoop", "kgcoop", "prograd", "ramt"):

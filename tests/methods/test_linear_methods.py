@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlprompt import create_method
 from vlprompt.backbone import Backbone
-from vlprompt.methods.fitting import FewShotFeatures
+from vlprompt.methods.fitted import FewShotFeatures
 
 NAMES = ["cat", "annual crop land", "aeroplane"]
 
@@ -60,7 +60,7 @@ def test_clip_adapter_trains_on_kept_features_and_moves_the_image_side(tiny_back
     images = torch.from_numpy(tiny_clip.draw_images("adapter", 3, 64))
     labels = torch.tensor([0, 1, 2])
     method = create_method("clip_adapter", tiny_backbone, NAMES)
-    assert not method.learns_image_side and method.sees_images and not method.has_text_prompts()
+    assert not method.needs.images and method.sees_images and not method.has_text_prompts()
     gradients = []
     for inputs in (images, tiny_backbone.encode_image(images)):
         method.zero_grad()
@@ -74,7 +74,8 @@ def test_clip_adapter_trains_on_kept_features_and_moves_the_image_side(tiny_back
 # -- TaskRes ----------------------------------------------------------------------------------------------------------
 def test_taskres_adds_to_the_raw_text_feature(tiny_backbone: Backbone) -> None:
     templates = ["a photo of a {}.", "art of the {}."]
-    method: Any = create_method("taskres", tiny_backbone, NAMES, templates=templates, views=0, epochs=4, lr=0.5)
+    training = {"epochs": 4, "lr": 0.5}
+    method: Any = create_method("taskres", tiny_backbone, NAMES, templates=templates, views=0, training=training)
     raw = method.cache.raw_text
     assert not torch.allclose(raw.norm(dim=-1), torch.ones(3))
     torch.testing.assert_close(method.text_features(), F.normalize(raw, dim=-1))
@@ -108,9 +109,14 @@ def test_what_is_chosen_on_validation_images_needs_them(name: str, tiny_backbone
 
 def test_settings_reach_the_mathematics(tiny_backbone: Backbone) -> None:
     probe: Any = create_method("linear_probe", tiny_backbone, NAMES, c=3.0, start="zeroshot", iterations=7)
-    assert (float(probe.cache.c), probe.cache.start, probe.cache.iterations) == (3.0, "zeroshot", 7)
+    assert (float(probe.cache.c), probe.cache.settings.start, probe.cache.settings.iterations) == (3.0, "zeroshot", 7)
     blend: Any = create_method("lp_plus_plus", tiny_backbone, NAMES, accumulate=False, alpha_every=3, momentum=0.5)
-    assert (blend.cache.accumulate, blend.cache.alpha_every, blend.cache.momentum) == (False, 3, 0.5)
-    residual: Any = create_method("taskres", tiny_backbone, NAMES, epochs=9, lr=0.3, warmup_epochs=2, weight_decay=0.0)
-    recipe = residual.cache.recipe
+    assert (False, 3, 0.5) == (
+        blend.cache.settings.accumulate,
+        blend.cache.settings.alpha_every,
+        blend.cache.settings.momentum,
+    )
+    training = {"epochs": 9, "lr": 0.3, "warmup_epochs": 2, "weight_decay": 0.0}
+    residual: Any = create_method("taskres", tiny_backbone, NAMES, training=training)
+    recipe = residual.cache.settings.training
     assert (recipe.epochs, recipe.lr, recipe.warmup_epochs, recipe.weight_decay) == (9, 0.3, 2, 0.0)

@@ -256,7 +256,7 @@ def test_dropped_experts_have_zero_features_and_no_gradient(mocoop: Any, images:
 
 def test_tuned_layer_norms_are_the_methods_own(mocoop: Any, tiny_backbone: Backbone, images: Tensor) -> None:
     method, plain = mocoop(), mocoop(tune_layer_norms=False)
-    assert method.learns_image_side and not plain.learns_image_side
+    assert method.needs.images and not plain.needs.images
     before = tiny_backbone.encode_image(images)
     torch.testing.assert_close(method.image_features(images), before, rtol=1e-5, atol=1e-5)
     groups = method.parameter_groups(0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,27 +12,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlprompt import create_method, list_methods
+from vlprompt import create_method, list_methods, load_backbone
 from vlprompt.backbone import Backbone
+from vlprompt.config.types import validated
 from vlprompt.errors import ConfigError
 from vlprompt.methods import PromptMethod, get_method_class
-from vlprompt.objectives import feature_shift, list_objectives
+from vlprompt.objectives import get_objective_class, list_objectives
 from vlprompt.objectives.aggregation import gaussian_weights
+from vlprompt.objectives.base import LACKING
+from vlprompt.objectives.knowledge import KnowledgeSettings
 from vlprompt.objectives.projection import project
+from vlprompt.objectives.shift import feature_shift
 
 NAMES = ["cat", "annual crop land", "aeroplane", "sea_lake"]
 LABELS = torch.tensor([0, 1, 2, 3])
-ALONE = [name for name in list_methods() if get_method_class(name).no_objectives]
-NO_TEXT = ("zeroshot", "vpt", "visual_prompt", "clip_adapter", "ramt")
-#: Pairs that lack something, with the reason given.
-IMPOSSIBLE = {
-    **{(name, one): "learns nothing on the text side" for name in NO_TEXT for one in ("knowledge", "grouped_text")},
-    **{(name, "self_regularisation"): "set objectives.self_regularisation.text to 0" for name in NO_TEXT},
-    **{(name, "shift_consistency"): "deep prompts in both towers" for name in (*NO_TEXT, "coop", "cocoop", "upt")},
-    **{(name, "shift_consistency"): "deep prompts in both towers" for name in ("kgcoop", "prograd", "mocoop")},
-    **{(name, "shift_consistency"): "deep prompts in both towers" for name in ("dept", "ept", "clip_lora", "apt")},
-    **{(name, one): "no objective takes part in that" for name in ALONE for one in list_objectives()},
-}
+
+
+def impossible() -> dict[tuple[str, str], str]:
+    """Pairs of which the method lacks what the objective declares to need, with the reason given."""
+    backbone, reasons = load_backbone("demo"), {}
+    for name in list_methods():
+        if get_method_class(name).no_objectives:
+            reasons |= {(name, objective): "no objective takes part in that" for objective in list_objectives()}
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            method = create_method(name, backbone, ["cat", "dog"])
+        there = {
+            "text": bool(method.training_layouts()),
+            "image": method.needs.images,
+            "deep": all(method.deep_prompts()) and method.deep_layers() > 0,
+        }
+        for objective in list_objectives():
+            kind = get_objective_class(objective)
+            lacking = [part for part in kind.needs(kind.Settings()) if not there[part]]
+            if lacking:
+                reasons[name, objective] = LACKING[lacking[0]]
+    return reasons
+
+
+IMPOSSIBLE = impossible()
 #: Objectives that zero-shot takes and that bring nothing to train.
 NOTHING_TRAINED = ("aggregation", "projected_gradient", "gradient_dropout")
 LEFT_OUT = {*IMPOSSIBLE, *(("zeroshot", objective) for objective in NOTHING_TRAINED)}
@@ -115,7 +135,8 @@ def test_kgcoop_is_coop_with_the_knowledge_objective(tiny_backbone: Backbone, im
 
 def test_the_papers_distance_is_twice_the_codes(tiny_backbone: Backbone, images: Tensor) -> None:
     """KgCoOp's paper has the mean squared distance of unit vectors, its code one minus the mean cosine."""
-    code, paper = (make(tiny_backbone, "kgcoop", context_init="", variant=one) for one in ("code", "paper"))
+    variants = ({"variant": "code"}, {"variant": "paper"})
+    code, paper = (make(tiny_backbone, "kgcoop", context_init="", knowledge=one) for one in variants)
     step = paper.step(images, LABELS)
     squared = ((step.text_features - paper.active[0].target) ** 2).sum(-1).mean()
     found = [float(one.losses(images, LABELS)["knowledge"].detach()) for one in (code, paper)]
@@ -224,23 +245,19 @@ def test_feature_shift_is_zero_without_learning_and_grows_with_it(tiny_backbone:
 
 def test_one_file_is_all_that_a_method_takes(tiny_backbone: Backbone, images: Tensor, monkeypatch: Any) -> None:
     """A toy method that composes what is there: registered, listed, created with objectives and trained."""
-    from dataclasses import dataclass
-
     from vlprompt.methods import registry
     from vlprompt.methods.coop import CoOp, CoOpSettings
 
     monkeypatch.setattr(registry._METHODS, "_known", dict(registry._METHODS._known))
 
-    @dataclass(frozen=True)
+    @validated("settings")
     class ToySettings(CoOpSettings):
         context_length: int = 2
+        knowledge: KnowledgeSettings = KnowledgeSettings(weight=1.0)
 
     @registry.register("toy")
     class Toy(CoOp):
         Settings = ToySettings
-
-        def own_objectives(self) -> dict[str, dict[str, Any]]:
-            return {"knowledge": {"weight": 1.0}}
 
     assert "toy" in list_methods() and get_method_class("toy") is Toy
     method = make(tiny_backbone, "toy", objectives={"aggregation": {}})

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlprompt.objectives import routing_loss, routing_target, text_to_text_loss
+from vlprompt.methods.mocoop import routing_loss, routing_target
+from vlprompt.objectives.grouped_text import text_to_text_loss
 
 
 def units(*shape: int, seed: int = 0) -> Tensor:

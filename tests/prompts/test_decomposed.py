@@ -89,7 +89,7 @@ def absorbed(p: Any, context: Tensor, update: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("reach", ["name", "suffix", "end-of-text"])
-@pytest.mark.parametrize("name", ["dept", "ept"])
+@pytest.mark.parametrize("name", ["dept_lowrank", "ept"])
 def test_features_and_gradients_are_those_of_the_equations(name: str, reach: str, tiny_backbone: Backbone) -> None:
     method = make(tiny_backbone, name, decomposition={name: {"reach": reach, "rank": 3}})
     context, part = method.get_parameter("prompt.ctx"), own(method)
@@ -108,7 +108,7 @@ def test_features_and_gradients_are_those_of_the_equations(name: str, reach: str
 
 def test_what_follows_end_of_text_changes_nothing(tiny_backbone: Backbone) -> None:
     """Rows of the update that no name reaches have no effect, and so no gradient."""
-    method = make(tiny_backbone, "dept", decomposition={"dept": {"reach": "end-of-text"}})
+    method = make(tiny_backbone, "dept_lowrank", decomposition={"dept_lowrank": {"reach": "end-of-text"}})
     before = method.text_features().detach()
     longest = max(len(tiny_backbone.text.tokens(name.replace("_", " "))) - 2 for name in NAMES)
     reached = longest + 2  # the period and end-of-text
@@ -122,7 +122,7 @@ def test_what_follows_end_of_text_changes_nothing(tiny_backbone: Backbone) -> No
 # -- the start --------------------------------------------------------------------------------------------------------
 def test_the_budget_is_the_papers() -> None:
     """l d = m d + (L + d) r: 16 vectors of CoOp against 4 and rank 10, on ViT-B/16 (seed_methods 11.1 and 12.3)."""
-    method = create_method("dept", shapes_only("ViT-B-16"), ["cat"])
+    method = create_method("dept_lowrank", shapes_only("ViT-B-16"), ["cat"])
     counts = {name: parameter.numel() for name, parameter in method.trainable_parameters()}
     assert counts == {"prompt.ctx": 2_048, "decomposition.A": 770, "decomposition.B": 5_120}
     assert sum(counts.values()) == 7_938 <= 16 * 512 and (16 - 4) * 512 // (77 + 512) == 10
@@ -133,7 +133,7 @@ def test_the_budget_is_the_papers() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["dept", "ept"])
+@pytest.mark.parametrize("name", ["dept_lowrank", "ept"])
 def test_the_first_step_moves_b_and_not_a(name: str, tiny_backbone: Backbone, images: Tensor) -> None:
     method = make(tiny_backbone, name, trained=False)
     part = own(method)
@@ -145,7 +145,7 @@ def test_the_first_step_moves_b_and_not_a(name: str, tiny_backbone: Backbone, im
 
 def test_epts_start_is_depts(tiny_backbone: Backbone, images: Tensor) -> None:
     """With the value map and the subspaces at zero, whatever A and B are (11.2)."""
-    dept, ept = make(tiny_backbone, "dept"), make(tiny_backbone, "ept", trained=False)
+    dept, ept = make(tiny_backbone, "dept_lowrank"), make(tiny_backbone, "ept", trained=False)
     with torch.no_grad():
         own(ept).A.copy_(own(dept).A)
         own(ept).B.copy_(own(dept).B)
@@ -155,7 +155,7 @@ def test_epts_start_is_depts(tiny_backbone: Backbone, images: Tensor) -> None:
 
 # -- EPT's parts ------------------------------------------------------------------------------------------------------
 def test_the_folded_context_gives_the_same_logits_without_the_modules(tiny_backbone: Backbone, images: Tensor) -> None:
-    ept, dept = make(tiny_backbone, "ept"), make(tiny_backbone, "dept")
+    ept, dept = make(tiny_backbone, "ept"), make(tiny_backbone, "dept_lowrank")
     part, context = own(ept), ept.get_parameter("prompt.ctx")
     with torch.no_grad():
         folded = part.context(context, part.update(), torch.ones(1, 4, dtype=torch.bool))[0]
@@ -232,4 +232,4 @@ def test_experts_of_unequal_length_are_each_treated_alone(tiny_backbone: Backbon
 
 
 def test_both_are_enrolled() -> None:
-    assert {"dept", "ept"} <= set(list_decompositions())
+    assert {"dept_lowrank", "ept"} <= set(list_decompositions())

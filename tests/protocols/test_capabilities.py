@@ -25,7 +25,7 @@ PUBLISHED = {
     "upt": 566_400,
     "clip_adapter": 512**2 // 2,
     "restore": 3_555_072 + 2 * 2_100_736,
-    "dept": 7_938,
+    "dept_lowrank": 7_938,
     "clip_lora": 184_320,
     "ramt": 28_901_376,
 }

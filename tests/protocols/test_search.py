@@ -237,16 +237,16 @@ def test_candidates_are_in_grid_order_and_leave_the_rest_alone(tiny: Tiny) -> No
 
 
 def test_settings_of_the_decomposition_can_be_searched(tiny: Tiny) -> None:
-    key = "decomposition.dept.lr_ratio"
-    config = replace(tiny("coop"), decomposition={"dept": {"rank": 3}})
+    key = "decomposition.dept_lowrank.lr_ratio"
+    config = replace(tiny("coop"), decomposition={"dept_lowrank": {"rank": 3}})
     found = [one for _, one in candidates_of(config, {key: [0.01, 0.1, 1.0]})]
     assert [one.decomposition for one in found] == [
-        {"dept": {"rank": 3, "lr_ratio": ratio}} for ratio in (0.01, 0.1, 1.0)
+        {"dept_lowrank": {"rank": 3, "lr_ratio": ratio}} for ratio in (0.01, 0.1, 1.0)
     ]
-    assert config.decomposition == {"dept": {"rank": 3}}
-    own = candidates_of(tiny("dept"), {key: [0.01]})[0][1]
-    assert own.decomposition == {"dept": {"lr_ratio": 0.01}}
-    for wrong, grid in (("cannot be searched", {"decomposition.ept.rank": [3]}), ("-1.0; accepted: a finite number of 0 or more", {key: [-1.0]})):
+    assert config.decomposition == {"dept_lowrank": {"rank": 3}}
+    own = candidates_of(tiny("dept_lowrank"), {"settings.dept_lowrank.lr_ratio": [0.01]})[0][1]
+    assert own.settings["dept_lowrank"]["lr_ratio"] == 0.01
+    for wrong, grid in (("cannot be searched", {"decomposition.ept.rank": [3]}), ("-1.0; accepted: a", {key: [-1.0]})):
         with pytest.raises(ConfigError, match=wrong):
             candidates_of(config, grid)
     with pytest.raises(ConfigError, match="cannot be searched"):

@@ -24,9 +24,9 @@ Tiny = Callable[..., RunConfig]
 # Small where defaults are published sizes.
 SETTINGS: dict[str, dict[str, Any]] = {
     "tip_adapter": {"views": 1},
-    "tip_adapter_f": {"views": 1, "epochs": 2},
+    "tip_adapter_f": {"views": 1, "training": {"epochs": 2}},
     "ape": {"views": 1},
-    "taskres": {"views": 1, "epochs": 2},
+    "taskres": {"views": 1, "training": {"epochs": 2}},
     "lp_plus_plus": {"iterations": 20},
     "tpt": {"crops": 9},
     "difftpt": {"crops": 9, "generated": 0},

@@ -298,7 +298,7 @@ def test_two_processes_learn_the_same(method: str, tmp_path: Path, command: Comm
 
 def test_a_host_with_a_decomposition_is_learned_and_used(tmp_path: Path, tiny: Tiny) -> None:
     """Its tensors are part of the start; the regulator is of the prompts alone."""
-    own = {"dept": {"rank": 3}}
+    own = {"dept_lowrank": {"rank": 3}}
     config = dataclasses.replace(meta_config(tmp_path, steps=2, tasks_per_step=1, save_every=1), decomposition=own)
     start = dict(host(config, load_backbone("demo"), ["one", "two"]).trainable_parameters())
     folder, _ = meta_train(config)

@@ -82,10 +82,10 @@ def test_one_image_is_scored_without_adaptation_and_with_a_warning(
     ("name", "count"), [("tpt", 64), ("difftpt", 128), ("mta", 64), ("zero", 64), ("promptalign", 64)]
 )
 def test_number_of_views_is_that_of_the_papers(tiny_backbone: Backbone, name: str, count: int) -> None:
-    views = create_method(name, tiny_backbone, NAMES).test_views
+    views = create_method(name, tiny_backbone, NAMES).needs.test_views
     assert views is not None and views.count == count and not views.augmix
-    assert create_method(name, tiny_backbone, NAMES, augmix=True).test_views != views
-    assert create_method("tda", tiny_backbone, NAMES).test_views is None
+    assert create_method(name, tiny_backbone, NAMES, augmix=True).needs.test_views != views
+    assert create_method("tda", tiny_backbone, NAMES).needs.test_views is None
 
 
 @pytest.mark.parametrize("name", ["mta", "zero", "tda"])

@@ -1,7 +1,7 @@
-"""APE: a cache on chosen channels, its values weighted by how well CLIP knows them (Zhu et al., ICCV 2023).
+"""APE: a cache on selected channels with weighted values (Zhu et al., ICCV 2023; arXiv 2304.01195).
 
-arXiv 2304.01195; official code yangyangyang127/APE, its training-free variant. Channels are kept in which classes are
-alike least and the text features vary most; a key counts the more, the less zero-shot CLIP is sure of its class.
+Official code: yangyangyang127/APE, its training-free variant. The channels kept are those in which classes are least
+alike and text features vary most. A key counts more the less sure zero-shot CLIP is of its class.
 """
 
 from __future__ import annotations
@@ -12,62 +12,69 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlprompt.caches.base import KeyValueCache, class_sums
+from vlprompt.caches.base import KeyValueCache, KeyValueSettings, class_sums
 from vlprompt.caches.search import SearchResult, search_grid
+from vlprompt.config.types import Count, NonNegative, validated
 from vlprompt.errors import ConfigError
 
 _EPS = 1e-6
 
 
-class APE(KeyValueCache):
-    """``logits = scale f W^T + alpha exp(-beta (1 - f' K'^T)) (V r)``, where primes stand for the chosen channels.
+@validated("settings")
+class APECacheSettings(KeyValueSettings):
+    """Settings of APE; the defaults are the official ones for ImageNet.
 
-    Args:
-        text_features: Text classifier ``[C, D]``.
-        logit_scale: What cosines are multiplied by.
-        channels: Q, how many channels are kept.
-        weights: Of the two parts of a channel's score: likeness between classes, variance of the text features.
-        alpha: Weight of what the cache says; 0 is zero-shot.
+    Attributes:
+        alpha: Weight of the cache; 0 is zero-shot.
         beta: Sharpness of the affinities.
-        gamma: How much more the keys count of which zero-shot CLIP is not sure; 0: all alike.
-
-    Raises:
-        ConfigError: More channels than there are, or none.
+        gamma: Weight of the divergence of the values: how much more a key counts that zero-shot CLIP is not sure of.
+        channels: Q, the number of channels kept; 0 keeps half of them, rounded up. Published numbers are for 1,024.
+        likeness_weight: Weight of the likeness between classes in the score of a channel.
+        variance_weight: Weight of the variance of the text features in it.
     """
 
+    alpha: NonNegative = 2.0
+    gamma: NonNegative = 0.1
+    channels: Count = 0
+    likeness_weight: NonNegative = 0.7
+    variance_weight: NonNegative = 0.3
+
+
+class APE(KeyValueCache):
+    """``logits = scale f W^T + alpha exp(-beta (1 - f' K'^T)) (V r)``, where primes mark the selected channels.
+
+    Arguments are those of :class:`~vlprompt.caches.base.FeatureClassifier`.
+
+    Raises:
+        ConfigError: More channels than the features have.
+    """
+
+    Settings = APECacheSettings
     fitted = ("keys", "labels", "channels", "divergence", "alpha", "beta", "gamma")
 
-    def __init__(
-        self,
-        text_features: Tensor,
-        logit_scale: float | Tensor = 100.0,
-        *,
-        channels: int,
-        weights: tuple[float, float] = (0.7, 0.3),
-        alpha: float = 2.0,
-        beta: float = 1.0,
-        gamma: float = 0.1,
-    ) -> None:
-        super().__init__(text_features, logit_scale, alpha=alpha, beta=beta)
-        if not 1 <= channels <= text_features.shape[1]:
+    def build(self, text_features: Tensor) -> None:
+        """Create the fitted buffers."""
+        super().build(text_features)
+        width = text_features.shape[1]
+        self.count = self.settings.channels or (width + 1) // 2
+        if self.count > width:
             raise ConfigError(
-                f"settings.channels is {channels}; accepted: 1 to {text_features.shape[1]}, the backbone's feature size"
+                f"settings.channels is {self.count}; accepted: 1 to {width}, the backbone's feature size, or 0 for half"
             )
-        self.count, self.weights = channels, weights
-        self._keep("keys", text_features.new_zeros(0, channels))
+        self._keep("keys", text_features.new_zeros(0, self.count))
         self._keep("channels", text_features.new_zeros(0))
         self._keep("divergence", text_features.new_zeros(0))
-        self._keep("gamma", text_features.new_tensor(gamma))
+        self._keep("gamma", text_features.new_tensor(self.settings.gamma))
 
     def fit(self, features: Tensor, labels: Tensor) -> APE:
-        """Choose the channels and make a weighted key of each image.
+        """Select the channels and make a weighted key of each image.
 
         Args:
             features: Raw features ``[N, D]``, or of several random views ``[V, N, D]``, which are averaged.
-            labels: ``[N]``. Classes without images count in the choice of channels by their text feature.
+            labels: ``[N]``. Classes without images enter the selection of channels by their text feature.
 
         Raises:
-            DataError: Shapes that do not go together, or labels that are none of the classes.
+            DataError: Shapes that do not match, or labels out of range.
         """
         views, labels = self._checked(features, labels)
         order = labels.argsort(stable=True)
@@ -76,9 +83,9 @@ class APE(KeyValueCache):
         with torch.no_grad():
             text = F.normalize(self.text[:, chosen], dim=-1)
             keys = F.normalize(keys[:, chosen], dim=-1)
-            own = (keys @ text.t()).softmax(dim=-1).gather(1, labels[:, None]).squeeze(1)
+            probability = (keys @ text.t()).softmax(dim=-1).gather(1, labels[:, None]).squeeze(1)
             # KL of the one-hot value from it, in bits: the other entries of the value are zero and add nothing.
-            divergence = torch.log2((1 + _EPS) / (own + _EPS))
+            divergence = torch.log2((1 + _EPS) / (probability + _EPS))
         self._set(keys=keys, labels=labels, channels=chosen, divergence=divergence)
         return self
 
@@ -100,7 +107,8 @@ class APE(KeyValueCache):
             pairs = rows.sum() ** 2 - (rows**2).sum()
             likeness = (sums.sum(dim=0) ** 2 - (sums**2).sum(dim=0)) / pairs.clamp(min=1)
             variance = text.var(dim=0) if self.classes > 1 else torch.zeros_like(likeness)
-            return -self.weights[0] * likeness + self.weights[1] * variance
+            scores: Tensor = -self.settings.likeness_weight * likeness + self.settings.variance_weight * variance
+        return scores
 
     def affinity(self, unit: Tensor) -> Tensor:
         """Return the cosine of the chosen channels ``[N, B]`` of each key and unit features ``[B, D]``."""
@@ -120,13 +128,12 @@ class APE(KeyValueCache):
         alphas: Sequence[float],
         gammas: Sequence[float] = (),
     ) -> SearchResult:
-        """Set ``beta``, ``alpha`` and ``gamma`` to the best of a grid on labelled images, and say what was found.
+        """Set ``beta``, ``alpha`` and ``gamma`` to the best point of a grid on labelled images; return the search.
 
-        Of equally good points the first counts; beta is the outermost loop, gamma the innermost. Without ``gammas``,
-        gamma stays as it is.
+        Ties go to the first point; beta is the outermost loop, gamma the innermost. Without ``gammas``, gamma is kept.
 
         Raises:
-            DataError: No images, or labels that are none of the classes.
+            DataError: No images, or labels out of range.
             ConfigError: An empty grid.
         """
         views, labels = self._checked(features, labels)
@@ -139,11 +146,11 @@ class APE(KeyValueCache):
 
         def evidences(affinity: Tensor, beta: float) -> list[Tensor]:
             sharp = (affinity - 1).mul_(beta).exp_()
-            return [class_sums(sharp * own, self.key_labels, self.classes) for own in weights]
+            return [class_sums(sharp * weight, self.key_labels, self.classes) for weight in weights]
 
-        found = search_grid(labels, prepare, evidences, {"beta": betas, "alpha": alphas, "gamma": tried})
-        self._set(**found.values)
-        return found
+        search = search_grid(labels, prepare, evidences, {"beta": betas, "alpha": alphas, "gamma": tried})
+        self._set(**search.values)
+        return search
 
     def _per_key(self) -> tuple[str, ...]:
         return ("keys", "divergence")
@@ -157,5 +164,3 @@ class APE(KeyValueCache):
         inside = bool(((channels >= 0) & (channels < width)).all())
         return super().misfits(state) + ([] if inside else [f"channels: not all of them are 0 to {width - 1}"])
 
-
-__all__ = ["APE"]

@@ -1,8 +1,8 @@
-"""What all caches share: a zero-shot classifier on frozen features, and a key-value memory that adds to its logits.
+"""Bases of caches: a zero-shot classifier on frozen features, and a key-value memory that adds to its logits.
 
-Caches work on features alone and have scikit-learn's manners: ``fit(features, labels)``, ``predict(features)``,
-``score(features, labels)``; ``search(features, labels, ...)`` chooses hyperparameters on validation images. They take
-raw (not normalised) features and normalise them themselves.
+Caches have the interface of scikit-learn: ``fit(features, labels)``, ``predict(features)``,
+``score(features, labels)``; ``search(features, labels, ...)`` chooses hyperparameters on validation images. Features
+are raw; caches normalise them.
 """
 
 from __future__ import annotations
@@ -16,36 +16,52 @@ from torch import Tensor, nn
 
 from vlprompt.caches.search import SearchResult, search_grid
 from vlprompt.caches.training import CacheRecipe, TrainingStep
+from vlprompt.config.types import NonNegative, validated
 from vlprompt.errors import ConfigError, DataError
 
 
+@validated("settings")
+class NoSettings:
+    """Settings of a classifier that has none."""
+
+
 class FeatureClassifier(nn.Module):
-    """Zero-shot classification of features; a subclass adds what it was fitted on. Before that it is zero-shot.
+    """Zero-shot classification of features; a subclass adds what it was fitted on. Unfitted, it is zero-shot.
 
     Args:
-        text_features: Text classifier ``[C, D]``, one row per class; rows are brought to length 1 for scoring.
-        logit_scale: What cosines are multiplied by. The published codes have 100, that of OpenAI's CLIP.
+        text_features: Text classifier ``[C, D]``, one row per class; rows are normalised for scoring.
+        logit_scale: Factor of the cosines. The published codes have 100, the factor of OpenAI's CLIP.
+        settings: An instance of :attr:`Settings`. Default: the values, or the defaults of :attr:`Settings`.
+        **values: Fields of :attr:`Settings`, in place of an instance.
 
     Raises:
-        ConfigError: ``text_features`` is no matrix, or has no rows.
+        ConfigError: ``text_features`` is not a matrix or has no rows, or a value is not accepted.
     """
 
+    Settings: ClassVar[type] = NoSettings
     fitted: ClassVar[tuple[str, ...]] = ()
-    """Buffers that :meth:`fit` sets; with them and ``text_features`` the classifier can be made anew."""
+    """Buffers that :meth:`fit` sets; they and ``text_features`` restore the classifier."""
 
-    def __init__(self, text_features: Tensor, logit_scale: float | Tensor = 100.0) -> None:
+    def __init__(
+        self, text_features: Tensor, logit_scale: float | Tensor = 100.0, settings: Any = None, **values: Any
+    ) -> None:
         super().__init__()
+        self.settings: Any = self.Settings(**values) if settings is None else settings
         if text_features.ndim != 2 or not text_features.numel():
             raise ConfigError(f"text_features has shape {list(text_features.shape)}; accepted: [C, D], 1 or more each")
         self._keep("unit_text", F.normalize(text_features, dim=-1))
         self._keep("logit_scale", torch.as_tensor(logit_scale).to(text_features).reshape(()))
+        self.build(text_features)
+
+    def build(self, text_features: Tensor) -> None:
+        """Create the buffers that :meth:`fit` sets, empty; ``text_features`` ``[C, D]`` are raw."""
 
     def _keep(self, name: str, value: Tensor) -> None:
         with torch.inference_mode(False):
             self.register_buffer(name, value.detach().clone(), persistent=False)
 
     def _set(self, **values: Tensor | float) -> None:
-        """Replace fitted buffers; in inference mode, too, they stay ordinary tensors."""
+        """Replace fitted buffers; they stay ordinary tensors in inference mode, too."""
         with torch.inference_mode(False), torch.no_grad():
             for name, value in values.items():
                 setattr(self, name, torch.as_tensor(value).detach().to(self.text).clone())
@@ -62,11 +78,11 @@ class FeatureClassifier(nn.Module):
 
     @property
     def is_fitted(self) -> bool:
-        """Whether there is anything beside the zero-shot classifier."""
+        """Whether there is more than the zero-shot classifier."""
         return any(self.get_buffer(name).ndim and self.get_buffer(name).numel() for name in self.fitted)
 
     def unit(self, features: Tensor) -> Tensor:
-        """Return raw ``features`` ``[B, D]`` at length 1 and in the classifier's number type."""
+        """Return raw ``features`` ``[B, D]`` normalised, in the classifier's dtype."""
         return F.normalize(features.to(self.text), dim=-1)
 
     def zeroshot(self, unit: Tensor) -> Tensor:
@@ -85,14 +101,14 @@ class FeatureClassifier(nn.Module):
         """Return the accuracy, 0 to 1, on raw ``features`` ``[B, D]`` of ``labels`` ``[B]``.
 
         Raises:
-            DataError: There are no images to score.
+            DataError: No images.
         """
         if not len(labels):
             raise DataError("there are no images to score on; the accuracy of none is not defined")
         return float((self.predict(features) == labels.to(features.device)).double().mean())
 
     def for_classes(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Return the fitted buffers of the classifier that has class ``rows[i]`` of this one as its class i."""
+        """Return the fitted buffers for other classes: class i of them is class ``rows[i]`` of this classifier."""
         raise NotImplementedError
 
     def misfits(self, state: Mapping[str, Tensor]) -> list[str]:
@@ -103,7 +119,7 @@ class FeatureClassifier(nn.Module):
         """Return views ``[V, N, D]`` and labels ``[N]``.
 
         Raises:
-            DataError: Shapes that do not go together, or labels that are none of the classes.
+            DataError: Shapes that do not match, or labels out of range.
         """
         views = features[None] if features.ndim == 2 else features
         if views.ndim != 3 or views.shape[1:] != (len(labels), self.text.shape[1]) or not len(views):
@@ -127,7 +143,7 @@ class FeatureClassifier(nn.Module):
         order: Sequence[Tensor],
         scored: Callable[[Tensor, Tensor], Tensor],
     ) -> Iterator[TrainingStep]:
-        """Train the fitted buffer ``name`` in place by cross-entropy; yield each step after it was taken.
+        """Train the fitted buffer ``name`` in place by cross-entropy; yield each step once it is done.
 
         Args:
             name: The buffer.
@@ -158,13 +174,13 @@ class FeatureClassifier(nn.Module):
 
 
 class RowClassifier(FeatureClassifier):
-    """A classifier that was fitted to one row for each class, so that other classes are a choice of rows."""
+    """A classifier with one fitted row per class, so that other classes are a choice of rows."""
 
     per_class: ClassVar[tuple[str, ...]] = ()
-    """The fitted buffers that have one entry or row for each class, and none before :meth:`fit`."""
+    """Fitted buffers with one entry or row per class, and none before :meth:`fit`."""
 
     def for_classes(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Return the buffers of the classifier that has class ``rows[i]`` of this one as its class i."""
+        """Return the fitted buffers for other classes: class i of them is class ``rows[i]`` of this classifier."""
         state = {name: self.get_buffer(name) for name in self.fitted}
         return state | {name: state[name][list(rows)] for name in self.per_class}
 
@@ -180,30 +196,36 @@ class RowClassifier(FeatureClassifier):
         return wrong + [f"{name}: width {state[name].shape[1]}, expected {width}" for name in matrices]
 
 
+@validated("settings")
+class KeyValueSettings:
+    """Settings of a key-value cache.
+
+    Attributes:
+        alpha: Weight of the cache; 0 is zero-shot.
+        beta: Sharpness of the affinities; at 0 all keys count alike.
+    """
+
+    alpha: NonNegative = 1.0
+    beta: NonNegative = 1.0
+
+
 class KeyValueCache(FeatureClassifier):
     """Unit keys ``[N, D]`` with one class each: ``logits = zero-shot + alpha sum_class exp(-beta (1 - affinity))``.
 
-    The values of the published codes are one-hot rows, so that a product with them is a sum over the keys of each
-    class. Keys are kept in the order of their classes, and that sum is formed directly (grouped sums): N numbers per
-    image are added up instead of N times C multiplied.
-
-    Args:
-        text_features: As in :class:`FeatureClassifier`.
-        logit_scale: As there.
-        alpha: Weight of what the cache says; 0 is zero-shot.
-        beta: Sharpness of the affinities; 0 lets all keys speak alike.
+    The values of the published codes are one-hot rows, and a product with them is a sum over the keys of each class.
+    Keys are sorted by class here, and that sum is formed directly: N additions per image instead of N x C products.
+    Arguments are those of :class:`FeatureClassifier`.
     """
 
+    Settings = KeyValueSettings
     fitted: ClassVar[tuple[str, ...]] = ("keys", "labels", "alpha", "beta")
 
-    def __init__(
-        self, text_features: Tensor, logit_scale: float | Tensor = 100.0, *, alpha: float = 1.0, beta: float = 1.0
-    ) -> None:
-        super().__init__(text_features, logit_scale)
+    def build(self, text_features: Tensor) -> None:
+        """Create the fitted buffers."""
         self._keep("keys", text_features.new_zeros(0, text_features.shape[1]))
         self._keep("labels", text_features.new_zeros(0))
-        self._keep("alpha", text_features.new_tensor(alpha))
-        self._keep("beta", text_features.new_tensor(beta))
+        self._keep("alpha", text_features.new_tensor(self.settings.alpha))
+        self._keep("beta", text_features.new_tensor(self.settings.beta))
 
     @property
     def key_labels(self) -> Tensor:
@@ -211,7 +233,7 @@ class KeyValueCache(FeatureClassifier):
         return self.get_buffer("labels").long()
 
     def affinity(self, unit: Tensor) -> Tensor:
-        """Return how near each key is to each image ``[N, B]``, given unit features ``[B, D]``: their cosine."""
+        """Return the affinity ``[N, B]`` of each key and unit features ``[B, D]``: their cosine."""
         return self.get_buffer("keys") @ unit.t()
 
     def evidence(self, affinity: Tensor, beta: float | Tensor) -> Tensor:
@@ -232,19 +254,19 @@ class KeyValueCache(FeatureClassifier):
         return self.combine(zeroshot, self.affinity(unit)) if len(self.get_buffer("keys")) else zeroshot
 
     def search(self, features: Tensor, labels: Tensor, betas: Sequence[float], alphas: Sequence[float]) -> SearchResult:
-        """Set ``beta`` and ``alpha`` to the best of a grid on labelled images, and say what was found.
+        """Set ``beta`` and ``alpha`` to the best point of a grid on labelled images, and return the search.
 
-        Of equally good points the first counts, beta in the outer loop. The affinities are computed once; each beta
-        costs one exponential of them, each alpha one addition and one comparison.
+        Ties go to the first point, beta in the outer loop. The affinities are computed once; each beta costs one
+        exponential of them, each alpha one addition and one comparison.
 
         Args:
-            features: Raw features ``[M, D]`` of images that the cache was not fitted on.
+            features: Raw features ``[M, D]`` of other images than the cache was fitted on.
             labels: ``[M]``.
             betas: Values of beta.
             alphas: Values of alpha.
 
         Raises:
-            DataError: No images, or labels that are none of the classes.
+            DataError: No images, or labels out of range.
             ConfigError: An empty grid.
         """
         views, labels = self._checked(features, labels)
@@ -256,21 +278,21 @@ class KeyValueCache(FeatureClassifier):
         def evidences(affinity: Tensor, beta: float) -> list[Tensor]:
             return [self.evidence(affinity, beta)]
 
-        found = search_grid(labels, prepare, evidences, {"beta": betas, "alpha": alphas})
-        self._set(beta=found.values["beta"], alpha=found.values["alpha"])
-        return found
+        search = search_grid(labels, prepare, evidences, {"beta": betas, "alpha": alphas})
+        self._set(beta=search.values["beta"], alpha=search.values["alpha"])
+        return search
 
     def for_classes(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Return the buffers of the cache that has class ``rows[i]`` of this one as its class i."""
-        own = self.key_labels
-        places = [(own == row).nonzero().squeeze(1) for row in rows]
-        order = torch.cat(places) if places else own[:0]
-        labels = torch.cat([torch.full_like(place, new) for new, place in enumerate(places)]) if places else own[:0]
+        """Return the fitted buffers for other classes: class i of them is class ``rows[i]`` of this cache."""
+        classes = self.key_labels
+        places = [(classes == row).nonzero().squeeze(1) for row in rows]
+        order = torch.cat(places) if places else classes[:0]
+        labels = torch.cat([torch.full_like(place, new) for new, place in enumerate(places)]) if places else classes[:0]
         state = {name: self.get_buffer(name) for name in self.fitted}
         return state | {"labels": labels.to(self.text)} | {name: state[name][order] for name in self._per_key()}
 
     def _per_key(self) -> tuple[str, ...]:
-        """Return the buffers that have one entry for each key, beside the labels."""
+        """Return the buffers with one entry per key, apart from the labels."""
         return ("keys",)
 
     def _key_width(self, state: Mapping[str, Tensor]) -> int:
@@ -299,7 +321,7 @@ def class_sums(values: Tensor, labels: Tensor, classes: int) -> Tensor:
 
     Args:
         values: ``[N, B]``.
-        labels: ``[N]``, int64; quickest in order and with equally many of each class.
+        labels: ``[N]``, int64; fastest if sorted with equal counts.
         classes: C.
     """
     shots, rest = divmod(len(labels), classes)

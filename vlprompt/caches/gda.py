@@ -1,7 +1,7 @@
-"""GDA: Gaussian discriminant analysis beside zero-shot CLIP (Wang et al., ICLR 2024, arXiv 2402.04087).
+"""GDA: Gaussian discriminant analysis added to zero-shot CLIP (Wang et al., ICLR 2024; arXiv 2402.04087).
 
-Classes are Gaussians with means of their own and one covariance; the classifier follows in closed form (equations 4 to
-6) and is added to the zero-shot one. Official code: mrflogs/ICLR24.
+Classes are Gaussians with one mean each and a common covariance. The classifier has a closed form (equations 4 to 6)
+and is added to the zero-shot one. Official code: mrflogs/ICLR24.
 """
 
 from __future__ import annotations
@@ -13,37 +13,47 @@ from torch import Tensor
 
 from vlprompt.caches.base import RowClassifier
 from vlprompt.caches.search import SearchResult, decades, search_scalar
+from vlprompt.config.types import NonNegative, validated
 from vlprompt.errors import DataError
+
+
+@validated("settings")
+class GDACacheSettings:
+    """Settings of GDA; the default is the official one.
+
+    Attributes:
+        alpha: Weight of the Gaussian classifier; 0 is zero-shot.
+    """
+
+    alpha: NonNegative = 1.0
 
 
 class GDA(RowClassifier):
     """``logits = scale f W^T + alpha (f W_g^T + b)`` with ``W_g = mu P`` and ``b_c = -ln C - mu_c P mu_c^T / 2``.
 
-    Args:
-        text_features: Text classifier ``[C, D]``.
-        logit_scale: What cosines are multiplied by.
-        alpha: Weight of the Gaussian classifier; 0 is zero-shot.
+    Arguments are those of :class:`~vlprompt.caches.base.FeatureClassifier`.
     """
 
+    Settings = GDACacheSettings
     fitted = ("weight", "bias", "alpha")
     per_class = ("weight", "bias")
 
-    def __init__(self, text_features: Tensor, logit_scale: float | Tensor = 100.0, *, alpha: float = 1.0) -> None:
-        super().__init__(text_features, logit_scale)
+    def build(self, text_features: Tensor) -> None:
+        """Create the fitted buffers."""
         self._keep("weight", text_features.new_zeros(0, text_features.shape[1]))
         self._keep("bias", text_features.new_zeros(0))
-        self._keep("alpha", text_features.new_tensor(alpha))
+        self._keep("alpha", text_features.new_tensor(self.settings.alpha))
 
     def fit(self, features: Tensor, labels: Tensor) -> GDA:
         """Estimate means and the shrunk precision ``P = D pinv((n - 1) S + tr(S) I)``, in double precision.
 
         Args:
-            features: Raw features ``[N, D]``, or ``[V, N, D]``: each view counts as an image of its own, so that
-                n = V N (officially V = 10).
+            features: Raw features ``[N, D]``, or ``[V, N, D]``: each view counts as an image, n = V N (officially
+                V = 10).
             labels: ``[N]``.
 
         Raises:
-            DataError: Shapes that do not go together, or a class without images: it has no mean.
+            DataError: Shapes that do not match, or a class without images, which has no mean.
         """
         views, labels = self._checked(features, labels)
         counts = torch.bincount(labels, minlength=self.classes)
@@ -77,12 +87,12 @@ class GDA(RowClassifier):
         return zeroshot + self.get_buffer("alpha") * self.gaussian(unit) if self.is_fitted else zeroshot
 
     def search(self, features: Tensor, labels: Tensor, alphas: Sequence[float] | None = None) -> SearchResult:
-        """Set ``alpha`` to the best value on raw ``features`` ``[M, D]`` with ``labels`` ``[M]``; the first of equals.
+        """Set ``alpha`` to the best value on raw ``features`` ``[M, D]`` with ``labels`` ``[M]``; ties go to the first.
 
         ``alphas`` are the seven powers of ten from 0.0001 to 100 by default.
 
         Raises:
-            DataError: No images, or labels that are none of the classes.
+            DataError: No images, or labels out of range.
         """
         views, labels = self._checked(features, labels)
         if not len(labels):
@@ -93,9 +103,6 @@ class GDA(RowClassifier):
         def score(alpha: float) -> float:
             return float((torch.add(zeroshot, gaussian, alpha=alpha).argmax(dim=-1) == labels).double().mean())
 
-        found = search_scalar("alpha", decades(-4, 2) if alphas is None else alphas, score)
-        self._set(alpha=found.values["alpha"])
-        return found
-
-
-__all__ = ["GDA"]
+        search = search_scalar("alpha", decades(-4, 2) if alphas is None else alphas, score)
+        self._set(alpha=search.values["alpha"])
+        return search

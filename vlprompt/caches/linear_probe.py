@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,55 +10,66 @@ from torch import Tensor, nn
 
 from vlprompt.caches.base import RowClassifier
 from vlprompt.caches.search import search_exponent
-from vlprompt.errors import DataError
+from vlprompt.config.types import Ge, Positive, validated
+from vlprompt.errors import ConfigError, DataError
 
-#: Exponents of the coarse grid of C, in the order of lpclip: of equally good ones the largest C counts.
+#: Exponents of the coarse grid of C, in the order of lpclip: ties go to the largest C.
 C_EXPONENTS = (6, 4, 2, 0, -2, -4, -6)
 HALVINGS = 8
+
+
+#: L-BFGS stops where no entry of the gradient is larger; the default of scikit-learn.
+TOLERANCE = 1e-4
+
+
+@validated("settings")
+class LinearProbeCacheSettings:
+    """Settings of the linear probe.
+
+    Attributes:
+        c: Inverse strength of the penalty, used where it is not searched; the default is that of CLIP's README.
+        normalised: Normalise features first, as few-shot protocols do; CLIP's README takes raw ones.
+        start: Initial W: ``zero``, or ``zeroshot`` for the text classifier times the logit scale. The loss is convex,
+            so the start matters only where the iterations stop short of the minimum: with a large c and separable
+            classes.
+        iterations: Maximal number of L-BFGS steps.
+    """
+
+    c: Annotated[float, Ge(1e-12)] = 0.316
+    normalised: bool = True
+    start: Literal["zero", "zeroshot"] = "zero"
+    iterations: Positive = 1000
+
+    def __post_init__(self) -> None:
+        if self.start == "zeroshot" and not self.normalised:
+            raise ConfigError(
+                "settings.start is 'zeroshot' and settings.normalised false; accepted then: zero, because the text "
+                "classifier is scaled for unit features"
+            )
 
 
 class LinearProbe(RowClassifier):
     """``logits = f W^T + b``; ``W`` ``[C, D]`` and ``b`` ``[C]`` minimise the penalised cross-entropy of the images.
 
-    ``mean CE + |W|^2 / (2 c N)``: scikit-learn's LogisticRegression of three or more classes, the biases without
-    penalty. (Of two classes scikit-learn learns one row, not two, and so penalises differently.)
-
-    Args:
-        text_features: Text classifier ``[C, D]``: what is zero-shot before :meth:`fit`, and a possible start.
-        logit_scale: What cosines are multiplied by.
-        c: Inverse strength of the penalty; 0.316 is that of CLIP's README.
-        normalised: Bring features to length 1 first, as few-shot protocols do; CLIP's README takes them raw.
-        start: Where W starts: at zero, or as the zero-shot classifier of unit features, times ``logit_scale``. What is
-            minimised is convex: the start counts only as far as ``iterations`` and tolerance stop short of the minimum,
-            which they do where ``c`` is large and the classes can be told apart.
-        iterations: The most steps of L-BFGS.
-        tolerance: It stops where no entry of the gradient is larger; scikit-learn's default.
+    ``mean CE + |W|^2 / (2 c N)``: scikit-learn's LogisticRegression of three or more classes, biases not penalised.
+    (For two classes scikit-learn learns one row, not two, and penalises differently.) Arguments are those of
+    :class:`~vlprompt.caches.base.FeatureClassifier`.
     """
 
+    Settings = LinearProbeCacheSettings
     fitted = ("weight", "bias", "c")
     per_class = ("weight", "bias")
 
-    def __init__(
-        self,
-        text_features: Tensor,
-        logit_scale: float | Tensor = 100.0,
-        *,
-        c: float = 0.316,
-        normalised: bool = True,
-        start: Literal["zero", "zeroshot"] = "zero",
-        iterations: int = 1000,
-        tolerance: float = 1e-4,
-    ) -> None:
-        super().__init__(text_features, logit_scale)
+    def build(self, text_features: Tensor) -> None:
+        """Create the fitted buffers."""
         self._keep("weight", text_features.new_zeros(0, text_features.shape[1]))
         self._keep("bias", text_features.new_zeros(0))
-        self._keep("c", text_features.new_tensor(c))
-        self.normalised, self.start = normalised, start
-        self.iterations, self.tolerance = iterations, tolerance
+        self._keep("c", text_features.new_tensor(self.settings.c))
+        self.tolerance = TOLERANCE
 
     def rows(self, features: Tensor) -> Tensor:
-        """Return raw ``features`` ``[..., D]`` as they are regressed on."""
-        return self.unit(features) if self.normalised else features.to(self.text)
+        """Return the regressors ``[..., D]`` of raw ``features`` ``[..., D]``."""
+        return self.unit(features) if self.settings.normalised else features.to(self.text)
 
     def logits(self, features: Tensor) -> Tensor:
         """Return logits ``[B, C]`` of raw ``features`` ``[B, D]``; zero-shot before :meth:`fit`."""
@@ -70,13 +81,13 @@ class LinearProbe(RowClassifier):
         """Find W and b, in double precision.
 
         Args:
-            features: Raw features ``[N, D]``, or ``[V, N, D]``: each view counts as an image of its own.
+            features: Raw features ``[N, D]``, or ``[V, N, D]``: each view counts as an image.
             labels: ``[N]``.
             val: Raw features ``[M, D]`` and labels ``[M]`` that ``c`` is chosen on: the best of seven powers of ten,
-                1e6 to 1e-6, then eight halvings about it (:func:`vlprompt.caches.search.search_exponent`).
+                1e6 to 1e-6, then eight halvings around it (:func:`vlprompt.caches.search.search_exponent`).
 
         Raises:
-            DataError: Shapes that do not go together, labels that are none of the classes, or no images.
+            DataError: Shapes that do not match, labels out of range, or no images.
         """
         views, labels = self._checked(features, labels)
         if not len(labels):
@@ -98,16 +109,16 @@ class LinearProbe(RowClassifier):
         return self
 
     def _minimum(self, rows: Tensor, labels: Tensor, c: float) -> tuple[Tensor, Tensor]:
-        """Return W ``[C, D]`` and b ``[C]`` for rows ``[N, D]``, by L-BFGS as scikit-learn sets it up."""
+        """Return W ``[C, D]`` and b ``[C]`` for rows ``[N, D]``, by L-BFGS with the options of scikit-learn."""
         with torch.inference_mode(False), torch.enable_grad():
             rows, labels = rows.double().clone(), labels.clone()
             start = self.text.double() * self.get_buffer("logit_scale").double()
-            weight = nn.Parameter(start if self.start == "zeroshot" else torch.zeros_like(start))
+            weight = nn.Parameter(start if self.settings.start == "zeroshot" else torch.zeros_like(start))
             bias = nn.Parameter(rows.new_zeros(self.classes))
             optimizer = torch.optim.LBFGS(
                 [weight, bias],
-                max_iter=self.iterations,
-                max_eval=2 * self.iterations,
+                max_iter=self.settings.iterations,
+                max_eval=2 * self.settings.iterations,
                 tolerance_grad=self.tolerance,
                 tolerance_change=1e-12,
                 history_size=10,
@@ -125,7 +136,7 @@ class LinearProbe(RowClassifier):
 
 
 def penalised_loss(weight: Tensor, bias: Tensor, rows: Tensor, labels: Tensor, c: float) -> Tensor:
-    """Return what a linear probe minimises: the mean cross-entropy and ``|W|^2 / (2 c N)``.
+    """Return the loss of a linear probe: the mean cross-entropy and ``|W|^2 / (2 c N)``.
 
     Args:
         weight: W ``[C, D]``.
@@ -136,5 +147,3 @@ def penalised_loss(weight: Tensor, bias: Tensor, rows: Tensor, labels: Tensor, c
     """
     return F.cross_entropy(F.linear(rows, weight, bias), labels) + weight.square().sum() / (2 * c * len(labels))
 
-
-__all__ = ["C_EXPONENTS", "HALVINGS", "LinearProbe", "penalised_loss"]

@@ -1,7 +1,7 @@
-"""LP++: a linear probe blended with the text classifier, its step sizes from the data (Huang et al., CVPR 2024).
+"""LP++: a linear probe blended with the text classifier, step sizes from the data (Huang et al., CVPR 2024).
 
 arXiv 2404.02285; official code FereshteShakeri/FewShot-CLIP-Strong-Baseline. Step sizes are Lipschitz bounds of the
-loss on the few-shot images, so that no learning rate is searched.
+loss on the few-shot images; no learning rate is searched.
 """
 
 from __future__ import annotations
@@ -13,43 +13,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt.caches.base import RowClassifier, class_sums
+from vlprompt.config.types import Below1, Count, NonNegative, Positive, validated
 from vlprompt.errors import DataError
+
+
+@validated("settings")
+class LPPlusPlusCacheSettings:
+    """Settings of LP++; the defaults are the official ones.
+
+    Attributes:
+        iterations: Number of steps, each over all images.
+        momentum: Momentum of w and b.
+        alpha_every: Iterations between two steps of alpha.
+        alpha_start: Initial alpha, in units of the mean cosine of images and the text features of their classes.
+        accumulate: Sum the gradient of alpha over all iterations so far, as the official code does, which never sets it
+            to zero; otherwise take that of the last iteration.
+    """
+
+    iterations: Count = 300
+    momentum: Below1 = 0.9
+    alpha_every: Positive = 10
+    alpha_start: NonNegative = 250.0
+    accumulate: bool = True
 
 
 class LPPlusPlus(RowClassifier):
     """``logits_k = f w_k + b_k + alpha_k (f t_k)``, without temperature; w, b and alpha are learned.
 
-    Args:
-        text_features: Text classifier ``[C, D]``, the rows t.
-        logit_scale: What cosines are multiplied by before :meth:`fit`; afterwards alpha stands in its place.
-        iterations: Steps over all images at once.
-        momentum: Of the steps of w and b.
-        alpha_every: Alpha takes a step after every so many iterations.
-        alpha_start: Alpha starts at this number times the mean cosine of images and their class's text.
-        accumulate: The gradient of alpha's step is the sum over all iterations so far, as in the official code, which
-            never sets it to zero; otherwise it is that of the last iteration.
+    Arguments are those of :class:`~vlprompt.caches.base.FeatureClassifier`; ``text_features`` are the rows t, and
+    ``logit_scale`` is used before :meth:`fit` only.
     """
 
+    Settings = LPPlusPlusCacheSettings
     fitted = ("weight", "bias", "alpha")
     per_class = ("weight", "bias", "alpha")
 
-    def __init__(
-        self,
-        text_features: Tensor,
-        logit_scale: float | Tensor = 100.0,
-        *,
-        iterations: int = 300,
-        momentum: float = 0.9,
-        alpha_every: int = 10,
-        alpha_start: float = 250.0,
-        accumulate: bool = True,
-    ) -> None:
-        super().__init__(text_features, logit_scale)
+    def build(self, text_features: Tensor) -> None:
+        """Create the fitted buffers."""
         self._keep("weight", text_features.new_zeros(0, text_features.shape[1]))
         self._keep("bias", text_features.new_zeros(0))
         self._keep("alpha", text_features.new_zeros(0))
-        self.iterations, self.momentum, self.accumulate = iterations, momentum, accumulate
-        self.alpha_every, self.alpha_start = alpha_every, alpha_start
 
     def logits(self, features: Tensor) -> Tensor:
         """Return logits ``[B, C]`` of raw ``features`` ``[B, D]``; zero-shot before :meth:`fit`."""
@@ -66,15 +69,15 @@ class LPPlusPlus(RowClassifier):
         """Start from the classes' sums of features and take the steps.
 
         Args:
-            features: Raw features ``[N, D]``, or ``[V, N, D]``: each view counts as an image of its own. (The official
-                code has one random view.)
+            features: Raw features ``[N, D]``, or ``[V, N, D]``: each view counts as an image. (The official code has
+                one random view.)
             labels: ``[N]``.
-            val: Raw features ``[M, D]`` and labels ``[M]``: what is best there after an iteration is kept, of equally
-                good ones the last. Default: what is there at the end.
-            seed: Of the biases' start.
+            val: Raw features ``[M, D]`` and labels ``[M]``. The iteration that is best on them is kept, the last of
+                equally good ones. Default: the last iteration.
+            seed: Seed of the initial biases.
 
         Raises:
-            DataError: Shapes that do not go together, labels that are none of the classes, or no images.
+            DataError: Shapes that do not match, labels out of range, or no images.
         """
         views, labels = self._checked(features, labels)
         if not len(labels):
@@ -93,20 +96,20 @@ class LPPlusPlus(RowClassifier):
     @torch.no_grad()
     def begin(self, unit: Tensor, labels: Tensor, seed: int) -> None:
         """Set w to the sum of each class's ``unit`` features ``[N, D]``, b as linear layers have it, and alpha."""
-        own = (unit * self.text[labels]).sum(dim=-1, keepdim=True)
+        cosines = (unit * self.text[labels]).sum(dim=-1, keepdim=True)
         counts = torch.bincount(labels, minlength=self.classes)
-        means = class_sums(own, labels, self.classes).squeeze(1) / counts.clamp(min=1)
+        means = class_sums(cosines, labels, self.classes).squeeze(1) / counts.clamp(min=1)
         bound = unit.shape[1] ** -0.5
         noise = torch.rand(self.classes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         self._set(
             weight=class_sums(unit, labels, self.classes),
             bias=(2 * noise - 1) * bound,
-            alpha=self.text.new_ones(self.classes) * self.alpha_start * means[counts > 0].mean(),
+            alpha=self.text.new_ones(self.classes) * self.settings.alpha_start * means[counts > 0].mean(),
         )
 
     @torch.no_grad()
     def iterate(self, unit: Tensor, labels: Tensor, rate: float, alpha_rate: float) -> Iterator[float]:
-        """Take the steps in place; yield the loss before each, after it was taken.
+        """Take the steps in place; yield the loss before each, once it is done.
 
         The gradients of cross-entropy are written out: ``p - y`` is that of the logits.
 
@@ -120,20 +123,20 @@ class LPPlusPlus(RowClassifier):
         rows = torch.arange(len(labels), device=labels.device)
         speed_weight, speed_bias = torch.zeros_like(self.text), self.text.new_zeros(self.classes)
         pull = self.text.new_zeros(self.classes)
-        for number in range(1, self.iterations + 1):
+        for number in range(1, self.settings.iterations + 1):
             log_p = self._blended(unit, cosines).log_softmax(dim=-1)
             loss = float(-log_p[rows, labels].mean())
             error = log_p.exp_()
             error[rows, labels] -= 1
             error /= len(labels)
-            speed_weight.mul_(self.momentum).add_(error.t() @ unit)
-            speed_bias.mul_(self.momentum).add_(error.sum(dim=0))
-            pull.mul_(float(self.accumulate)).add_((error * cosines).sum(dim=0))
+            speed_weight.mul_(self.settings.momentum).add_(error.t() @ unit)
+            speed_bias.mul_(self.settings.momentum).add_(error.sum(dim=0))
+            pull.mul_(float(self.settings.accumulate)).add_((error * cosines).sum(dim=0))
             self._set(
                 weight=self.get_buffer("weight") - rate * speed_weight,
                 bias=self.get_buffer("bias") - rate * speed_bias,
             )
-            if number % self.alpha_every == 0:
+            if number % self.settings.alpha_every == 0:
                 self._set(alpha=self.get_buffer("alpha") - alpha_rate * pull)
             yield loss
 
@@ -151,5 +154,3 @@ def step_sizes(unit: Tensor, text: Tensor) -> tuple[float, float]:
     largest = (wide @ text.double().t()).square().sum(dim=0).max()
     return float(4 * len(unit) / torch.linalg.eigvalsh(gram)[-1]), float(len(unit) / (4 * largest))
 
-
-__all__ = ["LPPlusPlus", "step_sizes"]

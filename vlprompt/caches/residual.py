@@ -1,7 +1,7 @@
-"""Task residual: a learned offset to each class's text feature (TaskRes: Yu et al., CVPR 2023; arXiv 2211.10277).
+"""Task residual: a learned offset to the text feature of each class (TaskRes; Yu et al., CVPR 2023; arXiv 2211.10277).
 
-The official code (geekyutao/TaskRes) adds it to the raw text feature, the mean over the templates, whose length so
-decides how far a step goes; their sum is brought to length 1.
+The official code (geekyutao/TaskRes) adds it to the raw text feature, the mean over the templates, and normalises the
+sum. The length of the raw feature thus sets the effect of a step.
 """
 
 from __future__ import annotations
@@ -13,43 +13,43 @@ from torch import Tensor
 
 from vlprompt.caches.base import RowClassifier
 from vlprompt.caches.training import EpochRecipe, TrainingStep, orders
+from vlprompt.config.types import NonNegative, validated
 
-#: The official recipe at 8 and 16 shots; at fewer 100 epochs, on ImageNet a tenth of the rate.
-TASKRES_RECIPE = EpochRecipe(epochs=200, batch_size=256, lr=2e-3)
+
+@validated("settings")
+class TaskResidualSettings:
+    """Settings of the residual; the defaults are the official ones at 8 and 16 shots.
+
+    Attributes:
+        alpha: Weight of the residual (1 for Oxford Flowers); 0 is zero-shot.
+        training: Training of the residual (100 epochs at 1, 2 and 4 shots, a rate of 0.0002 on ImageNet).
+    """
+
+    alpha: NonNegative = 0.5
+    training: EpochRecipe = EpochRecipe(epochs=200, batch_size=256, lr=2e-3)
 
 
 class TaskResidual(RowClassifier):
     """``logits = scale f normalise(t + alpha x)^T``: x ``[C, D]`` is learned and starts at zero.
 
-    Args:
-        text_features: Raw text features t ``[C, D]``.
-        logit_scale: What cosines are multiplied by.
-        alpha: Weight of the residual; 0 is zero-shot.
-        recipe: Epochs, batch size, learning rate.
+    Arguments are those of :class:`~vlprompt.caches.base.FeatureClassifier`; ``text_features`` are the raw ones.
     """
 
+    Settings = TaskResidualSettings
     fitted = ("residual",)
     per_class = ("residual",)
 
-    def __init__(
-        self,
-        text_features: Tensor,
-        logit_scale: float | Tensor = 100.0,
-        *,
-        alpha: float = 0.5,
-        recipe: EpochRecipe = TASKRES_RECIPE,
-    ) -> None:
-        super().__init__(text_features, logit_scale)
+    def build(self, text_features: Tensor) -> None:
+        """Create the fitted buffers."""
         self._keep("raw_text", text_features)
         self._keep("residual", text_features.new_zeros(0, text_features.shape[1]))
-        self.alpha, self.recipe = alpha, recipe
 
     def adapted_text(self) -> Tensor:
         """Return the unit text classifier ``[C, D]`` with its residual; the zero-shot one before :meth:`fit`."""
         return self._adapted(self.get_buffer("residual")) if self.is_fitted else self.text
 
     def _adapted(self, residual: Tensor) -> Tensor:
-        return F.normalize(self.get_buffer("raw_text") + self.alpha * residual, dim=-1)
+        return F.normalize(self.get_buffer("raw_text") + self.settings.alpha * residual, dim=-1)
 
     def logits(self, features: Tensor) -> Tensor:
         """Return logits ``[B, C]`` of raw ``features`` ``[B, D]``; zero-shot before :meth:`fit`."""
@@ -60,21 +60,21 @@ class TaskResidual(RowClassifier):
 
         Args:
             features: Raw features ``[N, D]``, or of several random views ``[E, N, D]``: epoch e trains on view e mod E.
-                The official code draws new views in every epoch; E = epochs is exactly that.
+                The official code draws new views in every epoch, which E = epochs reproduces.
             labels: ``[N]``.
-            seed: Of the orders of the images.
+            seed: Seed of the order of the images.
 
         Raises:
-            DataError: Shapes that do not go together, or labels that are none of the classes.
+            DataError: Shapes that do not match, or labels out of range.
         """
         views, labels = self._checked(features, labels)
         self._set(residual=self.text.new_zeros(self.text.shape))
-        for _ in self.training_steps(views, labels, orders(len(labels), self.recipe.epochs, seed)):
+        for _ in self.training_steps(views, labels, orders(len(labels), self.settings.training.epochs, seed)):
             pass
         return self
 
     def training_steps(self, features: Tensor, labels: Tensor, order: Sequence[Tensor]) -> Iterator[TrainingStep]:
-        """Train the residual in place, step by step; what is yielded describes the step that was just taken.
+        """Train the residual in place, step by step; yield a description of each step once it is done.
 
         Args:
             features: Raw features ``[E, N, D]``, as in :meth:`fit`.
@@ -85,7 +85,5 @@ class TaskResidual(RowClassifier):
         def scored(unit: Tensor, residual: Tensor) -> Tensor:
             return self.get_buffer("logit_scale") * unit @ self._adapted(residual).t()
 
-        return self._train("residual", self.recipe, *self._checked(features, labels), order, scored)
+        return self._train("residual", self.settings.training, *self._checked(features, labels), order, scored)
 
-
-__all__ = ["TASKRES_RECIPE", "TaskResidual"]

@@ -1,4 +1,4 @@
-"""Choosing hyperparameters of caches on labelled images: grids, and the search over them."""
+"""Search for hyperparameters of caches on labelled images: grids, and the search over them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from vlprompt.errors import ConfigError, DataError
 
-#: Images that are compared at once: on a CPU few, so that their logits stay in its cache.
+#: Images compared at once; few on a CPU, so that their logits stay in its cache.
 _IMAGES = {"cpu": 64, "cuda": 1024}
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
         values: The chosen value of each hyperparameter.
@@ -47,7 +47,7 @@ def grid(top: float, steps: int, start: float = 0.1) -> list[float]:
 
 
 def first_best(accuracy: Tensor) -> tuple[int, ...]:
-    """Return the index of the largest entry; of equal ones the first, with the last axis running fastest."""
+    """Return the index of the largest entry; ties go to the first, in row-major order."""
     flat = accuracy.flatten()
     place = int((flat == flat.max()).nonzero()[0])
     return tuple(int(i) for i in torch.unravel_index(torch.tensor(place), accuracy.shape))
@@ -64,9 +64,9 @@ def search_grid(
 
     Args:
         labels: Labels ``[M]`` of the images.
-        prepare: ``prepare(start, stop)`` gives the zero-shot logits ``[B, C]`` of the images between, and what
-            ``evidences`` takes.
-        evidences: ``evidences(prepared, beta)`` gives what the cache says ``[C, B]``, for each gamma in turn.
+        prepare: ``prepare(start, stop)`` gives the zero-shot logits ``[B, C]`` of the images between, and the first
+            argument of ``evidences``.
+        evidences: ``evidences(prepared, beta)`` gives the evidence ``[C, B]`` of the cache, one for each gamma.
         values: The grid: ``beta``, then ``alpha``, then ``gamma`` or nothing.
 
     Raises:
@@ -95,16 +95,16 @@ def search_grid(
 
 
 def _correct(zeroshot: Tensor, evidence: Tensor, labels: Tensor, alphas: Sequence[float]) -> Tensor:
-    """Return how many images ``zeroshot + alpha evidence`` gets right, for each alpha; both are ``[B, C]``.
+    """Return the number of images that ``zeroshot + alpha evidence`` classifies correctly, for each alpha.
 
-    The largest logit of the other classes is compared with that of the right one, for all alphas at once: argmax takes
-    many times longer. Where they are equal up to rounding, argmax decides (of equals, the first class).
+    Both are ``[B, C]``. The largest logit of the other classes is compared with that of the label, for all alphas at
+    once, which is many times faster than argmax. Where they are equal up to rounding, argmax decides.
     """
     rows, steps = labels[:, None], torch.tensor(list(alphas)).to(zeroshot)
-    own = zeroshot.gather(1, rows) + steps * evidence.gather(1, rows)
+    label = zeroshot.gather(1, rows) + steps * evidence.gather(1, rows)
     others = torch.addcmul(zeroshot.scatter(1, rows, -torch.inf), steps[:, None, None], evidence).amax(dim=-1).t()
-    right = own > others
-    image, step = ((own - others).abs() <= 1e-5 * own.abs().clamp(min=1)).nonzero(as_tuple=True)
+    right = label > others
+    image, step = ((label - others).abs() <= 1e-5 * label.abs().clamp(min=1)).nonzero(as_tuple=True)
     if len(image):
         logits = zeroshot[image] + steps[step, None] * evidence[image]
         right[image, step] = logits.argmax(dim=-1) == labels[image]
@@ -117,7 +117,7 @@ def decades(low: int, high: int) -> list[float]:
 
 
 def search_scalar(name: str, values: Sequence[float], score: Callable[[float], float]) -> SearchResult:
-    """Return the best of some values of one hyperparameter; of equally good ones the first.
+    """Return the best value of one hyperparameter; ties go to the first.
 
     Raises:
         ConfigError: No values.
@@ -129,29 +129,29 @@ def search_scalar(name: str, values: Sequence[float], score: Callable[[float], f
 
 
 def search_exponent(exponents: Sequence[float], steps: int, score: Callable[[float], float]) -> float:
-    """Return the exponent of ten of a hyperparameter: the best of a coarse grid, then ever finer about it.
+    """Return the exponent of ten of a hyperparameter: the best of a coarse grid, then refined by bisection.
 
-    Of equally good points of the grid the first counts. The interval of a decade to either side of it is halved
-    ``steps`` times, towards the better of its ends; where both are equally good, the lower one. The end that was kept
-    last is returned, as published, be it better than the peak or not (CoOp: lpclip/linear_probe.py).
+    Ties in the grid go to the first point. The interval of a decade to either side of it is halved ``steps`` times,
+    towards the better of its ends; ties go to the lower one. The last end kept is returned, as published, even if the
+    peak is better (CoOp: lpclip/linear_probe.py).
 
     Args:
         exponents: The grid.
-        steps: How often the interval is halved; with 0 the best of the grid is returned.
-        score: What is to be large; asked once for each exponent.
+        steps: Number of halvings; with 0 the best of the grid is returned.
+        score: The quantity to maximise; called once for each exponent.
 
     Raises:
         ConfigError: No exponents.
     """
     if not exponents:
         raise ConfigError("the grid has no exponents; accepted: 1 or more")
-    asked = functools.cache(score)
-    coarse = [float(one) for one in exponents]
-    kept = coarse[first_best(torch.tensor([asked(one) for one in coarse], dtype=torch.float64))[0]]
+    scores = functools.cache(score)
+    coarse = [float(exponent) for exponent in exponents]
+    kept = coarse[first_best(torch.tensor([scores(exponent) for exponent in coarse], dtype=torch.float64))[0]]
     low, high = kept - 1, kept + 1
     for _ in range(steps):
         middle = (low + high) / 2
-        if asked(low) < asked(high):
+        if scores(low) < scores(high):
             kept, low = high, middle
         else:
             kept, high = low, middle

@@ -1,8 +1,8 @@
 """TFUP: a cache of unlabelled images of the target domain (Long et al., 2024; arXiv 2404.16339).
 
-Images are chosen by how sure zero-shot CLIP is of them and by how near they are to the others it is sure of; they get
-the class that chose them. How near a key is to an image is the cosine of their features times the likeness of their
-class probabilities. Official code: wlb12345/TFUP.
+Each class selects images by the confidence of zero-shot CLIP and by their distance to other confident images, and
+labels them. The affinity of a key is the cosine of the features times the likeness of the class probabilities.
+Official code: wlb12345/TFUP.
 """
 
 from __future__ import annotations
@@ -11,48 +11,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlprompt.caches.base import KeyValueCache
+from vlprompt.caches.base import KeyValueCache, KeyValueSettings
+from vlprompt.config.types import Count, NonNegative, validated
 from vlprompt.errors import DataError
+
+
+@validated("settings")
+class TFUPCacheSettings(KeyValueSettings):
+    """Settings of TFUP; the defaults are the official ones.
+
+    Attributes:
+        alpha: Weight of the cache; 0 is zero-shot.
+        beta: Sharpness of the affinities.
+        temperature: Factor of the cosines before the softmax that ranks and compares images.
+        cache_shots: Images selected by each class; 0 follows the paper: 0.3 of all, shared among the classes, 9 to 16
+            each.
+    """
+
+    alpha: NonNegative = 0.3
+    temperature: NonNegative = 10.0
+    cache_shots: Count = 0
 
 
 class TFUP(KeyValueCache):
     """The training-free cache: ``logits = scale f W^T + alpha exp(-beta (1 - A)) V`` with ``A = (f . k) S``.
 
-    S, between 0 and 2, falls with the divergence of the class probabilities of image and key. So A may exceed 1.
-
-    Args:
-        text_features: Text classifier ``[C, D]``.
-        logit_scale: What cosines are multiplied by.
-        alpha: Weight of what the cache says; 0 is zero-shot.
-        beta: Sharpness of the affinities.
-        temperature: What cosines are multiplied by before the softmax that ranks and compares images.
-        shots: Images of each class; 0 takes the paper's rule, :func:`cache_shots`.
+    S, between 0 and 2, falls with the divergence of the class probabilities of image and key, so A may exceed 1.
+    Arguments are those of :class:`~vlprompt.caches.base.FeatureClassifier`.
     """
 
-    def __init__(
-        self,
-        text_features: Tensor,
-        logit_scale: float | Tensor = 100.0,
-        *,
-        alpha: float = 0.3,
-        beta: float = 1.0,
-        temperature: float = 10.0,
-        shots: int = 0,
-    ) -> None:
-        super().__init__(text_features, logit_scale, alpha=alpha, beta=beta)
-        self.temperature, self.shots = temperature, shots
+    Settings = TFUPCacheSettings
 
     def fit(self, features: Tensor, labels: Tensor | None = None) -> TFUP:
-        """Choose the images of each class and keep them.
+        """Select the images of each class and keep them.
 
         Args:
-            features: Raw features ``[U, D]`` of unlabelled images. One image may be chosen by several classes.
-            labels: Not looked at; there for scikit-learn's manners.
+            features: Raw features ``[U, D]`` of unlabelled images. One image may be selected by several classes.
+            labels: Ignored, as in scikit-learn's unsupervised estimators.
 
         Raises:
-            DataError: There are no images, or their features have another size.
+            DataError: No images, or features of another size.
         """
-        chosen = self.select(features, self.shots or cache_shots(len(features), self.classes))
+        chosen = self.select(features, self.settings.cache_shots or cache_shots(len(features), self.classes))
         labels = torch.arange(self.classes, device=chosen.device).repeat_interleave(chosen.shape[1])
         self._set(keys=self.unit(features[chosen.flatten()]), labels=labels)
         return self
@@ -63,20 +63,21 @@ class TFUP(KeyValueCache):
         ``text``: unit rows ``[C, D]`` of another text classifier than the frozen one.
         """
         text = self.text if text is None else text
-        return (self.temperature * unit @ text.t()).log_softmax(dim=-1)
+        logits: Tensor = self.settings.temperature * unit @ text.t()
+        return logits.log_softmax(dim=-1)
 
     def select(self, features: Tensor, shots: int) -> Tensor:
-        """Return the images ``[C, K]`` that each class chooses, the most central first; K is ``shots``, or all images.
+        """Return the images ``[C, K]`` that each class selects, the most central first; K is ``shots``, or all images.
 
-        Of the 2K images with the largest probability of the class (whatever their most probable class), those K are
-        kept whose divergence from all of the 2K adds up to least.
+        Of the 2K images with the largest probability of the class (whatever their most probable class), the K with the
+        least total divergence from the 2K are kept.
 
         Args:
             features: Raw features ``[U, D]``.
             shots: K.
 
         Raises:
-            DataError: There are no images, or their features have another size.
+            DataError: No images, or features of another size.
         """
         if features.ndim != 2 or features.shape[1] != self.text.shape[1] or not len(features):
             raise DataError(
@@ -91,10 +92,10 @@ class TFUP(KeyValueCache):
             return likely.gather(1, torch.stack(central))
 
     def similarity(self, log: Tensor, key_log: Tensor) -> Tensor:
-        """Return S ``[N, B]``: the divergences of an image's probabilities from the keys', turned round to 0 to 2.
+        """Return S ``[N, B]``: the divergences of an image's probabilities from those of the keys, mapped to 2 to 0.
 
-        2 for the nearest of the keys, 0 for the farthest; 2 for all where none is nearer than another. (The published
-        code also standardises the row before, which the minimum and maximum cancel.)
+        2 for the nearest key, 0 for the farthest; 2 for all keys at equal distance. (The published code also
+        standardises the row before, which minimum and maximum cancel.)
 
         Args:
             log: Logarithms of the probabilities of images ``[B, C]``.
@@ -135,10 +136,8 @@ def candidate_divergence(log: Tensor) -> Tensor:
 def marginal_loss(logits: Tensor) -> Tensor:
     """Return ``sum_c p_c ln(p_c + 1e-6)`` of the mean probabilities of a batch ``[B, C]``: -ln C where they are equal.
 
-    To lessen it is to spread the batch over the classes (TFUP-T).
+    Its minimum spreads the batch evenly over the classes (TFUP-T).
     """
     mean = F.softmax(logits, dim=-1).mean(dim=0)
     return (mean * (mean + 1e-6).log()).sum()
 
-
-__all__ = ["TFUP", "cache_shots", "candidate_divergence", "kl_matrix", "marginal_loss"]

@@ -1,83 +1,81 @@
-"""TFUP-T: adapters trained on unlabelled images with the labels that TFUP gives them (Long et al., arXiv 2404.16339).
+"""TFUP-T: adapters trained on unlabelled images with pseudo-labels of TFUP (Long et al., arXiv 2404.16339).
 
-A residual on the text classifier and a small network on image features are trained, first on images that TFUP is sure
-of, then on all of them with labels made anew at every step. Official code: wlb12345/TFUP. The published code keeps the
-epoch that is best on the test images; here the last, or the best on validation images.
+A residual on the text classifier and a small network on image features are trained, first on images that TFUP is
+confident of, then on all images with new pseudo-labels at every step. Official code: wlb12345/TFUP. The published code
+keeps the epoch that is best on the test images; here it is the last one, or the best on validation images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlprompt.caches.tfup import TFUP, marginal_loss
+from vlprompt.caches.tfup import TFUP, TFUPCacheSettings, marginal_loss
 from vlprompt.caches.training import CacheRecipe, TrainingStep, orders
+from vlprompt.config.types import Count, Fraction, NonNegative, validated
 
-#: The official recipe; Office-31 has a rate of 0.05.
-TFUP_T_RECIPE = CacheRecipe(epochs=30, batch_size=256, lr=0.012, eps=0.003, weight_decay=0.1)
 _NAMES = ("text_residual", "image_down", "image_up")
 
 
-@dataclass(frozen=True)
+@validated("settings.adaptation")
 class Adaptation:
-    """What is particular to TFUP-T; the defaults are the official code's.
+    """Settings of the adapters of TFUP-T; the defaults are the official ones.
 
     Attributes:
         text_ratio: Share of the residual in the text classifier.
         image_ratio: Share of the network's output in image features.
-        warmup_epochs: Epochs on the images that TFUP is sure of; the rest is on all images.
-        warmup_fraction: How many images those are: this fraction of all, shared out among the classes, at least 9 each.
-        confidence: Probability above which a label that is made anew counts.
+        warmup_epochs: Epochs on the images that TFUP is confident of; the others are on all images.
+        warmup_fraction: Number of those images as a fraction of all, shared among the classes, at least 9 each (0.5 for
+            VisDA and two domains of Office-31).
+        confidence: Probability above which a pseudo-label of the second stage counts.
         marginal_weight: Weight of the term that spreads a batch over the classes.
         use_cache: Add the cache to the logits after training, too. The published results are without.
     """
 
-    text_ratio: float = 0.5
-    image_ratio: float = 0.2
-    warmup_epochs: int = 5
-    warmup_fraction: float = 0.75
-    confidence: float = 0.9
-    marginal_weight: float = 0.3
+    text_ratio: Fraction = 0.5
+    image_ratio: Fraction = 0.2
+    warmup_epochs: Count = 5
+    warmup_fraction: NonNegative = 0.75
+    confidence: Fraction = 0.9
+    marginal_weight: NonNegative = 0.3
     use_cache: bool = False
+
+
+@validated("settings")
+class TFUPTrainedSettings(TFUPCacheSettings):
+    """Settings of TFUP-T; the defaults are the official ones.
+
+    Attributes:
+        alpha: Weight of the cache.
+        beta: Sharpness of the affinities.
+        temperature: Factor of the cosines before the softmax that ranks and compares images.
+        cache_shots: Images selected by each class; 0 follows the paper.
+        training: Training of the adapters (a rate of 0.05 for Office-31); ``epochs`` counts both stages.
+        adaptation: The adapters and the two stages.
+    """
+
+    training: CacheRecipe = CacheRecipe(epochs=30, batch_size=256, lr=0.012, eps=0.003, weight_decay=0.1)
+    adaptation: Adaptation = Adaptation()
 
 
 class TFUPTrained(TFUP):
     """``logits = scale f' W'^T``, with the text residual in W' and the image adapter in f'.
 
     ``W' = normalise(0.5 W + 0.5 R)`` of the raw text classifier, and ``f' = normalise(0.8 g + 0.2 A(g))`` of raw image
-    features g, A two linear maps without bias, each followed by a ReLU, of width D / 4.
-
-    Args:
-        text_features: Raw (not normalised) text classifier ``[C, D]``: its size sets the residual's effect.
-        logit_scale: What cosines are multiplied by.
-        alpha: Weight of the cache.
-        beta: Sharpness of its affinities.
-        temperature: As in :class:`TFUP`.
-        shots: As in :class:`TFUP`.
-        recipe: Epochs, batch size, learning rate.
-        adaptation: Ratios, warm-up and the like.
+    features g, A two linear maps without bias, each followed by a ReLU, of width D / 4. Arguments are those of
+    :class:`~vlprompt.caches.base.FeatureClassifier`; ``text_features`` are raw, and their length sets the effect of the
+    residual.
     """
 
+    Settings = TFUPTrainedSettings
     fitted = (*TFUP.fitted, *_NAMES)
 
-    def __init__(
-        self,
-        text_features: Tensor,
-        logit_scale: float | Tensor = 100.0,
-        *,
-        alpha: float = 0.3,
-        beta: float = 1.0,
-        temperature: float = 10.0,
-        shots: int = 0,
-        recipe: CacheRecipe = TFUP_T_RECIPE,
-        adaptation: Adaptation = Adaptation(),
-    ) -> None:
-        super().__init__(text_features, logit_scale, alpha=alpha, beta=beta, temperature=temperature, shots=shots)
-        self.recipe, self.own = recipe, adaptation
+    def build(self, text_features: Tensor) -> None:
+        """Create the fitted buffers."""
+        super().build(text_features)
         self._keep("raw_text", text_features)
         dim = text_features.shape[1]
         for name, shape in zip(_NAMES, ((0, dim), (0, dim), (dim, 0)), strict=True):
@@ -96,24 +94,24 @@ class TFUPTrained(TFUP):
 
         Args:
             features: Raw features ``[U, D]`` of the test view of unlabelled images.
-            labels: Not looked at.
+            labels: Ignored.
             views: Raw features ``[W, U, D]`` of random views: epoch e trains on view e mod W. The official code draws
-                new views in every epoch; W = epochs is exactly that. Default: ``features``.
-            val: Raw features ``[M, D]`` and labels ``[M]``: the adapters of the best epoch there are kept. Default:
+                new views in every epoch, which W = epochs reproduces. Default: ``features``.
+            val: Raw features ``[M, D]`` and labels ``[M]``. The adapters of the best epoch on them are kept. Default:
                 those of the last epoch.
-            seed: Of the adapters' first values and of the orders of the images.
+            seed: Seed of the initial adapters and of the order of the images.
 
         Raises:
-            DataError: There are no images, or their features have another size.
+            DataError: No images, or features of another size.
         """
         super().fit(features)
         views = features[None] if views is None or not len(views) else views
-        count = max(9, int(self.own.warmup_fraction * len(features) / self.classes))
+        count = max(9, int(self.settings.adaptation.warmup_fraction * len(features) / self.classes))
         rows = self.select(features, count).flatten()
         targets = super()._scored(features[rows]).argmax(dim=-1)
         self.begin(seed)
-        warm = min(self.own.warmup_epochs, self.recipe.epochs)
-        order = orders(len(rows), warm, seed, 1), orders(len(features), self.recipe.epochs - warm, seed, 2)
+        warm = min(self.settings.adaptation.warmup_epochs, self.settings.training.epochs)
+        order = orders(len(rows), warm, seed, 1), orders(len(features), self.settings.training.epochs - warm, seed, 2)
         best, kept = -1.0, {name: self.get_buffer(name) for name in _NAMES}
         for step in self.training_steps(features, views[:, rows], targets, views, *order):
             if not step.ends_epoch:
@@ -125,7 +123,7 @@ class TFUPTrained(TFUP):
         return self
 
     def begin(self, seed: int) -> None:
-        """Set the adapters to where training starts: no residual, linear maps as PyTorch draws them, from ``seed``."""
+        """Initialise the adapters: a residual of zero, and linear maps drawn as by PyTorch, from ``seed``."""
         dim = self.text.shape[1]
         hidden, generator = max(dim // 4, 1), torch.Generator().manual_seed(seed)
         down = (2 * torch.rand(hidden, dim, generator=generator) - 1) / dim**0.5
@@ -134,10 +132,11 @@ class TFUPTrained(TFUP):
 
     def adapted(self, features: Tensor, adapters: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return unit adapted features ``[B, D]`` of raw ``features`` ``[B, D]``, and the unit text classifier."""
-        own = {name: self.get_buffer(name) for name in _NAMES} if adapters is None else adapters
-        ratio, raw = self.own.image_ratio, features.to(self.text)
-        change = F.relu(F.relu(raw @ own["image_down"].t()) @ own["image_up"].t())
-        text = (1 - self.own.text_ratio) * self.get_buffer("raw_text") + self.own.text_ratio * own["text_residual"]
+        values = {name: self.get_buffer(name) for name in _NAMES} if adapters is None else adapters
+        adaptation, raw = self.settings.adaptation, features.to(self.text)
+        ratio, text_ratio = adaptation.image_ratio, adaptation.text_ratio
+        change = F.relu(F.relu(raw @ values["image_down"].t()) @ values["image_up"].t())
+        text = (1 - text_ratio) * self.get_buffer("raw_text") + text_ratio * values["text_residual"]
         return F.normalize(ratio * change + (1 - ratio) * raw, dim=-1), F.normalize(text, dim=-1)
 
     def adapter_logits(
@@ -152,7 +151,7 @@ class TFUPTrained(TFUP):
         """Return logits ``[B, C]`` of raw ``features`` ``[B, D]``; zero-shot before :meth:`fit`."""
         if not self.is_fitted:
             return self.zeroshot(self.unit(features))
-        return self.adapter_logits(features, cache=self.own.use_cache)
+        return self.adapter_logits(features, cache=self.settings.adaptation.use_cache)
 
     def training_steps(
         self,
@@ -163,13 +162,13 @@ class TFUPTrained(TFUP):
         warm_order: Sequence[Tensor],
         order: Sequence[Tensor],
     ) -> Iterator[TrainingStep]:
-        """Train the adapters in place, step by step; what is yielded describes the step that was just taken.
+        """Train the adapters in place, step by step; yield a description of each step once it is done.
 
         The learning rate reaches zero after as many steps as all epochs would have on the warm-up images alone, and
-        climbs again after that, as in the published code.
+        rises again after that, as in the published code.
 
         Args:
-            features: Raw features ``[U, D]`` of the test views, which the labels of the second stage are made of.
+            features: Raw features ``[U, D]`` of the test views, the source of the pseudo-labels of the second stage.
             warm_views: Raw features ``[W, R, D]`` of views of the R warm-up images; epoch e uses view e mod W.
             warm_targets: Labels ``[R]`` of the warm-up images.
             views: Raw features ``[W, U, D]`` of views of all images.
@@ -177,46 +176,47 @@ class TFUPTrained(TFUP):
             order: The order ``[U]`` of the images in each epoch of the second stage.
         """
         with torch.inference_mode(False), torch.enable_grad():
-            own = {name: nn.Parameter(self.get_buffer(name).clone()) for name in _NAMES}
-            period = (len(warm_order) + len(order)) * self.recipe.batches(len(warm_targets))
-            optimizer, schedule = self.recipe.optimizer(list(own.values()), period)
+            adapters = {name: nn.Parameter(self.get_buffer(name).clone()) for name in _NAMES}
+            period = (len(warm_order) + len(order)) * self.settings.training.batches(len(warm_targets))
+            optimizer, schedule = self.settings.training.optimizer(list(adapters.values()), period)
         for epoch, rows in enumerate([*warm_order, *order]):
             warm = epoch < len(warm_order)
             source = warm_views if warm else views
-            batches = rows.to(source.device).split(self.recipe.batch_size)
+            batches = rows.to(source.device).split(self.settings.training.batch_size)
             for number, batch in enumerate(batches, 1):
                 targets = warm_targets[batch] if warm else self._confident(features[batch])
                 with torch.inference_mode(False), torch.enable_grad():
-                    logits = self.adapter_logits(source[epoch % len(source), batch].clone(), own)
+                    logits = self.adapter_logits(source[epoch % len(source), batch].clone(), adapters)
                     terms = {"ce": self._cross_entropy(logits, targets.clone())}
                     if not warm:
                         terms["marginal"] = marginal_loss(logits)
-                    loss = terms["ce"] + self.own.marginal_weight * terms["marginal"] if not warm else terms["ce"]
+                    weight = self.settings.adaptation.marginal_weight
+                    loss = terms["ce"] if warm else terms["ce"] + weight * terms["marginal"]
                     optimizer.zero_grad()
                     loss.backward()
                     lr = float(optimizer.param_groups[0]["lr"])
                     optimizer.step()
                     schedule.step()
-                self._set(**{name: parameter.data for name, parameter in own.items()})
-                gradients = {name: p.grad for name, p in own.items() if p.grad is not None}
+                self._set(**{name: parameter.data for name, parameter in adapters.items()})
+                gradients = {name: p.grad for name, p in adapters.items() if p.grad is not None}
                 values = {name: float(term.detach()) for name, term in terms.items()}
                 ends, value = number == len(batches), float(loss.detach())
                 yield TrainingStep(epoch, ends, lr, batch, targets, logits.detach(), value, gradients, values)
 
     @torch.no_grad()
     def _confident(self, features: Tensor) -> Tensor:
-        """Return the labels ``[B]`` that adapters and cache give; -1 where they are not sure."""
+        """Return the pseudo-labels ``[B]`` of adapters and cache; -1 where they are not confident."""
         sure, labels = self.adapter_logits(features, cache=True).softmax(dim=-1).max(dim=-1)
-        return labels.masked_fill(sure <= self.own.confidence, -1)
+        return labels.masked_fill(sure <= self.settings.adaptation.confidence, -1)
 
     @staticmethod
     def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean over the images that have a label; zero, not NaN, where none has one."""
+        """Return the mean over labelled images; zero, not NaN, where there are none."""
         total = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
         return total / (targets >= 0).sum().clamp(min=1)
 
     def for_classes(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Return the buffers of the classifier that has class ``rows[i]`` of this one as its class i."""
+        """Return the fitted buffers for other classes: class i of them is class ``rows[i]`` of this classifier."""
         residual = self.get_buffer("text_residual")
         return super().for_classes(rows) | {"text_residual": residual[list(rows)] if len(residual) else residual}
 
@@ -236,5 +236,3 @@ class TFUPTrained(TFUP):
         ]
         return super().misfits(state) + wrong
 
-
-__all__ = ["TFUP_T_RECIPE", "Adaptation", "TFUPTrained"]

@@ -1,4 +1,4 @@
-"""How what learns on frozen features is trained: optimisers, schedules, orders from a seed."""
+"""Training on frozen features: optimisers, schedules, orders from a seed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from vlprompt.config.types import Count, NonNegative, Positive, validated
 from vlprompt.schedule import warm_cosine
 
 
-@validated("settings")
+@validated("settings.training")
 class CacheRecipe:
-    """How long and how fast a cache is trained: AdamW, with a cosine decay at every step.
+    """Recipe of a trained cache: AdamW, with a cosine decay at every step.
 
     Attributes:
         epochs: Passes over the images.
@@ -37,18 +37,23 @@ class CacheRecipe:
     def optimizer(
         self, parameters: Sequence[nn.Parameter], period: int
     ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """Return AdamW, and a schedule that reaches zero after ``period`` steps; later steps climb up again."""
+        """Return AdamW, and a schedule that reaches zero after ``period`` steps and rises again later."""
         optimizer = torch.optim.AdamW(list(parameters), lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(period, 1))
 
 
-@validated("settings")
+@validated("settings.training")
 class EpochRecipe(CacheRecipe):
-    """Adam with the schedule of the CoOp family, one rate for each epoch (Dassl's; prompt_learners 2.4, 2.5).
+    """Recipe of a trained cache: Adam with the schedule of Dassl.pytorch, one rate per epoch.
 
-    As there, images that fill no whole batch are left out of an epoch, unless there is no whole batch at all.
+    As there, the last batch of an epoch is dropped if it is not full, unless it is the only one.
 
     Attributes:
+        epochs: Passes over the images.
+        batch_size: Images per step.
+        lr: Learning rate after the warm-up, at the top of the cosine.
+        eps: Adam's epsilon.
+        weight_decay: Adam's weight decay.
         warmup_epochs: Epochs at ``warmup_lr``, before the cosine.
         warmup_lr: Their learning rate.
     """
@@ -65,7 +70,7 @@ class EpochRecipe(CacheRecipe):
     def optimizer(
         self, parameters: Sequence[nn.Parameter], period: int
     ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """Return Adam, and a schedule of ``period`` steps that changes the rate between epochs."""
+        """Return Adam, and a schedule of ``period`` steps with one rate per epoch."""
         optimizer = torch.optim.Adam(list(parameters), lr=1.0, eps=self.eps, weight_decay=self.weight_decay)
 
         def rate(step: int) -> float:
@@ -77,14 +82,14 @@ class EpochRecipe(CacheRecipe):
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """One step of training, after it was taken.
+    """A training step that is done.
 
     Attributes:
         epoch: From 0.
-        ends_epoch: Whether it was the last of its epoch.
-        lr: The learning rate that it used.
+        ends_epoch: Whether it is the last step of its epoch.
+        lr: Its learning rate.
         rows: Indices ``[B]`` of its images.
-        targets: Their labels ``[B]``; of images without one, -1.
+        targets: Their labels ``[B]``; -1 for images without one.
         logits: Their logits ``[B, C]`` before the step.
         loss: The loss before the step.
         gradients: The gradient of each trained tensor, by name.
@@ -105,10 +110,8 @@ class TrainingStep:
 def orders(images: int, epochs: int, seed: int, stream: int = 0) -> list[Tensor]:
     """Return an order ``[N]`` of ``images`` images for each epoch.
 
-    The same on every device and in every process; ``stream`` sets apart the orders of several stages.
+    Equal on every device and in every process; stages of one training have different ``stream`` numbers.
     """
     generator = torch.Generator().manual_seed(seed * 1009 + stream)
     return [torch.randperm(images, generator=generator) for _ in range(epochs)]
 
-
-__all__ = ["CacheRecipe", "EpochRecipe", "TrainingStep", "orders", "warm_cosine"]

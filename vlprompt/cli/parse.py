@@ -16,6 +16,7 @@ from dataclasses import MISSING, dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 from vlprompt.config.book import Book, Known, find_book, list_books
+from vlprompt.config.hints import field_hints, options
 from vlprompt.config.keys import NAMED, as_plain, keys_in, keys_of, merged, nest, sections_of, settings_keys, sources
 from vlprompt.config.run import RunConfig
 from vlprompt.config.source import ConfigSource, NamedBook
@@ -139,8 +140,8 @@ def _take_value(line: CommandLine, key: str, value: str | None, into: dict[str, 
 def parse_run(argv: Sequence[str]) -> RunConfig:
     """Return the configuration that ``argv`` (``--config FILE`` and ``--a.b value``, in any order) describes.
 
-    ``settings`` of the result holds every setting of the method, defaults included; only the one that a data set's own
-    template fills (``PromptMethod.template_setting``) is there only if it was given.
+    ``settings`` of the result holds every setting of the method, defaults included. Templates that the data set fills
+    are empty unless they are given. ``recipe`` is the method's, with the given values.
 
     Raises:
         ConfigError: One text with every problem: its place, key, value, what is accepted, and the nearest spelling.
@@ -268,6 +269,8 @@ class _Judge:
         root: The configuration's dataclass.
         hints: Every known key with its type.
         tables: Keys of settings in braces: ``objectives.NAME``, and settings that are dataclasses.
+        optional: Those of them that may be null.
+        renamed: Former keys with their present ones.
         values: Values read by the type of their key.
         failed: Keys with a problem that is noted.
     """
@@ -276,6 +279,8 @@ class _Judge:
         self.given, self.problems, self.names, self.root = dict(given), problems, tuple(names), root
         self.hints: dict[str, Any] = dict(keys_of(root))
         self.tables: set[str] = set()
+        self.optional: set[str] = set()
+        self.renamed: dict[str, str] = {}
         self.values: dict[str, Any] = {}
         self.failed: set[str] = set()
 
@@ -283,6 +288,8 @@ class _Judge:
         """Return the configuration, or None; ``problems`` grows by what is wrong."""
         before = len(self.problems)
         method = self._method()
+        if method is not None:
+            self._move_parts(method.Settings)
         kinds: dict[str, type] = {} if method is None else {"settings": method.Settings}
         for section in ("objectives", "decomposition"):
             kinds |= self._named_kinds(section)
@@ -296,13 +303,13 @@ class _Judge:
         if "data.name" in self.hints:
             self._data_name()
         tree = nest(self.values)
+        if self.root is RunConfig and method is not None:
+            tree["recipe"] = {**dataclasses.asdict(method.recipe), **tree.get("recipe", {})}
         config: Any = self._validated(self.root, {name: tree[name] for name in tree if name not in NAMED}, "")
         named: dict[str, Any] = {section: {} for section in NAMED}
         if method is not None:
             settings = self._validated(method.Settings, tree.get("settings", {}), "settings")
             named["settings"] = {} if settings is None else as_plain(settings)
-            if f"settings.{method.template_setting}" not in self.values:  # the data set's own template fills it
-                named["settings"].pop(method.template_setting, None)
         for section in ("objectives", "decomposition"):
             for name, values in tree.get(section, {}).items():
                 made = self._validated(kinds[f"{section}.{name}"], values, f"{section}.{name}")
@@ -339,6 +346,26 @@ class _Judge:
         from vlprompt.prompts.decomposed import get_decomposition_class, list_decompositions
 
         return {f"{section}.{name}": get_decomposition_class(name).Settings for name in list_decompositions()}
+
+    def _move_parts(self, settings: type) -> None:
+        """Give ``objectives.NAME`` and ``decomposition.NAME`` of the method's own parts the key ``settings.NAME``."""
+        from vlprompt.objectives.base import objectives_in
+        from vlprompt.prompts.decomposed import decompositions_in
+
+        hints = field_hints(settings)
+        self.optional = {f"settings.{name}" for name, hint in hints.items() if type(None) in options(hint)}
+        self.renamed = {f"settings.{old}": f"settings.{new}" for old, new in getattr(settings, "renamed", {}).items()}
+        declared = {"objectives": objectives_in(settings), "decomposition": decompositions_in(settings)}
+        moved: dict[str, Given] = {}
+        for key, given in self.given.items():
+            section, name, *_ = [*key.split("."), ""]
+            place = f"settings.{key.partition('.')[2]}" if name in declared.get(section, ()) else key
+            other = moved.pop(place, None)
+            if other is not None and other.source.partition(", line")[0] == given.source.partition(", line")[0]:
+                text = f"{key} and {place} are both given, {shown(given.value)} and {shown(other.value)}"
+                self._fail(place, f"{given.source}: {text}; accepted: one of them")
+            moved[place] = given
+        self.given = moved
 
     # -- one value ----------------------------------------------------------------------------------------------------
     def _take(self, key: str, given: Given) -> None:
@@ -381,11 +408,16 @@ class _Judge:
                 value = from_text(dict[str, Any], value)
             except ValueError:
                 value = given.value
+        if key in self.optional and value in (None, "null", "~"):
+            self.values[key] = None
+            return
         if not isinstance(value, Mapping):
             accepted = "its settings in braces, {} for the defaults"
+            accepted += ", null for none" if key in self.optional else ""
             self._fail(key, f"{given.source}: {key} is {shown(value)}; accepted: {accepted}")
             return
-        self.values.setdefault(key, {})
+        if self.values.get(key) is None:
+            self.values[key] = {}
         for name, inner in value.items():
             self.given[f"{key}.{name}"] = Given(inner, given.source, True)
             self._take(f"{key}.{name}", self.given[f"{key}.{name}"])
@@ -425,8 +457,10 @@ class _Judge:
         else:
             section = key.rpartition(".")[0] + "."
             own = [name for name in self.hints if name.startswith(section) and section.startswith(("obj", "dec"))]
-            options = () if given.typed or own else (*self.names, "config")
-            near = _near(key, [*options, *(own or self.hints)], dashes)
+            names = () if given.typed or own else (*self.names, "config")
+            near = _near(key, [*names, *(own or self.hints)], dashes)
+            if key in self.renamed:
+                near = f" It is called {dashes + self.renamed[key]} now."
             text = f"there is no key {shown(dashes + key)}.{near or (own and did_you_mean(key, own))}"
         self._fail(key, f"{given.source}: {text}")
 

@@ -50,8 +50,10 @@ def nest(values: Mapping[str, Any]) -> dict[str, Any]:
         *sections, name = key.split(".")
         place = tree
         for section in sections:
-            place = place.setdefault(section, {})
-        place[name] = {**place.get(name, {}), **value} if isinstance(value, Mapping) else value
+            if not isinstance(place.get(section), dict):  # null before: the section is given after all
+                place[section] = {}
+            place = place[section]
+        place[name] = {**(place.get(name) or {}), **value} if isinstance(value, Mapping) else value
     return tree
 
 

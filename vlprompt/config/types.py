@@ -226,6 +226,7 @@ class _Place:
     names: _Path = ()
     key: str = ""
     siblings: Sequence[str] = ()
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def at(self, steps: tuple[Any, ...]) -> _Place:
         """Return the place that pydantic's ``steps`` lead to; of a union, the whole."""
@@ -233,7 +234,7 @@ class _Place:
             kind = bare(self.hint)
             if is_dataclass(kind) and isinstance(self.value, Mapping):
                 hints = field_hints(kind)
-                self.siblings = list(hints)
+                self.siblings, self.renamed = list(hints), getattr(kind, "renamed", {})
                 self.hint, self.value = hints.get(step, MISSING), self.value.get(step, MISSING)
                 self.path = f"{self.path}.{step}".removeprefix(".")
                 self.names, self.key = (*self.names, str(step)), self.path
@@ -256,6 +257,8 @@ class _Place:
         """Return what is wrong here; ``why`` says more than what is accepted."""
         if self.hint is MISSING:
             section = self.path.removesuffix(self.names[-1])
+            if self.names[-1] in self.renamed:
+                return f"there is no key {shown(self.path)}. It is called {section}{self.renamed[self.names[-1]]} now."
             near = nearest(self.names[-1][:100], self.siblings)
             names = [repr(section + name) for name in near] or [section + name for name in self.siblings[:12]]
             hint = f"Did you mean {' or '.join(names)}?" if near else f"Accepted: {', '.join(names)}."

@@ -25,7 +25,7 @@ from vlprompt.data.view_features import MultiViewFeatures, ViewEncoder, ViewRows
 from vlprompt.datasets.records import SPLITS, Sample
 from vlprompt.datasets.task import FewShotTask
 from vlprompt.errors import ConfigError, DataError, did_you_mean
-from vlprompt.views import TestViews
+from vlprompt.needs import TestViews
 
 ON_BAD_IMAGE = ("error", "skip")
 

@@ -17,7 +17,7 @@ from vlprompt.data.transforms import Pixels, PreprocessLike, Transform, describe
 from vlprompt.datasets.images import ImageSource
 from vlprompt.datasets.records import Sample
 from vlprompt.errors import ConfigError, DataError
-from vlprompt.views import TestViews
+from vlprompt.needs import TestViews
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -15,6 +15,7 @@ from vlprompt.engine.metrics import MULTILABEL, make_scores
 from vlprompt.engine.recipe import learning_rate, make_optimizer
 from vlprompt.errors import ConfigError, HeadError
 from vlprompt.methods import PromptMethod
+from vlprompt.methods.episodic import ViewsMethod
 
 FROZEN = "method.backbone."
 
@@ -143,11 +144,12 @@ class PromptModule(FrozenInside):
 
     def on_test_start(self) -> None:
         """Reset a method that learns from the stream of test images."""
-        self.method.reset()
+        if isinstance(self.method, ViewsMethod):
+            self.method.reset()
 
     def _count(self, batch: Any) -> None:
         inputs, labels, _ = _unpack(batch)
-        with torch.set_grad_enabled(self.method.needs_gradient):
+        with torch.set_grad_enabled(self.method.needs.gradient):
             logits = self(inputs)
         self.scores.update(logits.detach(), labels)
 

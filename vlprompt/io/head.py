@@ -74,6 +74,11 @@ class Head(nn.Module):
         """
         return self.method.text_features(features)
 
+    def class_weights(self, features: Tensor | None = None) -> Tensor:
+        """Return :meth:`text_features`, under its former name; deprecated."""
+        warnings.warn("class_weights() is called text_features() now", DeprecationWarning, stacklevel=2)
+        return self.text_features(features)
+
     @torch.no_grad()
     def zero_shot_classifier(self) -> Tensor:
         """Return the classifier ``[D, C]`` in the orientation of ``open_clip.build_zero_shot_classifier``.
@@ -104,7 +109,7 @@ class Head(nn.Module):
                 "use the head itself: head(images)"
             )
         overrides = self.method.image_overrides()
-        if self.method.learns_image_side and not overrides:
+        if self.method.needs.images and not overrides:
             raise HeadError(
                 f"the image-side parameters of {self.method.name} are not weights of the tower, so an open_clip "
                 "model cannot hold them; use the head itself: head(images)"

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from torch import Tensor
-
-from vlprompt.caches import APE, grid
-from vlprompt.config.types import Count, Ge, NonNegative, OpenTemplates, Positive, validated
-from vlprompt.methods.cached import CachedMethod, keys_of
-from vlprompt.methods.fitting import FewShotFeatures
+from vlprompt.caches.ape import APE, APECacheSettings
+from vlprompt.caches.search import grid
+from vlprompt.config.types import Count, Ge, OpenTemplates, Positive, validated
+from vlprompt.methods.fitted import FewShotFeatures, FittedMethod, keys_of
 from vlprompt.methods.registry import register
 
 
 @validated("settings")
-class APESettings:
+class APESettings(APECacheSettings):
     """Settings of APE; the defaults are the official ones for ImageNet.
 
     Attributes:
-        templates: The hand-written prompts, as in ``zeroshot``; left open, the data set's own.
+        templates: The hand-written prompts, as in ``zeroshot``; left open, the data set's settings.
         channels: How many channels are kept; 0 keeps the half of them, rounded up. Published numbers are for 1,024.
         likeness_weight: Weight of the likeness between classes in a channel's score.
         variance_weight: Weight of the variance of the text features in it.
@@ -38,12 +36,6 @@ class APESettings:
     """
 
     templates: OpenTemplates = ()
-    channels: Count = 0
-    likeness_weight: NonNegative = 0.7
-    variance_weight: NonNegative = 0.3
-    alpha: NonNegative = 2.0
-    beta: NonNegative = 1.0
-    gamma: NonNegative = 0.1
     views: Count = 10
     search: bool = True
     search_alpha: Annotated[float, Ge(0.1)] = 7.0
@@ -54,32 +46,19 @@ class APESettings:
 
 
 @register("ape")
-class APEMethod(CachedMethod):
+class APEMethod(FittedMethod):
     """A key of chosen channels for each few-shot image; nothing is trained."""
 
     checked = "equations"
     Settings = APESettings
     settings: APESettings
-    cache: APE
-
-    def make_cache(self, text: Tensor, scale: Tensor) -> APE:
-        """Return the empty cache."""
-        own = self.settings
-        return APE(
-            text,
-            scale,
-            channels=own.channels or (text.shape[1] + 1) // 2,
-            weights=(own.likeness_weight, own.variance_weight),
-            alpha=own.alpha,
-            beta=own.beta,
-            gamma=own.gamma,
-        )
+    Cache = APE
 
     def fit(self, shots: FewShotFeatures) -> None:
         """Choose the channels, fill the cache and search alpha, beta and gamma."""
-        own = self.settings
-        self.cache.fit(keys_of(shots, own.views)[0], shots.labels)
-        if own.search and len(shots.val_labels):
-            tops = (own.search_beta, own.search_alpha, own.search_gamma)
-            axes = [grid(top, steps) for top, steps in zip(tops, own.search_steps, strict=True)]
+        settings = self.settings
+        self.cache.fit(keys_of(shots, settings.views)[0], shots.labels)
+        if settings.search and len(shots.val_labels):
+            tops = (settings.search_beta, settings.search_alpha, settings.search_gamma)
+            axes = [grid(top, steps) for top, steps in zip(tops, settings.search_steps, strict=True)]
             self.cache.search(shots.val, shots.val_labels, *axes)

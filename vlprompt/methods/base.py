@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,19 +15,17 @@ from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, TokenLayout
 from vlprompt.config.run import RecipeConfig
 from vlprompt.config.types import fill_templates
-from vlprompt.errors import ClassNameError, ConfigError, bulleted
-from vlprompt.methods.fitting import FewShotFeatures
-from vlprompt.methods.learned import Learned
-from vlprompt.objectives.base import Objective, Step, create_objective, objective_settings
-from vlprompt.prompts.decomposed import Decomposition, check_decomposition, create_decomposition
+from vlprompt.errors import ClassNameError, ConfigError, HeadError, bulleted
+from vlprompt.needs import Needs
+from vlprompt.objectives.base import Objective, Step, create_objective, objective_settings, objectives_in
+from vlprompt.prompts.decomposed import Decomposition, check_decomposition, create_decomposition, decompositions_in
 from vlprompt.prompts.words import check_class_names
-from vlprompt.views import TestViews
 
 TEMPLATE = "a photo of a {}."
 """CLIP's own prompt: what templates become that neither the settings nor a data set names."""
 
 
-class PromptMethod(Learned):
+class PromptMethod(nn.Module):
     """A frozen backbone, the learnables of one method, and the classes they are applied to.
 
     A subclass names its :attr:`Settings`, creates its learnables in :meth:`build`, and says how it scores
@@ -53,36 +51,19 @@ class PromptMethod(Learned):
             go with the method.
     """
 
+    name: ClassVar[str]
     Settings: ClassVar[type]
     recipe: ClassVar[RecipeConfig] = RecipeConfig()
     """How the method is trained by gradient steps over images, as its paper or official code has it."""
     checked: ClassVar[Literal["official code", "equations", "reconstruction"]] = "official code"
     """What the numbers are held to: tensors that the official code made; the equations, written out once more in the
     tests; or those of a reconstruction, where the paper has other models or no equations."""
-    template_setting: ClassVar[str | None] = None
-    """Name of the setting that the data set's own template fills when it is left open; None: the method takes none."""
     text_features_per: ClassVar[Literal["class", "expert", "image"]] = "class"
     """What :meth:`training_text_features` has text features for: ``[C, D]``, ``[G, C, D]`` or ``[B, C, D]``."""
-    learns_image_side: bool = False
-    """True when image features depend on learnables, so that features cannot be computed once and kept."""
-    any_tower: ClassVar[bool] = False
-    """True when the image side is learned in whatever tower there is, not in vision transformers alone."""
-    fits: ClassVar[bool] = False
-    """True when :meth:`fit` does the learning, on frozen features, instead of gradient steps over images."""
-    fit_view: ClassVar[Literal["random", "random-half"]] = "random"
-    """Kind of the random views of training images that :meth:`fit` gets (:mod:`vlprompt.data.transforms`)."""
-    test_views: TestViews | None = None
-    """Views of every evaluated image that :meth:`forward` gets, ``[B, V, D]`` or ``[B, V, 3, H, W]``; None: one."""
-    needs_gradient: bool = False
-    """True when scoring differentiates, as test-time tuning does."""
     no_objectives: ClassVar[str | None] = None
     """Why no further objective can take part; None: objectives say themselves what they need."""
-    own_decomposition: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """The decomposition that belongs to the method, with its settings; one of the configuration takes its place."""
-    transductive: bool = False
-    """True when what a run is tested on, new classes or test images, is learned from without labels; results say so."""
-    online: ClassVar[bool] = False
-    """True when scores depend on the images seen before; :meth:`reset` forgets them."""
+    fitted: tuple[str, ...] = ()
+    """Buffers (dotted names) that belong to the head like trainable parameters; shapes may depend on the shots."""
 
     def __init__(
         self,
@@ -111,21 +92,24 @@ class PromptMethod(Learned):
         self.objectives = nn.ModuleList()
         self.decomposition: Decomposition | None = None
         self.build()
-        wanted = {**objective_settings(self, self.own_objectives(), [data_template]), **self.objective_settings}
-        self.objectives.extend(create_objective(name, self, own) for name, own in wanted.items())
-        # After all else, so that what others draw at random stays the same.
-        self.decomposition = create_decomposition(self, self.decomposition_settings or self.own_decomposition)
+        declared = {name: getattr(self.settings, name) for name in objectives_in(type(self.settings))}
+        wanted = {name: values for name, values in declared.items() if values is not None} | self.objective_settings
+        self.objectives.extend(create_objective(name, self, values) for name, values in wanted.items())
+        # Last, so that other random draws do not depend on it.
+        declared = {name: getattr(self.settings, name) for name in decompositions_in(type(self.settings))}
+        self.decomposition = create_decomposition(self, self.decomposition_settings or declared)
         for objective in self.active:
             objective.prepare()
+
+    @property
+    def needs(self) -> Needs:
+        """What the method needs from a run; by default, features of its training images."""
+        return Needs()
 
     @property
     def active(self) -> list[Objective]:
         """The objectives: the method's own, then the configuration's."""
         return [objective for objective in self.objectives if isinstance(objective, Objective)]
-
-    def own_objectives(self) -> dict[str, dict[str, Any]]:
-        """Return the objectives that belong to the method, with their settings; the configuration may change them."""
-        return {}
 
     def build(self) -> None:
         """Create learnables (float32 ``nn.Parameter``) and the token layouts of the classes."""
@@ -164,6 +148,11 @@ class PromptMethod(Learned):
     def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the classifier: unit rows ``[C, D]``, the ``open_clip`` zero-shot weights (transposed)."""
         raise NotImplementedError
+
+    def class_weights(self, features: Tensor | None = None) -> Tensor:
+        """Return :meth:`text_features`, under its former name; deprecated."""
+        warnings.warn("class_weights() is called text_features() now", DeprecationWarning, stacklevel=2)
+        return self.text_features(features)
 
     def zero_shot_classifier(self) -> Tensor:
         """Return the classifier ``[D, C]`` in the orientation of ``open_clip``: unit columns."""
@@ -232,7 +221,7 @@ class PromptMethod(Learned):
         return {"ce": F.cross_entropy(step.logits, step.labels)}
 
     def _frozen_features(self, inputs: Tensor, features: Tensor) -> Tensor:
-        if not self.learns_image_side:
+        if not self.needs.images:
             return features.detach()
         if inputs.ndim != 4:
             raise ConfigError(
@@ -255,7 +244,7 @@ class PromptMethod(Learned):
     @property
     def sees_images(self) -> bool:
         """Whether scores depend on more of an image than its frozen feature and fixed class weights."""
-        return self.learns_image_side or self.adapts_features or self.text_features_per != "class"
+        return self.needs.images or self.adapts_features or self.text_features_per != "class"
 
     def has_text_prompts(self) -> bool:
         """Whether text features depend on learnables: whether a training step encodes text."""
@@ -273,42 +262,6 @@ class PromptMethod(Learned):
         """Act at the end of training epoch ``epoch`` (from 0) of ``epochs``: objectives do."""
         for objective in self.active:
             objective.epoch_end(epoch, epochs)
-
-    # -- fitting on features ------------------------------------------------------------------------------------
-    def fit(self, shots: FewShotFeatures) -> None:
-        """Learn from frozen features; methods with :attr:`fits` do."""
-        raise NotImplementedError
-
-    def fit_views(self) -> int:
-        """Return how many random views of each training image :meth:`fit` wants; 0 for the test view."""
-        return 0
-
-    def unlabelled(self) -> Literal["none", "train", "test"]:
-        """Return which images are learned from without labels; with "test" a run is transductive and says so.
-
-        Gradient steps over unlabelled training images get those of the other half of the classes as well.
-        """
-        return "none"
-
-    def unlabelled_view_count(self) -> int:
-        """Return how many random views of the unlabelled images :meth:`fit` wants."""
-        return 0
-
-    def selects_on(self) -> Literal["val", "test"]:
-        """Return where hyperparameters are chosen; "test" is the published leak, and the run is marked as oracle."""
-        return "val"
-
-    @property
-    def wants_source(self) -> bool:
-        """Whether statistics of the training images are missing that :meth:`measure_source` computes."""
-        return False
-
-    def measure_source(self, batches: Iterable[Tensor]) -> None:
-        """Compute statistics of the training images, batches of normalised images ``[B, 3, H, W]``."""
-        raise NotImplementedError
-
-    def reset(self) -> None:  # noqa: B027  # a hook that most methods have no use for
-        """Forget the images that were seen at test time; methods with :attr:`online` do."""
 
     def rate_factors(self) -> list[tuple[list[nn.Parameter], float]]:
         """Return learnables with a rate of their own, and the factor that it is of the others': a decomposition's."""
@@ -333,13 +286,93 @@ class PromptMethod(Learned):
             self._remembered[key] = (state, compute())
         return self._remembered[key][1]
 
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the named learnable parameters; the backbone's are never among them."""
+        return [(name, parameter) for name, parameter in self.named_parameters() if not name.startswith("backbone.")]
+
+    def prompt_tensors(self) -> list[tuple[str, nn.Parameter]]:
+        """Return the learnables that are prompts: vectors ``[..., M, W]``.
+
+        Weights of networks are none, nor what objectives or a decomposition learn (its factors stand for no vectors).
+
+        What is learned across tasks (:mod:`vlprompt.meta`) acts on their gradients.
+        """
+        found = []
+        for name, parameter in self.trainable_parameters():
+            owner = self.get_submodule(name.rpartition(".")[0])
+            layer = type(owner).__module__.startswith("torch.nn.") and not isinstance(owner, nn.ParameterList)
+            layer = layer or name.startswith(("objectives.", "decomposition."))
+            if parameter.ndim > 1 and parameter.numel() and not layer:
+                found.append((name, parameter))
+        return found
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return optimiser groups; an empty list says that there is nothing to train."""
+        of_their_own = [(parameters, factor) for parameters, factor in self.rate_factors() if parameters]
+        apart = {id(parameter) for parameters, _ in of_their_own for parameter in parameters}
+        others = [parameter for _, parameter in self.trainable_parameters() if id(parameter) not in apart]
+        groups = [{"params": others, "lr": lr}] if others else []
+        return groups + [{"params": parameters, "lr": lr * factor} for parameters, factor in of_their_own]
+
     # -- keeping ------------------------------------------------------------------------------------------------
     def _kept(self) -> dict[str, Tensor]:
-        """Return what scoring depends on beside the backbone, with the buffers that objectives keep."""
-        kept = super()._kept()
+        """Return what scoring depends on apart from the backbone: parameters, fitted buffers, buffers of objectives."""
+        kept = dict(self.trainable_parameters()) | {name: self.get_buffer(name) for name in self.fitted}
         for index, objective in enumerate(self.active):
             kept |= {f"objectives.{index}.{name}": getattr(objective, name) for name in objective.kept}
         return kept
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return copies of the learnables by name, float32 on the CPU."""
+        return {name: value.detach().cpu().clone() for name, value in self._kept().items()}
+
+    def head_state(self) -> dict[str, Tensor]:
+        """Return what a head's file holds of the learnables; a method may pack them, and says what is lost."""
+        return self.trained_state()
+
+    def load_head_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set the learnables from :meth:`head_state` of such a method.
+
+        Raises:
+            HeadError: As :meth:`load_trained_state`.
+        """
+        self.load_trained_state(state)
+
+    def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set the learnables from ``state``.
+
+        Raises:
+            HeadError: A name is missing or unknown, or a shape differs; nothing has been changed then.
+        """
+        own = self._kept()
+        wrong = [f"{name}: missing" for name in own if name not in state]
+        wrong += [f"{name}: not a learnable of {self.name}" for name in state if name not in own]
+        wrong += [
+            f"{name}: shape {list(state[name].shape)}, expected {list(own[name].shape)}"
+            for name in own
+            if name in state and not self._takes(name, own[name], state[name])
+        ]
+        if wrong:
+            raise HeadError(f"these tensors do not fit the method {self.name!r}:\n  " + "\n  ".join(wrong))
+        for name in self.fitted:
+            if state[name].shape != own[name].shape:
+                owner, _, last = name.rpartition(".")
+                setattr(self.get_submodule(owner), last, own[name].new_zeros(state[name].shape))
+        with torch.no_grad():
+            for name, parameter in self._kept().items():
+                parameter.copy_(state[name])
+
+    def start_from(self, state: Mapping[str, Tensor]) -> None:
+        """Take the learned tensors of another head as the start.
+
+        Raises:
+            HeadError: They are not the tensors of such a method.
+        """
+        self.load_head_state(state)
+
+    def _takes(self, name: str, own: Tensor, given: Tensor) -> bool:
+        # What is fitted has as many rows as there were shots.
+        return given.ndim == own.ndim if name in self.fitted else given.shape == own.shape
 
     def with_classes(self, class_names: Sequence[str]) -> PromptMethod:
         """Return the same method with the same learnables for other classes (evaluation of new classes).

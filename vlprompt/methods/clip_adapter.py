@@ -40,7 +40,6 @@ class CLIPAdapter(PromptMethod):
     checked = "equations"
     Settings = CLIPAdapterSettings
     recipe = RecipeConfig(epochs=200)
-    template_setting = "templates"
     settings: CLIPAdapterSettings
 
     def build(self) -> None:

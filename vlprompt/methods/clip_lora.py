@@ -18,6 +18,7 @@ from vlprompt.config.types import Above0, Below1, Count, Ge, Le, MinLen, OpenTem
 from vlprompt.errors import ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
+from vlprompt.needs import Needs
 from vlprompt.objectives.base import Step
 from vlprompt.prompts import LowRank, template_layout
 from vlprompt.prompts.zero_shot import template_features
@@ -89,15 +90,18 @@ class CLIPLoRA(PromptMethod):
         final_lr=1e-6,
         warmup_epochs=0,
     )
-    template_setting = "templates"
     settings: CLIPLoRASettings
+
+    @property
+    def needs(self) -> Needs:
+        """Images, unless the text tower alone has updates."""
+        return Needs() if self.settings.encoder == "text" else Needs(inputs="images", towers="transformers")
 
     def build(self) -> None:
         """Create ``base_model``: per projection ``lora_A.weight`` ``[r, W]`` and ``lora_B.weight`` ``[W, r]``."""
         own, image, text = self.settings, self.backbone.image, self.backbone.text
         self.base_model = LowRank(own.rank, own.alpha / own.rank**0.5, own.dropout)
-        self.learns_image_side = own.encoder != "text"
-        if self.learns_image_side:
+        if own.encoder != "text":
             image.require_tokens()
             self.base_model.add("visual.", image.width, own.blocks(image.layers), own.params)
         if own.encoder != "vision":
@@ -109,7 +113,7 @@ class CLIPLoRA(PromptMethod):
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return raw image features ``[B, D]`` with the updates."""
-        added = self.base_model.added("visual.") if self.learns_image_side else None
+        added = self.base_model.added("visual.") if self.needs.images else None
         return self.backbone.encode_image(images, added=added)
 
     def text_features(self, features: Tensor | None = None) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from vlprompt.config.types import Count, validated
 from vlprompt.methods.registry import register
 from vlprompt.methods.tpt import TPT, TPTSettings
+from vlprompt.needs import Needs, TestViews
 from vlprompt.testtime.selection import Filtered, Variant, ViewFraction, filter_views
 
 
@@ -53,9 +54,11 @@ class DiffTPT(TPT):
     Settings = DiffTPTSettings
     settings: DiffTPTSettings
 
-    def generated(self) -> int:
-        """Return how many pictures of the bank are wanted."""
-        return self.settings.generated
+    @property
+    def needs(self) -> Needs:
+        """Crops and generated images of each test image, and gradients."""
+        settings = self.settings
+        return Needs(test_views=TestViews(settings.crops, settings.augmix, settings.generated), gradient=True)
 
     def select(self, logits: Tensor, features: Tensor) -> Tensor:
         """Return the views ``[B, n]`` that pass both filters."""

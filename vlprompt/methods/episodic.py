@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from vlprompt.methods.base import PromptMethod
 from vlprompt.prompts.zero_shot import template_features
-from vlprompt.views import TestViews
 
 _IMAGES = 256  # views encoded at a time
 
@@ -19,6 +18,12 @@ class ViewsMethod(PromptMethod):
     """A method that scores an image by its views."""
 
     no_objectives = "it learns nothing before it sees a test image"
+
+    def reset(self) -> None:
+        """Forget the test images so far; methods whose scores depend on them do."""
+
+    def measure_source(self, batches: Iterable[Tensor]) -> None:
+        """Compute statistics of the training images, batches ``[B, 3, H, W]``; methods that need them read them."""
 
     def view_features(self, views: Tensor) -> Tensor:
         """Return raw features ``[B, V, D]`` of views: features ``[B, V, D]``, or images ``[B, V, 3, H, W]``."""
@@ -65,7 +70,8 @@ class EpisodicMethod(ViewsMethod):
         """
         if inputs.ndim in (3, 5):
             return self.adapt(inputs)
-        count = 0 if self.test_views is None else self.test_views.count
+        views = self.needs.test_views
+        count = 0 if views is None else views.count
         warnings.warn(
             f"{self.name} got one view of each image and adapts to nothing; give it {count} views of each, "
             "[B, V, 3, H, W] or features [B, V, D], the test view first",
@@ -81,8 +87,6 @@ class EpisodicMethod(ViewsMethod):
 class TunedMethod(EpisodicMethod):
     """An episode in which prompts are tuned by gradient steps on the views, from the same start for every image."""
 
-    needs_gradient = True
-
     def has_text_prompts(self) -> bool:
         """Return True: the context is tuned, if only at test time."""
         return True
@@ -96,14 +100,10 @@ class TunedMethod(EpisodicMethod):
 class TemplateViewsMethod(ViewsMethod):
     """A method that scores views by hand-written prompts; its settings have ``templates``, ``crops`` and ``augmix``."""
 
-    template_setting = "templates"
-
     def build(self) -> None:
         """Encode the templates once; there are no learnables."""
-        own = self.settings
-        weights = template_features(self.backbone, self.class_names, own.templates)
+        weights = template_features(self.backbone, self.class_names, self.settings.templates)
         self.register_buffer("weights", weights, persistent=False)
-        self.test_views = TestViews(own.crops, own.augmix)
 
     def initial_text_features(self) -> Tensor:
         """Return the unit text features ``[C, D]``."""

@@ -1,25 +1,44 @@
 """EPT: DePT whose context absorbs the update and is re-weighted in subspaces (Lan et al., AAAI 2025; arXiv 2405.11464).
 
-Efficient Prompt Tuning: the short context P attends to the low-rank update K ("prompt fusion"), and what results is
-projected into subspaces that a gate weighs ("multi-space projection"). The equations stand in
+Efficient Prompt Tuning: the short context P attends to the low-rank update K ("prompt fusion"), and the result is
+projected into subspaces that a gate weighs ("multi-space projection"). The equations are those of
 :class:`vlprompt.prompts.decomposed.EPTDecomposition`.
 
-The paper is about language models, and neither its code nor its equations could be had: this is EPT-style, a
-reconstruction on CLIP (seed_methods 11.2) that claims none of its numbers. The host is CoOp, trained by cross-entropy
-alone; any method that learns text prompts takes the same, by ``decomposition: {ept: {}}``.
+The paper is about language models, and neither its code nor its equations were available: this is EPT-style, a
+reconstruction on CLIP that claims none of its numbers. The host is CoOp, trained by cross-entropy alone; any method
+that learns text prompts takes the same, by ``decomposition: {ept: {}}``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
-
-from vlprompt.methods.dept import DePT
+from vlprompt.config.types import validated
+from vlprompt.methods.coop import CoOp, CoOpSettings
 from vlprompt.methods.registry import register
+from vlprompt.prompts.context import ContextLength
+from vlprompt.prompts.decomposed import EPTDecompositionSettings
+
+
+@validated("settings")
+class EPTSettings(CoOpSettings):
+    """Settings of EPT's host, CoOp, and of the decomposition.
+
+    Attributes:
+        context_length: M, when no words are given.
+        context_init: Initial words.
+        class_specific: A set of vectors for every class instead of one for all.
+        class_token_position: Position of the class name.
+        ept: Update, fusion and subspaces.
+    """
+
+    context_length: ContextLength = 4
+    context_init: str = "a photo of a"
+    ept: EPTDecompositionSettings = EPTDecompositionSettings()
 
 
 @register("ept")
-class EPT(DePT):
+class EPT(CoOp):
     """CoOp with the decomposition ``ept``."""
 
-    own_decomposition: ClassVar[Mapping[str, Mapping[str, Any]]] = {"ept": {}}
+    checked = "reconstruction"
+    Settings = EPTSettings
+    settings: EPTSettings

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor
-
-from vlprompt.caches import GDA
-from vlprompt.config.types import Count, NonNegative, OpenTemplates, validated
-from vlprompt.methods.cached import CachedMethod
-from vlprompt.methods.fitting import FewShotFeatures
+from vlprompt.caches.gda import GDA, GDACacheSettings
+from vlprompt.config.types import Count, OpenTemplates, validated
+from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
 from vlprompt.methods.registry import register
 
 
 @validated("settings")
-class GDASettings:
+class GDASettings(GDACacheSettings):
     """Settings of GDA; the defaults are the official ones.
 
     Attributes:
@@ -26,24 +23,19 @@ class GDASettings:
     """
 
     templates: OpenTemplates = ()
-    alpha: NonNegative = 1.0
     views: Count = 10
     search: bool = True
     select_on: Literal["val", "test"] = "val"
 
 
 @register("gda")
-class GDAMethod(CachedMethod):
+class GDAMethod(FittedMethod):
     """Class means and one covariance; nothing is trained."""
 
     checked = "equations"
     Settings = GDASettings
     settings: GDASettings
-    cache: GDA
-
-    def make_cache(self, text: Tensor, scale: Tensor) -> GDA:
-        """Return the unfitted classifier."""
-        return GDA(text, scale, alpha=self.settings.alpha)
+    Cache = GDA
 
     def fit(self, shots: FewShotFeatures) -> None:
         """Estimate the Gaussians and search alpha."""

@@ -15,6 +15,7 @@ from vlprompt.config.run import RecipeConfig
 from vlprompt.config.types import Ge, Le, Positive, validated
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
+from vlprompt.needs import Needs
 from vlprompt.prompts import DeepContext, VisualPrompts
 from vlprompt.prompts.context import ContextLength
 
@@ -46,14 +47,18 @@ class IVLP(PromptMethod):
     recipe = RecipeConfig(epochs=20, batch_size=4, lr=0.0025)
     settings: IVLPSettings
 
+    @property
+    def needs(self) -> Needs:
+        """Images, unless the image side learns nothing."""
+        return Needs(inputs="images", towers="transformers") if self.settings.image_depth else Needs()
+
     def build(self) -> None:
         """Create ``context`` (``ctx`` and ``deep``) and ``visual`` (``input`` and ``deep``)."""
         own, text = self.settings, self.backbone.text
         self.context = DeepContext(text, own.context_length, own.context_init, own.text_depth)
         self.layout = self.context.layout(text, self.class_names)
-        self.learns_image_side = own.image_depth > 0
         self.visual = None
-        if self.learns_image_side:
+        if own.image_depth:
             self.visual = VisualPrompts(self.backbone.image, own.image_tokens, own.image_depth)
 
     def image_features(self, images: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ Cross-entropy, plus ``weight * (1 - mean cosine)`` between the learned and the t
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import ClassVar
 
 from vlprompt.config.run import RecipeConfig
-from vlprompt.config.types import NonNegative, OpenTemplates, validated
+from vlprompt.config.types import validated
 from vlprompt.methods.coop import CoOp, CoOpSettings
 from vlprompt.methods.registry import register
+from vlprompt.objectives.knowledge import KnowledgeSettings
 
 
 @validated("settings")
@@ -23,16 +25,17 @@ class KgCoOpSettings(CoOpSettings):
         context_init: Words to start from.
         class_specific: A set of vectors for every class instead of one for all.
         class_token_position: Where the class name stands; the official code ignores it and takes end.
-        knowledge_weight: Factor of the knowledge term.
-        variant: "code", one minus the mean cosine, or "paper", the mean squared distance.
-        templates: The hand-written prompt; left open, the data set's own. The official table differs from CoOp's for
-            DTD: "a photo of a {}, a type of texture.", which ``configs/kgcoop/base.yaml`` has.
+        knowledge: The knowledge term. The official template differs from CoOp's for DTD: "a photo of a {}, a type of
+            texture.", which ``configs/kgcoop`` has.
     """
 
     context_init: str = "a photo of a"
-    knowledge_weight: NonNegative = 8.0
-    variant: Literal["code", "paper"] = "code"
-    templates: OpenTemplates = ()
+    knowledge: KnowledgeSettings = KnowledgeSettings(weight=8.0)
+    renamed: ClassVar[Mapping[str, str]] = {
+        "knowledge_weight": "knowledge.weight",
+        "variant": "knowledge.variant",
+        "templates": "knowledge.templates",
+    }
 
 
 @register("kgcoop")
@@ -41,10 +44,4 @@ class KgCoOp(CoOp):
 
     Settings = KgCoOpSettings
     recipe = RecipeConfig(epochs=100, batch_size=128)
-    template_setting = "templates"
     settings: KgCoOpSettings
-
-    def own_objectives(self) -> dict[str, dict[str, Any]]:
-        """Return the knowledge term."""
-        own = self.settings
-        return {"knowledge": {"weight": own.knowledge_weight, "templates": own.templates, "variant": own.variant}}

@@ -6,20 +6,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from torch import Tensor
-
-from vlprompt.caches import LinearProbe
-from vlprompt.config.types import Count, Ge, OpenTemplates, Positive, validated
-from vlprompt.errors import ConfigError
-from vlprompt.methods.cached import CachedMethod
-from vlprompt.methods.fitting import FewShotFeatures
+from vlprompt.caches.linear_probe import LinearProbe, LinearProbeCacheSettings
+from vlprompt.config.types import Count, OpenTemplates, validated
+from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
 from vlprompt.methods.registry import register
 
 
 @validated("settings")
-class LinearProbeSettings:
+class LinearProbeSettings(LinearProbeCacheSettings):
     """Settings of the linear probe; the defaults are those of the few-shot protocol.
 
     Attributes:
@@ -37,35 +33,19 @@ class LinearProbeSettings:
     """
 
     templates: OpenTemplates = ()
-    c: Annotated[float, Ge(1e-12)] = 0.316
     search: bool = True
-    normalised: bool = True
-    start: Literal["zero", "zeroshot"] = "zero"
-    iterations: Positive = 1000
     views: Count = 0
     select_on: Literal["val", "test"] = "val"
 
-    def __post_init__(self) -> None:
-        if self.start == "zeroshot" and not self.normalised:
-            raise ConfigError(
-                "settings.start is 'zeroshot' and settings.normalised false; accepted then: zero, because the text "
-                "classifier is scaled for unit features"
-            )
-
 
 @register("linear_probe")
-class LinearProbeMethod(CachedMethod):
+class LinearProbeMethod(FittedMethod):
     """A linear classifier ``[C, D]`` with biases, found by L-BFGS."""
 
     checked = "equations"
     Settings = LinearProbeSettings
     settings: LinearProbeSettings
-    cache: LinearProbe
-
-    def make_cache(self, text: Tensor, scale: Tensor) -> LinearProbe:
-        """Return the unfitted classifier."""
-        own = self.settings
-        return LinearProbe(text, scale, c=own.c, normalised=own.normalised, start=own.start, iterations=own.iterations)
+    Cache = LinearProbe
 
     def fit(self, shots: FewShotFeatures) -> None:
         """Find the classifier, and c where it is searched."""

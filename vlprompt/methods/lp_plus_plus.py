@@ -9,17 +9,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor
-
-from vlprompt.caches import LPPlusPlus
-from vlprompt.config.types import Below1, Count, NonNegative, OpenTemplates, Positive, validated
-from vlprompt.methods.cached import CachedMethod
-from vlprompt.methods.fitting import FewShotFeatures
+from vlprompt.caches.lp_plus_plus import LPPlusPlus, LPPlusPlusCacheSettings
+from vlprompt.config.types import Count, OpenTemplates, validated
+from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
 from vlprompt.methods.registry import register
 
 
 @validated("settings")
-class LPPlusPlusSettings:
+class LPPlusPlusSettings(LPPlusPlusCacheSettings):
     """Settings of LP++; the defaults are the official ones.
 
     Attributes:
@@ -37,37 +34,19 @@ class LPPlusPlusSettings:
     """
 
     templates: OpenTemplates = ()
-    iterations: Count = 300
-    momentum: Below1 = 0.9
-    alpha_every: Positive = 10
-    alpha_start: NonNegative = 250.0
-    accumulate: bool = True
     views: Count = 1
     search: bool = True
     select_on: Literal["val", "test"] = "val"
 
 
 @register("lp_plus_plus")
-class LPPlusPlusMethod(CachedMethod):
+class LPPlusPlusMethod(FittedMethod):
     """A linear classifier ``[C, D]`` with biases, and a factor ``[C]`` for the text classifier."""
 
     checked = "equations"
     Settings = LPPlusPlusSettings
     settings: LPPlusPlusSettings
-    cache: LPPlusPlus
-
-    def make_cache(self, text: Tensor, scale: Tensor) -> LPPlusPlus:
-        """Return the unfitted classifier."""
-        own = self.settings
-        return LPPlusPlus(
-            text,
-            scale,
-            iterations=own.iterations,
-            momentum=own.momentum,
-            alpha_every=own.alpha_every,
-            alpha_start=own.alpha_start,
-            accumulate=own.accumulate,
-        )
+    Cache = LPPlusPlus
 
     def fit(self, shots: FewShotFeatures) -> None:
         """Take the steps; keep the best iteration on the validation images, where there are any."""

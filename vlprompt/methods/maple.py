@@ -13,6 +13,7 @@ from vlprompt.config.run import RecipeConfig
 from vlprompt.config.types import Positive, validated
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
+from vlprompt.needs import Needs
 from vlprompt.prompts import CoupledPrompts
 from vlprompt.prompts.context import ContextLength
 
@@ -40,7 +41,7 @@ class MaPLe(PromptMethod):
 
     Settings = MaPLeSettings
     recipe = RecipeConfig(epochs=5, batch_size=4, lr=0.0035)
-    learns_image_side = True
+    needs = Needs(inputs="images", towers="transformers")
     settings: MaPLeSettings
 
     def build(self) -> None:

@@ -8,19 +8,23 @@ prototypes, plus supervision of the router by the image's affinity to those prot
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlprompt._dist import sum_over_processes
 from vlprompt.backbone import TokenLayout
 from vlprompt.config.run import RecipeConfig
 from vlprompt.config.types import NonNegative, Positive, Templates, validated
 from vlprompt.errors import ConfigError
-from vlprompt.methods.mixture import PromptMixture
+from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
-from vlprompt.objectives import Step, routing_loss, routing_target, text_to_text_loss
+from vlprompt.needs import Needs
+from vlprompt.objectives.base import Step
+from vlprompt.objectives.grouped_text import text_to_text_loss
 from vlprompt.prompts import ExpertContexts, TunedLayerNorms, template_layout
 
 
@@ -78,13 +82,18 @@ class MoCoOpSettings:
 
 
 @register("mocoop")
-class MoCoOp(PromptMixture):
+class MoCoOp(PromptMethod):
     """G experts, a router, and what they are supervised with."""
 
     Settings = MoCoOpSettings
     recipe = RecipeConfig(epochs=25, lr=0.032, warmup_epochs=3, gradient_clip=1.0)
     settings: MoCoOpSettings
     _prototypes: Tensor | None
+
+    @property
+    def needs(self) -> Needs:
+        """Images, if layer norms of the image tower are tuned."""
+        return Needs(inputs="images" if self.settings.tune_layer_norms else "features", towers="transformers")
 
     def build(self) -> None:
         """Create experts, ``gate`` (D to G), ``w`` ``[1, D]`` and copies of the image layer norms."""
@@ -95,7 +104,6 @@ class MoCoOp(PromptMixture):
         self.gate = nn.Linear(dim, len(own.groups))
         self.w = nn.Parameter(torch.zeros(1, dim)) if own.text_correction else None
         self.norms = TunedLayerNorms(self.backbone.image) if own.tune_layer_norms else None
-        self.learns_image_side = own.tune_layer_norms
         self.layout = self.experts.layout(text, self.class_names, period=False)
         # Virtual classes: on a base split the text term covers new names too, in prompts that end in a period.
         self.virtual = self.all_class_names != self.class_names
@@ -123,7 +131,70 @@ class MoCoOp(PromptMixture):
         """Return the tuned layer norms by their open_clip names."""
         return self.norms.overrides() if self.norms else {}
 
+    # -- scoring --------------------------------------------------------------------------------------------------
+    def expert_text_features(self, used: Tensor | None = None, *, virtual: bool = False) -> Tensor:
+        """Return unit text features ``[G, C, D]`` of the experts' prompts, ``w`` added before normalisation.
+
+        Args:
+            used: ``[G]`` booleans: experts left out are not encoded and get zero features; None: all are encoded.
+            virtual: Take all classes of the data set, in prompts that end in a period.
+        """
+        layout = self.virtual_layout if virtual else self.layout
+        if used is None or bool(used.all()):
+            return self.once(f"virtual {virtual}", lambda: self._encode(layout, self.experts.vectors()))
+        chosen = used.nonzero().squeeze(1)
+        # Chosen by index, so that experts left out still get a gradient, of zero.
+        some = self._encode(layout.select_groups(chosen.tolist()), self.experts.vectors().index_select(0, chosen))
+        return some.new_zeros(len(used), *some.shape[1:]).index_copy(0, chosen, some)
+
+    def _encode(self, layout: TokenLayout, vectors: Tensor) -> Tensor:
+        features = self.encode_text(layout, vectors)
+        return self.unit_text(features if self.w is None else features + self.w)
+
+    def route(self, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """Return routing logits and gates, both ``[B, G]``: gates are a softmax over the top experts, else zero."""
+        logits = self.gate(unit)
+        top, chosen = logits.topk(self.settings.top_k, dim=-1)
+        return logits, torch.zeros_like(logits).scatter(-1, chosen, top.softmax(dim=-1).to(logits.dtype))
+
+    def text_features(self, features: Tensor | None = None) -> Tensor:
+        """Return the mixtures ``[B, C, D]`` of raw image ``features`` ``[B, D]``: the exact classifier of each image.
+
+        Without features, return ``[C, D]``: the mean expert, an approximation for code that takes one matrix only; a
+        warning says so. Mixtures are sums of unit vectors and are not normalised again (official code).
+        """
+        if features is None:
+            warnings.warn(
+                "a mixture of prompts has class weights per image; text_features(features) gives them exactly "
+                "[B, C, D], this [C, D] is the mean of the experts",
+                stacklevel=2,
+            )
+            return F.normalize(self.expert_text_features().mean(dim=0), dim=-1)
+        gates = self.route(self.unit_image(features))[1]
+        return torch.einsum("bg,gcd->bcd", gates, self.expert_text_features())
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return ``[B, C]``: the gate-weighted sum of the experts' logits for raw ``features`` ``[B, D]``."""
+        unit = self.unit_image(features)
+        return self._mix(unit, self.route(unit)[1], self.expert_text_features())
+
+    def _mix(self, unit: Tensor, gates: Tensor, expert_text_features: Tensor) -> Tensor:
+        # <v, sum_g a_g t_gc> = sum_g a_g <v, t_gc>: no [B, C, D] mixture is formed.
+        cosines = torch.einsum("bd,gcd->bgc", unit, expert_text_features)
+        return self.backbone.logit_scale * torch.einsum("bg,bgc->bc", gates, cosines)
+
     # -- training -----------------------------------------------------------------------------------------------
+    def training_text_features(self, unit_image: Tensor, features: Tensor) -> Tensor:
+        """Return the experts' unit features ``[G, C, D]``; zero for experts that are left out."""
+        return self.expert_text_features(self._used(self.route(unit_image)[1]))
+
+    def training_logits(self, unit_image: Tensor, weights: Tensor) -> Tensor:
+        """Return the mixed logits ``[B, C]``."""
+        return self._mix(unit_image, self.route(unit_image)[1], weights)
+
+    def _used(self, gates: Tensor) -> Tensor | None:
+        return _by_any_process((gates > 0).any(dim=0)) if self.settings.drop_unused_experts else None
+
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Return the terms ``ce``, ``text`` and ``gate``, weighted; a weight of zero leaves its term out."""
         own, terms = self.settings, super().terms(step)
@@ -146,3 +217,29 @@ class MoCoOp(PromptMixture):
         """Return the layer norms, with their smaller rate, and the decomposition's."""
         norms = list(self.norms.parameters()) if self.norms else []
         return [(norms, self.settings.layer_norm_lr_factor), *super().rate_factors()]
+
+
+def _by_any_process(used: Tensor) -> Tensor:
+    """Return ``used`` ``[G]`` over the whole batch, which several processes may share."""
+    return sum_over_processes(used.int()) > 0
+
+
+ROUTING_BOOST = 10.0
+"""Added to the best affinities before the routing target's softmax (MoCoOp: prompting/moe.py 110-127)."""
+
+
+def routing_target(affinity: Tensor, top_k: int) -> Tensor:
+    """Return soft routing targets ``[B, G]``: softmax of ``affinity`` with the ``top_k`` largest raised by ten.
+
+    Args:
+        affinity: ``[B, G]`` cosines between each image and its label's prototype in each group. The target is not
+            detached, so image-side learnables are reached through it, as in the official code.
+        top_k: How many experts an image is sent to.
+    """
+    best = affinity.topk(top_k, dim=-1).indices
+    return (affinity + torch.zeros_like(affinity).scatter(-1, best, ROUTING_BOOST)).softmax(dim=-1)
+
+
+def routing_loss(routing_logits: Tensor, target: Tensor) -> Tensor:
+    """Return the soft cross-entropy of routing logits ``[B, G]`` over all experts with ``target`` ``[B, G]``."""
+    return F.cross_entropy(routing_logits, target)

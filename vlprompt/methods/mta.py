@@ -11,6 +11,7 @@ from torch import Tensor
 from vlprompt.config.types import Above0, Count, NonNegative, OpenTemplates, validated
 from vlprompt.methods.episodic import EpisodicMethod, TemplateViewsMethod
 from vlprompt.methods.registry import register
+from vlprompt.needs import Needs, TestViews
 from vlprompt.testtime.mta import MeanShift, mean_shift
 
 
@@ -39,6 +40,11 @@ class MTA(TemplateViewsMethod, EpisodicMethod):
 
     Settings = MTASettings
     settings: MTASettings
+
+    @property
+    def needs(self) -> Needs:
+        """Crops of each test image."""
+        return Needs(test_views=TestViews(self.settings.crops, self.settings.augmix))
 
     def adapt(self, views: Tensor) -> Tensor:
         """Return the logits ``[B, C]`` of the modes of B images' views ``[B, V, D]``."""

@@ -7,15 +7,17 @@ zeros first, and counts words by spaces, so that behind a comma the last word st
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 
 from vlprompt.config.run import RecipeConfig
-from vlprompt.config.types import Above0, NonNegative, OpenTemplates, validated
+from vlprompt.config.types import validated
 from vlprompt.errors import ConfigError
 from vlprompt.methods.coop import CoOp, CoOpSettings
 from vlprompt.methods.registry import register
+from vlprompt.objectives.projection import ProjectedGradientSettings
 from vlprompt.prompts import TextContext, words_of
 
 
@@ -28,15 +30,16 @@ class ProGradSettings(CoOpSettings):
         context_init: Words to start from, aligned to the right; "template" takes the words of the template.
         class_specific: A set of vectors for every class instead of one for all.
         class_token_position: Where the class name stands; middle fails in the official code.
-        strength: How much of the conflicting part is taken away (the paper's lambda).
-        temperature: Divides both logits of the general loss.
-        templates: The frozen model's prompt; left open, the data set's own. The official table words them otherwise
-            than CoOp ("a type of pet, a photo of a {}."), which ``configs/prograd`` has.
+        projected_gradient: The projection. The official templates differ from CoOp's ("a type of pet, a photo of a
+            {}."), which ``configs/prograd`` has.
     """
 
-    strength: NonNegative = 1.0
-    temperature: Above0 = 1.0
-    templates: OpenTemplates = ()
+    projected_gradient: ProjectedGradientSettings = ProjectedGradientSettings()
+    renamed: ClassVar[Mapping[str, str]] = {
+        "strength": "projected_gradient.strength",
+        "temperature": "projected_gradient.temperature",
+        "templates": "projected_gradient.templates",
+    }
 
 
 @register("prograd")
@@ -45,7 +48,6 @@ class ProGrad(CoOp):
 
     Settings = ProGradSettings
     recipe = RecipeConfig(epochs=100)
-    template_setting = "templates"
     settings: ProGradSettings
 
     def build(self) -> None:
@@ -53,7 +55,7 @@ class ProGrad(CoOp):
         own, text = self.settings, self.backbone.text
         words = own.context_init
         if words == "template":
-            words = own.templates[0].split("{}")[0].strip()
+            words = own.projected_gradient.templates[0].split("{}")[0].strip()
         words = words_of(words)
         if not words:
             super().build()
@@ -70,9 +72,3 @@ class ProGrad(CoOp):
         self.prompt.ctx.data.copy_(start)
         self.prompt.placeholder = " ".join([*["X"] * (own.context_length - count), words])
         self.layout = self.prompt.layout(text, self.class_names, own.class_token_position)
-
-    def own_objectives(self) -> dict[str, dict[str, Any]]:
-        """Return the projection."""
-        own = self.settings
-        projection = {"strength": own.strength, "temperature": own.temperature, "templates": own.templates}
-        return {"projected_gradient": projection}

@@ -18,11 +18,11 @@ from vlprompt.config.types import Count, NonNegative, Positive, validated
 from vlprompt.errors import ConfigError
 from vlprompt.methods.episodic import TunedMethod
 from vlprompt.methods.registry import register
+from vlprompt.needs import Needs, TestViews
 from vlprompt.prompts import CoupledPrompts
 from vlprompt.prompts.context import ContextLength
 from vlprompt.testtime.alignment import CoupledTuner, aligned_layers, as_buffers, coupled_tokens, token_statistics
 from vlprompt.testtime.selection import ViewFraction, gather_views, most_confident
-from vlprompt.views import TestViews
 
 
 @validated("settings")
@@ -62,10 +62,15 @@ class PromptAlign(TunedMethod):
 
     checked = "equations"
     Settings = PromptAlignSettings
-    learns_image_side = True
     settings: PromptAlignSettings
     source_mean: Tensor
     source_variance: Tensor
+
+    @property
+    def needs(self) -> Needs:
+        """Crops of each test image, as images, and gradients."""
+        settings = self.settings
+        return Needs("images", "transformers", test_views=TestViews(settings.crops, settings.augmix), gradient=True)
 
     def build(self) -> None:
         """Create MaPLe's ``prompts`` as buffers, and room for ``source_mean`` and ``source_variance`` ``[L, T, W]``."""
@@ -76,7 +81,6 @@ class PromptAlign(TunedMethod):
         for name in ("source_mean", "source_variance"):
             self.register_buffer(name, torch.zeros(0, 0, 0), persistent=False)
         self.fitted = (*(f"prompts.{name}" for name in self._prompt_names), "source_mean", "source_variance")
-        self.test_views = TestViews(own.crops, own.augmix)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return raw image features ``[B, D]`` with the tokens of the start."""
@@ -93,7 +97,12 @@ class PromptAlign(TunedMethod):
         return bool(self.settings.steps and self._layers()) and not self.source_mean.numel()
 
     def measure_source(self, batches: Iterable[Tensor]) -> None:
-        """Compute the source statistics from normalised images ``[B, 3, H, W]`` with the prompts of the start."""
+        """Compute the source statistics from normalised images ``[B, 3, H, W]`` with the prompts of the start.
+
+        Images are not read where nothing is aligned, or statistics are known.
+        """
+        if not self.wants_source:
+            return
         tower = self.backbone.image
         if layers := aligned_layers(tower, self.settings.alignment_depth):
             there = (images.to(self.backbone.device) for images in batches)

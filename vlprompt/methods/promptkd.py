@@ -8,15 +8,24 @@ images are trained on as well: results are transductive and say so.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlprompt._random import restored_random
 from vlprompt.config.run import RecipeConfig
 from vlprompt.config.types import Above0, Count, NonNegative, Positive, Template, validated
+from vlprompt.errors import ClassNameError, ConfigError, VlpromptError
+from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
-from vlprompt.methods.taught import TaughtMethod
+from vlprompt.methods.teacher import Teacher, load_teacher, teacher_dim
+from vlprompt.needs import Needs
 from vlprompt.objectives.base import Step
 from vlprompt.prompts import Projector, VisualPrompts
+from vlprompt.prompts.words import rows_of
 
 
 @validated("settings")
@@ -45,20 +54,108 @@ class PromptKDSettings:
 
 
 @register("promptkd")
-class PromptKD(TaughtMethod):
+class PromptKD(PromptMethod):
     """Deep image tokens and a projector into the teacher's space; the teacher's text features are the classifier."""
 
     Settings = PromptKDSettings
     recipe = RecipeConfig(epochs=20, batch_size=8, lr=0.005)
-    learns_image_side = True
-    fitted = (*TaughtMethod.fitted, "projector.running_mean", "projector.running_var")
+    needs = Needs(inputs="images", towers="transformers", unlabelled="all-classes")
+    no_objectives = "it is taught by another model's predictions"
+    fitted = ("teacher_text", "projector.running_mean", "projector.running_var")
     settings: PromptKDSettings
+    teacher_text: Tensor
 
     def build(self) -> None:
         """Create ``visual`` (``input`` and ``deep``, ``[V, W]`` each) and ``projector`` (D to E); ask the teacher."""
         own, backbone = self.settings, self.backbone
         self.visual = VisualPrompts(backbone.image, own.image_tokens, own.image_depth)
         self.projector = Projector(backbone.embed_dim, self.ask_teacher())
+
+    # -- the teacher ----------------------------------------------------------------------------------------------
+    def ask_teacher(self) -> int:
+        """Return E, and make the buffer ``teacher_text`` ``[A, E]`` of all A classes; a part of :meth:`build`."""
+        own, backbone = self.settings, self.backbone
+        self._teacher: list[Teacher] = []  # in a list and no module: nothing of it is trained or saved
+        self._taught = False
+        dim = own.teacher_dim
+        if not dim:
+            without_weights = own.teacher and backbone.device.type == "meta"
+            dim = teacher_dim(own.teacher) if without_weights else self.teacher.dim
+            self.settings = dataclasses.replace(own, teacher_dim=dim)
+        self.register_buffer("teacher_text", torch.zeros(len(self.all_class_names), dim))
+        if self._teacher:
+            self.teach(self.teacher)
+        return int(dim)
+
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher, loaded when it is first asked for."""
+        if not self._teacher:
+            own = self.settings
+            self._teacher.append(load_teacher(own.teacher, self.backbone, self.all_class_names, own.template))
+        method = self._teacher[0].method
+        if method.backbone.device != self.backbone.device:
+            method.to(self.backbone.device)
+        return self._teacher[0]
+
+    def teach(self, teacher: Teacher) -> None:
+        """Take ``teacher`` and its text features of all classes.
+
+        Raises:
+            ConfigError: Its features are of another width than the projector's.
+        """
+        if teacher.dim != self.settings.teacher_dim:
+            raise ConfigError(f"the teacher's features have {teacher.dim} numbers, not {self.settings.teacher_dim}")
+        self._teacher, self._taught = [teacher], True
+        self.teacher_text = teacher.text_features(self.all_class_names).to(self.backbone.device)
+
+    def taught_text(self) -> Tensor:
+        """Return the teacher's unit text features ``[A, E]`` of all classes."""
+        if not self._taught:
+            self.teach(self.teacher)
+        return self.teacher_text
+
+    @property
+    def class_dim(self) -> int:
+        """E: images and classes meet in the teacher's space."""
+        return int(self.settings.teacher_dim)
+
+    def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set the learnables, the running statistics and the teacher's text features; the teacher is not needed then.
+
+        Raises:
+            HeadError: As for any method; nothing has been changed then.
+        """
+        super().load_trained_state(state)
+        self._taught = True
+
+    def _takes(self, name: str, own: Tensor, given: Tensor) -> bool:
+        return given.shape == own.shape
+
+    def with_classes(self, class_names: Sequence[str]) -> PromptMethod:
+        """Return the student for other classes; the teacher is asked only about names that it was not asked before.
+
+        Raises:
+            ClassNameError: New names, and the teacher cannot be asked any more.
+        """
+        with restored_random():
+            other = type(self)(self.backbone, class_names, self.settings)
+        other._teacher = self._teacher
+        other.load_trained_state({**self.trained_state(), "teacher_text": self._text_of(class_names)})
+        return other.to(self.backbone.device).train(self.training)
+
+    def _text_of(self, class_names: Sequence[str]) -> Tensor:
+        new = [name for name in class_names if name not in set(self.all_class_names)]
+        text = self.taught_text()
+        if new:
+            try:
+                text = torch.cat([text, self.teacher.text_features(new).to(text)])
+            except VlpromptError as error:
+                raise ClassNameError(
+                    f"{new[0]!r} is none of the {len(text)} classes that were learned with, and the teacher, which "
+                    f"would have to be asked, cannot be loaded: {error}"
+                ) from error
+        return text[rows_of([*self.all_class_names, *new], class_names)]
 
     # -- scoring --------------------------------------------------------------------------------------------------
     def image_features(self, images: Tensor) -> Tensor:

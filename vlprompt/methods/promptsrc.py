@@ -6,11 +6,14 @@ near those of the frozen model, and ``aggregation``, which averages the prompts 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import ClassVar
 
-from vlprompt.config.types import Above0, NonNegative, validated
+from vlprompt.config.types import validated
 from vlprompt.methods.ivlp import IVLP, IVLPSettings
 from vlprompt.methods.registry import register
+from vlprompt.objectives.aggregation import AggregationSettings
+from vlprompt.objectives.self_regularisation import SelfRegularisationSettings
 
 
 @validated("settings")
@@ -25,20 +28,20 @@ class PromptSRCSettings(IVLPSettings):
         text_depth: Layers with text context of their own.
         image_tokens: V image tokens.
         image_depth: Layers with image tokens of their own.
-        text_weight: Weight of the text features' term.
-        image_weight: Weight of the image features' term.
-        logits_weight: Weight of the predictions' term.
-        aggregate: Whether prompts are averaged over epochs.
-        aggregation_mean: The epoch, from 1, that weighs most.
-        aggregation_deviation: Width of the curve in epochs.
+        self_regularisation: The terms that hold features and predictions near the frozen model's.
+        aggregation: The average of the prompts over epochs; None for none.
     """
 
-    text_weight: NonNegative = 25.0
-    image_weight: NonNegative = 10.0
-    logits_weight: NonNegative = 1.0
-    aggregate: bool = True
-    aggregation_mean: float = 15.0
-    aggregation_deviation: Above0 = 1.0
+    self_regularisation: SelfRegularisationSettings = SelfRegularisationSettings(text=25.0, image=10.0, logits=1.0)
+    aggregation: AggregationSettings | None = AggregationSettings(mean=15.0, deviation=1.0)
+    renamed: ClassVar[Mapping[str, str]] = {
+        "text_weight": "self_regularisation.text",
+        "image_weight": "self_regularisation.image",
+        "logits_weight": "self_regularisation.logits",
+        "aggregate": "aggregation (null for none)",
+        "aggregation_mean": "aggregation.mean",
+        "aggregation_deviation": "aggregation.deviation",
+    }
 
 
 @register("promptsrc")
@@ -47,13 +50,3 @@ class PromptSRC(IVLP):
 
     Settings = PromptSRCSettings
     settings: PromptSRCSettings
-
-    def own_objectives(self) -> dict[str, dict[str, Any]]:
-        """Return the regularisers and, if asked for, the aggregation."""
-        own = self.settings
-        found: dict[str, dict[str, Any]] = {
-            "self_regularisation": {"text": own.text_weight, "image": own.image_weight, "logits": own.logits_weight}
-        }
-        if own.aggregate:
-            found["aggregation"] = {"mean": own.aggregation_mean, "deviation": own.aggregation_deviation}
-        return found

@@ -14,18 +14,20 @@ starts from a head with scores of 0.01 and 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vlprompt.backbone import Added, TokenLayout
 from vlprompt.config.run import RecipeConfig
-from vlprompt.config.types import Above0, Fraction, NonNegative, OpenTemplates, validated
+from vlprompt.config.types import NonNegative, OpenTemplates, validated
 from vlprompt.errors import ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
+from vlprompt.needs import Needs
 from vlprompt.objectives.base import Step
+from vlprompt.objectives.gradient_dropout import GradientDropoutSettings
 from vlprompt.prompts import Masks, template_layout
 from vlprompt.prompts.zero_shot import template_features
 
@@ -41,10 +43,8 @@ class RAMTSettings:
         side: Whose weights are masked: image, as published, text or both.
         candidates: attention: attention projections and convolution kernels (AMT); mlp: the two MLP matrices (MMT);
             all: both (PMT).
-        gradient_dropout: Whether gradients are dropped (the "R-"). The official code cannot train without.
-        strength: What is taken of a dropped entry (the paper's lambda): 1, or, with 16 shots of ImageNet, SUN397 and
-            Food-101, 0.3.
-        temperature: Divides both logits of the loss that agreement is measured by.
+        gradient_dropout: The dropout of gradients (the "R-"), None for none; the official code cannot train without.
+            Its strength (the paper's lambda) is 1, or 0.3 with 16 shots of ImageNet, SUN397 and Food-101.
         initial: Every score's start.
         threshold: What a score has to exceed.
         penalty: Weight of the score tensors' norms, which the paper does not have; 0 for none.
@@ -54,13 +54,15 @@ class RAMTSettings:
 
     side: Literal["image", "text", "both"] = "image"
     candidates: Literal["attention", "mlp", "all"] = "attention"
-    gradient_dropout: bool = True
-    strength: Fraction = 1.0
-    temperature: Above0 = 1.0
+    gradient_dropout: GradientDropoutSettings | None = GradientDropoutSettings(strength=1.0, temperature=1.0)
     initial: float = 0.01
     threshold: NonNegative = 0.005
     penalty: NonNegative = 1e-4
     templates: OpenTemplates = ()
+    renamed: ClassVar[Mapping[str, str]] = {
+        "strength": "gradient_dropout.strength",
+        "temperature": "gradient_dropout.temperature",
+    }
 
     def __post_init__(self) -> None:
         if self.threshold >= self.initial:
@@ -76,16 +78,18 @@ class RAMT(PromptMethod):
 
     Settings = RAMTSettings
     recipe = RecipeConfig(epochs=30, lr=8e-5, optimizer="adam", weight_decay=0.0, warmup_epochs=0)
-    template_setting = "templates"
-    any_tower = True
     settings: RAMTSettings
+
+    @property
+    def needs(self) -> Needs:
+        """Images, unless the text tower alone is masked."""
+        return Needs(inputs="features" if self.settings.side == "text" else "images")
 
     def build(self) -> None:
         """Create ``masks``: a tensor of scores for every candidate weight, of its shape and name."""
         own, text = self.settings, self.backbone.text
         self.masks = Masks(own.initial, own.threshold)
-        self.learns_image_side = own.side != "text"
-        if self.learns_image_side:
+        if own.side != "text":
             self.masks.add("visual.", self._candidates(self.backbone.image.parameters()))
         if own.side != "image":
             self.masks.add("", self._candidates(text.parameters()))
@@ -102,15 +106,9 @@ class RAMT(PromptMethod):
             raise ConfigError(f"settings.candidates is {kind!r}, and {self.backbone.name} has no such weights; use all")
         return {**rest, **mlp}
 
-    def own_objectives(self) -> dict[str, dict[str, Any]]:
-        """Return the dropout, if asked for."""
-        own = self.settings
-        dropout = {"strength": own.strength, "temperature": own.temperature, "templates": tuple(own.templates)}
-        return {"gradient_dropout": dropout} if own.gradient_dropout else {}
-
     def image_features(self, images: Tensor) -> Tensor:
         """Return raw image features ``[B, D]`` of the masked tower."""
-        added = Added() if self.learns_image_side and self.backbone.image.takes_tokens else None
+        added = Added() if self.needs.images and self.backbone.image.takes_tokens else None
         return self.backbone.encode_image(images, overrides=self.image_overrides(), added=added)
 
     def image_overrides(self) -> dict[str, Tensor]:

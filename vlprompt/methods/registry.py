@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from vlprompt.backbone import Backbone
+from vlprompt.errors import ConfigError
 from vlprompt.methods.base import TEMPLATE, PromptMethod
+from vlprompt.objectives.base import objectives_in
+from vlprompt.prompts.decomposed import decompositions_in
 from vlprompt.registry import Registry
 
-_METHODS: Registry[PromptMethod] = Registry("method")
+_METHODS: Registry[PromptMethod] = Registry("method", {"dept": "dept_lowrank", "apt": "apt_approximated"})
 M = TypeVar("M", bound=type[PromptMethod])
 
 
@@ -54,8 +58,9 @@ def create_method(
         backbone: The frozen CLIP.
         class_names: The C classes to tell apart, in label order.
         all_class_names: Every class of the data set, those of ``class_names`` first. Default: ``class_names``.
-        objectives: Further loss terms and regularisers with their settings: ``{"knowledge": {"weight": 8.0}}``.
-        decomposition: A low-rank update of the class tokens, in the same way: ``{"dept": {"rank": 10}}``.
+        objectives: Further loss terms and regularisers with their settings: ``{"knowledge": {"weight": 8.0}}``. For an
+            objective that belongs to the method, the same as its field of the settings.
+        decomposition: A low-rank update of the class tokens, in the same way: ``{"dept_lowrank": {"rank": 10}}``.
         data_template: The data set's own prompt with ``{}`` for the class name (``task.template``). Templates that
             the settings leave open become it.
         **settings: Fields of the method's ``Settings``.
@@ -65,6 +70,7 @@ def create_method(
         ClassNameError: Class names that cannot be turned into prompts.
     """
     kind = get_method_class(name)
+    settings, objectives, decomposition = merge_parts(kind, settings, objectives or {}, decomposition or {})
     made = kind(
         backbone,
         class_names,
@@ -75,3 +81,42 @@ def create_method(
         data_template,
     )
     return made if backbone.device.type == "meta" else made.to(backbone.device)
+
+
+def merge_parts(
+    kind: type[PromptMethod],
+    settings: Mapping[str, Any],
+    objectives: Mapping[str, Any],
+    decomposition: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return settings, objectives and decomposition, with those that belong to the method moved to its settings.
+
+    A method's own objective may be set as ``settings.NAME`` and as ``objectives.NAME``; both are merged per key.
+
+    Raises:
+        ConfigError: A value is given in both places, and they differ.
+    """
+    merged, twice = dict(settings), []
+    rest: list[dict[str, Any]] = []
+    for section, given, declared in (
+        ("objectives", objectives, objectives_in(kind.Settings)),
+        ("decomposition", decomposition, decompositions_in(kind.Settings)),
+    ):
+        if not isinstance(given, Mapping):  # refused by what reads it
+            rest.append(given)
+            continue
+        rest.append({name: values for name, values in given.items() if name not in declared})
+        for name in (name for name in given if name in declared):
+            values, known = given[name], merged.get(name) or {}
+            if not isinstance(values, Mapping):
+                raise ConfigError(f"{section}.{name} is {values!r}; accepted: its settings, {{}} for the defaults")
+            known = known if isinstance(known, Mapping) else dataclasses.asdict(known)
+            twice += [
+                f"settings.{name}.{key} is {known[key]!r} and {section}.{name}.{key} {values[key]!r}; accepted: one"
+                for key in values
+                if key in known and known[key] != values[key]
+            ]
+            merged[name] = {**known, **values}
+    if twice:
+        raise ConfigError("\n".join(twice))
+    return merged, rest[0], rest[1]

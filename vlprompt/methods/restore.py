@@ -2,17 +2,20 @@
 
 MaPLe's prompts with two objectives: ``shift_consistency``, which keeps the shifts of text and image alike, and
 ``surgery``, residual adapters that keep both from growing together. The paper speaks of shifts of embeddings; the code,
-whose numbers are published, takes the norms of the prompts' Gram matrices in their place: ``variant`` selects.
+whose numbers are published, takes the norms of the prompts' Gram matrices in their place; ``variant`` of
+``shift_consistency`` selects.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import ClassVar
 
 from vlprompt.config.run import RecipeConfig
-from vlprompt.config.types import NonNegative, validated
+from vlprompt.config.types import validated
 from vlprompt.methods.maple import MaPLe, MaPLeSettings
 from vlprompt.methods.registry import register
+from vlprompt.objectives.shift import ShiftConsistencySettings, SurgerySettings
 
 
 @validated("settings")
@@ -23,18 +26,18 @@ class RESTORESettings(MaPLeSettings):
         context_length: M text vectors and image tokens.
         context_init: Words to start from.
         depth: J layers of both towers.
-        shift_weight: Factor of the consistency term.
-        variant: "code", the official surrogate of the shift, or "paper", its definition as this library reads it.
-        surgery: Whether features go through the adapters.
-        text_ratio: How much of the adapter enters text features.
-        image_ratio: The same for image features.
+        surgery: The residual adapters; None for none.
+        shift_consistency: The consistency term.
     """
 
-    shift_weight: NonNegative = 1.0
-    variant: Literal["code", "paper"] = "code"
-    surgery: bool = True
-    text_ratio: NonNegative = 0.1
-    image_ratio: NonNegative = 0.1
+    surgery: SurgerySettings | None = SurgerySettings(text_ratio=0.1, image_ratio=0.1)
+    shift_consistency: ShiftConsistencySettings = ShiftConsistencySettings(weight=1.0)
+    renamed: ClassVar[Mapping[str, str]] = {
+        "shift_weight": "shift_consistency.weight",
+        "variant": "shift_consistency.variant",
+        "text_ratio": "surgery.text_ratio",
+        "image_ratio": "surgery.image_ratio",
+    }
 
 
 @register("restore")
@@ -44,11 +47,3 @@ class RESTORE(MaPLe):
     Settings = RESTORESettings
     recipe = RecipeConfig(epochs=10, batch_size=4, lr=0.0035)
     settings: RESTORESettings
-
-    def own_objectives(self) -> dict[str, dict[str, Any]]:
-        """Return the adapters and the consistency term."""
-        own = self.settings
-        found: dict[str, dict[str, Any]] = {}
-        if own.surgery:
-            found["surgery"] = {"text_ratio": own.text_ratio, "image_ratio": own.image_ratio}
-        return {**found, "shift_consistency": {"weight": own.shift_weight, "variant": own.variant}}

@@ -7,18 +7,21 @@ Official code: geekyutao/TaskRes, the regular base; on ImageNet its t is a mean 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from torch import Tensor
 
-from vlprompt.caches import EpochRecipe, TaskResidual
-from vlprompt.config.types import Count, NonNegative, OpenTemplates, Positive, validated
-from vlprompt.methods.cached import CachedMethod
-from vlprompt.methods.fitting import FewShotFeatures
+from vlprompt.caches.residual import TaskResidual, TaskResidualSettings
+from vlprompt.config.types import Count, OpenTemplates, validated
+from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
 from vlprompt.methods.registry import register
+from vlprompt.needs import Needs
 from vlprompt.prompts.zero_shot import raw_template_features
 
 
 @validated("settings")
-class TaskResSettings:
+class TaskResSettings(TaskResidualSettings):
     """Settings of TaskRes; the defaults are the official ones at 8 and 16 shots.
 
     Attributes:
@@ -26,48 +29,42 @@ class TaskResSettings:
         alpha: Weight of the residual (1 for Oxford Flowers); 0 is zero-shot.
         views: Random views of each training image: epoch e sees view e modulo this number. As many as epochs is the
             official rule, a new view in each; 0 trains on the test view.
-        epochs: Passes over the few-shot images (100 at 1, 2 and 4 shots).
-        batch_size: Images per step.
-        lr: Adam's learning rate after the warm-up, at the top of the cosine (0.0002 on ImageNet).
-        weight_decay: Adam's weight decay.
-        warmup_epochs: Epochs before that, at the rate 1e-5.
+        training: Training of the residual (100 epochs at 1, 2 and 4 shots, a rate of 0.0002 on ImageNet).
     """
 
     templates: OpenTemplates = ()
-    alpha: NonNegative = 0.5
     views: Count = 20
-    epochs: Count = 200
-    batch_size: Positive = 256
-    lr: NonNegative = 2e-3
-    weight_decay: NonNegative = 5e-4
-    warmup_epochs: Count = 1
+    renamed: ClassVar[Mapping[str, str]] = {
+        "epochs": "training.epochs",
+        "batch_size": "training.batch_size",
+        "lr": "training.lr",
+        "weight_decay": "training.weight_decay",
+        "warmup_epochs": "training.warmup_epochs",
+    }
 
 
 @register("taskres")
-class TaskRes(CachedMethod):
+class TaskRes(FittedMethod):
     """A residual ``[C, D]``, trained on features."""
 
     checked = "equations"
     Settings = TaskResSettings
-    fit_view = "random"
     settings: TaskResSettings
-    cache: TaskResidual
+    Cache = TaskResidual
+
+    @property
+    def needs(self) -> Needs:
+        """Features of random crops, as the CoOp family trains on."""
+        return Needs(fit_views=self.settings.views)
 
     def text_weights(self) -> Tensor:
         """Return the mean of the templates' raw features ``[C, D]``."""
         return raw_template_features(self.backbone, self.class_names, self.settings.templates)
 
-    def make_cache(self, text: Tensor, scale: Tensor) -> TaskResidual:
-        """Return the classifier without a residual."""
-        own = self.settings
-        recipe = EpochRecipe(
-            own.epochs, own.batch_size, own.lr, weight_decay=own.weight_decay, warmup_epochs=own.warmup_epochs
-        )
-        return TaskResidual(text, scale, alpha=own.alpha, recipe=recipe)
-
     def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the unit text features with their residuals ``[C, D]``: these are the whole classifier."""
-        return self.cache.adapted_text()
+        text: Tensor = self.cache.adapted_text()
+        return text
 
     def fit(self, shots: FewShotFeatures) -> None:
         """Train the residual; the last epoch's is kept."""

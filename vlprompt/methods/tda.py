@@ -20,6 +20,7 @@ from vlprompt.config.types import Count, NonNegative, OpenTemplates, Positive, v
 from vlprompt.errors import ConfigError
 from vlprompt.methods.episodic import TemplateViewsMethod
 from vlprompt.methods.registry import register
+from vlprompt.needs import Needs, TestViews
 from vlprompt.testtime.selection import ViewFraction
 from vlprompt.testtime.tda import NegativeCache, PositiveCache, Scored, TDAStream, summarise
 
@@ -75,14 +76,17 @@ class TDA(TemplateViewsMethod):
     """Two caches along the stream of test images."""
 
     Settings = TDASettings
-    online = True
     settings: TDASettings
+
+    @property
+    def needs(self) -> Needs:
+        """The test images in order, in several views if there are crops."""
+        settings = self.settings
+        return Needs(test_views=TestViews(settings.crops, settings.augmix) if settings.crops else None, online=True)
 
     def build(self) -> None:
         """Encode the templates once and begin with empty caches; there are no learnables."""
         super().build()
-        if not self.settings.crops:
-            self.test_views = None
         self._stream: TDAStream | None = None
 
     @property

@@ -13,6 +13,8 @@ from vlprompt._lazy import provider
 from vlprompt.backbone import Backbone, load_backbone, shapes_only
 from vlprompt.errors import BackboneError, ConfigError
 from vlprompt.methods.base import PromptMethod
+from vlprompt.methods.episodic import ViewsMethod
+from vlprompt.methods.fitted import FittedMethod
 from vlprompt.methods.registry import create_method
 
 
@@ -38,7 +40,7 @@ class Teacher:
     """
 
     def __init__(self, method: PromptMethod, student: Backbone) -> None:
-        plain = method.text_features_per == "class" and not (method.fits or method.online or method.test_views)
+        plain = method.text_features_per == "class" and not isinstance(method, FittedMethod | ViewsMethod)
         if not plain:
             raise ConfigError(
                 f"a head of {method.name} cannot teach: it does not score by one text feature per class; accepted: "

@@ -6,20 +6,20 @@ themselves (``unlabelled: test``: the result is transductive and says so), those
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from vlprompt.caches import TFUP
-from vlprompt.config.types import Count, NonNegative, OpenTemplates, validated
-from vlprompt.methods.cached import CachedMethod
-from vlprompt.methods.fitting import FewShotFeatures
+from vlprompt.caches.tfup import TFUP, TFUPCacheSettings
+from vlprompt.config.types import OpenTemplates, validated
+from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
 from vlprompt.methods.registry import register
+from vlprompt.needs import Needs
 from vlprompt.prompts.zero_shot import raw_template_features
 
 
 @validated("settings")
-class TFUPSettings:
+class TFUPSettings(TFUPCacheSettings):
     """Settings of TFUP; the defaults are the official ones.
 
     Attributes:
@@ -34,37 +34,25 @@ class TFUPSettings:
     """
 
     templates: OpenTemplates = ()
-    alpha: NonNegative = 0.3
-    beta: NonNegative = 1.0
-    temperature: NonNegative = 10.0
-    cache_shots: Count = 0
     unlabelled: Literal["train", "test"] = "train"
 
 
 @register("tfup")
-class TFUPMethod(CachedMethod):
+class TFUPMethod(FittedMethod):
     """Keys that each class chooses among unlabelled images."""
 
-    Settings = TFUPSettings
+    Settings: ClassVar[type] = TFUPSettings
     settings: TFUPSettings
-    cache: TFUP
+    Cache = TFUP
 
     def text_weights(self) -> Tensor:
         """Return the mean of the templates' raw features ``[C, D]``."""
         return raw_template_features(self.backbone, self.class_names, self.settings.templates)
 
-    def make_cache(self, text: Tensor, scale: Tensor) -> TFUP:
-        """Return the empty cache."""
-        own = self.settings
-        return TFUP(text, scale, alpha=own.alpha, beta=own.beta, temperature=own.temperature, shots=own.cache_shots)
-
-    def fit_views(self) -> int:
-        """Return 0: labelled images are not looked at."""
-        return 0
-
-    def unlabelled(self) -> Literal["none", "train", "test"]:
-        """Return the split that images are chosen from."""
-        return self.settings.unlabelled
+    @property
+    def needs(self) -> Needs:
+        """Features of unlabelled images; labelled ones are not used."""
+        return Needs(unlabelled=self.settings.unlabelled)
 
     def fit(self, shots: FewShotFeatures) -> None:
         """Choose the images and keep them."""

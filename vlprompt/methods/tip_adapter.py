@@ -7,23 +7,21 @@ searched on validation images (official code: gaopengcuhk/Tip-Adapter, which on 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from torch import Tensor
-
-from vlprompt.caches import TipAdapter, grid
-from vlprompt.config.types import Count, Ge, NonNegative, OpenTemplates, Positive, validated
-from vlprompt.methods.cached import CachedMethod, keys_of
-from vlprompt.methods.fitting import FewShotFeatures
+from vlprompt.caches.search import grid
+from vlprompt.caches.tip_adapter import TipAdapter, TipAdapterCacheSettings
+from vlprompt.config.types import Count, Ge, OpenTemplates, Positive, validated
+from vlprompt.methods.fitted import FewShotFeatures, FittedMethod, keys_of
 from vlprompt.methods.registry import register
 
 
 @validated("settings")
-class TipAdapterSettings:
+class TipAdapterSettings(TipAdapterCacheSettings):
     """Settings of Tip-Adapter; the defaults are the official ones for ImageNet.
 
     Attributes:
-        templates: The hand-written prompts, as in ``zeroshot``; left open, the data set's own.
+        templates: The hand-written prompts, as in ``zeroshot``; left open, the data set's settings.
         alpha: Weight of the cache, where nothing is searched or there are no validation images.
         beta: Sharpness of the affinities, likewise.
         views: Random views averaged into the key of each image; 0 takes the test view.
@@ -35,8 +33,6 @@ class TipAdapterSettings:
     """
 
     templates: OpenTemplates = ()
-    alpha: NonNegative = 1.17
-    beta: NonNegative = 1.0
     views: Count = 10
     search: bool = True
     search_alpha: Annotated[float, Ge(0.1)] = 3.0
@@ -46,28 +42,24 @@ class TipAdapterSettings:
 
 
 @register("tip_adapter")
-class TipAdapterMethod(CachedMethod):
+class TipAdapterMethod(FittedMethod):
     """A key for each few-shot image; nothing is trained."""
 
-    Settings = TipAdapterSettings
+    Settings: ClassVar[type] = TipAdapterSettings
     settings: TipAdapterSettings
-    cache: TipAdapter
-
-    def make_cache(self, text: Tensor, scale: Tensor) -> TipAdapter:
-        """Return the empty cache."""
-        return TipAdapter(text, scale, alpha=self.settings.alpha, beta=self.settings.beta)
+    Cache = TipAdapter
 
     def fit(self, shots: FewShotFeatures) -> None:
         """Fill the cache and search alpha and beta."""
-        self.cache.fit(keys_of(shots, self.fit_views())[0], shots.labels)
+        self.cache.fit(keys_of(shots, self.settings.views)[0], shots.labels)
         self.search(shots)
 
     def search(self, shots: FewShotFeatures) -> None:
         """Set alpha and beta to the best on the validation images, where there are any."""
-        own = self.settings
-        if own.search and len(shots.val_labels):
+        settings = self.settings
+        if settings.search and len(shots.val_labels):
             betas, alphas = (
                 grid(top, steps)
-                for top, steps in zip((own.search_beta, own.search_alpha), own.search_steps, strict=True)
+                for top, steps in zip((settings.search_beta, settings.search_alpha), settings.search_steps, strict=True)
             )
             self.cache.search(shots.val, shots.val_labels, betas, alphas)

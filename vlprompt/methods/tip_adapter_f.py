@@ -7,36 +7,36 @@ keeps the epoch that is best on the test images and searches afterwards; here va
 
 from __future__ import annotations
 
-from torch import Tensor
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
-from vlprompt.caches import CacheRecipe, TipAdapterF
-from vlprompt.config.types import Count, NonNegative, Positive, validated
-from vlprompt.methods.cached import keys_of
-from vlprompt.methods.fitting import FewShotFeatures
+from vlprompt.caches.tip_adapter import TipAdapterF, TipAdapterFCacheSettings
+from vlprompt.config.types import Count, validated
+from vlprompt.methods.fitted import FewShotFeatures, keys_of
 from vlprompt.methods.registry import register
 from vlprompt.methods.tip_adapter import TipAdapterMethod, TipAdapterSettings
+from vlprompt.needs import Needs
 
 
 @validated("settings")
-class TipAdapterFSettings(TipAdapterSettings):
+class TipAdapterFSettings(TipAdapterSettings, TipAdapterFCacheSettings):
     """Settings of Tip-Adapter-F: those of :class:`TipAdapterSettings`, and how keys are trained.
 
     Attributes:
-        epochs: Passes over the few-shot images.
+        training: Training of the keys.
         epoch_views: Further random views for training: epoch e sees view e modulo this number. As many as epochs is
             the official rule, a new view in each; 0 trains on the views that the keys are made of.
-        batch_size: Images per step.
-        lr: Learning rate of AdamW at the first step; it falls to zero along a cosine.
-        eps: AdamW's epsilon.
-        weight_decay: AdamW's weight decay.
     """
 
-    epochs: Count = 20
     epoch_views: Count = 20
-    batch_size: Positive = 256
-    lr: NonNegative = 1e-3
-    eps: NonNegative = 1e-4
-    weight_decay: NonNegative = 0.01
+    renamed: ClassVar[Mapping[str, str]] = {
+        "epochs": "training.epochs",
+        "batch_size": "training.batch_size",
+        "lr": "training.lr",
+        "eps": "training.eps",
+        "weight_decay": "training.weight_decay",
+    }
 
 
 @register("tip_adapter_f")
@@ -45,18 +45,14 @@ class TipAdapterFMethod(TipAdapterMethod):
 
     Settings = TipAdapterFSettings
     settings: TipAdapterFSettings
-    cache: TipAdapterF
+    Cache = TipAdapterF
 
-    def make_cache(self, text: Tensor, scale: Tensor) -> TipAdapterF:
-        """Return the empty cache."""
-        own = self.settings
-        recipe = CacheRecipe(own.epochs, own.batch_size, own.lr, own.eps, own.weight_decay)
-        return TipAdapterF(text, scale, alpha=own.alpha, beta=own.beta, recipe=recipe)
-
-    def fit_views(self) -> int:
-        """Return how many random views of each training image are used: for its key, then for training."""
-        own = self.settings
-        return (own.views or 1) + own.epoch_views if own.views or own.epoch_views else 0
+    @property
+    def needs(self) -> Needs:
+        """Features of random views of the training images: for their keys, then for training."""
+        settings = self.settings
+        views = (settings.views or 1) + settings.epoch_views if settings.views or settings.epoch_views else 0
+        return dataclasses.replace(super().needs, fit_views=views)
 
     def fit(self, shots: FewShotFeatures) -> None:
         """Fill the cache, train its keys, then search alpha and beta."""

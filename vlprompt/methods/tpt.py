@@ -21,11 +21,11 @@ from vlprompt.config.types import Count, NonNegative, Positive, validated
 from vlprompt.errors import ConfigError
 from vlprompt.methods.episodic import TunedMethod
 from vlprompt.methods.registry import register
+from vlprompt.needs import Needs, TestViews
 from vlprompt.prompts import TextContext
 from vlprompt.prompts.context import ContextLength, generic_context
 from vlprompt.testtime.selection import ViewFraction, most_confident
 from vlprompt.testtime.tuning import ContextTuner, Tuned, tuned_layout
-from vlprompt.views import TestViews
 
 _NAME = "[CLS]"
 
@@ -72,6 +72,11 @@ class TPT(TunedMethod):
     fitted = ("ctx",)
     ctx: Tensor
 
+    @property
+    def needs(self) -> Needs:
+        """Crops of each test image, and gradients."""
+        return Needs(test_views=TestViews(self.settings.crops, self.settings.augmix), gradient=True)
+
     def build(self) -> None:
         """Create the buffer ``ctx`` ``[M, W]``, what every image starts from, and the prompts' layout."""
         own = self.settings
@@ -81,12 +86,7 @@ class TPT(TunedMethod):
         start = TextContext(self.backbone.text, own.context_length, rest)
         self._words = start.placeholder
         self.register_buffer("ctx", start.ctx.detach().clone(), persistent=False)
-        self.test_views = TestViews(own.crops, own.augmix, self.generated())
         self._arrange()
-
-    def generated(self) -> int:
-        """Return how many generated pictures of each image are wanted."""
-        return 0
 
     def _arrange(self) -> None:
         """Lay the prompts out for the context at hand, and forget what was computed for another."""

@@ -16,6 +16,7 @@ from vlprompt.config.run import RecipeConfig
 from vlprompt.config.types import Ge, Le, Positive, validated
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
+from vlprompt.needs import Needs
 from vlprompt.prompts import UnifiedPrompts
 from vlprompt.prompts.context import ContextLength, Position
 
@@ -48,7 +49,7 @@ class UPT(PromptMethod):
 
     Settings = UPTSettings
     recipe = RecipeConfig(epochs=200)
-    learns_image_side = True
+    needs = Needs(inputs="images", towers="transformers")
     settings: UPTSettings
 
     def build(self) -> None:

@@ -13,6 +13,7 @@ from vlprompt.config.run import RecipeConfig
 from vlprompt.config.types import Positive, Template, validated
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
+from vlprompt.needs import Needs
 from vlprompt.prompts import PixelPrompt
 from vlprompt.prompts.pixels import Shape
 from vlprompt.prompts.zero_shot import template_features
@@ -42,8 +43,7 @@ class VisualPrompt(PromptMethod):
     recipe = RecipeConfig(
         epochs=1000, batch_size=64, lr=40.0, warmup_epochs=100, warmup_lr=0.1, weight_decay=0.0
     )
-    learns_image_side = True
-    any_tower = True
+    needs = Needs(inputs="images")
     settings: VisualPromptSettings
 
     def build(self) -> None:

@@ -14,6 +14,7 @@ from vlprompt.config.run import RecipeConfig
 from vlprompt.config.types import Ge, Le, Positive, Template, validated
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
+from vlprompt.needs import Needs
 from vlprompt.prompts import VisualPrompts
 from vlprompt.prompts.zero_shot import template_features
 
@@ -39,7 +40,7 @@ class VPT(PromptMethod):
 
     Settings = VPTSettings
     recipe = RecipeConfig(epochs=5, batch_size=4, lr=0.0025)
-    learns_image_side = True
+    needs = Needs(inputs="images", towers="transformers")
     settings: VPTSettings
 
     def build(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vlprompt.config.types import Count, OpenTemplates, validated
 from vlprompt.methods.episodic import EpisodicMethod, TemplateViewsMethod
 from vlprompt.methods.registry import register
+from vlprompt.needs import Needs, TestViews
 from vlprompt.testtime.selection import ViewFraction
 from vlprompt.testtime.zero import Votes, ranked_logits, vote
 
@@ -40,6 +41,11 @@ class ZERO(TemplateViewsMethod, EpisodicMethod):
     checked = "equations"
     Settings = ZEROSettings
     settings: ZEROSettings
+
+    @property
+    def needs(self) -> Needs:
+        """Crops of each test image."""
+        return Needs(test_views=TestViews(self.settings.crops, self.settings.augmix))
 
     def adapt(self, views: Tensor) -> Tensor:
         """Return ``[B, C]``: the zero-shot logits of the test view, dealt out in the order of the votes.

@@ -43,7 +43,6 @@ class ZeroShot(PromptMethod):
     """Frozen CLIP with hand-written prompts."""
 
     Settings = ZeroShotSettings
-    template_setting = "templates"
     settings: ZeroShotSettings
 
     def build(self) -> None:

@@ -1,14 +1,11 @@
-"""Loss terms, regularisers and adapters: each turns what a step has computed into numbers, and knows no method."""
+"""Loss terms, regularisers and adapters, one module each; importing the package imports and registers all of them.
 
-from vlprompt.objectives import (
-    aggregation,
-    gradient_dropout,
-    grouped_text,
-    knowledge,
-    projection,
-    self_regularisation,
-    shift,
-)
+An objective knows no method: it asks of a method what :class:`vlprompt.objectives.base.Host` names.
+"""
+
+import importlib
+import pkgutil
+
 from vlprompt.objectives.base import (
     Objective,
     Step,
@@ -17,25 +14,15 @@ from vlprompt.objectives.base import (
     list_objectives,
     register_objective,
 )
-from vlprompt.objectives.mixture import routing_loss, routing_target, text_to_text_loss
-from vlprompt.objectives.shift import feature_shift
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "Objective",
     "Step",
-    "aggregation",
     "create_objective",
-    "feature_shift",
     "get_objective_class",
-    "gradient_dropout",
-    "grouped_text",
-    "knowledge",
     "list_objectives",
-    "projection",
     "register_objective",
-    "routing_loss",
-    "routing_target",
-    "self_regularisation",
-    "shift",
-    "text_to_text_loss",
 ]

@@ -10,8 +10,10 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlprompt.config.types import fill_templates
+from vlprompt.config.hints import bare
+from vlprompt.config.types import field_hints, fill_templates
 from vlprompt.errors import ConfigError
+from vlprompt.needs import Needs
 from vlprompt.registry import Registry
 
 Terms = dict[str, Tensor]
@@ -45,8 +47,11 @@ class Host(Protocol):
     no_objectives: ClassVar[str | None]
     backbone: Any
     class_names: list[str]
-    learns_image_side: bool
     text_features_per: ClassVar[Literal["class", "expert", "image"]]
+
+    @property
+    def needs(self) -> Needs:
+        """What it needs from a run; ``needs.images`` says whether image features depend on parameters."""
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the named learnables."""
@@ -68,6 +73,15 @@ class Host(Protocol):
 
     def has_text_prompts(self) -> bool:
         """Whether text features depend on learnables."""
+
+
+Part = Literal["text", "image", "deep"]
+"""Parts that an objective may need: text or image features that depend on parameters, deep prompts in both towers."""
+LACKING: Mapping[Part, str] = {
+    "text": "it learns nothing on the text side",
+    "image": "it learns nothing on the image side",
+    "deep": "it has no deep prompts in both towers",
+}
 
 
 class Objective(nn.Module):
@@ -93,7 +107,15 @@ class Objective(nn.Module):
         super().__init__()
         self.settings = settings
         self._host = [host]  # in a list, so that the method is no module of its own objective
+        for part, advice in self.needs(settings).items():
+            if not _has(host, part):
+                self.refuse(f"{LACKING[part]}; {advice}" if advice else LACKING[part])
         self.build(host)
+
+    @classmethod
+    def needs(cls, settings: Any) -> Mapping[Part, str]:
+        """Return the parts of a method that the objective needs with these settings, with advice where one lacks."""
+        return {}
 
     @property
     def host(self) -> Host:
@@ -176,13 +198,30 @@ def objective_settings(
     return found
 
 
-def create_objective(name: str, host: Host, values: Mapping[str, Any] | None = None) -> Objective:
-    """Return objective ``name`` for the method ``host``; ``values`` are fields of its ``Settings``.
+def objectives_in(settings: type) -> list[str]:
+    """Return the objectives that a method's ``Settings`` declares: fields with the name and the settings of one."""
+    known = _OBJECTIVES.names()
+    return [name for name, hint in field_hints(settings).items() if name in known and bare(hint) is _kind(name)]
+
+
+def _has(host: Host, part: Part) -> bool:
+    if part == "text":
+        return host.has_text_prompts()
+    return host.needs.images if part == "image" else host.deep_layers() > 0
+
+
+def _kind(name: str) -> type:
+    return get_objective_class(name).Settings
+
+
+def create_objective(name: str, host: Host, values: Any = None) -> Objective:
+    """Return objective ``name`` for the method ``host``; ``values`` are its ``Settings``, or fields of them.
 
     Raises:
         ConfigError: Unknown objective or setting, or a method that lacks what it needs.
     """
-    return get_objective_class(name)(host, _OBJECTIVES.settings(name, values or {}))
+    kind = get_objective_class(name)
+    return kind(host, values if isinstance(values, kind.Settings) else _OBJECTIVES.settings(name, values or {}))
 
 
 def unit(features: Tensor) -> Tensor:

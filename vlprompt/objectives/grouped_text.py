@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt.config.types import NonNegative, Positive, Templates, validated
 from vlprompt.errors import ConfigError
-from vlprompt.objectives.base import Host, Objective, Step, Terms, register_objective
-from vlprompt.objectives.mixture import text_to_text_loss
+from vlprompt.objectives.base import Host, Objective, Part, Step, Terms, register_objective
 from vlprompt.prompts.zero_shot import template_features
 
 
@@ -47,11 +50,14 @@ class GroupedText(Objective):
     settings: GroupedTextSettings
     prototypes: Tensor
 
+    @classmethod
+    def needs(cls, settings: Any) -> Mapping[Part, str]:
+        """Return that text features have to depend on parameters."""
+        return {"text": ""}
+
     def build(self, host: Host) -> None:
         """Encode the templates once: unit prototypes ``[G, C, D]``."""
         own = self.settings
-        if not host.has_text_prompts():
-            self.refuse("it learns nothing on the text side")
         parts = torch.tensor(own.groups).cumsum(0).tolist()
         groups = [own.templates[stop - size : stop] for stop, size in zip(parts, own.groups, strict=True)]
         prototypes = torch.stack([template_features(host.backbone, host.class_names, group) for group in groups])
@@ -67,3 +73,18 @@ class GroupedText(Objective):
             every = [text_to_text_loss(sets, one.expand_as(sets), self.settings.temperature) for one in prototypes]
             loss = torch.stack(every).mean()
         return {**terms, "grouped_text": self.settings.weight * loss}
+
+
+def text_to_text_loss(expert_text_features: Tensor, prototypes: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the mean cross-entropy of each expert's class features against its group's prototypes.
+
+    MoCoOp's grouped text supervision (seed_methods 1.b), after LASP's text-to-text loss.
+
+    Args:
+        expert_text_features: ``[G, C, D]`` features of the learned prompts, unit length.
+        prototypes: ``[G, C, D]`` features of the hand-written templates, unit length; class c's is the target of row c.
+        temperature: Factor on the cosines: 1 in MoCoOp's official code, exp(logit scale) in LASP.
+    """
+    cosines = temperature * expert_text_features @ prototypes.transpose(1, 2)  # [G, C, C]
+    target = torch.arange(cosines.shape[1], device=cosines.device).expand(len(cosines), -1)
+    return F.cross_entropy(cosines.flatten(0, 1), target.flatten())

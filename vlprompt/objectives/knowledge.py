@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt.config.types import NonNegative, OpenTemplates, validated
-from vlprompt.objectives.base import Host, Objective, Step, Terms, register_objective
+from vlprompt.objectives.base import Host, Objective, Part, Step, Terms, register_objective
 from vlprompt.prompts.zero_shot import template_features
 
 
@@ -36,10 +37,13 @@ class Knowledge(Objective):
     settings: KnowledgeSettings
     target: Tensor
 
+    @classmethod
+    def needs(cls, settings: Any) -> Mapping[Part, str]:
+        """Return that text features have to depend on parameters."""
+        return {"text": ""}
+
     def build(self, host: Host) -> None:
         """Encode the template once."""
-        if not host.has_text_prompts():
-            self.refuse("it learns nothing on the text side")
         target = template_features(host.backbone, host.class_names, self.settings.templates)
         self.register_buffer("target", target, persistent=False)
 

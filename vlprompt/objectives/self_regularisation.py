@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt.config.types import NonNegative, Templates, validated
-from vlprompt.objectives.base import Host, Objective, Step, Terms, register_objective, unit
+from vlprompt.objectives.base import Host, Objective, Part, Step, Terms, register_objective, unit
 from vlprompt.objectives.templates import PROMPTSRC_TEMPLATES
 from vlprompt.prompts.zero_shot import template_features
 
@@ -38,11 +41,14 @@ class SelfRegularisation(Objective):
     settings: SelfRegularisationSettings
     target: Tensor
 
+    @classmethod
+    def needs(cls, settings: Any) -> Mapping[Part, str]:
+        """Return that text features have to depend on parameters, unless the text term is left out."""
+        return {"text": "set self_regularisation.text to 0"} if settings.text else {}
+
     def build(self, host: Host) -> None:
         """Encode the templates once."""
         own = self.settings
-        if own.text and not host.has_text_prompts():
-            self.refuse("it learns nothing on the text side; set objectives.self_regularisation.text to 0")
         target = template_features(host.backbone, host.class_names, own.templates, "raw")
         self.register_buffer("target", target, persistent=False)
 
@@ -51,7 +57,7 @@ class SelfRegularisation(Objective):
         own, found = self.settings, dict(terms)
         if own.text:
             found["scl_text"] = own.text * (step.text_features - self.target).abs().mean()
-        if own.image and self.host.learns_image_side:
+        if own.image and self.host.needs.images:
             found["scl_image"] = own.image * (step.unit_image - self._frozen(step)).abs().mean()
         if own.logits:
             with torch.no_grad():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.config.types import NonNegative, OpenTemplates, Positive, validated
-from vlprompt.objectives.base import Host, Objective, Step, Terms, register_objective
+from vlprompt.objectives.base import Host, Objective, Part, Step, Terms, register_objective
 from vlprompt.prompts.zero_shot import template_features
 
 
@@ -49,16 +50,17 @@ class ShiftConsistency(Objective):
     text_reference: Tensor
     image_reference: Tensor
 
+    @classmethod
+    def needs(cls, settings: Any) -> Mapping[Part, str]:
+        """Return that both sides have to learn; for ``code``, deep prompts."""
+        return {"text": "", "image": ""} if settings.variant == "paper" else {"deep": "use depth 2 or more"}
+
     def build(self, host: Host) -> None:
         """Create the references, 0 until the first step."""
         layers = host.deep_layers()
         if self.settings.variant == "paper":
-            if not (host.has_text_prompts() and host.learns_image_side):
-                self.refuse("a shift of both sides is compared, and it learns on one side only")
             target = template_features(host.backbone, host.class_names, self.settings.templates)
             self.register_buffer("target", target, persistent=False)
-        elif not layers:
-            self.refuse("the shift is that of deep prompts in both towers; it has none (use depth 2 or more)")
         for side in ("text", "image"):
             self.register_buffer(f"{side}_reference", torch.zeros(layers))
 

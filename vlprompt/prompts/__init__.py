@@ -11,8 +11,8 @@ from vlprompt.prompts.decomposed import (
 from vlprompt.prompts.deep import CoupledPrompts, DeepContext, MetaNet, VisualPrompts
 from vlprompt.prompts.diffusion import Diffusion
 from vlprompt.prompts.draws import Draws
+from vlprompt.prompts.experts import ExpertContexts
 from vlprompt.prompts.inside import LowRank, Masks
-from vlprompt.prompts.mixture import ExpertContexts
 from vlprompt.prompts.norms import TunedLayerNorms
 from vlprompt.prompts.pixels import PixelPrompt
 from vlprompt.prompts.projector import Projector

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from vlprompt.backbone.layout import Reach, TokenLayout, WordUpdate
 from vlprompt.backbone.text_tower import TextTower
-from vlprompt.config.types import NonNegative, Positive, validated
+from vlprompt.config.hints import bare
+from vlprompt.config.types import NonNegative, Positive, field_hints, validated
 from vlprompt.errors import ConfigError
 from vlprompt.registry import Registry
 
 
-@validated("decomposition.dept")
+@validated("decomposition.dept_lowrank")
 class DePTDecompositionSettings:
     """Settings of DePT's decomposition.
 
@@ -103,7 +104,7 @@ class Decomposition(nn.Module):
 
 
 # -- the registry -----------------------------------------------------------------------------------------------------
-_DECOMPOSITIONS: Registry[Decomposition] = Registry("decomposition")
+_DECOMPOSITIONS: Registry[Decomposition] = Registry("decomposition", {"dept": "dept_lowrank"})
 D = TypeVar("D", bound=type[Decomposition])
 
 
@@ -133,7 +134,7 @@ def check_decomposition(wanted: object) -> dict[str, dict[str, Any]]:
         ConfigError: More than one, an unknown name or setting, or a value that is not accepted.
     """
     if not isinstance(wanted, Mapping):
-        raise ConfigError(f"decomposition is {wanted!r}; accepted: a name with its settings, such as {{dept: {{}}}}")
+        raise ConfigError(f"decomposition is {wanted!r}; accepted: a name with its settings, such as {{ept: {{}}}}")
     if len(wanted) > 1:
         raise ConfigError(f"decomposition names {', '.join(map(repr, wanted))}; accepted: one of them, or none")
     for name, given in wanted.items():
@@ -155,7 +156,14 @@ class Host(Protocol):
         """Return the layouts that a training step encodes; empty where no text is learned."""
 
 
-def create_decomposition(host: Host, wanted: Mapping[str, Mapping[str, Any]]) -> Decomposition | None:
+def decompositions_in(settings: type) -> list[str]:
+    """Return the decompositions that a method's ``Settings`` declares: fields that hold the settings of one."""
+    known = _DECOMPOSITIONS.names()
+    hints = field_hints(settings).items()
+    return [name for name, hint in hints if name in known and bare(hint) is get_decomposition_class(name).Settings]
+
+
+def create_decomposition(host: Host, wanted: Mapping[str, Any]) -> Decomposition | None:
     """Return the decomposition that ``wanted`` (checked) names, for the method ``host``; None where it names none.
 
     Raises:
@@ -163,7 +171,7 @@ def create_decomposition(host: Host, wanted: Mapping[str, Mapping[str, Any]]) ->
     """
     for name, given in wanted.items():
         kind = get_decomposition_class(name)
-        settings = _DECOMPOSITIONS.settings(name, given)
+        settings = given if isinstance(given, kind.Settings) else _DECOMPOSITIONS.settings(name, given)
         layouts = host.training_layouts()
         if not layouts or any(layout.names is None for layout in layouts):
             why = host.no_objectives or "it learns no text prompts in training"
@@ -177,7 +185,7 @@ def create_decomposition(host: Host, wanted: Mapping[str, Mapping[str, Any]]) ->
 
 
 # -- the decompositions -----------------------------------------------------------------------------------------------
-@register_decomposition("dept")
+@register_decomposition("dept_lowrank")
 class DePTDecomposition(Decomposition):
     """DePT: short context as it is, and a low-rank update of the class tokens (reconstruction on CLIP)."""
 

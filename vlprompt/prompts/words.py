@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from vlprompt.errors import ClassNameError, bulleted
@@ -37,3 +38,14 @@ def _printable(name: object) -> bool:
 def words_of(name: str) -> str:
     """Return a class name as it stands in a prompt: underscores become spaces (prompt_learners 1.5)."""
     return name.replace("_", " ")
+
+
+def rows_of(class_names: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """Return the index of each of the ``wanted`` names in ``class_names``; repeated names are taken in turn."""
+    seen: Counter[str] = Counter()
+    rows = []
+    for name in wanted:
+        places = [row for row, known in enumerate(class_names) if known == name]
+        rows.append(places[min(seen[name], len(places) - 1)])
+        seen[name] += 1
+    return rows

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from vlprompt.backbone import shapes_only
 from vlprompt.methods import PromptMethod, create_method, get_method_class
+from vlprompt.methods.fitted import FittedMethod
 
 ARCHITECTURE = "ViT-B-16"
 
@@ -48,21 +49,22 @@ def capabilities(names: Sequence[str]) -> list[Capability]:
         about = (sys.modules[get_method_class(name).__module__].__doc__ or "").splitlines()[0]
         about = about.removesuffix(".").partition(" (")[0]
         parameters = sum(parameter.numel() for _, parameter in method.trainable_parameters())
-        towers = "vision transformers" if method.learns_image_side and not method.any_tower else "any"
-        text, image = method.has_text_prompts(), method.learns_image_side
+        towers = "vision transformers" if method.needs.images and method.needs.towers == "transformers" else "any"
+        text, image = method.has_text_prompts(), method.needs.images
         source = _learns_from(method)
         found.append(Capability(name, about, source, text, image, not image, towers, parameters, method.checked))
     return found
 
 
 def _learns_from(method: PromptMethod) -> str:
-    if method.online:
+    needs = method.needs
+    if needs.online:
         return "test images so far"
-    if method.test_views is not None:
+    if needs.test_views is not None:
         return "each test image"
-    if method.unlabelled() != "none":
+    if needs.unlabelled != "none":
         return "unlabelled images"
-    return "labelled images" if method.fits or method.trainable_parameters() else "-"
+    return "labelled images" if isinstance(method, FittedMethod) or method.trainable_parameters() else "-"
 
 
 HEADINGS = ("method", "learns from", "text", "image", "features kept", "image towers", "parameters", "checked against")

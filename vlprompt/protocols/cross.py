@@ -161,7 +161,7 @@ def _test(session: Session, head: Head, task: FewShotTask, folder: Path) -> dict
         ("results", session.moved(head.method, task).eval()),
         ("zeroshot", session.zero_shot_on(task)),
     ):
-        trainer = make_trainer(quiet, folder, 1, gradient=method.needs_gradient)
+        trainer = make_trainer(quiet, folder, 1, gradient=method.needs.gradient)
         found[part], per_class[part] = tested(session, trainer, method, task)
     return found | {"per_class": per_class}
 

@@ -86,7 +86,7 @@ def search(
     Args:
         config: The configuration that the candidates differ from.
         grid: Values by key: ``recipe.*``, ``settings.*``, ``data.view``, ``data.template``, or settings of the
-            configuration's decomposition (``decomposition.dept.lr_ratio``). Every combination is a candidate, the last
+            configuration's decomposition (``decomposition.ept.lr_ratio``). Every combination is a candidate, the last
             key's values changing fastest; of equals the first is chosen.
         on: ``val``, or ``test`` for an oracle.
         oracle: Whether a choice that sees test images is wanted; without it, such a search is refused.
@@ -184,7 +184,7 @@ def searched_keys(config: RunConfig) -> dict[str, Any]:
     """Return the keys that may be searched for the method and the decomposition of ``config``, with their types."""
     own = {key: hint for key, hint in RUN_KEYS.items() if key.startswith("recipe.")}
     own |= {key: RUN_KEYS[key] for key in ("data.view", "data.template")}
-    for name in config.decomposition or get_method_class(config.method).own_decomposition:
+    for name in config.decomposition:
         hints = field_hints(get_decomposition_class(name).Settings)
         own |= {f"decomposition.{name}.{entry}": hint for entry, hint in hints.items()}
     return {**own, **settings_keys(get_method_class(config.method).Settings)}

@@ -134,6 +134,6 @@ def _memory(method: PromptMethod, batch: int) -> float:
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
     if blocks is not None:
         patches, width = visual.positional_embedding.shape
-        layers = len(blocks) if method.learns_image_side else 1
+        layers = len(blocks) if method.needs.images else 1
         total += batch * patches * width * layers * KEPT_WIDTHS * 4
     return total

@@ -28,7 +28,7 @@ from vlprompt.engine.callbacks import LAST_CHECKPOINT
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.io.regulators import REGULATOR_FILE
 from vlprompt.methods import PromptMethod
-from vlprompt.objectives import feature_shift
+from vlprompt.objectives.shift import feature_shift
 from vlprompt.version import __version__
 
 CONFIG, ENVIRONMENT, RESULTS, HEAD = "config.yaml", "env.json", "results.json", "head"

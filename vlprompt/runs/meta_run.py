@@ -165,7 +165,7 @@ class MetaSession:
     def data(self) -> MetaData:
         """Return the batches of tasks: features, or images where the method's image side is learned."""
         method = self.method
-        images = [Sample(pair.id, 0, pair.source) for pair in self.pairs] if method.learns_image_side else None
+        images = [Sample(pair.id, 0, pair.source) for pair in self.pairs] if method.needs.images else None
         return MetaData(
             self.sampler.task,
             self.image_features,

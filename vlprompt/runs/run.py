@@ -26,6 +26,8 @@ from vlprompt.engine.module import PromptModule, check_trainable
 from vlprompt.errors import ConfigError, HeadError, VlpromptError
 from vlprompt.io.head import Head, backbone_facts, load_head
 from vlprompt.methods import PromptMethod
+from vlprompt.methods.episodic import ViewsMethod
+from vlprompt.methods.fitted import FittedMethod
 from vlprompt.runs.folder import (
     HEAD,
     RESULTS,
@@ -194,11 +196,11 @@ def _trained(session: Session) -> pl.Trainer:
     regulator = session.regulator
     regulation = [] if regulator is None else [GradientRegulation(regulator, session.task_feature())]
     trainer = make_trainer(
-        config.trainer, session.folder, config.recipe.epochs, gradient=method.needs_gradient, callbacks=regulation
+        config.trainer, session.folder, config.recipe.epochs, gradient=method.needs.gradient, callbacks=regulation
     )
-    if method.fits:
+    if isinstance(method, FittedMethod):
         method.fit(session.shots())
-    elif method.wants_source:
+    elif isinstance(method, ViewsMethod):
         method.measure_source(session.training_images())
     elif session.trains:
         fit(trainer, PromptModule(method, config.recipe), session.data(method, session.task), session.folder)
@@ -310,7 +312,7 @@ def evaluate_head(
     head = load_head(folder, device=device_of(trainer))
     session = Session.of_head(head, data, seed=seed, trainer=trainer)
     method, task = session.method, session.task
-    quiet = make_trainer(trainer, Path(folder), 1, gradient=method.needs_gradient)
+    quiet = make_trainer(trainer, Path(folder), 1, gradient=method.needs.gradient)
     with tally():  # says which images had to be left out
         scores, _ = tested(session, quiet, method, task)
     return scores | {"data": task.describe(), "oracle": is_oracle([head.training_facts])}

@@ -114,7 +114,7 @@ def selection_of(output: str | Path) -> dict[str, Any] | None:
 
 def own_selection(method: PromptMethod) -> dict[str, Any] | None:
     """Return the stamp of a method that chose its hyperparameters on test images, as its settings asked; else None."""
-    if method.selects_on() != "test":
+    if method.needs.select_on != "test":
         return None
     return record(Verdict("test", oracle=True, reason=f"{method.name} chose on the test images"), {}, [], {})
 

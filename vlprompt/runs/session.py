@@ -18,8 +18,9 @@ from vlprompt._dist import local_rank
 from vlprompt._files import sha256_lines
 from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, load_backbone
+from vlprompt.config.keys import as_plain
 from vlprompt.config.run import GRAM, BackboneConfig, DataConfig, RunConfig, TrainerConfig
-from vlprompt.config.types import make
+from vlprompt.config.types import fill_templates, make
 from vlprompt.data import FewShotData
 from vlprompt.datasets import FewShotTask, load_dataset
 from vlprompt.engine.fit import check_devices
@@ -29,7 +30,9 @@ from vlprompt.io.head import Head, learned_tensors
 from vlprompt.io.regulators import load_regulator
 from vlprompt.meta import Regulator
 from vlprompt.methods import PromptMethod, create_method, get_method_class
-from vlprompt.methods.fitting import FewShotFeatures
+from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
+from vlprompt.methods.registry import merge_parts
+from vlprompt.objectives.base import get_objective_class
 from vlprompt.runs.folder import run_folder
 from vlprompt.runs.selection import judge
 
@@ -102,7 +105,7 @@ class Session:
             "decomposition": method.decomposition_settings,
             "backbone": {"name": backbone.name, "pretrained": backbone.pretrained, "precision": backbone.precision},
             "data": {**_data_section(task), "view": view} if data is None else data,
-            "recipe": dict(recipe or {}),
+            "recipe": {**dataclasses.asdict(method.recipe), **(recipe or {})},
         }
         session = cls(make(RunConfig, {**sections, **values}))
         session.drawn, session.backbone, session.method = task, backbone, method
@@ -171,7 +174,7 @@ class Session:
             if not task.val:
                 raise ConfigError(f"{task.name} has no validation images to score on")
             task = dataclasses.replace(task, test=task.val)
-        if method.fits or method.unlabelled() != "train" or task.classes == "all":
+        if method.needs.unlabelled != "all-classes" or task.classes == "all":
             return task
         train = [*task.train, *self.counterpart.train]
         return dataclasses.replace(task, train=train, shots_sha256=sha256_lines(sample.id for sample in train))
@@ -237,15 +240,15 @@ class Session:
             VlpromptError: Settings or class names that cannot be used.
         """
         names, known = task.class_names, set(task.class_names)
-        settings, objectives = with_template(self.config, task.template)
         return create_method(
             self.config.method,
             backbone,
             names,
             all_class_names=[*names, *(name for name in task.all_class_names if name not in known)],
-            objectives=objectives,
+            objectives=self.config.objectives,
             decomposition=self.config.decomposition,
-            **settings,
+            data_template=task.template,
+            **self.config.settings,
         ).to(backbone.device)
 
     def _started(self, method: PromptMethod) -> PromptMethod:
@@ -268,8 +271,7 @@ class Session:
             VlpromptError: The learnables belong to the method's own classes.
         """
         same = method.class_names == task.class_names
-        open_template = with_template(self.config, "{}") != (self.config.settings, self.config.objectives)
-        if not open_template or method.fits and not same:
+        if not _has_open_templates(self.config) or isinstance(method, FittedMethod) and not same:
             return method.with_classes(task.class_names)
         moved = self._started(self.make_method(task, method.backbone))
         moved.load_trained_state(method.trained_state())
@@ -297,14 +299,14 @@ class Session:
         Raises:
             ConfigError: Values that the method cannot have.
         """
-        config, views = self.config, method.test_views
-        served = (id(task), method.learns_image_side, views)  # modules hold their task, which keeps its id
+        config, views = self.config, method.needs.test_views
+        served = (id(task), method.needs.images, views)  # modules hold their task, which keeps its id
         for known, module in self._modules:
             if known == served:
                 return module
         more: dict[str, Any] = {}
         if views is not None:
-            more = {"test_views": views, "views_as_images": method.learns_image_side}
+            more = {"test_views": views, "views_as_images": method.needs.images}
             if views.generated:
                 more["generated"] = self._bank(method)
         module = FewShotData(
@@ -317,7 +319,7 @@ class Session:
             workers=config.data.workers,
             on_bad_image=config.data.on_bad_image,
             cached_views=self._cached_views(method, task),
-            encode=None if method.learns_image_side else self._encode,
+            encode=None if method.needs.images else self._encode,
             fingerprint=self.backbone.fingerprint,
             device=self.device,
             **more,
@@ -345,17 +347,20 @@ class Session:
             skipped = set(data.unreadable(split))
             return [row for row in range(len(getattr(task, split))) if row not in skipped]
 
-        where = method.unlabelled()
+        needs = method.needs
+        where: Literal["train", "test"] | None = None
+        if needs.unlabelled != "none":
+            where = "test" if needs.unlabelled == "test" else "train"
         nothing = torch.empty(0, method.backbone.embed_dim, device=device)
         split = self._selection_split()
-        views = method.unlabelled_view_count() if where != "none" else 0
+        views = needs.unlabelled_views
         return FewShotFeatures(
-            train=features("train", method.fit_views(), method.fit_view),
+            train=features("train", needs.fit_views, needs.fit_view),
             labels=labels("train"),
             val=nothing if split is None else features(split, 0, "center")[0],
             val_labels=torch.empty(0, dtype=torch.int64, device=device) if split is None else labels(split),
-            unlabelled=nothing if where == "none" else features(where, 0, "center")[0],
-            unlabelled_views=features(where, views, "random") if views else nothing[None][:0],
+            unlabelled=nothing if where is None else features(where, 0, "center")[0],
+            unlabelled_views=features(where, views, "random") if where and views else nothing[None][:0],
             seed=self.config.seed,
         )
 
@@ -374,7 +379,7 @@ class Session:
 
     def check_processes(self) -> None:
         """Raise ConfigError when several processes would share a stream whose order counts."""
-        if self.method.online and self.config.trainer.devices > 1:
+        if self.method.needs.online and self.config.trainer.devices > 1:
             raise ConfigError(
                 f"trainer.devices is {self.config.trainer.devices}, but {self.method.name} sees its test images one "
                 "after the other; accepted: 1"
@@ -387,9 +392,11 @@ class Session:
         """Return the split that hyperparameters are chosen on; None where there are no images for it."""
         method, task = self.method, self.task
         ids = [{sample.id for sample in samples} for samples in (task.val, task.test)]
-        if method.selects_on() == "test":
+        if method.needs.select_on == "test":
             judge(task.name, "test", *ids, oracle=True)
             return "test"
+        if method.needs.select_on is None:
+            return None
         if not ids[0] or ids[0] & ids[1]:
             why = "no validation images" if not ids[0] else "no validation images apart from its test images"
             warnings.warn(f"{task.name} has {why}: {method.name} keeps the values of its settings", stacklevel=2)
@@ -398,9 +405,10 @@ class Session:
 
     def _bank(self, method: PromptMethod) -> Any:
         if self.config.data.bank is None:
+            views = method.needs.test_views
             raise ConfigError(
-                f"{method.name} looks at {method.test_views.generated if method.test_views else 0} generated pictures "
-                "of each test image, and data.bank does not say where they are. Make them with `vlprompt bank` "
+                f"{method.name} looks at {views.generated if views else 0} generated pictures of "
+                "each test image, and data.bank does not say where they are. Make them with `vlprompt bank` "
                 "and give --data.bank FOLDER, or do without: --settings.generated 0"
             )
         return open_bank(Path(self.config.data.bank).expanduser())
@@ -411,12 +419,12 @@ class Session:
         One per epoch where that changes nothing but rounding (one process, full precision) and takes at most 1 GiB.
         """
         config, asked = self.config, self.config.data.cached_views
-        if asked and method.learns_image_side:
+        if asked and method.needs.images:
             raise ConfigError(
                 f"data.cached_views is {asked}, but {method.name} with these settings learns on the image side, so "
                 "that features cannot be kept; accepted: 0 or null"
             )
-        if asked is not None or method.learns_image_side or config.data.view == "center":
+        if asked is not None or method.needs.images or config.data.view == "center":
             return asked or 0
         size = len(task.train) * config.recipe.epochs * method.backbone.embed_dim * 4
         exact = config.trainer.devices == 1 and config.trainer.precision == "32-true"
@@ -498,32 +506,30 @@ def device_of(config: TrainerConfig) -> str:
 def complete(config: RunConfig) -> RunConfig:
     """Return ``config`` with the method's defaults for settings that are left out, as the command line has it.
 
-    Equal runs so have equal folders. Only a template that is the data set's own is left open.
+    Settings of the method's own objectives and decomposition move to its settings. Equal runs thus have equal folders.
+    Templates that the data set fills stay empty.
+
+    Raises:
+        ConfigError: Settings that are not accepted.
     """
     kind = get_method_class(config.method)
-    defaults = {}
-    for entry in dataclasses.fields(kind.Settings):
-        if entry.name == kind.template_setting:
-            continue
-        if entry.default is not dataclasses.MISSING:
-            defaults[entry.name] = list(entry.default) if isinstance(entry.default, tuple) else entry.default
-        elif entry.default_factory is not dataclasses.MISSING:
-            defaults[entry.name] = entry.default_factory()
-    return dataclasses.replace(config, settings={**defaults, **config.settings})
+    settings, objectives, decomposition = merge_parts(kind, config.settings, config.objectives, config.decomposition)
+    complete = as_plain(make(kind.Settings, settings))
+    return dataclasses.replace(config, settings=complete, objectives=objectives, decomposition=decomposition)
 
 
-def with_template(config: RunConfig, template: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return the settings and the objectives of ``config``, with ``template`` where they leave one open."""
-    settings, name = dict(config.settings), get_method_class(config.method).template_setting
-    if name is not None and not settings.get(name):
-        settings[name] = [template]
-    return settings, {name: dict(values) for name, values in config.objectives.items()}
+def _has_open_templates(config: RunConfig) -> bool:
+    """Return whether the method or an objective takes the data set's template."""
+    settings: list[Any] = [make(get_method_class(config.method).Settings, config.settings)]
+    settings += [make(get_objective_class(name).Settings, values) for name, values in config.objectives.items()]
+    return any(fill_templates(values, ["{}"]) != values for values in settings)
 
 
 def use_of_test_images(method: PromptMethod) -> str | None:
     """Return how a method uses test images beyond scoring each one: for results and tables; None for not at all."""
-    if method.transductive or method.unlabelled() == "test":
+    needs = method.needs
+    if needs.transductive:
         return "transductive"
-    if method.online:
+    if needs.online:
         return "online"
-    return "test-tuned" if method.test_views is not None and method.needs_gradient else None
+    return "test-tuned" if needs.test_views is not None and needs.gradient else None

@@ -21,6 +21,7 @@ from vlprompt.config.types import Ge, Le, OpenTemplates, validated
 from vlprompt.errors import ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
+from vlprompt.needs import Needs
 from vlprompt.prompts import CONTEXT_STD, Diffusion, template_layout
 from vlprompt.prompts.zero_shot import template_features
 
@@ -71,22 +72,25 @@ class Tokens(nn.Module):
         self.tokens = nn.Parameter(torch.randn(count, width) * CONTEXT_STD)
 
 
-@register("apt")
+@register("apt_approximated")
 class APT(PromptMethod):
     """Prompt tokens behind every attention of both towers."""
 
     checked = "reconstruction"
     Settings = APTSettings
     recipe = RecipeConfig(lr=0.0005, optimizer="adamw", weight_decay=0.01)
-    template_setting = "templates"
     settings: APTSettings
+
+    @property
+    def needs(self) -> Needs:
+        """Images, unless the image side learns nothing."""
+        return Needs(inputs="images", towers="transformers") if self.settings.image_tokens else Needs()
 
     def build(self) -> None:
         """Create ``text`` and ``image``, a :class:`Diffusion` for every block of each tower."""
         own, image, text = self.settings, self.backbone.image, self.backbone.text
-        self.learns_image_side = own.image_tokens > 0
         self.image = self.text = None
-        if self.learns_image_side:
+        if own.image_tokens:
             image.require_tokens()
             self.image = self._blocks(own.image_tokens, image.width, image.visual.transformer.resblocks)
         if own.text_tokens:
