@@ -258,6 +258,13 @@ def test_a_source_resolves_for_each_run_of_a_protocol(own: Path) -> None:
     assert source("--config", "mine").differences() == {}
 
 
+def test_differences_have_the_keys_that_the_user_wrote(own: Path) -> None:
+    kgcoop = source("--config", "kgcoop", "--objectives.knowledge.weight", "4")
+    assert kgcoop.differences(dataset="dtd")["objectives.knowledge.weight"] == "4"
+    promptsrc = source("--config", "promptsrc", "--settings.aggregation", "null").differences(dataset="demo")
+    assert promptsrc["settings.aggregation"] is None and "settings.aggregation.mean" not in promptsrc
+
+
 def test_shots_of_a_protocol_yield_to_those_that_the_configuration_names(own: Path) -> None:
     (own / "none.yaml").write_text("method: coop\n")
     for words, shots in (

@@ -48,6 +48,8 @@ class Selection(TypedDict, total=False):
     default_shots: int | None
 
 
+_CHOSEN = ("data.name", "data.shots")
+"""Keys that a selection sets."""
 _DECLARED = ("settings", "recipe")
 """Sections whose defaults are the method's own."""
 
@@ -112,12 +114,10 @@ class ConfigSource:
         books = [layer.book.base() for layer in self._layers if isinstance(layer, NamedBook)]
         files = [layer for layer in self._layers if not isinstance(layer, NamedBook)]
         base = {id(value) for values in books or files for value in values.values() if value.typed}
-        config = self.resolve(**selection)
-        return {
-            key: _value_of(config, key, value.value)
-            for key, value in self.given(**selection).items()
-            if id(value) not in base and key not in ("data.name", "data.shots")
-        }
+        config, given = self.resolve(**selection), self.given(**selection)
+        values = {key: _value_of(config, key, value.value) for key, value in given.items() if id(value) not in base}
+        off = tuple(f"{key}." for key, value in values.items() if value is None)
+        return {key: value for key, value in values.items() if key not in _CHOSEN and not key.startswith(off)}
 
     def _merged(self, selectors: Selectors) -> dict[str, Given]:
         merged: dict[str, Given] = {}
