@@ -1,23 +1,27 @@
 """Ground-floor modules: atomic files, checksums, process groups, seeded draws."""
 
+import ast
 import hashlib
+import importlib.util
 import json
 import os
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from vlprompt import _dist, _random
+from vlprompt import _dist, _memory, _random
 from vlprompt._files import (
     LEFTOVER,
     canonical_json,
     file_checksum,
     leftovers,
+    lock,
     replacing,
     sha256_bytes,
     sha256_json,
@@ -113,6 +117,65 @@ def test_bfloat16_is_hashed_by_its_bytes() -> None:
     assert sha256_tensors({"": numbers}, lambda *_: "") == sha256_bytes(numbers.view(torch.int16).numpy().tobytes())
 
 
+# -- locks and memory, also on other systems ---------------------------------------------------------------------------
+HOLD = """
+import sys
+from vlprompt._files import lock
+with open(sys.argv[1], "w") as file:
+    lock(file)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_another_process_cannot_take_a_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    command = [sys.executable, "-c", HOLD, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "held\n"
+        with path.open("w") as file, pytest.raises(OSError):
+            lock(file)
+        child.kill()
+    with path.open("w") as file:
+        lock(file)
+
+
+def test_locks_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    msvcrt = SimpleNamespace(LK_NBLCK=2, locking=lambda *words: calls.append(words))
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "msvcrt", msvcrt)
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # importing it fails
+    spec = importlib.util.spec_from_file_location("files_on_windows", VLPROMPT / "_files.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with (tmp_path / "lock").open("w") as file:
+        module.lock(file)
+        assert calls == [(file.fileno(), 2, 1)]
+
+
+POSIX_ONLY = {"fcntl", "grp", "posix", "pwd", "resource", "termios"}
+
+
+def test_modules_of_posix_are_imported_behind_a_check_of_the_platform() -> None:
+    for path in VLPROMPT.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & POSIX_ONLY, f"{path}:{node.lineno}"
+
+
+def test_memory_is_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
+    for lacking in ("nothing", "/proc/meminfo", "sysconf"):
+        if lacking == "/proc/meminfo":
+            monkeypatch.setattr(_memory, "_TABLE", Path("/nothing"))
+        if lacking == "sysconf":
+            monkeypatch.delattr(os, "sysconf")
+        assert 2**20 < _memory.free_memory() <= _memory.total_memory() < 2**50
+    assert _memory.total_memory() == _memory.ASSUMED
+
+
 # -- process groups ---------------------------------------------------------------------------------------------------
 def test_one_process_alone() -> None:
     numbers = torch.tensor([1.0, 2.0])
@@ -186,6 +249,9 @@ ELSEWHERE = {
     "fork_rng(": set(),
     "get_state(": {"_random.py"},
     "get_rng_state(": {"_random.py"},
+    "fcntl.": {"_files.py"},
+    "sysconf(": {"_memory.py"},
+    'replace("_", " ")': {"prompts/words.py"},
 }
 
 

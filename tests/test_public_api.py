@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -119,6 +120,22 @@ def test_the_types_reach_the_users_checker() -> None:
     setup.read(ROOT / "setup.cfg")
     shipped = {path for pattern in setup["options.package_data"]["vlprompt"].split() for path in package.glob(pattern)}
     assert {package / "py.typed", *package.rglob("*.pyi")} <= shipped
+
+
+#: The names under which packages of the extras are imported, where they are called otherwise.
+IMPORTED_AS = {"scikit-learn": "sklearn", "resvg-py": "resvg_py"}
+#: Packages that others need; nothing of vlprompt names them.
+NEEDED_BY_OTHERS = {"accelerate"}  # diffusers
+
+
+def test_every_extra_is_used() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = setup["options.extras_require"]
+    wanted = {re.split("[<>=[]", line)[0] for name in extras if name != "dev" for line in extras[name].split()}
+    files = [*(ROOT / "vlprompt").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
+    words = {word for path in files for word in re.findall(r"\w+", path.read_text(encoding="utf-8"))}
+    assert sorted(name for name in wanted - NEEDED_BY_OTHERS if IMPORTED_AS.get(name, name) not in words) == []
 
 
 def imported_by(code: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""Atomic file writes and SHA-256 checksums.
+"""Atomic file writes, file locks and SHA-256 checksums.
 
 Nothing here imports torch before it is called with tensors: the modules of ``vlprompt.datasets`` use it.
 """
@@ -11,9 +11,15 @@ import json
 import os
 import re
 import secrets
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +71,20 @@ def write_json(path: Path, value: Any) -> None:
 def leftovers(folder: Path, stem: str = "*") -> Iterator[Path]:
     """Return the temporary files in ``folder`` of files called ``stem``, which a killed process may have left."""
     return folder.glob(f"{_PREFIX}{stem}-*.tmp")
+
+
+def lock(file: IO[str]) -> None:
+    """Lock an open file for this process until it is closed or the process ends.
+
+    Raises:
+        OSError: Another process holds the lock.
+    """
+    if sys.platform == "win32":
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        # A record lock belongs to one process. A lock of flock would pass to forked data loader processes, which live
+        # some seconds longer than a killed run and would prevent its resumption.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # -- checksums --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import multiprocessing
 import os
 import pickle  # noqa: TID251  (CIFAR's format; sources are sent to workers)
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torchvision import datasets
 
 from tests.datasets.layouts import encoded, write_layout
 from vlprompt.datasets.acquire.download import _Job
@@ -316,6 +318,28 @@ def test_missing_and_linked_images_are_reported(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "toy" / "annotations")
     with pytest.raises(DataError, match="missing there: annotations/trainval.txt"):
         read_dataset(card, tmp_path)
+
+
+def _attributes(function: Any) -> set[str]:
+    """Return the attributes of its argument that a function of a kind reads, and those of the functions it calls."""
+    return {name for name in function.__code__.co_names if name.startswith("_")}
+
+
+@pytest.mark.parametrize("dataset", KINDS)
+def test_the_installed_torchvision_has_the_private_attributes(dataset: str) -> None:
+    kind, source = KINDS[dataset], inspect.getsource(sys.modules[getattr(datasets, dataset).__module__])
+    used = set().union(*(_attributes(function) for function in (kind.labels, kind.images) if function is not None))
+    assert [name for name in sorted(used) if name not in source] == []
+
+
+@pytest.mark.parametrize("labels", [lambda data: data.gone, lambda data: data.__dict__["gone"], lambda data: [data]])
+def test_another_torchvision_is_named(labels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pets(tmp_path / "toy")
+    changed = {**KINDS, "OxfordIIITPet": dataclasses.replace(KINDS["OxfordIIITPet"], labels=labels)}
+    monkeypatch.setattr(reader, "KINDS", changed)
+    text = r"torchvision [\d.+a-z]+ keeps the labels and paths of OxfordIIITPet elsewhere than versions 0.19 to 0.29"
+    with pytest.raises(DataError, match=text):
+        read_dataset(a_card("OxfordIIITPet", PETS), tmp_path)
 
 
 def test_torchvision_is_imported_on_first_read() -> None:

@@ -54,7 +54,7 @@ def test_captions_become_class_names(tiny_backbone: Backbone) -> None:
     fitted = fit_captions(tiny_backbone.text, given, 8)
     assert fitted[:4] == [
         "a photo of a cat",
-        "snake case (braced)",
+        "snake_case (braced)",
         "softhyphen and zero width bell",
         "one two three four five six seven eight",
     ]

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from vlprompt.config.run import RunConfig
+from vlprompt.datasets import catalogue
 from vlprompt.errors import ConfigError, DataError
-from vlprompt.protocols import groups
 from vlprompt.protocols.base_to_new import base_to_new
 from vlprompt.protocols.cross import cross_dataset
 from vlprompt.protocols.domains import domain_generalisation
@@ -136,24 +136,32 @@ def test_every_report_can_be_asked_for(mine: Callable[..., Path]) -> None:
         assert read_protocol(mine(base, report=list(known))).report == known
 
 
+def test_names_of_several_data_sets() -> None:
+    assert dataset_names(["demo", "DescribableTextures"]) == ["demo", "dtd"]
+    for names, message in (
+        (["dmo", "dtd", "calltech101"], "'dmo' is no data set. Did you mean 'demo'.*'calltech101' is no data set. Did"),
+        (["dtd", "demo", "DescribableTextures"], "datasets: 'dtd' is named twice"),
+        ([], "datasets: none is named; accepted: names with commas, demo,dtd"),
+        ([""], "'' is no data set. Accepted: caltech101"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            dataset_names(names)
+
+
 # -- groups ---------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def grouped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three data sets in two groups; one card says nothing of groups."""
-    cards = {"a": ("g", "h"), "b": ("g",), "c": ()}
-    monkeypatch.setattr(groups, "list_datasets", lambda: sorted(cards))
-
-    def find(name: str) -> Any:
-        if name not in cards:
-            raise ConfigError(name)
-        return SimpleNamespace(name=name, **({"group": cards[name]} if name != "c" else {}))
-
-    monkeypatch.setattr(groups, "find_card", find)
+    """Three data sets in two groups."""
+    cards = {
+        name: SimpleNamespace(name=name, aliases=(), group=group)
+        for name, group in (("a", ("g", "h")), ("b", ("g",)), ("c", ()))
+    }
+    monkeypatch.setattr(catalogue, "all_cards", lambda: cards)
 
 
 @pytest.mark.usefixtures("grouped")
 def test_groups_are_read_from_the_cards() -> None:
-    assert groups.groups() == {"g": ["a", "b"], "h": ["a"]}
+    assert catalogue.list_groups() == {"g": ["a", "b"], "h": ["a"]}
     assert dataset_names(["c", "group:g"]) == ["c", "a", "b"]
     assert dataset_names(["group:g"], leave_out=["a"]) == ["b"]
 

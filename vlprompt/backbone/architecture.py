@@ -116,11 +116,6 @@ def check_model_text(text: Any, tokenizer: Any, name: str) -> None:
         )
 
 
-def is_openai_format(state: Mapping[str, Tensor]) -> bool:
-    """Return whether ``state`` has the parameter names of OpenAI's releases, which open_clip's plain CLIP shares."""
-    return all(key in state for key in _OPENAI_KEYS)
-
-
 def config_from_shapes(state: Mapping[str, Tensor], source: str) -> Config:
     """Return the architecture of an OpenAI-format state dict from its shapes (heads are 64 wide, as in all releases).
 

@@ -276,12 +276,12 @@ class Backbone(nn.Module):
         """Return the words of ``text`` whose token embeddings were never trained; always empty except for demo weights.
 
         Args:
-            text: A class name or prompt; underscores are read as spaces.
+            text: A prompt, or a class name as it stands in a prompt.
         """
         trained, tokenizer = self._trained_tokens, self.text.tokenizer
         if trained is None:
             return []
-        words = tokenizer.pat.findall(tokenizer.clean_fn(text.replace("_", " ")))
+        words = tokenizer.pat.findall(tokenizer.clean_fn(text))
         return list(dict.fromkeys(word for word in words if not trained.issuperset(tokenizer.encode(word))))
 
     # -- images ---------------------------------------------------------------------------------------------------

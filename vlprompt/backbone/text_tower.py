@@ -8,7 +8,6 @@ only for pooled tokens. The padded algorithm is the published one: every row is 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vlprompt._memory import total_memory
 from vlprompt.backbone.added import NOTHING, Added, checked_overrides, is_plain, require_plain, run_block
 from vlprompt.backbone.layout import TokenLayout, WordUpdate
 from vlprompt.backbone.packed import packed_block
@@ -200,12 +200,7 @@ class TextTower:
             )
 
     def _fitting_classes(self, layout: TokenLayout) -> int:
-        # The total memory decides, not the free memory, so that a repeated run sums in the same order.
-        device = self.model.positional_embedding.device
-        if device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory
-        else:
-            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        total = total_memory(self.model.positional_embedding.device)
         tokens = max(1, layout.token_counts()[0] // layout.classes)  # per class, in all groups
         kept = self.layers * KEPT_WIDTHS if torch.is_grad_enabled() else 2 * KEPT_WIDTHS
         return max(1, int(total / 4 / (tokens * self.width * 4 * kept)))

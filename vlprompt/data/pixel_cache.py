@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vlprompt._memory import free_memory
 from vlprompt.data.transforms import Pixels, Transform
 from vlprompt.datasets.records import Sample
 
@@ -38,7 +37,7 @@ class PixelCache:
 
     def __init__(self, samples: Sequence[Sample], transform: Transform, keep: int = 0, workers: int = 0) -> None:
         self.samples, self.transform = samples, transform
-        keep = min(keep, _free_memory() // 2)
+        keep = min(keep, free_memory() // 2)
         self._kept: _Local | _Shared | None = None
         if keep and not workers:
             self._kept = _Local(keep)
@@ -120,16 +119,3 @@ class _Shared:
 
     def count(self) -> int:
         return int(np.count_nonzero(self.places[:, 1]))
-
-
-def _free_memory() -> int:
-    """Return the available memory in bytes."""
-    table = Path("/proc/meminfo")
-    if table.is_file():
-        lines = dict(line.split(":", 1) for line in table.read_text().splitlines())
-        if "MemAvailable" in lines:
-            return int(lines["MemAvailable"].split()[0]) * 1024
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (AttributeError, ValueError, OSError):  # Windows
-        return 2 * KEEP_BYTES

@@ -176,7 +176,7 @@ def check_trainable(method: PromptMethod, metric: str) -> None:
 
     Cross-entropy would silently treat a multi-hot row as a probability vector.
     """
-    if metric in MULTILABEL and method.trainable_parameters() and not getattr(method, "trains_multilabel", False):
+    if metric in MULTILABEL and method.trainable_parameters():
         raise ConfigError(
             f"method {method.name!r} is trained by cross-entropy over one label per image, but these images have "
             "several; evaluate instead: --method zeroshot, or a trained head with `vlprompt eval RUN`"

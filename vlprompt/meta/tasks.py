@@ -15,6 +15,7 @@ from torch import Tensor
 from vlprompt.backbone import TextTower
 from vlprompt.errors import ConfigError, DataError, bulleted, did_you_mean
 from vlprompt.meta.clustering import Clusters, spherical_kmeans
+from vlprompt.prompts.words import words_of
 
 Labels = Literal["captions", "clusters"]
 #: Maximum number of characters of a class name.
@@ -24,8 +25,8 @@ _MAX_CHARACTERS = 200
 def fit_captions(tower: TextTower, captions: Sequence[str], tokens: int) -> list[str]:
     """Return ``captions`` as class names: cleaned, and truncated after whole words.
 
-    White space, unprintable characters and underscores become single blanks. Invisible marks (soft hyphens, joiners)
-    are removed. Braces, which mark the name in a template, become parentheses.
+    White space and unprintable characters become single blanks. Invisible marks (soft hyphens, joiners) are removed.
+    Braces, which mark the name in a template, become parentheses.
 
     Args:
         tower: Text tower, whose tokenizer counts byte-pair tokens.
@@ -52,13 +53,16 @@ def fit_captions(tower: TextTower, captions: Sequence[str], tokens: int) -> list
 
 
 def _fitted(tower: TextTower, caption: str, tokens: int) -> str:
-    cleaned = (" " if c == "_" or not c.isprintable() else c for c in caption if unicodedata.category(c) != "Cf")
+    cleaned = (c if c.isprintable() else " " for c in caption if unicodedata.category(c) != "Cf")
     words = "".join(cleaned).replace("{", "(").replace("}", ")").split()[:tokens]  # a word has at least one token
     while words:
         text = " ".join(words)
         # Characters first, because a text without blanks may be very long. Start- and end-of-text do not count.
-        if len(text) <= _MAX_CHARACTERS and (count := len(tower.tokens(text)) - 2) <= tokens:
-            return text if count else ""
+        if len(text) <= _MAX_CHARACTERS and len(tower.tokens(text)) - 2 <= tokens:
+            # In prompts it is a class name, whose underscores are spaces.
+            count = len(tower.tokens(words_of(text))) - 2
+            if count <= tokens:
+                return text if count else ""
         words.pop()
     return ""
 
@@ -157,7 +161,8 @@ class TaskSampler:
                 )
         self.captions, self.support, self.query, self.seed = captions, support, query, seed
         self.labels, self.classes, self._features = labels, classes, caption_features
-        self._texts = [caption.casefold() for caption in captions]  # the tokenizer also ignores case
+        # Captions that are the same class name are not different: the tokenizer ignores case.
+        self._texts = [words_of(caption).casefold() for caption in captions]
         by_domain = {key: self._by_text(rows) for key, rows in clusters.members().items()}
         needed = max(support, query)
         # Maps topic and domain to lists of pairs, one list per caption.

@@ -19,7 +19,7 @@ from vlprompt.errors import ClassNameError, ConfigError, HeadError, bulleted
 from vlprompt.needs import Needs
 from vlprompt.objectives.base import Objective, Step, create_objective, objective_settings, objectives_in
 from vlprompt.prompts.decomposed import Decomposition, check_decomposition, create_decomposition, decompositions_in
-from vlprompt.prompts.words import check_class_names
+from vlprompt.prompts.words import check_class_names, words_of
 
 TEMPLATE = "a photo of a {}."
 """CLIP's own prompt: what templates become that neither the settings nor a data set names."""
@@ -116,7 +116,7 @@ class PromptMethod(nn.Module):
         raise NotImplementedError
 
     def _warn_of_untrained_words(self) -> None:
-        words = {name: self.backbone.untrained_tokens(name) for name in self.class_names}
+        words = {name: self.backbone.untrained_tokens(words_of(name)) for name in self.class_names}
         lines = [f"{name!r}: {', '.join(unknown)}" for name, unknown in words.items() if unknown]
         if lines:
             warnings.warn(

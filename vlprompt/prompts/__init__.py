@@ -1,7 +1,7 @@
 """Learnable tensors and the token layouts they stand in; nothing here knows an objective."""
 
 from vlprompt.prompts.adapter import FeatureAdapter
-from vlprompt.prompts.context import CONTEXT_STD, TextContext, context_layout, template_layout
+from vlprompt.prompts.context import CONTEXT_STD, TextContext, context_layout, template_layout, text_layout
 from vlprompt.prompts.decomposed import (
     Decomposition,
     get_decomposition_class,
@@ -43,5 +43,6 @@ __all__ = [
     "list_decompositions",
     "register_decomposition",
     "template_layout",
+    "text_layout",
     "words_of",
 ]

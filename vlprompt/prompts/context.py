@@ -35,6 +35,17 @@ def template_layout(tower: TextTower, class_names: Sequence[str], templates: Seq
     return TokenLayout.from_rows(groups)
 
 
+def text_layout(tower: TextTower, texts: Sequence[str]) -> TokenLayout:
+    """Return the layout of N whole texts, such as captions, as they are: only class names lose their underscores.
+
+    Raises:
+        ClassNameError: Texts longer than the text tower takes, all of them listed.
+    """
+    rows = [tower.tokens(text) for text in texts]
+    check_row_lengths(texts, [len(row) for row in rows], tower.context_length, "the text")
+    return TokenLayout.from_rows([rows])
+
+
 def context_layout(
     tower: TextTower,
     class_names: Sequence[str],

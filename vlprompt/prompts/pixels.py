@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlprompt._random import seeded_random
 from vlprompt.backbone.image_tower import ImageTower
 from vlprompt.errors import ConfigError
+from vlprompt.prompts.draws import Draws
 
 Shape = Literal["border", "fixed_patch", "random_patch"]
 
@@ -20,8 +22,8 @@ class PixelPrompt(nn.Module):
     ``border``: ``up`` and ``down`` ``[3, p, S]``, ``left`` and ``right`` ``[3, S - 2p, p]``. Patches: ``patch``
     ``[3, p, p]``, at the top left, or at one place for the whole batch that every training step draws anew.
 
-    Places come from a seed drawn at creation and the number of the step, both kept with a checkpoint: equal seeds give
-    equal places, also after a resume. In evaluation it is always the same place, the first that seed 0 draws.
+    Places of training steps come from :class:`~vlprompt.prompts.Draws`, so that a resumed run continues with the same
+    ones. In evaluation the place is always the one that seed 0 draws first.
 
     Args:
         image_size: S.
@@ -31,8 +33,6 @@ class PixelPrompt(nn.Module):
     Raises:
         ConfigError: A border that leaves no pixel inside, or a patch as large as the image.
     """
-
-    place: Tensor
 
     def __init__(self, image_size: int, size: int, shape: Shape) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class PixelPrompt(nn.Module):
         else:
             self.patch = nn.Parameter(torch.randn(3, size, size))
         if shape == "random_patch":
-            self.register_buffer("place", torch.randint(2**31, ()))
+            self.draws = Draws()
 
     def pixels(self) -> Tensor:
         """Return what is added to the images of this step, ``[3, S, S]``; zero where nothing is learned."""
@@ -64,12 +64,8 @@ class PixelPrompt(nn.Module):
         """Return row and column of the patch's top left pixel, 0 to S - p - 1; a training step draws new ones."""
         if self.shape != "random_patch":
             return 0, 0
-        seed = 0
-        if self.training:
-            seed = int(self.place)
-            self.place += 1
-        generator = torch.Generator().manual_seed(seed)
-        row, column = torch.randint(self.image_size - self.size, (2,), generator=generator).tolist()
+        with self.draws.step(torch.device("cpu")) if self.training else seeded_random(0):
+            row, column = torch.randint(self.image_size - self.size, (2,)).tolist()
         return row, column
 
     def encode(self, tower: ImageTower, images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt.errors import ConfigError
-from vlprompt.prompts.context import template_layout
+from vlprompt.prompts.context import template_layout, text_layout
 from vlprompt.prompts.words import words_of
 
 _PROMPTS = 256  # encoded at a time
@@ -59,7 +59,7 @@ def raw_features(backbone: Any, prompts: Sequence[str]) -> Tensor:
     autocast = torch.autocast(backbone.device.type, enabled=False)
     with torch.inference_mode(False), torch.no_grad(), autocast:
         parts = [list(prompts[start : start + _PROMPTS]) for start in range(0, len(prompts), _PROMPTS)]
-        return torch.cat([backbone.text.encode(template_layout(backbone.text, part, ["{}"]))[0] for part in parts])
+        return torch.cat([backbone.text.encode(text_layout(backbone.text, part))[0] for part in parts])
 
 
 def mean_features(backbone: Any, prompts: Sequence[Sequence[str]]) -> Tensor:

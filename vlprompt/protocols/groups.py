@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlprompt.datasets import find_card, list_datasets
+from vlprompt.datasets.catalogue import find_card, list_datasets, list_groups
 from vlprompt.errors import ConfigError, did_you_mean
 
 GROUP = "group:"
-
-
-def groups() -> dict[str, list[str]]:
-    """Return the data sets of each group, by the group's name; both sorted."""
-    found: dict[str, list[str]] = {}
-    for name in list_datasets():
-        for group in getattr(find_card(name), "group", ()):
-            found.setdefault(group, []).append(name)
-    return dict(sorted(found.items()))
 
 
 def dataset_names(names: Sequence[str], key: str = "datasets", leave_out: Sequence[str] = ()) -> list[str]:
@@ -33,7 +24,7 @@ def dataset_names(names: Sequence[str], key: str = "datasets", leave_out: Sequen
     found, problems = [], []
     for name in names:
         if name.startswith(GROUP):
-            own, known = name.removeprefix(GROUP), groups()
+            own, known = name.removeprefix(GROUP), list_groups()
             found += [one for one in known.get(own, ()) if one not in leave_out]
             if own not in known:
                 problems.append(f"no data set's card names the group {own!r}.{did_you_mean(own, known)}")

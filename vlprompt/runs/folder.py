@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import platform
@@ -17,7 +16,7 @@ from typing import IO, Any
 import torch
 
 from vlprompt._dist import first_process_says, is_main_process
-from vlprompt._files import sha256_json, sha256_tensors, write_json, write_text
+from vlprompt._files import lock, sha256_json, sha256_tensors, write_json, write_text
 from vlprompt.backbone import Backbone
 from vlprompt.config.keys import as_plain, to_yaml
 from vlprompt.config.meta import MetaRunConfig
@@ -93,7 +92,7 @@ def opened(folder: Path, config: RunConfig | MetaRunConfig, inputs: dict[str, st
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder.parent / f".{folder.name}.lock").open("w")
+        lock_file = (folder.parent / f".{folder.name}.lock").open("w")
     except OSError as error:
         _agree(refused=True)
         raise ConfigError(
@@ -101,7 +100,7 @@ def opened(folder: Path, config: RunConfig | MetaRunConfig, inputs: dict[str, st
         ) from error
     ready = False
     try:
-        _hold(lock, folder)
+        _hold(lock_file, folder)
         if force:
             _clear(folder)
         _check_inputs(folder, inputs)
@@ -115,14 +114,12 @@ def opened(folder: Path, config: RunConfig | MetaRunConfig, inputs: dict[str, st
     finally:
         if not ready:
             _agree(refused=True)
-        lock.close()
+        lock_file.close()
 
 
-def _hold(lock: IO[str], folder: Path) -> None:
-    # A record lock belongs to this process alone. One of flock would pass to forked loader processes, which outlive a
-    # killed run by some seconds and would keep it from being resumed.
+def _hold(file: IO[str], folder: Path) -> None:
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file)
     except OSError:
         raise ConfigError(f"another process is running in {folder}; wait for it, or stop it first") from None
 

@@ -34,7 +34,7 @@ from vlprompt.meta.tasks import TaskSampler, fit_captions
 from vlprompt.methods import PromptMethod, create_method
 from vlprompt.pairs.features import caption_features, image_features
 from vlprompt.pairs.load import Pair, load_pairs
-from vlprompt.prompts import template_layout
+from vlprompt.prompts import text_layout
 from vlprompt.runs.folder import HEAD, RESULTS, opened, read_json, versions
 from vlprompt.runs.session import configured_backbone, load_parts
 
@@ -273,7 +273,7 @@ def inspect(config: MetaRunConfig) -> Path:
 
 @torch.no_grad()
 def _encoded(backbone: Backbone, captions: Sequence[str]) -> Tensor:
-    return backbone.text.encode(template_layout(backbone.text, captions, ["{}"]))[0]
+    return backbone.text.encode(text_layout(backbone.text, captions))[0]
 
 
 def host(config: MetaRunConfig, backbone: Backbone, class_names: Sequence[str]) -> PromptMethod:

@@ -17,7 +17,7 @@ from vlprompt.config.keys import as_plain
 from vlprompt.config.run import DataConfig, RunConfig, TrainerConfig
 from vlprompt.data.tally import tally
 from vlprompt.datasets import FewShotTask
-from vlprompt.engine.callbacks import LAST_CHECKPOINT, read_metrics
+from vlprompt.engine.callbacks import read_metrics
 from vlprompt.engine.fit import METRICS, fit, make_trainer, score, test
 from vlprompt.engine.memory import peak_memory
 from vlprompt.engine.meta_module import GradientRegulation
@@ -316,11 +316,6 @@ def evaluate_head(
     with tally():  # says which images had to be left out
         scores, _ = tested(session, quiet, method, task)
     return scores | {"data": task.describe(), "oracle": is_oracle([head.training_facts])}
-
-
-def last_checkpoint(folder: Path) -> Path:
-    """Return where a run keeps its last checkpoint."""
-    return folder / LAST_CHECKPOINT
 
 
 __all__: Sequence[str] = [

@@ -8,13 +8,13 @@ graph or to a precomputed Jacobian. (2) After a step each image has its own cont
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vlprompt._memory import total_memory
 from vlprompt.backbone import TokenLayout
 from vlprompt.backbone.layout import check_row_lengths, context_slot
 from vlprompt.backbone.text_tower import TextTower
@@ -172,7 +172,7 @@ class ContextTuner:
         classes = self.layout.classes
         with torch.no_grad():
             width = self.encode(self.layout.select(0, 1), start[None].detach()).shape[-1]
-        needed, most = classes * width * start.numel() * 4, _memory(start.device) // 2
+        needed, most = classes * width * start.numel() * 4, total_memory(start.device) // 2
         if needed > most:
             raise ConfigError(
                 f"settings.jacobian is true, but the Jacobian of {classes} classes takes {needed / 2**30:.1f} GiB, "
@@ -223,9 +223,3 @@ def _cotangents(scale: Tensor, views: Tensor, logits: Tensor, selected: Tensor) 
         loss = marginal_entropy(chosen)
         by_logit = torch.autograd.grad(loss.sum(), chosen)[0]  # [b, n, C]
     return loss.detach(), scale * by_logit.transpose(1, 2) @ views
-
-
-def _memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,13 +90,9 @@ def _read_split(card: Card, kind: Kind, given: Mapping[str, Any], base: Path, re
     try:
         with _root(kind, base, place) as root:
             data = _open(dataset, root, arguments) if kind.images else _opened(*_key(dataset, root, arguments))
-            labels = [None if label is None else int(label) for label in kind.labels(data)]
-            paths = [] if kind.images is None else [str(path) for path in kind.images(data)]
-    except AttributeError as error:
-        raise DataError(
-            f"This version of torchvision stores the labels of {dataset} differently from 0.19 to 0.29 ({error}): "
-            "pip install 'torchvision<0.30'"
-        ) from error
+            labels, paths = _labels_and_paths(dataset, kind, data)
+    except _OtherVersion:
+        raise
     except DataError as error:
         report.error("S01", str(error))
         report.stop()
@@ -105,6 +102,23 @@ def _read_split(card: Card, kind: Kind, given: Mapping[str, Any], base: Path, re
     else:
         sources = _files(card, place, [os.path.relpath(path, Path(root, kind.home)) for path in paths], report)
     return _SplitContent(_prefix(arguments), sources, labels, list(getattr(data, "classes", ())))
+
+
+class _OtherVersion(DataError):
+    """torchvision keeps labels or paths elsewhere."""
+
+
+def _labels_and_paths(dataset: str, kind: Kind, data: Any) -> tuple[list[int | None], list[str]]:
+    """Return what :mod:`torchvision_kinds` reads from a data set object, which torchvision does not document."""
+    try:
+        labels = [None if label is None else int(label) for label in kind.labels(data)]
+        paths = [] if kind.images is None else [str(path) for path in kind.images(data)]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _OtherVersion(
+            f"torchvision {version('torchvision')} keeps the labels and paths of {dataset} elsewhere than versions "
+            f"0.19 to 0.29 ({type(error).__name__}: {error}): pip install 'torchvision<0.30'"
+        ) from error
+    return labels, paths
 
 
 # -- accepted options -------------------------------------------------------------------------------------------------
