@@ -73,7 +73,7 @@ def _tuned(golden: Any, case: str, method: str, settings: dict[str, Any]) -> Res
     yield f"{case}_loss", tuned.losses
     yield f"{case}_grad", tuned.gradients
     # AdamW's first step has length lr along the sign of the gradient, so an entry whose gradient is only rounding may
-    # have the other sign (README_test_time.md). Such entries may differ by twice lr.
+    # have the other sign. Such entries may differ by twice lr.
     reference = torch.from_numpy(arrays[f"{case}_ctx_after"])
     rounding = torch.from_numpy(arrays[f"{case}_grad"]).abs().cummin(dim=1).values <= 1e-5
     near = (tuned.contexts - reference).abs() <= 2.001 * settings["lr"] * torch.arange(1, settings["steps"] + 1)[
@@ -199,7 +199,7 @@ def _traced(views: torch.Tensor, result: mta.MeanShift, lambdas: dict[str, Any])
 def _nearest(trace: torch.Tensor, reference: Any) -> torch.Tensor:
     """Return the rows of ``trace`` nearest to the rows of ``reference`` if their lengths differ.
 
-    The last round of an inner loop depends on rounding (README_test_time.md), so a last row may be missing.
+    The last round of an inner loop depends on rounding, so a last row may be missing.
     """
     if trace.shape == reference.shape:
         return trace

@@ -155,7 +155,7 @@ def test_dept_is_coop_with_the_decomposition(tiny_backbone: Backbone, images: Te
 
 # -- rates ------------------------------------------------------------------------------------------------------------
 def test_two_rates_follow_one_schedule(tiny_backbone: Backbone) -> None:
-    """2e-3 for the prompt and 2e-4 for the pair (seed_methods 11.1), each with its own warm-up and cosine."""
+    """2e-3 for the prompt and 2e-4 for the pair, each with its own warm-up and cosine."""
     method, recipe = make(tiny_backbone, "dept_lowrank"), RecipeConfig(epochs=4, lr=2e-3)
     made = PromptModule(method, recipe).configure_optimizers()
     groups, schedule = made["optimizer"].param_groups, made["lr_scheduler"]["scheduler"]

@@ -1,4 +1,4 @@
-"""What the prompt learners become where a part of them does nothing (prompt_learners.md, section 10)."""
+"""What the prompt learners become where a part of them does nothing."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_image_tokens_need_a_vision_transformer() -> None:
 
 
 def test_schedules_are_the_published_ones() -> None:
-    """prompt_learners 2.5: the first epoch at 1e-5, then the cosine from its own start."""
+    """Dassl (dassl/optim/lr_scheduler.py): the first epoch at 1e-5, then the cosine from its own start."""
     for epochs, lr, expected in (
         (2, 0.0026, [1e-5, 0.0026]),
         (5, 0.0035, [1e-5, 0.0035, 0.0031658, 0.0022908, 0.0012092]),

@@ -289,7 +289,7 @@ def test_bf16_backbone_stays_near_float32(
     method.load_trained_state(wide_method.trained_state())
     logits = method(images)
     assert logits.dtype == torch.float32
-    # Little more than half a unit where logits have a scale of 100 (seed_methods 12.5, 6).
+    # Little more than half a unit where logits have a scale of 100.
     assert float((logits - wide_method(images)).detach().abs().max()) < 0.7 * float(tiny_backbone.logit_scale) / 100
     assert all(value.dtype == torch.float32 for value in method.trained_state().values())
     list(steps(method, images, LABELS, 1))

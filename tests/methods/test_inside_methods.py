@@ -228,7 +228,7 @@ def test_a_resnet_is_masked_as_well() -> None:
 
 # -- APT --------------------------------------------------------------------------------------------------------------
 def test_softmax_lambda_is_the_identity_that_apt_approximates(tiny_backbone: Backbone) -> None:
-    """(1 - l) Attn(q; X) + l Attn(q; P), l = Z_P / (Z_X + Z_P), head by head (seed_methods 7.1)."""
+    """(1 - l) Attn(q; X) + l Attn(q; P), l = Z_P / (Z_X + Z_P), head by head."""
     torch.manual_seed(0)
     block = tiny_backbone.model.visual.transformer.resblocks[0]
     attention, width = block.attn, tiny_backbone.image.width

@@ -40,7 +40,7 @@ def losses(method: Any, images: Tensor, labels: Tensor = LABELS) -> dict[str, Te
     return method.losses(method.image_features(images), labels[: len(images)])
 
 
-# -- degenerate forms (seed_methods 1.g, 12.4) ----------------------------------------------------------------------
+# -- degenerate forms -----------------------------------------------------------------------------------------------
 def test_one_expert_alone_is_coop(mocoop: Any, tiny_backbone: Backbone, images: Tensor) -> None:
     one = mocoop(templates=["a photo of a {}."], groups=[1], top_k=1, **PLAIN)
     coop = create_method("coop", tiny_backbone, NAMES, context_init="a photo of a")
@@ -155,7 +155,7 @@ def test_logits_are_those_of_the_mixed_text_features(mocoop: Any, images: Tensor
     mixed = method.text_features(features).detach()
     expected = torch.stack([sum(gates[i, g] * experts[g] for g in range(4)) for i in range(len(images))])
     torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-6)
-    # Not normalised again: experts that disagree shrink the logits (seed_methods 1.d, 8).
+    # Not normalised again: experts that disagree shrink the logits (moe.py 441).
     assert bool((mixed.norm(dim=-1) <= 1 + 1e-6).all()) and float(mixed.norm(dim=-1).min()) < 0.99999
     with pytest.warns(UserWarning, match="per image"):
         assert method.text_features().shape == (4, 64)
@@ -278,7 +278,7 @@ def test_gate_loss_reaches_the_layer_norms(mocoop: Any, images: Tensor) -> None:
 
 
 def test_parameter_counts_are_the_published_formula(tiny_state_dict: Any, tiny_backbone: Backbone) -> None:
-    # seed_methods 12.3: sum (b_g + a_g) W + (D + 1) G + D + layer norms; the gate of ImageNet's 20 experts has 10,260.
+    # sum (b_g + a_g) W + (D + 1) G + D + layer norms; the gate of ImageNet's 20 experts has 10,260.
     wide = Backbone.from_state_dict(tiny_state_dict(embed_dim=512, text_width=512, text_layers=1))
     method = create_method("mocoop", wide, NAMES, **parse_run(["--config", "mocoop/imagenet"]).settings)
     counts: dict[str, int] = {}

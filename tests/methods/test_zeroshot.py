@@ -56,7 +56,7 @@ def test_ensemble_puts_seven_selected_templates_in_front(tiny_backbone: Backbone
 
 
 def test_a_second_ensemble_is_the_same_as_the_first(tiny_backbone: Backbone) -> None:
-    # The official code extends a list on its class (prompt_learners 3.0).
+    # The official code extends a list on its class (CoOp: trainers/zsclip.py).
     first = create_method("zeroshot", tiny_backbone, NAMES, ensemble=True).text_features()
     assert torch.equal(create_method("zeroshot", tiny_backbone, NAMES, ensemble=True).text_features(), first)
 

@@ -195,7 +195,7 @@ def test_surgery_grows_once_and_is_saved(tiny_backbone: Backbone) -> None:
 
 
 def test_aggregation_is_the_average_under_the_curve(tiny_backbone: Backbone) -> None:
-    """datasets: weights add up to one; epoch 15 of 20 with deviation 1 weighs 0.3989 (prompt_learners 10)."""
+    """Weights add up to one; epoch 15 of 20 with deviation 1 weighs 0.3989 (PromptSRC: promptsrc.py 262-270)."""
     weights = gaussian_weights(20, 15, 1)
     assert abs(float(weights.sum()) - 1) < 1e-12 and float(weights[14]) == pytest.approx(0.3989, abs=1e-4)
     method = make(tiny_backbone, "coop", context_length=2, objectives={"aggregation": {"mean": 2.0}})

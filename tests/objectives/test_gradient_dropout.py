@@ -1,4 +1,4 @@
-"""Gradient dropout against its closed form (seed_methods 8.b, 8.g)."""
+"""Gradient dropout against its closed form (R-AMT: code/trainers/masktuning.py 338-387)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss terms of mixtures: text supervision of experts and supervision of the router (seed_methods 1.b, 1.g)."""
+"""Loss terms of mixtures: text supervision of experts and supervision of the router (MoCoOp)."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_generic_context_in_front_is_shared_and_a_name_in_front_is_not(text: Any
 
 
 def test_words_of_more_tokens_than_vectors_leave_tokens_in_front_of_the_name(text: Any) -> None:
-    # CoOp counts words by spaces (prompt_learners 1.5): "close-up" is three tokens and one vector.
+    # CoOp counts words by spaces (trainers/coop.py 72-110): "close-up" is three tokens and one vector.
     layout = context_layout(text, ["cat"], "close-up", 1, "end")
     tokens = text.tokens("close-up cat.")
     assert row(layout, 0) == [tokens[0], -1, *tokens[2:]]

@@ -1,4 +1,4 @@
-"""DePT and EPT against their equations, written out position by position (seed_methods 11.1, 11.2)."""
+"""DePT and EPT against their equations, written out position by position."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_what_follows_end_of_text_changes_nothing(tiny_backbone: Backbone) -> No
 
 # -- the start --------------------------------------------------------------------------------------------------------
 def test_the_budget_is_the_papers() -> None:
-    """l d = m d + (L + d) r: 16 vectors of CoOp against 4 and rank 10, on ViT-B/16 (seed_methods 11.1 and 12.3)."""
+    """l d = m d + (L + d) r: 16 vectors of CoOp against 4 and rank 10, on ViT-B/16 (arXiv 2309.05173)."""
     method = create_method("dept_lowrank", shapes_only("ViT-B-16"), ["cat"])
     counts = {name: parameter.numel() for name, parameter in method.trainable_parameters()}
     assert counts == {"prompt.ctx": 2_048, "decomposition.A": 770, "decomposition.B": 5_120}

@@ -1,4 +1,4 @@
-"""APT's diffusion against its formula, and its invariants (seed_methods 7.g)."""
+"""APT's diffusion against its formula, and its invariants."""
 
 from __future__ import annotations
 

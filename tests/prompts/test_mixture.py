@@ -67,13 +67,13 @@ def test_official_counting_starts_as_plain_clip_but_for_the_doubled_space(text: 
 
 
 def test_the_doubled_space_claims_the_first_token_of_the_name(text: Any) -> None:
-    # seed_methods 1.d, 3: nothing is left of "pizza".
+    # As with the official code on Food101 (moe.py 161, 211): nothing is left of "pizza".
     layout = ExpertContexts(text, ["a photo of a  {}"], "words").layout(text, ["pizza"], period=True)
     assert layout.slots[0, 0].tolist() == [49406, -1, -2, -3, -4, -5, *text.tokens(".")[1:]]
 
 
 def test_text_behind_the_name_claims_end_of_text_without_a_period(text: Any) -> None:
-    # seed_methods 1.d, 4: the pooled token of " in a video game" is learned.
+    # As with the official code (moe.py 157-179): the pooled token of " in a video game" is learned.
     experts = ExpertContexts(text, ["a {} in a video game"], "words")
     assert experts.layout(text, ["cat"], period=False).slots[0, 0, -1] == -6
     assert torch.equal(experts.after[0][-1], text.embed([49407])[0])

@@ -10,7 +10,7 @@ from vlprompt.cli.main import main
 from vlprompt.methods import list_methods
 from vlprompt.protocols.capabilities import capabilities, markdown
 
-#: Numbers that the papers or their code have on ViT-B/16 (prompt_learners 3, seed_methods 2.a).
+#: Numbers that the papers or their code have on ViT-B/16.
 PUBLISHED = {
     "zeroshot": 0,
     "coop": 16 * 512,

@@ -1,6 +1,7 @@
 """Configuration of meta-training (GRAM, a reconstruction): validated dataclasses, as :mod:`vlprompt.config.run`.
 
-The paper's method section leaves most of this open; every choice is a field here, with the default of seed_methods 3.b.
+The method section of the paper (arXiv 2303.06571) is not available and there is no official code, so every choice is a
+field.
 """
 
 from __future__ import annotations

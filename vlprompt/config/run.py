@@ -79,7 +79,7 @@ class DataConfig:
 
 @validated("recipe")
 class RecipeConfig:
-    """How learnables are trained; the defaults are Dassl's: SGD, cosine per epoch, warm-up (prompt_learners 2.4, 2.5).
+    """How learnables are trained; the defaults are Dassl's: SGD, cosine per epoch, warm-up (dassl/optim).
 
     ``optimizer``: ``sgd`` with ``momentum``, or ``adam`` or ``adamw`` with ``momentum`` as first and 0.999 as second
     beta; ``weight_decay`` is part of the gradient but for ``adamw``. ``schedule``: the cosine falls once per ``epoch``

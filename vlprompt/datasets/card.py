@@ -158,7 +158,7 @@ class Licence:
 
 @validated("")
 class Card:
-    """What is known of a data set without having it. The YAML file has the same fields; datasets.md 6.1 shows one.
+    """What is known of a data set without having it. The YAML file has the same fields, as in ``datasets/dtd.yaml``.
 
     Attributes:
         name: The name it is asked for by.

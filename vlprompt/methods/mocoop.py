@@ -1,4 +1,4 @@
-"""MoCoOp: a mixture of soft prompts with a router (arXiv 2409.12011; official code: dyabel/mocoop; seed_methods 1).
+"""MoCoOp: a mixture of soft prompts with a router (arXiv 2409.12011; official code: dyabel/mocoop).
 
 Templates come in semantic groups. Each group has an expert: context vectors started from the group's first template. A
 linear router on the image feature picks the top experts; an image's class weights are the gate-weighted sum of their

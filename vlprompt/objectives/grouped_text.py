@@ -78,7 +78,7 @@ class GroupedText(Objective):
 def text_to_text_loss(expert_text_features: Tensor, prototypes: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the mean cross-entropy of each expert's class features against its group's prototypes.
 
-    MoCoOp's grouped text supervision (seed_methods 1.b), after LASP's text-to-text loss.
+    MoCoOp's grouped text supervision (official losses.py 87-108), after LASP's text-to-text loss.
 
     Args:
         expert_text_features: ``[G, C, D]`` features of the learned prompts, unit length.

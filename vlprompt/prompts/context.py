@@ -55,7 +55,7 @@ def context_layout(
     *,
     class_specific: bool = False,
 ) -> TokenLayout:
-    """Return the layout of ``length`` context vectors and ``NAME.`` after CoOp's prompt assembly (prompt_learners 1.5).
+    """Return the layout of ``length`` context vectors and ``NAME.`` as in CoOp's trainers/coop.py, lines 72-182.
 
     The prompt ``placeholder + " NAME."`` is tokenised whole; its first ``length`` tokens become context slots, which
     then stand before (end), around (middle, ``length // 2`` before) or behind (front) the tokens of the bare name.

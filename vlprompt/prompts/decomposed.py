@@ -3,7 +3,7 @@
 DePT (Decomposed Prompt Tuning, Shi and Lipani, ICLR 2024; arXiv 2309.05173) replaces a long prompt by a short one and a
 low-rank pair ``A B`` that is added to the input's embeddings. EPT (Lan et al., AAAI 2025; arXiv 2405.11464) also lets
 the short prompt absorb what the pair has learned, and re-weights it in several subspaces. Both were published for
-language models. What is here are reconstructions on CLIP's text tower (seed_methods 11.1, 11.2), and EPT's papers give
+language models. What is here are reconstructions on CLIP's text tower, and EPT's papers give
 no equations: nothing here reproduces published numbers.
 
 A decomposition owns its tensors and knows no method. A method calls ``encode_text`` in place of the tower; that is all.

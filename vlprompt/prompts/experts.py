@@ -17,11 +17,11 @@ Counting = Literal["words", "tokens"]
 
 
 class ExpertContexts(nn.Module):
-    """Vectors ``before[g]`` ``[b_g, W]`` and ``after[g]`` ``[a_g, W]`` of G experts; float32 (seed_methods 1.a).
+    """Vectors ``before[g]`` ``[b_g, W]`` and ``after[g]`` ``[a_g, W]`` of G experts, float32 (MoCoOp: moe.py 135-179).
 
     ``counting`` says how long an expert's parts are. ``words``, the official rule, counts by spaces, and therefore lets
     a text behind the name claim the period or the pooled end-of-text token, and a doubled space claim the first token
-    of the name (seed_methods 1.d, 3 and 4). ``tokens`` counts byte-pair tokens and leaves those alone (1.f).
+    of the name (moe.py 161, 211). ``tokens`` counts byte-pair tokens and leaves those alone.
 
     Args:
         tower: The text tower whose word embeddings start the vectors.

@@ -17,7 +17,7 @@ Shape = Literal["border", "fixed_patch", "random_patch"]
 
 
 class PixelPrompt(nn.Module):
-    """Pixels that are added to normalised images of side S, standard normal at the start (test_time_and_cache 9.1).
+    """Pixels that are added to normalised images of side S, standard normal at the start (VP: models/prompters.py).
 
     ``border``: ``up`` and ``down`` ``[3, p, S]``, ``left`` and ``right`` ``[3, S - 2p, p]``. Patches: ``patch``
     ``[3, p, p]``, at the top left, or at one place for the whole batch that every training step draws anew.

@@ -13,7 +13,7 @@ from vlprompt.prompts.context import TextContext
 
 
 class UnifiedPrompts(nn.Module):
-    """``context.ctx`` ``[M, W]`` and ``visual`` ``[J, V, W]``, projected together (seed_methods 4.a, 4.b).
+    """``context.ctx`` ``[M, W]`` and ``visual`` ``[J, V, W]``, projected together (MVLPT: trainers/mvlpt.py 376-414).
 
     ``text_pre`` and ``image_pre`` bring both to the width of ``block``, one of CLIP's transformer blocks with a single
     head, ``text_post`` and ``image_post`` bring them back; where a tower has that width already these four learn

@@ -36,7 +36,7 @@ def _printable(name: object) -> bool:
 
 
 def words_of(name: str) -> str:
-    """Return a class name as it stands in a prompt: underscores become spaces (prompt_learners 1.5)."""
+    """Return a class name as it stands in a prompt: underscores become spaces (CoOp: trainers/coop.py 103)."""
     return name.replace("_", " ")
 
 

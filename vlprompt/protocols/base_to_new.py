@@ -1,9 +1,9 @@
 """The base-to-new protocol: train on the first half of the classes, test on both halves, over several seeds.
 
 Accuracies are averaged over seeds first and the harmonic mean is taken of the averages, as the published tables do
-(datasets.md 3); the spread is the population standard deviation. Over several data sets it is the same once more: the
-average of the data sets' means, and the harmonic mean of these averages; the mean of the data sets' own harmonic means
-is another number, kept and shown under its own name. Counts stay exact until the last step.
+(MaPLe, PromptSRC); the spread is the population standard deviation. Over several data sets it is the same once more:
+the average of the data sets' means, and the harmonic mean of these averages; the mean of the data sets' own harmonic
+means is another number, kept and shown under its own name. Counts stay exact until the last step.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """One source, many targets: cross-dataset transfer, and ImageNet's variants as domains.
 
 One source model per seed is trained; its head is tested on every target with the target's own class names, prompts
-built anew for them and nothing masked (datasets.md 1.5), and with the target's own template where the settings leave it
-open. The mean is over the targets alone; the spread over seeds is the population standard deviation. What a target
-gave is kept beside the run, under a name made from all that it depends on, so that it is tested once.
+built anew for them and nothing masked (CoOp: datasets/imagenet_a.py 32-46), and with the target's own template where
+the settings leave it open. The mean is over the targets alone; the spread over seeds is the population standard
+deviation. What a target gave is kept beside the run, under a name made from all that it depends on, so that it is
+tested once.
 """
 
 from __future__ import annotations

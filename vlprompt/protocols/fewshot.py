@@ -1,6 +1,6 @@
 """The few-shot protocol: all classes, several numbers of shots, several seeds; accuracy per data set and shot.
 
-Accuracies are averaged over seeds; the average over data sets counts every set once, whatever its size (datasets.md 3).
+Accuracies are averaged over seeds; the average over data sets counts every set once, whatever its size.
 The spread is the population standard deviation, over seeds for a data set and over data sets for the average.
 """
 

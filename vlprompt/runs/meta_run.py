@@ -40,7 +40,7 @@ from vlprompt.runs.session import configured_backbone, load_parts
 
 SCHEMA = 1
 CLUSTERS, INSPECTION = "clusters.safetensors", "inspect.html"
-RECONSTRUCTION = "GRAM-R, a reconstruction: the method section of arXiv 2303.06571 is not available (seed_methods 3)"
+RECONSTRUCTION = "GRAM-R, a reconstruction: the method section of arXiv 2303.06571 is not available"
 
 
 class MetaSession:
