@@ -152,6 +152,15 @@ def test_importing_is_light() -> None:
     assert imported_by(code) == set()
 
 
+def test_help_imports_no_command() -> None:
+    code = "import sys; from vlprompt.cli.main import main; main(['--help']); print(*sys.modules)"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=True, timeout=120)
+    modules = {name for name in done.stdout.splitlines()[-1].split() if name.startswith("vlprompt.")}
+    assert modules == {f"vlprompt.{name}" for name in ("_dist", "_lazy", "cli", "cli.main", "errors", "version")}
+
+
 def test_data_come_without_torch() -> None:
     assert "torch" not in imported_by("import vlprompt.datasets.catalogue; vlprompt.datasets.catalogue.list_datasets()")
 

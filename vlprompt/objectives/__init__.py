@@ -18,6 +18,10 @@ from vlprompt.objectives.base import (
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
+# Importing the package imports every file in it, which enrols the objectives.
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
 __all__ = [
     "Objective",
     "Step",
