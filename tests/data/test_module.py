@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from tests.fixtures.processes import in_group
 from vlprompt.data import FewShotData
 from vlprompt.data.tally import tally
 from vlprompt.datasets import FewShotTask
@@ -357,14 +356,6 @@ class Recorder(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def _rank(rank: int, port: int, task: FewShotTask, preprocess: Any, batch_size: int, results: Any) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK="0", LOCAL_RANK=str(rank), WORLD_SIZE="2"
-    )
-    results.put((rank, _fit_and_test(task, preprocess, batch_size, 2)))
-
-
 def _fit_and_test(task: FewShotTask, preprocess: Any, batch_size: int, devices: int) -> dict[str, list[Any]]:
     settings: dict[str, Any] = {"strategy": "ddp", "devices": 2} if devices == 2 else {"devices": 1}
     trainer = pl.Trainer(
@@ -393,18 +384,7 @@ def test_lightning_on_two_processes(
     task = dataclasses.replace(task, test=task.test[:tests])
     ids = sorted(spoil(task, "train", *bad)) + sorted(spoil(task, "test", *bad))
     single = _fit_and_test(task, preprocess, batch_size, 1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    arguments = (port, task, preprocess, batch_size, results)
-    workers = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    seen = dict(results.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join(30)
+    seen = in_group(2, _fit_and_test, task, preprocess, batch_size, 2)
     for step, (number, indices) in enumerate(single["train"]):
         assert seen[0]["train"][step][0] == seen[1]["train"][step][0] == number
         assert seen[0]["train"][step][1] + seen[1]["train"][step][1] == indices

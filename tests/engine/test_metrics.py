@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from fractions import Fraction
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fixtures.processes import in_group
 from vlprompt.engine.metrics import (
     METRICS,
     MulticlassScores,
@@ -119,51 +117,27 @@ def test_a_recall_of_exactly_three_tenths_counts() -> None:
     assert float(eleven_point(ranks, positive)) == pytest.approx((4 * 1 + 7 * rest) / 11)
 
 
-SCRIPT = """
-import json, sys
-import torch, torch.distributed as dist, torch.multiprocessing as mp
-from vlprompt.engine.metrics import MulticlassScores, MultilabelScores
-
-def work(rank, port, uneven):
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    logits = torch.tensor([[4.0, 2.0], [3.0, 1.5], [1.0, 1.4], [0.0, 1.3]])
-    labels = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
-    rows = [slice(0, 3), slice(3, 4)][rank] if uneven else [slice(0, 4), slice(4, 4)][rank]
+def score_a_share(shares: list[slice]) -> list[dict[str, Any]]:
+    """Score this process's share of the images by both kinds of labels; return values, values and counts per class."""
+    dist.init_process_group("gloo")
+    rows = shares[dist.get_rank()]
     multilabel, multiclass = MultilabelScores(2), MulticlassScores(2)
-    if len(logits[rows]):
-        multilabel.update(logits[rows], labels[rows])
-        multiclass.update(logits[rows], labels[rows, 0].long())
-    values = {name: float(value) for name, value in multilabel.score()[0].items()}
-    scores, per_class = multiclass.score()
-    print("SCORES " + json.dumps([values, {n: float(v) for n, v in scores.items()}, per_class]), flush=True)
-    dist.destroy_process_group()
-
-if __name__ == "__main__":
-    import socket
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, sys.argv[1] == "uneven"), nprocs=2)
-"""
+    if len(LOGITS[rows]):
+        multilabel.update(LOGITS[rows], LABELS[rows])
+        multiclass.update(LOGITS[rows], LABELS[rows, 0].long())
+    (values, _), (counts, per_class) = multilabel.score(), multiclass.score()
+    return [*({name: float(value) for name, value in scores.items()} for scores in (values, counts)), per_class]
 
 
-@pytest.mark.parametrize("shared", ["uneven", "one process has all"])
-def test_two_processes_measure_the_same_as_one(shared: str, tmp_path: Path) -> None:
-    script = tmp_path / "two.py"
-    script.write_text(SCRIPT)
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, str(script), shared], cwd=root, capture_output=True, text=True, timeout=180,
-        env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
-    results = [
-        json.loads(line.removeprefix("SCORES ")) for line in done.stdout.splitlines() if line.startswith("SCORES ")
-    ]
-    assert len(results) == 2 and results[0] == results[1], done.stderr
-    values, scores, per_class = results[0]
+@pytest.mark.parametrize("shares", [[slice(0, 3), slice(3, 4)], [slice(0, 4), slice(4, 4)]], ids=["uneven", "all"])
+def test_two_processes_measure_the_same_as_one(shares: list[slice]) -> None:
+    first, second = in_group(2, score_a_share, shares)
+    assert first == second
+    values, scores, per_class = first
     assert values == pytest.approx(EXPECTED, rel=1e-6)
-    assert per_class == {"correct": [1, 0], "total": [2, 2]} or scores["total"] == 4
-    assert scores["correct"] == sum(per_class["correct"])
+    # The guesses are 0, 0, 1, 1; the labels 1, 0, 1, 0.
+    assert per_class == {"correct": [1, 1], "total": [2, 2]}
+    assert (scores["correct"], scores["total"]) == (2, 4)
 
 
 # -- one label per image --------------------------------------------------------------------------------------------

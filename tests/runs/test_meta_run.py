@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.fixtures.processes import in_group, killed
 from vlprompt.backbone import load_backbone
 from vlprompt.cli.main import main
 from vlprompt.config.keys import to_yaml
@@ -71,6 +70,18 @@ def same(one: Path, two: Path) -> None:
     assert all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
+def on_two_processes(config: Any, output: Path) -> Any:
+    return dataclasses.replace(config, output=str(output), trainer=dataclasses.replace(config.trainer, devices=2))
+
+
+def train_silently(config: RunConfig | MetaRunConfig) -> None:
+    """Train, and return nothing: what is compared lies in the run's folder."""
+    if isinstance(config, RunConfig):
+        run(config)
+    else:
+        meta_train(config)
+
+
 @pytest.fixture(scope="session")
 def learned(tmp_path_factory: pytest.TempPathFactory, cache: Any) -> Path:
     """The folder of a finished meta-training of CoOp."""
@@ -80,6 +91,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory, cache: Any) -> Path:
     return folder
 
 
+@pytest.mark.covering(rows="method")
 @pytest.mark.parametrize("method", [name for name in HOSTS if name != "coop"])
 @pytest.mark.parametrize("order", ["first", "second"])
 def test_every_host_by_the_same_code(method: str, order: str, tmp_path: Path, tiny: Tiny) -> None:
@@ -141,18 +153,10 @@ def test_regulated_training_in_mixed_precision(learned: Path, tiny: Tiny) -> Non
     assert done.results["results"]["all"]["total"] == 13
 
 
-@pytest.mark.slow
-def test_regulated_training_on_two_processes(learned: Path, tiny: Tiny, tmp_path: Path, command: Command) -> None:
+def test_regulated_training_on_two_processes(learned: Path, tiny: Tiny, tmp_path: Path) -> None:
     wanted = tiny(init=f"gram:{learned}", epochs=2, lr=0.1, batch_size=4)
     one = run(wanted)
-    shared = dataclasses.replace(
-        wanted, output=str(tmp_path / "two"), trainer=dataclasses.replace(wanted.trainer, devices=2)
-    )
-    path = tmp_path / "host.yaml"
-    path.write_text(to_yaml(shared))
-    process = command("tools/train.py", "--config", str(path))
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
+    in_group(2, train_silently, on_two_processes(wanted, tmp_path / "two"))
     two = next((tmp_path / "two").rglob("head.safetensors"))
     a, b = (load_file(file)["learnable.prompt.ctx"] for file in (one.head_dir / "head.safetensors", two))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -249,46 +253,39 @@ def test_meta_eval_prints_all_starts(
     assert main(["meta-eval", str(learned), "--shots", "1"]) == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["coop", "ivlp"])
-def test_killed_and_resumed_bit_for_bit(method: str, tmp_path: Path, command: Command) -> None:
-    config = meta_config(tmp_path / "whole", method, steps=24, save_every=2)
+def test_killed_and_resumed_bit_for_bit(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = meta_config(tmp_path / "whole", method, steps=6, tasks_per_step=1, save_every=2)
     whole, _ = meta_train(config)
     broken = dataclasses.replace(config, output=str(tmp_path / "broken"))
+    folder = meta_folder(broken)
     path = tmp_path / "meta.yaml"
     path.write_text(to_yaml(broken))
-    folder = meta_folder(broken)
-    for lines in (1, 6):
-        process, deadline = command("tools/meta_train.py", "--config", str(path)), time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            metrics = folder / "metrics.jsonl"
-            if metrics.is_file() and metrics.read_text().count("\n") >= lines:
-                break
-            time.sleep(0.002)
-        process.kill()
-        _, errors = process.communicate()
-        assert process.returncode == -signal.SIGKILL, errors
+    words = ["meta-train", "--config", str(path)]
+    # Before the first checkpoint, after the second, and with everything but the results.
+    for point in (("before", "last.ckpt", 1), ("after", "last.ckpt", 2), ("before", "results.json", 1)):
+        killed(lambda: main(words), *point)
         assert not (folder / "results.json").exists()
-    process = command("tools/meta_train.py", "--config", str(path))
-    output, errors = process.communicate(timeout=180)
-    assert process.returncode == 0, errors
-    assert f"--init gram:{folder}" in output
+    assert main(words) == 0
+    assert f"--init gram:{folder}" in capsys.readouterr().out
     same(folder, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.covering(rows="method")
 @pytest.mark.parametrize("method", ["coop", "ivlp"])
-def test_two_processes_learn_the_same(method: str, tmp_path: Path, command: Command) -> None:
+@pytest.mark.parametrize("start", ["forked", "command"])
+def test_two_processes_learn_the_same(method: str, start: str, tmp_path: Path, command: Command) -> None:
     config = meta_config(tmp_path / "one", method, steps=4, tasks_per_step=4)
     one, _ = meta_train(config)
-    shared = dataclasses.replace(
-        config, output=str(tmp_path / "two"), trainer=dataclasses.replace(config.trainer, devices=2)
-    )
-    path = tmp_path / "meta.yaml"
-    path.write_text(to_yaml(shared))
-    process = command("tools/meta_train.py", "--config", str(path))
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
+    shared = on_two_processes(config, tmp_path / "two")
+    if start == "forked":
+        in_group(2, train_silently, shared)
+    else:
+        path = tmp_path / "meta.yaml"
+        path.write_text(to_yaml(shared))
+        process = command("tools/meta_train.py", "--config", str(path))
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
     (lines, tensors), (other_lines, others) = outcome(one), outcome(meta_folder(shared))
     for a, b in zip(lines["lines"], other_lines["lines"], strict=True):
         assert a.keys() == b.keys() and all(a[name] == pytest.approx(b[name], rel=1e-5) for name in a)

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 import vlprompt
+from tests.fixtures.runs import tiny_run
 from vlprompt.cli.parse import parse_run
 from vlprompt.config.run import RunConfig
 from vlprompt.datasets import load_dataset
@@ -42,10 +44,21 @@ def stamps(folder: Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != "config.yaml"}
 
 
-@pytest.fixture
-def finished(tiny: Tiny) -> tuple[RunConfig, Run]:
-    config = tiny("mocoop", classes="base", epochs=3, lr=0.1)
+@pytest.fixture(scope="module")
+def trained(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Run]:
+    """A finished run, which tests copy."""
+    config = tiny_run(image_folder, tmp_path_factory.mktemp("trained"), "mocoop", classes="base", epochs=3, lr=0.1)
     return config, run(config)
+
+
+@pytest.fixture
+def finished(trained: tuple[RunConfig, Run], tmp_path: Path) -> tuple[RunConfig, Run]:
+    """A finished run of the test's own."""
+    config, done = trained
+    output = tmp_path / "runs"
+    shutil.copytree(config.output, output)
+    folder = output / done.folder.relative_to(config.output)
+    return replace(config, output=str(output)), replace(done, folder=folder)
 
 
 def test_folder_holds_what_is_promised(finished: tuple[RunConfig, Run], tmp_path: Path) -> None:
