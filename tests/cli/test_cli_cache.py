@@ -34,7 +34,8 @@ def test_list(store: FeatureStore, capsys: pytest.CaptureFixture[str]) -> None:
         ["dtd", "test", "f" * 12, "center"],
     ]
     assert "random, seed 1, epoch 7" in lines[1] and "250x64" in lines[1] and "64.4 kB" in lines[1]
-    assert time.strftime("%Y-%m-%d", time.localtime(time.time() - 86_400)) in lines[1]
+    newest = max(path.stat().st_mtime for path in store.folder.rglob("*.safetensors"))
+    assert time.strftime("%Y-%m-%d", time.localtime(newest)) in lines[1]
     assert lines[3] == f"2 files, 128.9 kB, in {store.folder}"
 
 

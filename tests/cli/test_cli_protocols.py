@@ -11,36 +11,24 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.fixtures.stubs import Calls, stub
 from vlprompt.cli.main import main
 from vlprompt.cli.parse import parse_run
 from vlprompt.config.keys import to_yaml
 from vlprompt.protocols import compare as comparing
-from vlprompt.protocols import protocols
-from vlprompt.protocols import search as searching
 from vlprompt.protocols.protocol_files import find_protocol, protocol_folder
 from vlprompt.protocols.protocols import Overrides
-from vlprompt.runs import run as running
-
-Calls = list[tuple[str, Any]]
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     """Stands in for what the commands call: notes name and arguments, returns small results."""
     noted: Calls = []
-
-    def stub(module: Any, name: str, result: Any) -> None:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            noted.append((name, (*args, kwargs)))
-            return result
-
-        monkeypatch.setattr(module, name, call)
-
     found = SimpleNamespace(
         folder=Path("runs/search-1"), run=SimpleNamespace(folder=Path("runs/toy")), table=lambda: "T"
     )
-    stub(protocols, "run_protocol", ({}, "the table"))
-    stub(searching, "search", found)
+    stub(monkeypatch, "vlprompt.protocols.protocols", "run_protocol", ({}, "the table"), noted)
+    stub(monkeypatch, "vlprompt.protocols.search", "search", found, noted)
     monkeypatch.chdir(tmp_path)
     return noted
 
@@ -218,7 +206,7 @@ def test_eval_says_the_headline_and_what_else_was_measured(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(running, "evaluate_head", lambda *_: scores)
+    stub(monkeypatch, "vlprompt.runs.run", "evaluate_head", scores)
     (tmp_path / "run" / "head").mkdir(parents=True)
     (tmp_path / "run" / "head" / "config.json").write_text("{}")
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(parse_run(["--config", "coop/demo"])))

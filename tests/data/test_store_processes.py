@@ -24,14 +24,16 @@ from vlprompt.data.features import lock_of, read_entry
 KEY = {"dataset": "toy", "n": 3}
 
 
-def _read(folder: str, log: str, start: Any, results: Any) -> None:
+def _read(folder: str, log: str, start: Any, asked: Any, results: Any) -> None:
     def compute() -> torch.Tensor:
         with open(log, "a") as file:
             file.write("computed\n")
-        time.sleep(0.3)
+        for _ in range(3):  # until all three readers ask for the entry; a second computation waits in vain
+            asked.acquire(timeout=5)
         return torch.ones(4, 3)
 
     start.wait()
+    asked.release()
     results.put(torch.equal(FeatureStore(folder).get(KEY, compute), torch.ones(4, 3)))
 
 
@@ -39,11 +41,11 @@ def _read(folder: str, log: str, start: Any, results: Any) -> None:
 def test_concurrent_readers_compute_once(kind: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
     context: Any = multiprocessing.get_context("fork")
-    start, results = context.Barrier(3), context.Queue()
+    start, asked, results = context.Barrier(3), context.Semaphore(0), context.Queue()
     make: Any = context.Process if kind == "processes" else threading.Thread
     if kind == "threads":
-        start = threading.Barrier(3)
-    readers = [make(target=_read, args=(str(tmp_path / "store"), str(log), start, results)) for _ in range(3)]
+        start, asked = threading.Barrier(3), threading.Semaphore(0)  # type: ignore[assignment]
+    readers = [make(target=_read, args=(str(tmp_path / "store"), str(log), start, asked, results)) for _ in range(3)]
     for reader in readers:
         reader.start()
     assert [results.get(timeout=60) for _ in readers] == [True] * 3

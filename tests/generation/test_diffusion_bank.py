@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import signal
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.fixtures.processes import die
 from vlprompt.datasets import FileSource, Sample, ZipSource
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.generation import DiffusionBank, GenerationSettings, Recipe, content_sha256, open_bank
@@ -171,20 +170,20 @@ def test_too_few_pictures_name_image_pipeline_and_command(bank: DiffusionBank, s
     assert f"vlprompt bank --bank {bank.folder.parent} --count 63 --pipeline p --data.name NAME" in text
 
 
-class Slow(Painter):
+class Killed(Painter):
+    """Kills its process while it makes pictures, with some kept and some not."""
+
     def make(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image | None]:
-        time.sleep(0.05)
-        return super().make(images, seeds)
+        made = super().make(images, seeds)
+        if self.pictures > 40:
+            die()
+        return made
 
 
 def test_a_killed_bank_goes_on(bank: DiffusionBank, samples: list[Sample], tmp_path: Path) -> None:
-    process = multiprocessing.get_context("fork").Process(target=fill, args=(bank, Slow(), samples, 30, 2))
+    process = multiprocessing.get_context("fork").Process(target=fill, args=(bank, Killed(), samples, 30, 2))
     process.start()
-    deadline = time.monotonic() + 60
-    while len(files(bank)) < 40 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(process.pid or 0, signal.SIGKILL)
-    process.join(30)
+    process.join(60)
     assert process.exitcode == -signal.SIGKILL
     home = bank.path(content_sha256(samples[1].source), 0).parent
     (home / ".writing-1-abcdef01.tmp").write_bytes(b"half")

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 BENCH = Path(__file__).parents[2] / "bench" / "meta.py"
 
 
@@ -20,4 +18,4 @@ def test_both_orders_are_compared_with_a_plain_training_step() -> None:
     assert (row["method"], row["tasks"], row["pairs"]) == ("coop", 2, 3)
     for kind in ("own", "first", "second"):
         assert row[kind]["seconds"] > 0 and row[kind]["megabytes"] > 100
-    assert row["ratio_second"] == pytest.approx(row["second"]["seconds"] / 2 / row["own"]["seconds"])
+    assert f"x{row['ratio_second']:.1f} " in done.stdout.splitlines()[-2]  # the table and the JSON have the same ratio

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,13 +29,12 @@ def test_demo(method: str, tmp_path: Path) -> None:
     found = lines_of(text)
     assert "demo" in found["backbone"] and "50 classes (base), 800 training and 450 test images" in found["data"]
     assert "note:" not in text and not (tmp_path / "out").exists()
-    if method == "zeroshot":
-        assert found["parameters"] == "none" and "steps" not in found
-        return
-    epochs = config.recipe.epochs
-    assert found["steps"] == f"25 per epoch x {epochs} epochs = {25 * epochs} updates"
-    assert "GiB" in found["memory"] and "tokens a step (packed)" in found["text"]
-    assert found["logits"].startswith("[32, 50]")
+    assert (found["parameters"] == "none") == ("steps" not in found) == (method == "zeroshot")
+    if method != "zeroshot":
+        epochs = config.recipe.epochs
+        assert found["steps"] == f"25 per epoch x {epochs} epochs = {25 * epochs} updates"
+        assert "GiB" in found["memory"] and "tokens a step (packed)" in found["text"]
+        assert found["logits"].startswith("[32, 50]")
 
 
 def test_numbers_are_the_run_s_own(tiny: Tiny) -> None:
@@ -89,18 +87,14 @@ def test_own_folder_that_is_not_there(tiny: Tiny, tmp_path: Path) -> None:
 
 def test_imagenet_without_images_and_weights(tmp_path: Path, command: Command) -> None:
     nothing = {"VLPROMPT_CACHE": str(tmp_path), "VLPROMPT_DATA": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
-    started = time.monotonic()
     process = command("tools/train.py", "--config", "configs/mocoop/imagenet.yaml", "--dry-run", **nothing)
     output, errors = process.communicate(timeout=120)
-    seconds = time.monotonic() - started
-    print(f"{seconds:.1f} s")
     assert process.returncode == 0, errors
     found = lines_of(output)
     assert "500 classes (base), 8000 training" in found["data"]
     assert found["steps"] == "8000 per epoch x 10 epochs = 80000 updates"
     assert "note: no images: " in output and "note: no weights, random ones stand in: " in output
     assert len(output.splitlines()) <= 40 and not list(tmp_path.rglob("*.safetensors"))
-    assert seconds < 60  # 20 on a machine that does nothing else
 
 
 def test_imagenet_as_typed(tmp_path: Path, command: Command) -> None:
