@@ -19,7 +19,7 @@ from vlprompt.prompts import ExpertContexts, context_layout, template_layout
 
 FLOAT32, FLOAT64 = 1e-5, 1e-10
 bounded = settings(
-    max_examples=15,
+    max_examples=10,
     deadline=None,
     derandomize=True,  # the same examples on every machine and run
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],

@@ -62,6 +62,7 @@ def layouts(text: Any) -> dict[str, tuple[TokenLayout, Tensor]]:
     return cases
 
 
+@pytest.mark.covering(rows="reach")
 @pytest.mark.parametrize("reach", REACHES)
 def test_packed_and_cut_and_chunked_equal_padded(text: Any, reach: Any) -> None:
     chunked = copy.copy(text)

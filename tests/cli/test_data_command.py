@@ -41,6 +41,7 @@ def caltech(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.covering(every=3)
 @pytest.mark.parametrize("row", sorted(GOLDEN["rows"]))
 def test_published_shots(row: str, caltech: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seed, shots = ("".join(c for c in word if c.isdigit()) for word in row.split("_"))

@@ -96,7 +96,7 @@ def test_published_index_files_are_imported(tmp_path: Path) -> None:
 
 
 @given(st.one_of(st.binary(max_size=80), st.text(max_size=60).map(str.encode)))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_arbitrary_lists_give_our_error_only(exported: Path, tail: bytes) -> None:
     path = exported.with_name("other.jsonl")
     for content in (tail, exported.read_bytes().split(b"\n")[0] + b"\n" + tail):

@@ -127,6 +127,7 @@ class Outer:
             return task_loss(self.query, moved, self.query_inputs, self.labels, self.kind)
 
 
+@pytest.mark.covering(rows="name", every=2)
 @pytest.mark.parametrize("order", ["first", "second"])
 @pytest.mark.parametrize(
     ("name", "kind", "regulator", "steps"),
