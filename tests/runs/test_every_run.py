@@ -111,7 +111,7 @@ class Loss(torch.nn.Module):
 
 
 #: Each step draws anew, so what is drawn is off.
-NOT_DRAWN: dict[str, dict[str, Any]] = {"clip_lora": {"dropout": 0.0}, "ramt": {"gradient_dropout": False}}
+NOT_DRAWN: dict[str, dict[str, Any]] = {"clip_lora": {"dropout": 0.0}, "ramt": {"gradient_dropout": None}}
 
 
 def worst_gradients(backbone: Backbone) -> dict[str, float]:
