@@ -19,7 +19,7 @@ from tests.fixtures.processes import die
 from vlprompt.datasets import FileSource, Sample, ZipSource
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.generation import DiffusionBank, GenerationSettings, Recipe, content_sha256, open_bank
-from vlprompt.generation.bank import make_bank
+from vlprompt.generation.bank import create_bank
 from vlprompt.generation.making import ATTEMPTS, Progress, fill
 
 FACTS: dict[str, Any] = {"format": "png", "seed": 0, "call": {"guidance_scale": 3.0}}
@@ -36,7 +36,7 @@ class Painter:
     def pictures(self) -> int:
         return sum(self.batches)
 
-    def make(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image | None]:
+    def generate(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image | None]:
         self.batches.append(len(images))
         found: list[Image.Image | None] = []
         for image, seed in zip(images, seeds, strict=True):
@@ -56,7 +56,7 @@ def samples(tmp_path: Path, paint: Callable[..., Path]) -> list[Sample]:
 
 @pytest.fixture
 def bank(tmp_path: Path) -> DiffusionBank:
-    return make_bank(tmp_path / "bank", Recipe(FACTS, {"options": "--pipeline p"}))
+    return create_bank(tmp_path / "bank", Recipe(FACTS, {"options": "--pipeline p"}))
 
 
 def files(bank: DiffusionBank) -> dict[str, tuple[bytes, int]]:
@@ -87,7 +87,7 @@ def test_filled_once(bank: DiffusionBank, samples: list[Sample]) -> None:
 
 
 def test_batches_do_not_change_pictures(bank: DiffusionBank, samples: list[Sample], tmp_path: Path) -> None:
-    other = make_bank(tmp_path / "other", bank.recipe)
+    other = create_bank(tmp_path / "other", bank.recipe)
     fill(bank, Painter(), samples, 5, 3)
     fill(other, Painter(), samples[::-1], 5, 7)
     assert {name: data for name, (data, _) in files(bank).items()} == {
@@ -149,7 +149,9 @@ def test_damage_is_found_and_remade(damage: str, bank: DiffusionBank, samples: l
         record.unlink()
     elif damage == "gone":
         path.unlink()
-    with pytest.raises(DataError, match=r"(damaged or gone|0 of the 3 pictures of .*1.png).*vlprompt bank --bank"):
+    with pytest.raises(
+        DataError, match=r"(damaged or missing|0 of the 3 generated images of .*1.png).*vlprompt bank --bank"
+    ):
         bank.images(samples[1].source, 3)
     assert len(bank.images(samples[0].source, 3)) == 3
     painter = Painter()
@@ -166,18 +168,18 @@ def test_too_few_pictures_name_image_pipeline_and_command(bank: DiffusionBank, s
     with pytest.raises(DataError) as caught:
         bank.images(samples[0].source, 63)
     text = str(caught.value)
-    assert "has 2 of the 63 pictures of" in text and "0.png" in text
+    assert "has 2 of the 63 generated images of" in text and "0.png" in text
     assert f"vlprompt bank --bank {bank.folder.parent} --count 63 --pipeline p --data.name NAME" in text
 
 
 class Killed(Painter):
-    """Kills its process while it makes pictures, with some kept and some not."""
+    """Kills its process while it generates images, with some of them stored."""
 
-    def make(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image | None]:
-        made = super().make(images, seeds)
+    def generate(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image | None]:
+        generated = super().generate(images, seeds)
         if self.pictures > 40:
             die()
-        return made
+        return generated
 
 
 def test_a_killed_bank_goes_on(bank: DiffusionBank, samples: list[Sample], tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_a_killed_bank_goes_on(bank: DiffusionBank, samples: list[Sample], tmp_p
     assert filled.found == len(finished) and painter.pictures == 120 - len(finished)
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items()), "finished ones were not redone"
     assert not list(bank.folder.rglob("*.tmp"))
-    whole = make_bank(tmp_path / "whole", bank.recipe)
+    whole = create_bank(tmp_path / "whole", bank.recipe)
     fill(whole, Painter(), samples, 30, 8)
     assert {name: data for name, (data, _) in files(bank).items()} == {n: data for n, (data, _) in files(whole).items()}
 
@@ -221,7 +223,7 @@ def test_flagged_pictures_are_drawn_again(bank: DiffusionBank, samples: list[Sam
     fill(bank, painter, samples[:1], 4, 4)
     assert painter.batches == [4, 4, 1], "all four, all four again, and the one of these that was flagged"
     assert len(set(pixels(bank.images(samples[0].source, 4)))) == 4
-    with pytest.raises(DataError, match=r"flags every picture of 1.png .*--safety-checker off"):
+    with pytest.raises(DataError, match=r"flags every generated image of 1.png .*--safety-checker off"):
         fill(bank, Painter(flagged=4 * ATTEMPTS + 4), samples[1:2], 4, 4)
 
 
@@ -240,11 +242,11 @@ def test_unreadable_images(bank: DiffusionBank, samples: list[Sample]) -> None:
 def test_open_bank(bank: DiffusionBank, tmp_path: Path) -> None:
     for path in (bank.folder, bank.folder.parent):
         assert open_bank(path).recipe_id == bank.recipe_id
-    with pytest.raises(ConfigError, match=r"data.bank '.*none' is no folder. Make them: .*vlprompt bank"):
+    with pytest.raises(ConfigError, match=r"data.bank '.*none' is not a folder. Generate them: .*vlprompt bank"):
         open_bank(tmp_path / "none")
-    with pytest.raises(ConfigError, match="holds no generated pictures"):
+    with pytest.raises(ConfigError, match="has no generated images"):
         open_bank(tmp_path)
-    other = make_bank(tmp_path / "bank", Recipe({**FACTS, "seed": 1}, {"options": "--seed 1"}))
+    other = create_bank(tmp_path / "bank", Recipe({**FACTS, "seed": 1}, {"options": "--seed 1"}))
     with pytest.raises(ConfigError, match=rf"several recipes. Give one of:(.|\n)*{other.folder.name}: --seed 1"):
         open_bank(bank.folder.parent)
     text = (bank.folder / "recipe.json").read_text()
@@ -260,17 +262,17 @@ def test_open_bank(bank: DiffusionBank, tmp_path: Path) -> None:
 def test_a_bank_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written to .*--bank FOLDER"):
-        make_bank(tmp_path / "file", Recipe(FACTS))
+        create_bank(tmp_path / "file", Recipe(FACTS))
 
 
 @pytest.mark.parametrize(("kind", "lossless"), [("png", True), ("webp", True), ("jpeg", False)])
 def test_formats(kind: str, lossless: bool, samples: list[Sample], tmp_path: Path) -> None:
-    bank = make_bank(tmp_path / kind, Recipe({**FACTS, "format": kind}))
+    bank = create_bank(tmp_path / kind, Recipe({**FACTS, "format": kind}))
     fill(bank, Painter(), samples[:1], 1, 1)
     image = content_sha256(samples[0].source)
     assert bank.path(image, 0).suffix == f".{kind}" and bank.path(image, 0).is_file()
     (found,) = bank.images(samples[0].source, 1)
-    (made,) = Painter().make([samples[0].source.open()], [bank.recipe.seed_of(image, 0)])
+    (made,) = Painter().generate([samples[0].source.open()], [bank.recipe.seed_of(image, 0)])
     assert made is not None and (found.tobytes() == made.tobytes()) is lossless
 
 

@@ -16,7 +16,7 @@ from vlprompt.cli import bank as cli_bank
 from vlprompt.cli import main as cli
 from vlprompt.cli.bank import time_text
 from vlprompt.generation import open_bank
-from vlprompt.generation.pipeline import PictureMaker
+from vlprompt.generation.pipeline import PipelineGenerator
 
 
 def main(argv: list[str]) -> int:
@@ -49,13 +49,13 @@ def words(pictures: Path, *more: str) -> list[str]:
 
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
-    usual = PictureMaker.make
+    usual = PipelineGenerator.generate
 
-    def counted(self: PictureMaker, images: Any, seeds: Any) -> Any:
+    def counted(self: PipelineGenerator, images: Any, seeds: Any) -> Any:
         sizes.append(len(images))
         return usual(self, images, seeds)
 
-    monkeypatch.setattr(PictureMaker, "make", counted)
+    monkeypatch.setattr(PipelineGenerator, "generate", counted)
     return sizes
 
 

@@ -1,4 +1,4 @@
-"""DiffTPT from a folder of pictures to a table: a bank made by a tiny random pipeline, then runs that look into it."""
+"""DiffTPT from a folder of images to a table: a bank filled by a tiny random pipeline, then runs that use it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Tiny = Callable[..., RunConfig]
 
 @pytest.fixture(scope="module")
 def folder(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bank with two pictures of every test image."""
+    """A bank with two generated images of every test image."""
     place = tmp_path_factory.mktemp("bank")
     words = f"--bank {place} --data.name folder --data.root {image_folder} --pipeline tiny --count 2 --steps 2"
     assert bank(words.split()) == 0
@@ -30,7 +30,7 @@ def configured(tiny: Tiny, folder: Path | None, generated: int) -> RunConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, bank=folder and str(folder)))
 
 
-def test_a_run_looks_into_the_bank(tiny: Tiny, folder: Path) -> None:
+def test_a_run_uses_the_bank(tiny: Tiny, folder: Path) -> None:
     done = run(configured(tiny, folder, 2))
     assert done.results["test_images"] == "test-tuned" and "test-tuned" in done.table()
     assert done.results["config"]["data"]["bank"] == str(folder)
@@ -41,11 +41,11 @@ def test_a_run_looks_into_the_bank(tiny: Tiny, folder: Path) -> None:
 def test_without_a_bank_or_with_too_small_a_one(tiny: Tiny, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`vlprompt bank`.*--settings\.generated 0"):
         run(configured(tiny, None, 2))
-    with pytest.raises(VlpromptError, match="2 of the 3 pictures"):
+    with pytest.raises(VlpromptError, match="2 of the 3 generated images"):
         run(configured(tiny, folder, 3))
     with pytest.raises(VlpromptError, match="nowhere"):
         run(configured(tiny, tmp_path / "nowhere", 2))
 
 
-def test_without_generated_pictures_no_bank_is_needed(tiny: Tiny) -> None:
+def test_without_generated_images_no_bank_is_needed(tiny: Tiny) -> None:
     assert run(configured(tiny, None, 0)).results["results"]

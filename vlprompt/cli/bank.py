@@ -80,21 +80,21 @@ def bank(words: list[str]) -> int:
         texts = list(dict.fromkeys(problems))
         count = "1 problem" if len(texts) == 1 else f"{len(texts)} problems"
         raise ConfigError(f"{count}:\n{bulleted(texts)}\nSee `{TOOL} --help`.")
-    from vlprompt.generation.bank import make_bank
+    from vlprompt.generation.bank import create_bank
     from vlprompt.generation.making import fill
-    from vlprompt.generation.pipeline import load_maker
+    from vlprompt.generation.pipeline import load_generator
     from vlprompt.runs.session import load_task
 
     samples = getattr(load_task(config.data, config.seed), options.split)
     if not samples:
         raise ConfigError(f"--split is {options.split!r}, and {config.data.name} has no such images")
-    maker = load_maker(settings, _device(options.device), offline="offline" in line.flags)
-    kept = make_bank(Path(options.bank), maker.recipe)
+    generator = load_generator(settings, _device(options.device), offline="offline" in line.flags)
+    kept = create_bank(Path(options.bank), generator.recipe)
     images = f"{len(samples):,} {options.split} images of {config.data.name}"
     print(f"{images}, {options.count} pictures each; {kept.folder}")
     skip = config.data.on_bad_image == "skip"
     with _shown() as tell:
-        filled = fill(kept, maker, samples, options.count, options.batch_size, tell, skip=skip)
+        filled = fill(kept, generator, samples, options.count, options.batch_size, tell, skip=skip)
     print(_told(filled))
     print(f"runs take them with: --data.bank {kept.folder}")
     return 0

@@ -56,8 +56,8 @@ def shot_list_text(
 ) -> str:
     """Return the text of the list file of a draw."""
     lines = [
-        json.dumps({"part": part, "path": sample.id, "label": sample.label}, ensure_ascii=False)
-        for part, samples in zip(PARTS, (train, val), strict=True)
+        json.dumps({"part": split, "path": sample.id, "label": sample.label}, ensure_ascii=False)
+        for split, samples in zip(PARTS, (train, val), strict=True)
         for sample in samples
     ]
     header = {
@@ -87,7 +87,7 @@ def read_shot_list(path: Path) -> ShotList:
         report.error("S18", f'the first line is not {{"schema": "{SCHEMA}", ...}}')
         report.stop()
     report.errors("S18", [f"the first line lacks {key!r}" for key in _HEADER if key not in header])
-    rows: dict[str, list[tuple[str, Label]]] = {part: [] for part in PARTS}
+    rows: dict[str, list[tuple[str, Label]]] = {split: [] for split in PARTS}
     for number, line in enumerate(lines[1:], 2):
         row = _object(line)
         label = None if row is None else _label(row.get("label"))
@@ -123,17 +123,17 @@ def use_shot_list(chosen: ShotList, lists: SplitLists, dataset: str, where: Path
         report.stop()
     known = {sample.id: sample for sample in [*lists.val, *lists.train]}
     tested = {sample.id for sample in lists.test}
-    drawn: dict[str, list[Sample]] = {part: [] for part in PARTS}
-    for part, rows in chosen.rows.items():
+    drawn: dict[str, list[Sample]] = {split: [] for split in PARTS}
+    for split, rows in chosen.rows.items():
         for path, label in rows:
             sample = known.get(path)
             if sample is None:
                 kind = "is a test image" if path in tested else "is not in the data set"
-                report.error("S18", f"{part}: {path} {kind}")
+                report.error("S18", f"{split}: {path} {kind}")
             elif sample.label != label:
-                report.error("S18", f"{part}: {path} has label {label}, but {sample.label} in the data set")
+                report.error("S18", f"{split}: {path} has label {label}, but {sample.label} in the data set")
             else:
-                drawn[part].append(sample)
+                drawn[split].append(sample)
     if not drawn["train"]:
         report.error("S18", "it names no training images")
     report.finish()
@@ -155,26 +155,26 @@ def import_published(path: Path, card: Card, root: str | Path | None = None) -> 
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = {
-            part: [(item["impath"], item["label"], item["classname"]) for item in content[part]["data"]]
-            for part in PARTS
+            split: [(item["impath"], item["label"], item["classname"]) for item in content[split]["data"]]
+            for split in PARTS
         }
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         report.error("S01", f"it cannot be read: {type(error).__name__}: {str(error)[:100]}")
         report.stop()
     lists = read_dataset(card, root)
     known = {sample.id: sample for sample in [*lists.val, *lists.train]}
-    drawn: dict[str, list[Sample]] = {part: [] for part in PARTS}
-    for part, items in rows.items():
+    drawn: dict[str, list[Sample]] = {split: [] for split in PARTS}
+    for split, items in rows.items():
         for impath, label, name in items:
             pieces = str(impath).split("/")
             endings = ("/".join(pieces[start:]) for start in range(len(pieces)))
             sample = next((known[ending] for ending in endings if ending in known), None)
             if sample is None:
-                report.error("S18", f"{part}: {str(impath)[:200]} is not a training or validation image of {card.name}")
+                report.error("S18", f"{split}: {str(impath)[:200]} is not a training or validation image")
             elif sample.label != label or lists.class_names[label] != name:
-                report.error("S18", f"{part}: {sample.id} has label {str(label)[:20]}, {str(name)[:60]!r}, there")
+                report.error("S18", f"{split}: {sample.id} has label {str(label)[:20]}, {str(name)[:60]!r}, there")
             else:
-                drawn[part].append(sample)
+                drawn[split].append(sample)
     report.finish()
     shots, seed = _number(path.stem, "shot"), _number(path.stem, "seed")
     return shot_list_text(

@@ -1,6 +1,6 @@
-"""Banks of generated pictures: variations of test images by a diffusion model, made once and kept (DiffTPT).
+"""Banks of generated images: variations of test images by a diffusion model, generated once and stored (DiffTPT).
 
-Reading a bank needs nothing but Pillow; making one needs ``diffusers``, which is loaded then.
+Reading a bank needs Pillow only. Filling a bank needs ``diffusers``, which is imported on use.
 """
 
 from vlprompt.generation.bank import DiffusionBank, content_sha256, open_bank

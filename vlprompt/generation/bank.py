@@ -1,11 +1,11 @@
-"""Generated pictures on disk, found by the content of the image that they were made of.
+"""Banks of generated images on disk, addressed by the content of the source image.
 
     BANK/<recipe id, 16 digits>/recipe.json                the recipe (:mod:`vlprompt.generation.recipe`)
-    BANK/<recipe id>/<2 digits>/<SHA-256>/pictures.json    the SHA-256 of every finished picture of an image
-    BANK/<recipe id>/<2 digits>/<SHA-256>/000.png, ...     the pictures
+    BANK/<recipe id>/<2 digits>/<SHA-256>/pictures.json    SHA-256 of every generated image of a source image
+    BANK/<recipe id>/<2 digits>/<SHA-256>/000.png, ...     the generated images
 
-A picture is written to a temporary name and renamed, then recorded; what is not recorded, or differs from its record,
-is not there. Several processes may read and fill a bank at once.
+An image is written atomically, then recorded; an image without a record, or different from it, counts as missing.
+Several processes may read and fill a bank at once.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ _ENCODERS: Mapping[Format, Mapping[str, object]] = {
 
 
 def content_sha256(source: ImageSource) -> str:
-    """Return the SHA-256 of an image's file, or, where it has none of its own, of its decoded pixels.
+    """Return the SHA-256 of an image file, or of the decoded pixels of an image that is not a file.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: If it cannot be read.
     """
     if isinstance(source, FileSource):
         try:
             return file_checksum(source.path)
         except OSError as error:
             raise DataError(f"Image {source.path} cannot be read: {error.strerror or error}.") from error
-    picture = source.open()
-    return sha256_bytes(f"RGB {picture.width} {picture.height}\n".encode() + picture.tobytes())
+    image = source.open()
+    return sha256_bytes(f"RGB {image.width} {image.height}\n".encode() + image.tobytes())
 
 
 class DiffusionBank:
-    """The pictures that one recipe made.
+    """The generated images of a recipe.
 
     Attributes:
-        folder: Where they are.
-        recipe: How they were made.
+        folder: Folder of the images.
+        recipe: The recipe.
     """
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
@@ -62,124 +62,125 @@ class DiffusionBank:
 
     @property
     def recipe_id(self) -> str:
-        """Hash of the recipe: with the source image, all that a picture depends on."""
+        """Hash of the recipe: everything that a generated image depends on besides its source and number."""
         return self.recipe.id
 
     def images(self, source: ImageSource, count: int) -> list[Image]:
-        """Return the first ``count`` pictures of an image, PIL RGB.
+        """Return the first ``count`` generated images of a source image, PIL RGB.
 
         Raises:
-            DataError: The image cannot be read; there are fewer pictures, or one is damaged; the text says how to
-                make them.
+            DataError: If the source image cannot be read, or generated images are missing or damaged; the text has the
+                command that generates them.
         """
-        image = content_sha256(source)
-        record = self.record(image)
-        lacking = [number for number in range(count) if number not in record]
-        if lacking:
+        digest = content_sha256(source)
+        record = self.record(digest)
+        missing = [number for number in range(count) if number not in record]
+        if missing:
             raise DataError(
-                f"The bank {self.folder} has {count - len(lacking)} of the {count} pictures of {_name(source, image)}. "
-                f"Make the others: {self._command(count)}"
+                f"The bank {self.folder} has {count - len(missing)} of the {count} generated images of "
+                f"{_name(source, digest)}. Generate the others: {self._command(count)}"
             )
-        found = []
+        images = []
         for number in range(count):
-            data = self._sound(image, number, record)
+            data = self._valid(digest, number, record)
+            path = self.path(digest, number)
             if data is None:
                 raise DataError(
-                    f"Picture {self.path(image, number)} is damaged or gone. Make it again: {self._command(count)}"
+                    f"Generated image {path} is damaged or missing. Generate it again: {self._command(count)}"
                 )
-            found.append(decode_rgb(data, str(self.path(image, number))))
-        return found
+            images.append(decode_rgb(data, str(path)))
+        return images
 
-    def missing(self, image: str, count: int) -> tuple[list[int], list[int]]:
-        """Return the numbers below ``count`` of the pictures to make, and those of them that were there once.
+    def missing(self, source: str, count: int) -> tuple[list[int], list[int]]:
+        """Return the numbers below ``count`` of the images to generate, and those of them that are recorded.
 
         Args:
-            image: SHA-256 of the source image.
-            count: Pictures wanted.
+            source: SHA-256 of the source image.
+            count: Number of generated images.
         """
-        record = self.record(image)
-        lacking = [number for number in range(count) if self._sound(image, number, record) is None]
-        return lacking, [number for number in lacking if number in record]
+        record = self.record(source)
+        missing = [number for number in range(count) if self._valid(source, number, record) is None]
+        return missing, [number for number in missing if number in record]
 
-    def path(self, image: str, number: int) -> Path:
-        """Return the file of picture ``number`` of the image with this SHA-256."""
-        return self._home(image) / f"{number:03d}.{self.recipe.format}"
+    def path(self, source: str, number: int) -> Path:
+        """Return the file of generated image ``number`` of the source image with this SHA-256."""
+        return self._home(source) / f"{number:03d}.{self.recipe.format}"
 
-    def record(self, image: str) -> dict[int, str]:
-        """Return the SHA-256 of every finished picture of an image by number; none where the record is damaged."""
+    def record(self, source: str) -> dict[int, str]:
+        """Return the SHA-256 of every generated image of a source image by number; empty if the record is damaged."""
         try:
-            found = json.loads((self._home(image) / RECORD).read_text(encoding="utf-8"))
-            return {int(number): str(digest) for number, digest in found["pictures"].items()}
+            content = json.loads((self._home(source) / RECORD).read_text(encoding="utf-8"))
+            return {int(number): str(digest) for number, digest in content["pictures"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
 
-    def keep(self, image: str, name: str, pictures: Mapping[int, Image]) -> None:
-        """Write pictures of an image and record them.
+    def store(self, source: str, name: str, images: Mapping[int, Image]) -> None:
+        """Write generated images of a source image and record them.
 
         Args:
-            image: SHA-256 of the source image.
-            name: What to call it in the record, for people.
-            pictures: By number.
+            source: SHA-256 of the source image.
+            name: Name of the source image in the record, for people.
+            images: Generated images by number.
 
         Raises:
-            DataError: The bank cannot be written.
+            DataError: If the bank cannot be written.
         """
-        home = self._home(image)
+        home = self._home(source)
         try:
             home.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock"):
                 for stale in leftovers(home):  # the lock is held: a killed process left them
                     stale.unlink(missing_ok=True)
-                record = self.record(image)
-                for number, picture in pictures.items():
-                    data = encoded(picture, self.recipe.format)
-                    write_bytes(self.path(image, number), data)
+                record = self.record(source)
+                for number, image in images.items():
+                    data = encoded(image, self.recipe.format)
+                    write_bytes(self.path(source, number), data)
                     record[number] = sha256_bytes(data)
-                write_json(home / RECORD, {"image": image, "name": name, "pictures": dict(sorted(record.items()))})
+                write_json(home / RECORD, {"image": source, "name": name, "pictures": dict(sorted(record.items()))})
         except OSError as error:
             raise _unwritable(self.folder, error) from error
 
-    def _home(self, image: str) -> Path:
-        return self.folder / image[:2] / image
+    def _home(self, source: str) -> Path:
+        return self.folder / source[:2] / source
 
-    def _sound(self, image: str, number: int, record: Mapping[int, str]) -> bytes | None:
-        """Return the bytes of a picture that is as it was recorded."""
+    def _valid(self, source: str, number: int, record: Mapping[int, str]) -> bytes | None:
+        """Return the bytes of an image that matches its record, else None."""
         if number not in record:
             return None
         try:
-            data = self.path(image, number).read_bytes()
+            data = self.path(source, number).read_bytes()
         except OSError:
             return None
         return data if sha256_bytes(data) == record[number] else None
 
     def _command(self, count: int) -> str:
-        given = self.recipe.about.get("options", "")
-        return f"{TOOL} --bank {self.folder.parent} --count {count}{given and ' '}{given} --data.name NAME"
+        options = self.recipe.about.get("options", "")
+        return f"{TOOL} --bank {self.folder.parent} --count {count}{options and ' '}{options} --data.name NAME"
 
 
 def open_bank(path: Path) -> DiffusionBank:
-    """Return the bank at ``path``: the folder that the tool was given, or one of the recipes' folders in it.
+    """Return the bank at ``path``: the folder passed to the tool, or the folder of a recipe in it.
 
     Raises:
-        ConfigError: There is none, or there are several recipes to choose from.
-        DataError: Its recipe is damaged.
+        ConfigError: If there is no bank, or there are several recipes.
+        DataError: If the recipe is damaged.
     """
-    folders = [path] if (path / RECIPE).is_file() else sorted(found.parent for found in path.glob(f"*/{RECIPE}"))
+    folders = [path] if (path / RECIPE).is_file() else sorted(file.parent for file in path.glob(f"*/{RECIPE}"))
     if not folders:
-        what = "holds no generated pictures" if path.is_dir() else "is no folder"
-        raise ConfigError(f"data.bank {str(path)!r} {what}. Make them: {TOOL} --bank {path} --data.name NAME")
+        problem = "has no generated images" if path.is_dir() else "is not a folder"
+        raise ConfigError(f"data.bank {str(path)!r} {problem}. Generate them: {TOOL} --bank {path} --data.name NAME")
     banks = [DiffusionBank(folder, _read(folder)) for folder in folders]
     if len(banks) > 1:
         lines = (f"{bank.folder}: {bank.recipe.about.get('options', '')}" for bank in banks)
-        raise ConfigError(f"data.bank {str(path)!r} has pictures of several recipes. Give one of:\n{bulleted(lines)}")
+        raise ConfigError(f"data.bank {str(path)!r} has images of several recipes. Give one of:\n{bulleted(lines)}")
     return banks[0]
 
 
-def make_bank(root: Path, recipe: Recipe) -> DiffusionBank:
-    """Return the bank of a recipe in ``root``, which is begun if it is not there.
+def create_bank(root: Path, recipe: Recipe) -> DiffusionBank:
+    """Return the bank of a recipe in ``root``; creates it if it does not exist.
 
     Raises:
-        DataError: It cannot be written, or its recipe is damaged.
+        DataError: If it cannot be written, or its recipe is damaged.
     """
     folder = root.expanduser() / recipe.id[:16]
     try:
@@ -189,18 +190,16 @@ def make_bank(root: Path, recipe: Recipe) -> DiffusionBank:
                 write_text(folder / RECIPE, recipe.text())
     except OSError as error:
         raise _unwritable(root, error) from error
-    kept = _read(folder)
-    if kept.id != recipe.id:
-        raise DataError(
-            f"{folder / RECIPE} is another recipe of the same beginning. Give another folder: --bank FOLDER"
-        )
-    return DiffusionBank(folder, kept)
+    stored = _read(folder)
+    if stored.id != recipe.id:
+        raise DataError(f"{folder / RECIPE} is another recipe with the same prefix. Give another folder: --bank FOLDER")
+    return DiffusionBank(folder, stored)
 
 
-def encoded(picture: Image, kind: Format) -> bytes:
-    """Return a picture as the bytes of a file."""
+def encoded(image: Image, kind: Format) -> bytes:
+    """Return the bytes of an image file."""
     stream = io.BytesIO()
-    picture.save(stream, format=kind.upper(), **_ENCODERS[kind])
+    image.save(stream, format=kind.upper(), **_ENCODERS[kind])
     return stream.getvalue()
 
 
@@ -211,10 +210,10 @@ def _read(folder: Path) -> Recipe:
         raise DataError(f"{folder / RECIPE} cannot be read: {error}.") from error
 
 
-def _name(source: ImageSource, image: str) -> str:
-    return f"{getattr(source, 'path', 'an image')} (SHA-256 {image[:16]}...)"
+def _name(source: ImageSource, digest: str) -> str:
+    return f"{getattr(source, 'path', 'an image')} (SHA-256 {digest[:16]}...)"
 
 
 def _unwritable(folder: Path, error: OSError) -> DataError:
     why = error.strerror or str(error)
-    return DataError(f"Generated pictures cannot be written to {folder}: {why}. Give another folder: --bank FOLDER")
+    return DataError(f"Generated images cannot be written to {folder}: {why}. Give another folder: --bank FOLDER")

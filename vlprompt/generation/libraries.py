@@ -1,4 +1,4 @@
-"""Loading of diffusers and transformers, which are installed only where pictures are generated."""
+"""Import of diffusers and transformers, which only image generation needs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ def import_diffusers() -> tuple[Any, Any]:
     """Return the modules diffusers and transformers.
 
     Raises:
-        ConfigError: One is not installed.
+        ConfigError: If one of them is not installed.
     """
     try:
         return import_module("diffusers"), import_module("transformers")
     except ImportError as error:
         raise ConfigError(
-            f"Generating pictures needs diffusers and transformers, which cannot be loaded ({error}): "
+            f"Generating images needs diffusers and transformers, which cannot be imported ({error}): "
             "pip install 'vlprompt[diffusion]'"
         ) from error
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep back the bars, logs and warnings with which diffusers and transformers load and save."""
+    """Suppress progress bars, logs and warnings of diffusers and transformers."""
     logs = [module.utils.logging for module in import_diffusers()]
     before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
     for log in logs:

@@ -1,4 +1,4 @@
-"""Fills a bank: finds what is missing or damaged, makes it in batches, keeps every batch as soon as it is made."""
+"""Filling of a bank: generates missing and damaged images in batches and stores each batch at once."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from vlprompt.generation.bank import DiffusionBank, content_sha256
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: Draws of a picture that the safety checker flags every time, before the image is given up.
+#: Attempts per image before an image that the safety checker always flags is an error.
 ATTEMPTS = 10
 
 
-class Maker(Protocol):
-    """What makes pictures: :class:`~vlprompt.generation.pipeline.PictureMaker`."""
+class Generator(Protocol):
+    """Interface of :class:`~vlprompt.generation.pipeline.PipelineGenerator`."""
 
-    def make(self, images: Sequence[Image], seeds: Sequence[int]) -> list[Image | None]:
-        """Return a picture of each image, drawn by its seed; None where it must not be used."""
+    def generate(self, images: Sequence[Image], seeds: Sequence[int]) -> list[Image | None]:
+        """Return a generated image per source image and seed; None for an image that the safety checker flags."""
 
 
 @dataclass
 class Progress:
-    """How far a bank is.
+    """Progress of filling a bank.
 
     Attributes:
-        stage: ``checking`` the pictures that are there, by images, or ``making`` others, by pictures.
-        done: Images or pictures so far.
-        total: Of how many.
-        left: Seconds until the stage is done, as far as can be told; None before anything was measured.
+        stage: ``checking`` existing images, counted by source image, or ``making`` new ones, counted by image.
+        done: Number done.
+        total: Total number.
+        left: Estimated seconds until the stage is done; None before the first measurement.
     """
 
     stage: str
@@ -44,14 +44,14 @@ class Progress:
 
 @dataclass
 class Filled:
-    """What was done.
+    """Result of filling a bank.
 
     Attributes:
-        images: Images of different content that have all of their pictures now.
-        found: Pictures that were there.
-        made: Pictures that were made.
-        remade: Those of them that had been there, and were damaged or gone.
-        skipped: Ids of images that could not be read.
+        images: Number of source images with different content.
+        found: Number of generated images that existed.
+        made: Number of images generated now.
+        remade: Number of these that replace damaged or missing images.
+        skipped: Ids of source images that could not be read.
     """
 
     images: int = 0
@@ -63,56 +63,58 @@ class Filled:
 
 @dataclass(frozen=True)
 class _Wanted:
-    image: str
+    source: str  # SHA-256 of the source image
     sample: Sample
     number: int
 
 
 def fill(
     bank: DiffusionBank,
-    maker: Maker,
+    generator: Generator,
     samples: Sequence[Sample],
     count: int,
     batch_size: int,
-    tell: Callable[[Progress], None] = lambda progress: None,
+    report: Callable[[Progress], None] = lambda progress: None,
     *,
     skip: bool = False,
 ) -> Filled:
-    """Make the first ``count`` pictures of every image, as far as the bank does not have them.
+    """Generate those of the first ``count`` images of every source image that the bank lacks.
 
-    A batch goes on from one image to the next. Killed, it loses the batch it was at.
+    A batch may span several source images. A killed process loses its current batch.
 
     Args:
-        bank: Where pictures are kept; of ``maker``'s recipe.
-        maker: What makes them.
-        samples: The images; those of the same content share their pictures.
-        count: Pictures of each.
-        batch_size: Pictures that are made at once.
-        tell: Is told how far it is.
-        skip: Whether images that cannot be read are left out instead of raised.
+        bank: The bank, with the recipe of ``generator``.
+        generator: Generates the images.
+        samples: The source images; those with the same content share generated images.
+        count: Generated images per source image.
+        batch_size: Images generated at once.
+        report: Called with the progress.
+        skip: Whether to skip source images that cannot be read instead of raising.
 
     Raises:
-        DataError: An image that cannot be read, a bank that cannot be written, or an image whose pictures the safety
-            checker flags again and again.
+        DataError: If a source image cannot be read, the bank cannot be written, or the safety checker flags every
+            attempt of an image.
     """
     filled = Filled()
-    wanted = list(_wanted(bank, samples, count, tell, skip, filled))
+    wanted = list(_wanted(bank, samples, count, report, skip, filled))
     start = time.monotonic()
-    tell(Progress("making", 0, len(wanted)))
+    report(Progress("making", 0, len(wanted)))
     opened: dict[str, Image] = {}
     while filled.made < len(wanted):
         batch = wanted[filled.made : filled.made + batch_size]
-        opened = {image: picture for image, picture in opened.items() if image == batch[0].image}
-        for one in batch:
-            if one.image not in opened:
-                opened[one.image] = one.sample.source.open()
-        pictures = _drawn(bank, maker, batch, opened)
-        for image in dict.fromkeys(one.image for one in batch):
-            own = {one.number: picture for one, picture in zip(batch, pictures, strict=True) if one.image == image}
-            bank.keep(image, next(one.sample.id for one in batch if one.image == image), own)
+        opened = {digest: image for digest, image in opened.items() if digest == batch[0].source}
+        for entry in batch:
+            if entry.source not in opened:
+                opened[entry.source] = entry.sample.source.open()
+        generated = _generated(bank, generator, batch, opened)
+        for source in dict.fromkeys(entry.source for entry in batch):
+            images = {
+                entry.number: image for entry, image in zip(batch, generated, strict=True) if entry.source == source
+            }
+            bank.store(source, next(entry.sample.id for entry in batch if entry.source == source), images)
         filled.made += len(batch)
         each = (time.monotonic() - start) / filled.made
-        tell(Progress("making", filled.made, len(wanted), each * (len(wanted) - filled.made)))
+        report(Progress("making", filled.made, len(wanted), each * (len(wanted) - filled.made)))
     return filled
 
 
@@ -120,47 +122,49 @@ def _wanted(
     bank: DiffusionBank,
     samples: Sequence[Sample],
     count: int,
-    tell: Callable[[Progress], None],
+    report: Callable[[Progress], None],
     skip: bool,
     filled: Filled,
 ) -> Iterator[_Wanted]:
-    """Give every picture to make, image by image; note in ``filled`` what is there."""
+    """Yield every image to generate, by source image; count existing images in ``filled``."""
     seen: set[str] = set()
     start = time.monotonic()
     for position, sample in enumerate(samples, 1):
         try:
-            image = content_sha256(sample.source)
-            lacking, gone = ([], []) if image in seen else bank.missing(image, count)
-            if lacking:
-                sample.source.open()  # what cannot be decoded is found before the first picture is made
+            source = content_sha256(sample.source)
+            missing, lost = ([], []) if source in seen else bank.missing(source, count)
+            if missing:
+                sample.source.open()  # raises for an undecodable image before any image is generated
         except DataError:
             if not skip:
                 raise
             filled.skipped.append(sample.id)
             continue
-        if image not in seen:
+        if source not in seen:
             filled.images += 1
-            filled.found += count - len(lacking)
-            filled.remade += len(gone)
-            yield from (_Wanted(image, sample, number) for number in lacking)
-        seen.add(image)
+            filled.found += count - len(missing)
+            filled.remade += len(lost)
+            yield from (_Wanted(source, sample, number) for number in missing)
+        seen.add(source)
         left = (time.monotonic() - start) / position * (len(samples) - position)
-        tell(Progress("checking", position, len(samples), left))
+        report(Progress("checking", position, len(samples), left))
 
 
-def _drawn(bank: DiffusionBank, maker: Maker, batch: Sequence[_Wanted], opened: dict[str, Image]) -> list[Image]:
-    found: dict[int, Image] = {}
+def _generated(
+    bank: DiffusionBank, generator: Generator, batch: Sequence[_Wanted], opened: dict[str, Image]
+) -> list[Image]:
+    accepted: dict[int, Image] = {}
     for attempt in range(ATTEMPTS):
-        places = [place for place in range(len(batch)) if place not in found]
-        made = maker.make(
-            [opened[batch[place].image] for place in places],
-            [bank.recipe.seed_of(batch[place].image, batch[place].number, attempt) for place in places],
+        pending = [index for index in range(len(batch)) if index not in accepted]
+        images = generator.generate(
+            [opened[batch[index].source] for index in pending],
+            [bank.recipe.seed_of(batch[index].source, batch[index].number, attempt) for index in pending],
         )
-        found |= {place: picture for place, picture in zip(places, made, strict=True) if picture is not None}
-        if len(found) == len(batch):
-            return [found[place] for place in range(len(batch))]
-    bad = next(one for place, one in enumerate(batch) if place not in found)
+        accepted |= {index: image for index, image in zip(pending, images, strict=True) if image is not None}
+        if len(accepted) == len(batch):
+            return [accepted[index] for index in range(len(batch))]
+    flagged = next(entry for index, entry in enumerate(batch) if index not in accepted)
     raise DataError(
-        f"The safety checker flags every picture of {bad.sample.id} ({ATTEMPTS} draws). Leave the image out, or do "
-        "without the checker: --safety-checker off"
+        f"The safety checker flags every generated image of {flagged.sample.id} ({ATTEMPTS} attempts). Remove the "
+        "image or disable the checker: --safety-checker off"
     )

@@ -1,4 +1,4 @@
-"""A diffusers pipeline as a maker of pictures: images and seeds in, pictures of one size out."""
+"""Image generation by a diffusers pipeline: source images and seeds to generated images of one size."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _WEIGHTS = (".safetensors", ".bin", ".json", ".txt", ".model")
 
 
-class PictureMaker:
+class PipelineGenerator:
     """A loaded pipeline with its settings.
 
     Attributes:
-        recipe: Everything that pictures depend on besides image and seed.
+        recipe: Everything that generated images depend on besides source image and seed.
     """
 
     def __init__(self, pipe: Any, settings: GenerationSettings, name: str, weights_sha256: str, precision: str) -> None:
-        """Wrap ``pipe``; ``name`` is its class, ``precision`` fp32, fp16 or bf16; see :func:`load_maker`."""
+        """Wrap ``pipe``; ``name`` is its class, ``precision`` fp32, fp16 or bf16; see :func:`load_generator`."""
         self._pipe, self.settings, self.variation = pipe, settings, name == VARIATION
         denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-        own = getattr(getattr(denoiser, "config", None), "sample_size", None)
-        own = own * getattr(pipe, "vae_scale_factor", 8) if isinstance(own, int) else 512
-        self.size = settings.size or own
-        wanted: dict[str, Any] = {
+        latent = getattr(getattr(denoiser, "config", None), "sample_size", None)
+        default = latent * getattr(pipe, "vae_scale_factor", 8) if isinstance(latent, int) else 512
+        self.size = settings.size or default
+        numbers: dict[str, Any] = {
             "num_inference_steps": settings.steps,
             "guidance_scale": settings.guidance,
             "eta": settings.eta,
             **({} if self.variation else {"strength": settings.strength}),
         }
-        known = inspect.signature(pipe.__call__).parameters
-        self._numbers = {key: value for key, value in wanted.items() if key in known}
-        self._sides = {key: self.size for key in ("height", "width") if key in known}
+        parameters = inspect.signature(pipe.__call__).parameters
+        self._numbers = {key: value for key, value in numbers.items() if key in parameters}
+        self._sides = {key: self.size for key in ("height", "width") if key in parameters}
         conditioning = "shorter side to size bicubic; center crop; img2img"
         if self.variation:
             side = self._encoder_size = int(pipe.image_encoder.config.image_size)
@@ -75,18 +75,18 @@ class PictureMaker:
         versions |= {"transformers": transformers.__version__}
         self.recipe = Recipe(facts, {"options": _options(settings), "versions": versions})
 
-    def make(self, images: Sequence[Image], seeds: Sequence[int]) -> list[Image | None]:
-        """Generate a picture of each image.
+    def generate(self, images: Sequence[Image], seeds: Sequence[int]) -> list[Image | None]:
+        """Generate an image per source image and seed.
 
-        Each has a generator of its own, on the CPU, so that it does not depend on the rest of the batch (beyond
-        rounding).
+        Every image has a separate random generator on the CPU, so that it does not depend on the rest of the batch
+        (except for rounding).
 
         Args:
-            images: PIL RGB images, one for each picture; the same one several times for several pictures of it.
-            seeds: Their seeds.
+            images: PIL RGB source images; repeat a source image for several generated images.
+            seeds: Seed of each generated image.
 
         Returns:
-            PIL RGB pictures of ``size`` x ``size``; None for one that the safety checker flagged.
+            PIL RGB images of ``size`` x ``size``; None for an image that the safety checker flagged.
         """
         from PIL import Image
 
@@ -102,25 +102,25 @@ class PictureMaker:
                 result = self._pipe(**inputs)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
-                f"--batch-size is {len(images)}, more pictures than the memory of the device takes; give less"
+                f"--batch-size is {len(images)}, too large for the memory of the device; give a smaller number"
             ) from error
         flagged = getattr(result, "nsfw_content_detected", None) or [False] * len(images)
         pixels = (np.asarray(result.images) * 255).round().clip(0, 255).astype(np.uint8)
-        return [None if bad else Image.fromarray(one) for one, bad in zip(pixels, flagged, strict=True)]
+        return [None if bad else Image.fromarray(array) for array, bad in zip(pixels, flagged, strict=True)]
 
     def _condition(self, image: Image) -> Tensor:
-        """Return what DiffTPT shows the image encoder, ``[3, S, S]``; a tensor is not resized by the pipeline."""
+        """Return DiffTPT's input of the image encoder, ``[3, S, S]``; the pipeline does not resize tensors."""
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as F
 
         side = self._encoder_size
-        # The weights were trained without antialiasing, an oversight that has to be repeated.
+        # The weights were trained without antialiasing, so inference must not use it either.
         resized = F.resize(F.to_tensor(image), [side, side], InterpolationMode.BICUBIC, antialias=False)
         conditioned: Tensor = F.normalize(resized, _MEAN, _STD)
         return conditioned
 
     def _start(self, image: Image) -> Tensor:
-        """Return what img2img starts from ``[3, size, size]``, in 0..1."""
+        """Return the initial image of img2img, ``[3, size, size]`` in 0..1."""
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms import functional as F
 
@@ -129,7 +129,9 @@ class PictureMaker:
         return start
 
 
-def load_maker(settings: GenerationSettings, device: str | torch.device, *, offline: bool = False) -> PictureMaker:
+def load_generator(
+    settings: GenerationSettings, device: str | torch.device, *, offline: bool = False
+) -> PipelineGenerator:
     """Load a pipeline onto ``device``.
 
     Args:
@@ -155,19 +157,19 @@ def load_maker(settings: GenerationSettings, device: str | torch.device, *, offl
     if settings.scheduler is not None:
         kind = getattr(diffusers, settings.scheduler, None)
         if not isinstance(kind, type) or not hasattr(kind, "set_timesteps"):
-            known = [one for one in dir(diffusers) if one.endswith("Scheduler")]
+            known = [name for name in dir(diffusers) if name.endswith("Scheduler")]
             raise ConfigError(f"--scheduler is {settings.scheduler!r}.{did_you_mean(settings.scheduler, known)}")
         pipe.scheduler = kind.from_config(pipe.scheduler.config)  # type: ignore[attr-defined]
     pipe.set_progress_bar_config(disable=True)
     if hasattr(pipe.vae, "enable_slicing"):
-        pipe.vae.enable_slicing()  # decoding is what takes most memory
-    return PictureMaker(pipe.to(device), settings, name, digest, precision)
+        pipe.vae.enable_slicing()  # decoding needs the most memory
+    return PipelineGenerator(pipe.to(device), settings, name, digest, precision)
 
 
 def _load(diffusers: Any, folder: Path, settings: GenerationSettings, index: dict[str, Any], dtype: Any) -> Any:
     name = index["_class_name"]
-    # What a pipeline was saved without has to be named when it is loaded.
-    more: dict[str, Any] = {part: None for part, value in index.items() if value == [None, None]}
+    # Components that a pipeline was saved without must be passed as None.
+    more: dict[str, Any] = {component: None for component, value in index.items() if value == [None, None]}
     if settings.safety_checker == "off" and "safety_checker" in index:
         more |= {"safety_checker": None, "requires_safety_checker": False}
     kind = getattr(diffusers, VARIATION) if name == VARIATION else diffusers.AutoPipelineForImage2Image
@@ -178,24 +180,25 @@ def _load(diffusers: Any, folder: Path, settings: GenerationSettings, index: dic
         if "find a pipeline linked to" not in str(error):
             raise _unreadable(settings, error) from error
         raise ConfigError(
-            f"--pipeline {settings.pipeline} is a {name}, which makes no pictures of images; accepted: {VARIATION}, or "
-            "a pipeline that diffusers' AutoPipelineForImage2Image knows, such as StableDiffusionPipeline"
+            f"--pipeline {settings.pipeline} is a {name}, which does not generate images from images; accepted: "
+            f"{VARIATION}, or a pipeline that diffusers' AutoPipelineForImage2Image supports, such as "
+            "StableDiffusionPipeline"
         ) from error
-    except Exception as error:  # what diffusers and transformers raise on damaged files has no common type
+    except Exception as error:  # errors of diffusers and transformers on damaged files have no common type
         raise _unreadable(settings, error) from error
 
 
 def _unreadable(settings: GenerationSettings, error: Exception) -> DataError:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return DataError(
-        f"Pipeline {settings.pipeline} cannot be loaded: {first[:300]}. Fetch its files anew: "
+        f"Pipeline {settings.pipeline} cannot be loaded: {first[:300]}. Fetch its files again: "
         f"hf download {settings.pipeline} --local-dir FOLDER, then --pipeline FOLDER"
     )
 
 
 @contextlib.contextmanager
 def _folder(settings: GenerationSettings, offline: bool) -> Iterator[Path]:
-    """Give the folder with the pipeline's files."""
+    """Yield the folder of the pipeline's files."""
     name = settings.pipeline
     local = Path(name).expanduser()
     if name in TINY:
@@ -218,11 +221,11 @@ def _fetched(settings: GenerationSettings, offline: bool) -> Path:
     diffusers, _ = import_diffusers()
     try:
         return Path(diffusers.DiffusionPipeline.download(name, revision=revision, local_files_only=offline))
-    except Exception as error:  # the hub's errors, the network's and the file system's
+    except Exception as error:  # errors of the hub, the network and the file system
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"--pipeline {name} (revision {revision or 'newest'}) cannot be had from the Hugging Face hub"
-            f"{', which was not asked' if offline else ''}: {first[:300]}. Fetch it where there is a network, "
+            f"--pipeline {name} (revision {revision or 'newest'}) cannot be fetched from the Hugging Face hub"
+            f"{', which --offline disables' if offline else ''}: {first[:300]}. Fetch it on a machine with a network, "
             f"hf download {name}{f' --revision {revision}' if revision else ''} --local-dir FOLDER, and give "
             "--pipeline FOLDER"
         ) from error
@@ -230,45 +233,45 @@ def _fetched(settings: GenerationSettings, offline: bool) -> Path:
 
 def _index(folder: Path, name: str) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        if isinstance(found["_class_name"], str):
-            return found
+        index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        if isinstance(index["_class_name"], str):
+            return index
     except OSError:
         raise ConfigError(
-            f"--pipeline {name}: the folder has no model_index.json, so it is not what diffusers' save_pretrained "
-            "writes; accepted: a folder that has one"
+            f"--pipeline {name}: the folder has no model_index.json, which diffusers' save_pretrained writes; "
+            "accepted: a folder with this file"
         ) from None
     except (ValueError, KeyError, TypeError):
         pass
-    raise DataError(f"{folder / 'model_index.json'} does not say which pipeline it is. Fetch the pipeline anew.")
+    raise DataError(f"{folder / 'model_index.json'} does not name the pipeline's class. Fetch the pipeline again.")
 
 
 def _weights_sha256(folder: Path, index: dict[str, Any], unchecked: bool) -> str:
-    """Return a hash of all files that pictures depend on, wherever the folder lies and whatever it is called."""
+    """Return a hash of all files that generated images depend on, independent of the folder's path."""
     lines = []
-    parts = sorted(name for name, value in index.items() if isinstance(value, list))
-    for part in parts:
-        if unchecked and part == "safety_checker":
+    components = sorted(name for name, value in index.items() if isinstance(value, list))
+    for component in components:
+        if unchecked and component == "safety_checker":
             continue
-        for path in sorted((folder / part).rglob("*")):
+        for path in sorted((folder / component).rglob("*")):
             if path.suffix in _WEIGHTS and path.is_file():
                 lines.append(f"{path.relative_to(folder).as_posix()}\t{file_checksum(path)}\n")
     return sha256_text("".join(lines))
 
 
 def _options(settings: GenerationSettings) -> str:
-    """Return the options that make these settings, as they stand on a command line."""
+    """Return the settings as command-line options."""
     import shlex
 
-    usual = GenerationSettings()
+    defaults = GenerationSettings()
     return " ".join(
         f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
         for name, value in vars(settings).items()
-        if name == "pipeline" or value != getattr(usual, name)
+        if name == "pipeline" or value != getattr(defaults, name)
     )
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """Return a scheduler's configuration as JSON values, without what names versions and places."""
-    found: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
-    return {key: value for key, value in found.items() if not key.startswith("_")}
+    """Return a scheduler's configuration as JSON values, without versions and paths."""
+    values: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
+    return {key: value for key, value in values.items() if not key.startswith("_")}

@@ -68,11 +68,11 @@ class GenerationSettings:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a picture depends on besides its image and its number.
+    """Everything that a generated image depends on besides its source image and its number.
 
     Attributes:
         facts: JSON values; their canonical text is hashed.
-        about: What is good to know and changes no picture: the pipeline's name, versions. Not hashed.
+        about: Information that does not change images: options, versions. Not hashed.
     """
 
     facts: Mapping[str, Any]
@@ -85,39 +85,39 @@ class Recipe:
 
     @property
     def format(self) -> Format:
-        """The pictures' file format."""
-        found: Format = self.facts["format"]
-        return found
+        """File format of the generated images."""
+        kind: Format = self.facts["format"]
+        return kind
 
     def seed_of(self, image: str, number: int, attempt: int = 0) -> int:
-        """Return the 63-bit seed of a picture.
+        """Return the 63-bit seed of a generated image.
 
         Args:
             image: SHA-256 of the source image.
-            number: Number of the picture, from 0.
-            attempt: How often it was drawn before and flagged by the safety checker.
+            number: Number of the generated image, from 0.
+            attempt: Number of earlier attempts that the safety checker flagged.
         """
         text = f"{image}|{number}|{self.id}" + (f"|{attempt}" if attempt else "")
         return hashed_number(text) >> 1
 
     def text(self) -> str:
-        """Return the recipe as the text of its file."""
+        """Return the text of the recipe's file."""
         return json.dumps({"schema": SCHEMA, "id": self.id, **dataclasses.asdict(self)}, indent=1) + "\n"
 
 
 def read_recipe(text: str, name: str) -> Recipe:
-    """Return the recipe that ``text`` holds.
+    """Return the recipe of a recipe file with this text.
 
     Raises:
-        DataError: It is none, or was changed by hand, so that it is not the pictures' recipe any more.
+        DataError: If the text is not a recipe, or was edited, so that it does not describe the images.
     """
     try:
-        found = json.loads(text)
-        recipe = Recipe(found["facts"], found["about"])
-        if found["schema"] != SCHEMA:
-            raise DataError(f"{name} is of {found['schema']!r}; this version of vlprompt reads {SCHEMA!r}.")
-        if recipe.id != found["id"] or recipe.format not in ("png", "webp", "jpeg"):
-            raise DataError(f"{name} was changed after its pictures were made. Make a new bank: {TOOL} --bank FOLDER")
+        content = json.loads(text)
+        recipe = Recipe(content["facts"], content["about"])
+        if content["schema"] != SCHEMA:
+            raise DataError(f"{name} has schema {content['schema']!r}; this version of vlprompt reads {SCHEMA!r}.")
+        if recipe.id != content["id"] or recipe.format not in ("png", "webp", "jpeg"):
+            raise DataError(f"{name} was changed after images were generated. Make a new bank: {TOOL} --bank FOLDER")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{name} is not the recipe of a bank ({type(error).__name__}: {error}).") from error
     return recipe

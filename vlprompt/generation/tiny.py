@@ -1,6 +1,6 @@
-"""Pipelines of a hundred thousand random weights, built from configuration: for tests, and to try the tool out.
+"""Pipelines with a hundred thousand random weights, for tests and for trying the tool.
 
-Their pictures, 16 x 16 pixels, are noise.
+Their images, 16 x 16 pixels, are noise.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Any
 from vlprompt._random import seeded_random
 from vlprompt.generation.libraries import import_diffusers, quiet
 
-#: Names that stand for these pipelines wherever a pipeline is named.
+#: Names accepted for these pipelines.
 TINY = ("tiny", "tiny-img2img")
 
 
 def save_tiny(folder: Path, name: str = "tiny", seed: int = 0) -> Path:
-    """Write a pipeline as diffusers' ``save_pretrained`` does and return ``folder``.
+    """Write a pipeline with diffusers' ``save_pretrained`` and return ``folder``.
 
     Args:
-        folder: Where to; it is made.
+        folder: Target folder; it is created.
         name: ``tiny``, a ``StableDiffusionImageVariationPipeline``, or ``tiny-img2img``, a ``StableDiffusionPipeline``.
         seed: Seed of the weights.
     """
     diffusers, transformers = import_diffusers()
     with seeded_random(seed):
-        parts = _parts(diffusers)
+        modules = _common_modules(diffusers)
         small: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "projection_dim": 16}
         small |= {"num_hidden_layers": 2, "num_attention_heads": 2}
         if name == "tiny":
@@ -38,20 +38,20 @@ def save_tiny(folder: Path, name: str = "tiny", seed: int = 0) -> Path:
                 size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
             )
             kind = diffusers.StableDiffusionImageVariationPipeline
-            parts |= {"image_encoder": encoder, "feature_extractor": processor}
+            modules |= {"image_encoder": encoder, "feature_extractor": processor}
         else:
             tokenizer = _tokenizer(transformers)
             ids = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 16}
             text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**small, **ids))
             kind = diffusers.StableDiffusionPipeline
-            parts |= {"text_encoder": text, "tokenizer": tokenizer, "feature_extractor": None}
+            modules |= {"text_encoder": text, "tokenizer": tokenizer, "feature_extractor": None}
     with quiet():
-        kind(**parts, safety_checker=None, requires_safety_checker=False).save_pretrained(folder)
+        kind(**modules, safety_checker=None, requires_safety_checker=False).save_pretrained(folder)
     return folder
 
 
-def _parts(diffusers: Any) -> dict[str, Any]:
-    """Return what both pipelines have."""
+def _common_modules(diffusers: Any) -> dict[str, Any]:
+    """Return the modules of both pipelines."""
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -79,7 +79,7 @@ def _parts(diffusers: Any) -> dict[str, Any]:
 
 
 def _tokenizer(transformers: Any) -> Any:
-    """Return a CLIP tokenizer that knows letters and no more."""
+    """Return a CLIP tokenizer whose vocabulary is the letters."""
     words = ["<|startoftext|>", "<|endoftext|>", *string.ascii_lowercase]
     words += [f"{letter}</w>" for letter in string.ascii_lowercase]
     with tempfile.TemporaryDirectory() as folder:

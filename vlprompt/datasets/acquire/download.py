@@ -190,16 +190,16 @@ class _Job:
         file = self.base / name
         downloaded = not file.exists()
         if downloaded:
-            part = self.base / f"{name}.part"
+            partial = self.base / f"{name}.part"
             try:
-                download(source.url, part, bool(_sums(source)), self.network, self.log)
+                download(source.url, partial, bool(_sums(source)), self.network, self.log)
             except Unreachable as error:
                 raise DataError(
                     f"{source.url} cannot be fetched: {error}.\nFetch it by hand, possibly on another machine, then "
                     f"run: {self.command}\n(it goes to {target})"
                 ) from error
-            _check_sums(part, source, f"{source.url} is not the published file", remove=True)
-            os.replace(part, file)
+            _check_sums(partial, source, f"{source.url} is not the published file", remove=True)
+            os.replace(partial, file)
         else:
             self.log(f"{source.what}: {file} exists")
             _check_sums(file, source, f"{file} is not the published file; remove it")

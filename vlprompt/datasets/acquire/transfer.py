@@ -50,19 +50,19 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def download(url: str, part: Path, has_sum: bool, network: Network, log: Log) -> None:
-    """Fetch ``url`` to the file ``part`` and resume a partial transfer.
+def download(url: str, partial: Path, has_sum: bool, network: Network, log: Log) -> None:
+    """Fetch ``url`` to the file ``partial`` and resume a partial transfer.
 
     Without a checksum (``has_sum``), a change of the file between two runs cannot be detected, so each run starts from
     the beginning.
     """
     if not has_sum:
-        part.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     opener = urllib.request.build_opener(_Redirects(network.schemes))
     version, waited = "", 0
-    with _bar(part.name.removesuffix(".part"), log) as show:
+    with _bar(partial.name.removesuffix(".part"), log) as show:
         while True:
-            have = part.stat().st_size if part.exists() else 0
+            have = partial.stat().st_size if partial.exists() else 0
             headers = {"User-Agent": "vlprompt", **({"Range": f"bytes={have}-"} if have else {})}
             headers |= {"If-Range": version} if have and version else {}
             try:
@@ -70,20 +70,20 @@ def download(url: str, part: Path, has_sum: bool, network: Network, log: Log) ->
                     version = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
                     if version.startswith("W/"):  # a weak tag may not be used with a range
                         version = ""
-                    _receive(response, part, have, show)
+                    _receive(response, partial, have, show)
                 return
             except urllib.error.HTTPError as error:
-                if error.code == 416 and have:  # no bytes after the received ones: the part is complete or too long
+                if error.code == 416 and have:  # no bytes after the received ones: the file is complete or too long
                     if has_sum and error.headers.get("Content-Range", "").endswith(f"/{have}"):
                         return
-                    part.unlink()
+                    partial.unlink()
                     continue
                 if error.code < 500 and error.code != 429:
                     raise Unreachable(f"the server returns {error.code} {error.reason}") from error
                 reason = f"the server returns {error.code} {error.reason}"
             except (OSError, http.client.HTTPException) as error:
                 reason = f"{getattr(error, 'reason', None) or error or type(error).__name__}"
-            received = part.stat().st_size if part.exists() else 0
+            received = partial.stat().st_size if partial.exists() else 0
             if received == 0 and not have:
                 raise Unreachable(reason)  # nothing was ever received: no retry
             waited = 0 if received > have else waited + 1
@@ -94,15 +94,15 @@ def download(url: str, part: Path, has_sum: bool, network: Network, log: Log) ->
             time.sleep(network.pause * 2 ** max(0, waited - 1))
 
 
-def _receive(response: Any, part: Path, have: int, show: Callable[[int, int | None], None]) -> None:
+def _receive(response: Any, partial: Path, have: int, show: Callable[[int, int | None], None]) -> None:
     resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
     start = have if resumed else 0
     length = response.headers.get("Content-Length")
     total = start + int(length) if length and length.isdigit() else None
-    free = shutil.disk_usage(part.parent).free
+    free = shutil.disk_usage(partial.parent).free
     if total is not None and total - start > free:
-        raise Unreachable(f"it has {total:,} bytes, and {free:,} are free on the disk of {part.parent}")
-    with open(part, "ab" if resumed else "wb") as stream:
+        raise Unreachable(f"it has {total:,} bytes, and {free:,} are free on the disk of {partial.parent}")
+    with open(partial, "ab" if resumed else "wb") as stream:
         while chunk := response.read(_CHUNK):
             stream.write(chunk)
             show(stream.tell(), total)
