@@ -1,4 +1,4 @@
-"""Whole runs and the feature store: what is encoded, what is skipped, and that kept views train as fresh ones do."""
+"""Complete runs and the feature store: encoded and skipped images; stored views train like fresh views."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ CLASSES = ("cat", "dog", "owl")
 
 
 @pytest.fixture
-def pictures(tmp_path: Path, paint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+def image_folder(tmp_path: Path, paint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("VLPROMPT_CACHE", str(tmp_path / "cache"))
     for label, name in enumerate(CLASSES):
-        for part, count in (("train", 4), ("test", 3)):
+        for split, count in (("train", 4), ("test", 3)):
             for number in range(count):
-                paint(tmp_path / "pictures" / part / name / f"{number}.png", 40 * label + number, size=(30, 40))
-    return tmp_path / "pictures"
+                paint(tmp_path / "images" / split / name / f"{number}.png", 40 * label + number, size=(30, 40))
+    return tmp_path / "images"
 
 
-def config(pictures: Path, output: str, method: str = "coop", **data: Any) -> RunConfig:
+def config(image_folder: Path, output: str, method: str = "coop", **data: Any) -> RunConfig:
     return RunConfig(
         method,
         {"context_init": "an emoji of a"} if method == "coop" else {},
         BackboneConfig("demo", None),
-        DataConfig("folder", str(pictures), 4, **data),
+        DataConfig("folder", str(image_folder), 4, **data),
         RecipeConfig(epochs=3, batch_size=4, lr=0.1),
         TrainerConfig(accelerator="cpu", progress=False),
-        output=str(pictures.parent / output),
+        output=str(image_folder.parent / output),
     )
 
 
@@ -44,8 +44,8 @@ def config(pictures: Path, output: str, method: str = "coop", **data: Any) -> Ru
     ("method", "data", "encoded"),
     [("zeroshot", {}, 9), ("coop", {"view": "center"}, 21), ("coop", {}, 45), ("coop", {"cached_views": 2}, 33)],
 )
-def test_the_second_run_encodes_nothing(method: str, data: dict[str, Any], encoded: int, pictures: Path) -> None:
-    first, second = (run(config(pictures, output, method, **data)) for output in ("one", "two"))
+def test_the_second_run_encodes_nothing(method: str, data: dict[str, Any], encoded: int, image_folder: Path) -> None:
+    first, second = (run(config(image_folder, output, method, **data)) for output in ("one", "two"))
     assert first.results["images"]["encoded"] == encoded  # 9 to test, 12 to train in each view
     assert second.results["images"] == {"encoded": 0, "skipped": {"train": 0, "val": 0, "test": 0, "ids": []}}
     assert json.loads((second.folder / "results.json").read_text())["images"]["encoded"] == 0
@@ -53,31 +53,31 @@ def test_the_second_run_encodes_nothing(method: str, data: dict[str, Any], encod
     assert torch.equal(first.head().text_features(), second.head().text_features())
 
 
-def test_kept_views_train_as_fresh_ones(pictures: Path) -> None:
-    kept, fresh = (run(config(pictures, "runs", cached_views=views)) for views in (None, 0))
-    assert (kept.results["images"]["encoded"], fresh.results["images"]["encoded"]) == (45, 0)
-    one, two = kept.head().text_features(), fresh.head().text_features()
-    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
-    assert kept.results["results"] == fresh.results["results"]
-    few = run(config(pictures, "runs", cached_views=1)).head().text_features()
-    assert not torch.allclose(few, two, rtol=1e-4, atol=1e-5)
+def test_stored_views_train_like_fresh_views(image_folder: Path) -> None:
+    stored, fresh = (run(config(image_folder, "runs", cached_views=views)) for views in (None, 0))
+    assert (stored.results["images"]["encoded"], fresh.results["images"]["encoded"]) == (45, 0)
+    expected = fresh.head().text_features()
+    torch.testing.assert_close(stored.head().text_features(), expected, rtol=1e-5, atol=1e-6)
+    assert stored.results["results"] == fresh.results["results"]
+    few = run(config(image_folder, "runs", cached_views=1)).head().text_features()
+    assert not torch.allclose(few, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("data", [{}, {"cached_views": 0}, {"view": "center"}])
-def test_a_run_that_skips_says_so(data: dict[str, Any], pictures: Path) -> None:
-    bad = [pictures / "train" / "cat" / "1.png", pictures / "test" / "owl" / "2.png"]
+def test_a_run_reports_skipped_images(data: dict[str, Any], image_folder: Path) -> None:
+    bad = [image_folder / "train" / "cat" / "1.png", image_folder / "test" / "owl" / "2.png"]
     for path in bad:
         path.write_bytes(path.read_bytes()[:70])
     with pytest.raises(DataError, match="(cat/1|owl/2).png cannot be decoded"):
-        run(config(pictures, "runs", **data))
+        run(config(image_folder, "runs", **data))
     with pytest.warns(UserWarning, match="skipped: 2"):
-        done = run(config(pictures, "runs", on_bad_image="skip", **data))
+        done = run(config(image_folder, "runs", on_bad_image="skip", **data))
     skipped = done.results["images"]["skipped"]
     assert (skipped["train"], skipped["test"]) == (1, 1)
     assert [Path(name).name for name in skipped["ids"]] == ["1.png", "2.png"]
     assert done.results["results"]["all"]["total"] == done.results["zeroshot"]["all"]["total"] == 8
     with pytest.raises(DataError, match="(cat/1|owl/2).png cannot be decoded"):
-        run(config(pictures, "runs", **data))
+        run(config(image_folder, "runs", **data))
 
 
 def test_fields_are_checked() -> None:
@@ -90,8 +90,10 @@ def test_fields_are_checked() -> None:
         DataConfig(view="center", cached_views=2)
 
 
-def test_views_cannot_be_kept_where_the_image_side_learns(pictures: Path) -> None:
+def test_views_cannot_be_stored_if_the_image_side_is_trained(image_folder: Path) -> None:
     with pytest.raises(ConfigError, match="cached_views is 2, but mocoop .* learns on the image side"):
         run(
-            dataclasses.replace(config(pictures, "runs", "mocoop", cached_views=2), settings={"tune_layer_norms": True})
+            dataclasses.replace(
+                config(image_folder, "runs", "mocoop", cached_views=2), settings={"tune_layer_norms": True}
+            )
         )

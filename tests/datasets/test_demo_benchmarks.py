@@ -1,4 +1,4 @@
-"""The packaged benchmarks: whole, apart from each other where they must be, readable without a network."""
+"""The packaged benchmarks: complete, disjoint where required, readable without a network."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def test_a_draw_has_seen_and_novel_names_in_both_halves(name, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("name", DRAWS)
-def test_shots_validation_and_test_are_by_different_designers(name):
+def test_splits_are_by_different_designers(name):
     task = load_dataset(name, shots=-1)
     assert styles(task.train) == {"openmoji", "emojione-v1"} and styles(task.test) == FLUENT
     assert styles(task.val) == {"streamline-emojis"}
-    # Every class is shown in both designs, and tested in all three.
-    for part, count in ((task.train, 2), (task.test, 3)):
-        assert set(Counter(label for _, label in {(s.id.split("/")[0], s.label) for s in part}).values()) == {count}
+    # Every class has training images in both designs, and test images in all three.
+    for samples, count in ((task.train, 2), (task.test, 3)):
+        assert set(Counter(label for _, label in {(s.id.split("/")[0], s.label) for s in samples}).values()) == {count}
 
 
 def test_draws_differ():
@@ -65,22 +65,22 @@ def test_draws_differ():
 
 
 @pytest.mark.parametrize("name", [*DRAWS, "demo-kinds", "demo-styles"])
-def test_parts_share_no_drawing(name):
+def test_splits_share_no_drawing(name):
     lists = read_dataset(find_card(name))
     train, val, test = drawings(lists.train), drawings(lists.val), drawings(lists.test)
     assert not train & val and not train & test and not val & test
 
 
-def test_kinds_are_tested_on_names_that_were_not_shown():
+def test_kinds_are_tested_on_other_names():
     lists = read_dataset(find_card("demo-kinds"))
     assert len(lists.class_names) == 36 and {"bird", "fruit", "worried face"} <= set(lists.class_names)
-    codes = [{sample.id.split("/")[1] for sample in part} for part in (lists.train, lists.val, lists.test)]
+    codes = [{sample.id.split("/")[1] for sample in samples} for samples in (lists.train, lists.val, lists.test)]
     assert not codes[0] & codes[1] and not codes[0] & codes[2] and not codes[1] & codes[2]
     kind_of = {f"{row['key']}.webp": row["kind"] for row in NAMES.values()}
     assert all(kind_of[s.id.split("/")[1]] == lists.class_names[s.label] for s in lists.test)
 
 
-def test_styles_are_domains_with_corrupted_twins():
+def test_styles_are_domains_with_corrupted_versions():
     card = find_card("demo-styles")
     lists, kinds = read_dataset(card), read_dataset(find_card("demo-kinds"))
     clean = list(card.domains)
@@ -121,7 +121,7 @@ def test_pairs_and_classes_are_not_confused():
         vlprompt.load_pairs("demo-kinds")
 
 
-def test_every_archive_brings_its_licence_and_opens():
+def test_every_archive_has_its_licence_and_opens():
     text = (FOLDER / "LICENCES.md").read_text(encoding="utf-8")
     archives = sorted(FOLDER.glob("*.zip"))
     assert len(archives) == 10

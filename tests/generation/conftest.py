@@ -1,4 +1,4 @@
-"""Fixtures: small pictures, preprocessing and a toy task."""
+"""Fixtures: small images, preprocessing and a toy task."""
 
 from tests.fixtures.data import paint, preprocess, toy_task
 

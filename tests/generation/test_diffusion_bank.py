@@ -1,4 +1,4 @@
-"""Banks of generated pictures: found by content, made once, resumed after a kill, never believed when damaged."""
+"""Banks of generated images: addressed by content, filled once, resumed after a kill; damaged images are replaced."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ FACTS: dict[str, Any] = {"format": "png", "seed": 0, "call": {"guidance_scale": 
 
 
 class Painter:
-    """Makes a picture of noise out of an image's corner and the seed; counts."""
+    """Generates noise from an image's corner pixel and the seed; counts images."""
 
     def __init__(self, flagged: int = 0) -> None:
         self.batches: list[int] = []
         self.flagged = flagged
 
     @property
-    def pictures(self) -> int:
+    def count(self) -> int:
         return sum(self.batches)
 
     def generate(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image | None]:
         self.batches.append(len(images))
-        found: list[Image.Image | None] = []
+        generated: list[Image.Image | None] = []
         for image, seed in zip(images, seeds, strict=True):
             corner = np.asarray(image)[0, 0].tolist()
             noise = np.random.default_rng([seed, *corner]).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-            found.append(Image.fromarray(noise))
-        for place in range(min(self.flagged, len(found))):
-            found[place] = None
+            generated.append(Image.fromarray(noise))
+        for index in range(min(self.flagged, len(generated))):
+            generated[index] = None
         self.flagged = max(0, self.flagged - len(images))
-        return found
+        return generated
 
 
 @pytest.fixture
@@ -60,22 +60,23 @@ def bank(tmp_path: Path) -> DiffusionBank:
 
 
 def files(bank: DiffusionBank) -> dict[str, tuple[bytes, int]]:
-    found = sorted(bank.folder.rglob("*.png"))
-    return {path.relative_to(bank.folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in found}
+    paths = sorted(bank.folder.rglob("*.png"))
+    return {path.relative_to(bank.folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
 
 
-def pixels(pictures: Sequence[Image.Image]) -> list[bytes]:
-    return [picture.tobytes() for picture in pictures]
+def pixels(images: Sequence[Image.Image]) -> list[bytes]:
+    return [image.tobytes() for image in images]
 
 
 def test_filled_once(bank: DiffusionBank, samples: list[Sample]) -> None:
-    first, told = Painter(), list[Progress]()
-    filled = fill(bank, first, samples, 5, 3, told.append)
+    first, reports = Painter(), list[Progress]()
+    filled = fill(bank, first, samples, 5, 3, reports.append)
     assert (filled.images, filled.found, filled.made, filled.remade) == (4, 0, 20, 0)
-    assert first.batches == [3] * 6 + [2], "batches go on from one image to the next"
-    assert [one.done for one in told if one.stage == "checking"] == [1, 2, 3, 4]
-    making = [one for one in told if one.stage == "making"]
-    assert [one.done for one in making] == [0, 3, 6, 9, 12, 15, 18, 20] and {one.total for one in making} == {20}
+    assert first.batches == [3] * 6 + [2], "batches span source images"
+    assert [report.done for report in reports if report.stage == "checking"] == [1, 2, 3, 4]
+    making = [report for report in reports if report.stage == "making"]
+    assert [report.done for report in making] == [0, 3, 6, 9, 12, 15, 18, 20]
+    assert {report.total for report in making} == {20}
     assert making[0].left is None and making[3].left is not None and making[3].left > 0 and making[-1].left == 0
     second = Painter()
     again = fill(bank, second, samples, 5, 3)
@@ -86,7 +87,7 @@ def test_filled_once(bank: DiffusionBank, samples: list[Sample]) -> None:
         assert len(set(seven)) == 7 and pixels(bank.images(sample.source, 5)) == seven[:5]
 
 
-def test_batches_do_not_change_pictures(bank: DiffusionBank, samples: list[Sample], tmp_path: Path) -> None:
+def test_batches_do_not_change_images(bank: DiffusionBank, samples: list[Sample], tmp_path: Path) -> None:
     other = create_bank(tmp_path / "other", bank.recipe)
     fill(bank, Painter(), samples, 5, 3)
     fill(other, Painter(), samples[::-1], 5, 7)
@@ -95,7 +96,7 @@ def test_batches_do_not_change_pictures(bank: DiffusionBank, samples: list[Sampl
     }
 
 
-def test_pictures_are_found_by_content(bank: DiffusionBank, samples: list[Sample], tmp_path: Path) -> None:
+def test_images_are_addressed_by_content(bank: DiffusionBank, samples: list[Sample], tmp_path: Path) -> None:
     fill(bank, Painter(), samples[:1], 2, 2)
     source: Any = samples[0].source
     renamed = tmp_path / "elsewhere.bin"
@@ -104,12 +105,12 @@ def test_pictures_are_found_by_content(bank: DiffusionBank, samples: list[Sample
     twice = [*samples, Sample("copy.png", 1, FileSource(str(renamed)))]
     painter = Painter()
     filled = fill(bank, painter, twice, 2, 2)
-    assert filled.images == 4 and painter.pictures == 6
+    assert filled.images == 4 and painter.count == 6
     with pytest.raises(DataError, match=r"nowhere.png cannot be read"):
         bank.images(FileSource(str(tmp_path / "nowhere.png")), 1)
 
 
-def test_images_without_a_file_of_their_own(bank: DiffusionBank, samples: list[Sample], tmp_path: Path) -> None:
+def test_source_images_in_archives(bank: DiffusionBank, samples: list[Sample], tmp_path: Path) -> None:
     import zipfile
 
     source: Any = samples[0].source
@@ -118,12 +119,12 @@ def test_images_without_a_file_of_their_own(bank: DiffusionBank, samples: list[S
     zipped = ZipSource(str(tmp_path / "a.zip"), "x/0.png")
     fill(bank, Painter(), [Sample("x/0.png", 0, zipped)], 2, 2)
     assert len(bank.images(zipped, 2)) == 2
-    picture = zipped.open()
-    assert picture.width != picture.height
+    image = zipped.open()
+    assert image.width != image.height
 
     class Turned:
         def open(self) -> Image.Image:
-            return Image.frombytes("RGB", (picture.height, picture.width), picture.tobytes())
+            return Image.frombytes("RGB", (image.height, image.width), image.tobytes())
 
         def stamp(self) -> str:
             return ""
@@ -132,7 +133,7 @@ def test_images_without_a_file_of_their_own(bank: DiffusionBank, samples: list[S
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "other", "record", "no record"])
-def test_damage_is_found_and_remade(damage: str, bank: DiffusionBank, samples: list[Sample]) -> None:
+def test_damaged_images_are_replaced(damage: str, bank: DiffusionBank, samples: list[Sample]) -> None:
     fill(bank, Painter(), samples, 3, 4)
     whole, image = files(bank), content_sha256(samples[1].source)
     path = bank.path(image, 2)
@@ -157,13 +158,13 @@ def test_damage_is_found_and_remade(damage: str, bank: DiffusionBank, samples: l
     painter = Painter()
     filled = fill(bank, painter, samples, 3, 4)
     lost = 3 if "record" in damage else 1
-    assert painter.pictures == lost and filled.remade == (0 if "record" in damage else 1) and filled.found == 12 - lost
+    assert painter.count == lost and filled.remade == (0 if "record" in damage else 1) and filled.found == 12 - lost
     assert {name: data for name, (data, _) in files(bank).items()} == {name: data for name, (data, _) in whole.items()}
     kept = {name: stat for name, stat in whole.items() if image not in name or (lost == 1 and "002" not in name)}
-    assert kept.items() <= files(bank).items(), "nothing else was written"
+    assert kept.items() <= files(bank).items(), "no other file was written"
 
 
-def test_too_few_pictures_name_image_pipeline_and_command(bank: DiffusionBank, samples: list[Sample]) -> None:
+def test_too_few_images_name_source_pipeline_and_command(bank: DiffusionBank, samples: list[Sample]) -> None:
     fill(bank, Painter(), samples[:1], 2, 2)
     with pytest.raises(DataError) as caught:
         bank.images(samples[0].source, 63)
@@ -177,12 +178,12 @@ class Killed(Painter):
 
     def generate(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> list[Image.Image | None]:
         generated = super().generate(images, seeds)
-        if self.pictures > 40:
+        if self.count > 40:
             die()
         return generated
 
 
-def test_a_killed_bank_goes_on(bank: DiffusionBank, samples: list[Sample], tmp_path: Path) -> None:
+def test_a_killed_process_is_resumed(bank: DiffusionBank, samples: list[Sample], tmp_path: Path) -> None:
     process = multiprocessing.get_context("fork").Process(target=fill, args=(bank, Killed(), samples, 30, 2))
     process.start()
     process.join(60)
@@ -198,8 +199,8 @@ def test_a_killed_bank_goes_on(bank: DiffusionBank, samples: list[Sample], tmp_p
     assert 30 < len(finished) < 120
     painter = Painter()
     filled = fill(bank, painter, samples, 30, 8)
-    assert filled.found == len(finished) and painter.pictures == 120 - len(finished)
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items()), "finished ones were not redone"
+    assert filled.found == len(finished) and painter.count == 120 - len(finished)
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items()), "finished images are kept"
     assert not list(bank.folder.rglob("*.tmp"))
     whole = create_bank(tmp_path / "whole", bank.recipe)
     fill(whole, Painter(), samples, 30, 8)
@@ -208,20 +209,20 @@ def test_a_killed_bank_goes_on(bank: DiffusionBank, samples: list[Sample], tmp_p
 
 def test_two_processes_fill_one_bank(bank: DiffusionBank, samples: list[Sample]) -> None:
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=fill, args=(bank, Painter(), part, 6, 2)) for part in (samples, samples[::-1])]
+    workers = [context.Process(target=fill, args=(bank, Painter(), order, 6, 2)) for order in (samples, samples[::-1])]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, 0]
     painter = Painter()
-    assert fill(bank, painter, samples, 6, 2).found == 24 and painter.pictures == 0
+    assert fill(bank, painter, samples, 6, 2).found == 24 and painter.count == 0
 
 
-def test_flagged_pictures_are_drawn_again(bank: DiffusionBank, samples: list[Sample]) -> None:
+def test_flagged_images_are_generated_again(bank: DiffusionBank, samples: list[Sample]) -> None:
     painter = Painter(flagged=5)
     fill(bank, painter, samples[:1], 4, 4)
-    assert painter.batches == [4, 4, 1], "all four, all four again, and the one of these that was flagged"
+    assert painter.batches == [4, 4, 1], "all four, all four again, and the flagged one of these"
     assert len(set(pixels(bank.images(samples[0].source, 4)))) == 4
     with pytest.raises(DataError, match=r"flags every generated image of 1.png .*--safety-checker off"):
         fill(bank, Painter(flagged=4 * ATTEMPTS + 4), samples[1:2], 4, 4)
@@ -234,7 +235,7 @@ def test_unreadable_images(bank: DiffusionBank, samples: list[Sample]) -> None:
     painter = Painter()
     with pytest.raises(DataError, match=r"1.png cannot be read"):
         fill(bank, painter, samples, 2, 2)
-    assert painter.pictures == 0, "found before anything was made"
+    assert painter.count == 0, "raised before any image was generated"
     filled = fill(bank, painter, samples, 2, 2, skip=True)
     assert filled.skipped == ["1.png", "2.png"] and filled.made == 4
 
@@ -271,22 +272,22 @@ def test_formats(kind: str, lossless: bool, samples: list[Sample], tmp_path: Pat
     fill(bank, Painter(), samples[:1], 1, 1)
     image = content_sha256(samples[0].source)
     assert bank.path(image, 0).suffix == f".{kind}" and bank.path(image, 0).is_file()
-    (found,) = bank.images(samples[0].source, 1)
+    (stored,) = bank.images(samples[0].source, 1)
     (made,) = Painter().generate([samples[0].source.open()], [bank.recipe.seed_of(image, 0)])
-    assert made is not None and (found.tobytes() == made.tobytes()) is lossless
+    assert made is not None and (stored.tobytes() == made.tobytes()) is lossless
 
 
 @given(st.integers(0, 100), st.integers(0, 100), st.integers(0, 3))
-def test_seeds_tell_pictures_apart(one: int, other: int, attempt: int) -> None:
+def test_seeds_differ_between_images(number: int, other: int, attempt: int) -> None:
     recipe = Recipe(FACTS)
-    seed = recipe.seed_of("a", one, attempt)
+    seed = recipe.seed_of("a", number, attempt)
     assert 0 <= seed < 2**63
-    assert (seed == recipe.seed_of("a", other, attempt)) is (one == other)
-    assert seed not in (recipe.seed_of("b", one, attempt), recipe.seed_of("a", one, attempt + 1))
-    assert seed != Recipe({**FACTS, "seed": 1}).seed_of("a", one, attempt)
+    assert (seed == recipe.seed_of("a", other, attempt)) is (number == other)
+    assert seed not in (recipe.seed_of("b", number, attempt), recipe.seed_of("a", number, attempt + 1))
+    assert seed != Recipe({**FACTS, "seed": 1}).seed_of("a", number, attempt)
 
 
-def test_a_recipe_is_its_facts() -> None:
+def test_a_recipe_is_identified_by_its_facts() -> None:
     recipe = Recipe(FACTS, {"options": "x"})
     assert recipe.id == Recipe(dict(reversed(FACTS.items())), {"options": "y"}).id
     assert recipe.id != Recipe({**FACTS, "call": {"guidance_scale": 3.5}}).id
@@ -294,9 +295,9 @@ def test_a_recipe_is_its_facts() -> None:
 
 
 def test_settings_are_difftpts_and_are_checked() -> None:
-    usual = GenerationSettings()
-    assert (usual.steps, usual.guidance, usual.eta) == (50, 3.0, 0.0)
-    assert usual.pipeline == "lambdalabs/sd-image-variations-diffusers"
+    defaults = GenerationSettings()
+    assert (defaults.steps, defaults.guidance, defaults.eta) == (50, 3.0, 0.0)
+    assert defaults.pipeline == "lambdalabs/sd-image-variations-diffusers"
     with pytest.raises(ConfigError) as caught:
         GenerationSettings(pipeline="", steps=0, guidance=-1, eta=2, strength=0, size=12, seed=-1)
     texts = str(caught.value).splitlines()

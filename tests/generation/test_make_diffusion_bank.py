@@ -1,4 +1,4 @@
-"""tools/make_diffusion_bank.py as a user runs it, with a pipeline of random weights."""
+"""tools/make_diffusion_bank.py as a command, with a pipeline of random weights."""
 
 from __future__ import annotations
 
@@ -28,79 +28,92 @@ TOOL = Path(__file__).parents[2] / "tools" / "make_diffusion_bank.py"
 
 
 @pytest.fixture
-def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def image_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     rng = np.random.default_rng(0)
-    for part, count in (("train", 2), ("val", 1), ("test", 2)):
+    for split, count in (("train", 2), ("val", 1), ("test", 2)):
         for name in ("cat", "dog"):
-            folder = tmp_path / "pictures" / part / name
+            folder = tmp_path / "images" / split / name
             folder.mkdir(parents=True)
             for number in range(count):
                 pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.png")
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
-def words(pictures: Path, *more: str) -> list[str]:
-    bank = str(pictures.parent / "bank")
+def words(image_folder: Path, *more: str) -> list[str]:
+    bank = str(image_folder.parent / "bank")
     small = ["--pipeline", "tiny", "--steps", "2", "--device", "cpu"]
-    return ["--bank", bank, "--data.name", "folder", "--data.root", str(pictures), "--data.shots", "1", *small, *more]
+    return [
+        "--bank",
+        bank,
+        "--data.name",
+        "folder",
+        "--data.root",
+        str(image_folder),
+        "--data.shots",
+        "1",
+        *small,
+        *more,
+    ]
 
 
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
-    usual = PipelineGenerator.generate
+    generate = PipelineGenerator.generate
 
     def counted(self: PipelineGenerator, images: Any, seeds: Any) -> Any:
         sizes.append(len(images))
-        return usual(self, images, seeds)
+        return generate(self, images, seeds)
 
     monkeypatch.setattr(PipelineGenerator, "generate", counted)
     return sizes
 
 
-def test_made_resumed_and_mended(
-    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_filling_resuming_and_repairing(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = calls(monkeypatch)
-    assert main(words(pictures, "--count", "2", "--batch-size", "3")) == 0
-    told = capsys.readouterr().out
-    assert "4 test images of folder, 2 pictures each" in told and "4 images: 0 pictures were there, 8 made" in told
-    assert "making: 8 of 8, 0 s left" in told
+    assert main(words(image_folder, "--count", "2", "--batch-size", "3")) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "4 test images of folder, 2 pictures each" in printed and "4 images: 0 pictures were there, 8 made" in printed
+    )
+    assert "making: 8 of 8, 0 s left" in printed
     assert sizes == [3, 3, 2]
-    found = re.search(r"--data.bank (\S+)", told)
-    assert found is not None
-    bank = open_bank(Path(found[1]))
-    assert open_bank(pictures.parent / "bank").recipe_id == bank.recipe_id
+    match = re.search(r"--data.bank (\S+)", printed)
+    assert match is not None
+    bank = open_bank(Path(match[1]))
+    assert open_bank(image_folder.parent / "bank").recipe_id == bank.recipe_id
     from vlprompt.datasets import FileSource
 
-    sources = [FileSource(str(path)) for path in sorted((pictures / "test").rglob("*.png"))]
+    sources = [FileSource(str(path)) for path in sorted((image_folder / "test").rglob("*.png"))]
     assert [len(bank.images(source, 2)) for source in sources] == [2] * 4
     damaged = next(bank.folder.rglob("001.png"))
     damaged.write_bytes(damaged.read_bytes()[:-4])
-    assert main(words(pictures, "--count", "3", "--batch-size", "3")) == 0
-    told = capsys.readouterr().out
-    assert "4 images: 7 pictures were there, 5 made (of which 1 anew: they were damaged or gone)" in told
+    assert main(words(image_folder, "--count", "3", "--batch-size", "3")) == 0
+    printed = capsys.readouterr().out
+    assert "4 images: 7 pictures were there, 5 made (of which 1 anew: they were damaged or gone)" in printed
     assert sizes == [3, 3, 2, 3, 2]
-    assert main(words(pictures, "--count", "3")) == 0 and sizes == [3, 3, 2, 3, 2]
+    assert main(words(image_folder, "--count", "3")) == 0 and sizes == [3, 3, 2, 3, 2]
     assert "12 pictures were there, 0 made" in capsys.readouterr().out
-    assert main(words(pictures, "--count", "1", "--split", "val")) == 0
+    assert main(words(image_folder, "--count", "1", "--split", "val")) == 0
     assert "2 images: 0 pictures were there, 2 made" in capsys.readouterr().out
-    assert main(words(pictures, "--count", "1", "--split", "val", "--guidance", "2")) == 0
+    assert main(words(image_folder, "--count", "1", "--split", "val", "--guidance", "2")) == 0
     assert "2 images: 0 pictures were there, 2 made" in capsys.readouterr().out
-    assert len(list((pictures.parent / "bank").glob("*/recipe.json"))) == 2
+    assert len(list((image_folder.parent / "bank").glob("*/recipe.json"))) == 2
 
 
-def test_images_that_cannot_be_read(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bad = pictures / "test" / "dog" / "1.png"
+def test_images_that_cannot_be_read(image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = image_folder / "test" / "dog" / "1.png"
     bad.write_bytes(bad.read_bytes()[:40])
-    assert main(words(pictures, "--count", "1")) == 2
+    assert main(words(image_folder, "--count", "1")) == 2
     assert f"{bad} cannot be decoded" in capsys.readouterr().err
-    assert main(words(pictures, "--count", "1", "--data.on_bad_image", "skip")) == 0
+    assert main(words(image_folder, "--count", "1", "--data.on_bad_image", "skip")) == 0
     assert "3 images: 0 pictures were there, 3 made; 1 images could not be read" in capsys.readouterr().out
 
 
-def test_everything_wrong_is_said_at_once(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_problems_are_reported_at_once(image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = ["--count", "0", "--batch-size", "many", "--split", "tests", "--guidanse", "2", "--steps", "0"]
     wrong += ["--safety-checker", "maybe", "--data.name", "folders", "--method", "coop", "--config", "x", "stray"]
     assert main(wrong) == 2
@@ -123,27 +136,27 @@ def test_everything_wrong_is_said_at_once(pictures: Path, capsys: pytest.Capture
     assert "Traceback" not in text
 
 
-def test_a_pipeline_that_is_not_there(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*words(pictures), "--pipeline=nobody/nothing"]) == 2  # given twice
+def test_a_missing_pipeline(image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words(image_folder), "--pipeline=nobody/nothing"]) == 2  # given twice
     assert "--pipeline is given twice" in capsys.readouterr().err
-    given = [word if word != "tiny" else "nobody/nothing" for word in words(pictures)]
+    given = [word if word != "tiny" else "nobody/nothing" for word in words(image_folder)]
     assert main([*given, "--offline"]) == 2
     text = capsys.readouterr().err
     assert "--pipeline nobody/nothing" in text and "hf download nobody/nothing --local-dir FOLDER" in text
 
 
-def test_an_interrupt_says_how_to_go_on(
-    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_interrupt_names_how_to_resume(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(argv: list[str]) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli_bank, "bank", interrupted)
-    assert main(words(pictures)) == 130
+    assert main(words(image_folder)) == 130
     assert "the same command resumes it" in capsys.readouterr().err
 
 
-def test_the_tool_is_a_door(tmp_path: Path) -> None:
+def test_the_tool_runs_the_command(tmp_path: Path) -> None:
     helped = subprocess.run([sys.executable, TOOL, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert helped.stdout == cli_bank.BANK_HELP
     for name in cli_bank.OPTIONS + cli_bank.FLAGS:

@@ -1,4 +1,4 @@
-"""Data-set cards as dataclasses: the facts that are known of a data set without having it."""
+"""Data set cards as dataclasses: facts of a data set that are known without its files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlprompt.datasets.records import class_name_problem
 from vlprompt.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-#: Folder of the demo benchmark and of what else the wheel carries.
+#: Folder of the packaged data: the demo benchmark and other files of the wheel.
 ASSETS = _PACKAGE / "assets"
 Metric = Literal["accuracy", "mean_per_class", "map", "map_11point"]
 NamesFrom = Literal["split", "folders", "file", "list", "wnids"]
@@ -45,22 +45,22 @@ Words = Annotated[tuple[Word, ...], OneOrMore]
 CardTemplate = Annotated[str, Holds(_has_one_slot, "a text with {} exactly once and no other braces")]
 CardTemplates = Annotated[tuple[CardTemplate, ...], OneOrMore, MinLen(1)]
 SplitName = Annotated[
-    str, Holds(_is_no_file, "a name that does not end in .json, which means a split file of the user's")
+    str, Holds(_is_no_file, "a name that does not end in .json, which means a split file of the user")
 ]
 
 
 @validated("classes")
 class Classes:
-    """What is known of the classes.
+    """Facts of the classes.
 
     Attributes:
-        count: How many there are; ``None`` where the user decides.
-        names_from: ``split`` (the split file says), ``folders`` (the class folders' names), ``file`` (a list beside
-            the images), ``list`` (``names`` below), or ``wnids`` (WordNet folders named as OpenAI's CLIP names them).
+        count: Number of classes; ``None`` if the user decides.
+        names_from: Source of the names: ``split`` (the split file), ``folders`` (the class folders), ``file`` (a list
+            next to the images), ``list`` (``names`` below), or ``wnids`` (WordNet folders with OpenAI's CLIP names).
         names: The names by label, for ``list``.
-        keys: What the files call the classes, by label, where that is not the name: folders or words of a list.
+        keys: Names of the classes in the files, by label, where they differ: folders or words of a list.
         names_sha256: SHA-256 of the names by label, joined by LF.
-        order: The rule of the order, in words.
+        order: Description of the class order.
     """
 
     count: Positive | None = None
@@ -90,16 +90,16 @@ class Classes:
 
 @validated("splits")
 class Split:
-    """One way to cut a data set into train, val and test.
+    """A split of a data set into train, val and test.
 
     Attributes:
-        train: Images to train on; ``None`` where it is not known or the user decides.
-        val: Validation images.
-        test: Test images.
+        train: Number of training images; ``None`` if unknown or decided by the user.
+        val: Number of validation images.
+        test: Number of test images.
         content_sha256: Hash of the content (:meth:`vlprompt.datasets.records.SplitLists.content_sha256`).
         file_sha256: Hash of the published split file.
-        reader: Another reader than the card's, for this split.
-        reader_options: Its options.
+        reader: Reader of this split, if it differs from the card's.
+        reader_options: Options of that reader.
     """
 
     train: Count | None = None
@@ -113,7 +113,7 @@ class Split:
 
 @validated("templates")
 class Templates:
-    """Prompts with ``{}`` for the class name: the ``single`` published one, and ``ensembles`` by name."""
+    """Prompts with ``{}`` for the class name: the published ``single`` prompt, and ``ensembles`` by name."""
 
     single: CardTemplate
     ensembles: Mapping[str, CardTemplates] = field(default_factory=dict)
@@ -121,19 +121,19 @@ class Templates:
 
 @validated("sources")
 class Source:
-    """Where one part of the data comes from.
+    """Source of a file of the data set.
 
     Attributes:
-        what: The file or the part.
+        what: Name of the file or description of the files.
         page: Home page.
-        url: Address that ``vlprompt data get`` may fetch; ``None`` where it may not or cannot.
-        md5: MD5 of the file, as its publisher gives it.
+        url: Address that ``vlprompt data get`` may fetch; ``None`` if it must not or cannot.
+        md5: Published MD5 of the file.
         sha256: SHA-256 of the file.
-        unpack: Folder under the data set's folder to unpack an archive into; ``None`` keeps the file as it is.
-        strip: Leading folders of the archive's members that are dropped.
+        unpack: Folder under the data set's folder to unpack an archive into; ``None`` does not unpack.
+        strip: Leading folders to drop from the paths of the archive's members.
         inner: Archive inside the archive that is unpacked into the same folder, by its path after ``strip``.
-        to: Where the file goes, under the data set's folder, if it is not an archive; a file that ends in ``.gz`` is
-            decompressed unless this name ends so, too.
+        to: Path of the file under the data set's folder, if it is not an archive; a ``.gz`` file is decompressed
+            unless this path also ends in ``.gz``.
     """
 
     what: str
@@ -149,7 +149,7 @@ class Source:
 
 @validated("licence")
 class Licence:
-    """The licence of the images: its ``text``, the ``page`` that has it, and whether they may be passed on."""
+    """Licence of the images: its ``text``, its ``page``, and whether they may be redistributed."""
 
     text: str
     page: str = ""
@@ -158,31 +158,31 @@ class Licence:
 
 @validated("")
 class Card:
-    """What is known of a data set without having it. The YAML file has the same fields, as in ``datasets/dtd.yaml``.
+    """Facts of a data set that are known without its files. A YAML card has the same fields (``datasets/dtd.yaml``).
 
     Attributes:
-        name: The name it is asked for by.
+        name: Name of the data set.
         reader: ``split_json``, ``folder``, ``list_file``, ``torchvision`` or ``shards``; ``pairs`` for images with
             captions and no classes (:func:`vlprompt.load_pairs`).
         options: The reader's options (:mod:`vlprompt.datasets.options`); ``reader_options`` in the file.
         classes: Count, names and order of the classes.
         templates: Prompts.
-        metric: ``accuracy``, ``mean_per_class``, or, with several labels an image, ``map`` or ``map_11point``.
+        metric: ``accuracy``, ``mean_per_class``, or, for multi-label data, ``map`` or ``map_11point``.
         licence: Licence of the images.
         task: ``multiclass`` or ``multilabel``.
-        aliases: Other accepted spellings of the name.
-        group: Groups it belongs to, such as ``fewshot11``.
-        folders: Names of its folder under the data root, tried in order; ``.`` for the data root itself.
-        root: Absolute folder to look in, in a user's own card; the data root otherwise.
-        splits: Ways to cut it, by name; the first is the one that is used if none is asked for.
-        split: The name of the split in use.
-        domains: Its domains, for domain generalisation: each name with the folder or word that stands for it in files.
-        excluded: Images left out on purpose, by their id.
-        sources: Where the parts come from.
-        notes: How to get it and where to put what.
-        packaged: Whether the data lie inside the package, so that no data root is needed.
-        same_images: Whether train and test hold the same images on purpose: the protocol then parts them by domain.
-        file: The card's own file.
+        aliases: Other accepted names.
+        group: Groups that contain the data set, such as ``fewshot11``.
+        folders: Names of its folder under the data root, tried in order; ``.`` for the data root.
+        root: Absolute data root, in a card of the user; ``None`` for the common data root.
+        splits: Splits by name; the first is the default.
+        split: Name of the split in use.
+        domains: Domains, for domain generalisation: each name with the folder or word used in files.
+        excluded: Ids of excluded images.
+        sources: Sources of the files.
+        notes: How to get the data and where to put the files.
+        packaged: Whether the data are part of the package, so that no data root is needed.
+        same_images: Whether train and test share images by design; the protocol then separates them by domain.
+        file: Path of the card.
     """
 
     name: Word
@@ -220,15 +220,14 @@ class Card:
 
     @property
     def facts(self) -> Split:
-        """Sizes and hashes of the split in use; empty where nothing is known of it."""
+        """Sizes and hashes of the split in use; empty if unknown."""
         return self.splits.get(self.split, Split())
 
     @property
     def sizes(self) -> dict[str, int] | None:
-        """Images in train, val and test of the split in use, as far as they are known; ``None`` if none is."""
-        facts = self.facts
-        known = {part: getattr(facts, part) for part in ("train", "val", "test")}
-        return {part: size for part, size in known.items() if size is not None} or None
+        """Known numbers of images in train, val and test of the split in use; ``None`` if all are unknown."""
+        sizes = {name: getattr(self.facts, name) for name in ("train", "val", "test")}
+        return {name: size for name, size in sizes.items() if size is not None} or None
 
     @property
     def multilabel(self) -> bool:
@@ -237,7 +236,7 @@ class Card:
 
     @property
     def tests_only(self) -> bool:
-        """Whether there is nothing to train on: the reader is told of no training images."""
+        """Whether the data set has no training images."""
         splits = getattr(self.options, "splits", {})
         return bool(splits) and "train" not in splits
 
@@ -247,20 +246,20 @@ class Card:
         return next((place for place in places if place.is_dir()), places[0])
 
     def places(self, root: str | Path | None = None) -> list[Path]:
-        """Return the absolute folders that are looked in, in order."""
+        """Return the absolute folders to search, in order."""
         if self.packaged:
             return [ASSETS / folder for folder in self.folders]
         roots = [data_root(self.root)] if self.root is not None and root is None else data_roots(root)
         return [place / folder for place in roots for folder in self.folders]
 
     def with_split(self, name: str | None) -> Card:
-        """Return this card with another of its splits, or with a split file of the user's in the data set's folder.
+        """Return this card with another split, or with a split file of the user in the data set's folder.
 
         Args:
-            name: A split's name, or the name of a file that ends in ``.json``; ``None`` for the default.
+            name: Name of a split, or of a file that ends in ``.json``; ``None`` for the split in use.
 
         Raises:
-            ConfigError: The card has no such split, or takes no split file.
+            ConfigError: If the card has no such split, or the path is not valid.
         """
         if name is None or name == self.split:
             return self
@@ -284,16 +283,15 @@ class Card:
 
 
 def data_root(root: str | Path | None = None) -> Path:
-    """Return the absolute data root: ``root``, else the first of ``VLPROMPT_DATA``, else ``data`` here."""
+    """Return the absolute data root: ``root``, else the first of ``VLPROMPT_DATA``, else ``data``."""
     return data_roots(root)[0]
 
 
 def data_roots(root: str | Path | None = None) -> list[Path]:
-    """Return all absolute data roots: ``root``, else the folders in ``VLPROMPT_DATA``, else ``data`` here."""
-    named = (
-        [root] if root is not None else [part for part in os.environ.get("VLPROMPT_DATA", "").split(os.pathsep) if part]
-    )
-    return [Path(os.path.abspath(Path(one).expanduser())) for one in named or ["data"]]
+    """Return all absolute data roots: ``root``, else the folders in ``VLPROMPT_DATA``, else ``data``."""
+    listed = os.environ.get("VLPROMPT_DATA", "").split(os.pathsep)
+    folders = [root] if root is not None else [folder for folder in listed if folder]
+    return [Path(os.path.abspath(Path(folder).expanduser())) for folder in folders or ["data"]]
 
 
 @functools.lru_cache(maxsize=1)
@@ -304,22 +302,23 @@ def imagenet_names() -> dict[str, str]:
 
 
 def describe(card: Card) -> dict[str, Any]:
-    """Return the card's facts as plain JSON values, what is empty left out."""
-    found: dict[str, Any] = _bare({key: value for key, value in asdict(card).items() if key != "file"})
-    return found
+    """Return the card's facts as plain JSON values, without empty values."""
+    facts: dict[str, Any] = _without_empty({key: value for key, value in asdict(card).items() if key != "file"})
+    return facts
 
 
-def _bare(value: Any) -> Any:
+def _without_empty(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _bare(inner) for key, inner in value.items() if inner not in (None, (), {}, "", [], False)}
-    return [_bare(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+        kept = {key: inner for key, inner in value.items() if inner not in (None, (), {}, "", [], False)}
+        return {key: _without_empty(inner) for key, inner in kept.items()}
+    return [_without_empty(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def stated_class_names(card: Card) -> list[str] | None:
-    """Return the class names by label that the card itself states, else ``None``.
+    """Return the class names by label that the card states, else ``None``.
 
-    ImageNet's are those of OpenAI's CLIP, as in CoOp's ``classnames.txt`` (two occur twice: ``missile`` and
-    ``sunglasses``).
+    ImageNet's names are those of OpenAI's CLIP, as in CoOp's ``classnames.txt`` (``missile`` and ``sunglasses`` occur
+    twice).
     """
     if card.classes.names:
         return list(card.classes.names)

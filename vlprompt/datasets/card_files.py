@@ -1,4 +1,4 @@
-"""Reads a card's YAML file: typed, bounded, every problem at once. A card is data: no tags, code or paths outside."""
+"""Reading of a card's YAML file, which is untrusted input: all problems at once; no tags, code or outside paths."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from vlprompt.errors import ConfigError, DataError, bulleted, did_you_mean
 
 _LARGEST_CARD = 1_000_000
 _REQUIRED = ("schema", "name", "task", "reader", "reader_options", "classes", "templates", "metric")
-#: Fields of a card that are not written in its file.
+#: Fields of a card that are not in its file.
 _NOT_IN_FILE = ("split", "options", "file")
 
 
-def read_card(path: Path, *, own: bool = False) -> Card:
+def read_card(path: Path, *, of_user: bool = False) -> Card:
     """Read and check one card file.
 
     Args:
         path: The file.
-        own: Whether it is the user's own, which may name an absolute ``root``.
+        of_user: Whether it is a card of the user, which may have an absolute ``root``.
 
     Raises:
         DataError: If the file is not YAML, or has missing, unknown or ill-typed fields; all are listed.
@@ -39,19 +39,19 @@ def read_card(path: Path, *, own: bool = False) -> Card:
     if not isinstance(content, dict):
         raise DataError(f"Data set card {path} is not a table of fields.")
     problems: list[str] = []
-    card = _card(content, path, own, problems)
+    card = _card(content, path, of_user, problems)
     if card is None or problems:
         raise DataError(f"Data set card {path} is not valid:\n{bulleted(problems)}")
     return card
 
 
-def _card(content: dict[Any, Any], path: Path, own: bool, problems: list[str]) -> Card | None:
+def _card(content: dict[Any, Any], path: Path, of_user: bool, problems: list[str]) -> Card | None:
     problems += [f"{name} is missing" for name in _REQUIRED if name not in content]
     if "schema" in content and (content["schema"] != 1 or isinstance(content["schema"], bool)):
         problems.append(f"schema is {content['schema']!r}; this version reads schema 1")
     reader = content.get("reader", "folder")
     options = _options(reader, content.get("reader_options"), "reader", problems)
-    hidden = _NOT_IN_FILE if own else (*_NOT_IN_FILE, "root")
+    hidden = _NOT_IN_FILE if of_user else (*_NOT_IN_FILE, "root")
     known = [name for name in field_hints(Card) if name not in hidden]
     values: dict[str, Any] = {}
     for name, value in content.items():
@@ -69,7 +69,7 @@ def _card(content: dict[Any, Any], path: Path, own: bool, problems: list[str]) -
 
 
 def _split(name: Any, split: Any, reader: Any, problems: list[str]) -> Any:
-    """Return a split whose own ``reader_options`` are read by the split's reader, or else the card's."""
+    """Return a split with its ``reader_options`` read by the split's reader, else the card's."""
     if not isinstance(split, Mapping) or not split.keys() & {"reader", "reader_options"}:
         return split
     reader = split.get("reader", reader)
@@ -78,7 +78,7 @@ def _split(name: Any, split: Any, reader: Any, problems: list[str]) -> Any:
 
 
 def _options(reader: Any, content: Any, where: str, problems: list[str]) -> Any:
-    """Return the options of ``reader`` that ``content`` holds, or None; what is wrong goes to ``problems``."""
+    """Return the options of ``reader`` in ``content``, or None; problems are added to ``problems``."""
     if not isinstance(reader, str) or reader not in OPTIONS:
         problems.append(f"{where} is {reader!r}.{did_you_mean(str(reader), OPTIONS)}")
         return None

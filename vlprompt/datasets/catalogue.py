@@ -98,7 +98,7 @@ def _cards(user_files: tuple[tuple[str, int, int], ...]) -> tuple[dict[str, Card
     shipped = [(path, False) for path in sorted(card_folder().glob("*.yaml"))]
     for path, of_user in [*shipped, *((Path(file), True) for file, *_ in user_files)]:
         try:
-            card = read_card(path, own=of_user)
+            card = read_card(path, of_user=of_user)
             taken = {_plain(name): owners[_plain(name)] for name in _spellings(card) if _plain(name) in owners}
             if taken:
                 owner = next(iter(taken.values()))

@@ -1,4 +1,4 @@
-"""What a card may tell each reader: ``reader_options`` in the YAML file."""
+"""Options of each reader: ``reader_options`` in the YAML file of a card."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def _named(value: Any) -> Any:
 
 
 Inside = Annotated[str, Holds(stays_inside, "a path inside the data root")]
-"""A path of files under a folder of the user's."""
+"""A path that stays inside the folder that it is relative to."""
 OneOrMore = BeforeValidator(_listed)
-"""Metadata of a list of texts that may be written as one text."""
+"""Metadata of a list of texts: a single text is accepted."""
 Named = BeforeValidator(_named)
-"""Metadata of a mapping of texts that may be written as the list of its keys, which are then the values."""
+"""Metadata of a mapping of texts: a list of keys is accepted, with the keys as values."""
 if TYPE_CHECKING:
-    Part = str  # keys of a Mapping are invariant: readers look parts up by plain texts
+    Part = str  # keys of a Mapping are invariant, and readers use plain texts
 else:
     Part = Literal["train", "val", "test"]
 Paths = Mapping[Part, Annotated[tuple[Inside, ...], OneOrMore]]
@@ -42,10 +42,10 @@ class SplitJsonOptions:
     Attributes:
         split_file: The file, under the data set's folder.
         image_dir: Folder of the images; sample ids are relative to it.
-        index_by: ``relative_path``, or ``basename``: an image may lie in any sub-folder, its name alone finds it, for
-            copies of a data set that were packed otherwise.
-        archive: Zip archive that holds the images. ``{}`` in its name stands for the first folder of an image's path:
-            every such folder has an archive of its own.
+        index_by: ``relative_path``, or ``basename``: images are found in any sub-folder by their file name, for
+            repacked copies of a data set.
+        archive: Zip archive of the images. ``{}`` in its name stands for the first folder of an image's path: one
+            archive per folder.
         variants: Whether a path may end in ``#`` and a variant (:mod:`vlprompt.datasets.variants`).
     """
 
@@ -62,12 +62,12 @@ class FolderOptions:
 
     Attributes:
         image_dir: Folder that ``splits`` are relative to; sample ids are relative to it.
-        splits: For train, val and test the folders that hold class folders; ``{domain}`` stands for the folder of each
-            domain. Empty for a user's own folder, in either layout of
+        splits: For train, val and test, the folders that contain class folders; ``{domain}`` stands for the folder of
+            each domain. Empty for a folder of the user, in either layout of
             :func:`vlprompt.datasets.readers.folder.read_folder`.
-        sort: Order of the class folders: ``bytes`` of their names, or ``int``, their value.
-        ignore: Names that are passed over, files or folders.
-        lower: Whether class names are the folders' in lower case (after sorting).
+        sort: Order of the class folders: ``bytes`` of their names, or ``int`` for their numeric value.
+        ignore: Names of files and folders to skip.
+        lower: Whether class names are the folder names in lower case (after sorting).
     """
 
     image_dir: Inside = "."
@@ -82,19 +82,19 @@ class ListFileOptions:
     """Text lists of images with their labels.
 
     Attributes:
-        splits: For train, val and test the list files, under the data set's folder. ``{domain}`` and ``{class}`` stand
-            for the file words of each domain and class.
+        splits: For train, val and test, the list files under the data set's folder. ``{domain}`` and ``{class}`` stand
+            for the keys of each domain and class.
         image_dir: Folder of the images; sample ids are relative to it.
-        format: ``lines`` (an image and its label), ``per_class`` (a file per class, lines of an image and 1, 0 or -1;
-            only 1 counts), ``coco`` (instance annotations) or ``jsonl`` (an object on every line).
-        label: What stands behind the image: ``number`` or ``name`` of its class, or ``folder``: nothing, the name is
-            the first folder of the path.
-        first_label: The lowest number.
-        suffix: What the image's name lacks, such as ``.jpg``.
-        names_file: A list of the classes in label order, where the card does not name them.
+        format: ``lines`` (an image and its label), ``per_class`` (one file per class with lines of an image and 1, 0 or
+            -1; only 1 counts), ``coco`` (instance annotations) or ``jsonl`` (an object on every line).
+        label: Label of a line: ``number`` or ``name`` of the class, or ``folder``: no label, the class is the first
+            folder of the path.
+        first_label: The lowest label number.
+        suffix: Suffix to append to image names, such as ``.jpg``.
+        names_file: A list of the class names in label order, if the card does not have them.
         folders: Folder of the images of each split, under ``image_dir``.
         image_key: Key of the image's path in a ``jsonl`` object.
-        label_key: Key of its label.
+        label_key: Key of the label.
     """
 
     splits: Paths
@@ -111,11 +111,11 @@ class ListFileOptions:
 
 @validated("reader_options")
 class TorchvisionOptions:
-    """A data set that torchvision reads.
+    """A torchvision data set.
 
     Attributes:
         dataset: Name of the class in ``torchvision.datasets``.
-        splits: For train, val and test the arguments that select it.
+        splits: For train, val and test, the arguments that select the split.
     """
 
     dataset: str
@@ -124,11 +124,11 @@ class TorchvisionOptions:
 
 @validated("reader_options")
 class ShardOptions:
-    """Archives of many images.
+    """Image archives.
 
     Attributes:
-        splits: For train, val and test the folder of the shards (``webdataset``), or the files (``parquet``; ``*`` is a
-            wildcard).
+        splits: For train, val and test, the folders of the shards (``webdataset``), or the files (``parquet``; ``*`` is
+            a wildcard).
         format: ``webdataset`` tar files in CLIP_benchmark's layout, or Hugging Face's ``parquet`` files.
         image_key: Column of the images in ``parquet`` files.
         label_key: Column of the labels.
@@ -142,7 +142,7 @@ class ShardOptions:
 
 @validated("reader_options")
 class PairsOptions:
-    """Images with captions: a JSON object with ``image`` and ``caption`` on every line of ``split_file``.
+    """Image-caption pairs: a JSON object with ``image`` and ``caption`` on every line of ``split_file``.
 
     Attributes:
         split_file: The file, under the data set's folder.

@@ -135,14 +135,14 @@ def load_generator(
     """Load a pipeline onto ``device``.
 
     Args:
-        settings: Which, and how it is used.
-        device: Where it runs.
-        offline: Whether to look for it on this machine alone.
+        settings: The pipeline and its settings.
+        device: Device of the pipeline.
+        offline: Whether to use local files only.
 
     Raises:
-        ConfigError: A value that is not accepted, a pipeline that is not found or that makes no pictures of images, or
-            no diffusers.
-        DataError: Files of the pipeline that cannot be read.
+        ConfigError: If a value is not accepted, the pipeline is not found or does not generate images from images, or
+            diffusers is not installed.
+        DataError: If files of the pipeline cannot be read.
     """
     diffusers, _ = import_diffusers()
     device = torch.device(device)

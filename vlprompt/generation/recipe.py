@@ -1,4 +1,4 @@
-"""How pictures are generated: what a user may choose, and the record that a bank is named by."""
+"""Settings of image generation, and the recipe that identifies a bank."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from vlprompt.errors import ConfigError, DataError
 
 SCHEMA = "vlprompt diffusion bank 1"
 TOOL = "vlprompt bank"
-#: DiffTPT's pipeline and the revision that its code names.
+#: DiffTPT's pipeline and the revision in its code.
 OFFICIAL = ("lambdalabs/sd-image-variations-diffusers", "v2.0")
-#: Pictures of each image that DiffTPT looks at (its code makes 65 and reads 63).
+#: Generated images per source image in DiffTPT (its code generates 65 and uses 63).
 COUNT = 63
 Format = Literal["png", "webp", "jpeg"]
 
 
 @validated("")
 class GenerationSettings:
-    """What can be chosen; the defaults are those of DiffTPT's code (``image_generator_R.py``) where it has any.
+    """Settings of image generation; defaults are those of DiffTPT's code (``image_generator_R.py``), if any.
 
     Attributes:
-        pipeline: A folder that diffusers' ``save_pretrained`` wrote, a name on the Hugging Face hub, or ``tiny`` and
-            ``tiny-img2img``, which are made on the spot with random weights and whose pictures are noise.
-        revision: Branch, tag or commit on the hub; None for the one of DiffTPT's pipeline, else the newest.
-        scheduler: Class of diffusers that replaces the pipeline's own scheduler.
+        pipeline: A folder written by diffusers' ``save_pretrained``, a name on the Hugging Face hub, or ``tiny`` and
+            ``tiny-img2img``, which have random weights and generate noise.
+        revision: Branch, tag or commit on the hub; None for DiffTPT's revision of its pipeline, else the newest.
+        scheduler: Class of diffusers that replaces the pipeline's scheduler.
         steps: Denoising steps.
         guidance: Scale of classifier-free guidance; 1 or less for none.
-        eta: Noise of DDIM steps; other schedulers have none.
-        strength: img2img alone: how much of the image is replaced, in 0..1; ``int(steps * strength)`` steps are done.
-        prompt: img2img alone: the text; it cannot name the class, which nobody knows at test time.
-        size: Side of the square pictures in pixels; None for the pipeline's own, 512 for Stable Diffusion 1.
+        eta: Noise of DDIM steps; unused by other schedulers.
+        strength: For img2img: the fraction of the image to replace, in 0..1; ``int(steps * strength)`` steps are done.
+        prompt: For img2img: the prompt; it cannot name the class, which is unknown at test time.
+        size: Side of the square images in pixels; None for the pipeline's default, 512 for Stable Diffusion 1.
         precision: Type of the weights; ``auto`` is fp16 on a GPU and fp32 on the CPU.
-        safety_checker: ``off`` loads the pipeline without its checker. With it on, pictures that it flags, which it
-            blackens, are drawn again.
-        format: ``png`` and ``webp`` are lossless; ``jpeg`` has quality 75, as DiffTPT's pictures have.
-        seed: Seed of all pictures.
+        safety_checker: ``off`` loads the pipeline without its checker. With ``on``, images that the checker flags (and
+            blackens) are generated again.
+        format: ``png`` and ``webp`` are lossless; ``jpeg`` has quality 75, as in DiffTPT.
+        seed: Seed of all images.
     """
 
     pipeline: Annotated[Name, Words("a folder, or a name on the Hugging Face hub")] = OFFICIAL[0]
