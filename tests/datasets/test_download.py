@@ -135,10 +135,10 @@ def test_fetch_and_unpack(pack: Callable[[Files], bytes], tmp_path: Path, server
     source = Source(
         "images", "https://toy.example", f"{server.url}/toy.archive?download=1", md5(data), sha256(data), unpack="."
     )
-    left, told = run(a_card(source), tmp_path)
+    left, printed = run(a_card(source), tmp_path)
     assert left == [] and tree(tmp_path / "toy") == IMAGES  # and the archive is removed
-    assert told.startswith("page:     https://toy.example\nlicence:  be kind (https://toy.example/licence)\nfolder:")
-    assert "images: 2 files unpacked" in told
+    assert printed.startswith("page:     https://toy.example\nlicence:  be kind (https://toy.example/licence)\nfolder:")
+    assert "images: 2 files unpacked" in printed
     # A second run requests nothing.
     again = run(a_card(source), tmp_path)
     assert again[0] == [] and "can be read" in again[1] and len(server.asked) == 1
@@ -151,8 +151,8 @@ def test_unpacked_archives_are_not_fetched_again(tmp_path: Path, server: Server)
         Source(str(n), "", f"{server.url}/{n}.tgz", md5(data), unpack=".") for n, data in ((1, first), (2, second))
     ]
     run(a_card(*sources), tmp_path)
-    _, told = run(a_card(*sources), tmp_path)  # the card's images are still missing, so the data set is incomplete
-    assert told.count("already present") == 2 and len(server.asked) == 2
+    _, printed = run(a_card(*sources), tmp_path)  # the card's images are still missing, so the data set is incomplete
+    assert printed.count("already present") == 2 and len(server.asked) == 2
     (tmp_path / "toy" / "b.txt").unlink()
     run(a_card(*sources), tmp_path)
     assert [name for name, _ in server.asked] == ["1.tgz", "2.tgz", "2.tgz"] and (tmp_path / "toy" / "b.txt").exists()
@@ -231,11 +231,11 @@ def test_without_a_checksum_the_next_run_restarts(tmp_path: Path, server: Server
     assert (tmp_path / "toy" / "big.bin").read_bytes() == b"new"
 
 
-@pytest.mark.parametrize("part", [b"whole", b"whole and more"])
-def test_a_complete_part(part: bytes, tmp_path: Path, server: Server) -> None:
+@pytest.mark.parametrize("partial", [b"whole", b"whole and more"])
+def test_a_complete_partial_file(partial: bytes, tmp_path: Path, server: Server) -> None:
     server.files["big.bin"] = b"whole"
     (tmp_path / "toy").mkdir()
-    (tmp_path / "toy" / "big.bin.part").write_bytes(part)
+    (tmp_path / "toy" / "big.bin.part").write_bytes(partial)
     run(a_card(Source("big", "", f"{server.url}/big.bin", md5(b"whole"))), tmp_path)
     assert (tmp_path / "toy" / "big.bin").read_bytes() == b"whole"
 
@@ -297,8 +297,8 @@ def test_the_users_files_are_never_replaced(tmp_path: Path, server: Server) -> N
         "splits": {"all": Split(test=99)},
         "split": "all",
     }  # more than there are, so the data set is incomplete
-    _, told = run(a_card(source, **sizes), tmp_path)
-    assert mine.read_bytes() == b"mine" and f"existing files that are not replaced: 1, the first {mine};" in told
+    _, printed = run(a_card(source, **sizes), tmp_path)
+    assert mine.read_bytes() == b"mine" and f"existing files that are not replaced: 1, the first {mine};" in printed
     assert (tmp_path / "toy" / "new.txt").exists() and (tmp_path / "toy" / "images" / "dog" / "0.png").exists()
     (tmp_path / "toy" / "lists").mkdir()
     (tmp_path / "toy" / "lists" / "labels.mat").write_bytes(b"mine")
