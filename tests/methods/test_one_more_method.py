@@ -1,4 +1,4 @@
-"""Adding a method takes one file and one recipe book: the package lists, resolves, trains, saves and tests it."""
+"""Adding a method takes one file and one recipe book, adding an objective one file; no list names either."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlprompt.config.types import validated
+from vlprompt.config.run import RecipeConfig
+from vlprompt.config.types import NonNegative, validated
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
 from vlprompt.prompts.zero_shot import template_features
@@ -33,7 +34,7 @@ class ToySettings:
         strength: Size of the first shift.
     """
 
-    strength: float = 0.1
+    strength: NonNegative = 0.1
 
 
 @register("toy")
@@ -41,6 +42,7 @@ class Toy(PromptMethod):
     """One vector that all class weights are moved by."""
 
     Settings = ToySettings
+    recipe = RecipeConfig(epochs=9)
     settings: ToySettings
 
     def build(self) -> None:
@@ -56,6 +58,37 @@ class Toy(PromptMethod):
 '''
 
 
+TERM = '''"""Toy term: the mean squared trainable parameter."""
+
+from __future__ import annotations
+
+from vlprompt.config.types import NonNegative, validated
+from vlprompt.objectives.base import Objective, Step, Terms, register_objective
+
+
+@validated("objectives.toy_term")
+class ToyTermSettings:
+    """Settings of the term.
+
+    Attributes:
+        weight: Factor of the term.
+    """
+
+    weight: NonNegative = 1.0
+
+
+@register_objective("toy_term")
+class ToyTerm(Objective):
+    """Adds ``weight`` times the mean squared parameter."""
+
+    Settings = ToyTermSettings
+    settings: ToyTermSettings
+
+    def add(self, step: Step, terms: Terms) -> Terms:
+        """Add the term ``toy``."""
+        squares = [parameter.square().mean() for _, parameter in self.host.trainable_parameters()]
+        return {**terms, "toy": self.settings.weight * sum(squares) / len(squares)}
+'''
 BOOK = """\
 # Toy (arXiv 0000.00000).
 # Run: vlprompt train --config toy --data.name dtd
@@ -71,13 +104,17 @@ datasets:
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package by links, with one real file more."""
     folder = tmp_path_factory.mktemp("house")
-    (folder / "vlprompt" / "methods").mkdir(parents=True)
+    packages = ("methods", "objectives")
+    (folder / "vlprompt").mkdir()
     for source in (ROOT / "vlprompt").iterdir():
-        if source.name not in ("methods", "__pycache__"):
+        if source.name not in (*packages, "__pycache__"):
             (folder / "vlprompt" / source.name).symlink_to(source)
-    for source in (ROOT / "vlprompt" / "methods").glob("*.py"):
-        (folder / "vlprompt" / "methods" / source.name).symlink_to(source)
+    for package in packages:
+        (folder / "vlprompt" / package).mkdir()
+        for source in (ROOT / "vlprompt" / package).glob("*.py"):
+            (folder / "vlprompt" / package / source.name).symlink_to(source)
     (folder / "vlprompt" / "methods" / "toy.py").write_text(TOY)
+    (folder / "vlprompt" / "objectives" / "toy_term.py").write_text(TERM)
     (folder / "configs" / "toy").mkdir(parents=True)
     (folder / "configs" / "toy" / "base.yaml").write_text(BOOK)
     return folder
@@ -91,8 +128,17 @@ def python(house: Path, *words: str) -> str:
     return done.stdout
 
 
-def test_it_is_listed(house: Path) -> None:
+def test_it_is_listed_and_documented(house: Path) -> None:
     assert "\ntoy " in python(house, "-m", "vlprompt", "list", "methods")
+    assert "--settings.strength" in python(house, "-m", "vlprompt", "train", "--method", "toy", "--help")
+
+
+def test_an_objective_is_listed_and_trained(house: Path) -> None:
+    assert "toy_term" in python(house, "-m", "vlprompt", "list", "objectives", "--names").split()
+    words = "train --config configs/toy/demo.yaml --data.shots 1 --output terms --trainer.progress false"
+    python(house, "-m", "vlprompt", *words.split(), "--objectives.toy_term.weight", "0.5")
+    (results,) = house.glob("terms/**/results.json")
+    assert json.loads(results.read_text())["config"]["objectives"] == {"toy_term": {"weight": 0.5}}
 
 
 def test_it_is_resolved_for_every_data_set(house: Path) -> None:
@@ -103,7 +149,7 @@ def test_it_is_resolved_for_every_data_set(house: Path) -> None:
         "for name in list_datasets(): print(name, source.resolve(dataset=name).recipe.epochs)\n"
     )
     epochs = dict(line.split() for line in python(house, "-c", program).splitlines())
-    assert len(epochs) > 40 and (epochs["imagenet"], epochs["demo-2"], epochs["dtd"]) == ("2", "2", "50")
+    assert len(epochs) > 40 and (epochs["imagenet"], epochs["demo-2"], epochs["dtd"]) == ("2", "2", "9")
 
 
 def test_it_is_trained_and_saved(house: Path) -> None:
