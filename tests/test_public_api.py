@@ -170,7 +170,7 @@ def test_five_lines_train_save_and_load(tmp_path: Path, monkeypatch: pytest.Monk
     backbone = vlprompt.load_backbone("demo")
     data = vlprompt.load_dataset("demo", shots=2, seed=1, classes="base")
     method = vlprompt.create_method("coop", backbone, data.class_names, context_init="a photo of a")
-    run = vlprompt.train(method, data, view="center", epochs=2, output=str(tmp_path / "runs"))
+    run = vlprompt.train(method, data, transform="center", epochs=2, output=str(tmp_path / "runs"))
     head = vlprompt.load_head(run.head_dir)
 
     images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -179,6 +179,6 @@ def test_five_lines_train_save_and_load(tmp_path: Path, monkeypatch: pytest.Monk
     assert head.class_names == data.class_names and "coop" in run.table()
     assert 0 <= run.results["results"]["new"]["accuracy"] <= 100
     fresh = vlprompt.create_method("coop", backbone, data.class_names, context_init="a photo of a")
-    assert vlprompt.train(fresh, data, view="center", epochs=2, output=str(tmp_path / "runs")).reused
+    assert vlprompt.train(fresh, data, transform="center", epochs=2, output=str(tmp_path / "runs")).reused
     with torch.no_grad():
         assert torch.equal(fresh(images), method(images))  # a finished run's learnables are taken over

@@ -388,7 +388,7 @@ BAD_FILES: dict[str, tuple[str | bytes, str]] = {
     "mapping for text": ("output: {a: 1}\n", r"line 1: output is \{'a': 1\}; accepted: a text that is not empty$"),
     "number in quotes in a list": ("settings: {pair: [1, '2']}\n", r"pair\[1\] is '2'; accepted: a whole number$"),
     "inner duplicate in a value": ("settings: {pair: {a: 1, a: 2}}\n", r"line 1: 'settings.pair.a' stands twice"),
-    "misspelled choice": ("data: {view: centre}\n", r"'centre'; accepted: 'random', .* 'center'\. Did you mean 'cen"),
+    "misspelled choice": ("data: {transform: centre}\n", r"'centre'; accepted: 'random', .* 'center'\. Did you mean"),
     "out of range": ("recipe:\n  epochs: 0\n", r"^bad.yaml, line 2: recipe.epochs is 0; accepted: .* of 1 or more$"),
     "unknown data set": ("data:\n  name: dmo\n", r"^bad.yaml, line 2: data.name is 'dmo', .*Did you mean 'demo'"),
     "unknown setting": ("settings: {lenth: 3}\n", r"no key 'settings.lenth'\. Did you mean 'settings.length'"),
@@ -413,12 +413,12 @@ def test_problems_of_two_places_name_both(toys: Path) -> None:
 
 
 def test_everything_is_reported_at_once_and_nothing_twice(toys: Path) -> None:
-    content = "seeds: 1\ndata: {shots: x, view: centre, name: dmo}\nrecipe: {lr: -1, epochs: 0}\nbackbone: 3\n"
+    content = "seeds: 1\ndata: {shots: x, transform: centre, name: dmo}\nrecipe: {lr: -1, epochs: 0}\nbackbone: 3\n"
     bullets = refused_file(
         toys, content, "--settings.mode", "middle", "--settings.x", "1", "--config", "absent", "--forced", "word"
     )
     expected = (
-        *("'seeds'", "data.shots is 'x'", "data.view is 'centre'", "data.name is 'dmo'", "recipe.lr is -1"),
+        *("'seeds'", "data.shots is 'x'", "data.transform is 'centre'", "data.name is 'dmo'", "recipe.lr is -1"),
         *("recipe.epochs is 0", "'backbone' is a section", "--settings.mode is 'middle'", "'--settings.x'"),
         *("--config 'absent'", "'--forced'"),
     )
@@ -512,7 +512,7 @@ def test_overrides_outside_of_what_a_command_takes_are_refused(toys: Path) -> No
     config, problems = check_run(line, ["run.yaml"], within=("data.", "seed"))
     assert problems == [
         "command line: '--recipe.epochs' is not an option of `vlprompt eval`. "
-        "Accepted: --data.name, --data.root, --data.shots, --data.classes, --data.view, --data.template, "
+        "Accepted: --data.name, --data.root, --data.shots, --data.classes, --data.transform, --data.template, "
         "--data.workers, --data.source, --data.target, --data.split, --data.sampler, --data.shots_file, "
         "--data.on_bad_image, --data.cached_views, --data.bank, --seed."
     ]

@@ -208,7 +208,7 @@ def test_few_shot_protocol_is_the_published_one(data: str) -> None:
     mocoop, coop, zeroshot = (book(method).resolve(dataset=data) for method in ("mocoop", "coop", "zeroshot"))
     for config in (mocoop, coop, zeroshot):
         assert (config.backbone.name, config.backbone.pretrained) == ("ViT-B-16", "openai")
-        assert (config.data.classes, config.data.shots, config.data.view) == ("base", 16, "random")
+        assert (config.data.classes, config.data.shots, config.data.transform) == ("base", 16, "random")
     recipe = mocoop.recipe
     assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.warmup_epochs) == PUBLISHED_RECIPES[data]
     assert recipe.gradient_clip == 1.0
@@ -250,6 +250,6 @@ def test_meta_training_goes_with_the_training_it_names(path: Path) -> None:
     then = command(path, "Then:")
     other = parse_run(then[2:])
     assert (other.method, other.backbone) == (config.method, config.backbone)
-    assert other.init == f"gram:{meta_folder(config)}"
+    assert other.init_from == f"gram:{meta_folder(config)}"
     # What is learned fits only prompts of the same shapes.
     assert other.settings == config.settings

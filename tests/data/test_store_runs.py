@@ -42,7 +42,7 @@ def config(image_folder: Path, output: str, method: str = "coop", **data: Any) -
 
 @pytest.mark.parametrize(
     ("method", "data", "encoded"),
-    [("zeroshot", {}, 9), ("coop", {"view": "center"}, 21), ("coop", {}, 45), ("coop", {"cached_views": 2}, 33)],
+    [("zeroshot", {}, 9), ("coop", {"transform": "center"}, 21), ("coop", {}, 45), ("coop", {"cached_views": 2}, 33)],
 )
 def test_the_second_run_encodes_nothing(method: str, data: dict[str, Any], encoded: int, image_folder: Path) -> None:
     first, second = (run(config(image_folder, output, method, **data)) for output in ("one", "two"))
@@ -63,7 +63,7 @@ def test_stored_views_train_like_fresh_views(image_folder: Path) -> None:
     assert not torch.allclose(few, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("data", [{}, {"cached_views": 0}, {"view": "center"}])
+@pytest.mark.parametrize("data", [{}, {"cached_views": 0}, {"transform": "center"}])
 def test_a_run_reports_skipped_images(data: dict[str, Any], image_folder: Path) -> None:
     bad = [image_folder / "train" / "cat" / "1.png", image_folder / "test" / "owl" / "2.png"]
     for path in bad:
@@ -87,7 +87,7 @@ def test_fields_are_checked() -> None:
     assert [text.split(";")[0] for text in problems] == ["data.workers is -1", "data.cached_views is -2"]
     assert DataConfig(workers=None, cached_views=None) == DataConfig()
     with pytest.raises(ConfigError, match="no random views"):
-        DataConfig(view="center", cached_views=2)
+        DataConfig(transform="center", cached_views=2)
 
 
 def test_views_cannot_be_stored_if_the_image_side_is_trained(image_folder: Path) -> None:

@@ -96,7 +96,7 @@ method: toy
 recipe: {lr: 0.1}
 datasets:
   imagenet: {recipe: {epochs: 2}}
-  demo*: {backbone: {name: demo}, data: {view: center}, recipe: {epochs: 2}}
+  demo*: {backbone: {name: demo}, data: {transform: center}, recipe: {epochs: 2}}
 """
 
 

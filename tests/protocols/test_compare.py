@@ -57,7 +57,7 @@ def test_two_methods_on_the_same_data(tiny: Tiny) -> None:
 
 
 def test_another_draw_is_another_protocol(tiny: Tiny) -> None:
-    found = compare(run(tiny("coop")).folder, run(tiny("coop", seed=2, view="random")).folder)
+    found = compare(run(tiny("coop")).folder, run(tiny("coop", seed=2, transform="random")).folder)
     assert not found.same_data
     assert [line.partition(":")[0] for line in found.data] == ["seed", "training images", "training transform"]
     assert "seed: 1 against 2" in found.data and "random resized crop" in found.text()

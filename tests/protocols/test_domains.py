@@ -80,7 +80,7 @@ def test_train_from_python_is_the_same_run(styles: Tiny, toy_sets: Path, tmp_pat
     task = load_dataset("toy-styles", root=toy_sets, shots=2, source=["a"], target=["b"])
     method = vlprompt.create_method("coop", vlprompt.load_backbone("demo"), task.class_names, **config.settings)
     done = vlprompt.train(
-        method, task, output=str(tmp_path / "other"), view="center", trainer=config.trainer, epochs=2, batch_size=4
+        method, task, output=str(tmp_path / "other"), transform="center", trainer=config.trainer, epochs=2, batch_size=4
     )
     assert done.results["config"]["data"]["source"] == ["a"] and done.results["config"]["data"]["target"] == ["b"]
     assert done.results["results"] == first.results["results"]

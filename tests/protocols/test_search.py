@@ -214,8 +214,8 @@ def test_no_validation_images(tiny: Tiny, tmp_path: Path) -> None:
         ({"recipe.final_lr": [1.0]}, ["recipe.final_lr is 1.0; accepted: 0 to recipe.lr (0.002) (of the candidate"]),
         ({"settings.context_length": [0]}, ["settings.context_length is 0; accepted: a whole number from 1 to 74"]),
         (
-            {"data.view": ["centre"]},
-            ["data.view is 'centre'; accepted: 'random', 'random-tensor', 'random-half' or 'center'"],
+            {"data.transform": ["centre"]},
+            ["data.transform is 'centre'; accepted: 'random', 'random-tensor', 'random-half' or 'center'"],
         ),
         ({"recipe.epochs": list(range(1, 1002))}, ["the grid has 1,001 candidates; accepted: at most 1,000"]),
     ],
@@ -229,8 +229,8 @@ def test_grids_that_cannot_be_searched(grid: dict[str, Any], messages: list[str]
 
 def test_candidates_are_in_grid_order_and_leave_the_rest_alone(tiny: Tiny) -> None:
     config = tiny("coop")
-    found = candidates_of(config, {"settings.context_length": [2, 4], "data.view": ["center", "random"]})
-    assert [(one.settings["context_length"], one.data.view) for _, one in found] == [
+    found = candidates_of(config, {"settings.context_length": [2, 4], "data.transform": ["center", "random"]})
+    assert [(one.settings["context_length"], one.data.transform) for _, one in found] == [
         *((2, "center"), (2, "random"), (4, "center"), (4, "random"))
     ]
     assert all(one.recipe == config.recipe and one.seed == config.seed for _, one in found)

@@ -102,8 +102,8 @@ def test_every_host_by_the_same_code(method: str, order: str, tmp_path: Path, ti
     folder, _ = meta_train(config)
     learned = load_file(folder / "head" / "head.safetensors")
     assert all(not torch.equal(learned[f"learnable.{name}"], value) for name, value in start.prompt_tensors())
-    done = run(tiny(method, HOSTS[method], view="random", epochs=1, init=f"gram:{folder}"))
-    assert done.results["config"]["init"] == f"gram:{folder}"
+    done = run(tiny(method, HOSTS[method], transform="random", epochs=1, init_from=f"gram:{folder}"))
+    assert done.results["config"]["init_from"] == f"gram:{folder}"
 
 
 def test_it_learns_and_is_reused(learned: Path, tmp_path: Path) -> None:
@@ -123,8 +123,8 @@ def test_an_open_gate_trains_as_the_host_does(tmp_path: Path, tiny: Tiny) -> Non
     """Gate c = 1: the fine-tuning is the host's to the bit (3.g)."""
     folder, _ = meta_train(meta_config(tmp_path / "open", gate_bias=math.inf, regulator_lr=0.0))
     wanted = tiny(epochs=3, gradient_clip=0.1)
-    regulated = run(dataclasses.replace(wanted, init=f"gram:{folder}"))
-    plain = run(dataclasses.replace(wanted, start=str(folder)))
+    regulated = run(dataclasses.replace(wanted, init_from=f"gram:{folder}"))
+    plain = run(dataclasses.replace(wanted, init_from=str(folder)))
     tensors = [load_file(one.head_dir / "head.safetensors") for one in (regulated, plain)]
     assert regulated.folder != plain.folder
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[1])
@@ -134,14 +134,14 @@ def test_an_open_gate_trains_as_the_host_does(tmp_path: Path, tiny: Tiny) -> Non
 
 def test_the_regulator_bends_the_training(learned: Path, tiny: Tiny) -> None:
     tensors = []
-    for more in ({"init": f"gram:{learned}"}, {"start": str(learned)}):
+    for more in ({"init_from": f"gram:{learned}"}, {"init_from": str(learned)}):
         tensors.append(load_file(run(tiny(epochs=2, lr=0.1, **more)).head_dir / "head.safetensors"))
     assert not torch.equal(tensors[0]["learnable.prompt.ctx"], tensors[1]["learnable.prompt.ctx"])
 
 
 def test_accumulation_sees_the_whole_gradient(learned: Path, tiny: Tiny) -> None:
     """Two half batches and one whole batch are regulated alike: psi is not linear, so it must see the sum."""
-    wanted = {"init": f"gram:{learned}", "epochs": 2, "lr": 0.1, "shots": 2}
+    wanted = {"init_from": f"gram:{learned}", "epochs": 2, "lr": 0.1, "shots": 2}
     whole = run(tiny(batch_size=10, **wanted))
     halves = run(tiny(batch_size=5, accumulate=2, **wanted))
     a, b = (load_file(one.head_dir / "head.safetensors")["learnable.prompt.ctx"] for one in (whole, halves))
@@ -149,12 +149,12 @@ def test_accumulation_sees_the_whole_gradient(learned: Path, tiny: Tiny) -> None
 
 
 def test_regulated_training_in_mixed_precision(learned: Path, tiny: Tiny) -> None:
-    done = run(tiny(init=f"gram:{learned}", epochs=1, lr=0.1, precision="bf16-mixed"))
+    done = run(tiny(init_from=f"gram:{learned}", epochs=1, lr=0.1, precision="bf16-mixed"))
     assert done.results["results"]["all"]["total"] == 13
 
 
 def test_regulated_training_on_two_processes(learned: Path, tiny: Tiny, tmp_path: Path) -> None:
-    wanted = tiny(init=f"gram:{learned}", epochs=2, lr=0.1, batch_size=4)
+    wanted = tiny(init_from=f"gram:{learned}", epochs=2, lr=0.1, batch_size=4)
     one = run(wanted)
     in_group(2, train_silently, on_two_processes(wanted, tmp_path / "two"))
     two = next((tmp_path / "two").rglob("head.safetensors"))
@@ -165,26 +165,25 @@ def test_regulated_training_on_two_processes(learned: Path, tiny: Tiny, tmp_path
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"init": "gram:/nowhere"}, "nowhere"),
-        ({"init": "runs/gram/x"}, "accepted: gram:RUN"),
-        ({"init": "gram:"}, "accepted: gram:RUN"),
-        ({"init": "gram:x", "start": "y"}, "accepted: one of the two"),
+        ({"init_from": "gram:/nowhere"}, "nowhere"),
+        ({"init_from": "runs/gram/x"}, "runs/gram/x"),
+        ({"init_from": "gram:"}, "accepted: the folder of a run or head, or gram:RUN"),
     ],
 )
-def test_what_init_refuses(values: dict[str, str], says: str, tiny: Tiny) -> None:
+def test_what_init_from_refuses(values: dict[str, str], says: str, tiny: Tiny) -> None:
     with pytest.raises(VlpromptError, match=says):
         run(tiny(**values))
 
 
 def test_a_start_for_other_prompts_is_refused(learned: Path, tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(HeadError, match="prompt.ctx: shape"):
-        run(tiny(settings={"context_init": "", "context_length": 7}, init=f"gram:{learned}"))
+        run(tiny(settings={"context_init": "", "context_length": 7}, init_from=f"gram:{learned}"))
     with pytest.raises(VlpromptError):
-        run(tiny("zeroshot", init=f"gram:{learned}"))
+        run(tiny("zeroshot", init_from=f"gram:{learned}"))
     bare, _ = meta_train(meta_config(tmp_path, regulator="none"))
-    with pytest.raises(HeadError, match="--start"):
-        run(tiny(init=f"gram:{bare}"))
-    run(tiny(epochs=1, start=str(bare)))
+    with pytest.raises(HeadError, match="--init_from"):
+        run(tiny(init_from=f"gram:{bare}"))
+    run(tiny(epochs=1, init_from=str(bare)))
 
 
 def test_a_damaged_regulator_is_refused(learned: Path, tiny: Tiny, tmp_path: Path) -> None:
@@ -197,7 +196,7 @@ def test_a_damaged_regulator_is_refused(learned: Path, tiny: Tiny, tmp_path: Pat
     for broken in (whole[: len(whole) // 2], whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:], b"", b"\x80\x04."):
         path.write_bytes(broken)
         with pytest.raises(HeadError, match="damaged"):
-            run(tiny(init=f"gram:{copy}"))
+            run(tiny(init_from=f"gram:{copy}"))
 
 
 @pytest.mark.parametrize(
@@ -267,7 +266,7 @@ def test_killed_and_resumed_bit_for_bit(method: str, tmp_path: Path, capsys: pyt
         killed(lambda: main(words), *point)
         assert not (folder / "results.json").exists()
     assert main(words) == 0
-    assert f"--init gram:{folder}" in capsys.readouterr().out
+    assert f"--init_from gram:{folder}" in capsys.readouterr().out
     same(folder, whole)
 
 
@@ -303,7 +302,7 @@ def test_a_host_with_a_decomposition_is_learned_and_used(tmp_path: Path, tiny: T
     assert not torch.equal(learned["learnable.decomposition.B"], start["decomposition.B"].detach())
     assert not [name for name in load_file(folder / REGULATOR_FILE) if "decomposition" in name]
     used = tiny("coop", settings=HOSTS["coop"], shots=1, output=str(tmp_path / "runs"))
-    found = run(dataclasses.replace(used, init=f"gram:{folder}", decomposition=own))
+    found = run(dataclasses.replace(used, init_from=f"gram:{folder}", decomposition=own))
     assert found.results["config"]["decomposition"] == own
     with pytest.raises(HeadError, match="decomposition.A: not a learnable"):
-        run(dataclasses.replace(used, init=f"gram:{folder}"))
+        run(dataclasses.replace(used, init_from=f"gram:{folder}"))

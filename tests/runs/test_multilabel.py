@@ -45,7 +45,7 @@ def several() -> FewShotTask:
 def trained(name: str, task: FewShotTask, folder: Path) -> vlprompt.Run:
     method = vlprompt.create_method(name, vlprompt.load_backbone("demo"), task.class_names)
     quiet = TrainerConfig(accelerator="cpu", progress=False)
-    return vlprompt.train(method, task, output=str(folder), view="center", trainer=quiet, epochs=1)
+    return vlprompt.train(method, task, output=str(folder), transform="center", trainer=quiet, epochs=1)
 
 
 def test_zero_shot_on_several_labels(several: FewShotTask, tmp_path: Path) -> None:

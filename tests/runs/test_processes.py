@@ -134,7 +134,7 @@ def test_the_command_on_two_processes(
     tiny: Tiny, folder_of: Callable[[RunConfig], Path], tmp_path: Path, command: Command
 ) -> None:
     """CoOp and MoCoOp as published: random views, tuned layer norms, virtual classes; 9 base and 4 new test images."""
-    common: dict[str, Any] = {"classes": "base", "view": "random", "epochs": 4, "lr": 0.05, "test_batch_size": 2}
+    common: dict[str, Any] = {"classes": "base", "transform": "random", "epochs": 4, "lr": 0.05, "test_batch_size": 2}
     configs = [
         tiny("coop", {"context_init": "", "context_length": 4}, **common),
         tiny("mocoop", {"tune_layer_norms": True}, gradient_clip=1.0, **common),
@@ -172,7 +172,7 @@ def test_switches_short_batches_and_own_trainers(
     configs = [
         # 5 images in a batch of up to 8: 3 for one process, 2 for the other.
         tiny("coop", shots=1, batch_size=8, epochs=4, lr=0.1),
-        tiny("mocoop", {"tune_layer_norms": True}, view="random", shots=1, batch_size=8, epochs=4, lr=0.1),
+        tiny("mocoop", {"tune_layer_norms": True}, transform="random", shots=1, batch_size=8, epochs=4, lr=0.1),
         tiny("mocoop", {**plain, "context_counting": "tokens"}, accumulate=2, epochs=3, lr=0.1),
         tiny("mocoop", {"drop_unused_experts": True, "top_k": 1}, epochs=3, lr=0.1),
         tiny("coop", {"context_init": "", "context_length": 2, "class_specific": True}, epochs=3, lr=0.1, workers=1),

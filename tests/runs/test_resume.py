@@ -30,7 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     # Everything that a resumed run could get wrong: random views, two optimiser groups, clipping, accumulation.
     "mocoop": {
         "settings": {"tune_layer_norms": True},
-        "view": "random",
+        "transform": "random",
         "epochs": EPOCHS,
         "lr": 0.1,
         "gradient_clip": 1.0,
@@ -39,7 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     # A loader process asks for batches before the epoch is said; without kept features it decodes images.
     "workers": {
         "method": "coop",
-        "view": "random",
+        "transform": "random",
         "epochs": EPOCHS,
         "lr": 0.1,
         "workers": 1,
@@ -191,7 +191,7 @@ def test_the_command_killed_from_outside(
         "--data.root",
         str(image_folder),
     ]
-    words += ["--data.view", "random", "--data.shots", "2", "--settings.tune_layer_norms", "true"]
+    words += ["--data.transform", "random", "--data.shots", "2", "--settings.tune_layer_norms", "true"]
     words += ["--recipe.epochs", "6", "--recipe.batch_size", "2", "--recipe.lr", "0.05", "--trainer.progress", "false"]
     config = parse_run([*words, "--output", str(tmp_path / "whole")])
     run(config)

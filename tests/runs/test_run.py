@@ -133,7 +133,7 @@ def test_reused_run_has_the_trained_tensors(tiny: Tiny, tmp_path: Path) -> None:
 
     def trained() -> tuple[Run, dict[str, torch.Tensor]]:
         method = vlprompt.create_method("coop", backbone, task.class_names, context_init="an emoji of a")
-        done = vlprompt.train(method, task, output=str(tmp_path), view="center", epochs=2, lr=0.1, batch_size=4)
+        done = vlprompt.train(method, task, output=str(tmp_path), transform="center", epochs=2, lr=0.1, batch_size=4)
         return done, method.trained_state()
 
     (first, learned), (second, restored) = trained(), trained()
@@ -152,7 +152,7 @@ def test_force_redoes(finished: tuple[RunConfig, Run]) -> None:
     assert hashlib.sha256((done.head_dir / "head.safetensors").read_bytes()).digest() == hashlib.sha256(head).digest()
 
 
-@pytest.mark.parametrize("change", [{"epochs": 1}, {"shots": 1}, {"seed": 2}, {"lr": 0.2}, {"view": "random"}])
+@pytest.mark.parametrize("change", [{"epochs": 1}, {"shots": 1}, {"seed": 2}, {"lr": 0.2}, {"transform": "random"}])
 def test_what_changes_a_result_makes_another_run(change: dict[str, Any], tiny: Tiny) -> None:
     assert config_sha256(tiny("coop", **change)) != config_sha256(tiny("coop"))
 
@@ -358,7 +358,7 @@ def test_the_global_random_state_does_not_matter(tiny: Tiny, tmp_path: Path) -> 
     for seed in (1, 2):
         torch.manual_seed(seed)
         config = tiny(
-            "coop", {"context_init": "", "context_length": 2}, view="random", output=str(tmp_path / str(seed))
+            "coop", {"context_init": "", "context_length": 2}, transform="random", output=str(tmp_path / str(seed))
         )
         heads.append((run(config).head_dir / "head.safetensors").read_bytes())
     assert heads[0] == heads[1]

@@ -100,7 +100,7 @@ def test_the_counterpart_is_what_loading_it_gives(tiny: Tiny) -> None:
 def test_a_regulator_s_file_is_read_once(tiny: Tiny, made: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from vlprompt.meta import Regulator, RegulatorSettings
 
-    config = tiny("coop", init="gram:somewhere")
+    config = tiny("coop", init_from="gram:somewhere")
     plain = Session(tiny("coop")).method
     shapes = {name: tuple(prompt.shape) for name, prompt in plain.prompt_tensors()}
     monkeypatch.setattr(sessions, "learned_tensors", lambda *_: (plain.trained_state(), {}))
@@ -117,7 +117,7 @@ def test_a_regulator_s_file_is_read_once(tiny: Tiny, made: Counter[str], monkeyp
 
 
 def test_pictures_of_training_are_released_after_it(tiny: Tiny) -> None:
-    session = Session(tiny("vpt", view="random"))
+    session = Session(tiny("vpt", transform="random"))
     run_session(session)
     (module,) = [data for served, data in session._modules if not data.encode]
     assert "train" not in module._caches
@@ -153,7 +153,7 @@ def test_a_session_of_given_objects_is_that_of_its_configuration(tiny: Tiny) -> 
     )
     recipe = {"epochs": 2, "batch_size": 4}
     given = Session.given(
-        method, loaded.drawn, recipe=recipe, view="center", trainer=config.trainer, seed=3, output=config.output
+        method, loaded.drawn, recipe=recipe, transform="center", trainer=config.trainer, seed=3, output=config.output
     )
     assert given.method is method and given.backbone is method.backbone and given.task is loaded.drawn
     again = Session(given.config)

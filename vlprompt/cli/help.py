@@ -83,8 +83,8 @@ alone. The same command goes on where it stopped. Runs, choice (selection.json) 
 (best.yaml) lie in OUTPUT/search-...; other seeds and protocols go on from best.yaml.
 
   --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours
-  --grid KEY=A,B    values to try of recipe.*, settings.*, decomposition.NAME.*, data.view or data.template; texts with
-                    commas in quotes
+  --grid KEY=A,B    values to try of recipe.*, settings.*, decomposition.NAME.*, data.transform or data.template; texts
+                    with commas in quotes
   --on val|test     images to choose on (default val)
   --oracle          accept a choice that sees test images, because of --on test or because validation and test images
                     are the same, as on ImageNet; results and tables are then marked (oracle)

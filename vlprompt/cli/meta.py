@@ -15,8 +15,8 @@ vlprompt meta-train --config FILE [--a.b VALUE ...] [--inspect] [--print-config]
 GRAM-R, a reconstruction of GRAM (arXiv 2303.06571): image-caption pairs are clustered into topics and visual domains,
 and over tasks drawn from them a method's start is learned together with a function that regulates its gradients. The
 same command resumes an unfinished training. Afterwards any training takes the result:
-  vlprompt train ... --init gram:FOLDER    the start, and every prompt gradient passes through the regulator
-  vlprompt train ... --start FOLDER        the start alone
+  vlprompt train ... --init_from gram:FOLDER    the initialisation, and every prompt gradient passes the regulator
+  vlprompt train ... --init_from FOLDER         the initialisation alone
 
   --config FILE     a path, or one of vlprompt's own such as gram/coop-demo; several files: later ones win
   --a.b VALUE       overrides a key of the files, wherever it stands
@@ -73,8 +73,8 @@ def meta_train_command(words: list[str]) -> int:
     say(
         f"{config.method} meta-trained on {results['pairs']:,} pairs, {results['tasks']}\n"
         f"last losses: support {last['train/support']:.3f}, query {last['train/query']:.3f}; {took['seconds']:.0f} s\n"
-        f"train with:  --init gram:{folder}   (start and regulator)\n"
-        f"        or:  --start {folder}       (the start alone)"
+        f"train with:  --init_from gram:{folder}   (initialisation and regulator)\n"
+        f"        or:  --init_from {folder}        (the initialisation alone)"
     )
     return 0
 
@@ -94,7 +94,7 @@ def meta_eval_command(words: list[str]) -> int:
         "data.shots": "--shots says how many",
         "data.classes": "base and new are tested",
     }
-    configs = configs_of(line, fixed | {"start": own, "init": own})
+    configs = configs_of(line, fixed | {"init_from": own})
     from vlprompt.protocols.meta_compare import compare_starts
 
     hosts = list(zip(configs, map(Path, line.operands), strict=True))

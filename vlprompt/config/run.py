@@ -25,11 +25,11 @@ from vlprompt.errors import ConfigError
 
 Classes = Literal["all", "base", "new"]
 GRAM = "gram:"
-"""What ``RunConfig.init`` begins with."""
+"""Prefix of ``RunConfig.init_from`` for a meta-training."""
 
 
-def _is_meta_training(init: str) -> bool:
-    return init.startswith(GRAM) and init != GRAM
+def _names_a_run(init_from: str) -> bool:
+    return bool(init_from.removeprefix(GRAM))
 
 
 @validated("backbone")
@@ -43,7 +43,7 @@ class BackboneConfig:
 
 @validated("data")
 class DataConfig:
-    """Which images: data set, where it lies, shots per class, class subset and training view.
+    """Which images: data set, where it lies, shots per class, class subset and training transform.
 
     ``source`` and ``target`` name domains to train and to test on, where the data set has domains; empty for all.
     ``split``, ``sampler`` and ``shots_file`` are those of :func:`vlprompt.load_dataset`.
@@ -57,7 +57,7 @@ class DataConfig:
     root: Name | None = None
     shots: Annotated[Literal[-1] | Positive, Words("1 or more images per class, or -1 for all of them")] = 16
     classes: Classes = "all"
-    view: Literal["random", "random-tensor", "random-half", "center"] = "random"
+    transform: Literal["random", "random-tensor", "random-half", "center"] = "random"
     template: Template | None = None
     workers: Annotated[Count | None, Words("0 or more loader processes, or null to leave the choice")] = None
     source: tuple[str, ...] = ()
@@ -70,9 +70,9 @@ class DataConfig:
     bank: Name | None = None
 
     def __post_init__(self) -> None:
-        if self.cached_views and self.view == "center":
+        if self.cached_views and self.transform == "center":
             raise ConfigError(
-                f"data.cached_views is {self.cached_views} and data.view is 'center', which has no random views: its "
+                f"data.cached_views is {self.cached_views} and data.transform is 'center', which has no random views: "
                 "features are always kept; accepted: 0 or null"
             )
 
@@ -129,9 +129,9 @@ class RunConfig:
     """One training run: method and its settings, backbone, data, recipe, trainer, seed and the folder for results.
 
     ``objectives`` names loss terms and regularisers beside the method's own, each with its settings; ``decomposition``
-    one low-rank update of the class tokens with its settings. ``start``: a run, or a saved head, whose learned tensors
-    the method starts from; null for its own start. ``init``: ``gram:RUN``, a meta-training whose learned start and
-    gradient regulator are both used.
+    one low-rank update of the class tokens with its settings. ``init_from``: a run or a saved head whose tensors
+    initialise the method, or ``gram:RUN``, a meta-training whose initialisation and gradient regulator are both
+    used; null for the method's own initialisation.
     """
 
     method: Name = "mocoop"
@@ -143,9 +143,21 @@ class RunConfig:
     seed: Seed = 1
     output: Name = "runs"
     objectives: dict[str, dict[str, Any]] = field(default_factory=dict)
-    start: Name | None = None
-    init: Annotated[str, Holds(_is_meta_training, "gram:RUN, RUN being the folder of a meta-training")] | None = None
+    init_from: (
+        Annotated[Name, Holds(_names_a_run, "the folder of a run or head, or gram:RUN for a meta-training")] | None
+    ) = None
     decomposition: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def meta_training(self) -> str | None:
+        """The folder of the meta-training that ``init_from`` names with its regulator, if any."""
+        named = self.init_from is not None and self.init_from.startswith(GRAM)
+        return self.initial_head if named else None
+
+    @property
+    def initial_head(self) -> str | None:
+        """The folder of the run, head or meta-training whose tensors initialise the method, if any."""
+        return None if self.init_from is None else self.init_from.removeprefix(GRAM)
 
     def with_data(self, **values: Any) -> RunConfig:
         """Return a copy with other ``values`` of the fields of ``data``."""
@@ -153,8 +165,6 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.init is not None and self.start is not None:
-            problems.append(f"init is {self.init!r} and start {self.start!r}; accepted: one of the two")
         if self.recipe.batch_size % self.trainer.devices:
             problems.append(
                 f"recipe.batch_size is {self.recipe.batch_size} (the global batch), which {self.trainer.devices} "

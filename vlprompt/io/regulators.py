@@ -47,8 +47,8 @@ def load_regulator(folder: str | Path, method: PromptMethod) -> Regulator:
     path = Path(folder) / REGULATOR_FILE
     if not path.is_file():
         raise HeadError(
-            f"{folder} holds no {REGULATOR_FILE}; init: gram:RUN needs the folder of a finished meta-training with a "
-            f"regulator. To use only its initialisation: --start {folder}"
+            f"{folder} holds no {REGULATOR_FILE}; gram:RUN needs the folder of a finished meta-training with a "
+            f"regulator. To use only its initialisation: --init_from {folder}"
         )
     try:
         with safe_open(str(path), framework="pt") as file:

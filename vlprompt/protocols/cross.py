@@ -154,7 +154,7 @@ def _kept(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
 def _test(session: Session, head: Head, task: FewShotTask, folder: Path) -> dict[str, Any]:
     """Return what the head and zero-shot give on a target."""
     quiet = dataclasses.replace(session.config.trainer, loggers=())
-    data = data_record(task, head.backbone, session.config.data.view)
+    data = data_record(task, head.backbone, session.config.data.transform)
     # Nothing was drawn from a target.
     found: dict[str, Any] = {"data": {name: value for name, value in data.items() if name not in _DRAWN}}
     per_class = {}

@@ -42,7 +42,7 @@ def compare_starts(
 
     Args:
         hosts: Configurations with the folder of the meta-training that belongs to each; ``data.classes``,
-            ``data.shots``, ``seed``, ``start`` and ``init`` are set here.
+            ``data.shots``, ``seed``, and ``init_from`` are set here.
         shots: Training images per class.
         seeds: Seeds of the shots and of the training.
         force: Train anew.
@@ -56,7 +56,7 @@ def compare_starts(
     runner = Runner(force=force, report=report)
     cells: list[dict[str, Any]] = []
     for config, folder in hosts:
-        starts = (config, replace(config, start=str(folder)), replace(config, init=f"{GRAM}{folder}"))
+        starts = (config, replace(config, init_from=str(folder)), replace(config, init_from=f"{GRAM}{folder}"))
         for count in shots:
             for label, own in zip(STARTS, starts, strict=True):
                 wanted = own.with_data(classes="base", shots=count)

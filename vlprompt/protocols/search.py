@@ -85,7 +85,7 @@ def search(
 
     Args:
         config: The configuration that the candidates differ from.
-        grid: Values by key: ``recipe.*``, ``settings.*``, ``data.view``, ``data.template``, or settings of the
+        grid: Values by key: ``recipe.*``, ``settings.*``, ``data.transform``, ``data.template``, or settings of the
             configuration's decomposition (``decomposition.ept.lr_ratio``). Every combination is a candidate, the last
             key's values changing fastest; of equals the first is chosen.
         on: ``val``, or ``test`` for an oracle.
@@ -183,7 +183,7 @@ def candidates_of(config: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[
 def searched_keys(config: RunConfig) -> dict[str, Any]:
     """Return the keys that may be searched for the method and the decomposition of ``config``, with their types."""
     own = {key: hint for key, hint in RUN_KEYS.items() if key.startswith("recipe.")}
-    own |= {key: RUN_KEYS[key] for key in ("data.view", "data.template")}
+    own |= {key: RUN_KEYS[key] for key in ("data.transform", "data.template")}
     for name in config.decomposition:
         hints = field_hints(get_decomposition_class(name).Settings)
         own |= {f"decomposition.{name}.{entry}": hint for entry, hint in hints.items()}

@@ -54,7 +54,7 @@ def config_sha256(config: RunConfig) -> str:
             del plain[part][name]
         if names is None:
             del plain[part]
-    for name in ("start", "init", "decomposition"):  # younger than runs that people have
+    for name in ("init_from", "decomposition"):  # younger than runs that people have
         if not plain[name]:
             del plain[name]
     return sha256_json(plain)
@@ -224,15 +224,16 @@ def _git() -> dict[str, Any] | None:
 
 
 # -- what a results file records of its data ---------------------------------------------------------------------
-def data_record(task: FewShotTask, backbone: Backbone, view: str) -> dict[str, Any]:
-    """Return what identifies the data of a run: the task's own description, and the views as text.
+def data_record(task: FewShotTask, backbone: Backbone, transform: str) -> dict[str, Any]:
+    """Return what identifies the data of a run: the task's own description, and its transforms as text.
 
     Args:
         task: The task.
-        backbone: Whose preprocessing the views have.
-        view: The training view, ``random`` or ``center``.
+        backbone: Its preprocessing is that of the transforms.
+        transform: The training transform, ``random`` or ``center``.
     """
-    seen = {part: describe_transform(backbone.preprocess, kind) for part, kind in (("train", view), ("test", "center"))}
+    kinds = {"train": transform, "test": "center"}
+    seen = {split: describe_transform(backbone.preprocess, kind) for split, kind in kinds.items()}
     return {**task.describe(), "protocol": PROTOCOLS[task.classes], "transform": seen}
 
 

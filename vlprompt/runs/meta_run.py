@@ -204,7 +204,8 @@ def meta_train(config: MetaRunConfig, *, force: bool = False) -> tuple[Path, dic
         force: Start anew even if the run is there.
 
     Returns:
-        The run's folder, for ``--init gram:FOLDER`` (start and regulator) or ``--start FOLDER``, and its results.
+        The run's folder, for ``--init_from gram:FOLDER`` (initialisation and regulator) or ``--init_from FOLDER``, and
+        its results.
 
     Raises:
         VlpromptError: Pairs, weights, settings or values that cannot be used.

@@ -96,7 +96,7 @@ def train(
     data: FewShotTask,
     *,
     output: str = "runs",
-    view: str = "random",
+    transform: str = "random",
     seed: int = 1,
     trainer: TrainerConfig | None = None,
     force: bool = False,
@@ -108,7 +108,7 @@ def train(
         method: A method made with :func:`vlprompt.create_method` for ``data.class_names``; it is trained in place.
         data: What :func:`vlprompt.load_dataset` gives.
         output: Folder under which the run's folder is made.
-        view: ``random`` crops and flips, or ``center``; then text-only methods train from cached features.
+        transform: ``random`` crops and flips, or ``center``; then text-only methods train from cached features.
         seed: Order of the images and their random views.
         trainer: Devices, precision and the like.
         force: Start anew even if the run is there.
@@ -126,7 +126,7 @@ def train(
         method,
         data,
         recipe=recipe,
-        view=view,
+        transform=transform,
         trainer=trainer or TrainerConfig(progress=False),
         seed=seed,
         output=output,
@@ -156,7 +156,7 @@ def run_session(session: Session, *, force: bool = False) -> Run:
             "config": as_plain(config),
             "config_sha256": config_sha256(config),
             "backbone": backbone_facts(method.backbone),
-            "data": data_record(task, method.backbone, config.data.view),
+            "data": data_record(task, method.backbone, config.data.transform),
             "versions": versions(),
             "results": scores,
             "zeroshot": zeroshot,

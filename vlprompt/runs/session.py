@@ -19,7 +19,7 @@ from vlprompt._files import sha256_lines
 from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.config.keys import as_plain
-from vlprompt.config.run import GRAM, BackboneConfig, DataConfig, RunConfig, TrainerConfig
+from vlprompt.config.run import BackboneConfig, DataConfig, RunConfig, TrainerConfig
 from vlprompt.config.types import fill_templates, make
 from vlprompt.data import FewShotData
 from vlprompt.datasets import FewShotTask, load_dataset
@@ -92,19 +92,19 @@ class Session:
             task: The task.
             recipe: Fields of the recipe.
             data: The data section, if the task was loaded by one.
-            **values: Other fields of the configuration, and ``view``, a field of its data section.
+            **values: Other fields of the configuration, and ``transform``, a field of its data section.
 
         Raises:
             ConfigError: Values that are not accepted.
         """
-        backbone, view = method.backbone, values.pop("view", "random")
+        backbone, transform = method.backbone, values.pop("transform", "random")
         sections = {
             "method": method.name,
             "settings": method.settings_dict(),
             "objectives": method.objective_settings,
             "decomposition": method.decomposition_settings,
             "backbone": {"name": backbone.name, "pretrained": backbone.pretrained, "precision": backbone.precision},
-            "data": {**_data_section(task), "view": view} if data is None else data,
+            "data": {**_data_section(task), "transform": transform} if data is None else data,
             "recipe": {**dataclasses.asdict(method.recipe), **(recipe or {})},
         }
         session = cls(make(RunConfig, {**sections, **values}))
@@ -199,7 +199,7 @@ class Session:
         """The configured method for the task's classes; the seed is set before it is made.
 
         Raises:
-            VlpromptError: Settings or class names that cannot be used, or a ``start`` that does not fit.
+            VlpromptError: Settings or class names that cannot be used, or a ``init_from`` that does not fit.
         """
         self.load()
         pl.seed_everything(self.config.seed, verbose=False)
@@ -212,19 +212,19 @@ class Session:
 
     @cached_property
     def regulator(self) -> Regulator | None:
-        """The meta-learned regulator of the method's gradients, if ``init`` names one.
+        """The meta-learned regulator of the method's gradients, if ``init_from`` names one.
 
         Raises:
             VlpromptError: It cannot be read, is for other prompts, or the method takes no gradient steps.
         """
-        if self.config.init is None:
+        if self.config.meta_training is None:
             return None
         if not self.trains:
             raise ConfigError(
-                f"init is {self.config.init!r}, and {self.method.name} takes no gradient steps over images; "
-                "leave init away"
+                f"init_from is {self.config.init_from!r}, and {self.method.name} takes no gradient steps over images; "
+                "omit init_from"
             )
-        return load_regulator(self.config.init.removeprefix(GRAM), self.method)
+        return load_regulator(self.config.meta_training, self.method)
 
     @property
     def trains(self) -> bool:
@@ -232,7 +232,7 @@ class Session:
         return bool(self.method.parameter_groups(self.config.recipe.lr))
 
     def make_method(self, task: Named, backbone: Backbone) -> PromptMethod:
-        """Return the configured method for the classes of ``task``, without a ``start``.
+        """Return the configured method for the classes of ``task``, without ``init_from``.
 
         Templates that the configuration leaves open are the task's.
 
@@ -252,8 +252,8 @@ class Session:
         ).to(backbone.device)
 
     def _started(self, method: PromptMethod) -> PromptMethod:
-        if start := self.config.start or (self.config.init or "").removeprefix(GRAM):
-            tensors, _ = learned_tensors(start, method.backbone)
+        if folder := self.config.initial_head:
+            tensors, _ = learned_tensors(folder, method.backbone)
             method.start_from(tensors)
         return method
 
@@ -314,7 +314,7 @@ class Session:
             self.backbone.preprocess,
             batch_size=config.recipe.batch_size,
             test_batch_size=config.recipe.test_batch_size,
-            transform=config.data.view,
+            transform=config.data.transform,
             seed=config.seed,
             workers=config.data.workers,
             on_bad_image=config.data.on_bad_image,
@@ -424,7 +424,7 @@ class Session:
                 f"data.cached_views is {asked}, but {method.name} with these settings learns on the image side, so "
                 "that features cannot be kept; accepted: 0 or null"
             )
-        if asked is not None or method.needs.images or config.data.view == "center":
+        if asked is not None or method.needs.images or config.data.transform == "center":
             return asked or 0
         size = len(task.train) * config.recipe.epochs * method.backbone.embed_dim * 4
         exact = config.trainer.devices == 1 and config.trainer.precision == "32-true"
