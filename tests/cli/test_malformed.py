@@ -289,7 +289,7 @@ HEADS: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown setting": (edited(settings={"lenght": 4}), "lenght"),
     "setting of another type": (edited(settings={"context_length": "four"}), "context_length"),
     "no class names": (edited(class_names=[], all_class_names=[]), "class_names is empty"),
-    "class name no text": (edited(class_names=["a", 3], all_class_names=["a", 3]), "class 1"),
+    "class name no text": (edited(class_names=["a", 3], all_class_names=["a", 3]), "class_names[1] is 3"),
     "other weights": (edited(backbone={"fingerprint": "0" * 64}), "fingerprint"),
     "unknown backbone": (edited(backbone={"name": "ViT-B-61"}), "ViT-B-61"),
     "tensor missing": (retensored("learnable.prompt.ctx", None), "prompt.ctx: missing"),

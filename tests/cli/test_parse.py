@@ -19,7 +19,7 @@ from vlprompt.config.keys import RUN_KEYS, SECTIONS, to_yaml
 from vlprompt.config.meta import MetaRunConfig
 from vlprompt.config.run import DataConfig, RecipeConfig, RunConfig, TrainerConfig
 from vlprompt.config.source import origin_of
-from vlprompt.config.types import OpenTemplates
+from vlprompt.config.types import OpenTemplates, validated
 from vlprompt.config.yaml import MAX_CONFIG_BYTES, find_config
 from vlprompt.errors import ConfigError, did_you_mean
 
@@ -28,7 +28,7 @@ META = [f"gram/{path.stem}" for path in sorted((CONFIG_ROOT / "gram").glob("*.ya
 CONFIGS = [*META, *(f"{book}/{data}" for book in list_books() for data in ("imagenet", "demo", "folder"))]
 
 
-@dataclasses.dataclass(frozen=True)
+@validated()
 class ToySettings:
     """Settings with every kind of type that a method may use."""
 
@@ -47,7 +47,7 @@ class ToySettings:
             raise ConfigError(f"settings.length is {self.length}; accepted with settings.mode 'front': at most 10")
 
 
-@dataclasses.dataclass(frozen=True)
+@validated()
 class NeedySettings:
     """A setting without a default, and one that the data set's template fills."""
 

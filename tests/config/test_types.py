@@ -248,24 +248,13 @@ def test_where_replaces_the_section_of_the_class() -> None:
     assert problems_of(Knowledge, "", weight=-1) == ["weight is -1; accepted: a finite number of 0 or more"]
 
 
-def test_plain_dataclasses_are_checked_in_the_same_way() -> None:
-    @dataclasses.dataclass
-    class Plain:
-        length: int
-        texts: Sequence[str] = ("a",)
-        more: list[int] = field(default_factory=list)
+def test_a_class_has_to_be_decorated() -> None:
+    class Derived(Base):
+        pass
 
-        def __post_init__(self) -> None:
-            if self.length > 5:
-                raise ConfigError(f"settings.length is {self.length}; accepted: at most 5")
-
-    made, _ = validate(Plain, {"length": 3, "texts": ["b"]}, "settings")
-    assert made == Plain(3, ("b",)) and type(made) is Plain
-    assert problems_of(Plain, "settings", length="3", text="b") == [
-        "settings.length is '3'; accepted: a whole number",
-        "there is no key 'settings.text'. Did you mean 'settings.texts'?",
-    ]
-    assert problems_of(Plain, "settings", length=7) == ["settings.length is 7; accepted: at most 5"]
+    for kind in (Derived, dataclasses.make_dataclass("Plain", ["x"])):
+        with pytest.raises(TypeError, match="is not decorated with @validated"):
+            validate(kind, {})
 
 
 def test_a_text_of_several_lines_is_one_where_the_hint_says_so() -> None:

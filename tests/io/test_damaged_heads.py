@@ -90,7 +90,7 @@ HEADS: dict[str, tuple[Damage, str]] = {
     "configuration nested too deeply": ((lambda h: (h / "config.json").write_text("[" * 99999)), "config.json"),
     "configuration too large": ((lambda h: os.truncate(h / "config.json", 17 << 20)), "16 MB"),
     "schema zero": (edited(lambda c: c.update(schema=0)), "schema 0"),
-    "schema true": (edited(lambda c: c.update(schema=True)), "schema is 'True'"),
+    "schema true": (edited(lambda c: c.update(schema=True)), "schema is True"),
     "schema as a text": (edited(lambda c: c.update(schema="1")), "schema is '1'"),
     "everything missing": (edited(lambda c: c.clear()), "tensors_sha256 is missing"),
     "a backbone without a fingerprint": (edited(lambda c: c["backbone"].pop("fingerprint")), "backbone.fingerprint"),

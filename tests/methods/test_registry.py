@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from vlprompt.config.types import validated
 from vlprompt.errors import ConfigError
 from vlprompt.methods import PromptMethod, get_method_class, list_methods, register, registry
 
@@ -34,7 +34,7 @@ def test_an_unknown_method_names_its_neighbours(wrong: str, right: str) -> None:
 
 
 def test_a_decorator_is_the_whole_enrolment(clean_registry: None, tiny_backbone: Any) -> None:
-    @dataclass(frozen=True)
+    @validated()
     class Settings:
         strength: float = 1.0
 

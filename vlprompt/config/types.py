@@ -153,31 +153,29 @@ def validate(kind: type[T], values: Mapping[str, Any], where: str | None = None)
     Contradictions (``__post_init__``) are listed together with values that are not accepted, unless they concern these.
 
     Args:
-        kind: A :func:`validated` dataclass. A plain one is checked in the same way.
+        kind: A :func:`validated` dataclass.
         values: By the names of its fields.
         where: What precedes the names of fields in keys; the class's own if None, nothing if empty.
 
     Returns:
         The instance, None if it cannot be made; and the problems, none if all is well.
     """
-    checked = _checked_form(kind)
-    where = checked.__where__ if where is None else where
+    if "__where__" not in vars(kind):
+        raise TypeError(f"{kind.__qualname__} is not decorated with @validated")
+    declared: str = vars(kind)["__where__"]
+    where = declared if where is None else where
     problems: list[Problem] = []
     token = _DEFERRED.set(True)
     try:
-        instance, refused = _make(checked, values, where, problems)
+        instance, refused = _make(kind, values, where, problems)
         if refused:  # the rest is judged with the defaults in place of what is refused
-            instance, _ = _make(checked, _without(values, refused), where, [])
+            instance, _ = _make(kind, _without(values, refused), where, [])
     finally:
         _DEFERRED.reset(token)
     if instance is None:
         return None, problems
-    if checked is kind:
-        texts = _contradictions(instance, where)
-    else:
-        instance, texts = _plain_instance(kind, instance)
     wrong = {problem.key for problem in problems}
-    for text in texts:
+    for text in _contradictions(instance, where):
         keys = re.findall(r"\w+(?:\.\w+)*", text)
         if not wrong.intersection(keys):
             problems.append(Problem(keys[0] if keys else where, text))
@@ -341,28 +339,6 @@ def _items(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from _items(item, f"{path}.{key}")
-
-
-@cached
-def _checked_form(kind: Any) -> Any:
-    """Return a validated dataclass, or for a plain one its like with the same fields."""
-    if "__where__" in vars(kind):
-        return kind
-    namespace: dict[str, Any] = {"__annotations__": field_hints(kind), "__module__": kind.__module__}
-    for entry in dataclasses.fields(kind):
-        if entry.init and entry.default_factory is not MISSING:
-            namespace[entry.name] = dataclasses.field(default_factory=entry.default_factory)
-        elif entry.init and entry.default is not MISSING:
-            namespace[entry.name] = entry.default
-    return validated("")(type(kind.__name__, (), namespace))
-
-
-def _plain_instance(kind: type[T], checked: Any) -> tuple[T | None, list[str]]:
-    """Return the plain dataclass with the checked values, or None and what it refuses."""
-    try:
-        return kind(**vars(checked)), []
-    except ConfigError as error:
-        return None, str(error).splitlines()
 
 
 # -- templates --------------------------------------------------------------------------------------------------------

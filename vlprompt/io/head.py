@@ -28,8 +28,10 @@ from torch import Tensor, nn
 from vlprompt._files import file_checksum
 from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, load_backbone
+from vlprompt.config.keys import as_plain
+from vlprompt.config.types import make
 from vlprompt.errors import BackboneError, HeadError, VlpromptError
-from vlprompt.io.head_files import CONFIG_FILE, SCHEMA, TENSOR_FILE, find_head, read_config, read_tensors
+from vlprompt.io.head_files import CONFIG_FILE, SCHEMA, TENSOR_FILE, HeadConfig, find_head, read_config, read_tensors
 from vlprompt.methods import PromptMethod, create_method
 
 _LEARNABLE = "learnable."
@@ -155,7 +157,7 @@ class Head(nn.Module):
             staging = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", dir=folder.parent))
             try:
                 save_file(tensors, staging / TENSOR_FILE)
-                config = self._config() | {"tensors_sha256": file_checksum(staging / TENSOR_FILE)}
+                config = as_plain(self._config(file_checksum(staging / TENSOR_FILE)))
                 text = json.dumps(config, indent=1, ensure_ascii=False)
                 (staging / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
                 os.chmod(staging, 0o755)
@@ -164,10 +166,10 @@ class Head(nn.Module):
                 shutil.rmtree(staging, ignore_errors=True)
         return folder
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self, tensors_sha256: str) -> HeadConfig:
         method, backbone = self.method, self.backbone
         shown = ("vlprompt", "torch", "open_clip_torch", "pytorch-lightning", "safetensors")
-        return {
+        values = {
             "schema": SCHEMA,
             "method": method.name,
             "settings": method.settings_dict(),
@@ -179,7 +181,9 @@ class Head(nn.Module):
             "preprocess": preprocess_facts(backbone),
             "training": self.training_facts,
             "versions": {name: _version(name) for name in shown},
+            "tensors_sha256": tensors_sha256,
         }
+        return make(HeadConfig, values)
 
 
 def backbone_facts(backbone: Backbone) -> dict[str, Any]:
@@ -214,10 +218,10 @@ def load_head(folder: str | Path, backbone: Backbone | None = None, *, device: s
     folder = find_head(folder)
     config = read_config(folder)
     tensors = read_tensors(folder, config)
-    facts = config["backbone"]
+    facts = config.backbone
     if backbone is None:
         try:
-            backbone = load_backbone(facts["name"], facts["pretrained"], precision=facts["precision"], device=device)
+            backbone = load_backbone(facts.name, facts.pretrained, precision=facts.precision, device=device)
         except BackboneError as error:
             raise HeadError(
                 f"the backbone of {folder} cannot be loaded by its name: {error}\n"
@@ -225,26 +229,25 @@ def load_head(folder: str | Path, backbone: Backbone | None = None, *, device: s
             ) from error
     _check_backbone(backbone, config, folder)
     try:
-        names, all_names = config["class_names"], config["all_class_names"]
         with restored_random():
             method = create_method(
-                config["method"],
+                config.method,
                 backbone,
-                names,
-                all_class_names=all_names,
-                objectives=config.get("objectives", {}),
-                decomposition=config.get("decomposition", {}),
-                **config["settings"],
+                config.class_names,
+                all_class_names=config.all_class_names,
+                objectives=config.objectives,
+                decomposition=config.decomposition,
+                **config.settings,
             )
         learned = {name.removeprefix(_LEARNABLE): t for name, t in tensors.items() if name.startswith(_LEARNABLE)}
         method.load_head_state(learned)
         _check_weights(tensors, method)
     except (VlpromptError, TypeError) as error:  # TypeError: a setting with the name of an argument
         raise HeadError(f"the head in {folder} cannot be rebuilt: {error}") from error
-    return Head(method.to(backbone.device), config["training"])
+    return Head(method.to(backbone.device), config.training)
 
 
-def learned_tensors(folder: str | Path, backbone: Backbone) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def learned_tensors(folder: str | Path, backbone: Backbone) -> tuple[dict[str, Tensor], HeadConfig]:
     """Return the learned tensors of a saved head by name, and its configuration, to initialise another method.
 
     Raises:
@@ -257,15 +260,15 @@ def learned_tensors(folder: str | Path, backbone: Backbone) -> tuple[dict[str, T
     return {name.removeprefix(_LEARNABLE): t for name, t in tensors.items() if name.startswith(_LEARNABLE)}, config
 
 
-def _check_backbone(backbone: Backbone, config: dict[str, Any], folder: Path) -> None:
+def _check_backbone(backbone: Backbone, config: HeadConfig, folder: Path) -> None:
     """Raise HeadError unless ``backbone`` has the weights, precision and image constants that ``config`` records."""
-    facts, actual = config["backbone"], backbone_facts(backbone)
+    facts, actual = as_plain(config.backbone), backbone_facts(backbone)
     decisive = ("precision", "embed_dim", "fingerprint")
     names = actual if any(actual[key] != facts[key] for key in decisive) else ()
     differing = [
         f"{key}: {facts[key]!r} in the head, {actual[key]!r} given" for key in names if actual[key] != facts[key]
     ]
-    constants, recorded = preprocess_facts(backbone), config["preprocess"]
+    constants, recorded = preprocess_facts(backbone), config.preprocess
     for key in dict.fromkeys([*constants, *recorded]):
         if constants.get(key) != recorded.get(key):
             text = f"{str(recorded.get(key))[:60]} in the head, {constants.get(key)} given"

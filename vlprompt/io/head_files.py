@@ -5,32 +5,65 @@ from __future__ import annotations
 import glob
 import json
 import os
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vlprompt._files import file_checksum
+from vlprompt.config.types import MaxLen, Name, Positive, validate, validated
 from vlprompt.errors import HeadError
 
 SCHEMA = 1
 CONFIG_FILE, TENSOR_FILE = "config.json", "head.safetensors"
-_KEYS = {
-    "schema": int,
-    "method": str,
-    "settings": dict,
-    "objectives": dict,
-    "decomposition": dict,
-    "class_names": list,
-    "all_class_names": list,
-    "backbone": dict,
-    "preprocess": dict,
-    "training": dict,
-    "versions": dict,
-    "tensors_sha256": str,
-}
 _MAX_CONFIG_BYTES = 16 << 20
+Short = Annotated[str, MaxLen(1024)]
+
+
+@validated("backbone")
+class BackboneFacts:
+    """What identifies a backbone: name, weights, precision, size of its features, checksum of its weights."""
+
+    name: Short
+    pretrained: Short
+    precision: Short
+    embed_dim: Positive
+    fingerprint: Short
+
+
+@validated("")
+class HeadConfig:
+    """The content of a head's ``config.json``.
+
+    Attributes:
+        schema: Version of the format.
+        method: Name of the method.
+        settings: Its settings.
+        class_names: The C classes, in the order of the logits.
+        all_class_names: Every class of the data set, those of ``class_names`` first.
+        backbone: The backbone it was trained on.
+        preprocess: The constants that the backbone's images need.
+        training: How it was trained.
+        versions: Versions of packages.
+        tensors_sha256: SHA-256 of ``head.safetensors``.
+        objectives: Objectives with their settings; older heads have none.
+        decomposition: The decomposition with its settings, if any.
+    """
+
+    schema: int
+    method: Name
+    settings: dict[str, Any]
+    class_names: tuple[str, ...]
+    all_class_names: tuple[str, ...]
+    backbone: BackboneFacts
+    preprocess: dict[str, Any]
+    training: dict[str, Any]
+    versions: dict[str, Any]
+    tensors_sha256: Short
+    objectives: dict[str, dict[str, Any]] = field(default_factory=dict)
+    decomposition: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def find_head(folder: str | Path) -> Path:
@@ -59,7 +92,7 @@ def find_head(folder: str | Path) -> Path:
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> HeadConfig:
     """Return the checked ``config.json`` of a head.
 
     Raises:
@@ -78,25 +111,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     if isinstance(schema, int) and not isinstance(schema, bool) and schema != SCHEMA:
         fix = "Run: pip install -U vlprompt" if schema > SCHEMA else "Save the head again."
         raise HeadError(f"{path} has schema {str(schema)[:20]}; this vlprompt reads schema {SCHEMA}. {fix}")
-    optional = ("objectives", "decomposition")  # missing in older heads
-    wrong = [f"{key} is missing" for key in _KEYS if key not in config and key not in optional]
-    wrong += [f"{key[:60]!r} is unknown" for key in config if key not in _KEYS]
-    for key, kind in _KEYS.items():
-        if key in config and (not isinstance(config[key], kind) or isinstance(config[key], bool)):
-            wrong.append(f"{key} is {str(config[key])[:40]!r}; expected {kind.__name__}")
-    facts = config.get("backbone")
-    expected = {"name": str, "pretrained": str, "precision": str, "embed_dim": int, "fingerprint": str}
-    if isinstance(facts, dict):
-        missing = [(key, kind) for key, kind in expected.items() if not isinstance(facts.get(key), kind)]
-        wrong += [f"backbone.{key} is missing or not {kind.__name__}" for key, kind in missing]
-        long = [key for key, value in facts.items() if len(str(value)) > 1024]
-        wrong += [f"backbone.{key[:60]} has more than 1,024 characters" for key in long]
-    if wrong:
-        raise HeadError(f"{path} is not a head's configuration:\n  " + "\n  ".join(wrong[:20]))
-    return config
+    checked, problems = validate(HeadConfig, config)
+    if checked is None:
+        lines = "\n  ".join(problem.text[:200] for problem in problems[:20])
+        raise HeadError(f"{path} is not a head's configuration:\n  {lines}")
+    return checked
 
 
-def read_tensors(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+def read_tensors(folder: Path, config: HeadConfig) -> dict[str, Tensor]:
     """Return the tensors of a head whose :func:`read_config` is ``config``.
 
     Raises:
@@ -107,10 +129,10 @@ def read_tensors(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
         checksum = file_checksum(path)
     except OSError as error:
         raise HeadError(f"{path} cannot be read: {error.strerror or error}") from error
-    if checksum != config["tensors_sha256"]:
+    if checksum != config.tensors_sha256:
         raise HeadError(
             f"{path} is damaged or belongs to another head: its SHA-256 is {checksum[:12]}..., {CONFIG_FILE} records "
-            f"{config['tensors_sha256'][:12]}... Save or copy the whole folder again."
+            f"{config.tensors_sha256[:12]}... Save or copy the whole folder again."
         )
     try:
         tensors: dict[str, Tensor] = load_file(path)

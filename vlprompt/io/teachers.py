@@ -19,7 +19,7 @@ def method_of(folder: Path, student: Backbone) -> PromptMethod:
         HeadError: ``folder`` holds no head, or the head cannot be loaded.
     """
     folder = find_head(folder)
-    same = read_config(folder)["backbone"]["fingerprint"] == student.fingerprint
+    same = read_config(folder).backbone.fingerprint == student.fingerprint
     return load_head(folder, student if same else None, device=str(student.device)).method
 
 
@@ -29,4 +29,4 @@ def dim_of(folder: Path) -> int:
     Raises:
         HeadError: ``folder`` holds no head.
     """
-    return int(read_config(find_head(folder))["backbone"]["embed_dim"])
+    return read_config(find_head(folder)).backbone.embed_dim
