@@ -24,7 +24,8 @@ Metric = Literal["accuracy", "mean_per_class", "map", "map_11point"]
 NamesFrom = Literal["split", "folders", "file", "list", "wnids"]
 
 
-def _is_word(word: str) -> bool:
+def is_word(word: str) -> bool:
+    """Return whether a name can stand in lists of names with commas."""
     return bool(word) and word.isprintable() and "," not in word and word == word.strip()
 
 
@@ -40,7 +41,7 @@ def _with_text(licence: Any) -> Any:
     return {"text": licence} if isinstance(licence, str) else licence
 
 
-Word = Annotated[str, Holds(_is_word, "a name of letters, digits, - and _")]
+Word = Annotated[str, Holds(is_word, "a name of letters, digits, - and _")]
 Words = Annotated[tuple[Word, ...], OneOrMore]
 CardTemplate = Annotated[str, Holds(_has_one_slot, "a text with {} exactly once and no other braces")]
 CardTemplates = Annotated[tuple[CardTemplate, ...], OneOrMore, MinLen(1)]
@@ -185,7 +186,7 @@ class Card:
         file: Path of the card.
     """
 
-    name: Word
+    name: Name
     reader: Name
     options: ReaderOptions
     classes: Classes

@@ -80,7 +80,7 @@ def load_pairs(source: str | Path = "demo-pairs", *, root: str | Path | None = N
             raise ConfigError(
                 f"root is {str(root)!r}, which is not a folder; accepted: the folder of the list's images."
             )
-        return _listed(Card("pairs", "pairs", PairsOptions("pairs"), Classes(), Templates("{}")), path, base)
+        return _listed(Card(path.name, "pairs", PairsOptions("pairs"), Classes(), Templates("{}")), path, base)
     shards = find_shards(path)
     if not os.path.isdir(path) and not shards:
         near = did_you_mean(str(source), _known())
