@@ -39,8 +39,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
         ("runs.run", "run", run),
         ("runs.run", "evaluate_head", {"accuracy": 87.5, "correct": 7, "total": 8}),
         ("runs.dry_run", "dry_run", "the shapes"),
-        ("protocols.base_to_new", "base_to_new", ({}, "both tables")),
-        ("protocols.domains", "domain_generalisation", ({}, "the domains")),
+        ("protocols.protocols", "run_plan", ({}, "the table")),
         ("runs.predict", "predict", predictions),
     ):
         stub(monkeypatch, f"vlprompt.{module}", name, result, noted)
@@ -134,18 +133,20 @@ def test_an_error_on_purpose_is_printed_as_it_is_and_a_bug_shows_itself(
 def test_base_to_new_takes_several_configurations_and_seeds(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--config", "coop/demo", "--seeds", "4, 5", "--config", "mocoop/demo", "--recipe.epochs", "2"]
     assert main(["base-to-new", *words]) == 0
-    ((name, (configs, seeds, options)),) = calls
-    assert name == "base_to_new" and seeds == [4, 5] and options["force"] is False
-    assert [(config.method, config.recipe.epochs) for config in configs] == [("coop", 2), ("mocoop", 2)]
-    assert capsys.readouterr().out == "both tables\n"
+    ((name, (plan, options)),) = calls
+    assert name == "run_plan" and (plan.name, plan.seeds) == ("base-to-new", (4, 5)) and options["force"] is False
+    assert [(config.method, config.recipe.epochs) for config in plan.configs] == [("coop", 2), ("mocoop", 2)]
+    assert {config.data.classes for config in plan.configs} == {"base"} and plan.datasets is None
+    assert capsys.readouterr().out == "the table\n"
     options["report"](types.SimpleNamespace(folder="runs/one"))
     assert capsys.readouterr().out == "run folder: runs/one\n"
 
 
 def test_base_to_new_runs_three_seeds_by_default_and_without_a_file(calls: Calls) -> None:
     assert main(["base-to-new", "--method", "coop", "--force"]) == 0
-    configs, seeds, options = calls[0][1]
-    assert [config.method for config in configs] == ["coop"] and seeds == [1, 2, 3] and options["force"] is True
+    plan, options = calls[0][1]
+    assert [config.method for config in plan.configs] == ["coop"] and plan.seeds == (1, 2, 3)
+    assert options["force"] is True
 
 
 def test_base_to_new_print_config_prints_every_configuration(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,16 +158,13 @@ def test_base_to_new_print_config_prints_every_configuration(calls: Calls, capsy
 def test_base_to_new_takes_data_sets(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["base-to-new", "--config", "coop/demo", "--config", "zeroshot/demo", "--datasets", "demo, dtd,Food-101"]
     assert main(words) == 0
-    configs, _, options = calls.pop()[1]
-    assert [config.data.name for config in configs] == ["demo", "demo"]
-    assert options["datasets"] == ["demo", "dtd", "food101"]
-    assert main(words[:3]) == 0 and calls.pop()[1][-1]["datasets"] is None
+    plan, _ = calls.pop()[1]
+    on_each = [(method, name) for method in ("coop", "zeroshot") for name in ("demo", "dtd", "food101")]
+    assert [(config.method, config.data.name) for config in plan.configs] == on_each
     capsys.readouterr()
     assert main([*words, "--print-config"]) == 0
     printed = [yaml.safe_load(text) for text in capsys.readouterr().out.split("---\n")]
-    assert [(one["method"], one["data"]["name"]) for one in printed] == [
-        (method, name) for method in ("coop", "zeroshot") for name in ("demo", "dtd", "food101")
-    ]
+    assert [(one["method"], one["data"]["name"]) for one in printed] == on_each
 
 
 # -- domains --------------------------------------------------------------------------------------------------------
@@ -174,16 +172,18 @@ def test_base_to_new_takes_data_sets(calls: Calls, capsys: pytest.CaptureFixture
 def test_domains_takes_a_protocol_configurations_and_seeds(
     protocol: str, calls: Calls, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--config", "coop/demo", "--protocol", protocol, "--config", "mocoop/demo", "--data.shots", "2"]
-    assert main(["domains", *words, "--seeds", "4,5", "--force"]) == 0
-    ((name, (configs, told, seeds, options)),) = calls
-    assert (name, told, seeds, options["force"]) == ("domain_generalisation", protocol, [4, 5], True)
-    assert [(config.method, config.data.shots) for config in configs] == [("coop", 2), ("mocoop", 2)]
-    assert capsys.readouterr().out == "the domains\n"
+    words = ["--config", "coop/demo-styles", "--protocol", protocol, "--config", "mocoop/demo-styles"]
+    assert main(["domains", *words, "--data.shots", "2", "--seeds", "4,5", "--force"]) == 0
+    ((name, (plan, options)),) = calls
+    assert (name, plan.name, plan.domains, plan.seeds) == ("run_plan", protocol, protocol, (4, 5)) and options["force"]
+    assert [(one.config.method, one.config.data.shots) for group in plan.groups for one in group[:1]] == [
+        *(("coop", 2), ("mocoop", 2))
+    ]
+    assert capsys.readouterr().out == "the table\n"
     options["report"](types.SimpleNamespace(folder="runs/one"))
     assert capsys.readouterr().out == "run folder: runs/one\n"
     assert main(["domains", *words, "--print-config"]) == 0 and len(calls) == 1
-    assert len(capsys.readouterr().out.split("---\n")) == 2
+    assert len(capsys.readouterr().out.split("---\n")) == 2 * 6
 
 
 def test_domains_of_one_run_are_keys(calls: Calls) -> None:

@@ -16,8 +16,7 @@ from vlprompt.cli.main import main
 from vlprompt.cli.parse import parse_run
 from vlprompt.config.keys import to_yaml
 from vlprompt.protocols import compare as comparing
-from vlprompt.protocols.protocol_files import find_protocol, protocol_folder
-from vlprompt.protocols.protocols import Overrides
+from vlprompt.protocols.protocol_files import protocol_folder
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     found = SimpleNamespace(
         folder=Path("runs/search-1"), run=SimpleNamespace(folder=Path("runs/toy")), table=lambda: "T"
     )
-    stub(monkeypatch, "vlprompt.protocols.protocols", "run_protocol", ({}, "the table"), noted)
+    stub(monkeypatch, "vlprompt.protocols.protocols", "run_plan", ({}, "the table"), noted)
     stub(monkeypatch, "vlprompt.protocols.search", "search", found, noted)
     monkeypatch.chdir(tmp_path)
     return noted
@@ -55,10 +54,12 @@ def test_a_protocol_takes_configurations_and_overrides(
     more = ["--config", "coop/demo", "--config", "mocoop/demo", "--seeds", "4, 5", "--recipe.epochs", "2"]
     more += ["--datasets", "demo,Food-101", "--shots", "1,-1", "--force"]
     assert main(["eval", *words, *more]) == 0
-    ((name, (protocol, configs, own, options)),) = calls
-    assert name == "run_protocol" and protocol == find_protocol("few-shot") and options["force"] is True
-    assert [(config.method, config.recipe.epochs) for config in configs] == [("coop", 2), ("mocoop", 2)]
-    assert own == Overrides([4, 5], ["demo", "food101"], None, [1, -1])
+    ((name, (plan, options)),) = calls
+    assert name == "run_plan" and (plan.name, plan.part) == ("few-shot", "same") and options["force"] is True
+    assert plan.seeds == (4, 5) and plan.datasets == ("demo", "food101")
+    assert [(one.method, one.recipe.epochs, one.data.name, one.data.shots) for one in plan.configs] == [
+        (method, 2, name, shots) for method in ("coop", "mocoop") for name in ("demo", "food101") for shots in (1, -1)
+    ]
     assert capsys.readouterr().out == "the table\n"
     options["report"](SimpleNamespace(folder="runs/one"))
     assert capsys.readouterr().out == "run folder: runs/one\n"
@@ -66,11 +67,12 @@ def test_a_protocol_takes_configurations_and_overrides(
 
 def test_a_protocol_without_overrides_is_as_described(calls: Calls) -> None:
     assert main(["eval", "--protocol", "cross-dataset", "--config", "coop/demo"]) == 0
-    assert calls[0][1][2] == Overrides() and calls[0][1][3]["force"] is False
+    plan, options = calls[0][1]
+    assert plan.seeds == (1, 2, 3) and len(plan.trainings[0].targets) == 10 and options["force"] is False
     assert main(["eval", "--protocol", "cross-dataset", "--config", "coop/demo", "--targets", "demo-2,demo-3"]) == 0
-    assert calls[1][1][2] == Overrides(targets=["demo-2", "demo-3"])
-    assert main(["eval", "--protocol", "leave-one-out", "--config", "coop/demo", "--data.shots", "3"]) == 0
-    assert calls[2][1][1][0].data.shots == 3  # the protocol leaves it to the configuration
+    assert [data.name for data in calls[1][1][0].trainings[0].targets] == ["demo-2", "demo-3"]
+    assert main(["eval", "--protocol", "leave-one-out", "--config", "coop/demo-styles", "--data.shots", "3"]) == 0
+    assert {config.data.shots for config in calls[2][1][0].configs} == {3}  # not the protocol's
 
 
 def test_a_protocol_of_ones_own(calls: Calls, tmp_path: Path) -> None:

@@ -180,5 +180,5 @@ def test_nothing_to_do(configs: list[Any], seeds: tuple[int, ...]) -> None:
 
 
 def test_a_seed_twice(tiny: Tiny) -> None:
-    with pytest.raises(ConfigError, match=r"a seed stands twice in \[1, 1\]"):
+    with pytest.raises(ConfigError, match=r"a seed is given twice in \[1, 1\]"):
         base_to_new([tiny("coop")], (1, 1))

@@ -205,9 +205,9 @@ def test_a_wide_table_keeps_whole_names_and_numbers() -> None:
 def test_nothing_is_run_where_something_cannot_be(styles: Tiny, tmp_path: Path) -> None:
     good, plain = styles("coop"), styles("coop").with_data(name="toy-plain")
     for configs, protocol, seeds, message in (
-        ([], "leave-one-out", (1,), "domains needs at least one configuration and one seed"),
+        ([], "leave-one-out", (1,), "leave-one-out needs at least one configuration and one seed"),
         ([good], "leave-one-out", (), "at least one configuration and one seed, such as --seeds 1,2,3"),
-        ([good], "leave-one-out", (1, 1), r"a seed stands twice in \[1, 1\]"),
+        ([good], "leave-one-out", (1, 1), r"a seed is given twice in \[1, 1\]"),
         ([good], "leave-out", (1,), "protocol is 'leave-out'; accepted: .* Did you mean 'leave-one-out'"),
         ([good, plain], "single-source", (1,), "toy-plain has no domains; single-source needs a data set"),
     ):

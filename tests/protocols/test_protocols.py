@@ -18,8 +18,9 @@ from vlprompt.protocols.cross import cross_dataset
 from vlprompt.protocols.domains import domain_generalisation
 from vlprompt.protocols.fewshot import few_shot
 from vlprompt.protocols.groups import dataset_names
+from vlprompt.protocols.plan import Overrides, plan_protocol
 from vlprompt.protocols.protocol_files import REPORTS, find_protocol, list_protocols, protocol_folder, read_protocol
-from vlprompt.protocols.protocols import Overrides, expanded, overridden, run_protocol
+from vlprompt.protocols.protocols import run_protocol
 
 Tiny = Callable[..., RunConfig]
 NAMES = ["base-to-new", "cross-dataset", "few-shot", "imagenet-domains", "leave-one-out", "single-source"]
@@ -211,12 +212,13 @@ def test_a_users_protocol_is_called_by_its_name(mine: Callable[..., Path], tiny:
 
 def test_configurations_of_a_protocol(tiny: Tiny) -> None:
     config = tiny("coop", shots=3)
-    found = expanded(overridden(find_protocol("few-shot"), Overrides(datasets=["demo", "dtd"], shots=[1, 2])), [config])
-    assert [(one.data.name, one.data.shots, one.data.classes) for one in found] == [
+    plan = plan_protocol(find_protocol("few-shot"), [config], Overrides(datasets=["demo", "dtd"], shots=[1, 2]))
+    assert [(one.data.name, one.data.shots, one.data.classes) for one in plan.configs] == [
         (name, shots, "all") for name in ("demo", "dtd") for shots in (1, 2)
     ]
-    (one,) = expanded(find_protocol("leave-one-out"), [config])
-    assert (one.data.name, one.data.shots) == ("folder", 3)  # its own
+    styles = config.with_data(name="demo-styles", root=None)
+    plan = plan_protocol(find_protocol("leave-one-out"), [styles])
+    assert {(one.data.name, one.data.shots) for one in plan.configs} == {("demo-styles", 3)}  # its own
 
 
 @pytest.mark.parametrize(
@@ -225,7 +227,7 @@ def test_configurations_of_a_protocol(tiny: Tiny) -> None:
         ("few-shot", Overrides(targets=["demo"]), "--targets has no meaning for few-shot"),
         ("base-to-new", Overrides(shots=[1, 2]), r"--shots is \[1, 2\]; base-to-new takes one number"),
         ("few-shot", Overrides(datasets=["dmo"]), "'dmo' is no data set"),
-        ("few-shot", Overrides(datasets=["demo"], seeds=[]), r"seeds is \(\); accepted: a list of one or more"),
+        ("few-shot", Overrides(datasets=["demo"], seeds=[]), "at least one configuration and one seed"),
     ],
 )
 def test_overrides_that_do_not_fit(name: str, own: Overrides, message: str, tiny: Tiny, tmp_path: Path) -> None:

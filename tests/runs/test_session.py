@@ -93,7 +93,7 @@ def test_parts_are_made_when_they_are_asked_for(tiny: Tiny, made: Counter[str]) 
 
 def test_the_counterpart_is_what_loading_it_gives(tiny: Tiny) -> None:
     session = Session(tiny("coop", classes="base", shots=1))
-    other = load_dataset("folder", root=session.config.data.root, shots=1, classes="new", source=[], target=[])
+    other = load_dataset("folder", root=session.config.data.root, shots=1, classes="new", source=(), target=())
     assert session.counterpart == other and other.counterpart() == session.drawn
 
 

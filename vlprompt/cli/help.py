@@ -16,7 +16,7 @@ Example: vlprompt train --config mocoop/demo --data.shots 4 --recipe.epochs 5
 """
 BASE_TO_NEW_HELP = """\
 vlprompt base-to-new --config FILE [--config FILE2 ...] [--datasets NAME,NAME2] [--seeds 1,2,3] [--a.b VALUE ...]
-                     [--print-config] [--force]
+                     [--dry-run] [--print-config] [--force]
 
 Trains on the base classes with each seed, evaluates base and new classes, and prints accuracies, their harmonic mean
 and zero-shot. Several --config files are compared side by side; the overrides apply to all of them.
@@ -26,6 +26,7 @@ and zero-shot. Several --config files are compared side by side; the overrides a
                     average: its H is the harmonic mean of the averages, as in published tables
   --seeds 1,2,3     the seeds (default 1,2,3)
   --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
+  --dry-run         print the plan, a line per training with the values that differ, and stop; needs no data
   --print-config    print the resolved configurations and stop
   --force           run again what is finished
 
@@ -33,7 +34,7 @@ Example: vlprompt base-to-new --config coop/demo --config mocoop/demo --seeds 1
 """
 DOMAINS_HELP = """\
 vlprompt domains --config FILE [--config FILE2 ...] --protocol leave-one-out|single-source [--seeds 1,2,3]
-                 [--a.b VALUE ...] [--print-config] [--force]
+                 [--a.b VALUE ...] [--dry-run] [--print-config] [--force]
 
 Domain generalisation: trains on some domains of a data set and tests on the others and their corrupted versions, with
 each seed, and prints the accuracy on every domain and their mean, beside zero-shot. Several --config files are compared
@@ -45,13 +46,14 @@ side by side; the overrides apply to all of them. Chosen domains for one run: vl
                     single-source: once per domain, trained on it alone and tested on all the others
   --seeds 1,2,3     the seeds (default 1,2,3)
   --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
+  --dry-run         print the plan, a line per training with the values that differ, and stop; needs no data
   --print-config    print the resolved configurations and stop
   --force           run again what is finished
 """
 EVAL_HELP = """\
 vlprompt eval RUN [--data.name NAME] [--data.root DIR] [--data.classes all|base|new] [--data.* VALUE] [--seed N]
 vlprompt eval --protocol NAME --config FILE [--config FILE2 ...] [--seeds 1,2,3] [--datasets A,B] [--targets C,D]
-              [--shots 1,2,4] [--a.b VALUE ...] [--print-config] [--force]
+              [--shots 1,2,4] [--a.b VALUE ...] [--dry-run] [--print-config] [--force]
 
 The first evaluates a saved head on the test images of a data set: the run's own, unless --data.* says otherwise.
 
@@ -68,6 +70,7 @@ Finished runs are reused; the same command goes on where it stopped. Several --c
   --shots 1,2,4     training images per class; several for few-shot alone
   --seeds 1,2,3     the seeds (default: the protocol's)
   --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
+  --dry-run         print the plan, a line per training with the values that differ, and stop; needs no data
   --print-config    print the resolved configurations and stop
   --force           run again what is finished
 

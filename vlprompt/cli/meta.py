@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_config, key_table, read_command_line, refuse
-from vlprompt.cli.protocols import configs_of, numbers, print_run, say
+from vlprompt.cli.protocols import numbers, print_run, say, sources_of
 from vlprompt.config.keys import to_yaml
 
 FLAGS = ("print-config", "inspect", "force")
@@ -94,7 +94,7 @@ def meta_eval_command(words: list[str]) -> int:
         "data.shots": "--shots says how many",
         "data.classes": "base and new are tested",
     }
-    configs = configs_of(line, fixed | {"init_from": own})
+    configs = sources_of(line, fixed | {"init_from": own})
     from vlprompt.protocols.meta_compare import compare_starts
 
     hosts = list(zip(configs, map(Path, line.operands), strict=True))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_run, read_command_line, refuse
+from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_run, read_command_line, refuse, source_of
 from vlprompt.config.keys import to_yaml
 from vlprompt.config.run import RunConfig
+from vlprompt.config.source import ConfigSource
 from vlprompt.config.yaml import shown, yaml_node, yaml_value
 from vlprompt.errors import ConfigError, VlpromptError
 
-PROTOCOL_FLAGS = ("print-config", "force")
+if TYPE_CHECKING:
+    from vlprompt.protocols.plan import Plan
+
+PROTOCOL_FLAGS = ("print-config", "dry-run", "force")
 
 
 # -- shared by all commands -----------------------------------------------------------------------------------------
@@ -43,18 +47,14 @@ def base_to_new_command(words: list[str]) -> int:
     datasets = _names(line, "datasets")
     fixed = {"seed": "--seeds says which", "data.classes": "base and new classes are both run"}
     if datasets is not None:
-        fixed["data.name"] = "--datasets says which, so leave one of the two away"
+        fixed["data.name"] = "--datasets says which, so omit one of the two"
     seeds = numbers(line, "seeds") or [1, 2, 3]
-    configs = configs_of(line, fixed)
-    if "print-config" in line.flags:
-        on_each = [config.with_data(name=name) for config in configs for name in datasets or ()]
-        return _print_configs(on_each or configs)
-    from vlprompt.protocols.base_to_new import base_to_new
+    sources = sources_of(line, fixed)
+    from vlprompt.protocols.plan import make_plan
 
-    force = "force" in line.flags
-    _, table = base_to_new(configs, seeds, datasets=datasets, force=force, report=print_run)
-    say(table)
-    return 0
+    return _planned(
+        line, lambda dry: make_plan(sources, seeds, "base-to-new", "halves", classes="base", datasets=datasets, dry=dry)
+    )
 
 
 def domains_command(words: list[str]) -> int:
@@ -68,14 +68,10 @@ def domains_command(words: list[str]) -> int:
     except ConfigError as error:
         line.problems.append(f"{COMMAND_LINE}: --{error}")
     seeds = numbers(line, "seeds") or [1, 2, 3]
-    configs = configs_of(line, {"seed": "--seeds says which", "data.classes": "all classes are run"} | _BY_DOMAIN)
-    if "print-config" in line.flags:
-        return _print_configs(configs)
-    from vlprompt.protocols.domains import domain_generalisation
+    sources = sources_of(line, {"seed": "--seeds says which", "data.classes": "all classes are run"} | _BY_DOMAIN)
+    from vlprompt.protocols.plan import make_plan
 
-    _, table = domain_generalisation(configs, protocol, seeds, force="force" in line.flags, report=print_run)
-    say(table)
-    return 0
+    return _planned(line, lambda dry: make_plan(sources, seeds, protocol, "domains", domains=protocol, dry=dry))
 
 
 _BY_DOMAIN = dict.fromkeys(("data.source", "data.target"), "the protocol says which domains")
@@ -101,21 +97,31 @@ def protocol_command(words: list[str]) -> int:
         if shots is not None or protocol.train.shots:
             fixed["data.shots"] = "--shots says how many"
         fixed |= _BY_DOMAIN if protocol.test.part == "domains" else {}
-    configs = configs_of(line, fixed)
+    sources = sources_of(line, fixed)
     if protocol is None:
         refuse(line.problems, "eval")
-    from vlprompt.protocols.protocols import Overrides, expanded, overridden, run_protocol
+    from vlprompt.protocols.plan import Overrides, plan_protocol
 
-    own = Overrides(seeds, datasets, targets, shots)
+    chosen, overrides = protocol, Overrides(seeds, datasets, targets, shots)
+    return _planned(line, lambda dry: plan_protocol(chosen, sources, overrides, dry=dry))
+
+
+def _planned(line: CommandLine, plan: Callable[[bool], Plan]) -> int:
+    """Print or run what ``plan`` gives; its argument says whether nothing will be run."""
+    if "dry-run" in line.flags:
+        print(plan(True).text())
+        return 0
     if "print-config" in line.flags:
-        return _print_configs(expanded(overridden(protocol, own), configs))
-    _, table = run_protocol(protocol, configs, own, force="force" in line.flags, report=print_run)
+        return _print_configs(plan(True).configs)
+    from vlprompt.protocols.protocols import run_plan
+
+    _, table = run_plan(plan(False), force="force" in line.flags, report=print_run)
     say(table)
     return 0
 
 
-def configs_of(line: CommandLine, fixed: Mapping[str, str]) -> list[RunConfig]:
-    """Return the configuration of each file of ``line``; refuse the line if anything is wrong with it.
+def sources_of(line: CommandLine, fixed: Mapping[str, str]) -> list[ConfigSource]:
+    """Return the source of each ``--config`` of ``line``; refuse the line if anything is wrong with it.
 
     Args:
         line: The command line, with the problems of the command's own options.
@@ -125,15 +131,13 @@ def configs_of(line: CommandLine, fixed: Mapping[str, str]) -> list[RunConfig]:
     for key, why in fixed.items():
         if key in line.overrides:
             line.problems.append(f"{COMMAND_LINE}: --{key} has no meaning for `vlprompt {line.command}`: {why}")
-    configs, problems = [], []
+    sources, problems = [], []
     for files in [[name] for name in line.configs] or [[]]:
-        config, found = check_run(line, files)
-        problems += found
-        if config is not None:
-            configs.append(config)
+        problems += check_run(line, files)[1]
+        sources.append(source_of(line, files))
     if problems:
         refuse(problems, line.command)
-    return configs
+    return sources
 
 
 def _print_configs(configs: Sequence[RunConfig]) -> int:

@@ -131,10 +131,7 @@ def domain_rounds(name: str, root: str | Path | None, protocol: str) -> list[Dom
             no test images, or a round has no training images of a class.
         DataError: If the data are missing or cannot be used.
     """
-    check_protocol(protocol)
-    card = find_card(name)
-    if not card.domains:
-        raise ConfigError(f"{card.name} has no domains; {protocol} needs a data set whose card names domains")
+    card = _checked(name, protocol)
     lists = read_dataset(card, root)
     clean, tested = domains_of(card, lists.train), domains_of(card, lists.test)
     if len(clean) < 2:
@@ -142,16 +139,43 @@ def domain_rounds(name: str, root: str | Path | None, protocol: str) -> list[Dom
     # An empty target would mean all domains, including those of the training.
     if untested := [domain for domain in clean if domain not in tested]:
         raise ConfigError(f"{card.name} has no test images of {untested}; {protocol} tests on every clean domain")
-    rounds, problems = [], []
+    rounds, problems = _rounds(clean, tested, protocol), []
+    for training in rounds:
+        try:
+            keep_domains(card, lists, training.source, training.target)
+        except ConfigError as error:  # collected: the problems of all rounds are reported before any training
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(f"{protocol} cannot be run on {card.name}:\n{bulleted(problems)}")
+    return rounds
+
+
+def card_rounds(name: str, protocol: str) -> list[DomainRound]:
+    """Return the training runs of ``protocol`` as far as the card of data set ``name`` tells: for plans without data.
+
+    Corrupted versions are not among the targets, because a card does not name them.
+
+    Raises:
+        ConfigError: If the protocol or data set is unknown, or the data set has no domains.
+    """
+    names = list(_checked(name, protocol).domains)
+    return _rounds(names, names, protocol)
+
+
+def _checked(name: str, protocol: str) -> Card:
+    check_protocol(protocol)
+    card = find_card(name)
+    if not card.domains:
+        raise ConfigError(f"{card.name} has no domains; {protocol} needs a data set whose card names domains")
+    return card
+
+
+def _rounds(clean: Sequence[str], tested: Sequence[str], protocol: str) -> list[DomainRound]:
+    """Return a training run for each domain of ``clean``, tested on those of ``tested`` that belong to its targets."""
+    rounds = []
     for domain in clean:
         others = [other for other in clean if other != domain]
         source, targets = (others, [domain]) if protocol == "leave-one-out" else ([domain], others)
         target = [name for name in tested if split_domain(name)[0] in targets]
         rounds.append(DomainRound(domain, tuple(source), tuple(target)))
-        try:
-            keep_domains(card, lists, source, target)
-        except ConfigError as error:  # collected: the problems of all rounds are reported before any training
-            problems.append(str(error))
-    if problems:
-        raise ConfigError(f"{protocol} cannot be run on {card.name}:\n{bulleted(problems)}")
     return rounds

@@ -15,12 +15,11 @@ from typing import Any
 from rich.table import Table
 
 from vlprompt.config.run import RunConfig
+from vlprompt.config.source import ConfigSource
 from vlprompt.engine.metrics import headline
-from vlprompt.protocols.groups import dataset_names
-from vlprompt.protocols.plan import Runner
+from vlprompt.protocols.plan import Plan, make_plan
 from vlprompt.protocols.protocol import (
     ZERO_SHOT,
-    check_several,
     keep,
     marks,
     over_seeds,
@@ -31,6 +30,7 @@ from vlprompt.protocols.protocol import (
     spread_text,
     table_rows,
 )
+from vlprompt.protocols.running import Runner, check_data
 from vlprompt.runs.run import Run, harmonic_mean
 from vlprompt.runs.tables import data_words, metric_words, render
 
@@ -40,7 +40,7 @@ _HALVES = ("base", "new")
 
 
 def base_to_new(
-    configs: Sequence[RunConfig],
+    configs: Sequence[RunConfig | ConfigSource],
     seeds: Sequence[int] = (1, 2, 3),
     *,
     datasets: Sequence[str] | None = None,
@@ -64,25 +64,28 @@ def base_to_new(
         ConfigError: No configurations, seeds or data sets, one of them twice, or an unknown data set.
         VlpromptError: Whatever a single run raises.
     """
-    check_several("base-to-new", configs, seeds)
-    names = None if datasets is None else dataset_names(datasets)
-    groups = [[config] if names is None else [config.with_data(name=name) for name in names] for config in configs]
-    runner = Runner(force=force, report=report)
+    plan = make_plan(configs, seeds, "base-to-new", "halves", classes="base", datasets=datasets)
+    return run_base_to_new(plan, force=force, report=report)
+
+
+def run_base_to_new(
+    plan: Plan, *, force: bool = False, report: Callable[[Run], None] | None = None
+) -> tuple[dict[str, Any], str]:
+    """Run a plan on base classes; see :func:`base_to_new`."""
+    check_data(plan)
+    runner, seeds = Runner(plan.seeds, force=force, report=report), list(plan.seeds)
     cells, average = [], []
-    for group in groups:
-        own = []
-        for config in group:
-            runs = runner.seeds(config.with_data(classes="base"), seeds)
-            own.append(_cell(config, runs))
-        cells += own
-        average.append(average_of(own))
-    results: dict[str, Any] = {"schema": SCHEMA, "protocol": "base2new", "seeds": list(seeds), "cells": cells}
-    if names is not None:
+    for group in plan.groups:
+        on_each = [_cell(training.config, runner.runs(training.config)) for training in group]
+        cells += on_each
+        average.append(average_of(on_each))
+    results: dict[str, Any] = {"schema": SCHEMA, "protocol": "base2new", "seeds": seeds, "cells": cells}
+    if plan.datasets is not None:
         results[AVERAGE] = average
     # The file with an average is another one, even where it is over the configurations' own data set.
-    more = [] if names is None else [names]
-    keep("base_to_new", results, [config for group in groups for config in group], list(seeds), *more)
-    return results, base_to_new_table(cells, list(seeds), results.get(AVERAGE, ()))
+    more = [] if plan.datasets is None else [list(plan.datasets)]
+    keep("base_to_new", results, plan.configs, seeds, *more)
+    return results, base_to_new_table(cells, seeds, results.get(AVERAGE, ()))
 
 
 def _cell(config: RunConfig, runs: Sequence[Run]) -> dict[str, Any]:

@@ -20,17 +20,16 @@ from rich.table import Table
 from vlprompt._dist import is_main_process
 from vlprompt._files import sha256_json, write_json
 from vlprompt.config.run import RunConfig
+from vlprompt.config.source import ConfigSource
 from vlprompt.datasets import FewShotTask
 from vlprompt.engine.fit import make_trainer
 from vlprompt.engine.metrics import METRICS, headline
 from vlprompt.errors import ConfigError
 from vlprompt.io.head import Head
 from vlprompt.io.head_files import CONFIG_FILE
-from vlprompt.protocols.groups import dataset_names
-from vlprompt.protocols.plan import Runner, load_all
+from vlprompt.protocols.plan import Plan, make_plan
 from vlprompt.protocols.protocol import (
     ZERO_SHOT,
-    check_several,
     keep,
     marks,
     over_seeds,
@@ -40,9 +39,10 @@ from vlprompt.protocols.protocol import (
     spread_text,
     table_rows,
 )
+from vlprompt.protocols.running import Runner, check_data, place
 from vlprompt.runs.folder import TARGETS, data_record, read_json
 from vlprompt.runs.run import Run, tested
-from vlprompt.runs.session import Session, complete
+from vlprompt.runs.session import Session
 from vlprompt.runs.tables import data_words, render
 
 SCHEMA = 1
@@ -50,7 +50,7 @@ _DRAWN = ("shots", "seed", "sampler", "train", "val", "shots_sha256", "val_sha25
 
 
 def cross_dataset(
-    configs: Sequence[RunConfig],
+    configs: Sequence[RunConfig | ConfigSource],
     targets: Sequence[str],
     seeds: Sequence[int] = (1, 2, 3),
     *,
@@ -78,44 +78,33 @@ def cross_dataset(
         DataError: A source or targets that are missing: all of them, before anything is trained.
         VlpromptError: Whatever a single run raises.
     """
-    check_several(name, configs, seeds)
-    sources = [complete(config.with_data(classes="all")) for config in configs]
-    planned = [_targets(config, targets) for config in sources]
-    loaded = load_all(_once([config.data for config in sources] + [one for own in planned for one in own]), seeds[0])
-    tasks = {(task.name, task.root): task for task in loaded}
-    runner = Runner(force=force, report=report)
-    for config, own in zip(sources, planned, strict=True):
-        runner.last = Session(config, after=runner.last)
-        runner.last.check_moves(tasks[_place(config.data)], tasks[_place(own[0])])
+    report_all = ("mean_of_targets", "mean_with_source") if with_source else ("mean_of_targets",)
+    plan = make_plan(configs, seeds, name, "datasets", targets=targets, report=report_all)
+    return run_cross(plan, force=force, report=report)
+
+
+def run_cross(
+    plan: Plan, *, force: bool = False, report: Callable[[Run], None] | None = None
+) -> tuple[dict[str, Any], str]:
+    """Run a plan with other data sets as targets; see :func:`cross_dataset`."""
+    tasks = check_data(plan)
+    runner, seeds = Runner(plan.seeds, force=force, report=report), list(plan.seeds)
+    for training in plan.trainings:
+        source, target = training.config.data, training.targets[0]
+        runner.session(training.config).check_moves(tasks[place(source)], tasks[place(target)])
     cells = []
-    for config, own in zip(sources, planned, strict=True):
-        runs = runner.seeds(config, seeds)
-        session = Session(config, after=runner.last)
-        scores = [{data.name: _target(one, session, tasks[_place(data)], force) for data in own} for one in runs]
-        cells.append(_cell(config, runs, scores, with_source))
-    results = {"schema": SCHEMA, "protocol": name, "seeds": list(seeds), "cells": cells}
-    keep(name.replace("-", "_"), results, sources, list(seeds), [[one.name for one in own] for own in planned])
-    return results, cross_tables(cells, name, list(seeds))
-
-
-def _targets(config: RunConfig, targets: Sequence[str]) -> list[Any]:
-    """Return the data configuration of each target of ``config``."""
-    source = config.data.name
-    names = dataset_names(targets, "targets", leave_out=[source])
-    if source in names:
-        raise ConfigError(f"targets: {source!r} is the source of {config.method}; it is shown without being named")
-    # Test images alone are used, and what was said of the source's template, split and images is not said of these.
-    own: dict[str, Any] = {"shots": 1, "classes": "all", "source": [], "target": []}
-    own |= dict.fromkeys(("template", "split", "sampler", "shots_file"))
-    return [config.with_data(name=name, **own).data for name in names]
-
-
-def _place(data: Any) -> tuple[str, str | None]:
-    return data.name, data.root
-
-
-def _once(wanted: Sequence[Any]) -> list[Any]:
-    return list({_place(data): data for data in wanted}.values())
+    for training in plan.trainings:
+        runs = runner.runs(training.config)
+        session = Session(training.config, after=runner.last)
+        scores = [
+            {target.name: _target(done, session, tasks[place(target)], force) for target in training.targets}
+            for done in runs
+        ]
+        cells.append(_cell(training.config, runs, scores, "mean_with_source" in plan.report))
+    results = {"schema": SCHEMA, "protocol": plan.name, "seeds": seeds, "cells": cells}
+    targets = [[target.name for target in training.targets] for training in plan.trainings]
+    keep(plan.name.replace("-", "_"), results, plan.configs, seeds, targets)
+    return results, cross_tables(cells, plan.name, seeds)
 
 
 def _target(done: Run, session: Session, task: FewShotTask, force: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ population standard deviation. Counts stay exact until the last step.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,11 +16,11 @@ from typing import Any
 from rich.table import Table
 
 from vlprompt.config.run import RunConfig
-from vlprompt.datasets.domains import CLEAN, DomainProtocol, DomainRound, domain_rounds, split_domain
+from vlprompt.config.source import ConfigSource
+from vlprompt.datasets.domains import CLEAN, DomainProtocol, DomainRound, split_domain
 from vlprompt.engine.metrics import METRICS, headline
-from vlprompt.protocols.plan import Runner
+from vlprompt.protocols.plan import Plan, make_plan
 from vlprompt.protocols.protocol import (
-    check_several,
     keep,
     marks,
     over_seeds,
@@ -29,6 +30,7 @@ from vlprompt.protocols.protocol import (
     spread_text,
     table_rows,
 )
+from vlprompt.protocols.running import Runner
 from vlprompt.runs.run import Run
 from vlprompt.runs.tables import render
 
@@ -40,7 +42,7 @@ _TRAINED_ON = {
 
 
 def domain_generalisation(
-    configs: Sequence[RunConfig],
+    configs: Sequence[RunConfig | ConfigSource],
     protocol: DomainProtocol,
     seeds: Sequence[int] = (1, 2, 3),
     *,
@@ -63,21 +65,24 @@ def domain_generalisation(
         ConfigError: No configurations, no seeds, or one of them twice; an unknown protocol; a data set without domains.
         VlpromptError: Whatever a single run raises.
     """
-    check_several("domains", configs, seeds)
-    configs = [config.with_data(classes="all") for config in configs]
-    # Before the first run, so that what cannot be run is not found out in the middle.
-    planned = [domain_rounds(config.data.name, config.data.root, protocol) for config in configs]
-    runner = Runner(force=force, report=report)
+    return run_domains(make_plan(configs, seeds, protocol, "domains", domains=protocol), force=force, report=report)
+
+
+def run_domains(
+    plan: Plan, *, force: bool = False, report: Callable[[Run], None] | None = None
+) -> tuple[dict[str, Any], str]:
+    """Run a plan over domains; see :func:`domain_generalisation`."""
+    runner, seeds = Runner(plan.seeds, force=force, report=report), list(plan.seeds)
     cells = []
-    for config, rounds in zip(configs, planned, strict=True):
-        runs = []
-        for one in rounds:
-            chosen = config.with_data(source=list(one.source), target=list(one.target))
-            runs.append(runner.seeds(chosen, seeds))
-        cells.append(_cell(config, rounds, runs))
-    results = {"schema": SCHEMA, "protocol": protocol, "seeds": list(seeds), "cells": cells}
-    keep(f"domains-{protocol}", results, configs, list(seeds))
-    return results, domains_tables(cells, protocol, list(seeds))
+    for group in plan.groups:
+        for _, on_data in itertools.groupby(group, lambda training: training.config.data.name):
+            trainings = list(on_data)
+            runs = [runner.runs(training.config) for training in trainings]
+            rounds = [training.domains for training in trainings if training.domains is not None]
+            cells.append(_cell(trainings[0].config, rounds, runs))
+    results = {"schema": SCHEMA, "protocol": plan.domains, "seeds": seeds, "cells": cells}
+    keep(f"domains-{plan.domains}", results, plan.configs, seeds)
+    return results, domains_tables(cells, str(plan.domains), seeds)
 
 
 def _cell(config: RunConfig, rounds: Sequence[DomainRound], runs: Sequence[Sequence[Run]]) -> dict[str, Any]:

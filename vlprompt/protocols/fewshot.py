@@ -6,18 +6,18 @@ The spread is the population standard deviation, over seeds for a data set and o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from vlprompt.config.run import RunConfig
+from vlprompt.config.source import ConfigSource
 from vlprompt.engine.metrics import headline
 from vlprompt.errors import ConfigError
-from vlprompt.protocols.groups import dataset_names
-from vlprompt.protocols.plan import Runner, load_all
+from vlprompt.protocols.plan import Plan, make_plan
 from vlprompt.protocols.protocol import (
-    check_several,
     keep,
     marks,
     over_seeds,
@@ -28,6 +28,7 @@ from vlprompt.protocols.protocol import (
     spread_text,
     table_rows,
 )
+from vlprompt.protocols.running import Runner, check_data
 from vlprompt.runs.run import Run
 from vlprompt.runs.tables import data_words, metric_words, render
 
@@ -36,7 +37,7 @@ AVERAGE = "average"
 
 
 def few_shot(
-    configs: Sequence[RunConfig],
+    configs: Sequence[RunConfig | ConfigSource],
     shots: Sequence[int] = (1, 2, 4, 8, 16),
     seeds: Sequence[int] = (1, 2, 3),
     *,
@@ -61,31 +62,35 @@ def few_shot(
         DataError: Data sets that are missing: all of them, before anything is trained.
         VlpromptError: Whatever a single run raises.
     """
-    check_several("few-shot", configs, seeds)
     if not shots or len(set(shots)) != len(shots):
         raise ConfigError(f"shots are {list(shots)}; accepted: different numbers of images per class, such as 1,2,4")
-    configs = [config.with_data(classes="all") for config in configs]
-    names = None if datasets is None else dataset_names(datasets)
-    groups = [[config] if names is None else [config.with_data(name=name) for name in names] for config in configs]
-    everywhere = {(one.data.name, one.data.root): one.with_data(shots=1).data for group in groups for one in group}
-    load_all(list(everywhere.values()), seeds[0])
-    runner = Runner(force=force, report=report)
+    plan = make_plan(configs, seeds, "few-shot", "same", datasets=datasets, shots=shots)
+    return run_few_shot(plan, force=force, report=report)
+
+
+def run_few_shot(
+    plan: Plan, *, force: bool = False, report: Callable[[Run], None] | None = None
+) -> tuple[dict[str, Any], str]:
+    """Run a plan of several numbers of shots; see :func:`few_shot`."""
+    check_data(plan)
+    runner = Runner(plan.seeds, force=force, report=report)
     cells, average = [], []
-    for group in groups:
-        own = []
-        for config in group:
-            runs = {count: runner.seeds(config.with_data(shots=count), seeds) for count in shots}
-            own.append(_cell(config, runs))
-        cells += own
-        if len(own) > 1:
-            average.append(_average(own))
-    results: dict[str, Any] = {"schema": SCHEMA, "protocol": "few-shot", "seeds": list(seeds), "shots": list(shots)}
+    for group in plan.groups:
+        on_each = []
+        for _, trainings in itertools.groupby(group, lambda training: training.config.data.name):
+            runs = {training.config.data.shots: runner.runs(training.config) for training in trainings}
+            on_each.append(_cell(group[0].config.method, runs))
+        cells += on_each
+        if len(on_each) > 1:
+            average.append(_average(on_each))
+    shots, seeds = list(dict.fromkeys(config.data.shots for config in plan.configs)), list(plan.seeds)
+    results: dict[str, Any] = {"schema": SCHEMA, "protocol": "few-shot", "seeds": seeds, "shots": shots}
     results |= {"cells": cells, **({AVERAGE: average} if average else {})}
-    keep("few_shot", results, [config for group in groups for config in group], list(seeds), list(shots))
-    return results, few_shot_table(cells, list(shots), list(seeds), average)
+    keep("few_shot", results, plan.configs, seeds)
+    return results, few_shot_table(cells, shots, seeds, average)
 
 
-def _cell(config: RunConfig, runs: dict[int, list[Run]]) -> dict[str, Any]:
+def _cell(method: str, runs: dict[int, list[Run]]) -> dict[str, Any]:
     rows = {
         label: {
             str(count): {
@@ -94,11 +99,11 @@ def _cell(config: RunConfig, runs: dict[int, list[Run]]) -> dict[str, Any]:
             }
             for count, own in runs.items()
         }
-        for label, part in result_parts(config.method).items()
+        for label, part in result_parts(method).items()
     }
     everything = [one for own in runs.values() for one in own]
     return {
-        "method": config.method,
+        "method": method,
         "data": everything[0].results["data"]["name"],
         "rows": rows,
         **marks(everything),

@@ -17,9 +17,11 @@ from typing import Any
 from rich.table import Table
 
 from vlprompt.config.run import GRAM, RunConfig
+from vlprompt.config.source import ConfigSource
 from vlprompt.engine.metrics import headline
-from vlprompt.protocols.plan import Runner
-from vlprompt.protocols.protocol import ZERO_SHOT, check_several, keep, over_seeds
+from vlprompt.protocols.plan import make_plan
+from vlprompt.protocols.protocol import ZERO_SHOT, keep, over_seeds
+from vlprompt.protocols.running import Runner
 from vlprompt.runs.run import Run
 from vlprompt.runs.tables import render
 
@@ -29,7 +31,7 @@ _COLUMNS = ("base", "new", "H")
 
 
 def compare_starts(
-    hosts: Sequence[tuple[RunConfig, Path]],
+    hosts: Sequence[tuple[RunConfig | ConfigSource, Path]],
     shots: Sequence[int],
     seeds: Sequence[int],
     *,
@@ -52,26 +54,23 @@ def compare_starts(
         ConfigError: No configurations or seeds, or a seed twice.
         VlpromptError: Whatever a single run raises.
     """
-    check_several("meta-eval", [config for config, _ in hosts], seeds)
-    runner = Runner(force=force, report=report)
+    plan = make_plan([config for config, _ in hosts], seeds, "meta-eval", "halves", classes="base", shots=shots)
+    runner = Runner(seeds, force=force, report=report)
     cells: list[dict[str, Any]] = []
-    for config, folder in hosts:
-        starts = (config, replace(config, init_from=str(folder)), replace(config, init_from=f"{GRAM}{folder}"))
-        for count in shots:
-            for label, own in zip(STARTS, starts, strict=True):
-                wanted = own.with_data(classes="base", shots=count)
-                runs = runner.seeds(wanted, seeds)
+    for trainings, (_, folder) in zip(plan.groups, hosts, strict=True):
+        for config in (training.config for training in trainings):
+            starts = (config, replace(config, init_from=str(folder)), replace(config, init_from=f"{GRAM}{folder}"))
+            for label, started in zip(STARTS, starts, strict=True):
+                runs = runner.runs(started)
                 if label == STARTS[0]:
-                    cells.append(_cell(config, count, ZERO_SHOT, [one.results["zeroshot"] for one in runs]))
-                cells.append(_cell(config, count, label, [one.results["results"] for one in runs]))
+                    cells.append(_cell(config, ZERO_SHOT, [done.results["zeroshot"] for done in runs]))
+                cells.append(_cell(config, label, [done.results["results"] for done in runs]))
     results = {"schema": SCHEMA, "protocol": "meta", "seeds": list(seeds), "cells": cells}
-    keep(
-        "meta", results, [config for config, _ in hosts], [str(folder) for _, folder in hosts], list(shots), list(seeds)
-    )
+    keep("meta", results, plan.configs, [str(folder) for _, folder in hosts], list(seeds))
     return results, _table(results)
 
 
-def _cell(config: RunConfig, shots: int, label: str, scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _cell(config: RunConfig, label: str, scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     values = {
         "base": [headline(one["base"]) for one in scores],
         "new": [headline(one["new"]) for one in scores],
@@ -80,7 +79,7 @@ def _cell(config: RunConfig, shots: int, label: str, scores: Sequence[dict[str, 
     return {
         "method": config.method,
         "data": config.data.name,
-        "shots": shots,
+        "shots": config.data.shots,
         "start": label,
         **{name: {**_mean(own), "per_seed": own} for name, own in values.items()},
     }

@@ -10,20 +10,11 @@ from typing import Any
 from vlprompt._dist import is_main_process
 from vlprompt._files import sha256_json, write_json
 from vlprompt.config.run import RunConfig
-from vlprompt.errors import ConfigError
 from vlprompt.runs.folder import config_sha256
 from vlprompt.runs.run import Run
 from vlprompt.runs.selection import is_oracle, stamped
 
 ZERO_SHOT = "zero-shot"
-
-
-def check_several(command: str, configs: Sequence[RunConfig], seeds: Sequence[int]) -> None:
-    """Raise ConfigError when ``command`` has no configurations, no seeds, or a seed twice."""
-    if not configs or not seeds:
-        raise ConfigError(f"{command} needs at least one configuration and one seed, such as --seeds 1,2,3")
-    if len(set(seeds)) != len(seeds):
-        raise ConfigError(f"a seed stands twice in {list(seeds)}; each seed is one draw")
 
 
 def keep(stem: str, results: dict[str, Any], configs: Sequence[RunConfig], *more: Any) -> None:

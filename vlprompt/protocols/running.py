@@ -1,0 +1,84 @@
+"""Runs the trainings of a plan, after its data sets have been checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from vlprompt._dist import is_main_process
+from vlprompt.config.run import DataConfig, RunConfig
+from vlprompt.datasets import FewShotTask
+from vlprompt.errors import DataError
+from vlprompt.protocols.plan import Plan
+from vlprompt.runs.run import Run, run_session
+from vlprompt.runs.session import Session, load_task
+
+
+class Runner:
+    """Runs the trainings of a plan one after the other; finished runs are reused, and so is a backbone that stays.
+
+    Args:
+        seeds: The seeds of every training.
+        force: Run everything again.
+        report: Called after every run, in the first process.
+    """
+
+    def __init__(
+        self, seeds: Sequence[int], *, force: bool = False, report: Callable[[Run], None] | None = None
+    ) -> None:
+        self.seeds, self.force, self.report = seeds, force, report
+        self.last: Session | None = None
+
+    def session(self, config: RunConfig) -> Session:
+        """Return the session of ``config``, which takes over what the last one has loaded."""
+        self.last = Session(config, after=self.last)
+        return self.last
+
+    def runs(self, config: RunConfig) -> list[Run]:
+        """Run ``config`` with each seed."""
+        runs = []
+        for seed in self.seeds:
+            done = run_session(self.session(replace(config, seed=seed)), force=self.force)
+            if self.report is not None and is_main_process():
+                self.report(done)
+            runs.append(done)
+        return runs
+
+
+Place = tuple[str, str | None]
+
+
+def place(data: DataConfig) -> Place:
+    """Return what tells data sets of a plan apart: name and root."""
+    return data.name, data.root
+
+
+def check_data(plan: Plan) -> dict[Place, FewShotTask]:
+    """Load every data set of ``plan`` once, before anything is trained, and return their tasks.
+
+    Raises:
+        DataError: Data sets that are missing or cannot be used; all of them are named.
+        ConfigError: Values that are not accepted.
+    """
+    wanted: dict[Place, DataConfig] = {}
+    for training in plan.trainings:
+        for data in (training.config.data, *training.targets):
+            wanted.setdefault(place(data), data)
+    tasks, missing = {}, []
+    for data in wanted.values():
+        try:
+            tasks[place(data)] = load_task(data, plan.seeds[0])
+        except DataError as error:
+            missing.append(f"{data.name}: {error}")
+    if len(missing) == 1:
+        raise DataError(f"nothing was run, because a data set cannot be used.\n{missing[0]}")
+    if missing:
+        # Of many, what is wrong and where it was looked for; `data check` gives the whole text of one.
+        short = [" ".join(" ".join(text.splitlines()[:2]).split()) for text in missing]
+        names = ", ".join(text.partition(":")[0] for text in missing)
+        raise DataError(
+            f"nothing was run, because {len(missing)} of {len(wanted)} data sets cannot be used ({names}):\n"
+            + "\n".join(f"  {number}. {text}" for number, text in enumerate(short, 1))
+            + "\n`vlprompt data check NAME` tells what to fetch and where to put it. Others: --datasets, --targets."
+        )
+    return tasks
