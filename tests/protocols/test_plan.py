@@ -62,7 +62,7 @@ def rows(plan: Plan, *keys: str) -> list[tuple[Any, ...]]:
     ("method", "keys", "number"),
     [
         ("tip_adapter", ["settings.alpha", "settings.search_alpha", "settings.search_beta", "settings.templates"], 11),
-        ("kgcoop", ["settings.templates"], 8),  # ImageNet, Caltech, cars and SUN397 share one
+        ("kgcoop", ["settings.knowledge.templates"], 8),  # ImageNet, Caltech, cars and SUN397 share one
         ("mocoop", ["settings.templates", "settings.groups"], 10),  # Caltech and DTD share theirs
         ("clip_lora", ["recipe.epochs"], 8),
     ],

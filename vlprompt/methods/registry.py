@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from vlprompt.backbone import Backbone
+from vlprompt.config.types import fill_templates, make
 from vlprompt.errors import ConfigError
 from vlprompt.methods.base import TEMPLATE, PromptMethod
-from vlprompt.objectives.base import objectives_in
+from vlprompt.objectives.base import get_objective_class, objectives_in
 from vlprompt.prompts.decomposed import decompositions_in
 from vlprompt.registry import Registry
 
@@ -120,3 +121,36 @@ def merge_parts(
     if twice:
         raise ConfigError("\n".join(twice))
     return merged, rest[0], rest[1]
+
+
+def open_templates(
+    name: str, settings: Mapping[str, Any], objectives: Mapping[str, Mapping[str, Any]], template: str
+) -> dict[str, Any]:
+    """Return the templates that method ``name`` and the ``objectives`` leave open, as ``template`` fills them.
+
+    Returns:
+        Templates by dotted key, such as ``settings.templates`` or ``objectives.knowledge.templates``.
+
+    Raises:
+        ConfigError: Unknown names, or values that are not accepted.
+    """
+    kind = get_method_class(name)
+    settings, objectives, _ = merge_parts(kind, settings, objectives, {})
+    parts: dict[str, Any] = {"settings": make(kind.Settings, settings)}
+    for objective, values in objectives.items():
+        parts[f"objectives.{objective}"] = make(get_objective_class(objective).Settings, values)
+    found: dict[str, Any] = {}
+    for prefix, part in parts.items():
+        found |= _changed(prefix, dataclasses.asdict(part), dataclasses.asdict(fill_templates(part, [template])))
+    return found
+
+
+def _changed(prefix: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of ``after`` that differ from ``before``, by dotted key."""
+    found: dict[str, Any] = {}
+    for name, value in after.items():
+        if isinstance(value, Mapping):
+            found |= _changed(f"{prefix}.{name}", before[name], value)
+        elif value != before[name]:
+            found[f"{prefix}.{name}"] = value
+    return found

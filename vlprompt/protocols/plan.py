@@ -15,7 +15,7 @@ from vlprompt.config.yaml import yaml_text
 from vlprompt.datasets import find_card
 from vlprompt.datasets.domains import DomainProtocol, DomainRound, card_rounds, domain_rounds
 from vlprompt.errors import ConfigError, DataError
-from vlprompt.methods import get_method_class
+from vlprompt.methods.registry import open_templates
 from vlprompt.protocols.groups import dataset_names
 from vlprompt.protocols.protocol_files import CONFIG, Part, Protocol
 
@@ -168,20 +168,14 @@ def make_plan(
                     "protocol": name, "dataset": dataset, "shots": count, "default_shots": default_shots
                 }  # fmt: skip
                 config = source.resolve(**request).with_data(classes=classes)
-                values = {**source.differences(**request), **_open_templates(config)}
+                template = config.data.template or find_card(config.data.name).template
+                filled = open_templates(config.method, config.settings, config.objectives, template)
+                values = {**source.differences(**request), **filled}
                 training = Training(config, values, targets=() if targets is None else _targets(config, targets))
                 trainings += [training] if domains is None else _over_domains(training, domains, dry=dry)
         groups.append(tuple(trainings))
     chosen = None if names is None else tuple(names)
     return Plan(name, part, tuple(seeds), tuple(groups), chosen, domains, tuple(report))
-
-
-def _open_templates(config: RunConfig) -> dict[str, Any]:
-    """Return the template setting that ``config`` leaves open, with the data set's template, which a run fills in."""
-    name = get_method_class(config.method).template_setting
-    if name is None or config.settings.get(name):
-        return {}
-    return {f"settings.{name}": [config.data.template or find_card(config.data.name).template]}
 
 
 def _targets(config: RunConfig, targets: Sequence[str]) -> tuple[DataConfig, ...]:

@@ -20,7 +20,7 @@ from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.config.keys import as_plain
 from vlprompt.config.run import BackboneConfig, DataConfig, RunConfig, TrainerConfig
-from vlprompt.config.types import fill_templates, make
+from vlprompt.config.types import make
 from vlprompt.data import FewShotData
 from vlprompt.datasets import FewShotTask, load_dataset
 from vlprompt.engine.fit import check_devices
@@ -31,8 +31,7 @@ from vlprompt.io.regulators import load_regulator
 from vlprompt.meta import Regulator
 from vlprompt.methods import PromptMethod, create_method, get_method_class
 from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
-from vlprompt.methods.registry import merge_parts
-from vlprompt.objectives.base import get_objective_class
+from vlprompt.methods.registry import merge_parts, open_templates
 from vlprompt.runs.folder import run_folder
 from vlprompt.runs.selection import judge
 
@@ -271,7 +270,9 @@ class Session:
             VlpromptError: The learnables belong to the method's own classes.
         """
         same = method.class_names == task.class_names
-        if not _has_open_templates(self.config) or isinstance(method, FittedMethod) and not same:
+        config = self.config
+        open_ones = open_templates(config.method, config.settings, config.objectives, task.template)
+        if not open_ones or isinstance(method, FittedMethod) and not same:
             return method.with_classes(task.class_names)
         moved = self._started(self.make_method(task, method.backbone))
         moved.load_trained_state(method.trained_state())
@@ -516,13 +517,6 @@ def complete(config: RunConfig) -> RunConfig:
     settings, objectives, decomposition = merge_parts(kind, config.settings, config.objectives, config.decomposition)
     complete = as_plain(make(kind.Settings, settings))
     return dataclasses.replace(config, settings=complete, objectives=objectives, decomposition=decomposition)
-
-
-def _has_open_templates(config: RunConfig) -> bool:
-    """Return whether the method or an objective takes the data set's template."""
-    settings: list[Any] = [make(get_method_class(config.method).Settings, config.settings)]
-    settings += [make(get_objective_class(name).Settings, values) for name, values in config.objectives.items()]
-    return any(fill_templates(values, ["{}"]) != values for values in settings)
 
 
 def use_of_test_images(method: PromptMethod) -> str | None:
