@@ -115,7 +115,7 @@ def book(tmp_path: Path, image_folder: Path) -> Callable[..., ConfigSource]:
 method: coop
 settings: {{context_init: an emoji of a}}
 backbone: {{name: demo, pretrained: null}}
-data: {{name: folder, root: {image_folder}, view: center}}
+data: {{name: folder, root: {image_folder}, transform: center}}
 trainer: {{accelerator: cpu, progress: false}}
 output: {tmp_path / "runs"}
 recipe: {{epochs: 3, batch_size: 4}}
