@@ -1,4 +1,4 @@
-"""Recipe books: one folder per method, whose tables say what differs per protocol, backbone, data set and shots.
+"""Recipe books: one folder per method, with tables of values per protocol, backbone, data set and shots.
 
 ``configs/<method>/base.yaml`` holds the sections of a configuration and the tables of :data:`TABLES`. A table maps
 names to further values and tables::
@@ -11,13 +11,13 @@ names to further values and tables::
     protocols:
       cross-dataset: {settings: {depth: 3}, shots: {1: {recipe: {epochs: 1}}}}
 
-A key may name several (``dtd, eurosat``) and have wildcards; ``any`` in ``shots`` means every number. A data set may
-have a file of its own beside ``base.yaml``, whose content is that data set's entry. ``configs/base.yaml`` holds entries
-that all methods share.
+A key may list several names (``dtd, eurosat``) and contain wildcards; ``any`` in ``shots`` matches every number. A
+data set may have a separate file next to ``base.yaml``; its content is the entry of that data set.
+``configs/base.yaml`` holds the entries that all methods share.
 
-An entry counts if every table it is in matches the run. Entries are merged key by key, the more specific one last:
-those with shots over those without, then data sets, backbones and protocols; exact names over wildcards; a method's
-book over the shared entries.
+An entry applies if all tables that contain it match the run. Entries are merged key by key, and more specific entries
+override less specific ones: entries with shots override those without, then data sets, backbones and protocols; exact
+names override wildcards; a method's book overrides the shared entries.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from vlprompt.errors import ConfigError, did_you_mean
 TABLES: Mapping[str, str] = {
     "shots": "shots", "datasets": "dataset", "backbones": "backbone", "protocols": "protocol"
 }  # fmt: skip
-"""The tables and the field of :class:`Selectors` that each one matches; the first counts as the most specific."""
+"""The tables and the field of :class:`Selectors` that each table matches, most specific first."""
 ANY = "any"
 _FIXED: Mapping[str, Collection[str]] = {
     "method": ("shots", "dataset", "backbone", "protocol"),
@@ -46,13 +46,13 @@ _FIXED: Mapping[str, Collection[str]] = {
     "backbone.name": ("shots", "backbone"),
     "data.shots": ("shots",),
 }
-"""Keys that select entries, with the tables whose entries cannot set them."""
+"""Keys that select entries, with the tables in which they cannot be set."""
 _SHOTS = re.compile(r"-1|[1-9][0-9]*")
 
 
 @dataclass(frozen=True)
 class Selectors:
-    """What chooses entries of a book; None matches no entry of that table."""
+    """Values that select the entries of a book; None matches no entry of that table."""
 
     shots: int | None = None
     dataset: str | None = None
@@ -70,14 +70,14 @@ class Known:
 
 @dataclass(frozen=True)
 class Entry:
-    """Values that count for some runs: ``where`` has the accepted names and wildcards by field of Selectors."""
+    """Values for some runs; ``where`` holds the matching names and wildcards by field of Selectors."""
 
     where: Mapping[str, tuple[str, ...]]
     given: Mapping[str, Given]
     shared: bool = False
 
     def rank(self, selectors: Selectors) -> tuple[int, ...] | None:
-        """Return how specific the entry is, larger for more, or None where it does not match."""
+        """Return how specific the entry is (larger is more specific), or None if it does not match."""
         levels = []
         for name in TABLES.values():
             level = _level(self.where[name], getattr(selectors, name)) if name in self.where else 0
@@ -88,7 +88,7 @@ class Entry:
 
 
 def _level(names: Sequence[str], value: str | int | None) -> int | None:
-    """Return 2 where ``names`` holds ``value``, 1 where a wildcard matches, None otherwise."""
+    """Return 2 if ``names`` contains ``value``, 1 if a wildcard matches, None otherwise."""
     if value is None:
         return None
     if str(value) in names:
@@ -98,13 +98,13 @@ def _level(names: Sequence[str], value: str | int | None) -> int | None:
 
 @dataclass
 class Book:
-    """The entries of one folder and those that all methods share, read from files once.
+    """The entries of one folder and those that all methods share; each file is read once.
 
     Attributes:
-        folder: Where ``base.yaml`` is.
+        folder: The folder of ``base.yaml``.
         known: The names that tables may use.
-        entries: What was read so far; files of data sets are read when they are first resolved.
-        problems: What is wrong with the files.
+        entries: Entries read so far; the file of a data set is read when the data set is first resolved.
+        problems: Problems in the files.
     """
 
     folder: Path
@@ -114,7 +114,7 @@ class Book:
     read: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        """Read ``base.yaml``, and the shared one where the book is one of vlprompt's own.
+        """Read ``base.yaml``, and the shared ``base.yaml`` if the book is part of vlprompt.
 
         Raises:
             ConfigError: A file as a whole cannot be used.
@@ -125,7 +125,7 @@ class Book:
         self._read(self.folder / BASE, {})
 
     def resolve(self, selectors: Selectors) -> dict[str, Given]:
-        """Return the values that count for ``selectors`` by dotted key, each with the file and line it is from."""
+        """Return the values for ``selectors`` by dotted key, each with its file and line."""
         self._read_dataset(selectors.dataset)
         ranked = [(rank, entry) for entry in self.entries if (rank := entry.rank(selectors)) is not None]
         given: dict[str, Given] = {}
@@ -141,7 +141,7 @@ class Book:
         return given
 
     def base(self) -> dict[str, Given]:
-        """Return the values that stand in no table."""
+        """Return the values outside all tables."""
         return {key: value for entry in self.entries if not entry.where for key, value in entry.given.items()}
 
     def _problem(self, text: str) -> None:
@@ -166,14 +166,14 @@ class Book:
 
 @dataclass
 class _Reader:
-    """The walk over one file of a book."""
+    """Reader of one file of a book."""
 
     known: Known
     leaves: Leaves
     shared: bool
 
     def entries(self, node: yaml.MappingNode, where: dict[str, tuple[str, ...]]) -> Iterator[Entry]:
-        """Yield the entry that ``node`` is and those of its tables."""
+        """Yield the entry of ``node`` and the entries of its tables."""
         self.leaves.given = {}
         tables = self.leaves.collect(node)
         given = {key: value for key, value in self.leaves.given.items() if self._may_set(key, value, where)}
@@ -204,7 +204,7 @@ class _Reader:
                 yield from self.entries(value, {**where, TABLES[table]: names})
 
     def _name_problem(self, table: str, name: str) -> str:
-        """Return what is wrong with a name of a table, or nothing."""
+        """Return the problem with a name in a table, or an empty text."""
         if table == "shots":
             fine = name == ANY or _SHOTS.fullmatch(name)
             accepted = "1 or more images per class, -1 for all of them, or any"
@@ -231,10 +231,10 @@ class _Reader:
 
 # -- finding books ----------------------------------------------------------------------------------------------------
 def find_book(name: str, canonical: Callable[[str], str | None]) -> tuple[Path, str | None] | None:
-    """Return the folder of the book that ``--config NAME`` means and the data set it names, or None for another file.
+    """Return the book's folder and the data set that ``--config NAME`` refers to, or None if it is not a book.
 
-    ``coop``, ``coop/dtd``, ``configs/coop/dtd.yaml`` and ``configs/coop/base.yaml`` are names in the book ``coop``;
-    whether the data set has a file of its own makes no difference. Any other folder with a ``base.yaml`` is a book too.
+    ``coop``, ``coop/dtd``, ``configs/coop/dtd.yaml`` and ``configs/coop/base.yaml`` all refer to the book ``coop``,
+    whether or not the data set has a separate file. Any other folder with a ``base.yaml`` is also a book.
     """
     root = config_root()
     plain = name.removeprefix("./").rstrip("/")
@@ -256,12 +256,12 @@ def find_book(name: str, canonical: Callable[[str], str | None]) -> tuple[Path, 
 
 
 def _is_book(folder: Path) -> bool:
-    """Return whether ``folder`` is a book; the folder of vlprompt's own books is none."""
+    """Return whether ``folder`` is a book; the parent folder of vlprompt's books is not."""
     root = config_root()
     return os.path.isfile(folder / BASE) and (root is None or folder.resolve() != root.resolve())
 
 
 def list_books() -> list[str]:
-    """Return the names of vlprompt's own books, sorted."""
+    """Return the sorted names of the books in vlprompt."""
     root = config_root()
     return sorted(path.parent.name for path in root.glob(f"*/{BASE}")) if root is not None else []

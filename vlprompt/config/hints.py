@@ -1,4 +1,4 @@
-"""What annotations accept: bounds as metadata, their words in messages, and the strict form that pydantic checks."""
+"""Type annotations of settings: bounds as metadata, their text in messages, and strict types for pydantic."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pydantic_core import PydanticCustomError
 # -- metadata of annotations ------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """Words in place of the generated ones: ``Annotated[Positive | None, Words("1 or more, or null")]``."""
+    """Text that replaces the generated one in messages: ``Annotated[Positive | None, Words("1 or more, or null")]``."""
 
     words: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Holds:
-    """A condition on a value, and the words for what is accepted: ``Annotated[str, Holds(str.isalpha, "letters")]``."""
+    """A condition on a value, with its text in messages: ``Annotated[str, Holds(str.isalpha, "letters")]``."""
 
     condition: Callable[[Any], bool]
     words: str
@@ -32,12 +32,12 @@ class Holds:
 
 @dataclasses.dataclass(frozen=True)
 class _Multiline:
-    """Marks a text that may hold line breaks and tabs."""
+    """Marks a text that may contain line breaks and tabs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FromData:
-    """Marks a list of templates that becomes the data set's own template where it is empty."""
+    """Marks a list of templates; an empty list is replaced by the data set's templates."""
 
 
 Positive: TypeAlias = Annotated[int, Ge(1)]
@@ -61,25 +61,25 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def cached(function: F) -> F:
-    """Return ``functools.cache`` of a function with its signature as type checkers see it."""
+    """Return ``functools.cache`` of a function, with the signature kept for type checkers."""
     return functools.cache(function)  # type: ignore[return-value]
 
 
 @cached
 def field_hints(kind: type) -> Mapping[str, Any]:
-    """Return the annotations of the fields that a dataclass takes, bounds included."""
+    """Return the annotations of the init fields of a dataclass, with their bounds."""
     hints = get_type_hints(kind, include_extras=True)
     return types.MappingProxyType({entry.name: hints[entry.name] for entry in dataclasses.fields(kind) if entry.init})
 
 
 def options(hint: Any) -> tuple[Any, ...]:
-    """Return the alternatives of a union, or the hint alone."""
+    """Return the alternatives of a union, or the hint itself."""
     inner = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     return get_args(inner) if get_origin(inner) in (Union, types.UnionType) else (hint,)
 
 
 def bare(hint: Any) -> Any:
-    """Return a hint without its metadata, and without ``None`` if a single alternative is left then."""
+    """Return a hint without its metadata, and without ``None`` if that leaves a single alternative."""
     if get_origin(hint) is Annotated:
         return bare(get_args(hint)[0])
     some = [option for option in options(hint) if option is not type(None)]
@@ -87,18 +87,18 @@ def bare(hint: Any) -> Any:
 
 
 def literals(hint: Any) -> list[Any]:
-    """Return the values that the Literal parts of a hint name."""
+    """Return the values of the Literals in a hint."""
     kinds = [bare(option) for option in options(hint)]
     return [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
 
 
 def is_list(hint: Any) -> bool:
-    """Return whether a bare hint is that of a list or tuple."""
+    """Return whether a bare hint is a list or tuple."""
     return (get_origin(hint) or hint) in (list, tuple, Sequence, Iterable)
 
 
 def is_mapping(hint: Any) -> bool:
-    """Return whether a bare hint is that of a mapping with keys of any name."""
+    """Return whether a bare hint is a mapping with arbitrary keys."""
     return (get_origin(hint) or hint) in (dict, Mapping)
 
 
@@ -108,7 +108,7 @@ def is_dataclass(hint: Any) -> bool:
 
 
 def is_open(hint: Any) -> bool:
-    """Return whether a hint is that of templates that the data set may fill."""
+    """Return whether a hint is a list of templates that the data set may fill."""
     return FromData() in _metadata(hint)
 
 
@@ -124,7 +124,7 @@ _PLAIN_WORDS: Mapping[Any, str] = {
 
 
 def accepted_values(hint: Any) -> str:
-    """Return in words what a hint accepts: ``"a whole number of 1 or more"``, ``"'all', 'base' or 'new'"``."""
+    """Return the accepted values of a hint as text: ``"a whole number of 1 or more"``, ``"'all', 'base' or 'new'"``."""
     metadata = _metadata(hint)
     for entry in metadata:
         if isinstance(entry, Words | Holds):
@@ -162,7 +162,7 @@ def _list_words(hint: Any, metadata: Iterable[Any]) -> str:
 
 
 def _bounds(metadata: Iterable[Any], *names: str) -> Iterator[Any]:
-    """Yield the bounds ``names`` of an annotation; None where it has none."""
+    """Yield the bounds ``names`` of an annotation, None for a missing bound."""
     entries = list(metadata)
     for name in names:
         yield next((getattr(entry, name) for entry in entries if hasattr(entry, name)), None)
@@ -177,7 +177,7 @@ def _length_words(metadata: Iterable[Any], unit: str = "characters") -> str:
 
 
 def _range_words(metadata: Iterable[Any]) -> str:
-    """Return bounds in words that follow "a whole number"."""
+    """Return the text for bounds, to follow "a whole number"."""
     least, above, most, below = _bounds(metadata, "ge", "gt", "le", "lt")
     upper = f"at most {most}" if most is not None else f"below {below}" if below is not None else ""
     if above is not None:
@@ -222,12 +222,12 @@ def _check_condition(holds: Holds, value: Any) -> Any:
 
 
 def strict(hint: Any) -> Any:
-    """Return a hint as pydantic is to check it: scalars strict, lists and tuples to tuples, mappings to dicts."""
+    """Return a hint for pydantic: strict scalars, tuples for lists and tuples, dicts for mappings."""
     metadata = _metadata(hint)
     if metadata:
         inner = get_args(hint)[0]
         checks = [
-            AfterValidator(functools.partial(_check_condition, one)) for one in metadata if isinstance(one, Holds)
+            AfterValidator(functools.partial(_check_condition, entry)) for entry in metadata if isinstance(entry, Holds)
         ]
         base = Annotated[str, Strict(), AfterValidator(_check_lines)] if _Multiline() in metadata else strict(inner)
         parts = (base, *metadata, *checks)

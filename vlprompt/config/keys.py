@@ -1,4 +1,4 @@
-"""Keys of configurations: the dotted names of a dataclass's fields, with their types, and values under them."""
+"""Keys of configurations: the dotted field names of dataclasses, their types, and values by key."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from vlprompt.config.run import RunConfig
 from vlprompt.config.yaml import Given, plain, yaml_text
 
 NAMED = ("settings", "objectives", "decomposition")
-"""Sections whose keys depend on what is named."""
+"""Sections with keys that depend on the method, objective or decomposition."""
 
 
 def keys_of(root: type[Any], prefix: str = "") -> Mapping[str, Any]:
     """Return every key of a configuration or settings dataclass with its type; nested dataclasses are sections.
 
-    The sections :data:`NAMED` are left out: the method, the objectives and the decomposition have their keys.
+    The sections :data:`NAMED` are omitted: their keys depend on the method, the objectives and the decomposition.
     """
     keys: dict[str, Any] = {}
     for name, hint in field_hints(root).items():
@@ -31,7 +31,7 @@ def keys_of(root: type[Any], prefix: str = "") -> Mapping[str, Any]:
 
 
 def sections_of(root: type) -> tuple[str, ...]:
-    """Return the keys of a configuration that hold keys."""
+    """Return the keys of a configuration that are sections."""
     return (*dict.fromkeys(key.partition(".")[0] for key in keys_of(root) if "." in key), *NAMED)
 
 
@@ -50,7 +50,7 @@ def nest(values: Mapping[str, Any]) -> dict[str, Any]:
         *sections, name = key.split(".")
         place = tree
         for section in sections:
-            if not isinstance(place.get(section), dict):  # null before: the section is given after all
+            if not isinstance(place.get(section), dict):  # null came first; the section replaces it
                 place[section] = {}
             place = place[section]
         place[name] = {**(place.get(name) or {}), **value} if isinstance(value, Mapping) else value
@@ -58,7 +58,7 @@ def nest(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merged(values: Any, more: Mapping[str, Any]) -> dict[str, Any]:
-    """Return two nested mappings as one, the values of ``more`` over ``values``."""
+    """Return two nested mappings merged; the values of ``more`` override those of ``values``."""
     both = dict(values) if isinstance(values, Mapping) else {}
     for name, value in more.items():
         both[name] = merged(both.get(name), value) if isinstance(value, Mapping) else value
@@ -66,29 +66,29 @@ def merged(values: Any, more: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def keys_in(text: str, known: Iterable[str]) -> list[str]:
-    """Return the ``known`` keys that the text of a problem names; behind "; accepted" only those with a dot."""
+    """Return the ``known`` keys named in the text of a problem; after "; accepted" only keys with a dot."""
     first, _, rest = text.partition(";")
     words = re.findall(r"\w+(?:\.\w+)*", first) + re.findall(r"\w+(?:\.\w+)+", rest)
     return [word for word in dict.fromkeys(words) if word in known]
 
 
 def sources(keys: Iterable[str], given: Mapping[str, Given]) -> str:
-    """Return the places that values of ``keys`` come from."""
+    """Return the sources of the values of ``keys``."""
     return " and ".join(dict.fromkeys(given[key].source for key in keys if key in given)) or "defaults"
 
 
 def as_plain(config: Any) -> dict[str, Any]:
-    """Return a configuration, or other dataclass, as nested mappings and lists, equal to what JSON gives back."""
+    """Return a dataclass, such as a configuration, as nested mappings and lists that survive a JSON round trip."""
     values: dict[str, Any] = plain(dataclasses.asdict(config))
     return values
 
 
 def to_yaml(config: Any, origin: Callable[[str], str] | None = None) -> str:
-    """Return ``config`` as the text of a configuration file; reading it gives an equal configuration.
+    """Return ``config`` as the text of a configuration file that reads back as an equal configuration.
 
     Args:
         config: A configuration dataclass.
-        origin: Says where the value of a dotted key comes from, which is then a comment on its line.
+        origin: Returns the source of the value of a dotted key; it becomes a comment on the line.
     """
     values = as_plain(config)
     return yaml_text(values) if origin is None else "".join(f"{line}\n" for line in _annotated(values, origin))

@@ -1,4 +1,4 @@
-"""Configuration of meta-training (GRAM, a reconstruction): validated dataclasses, as :mod:`vlprompt.config.run`.
+"""Configuration of meta-training (GRAM, a reconstruction): validated dataclasses, as in :mod:`vlprompt.config.run`.
 
 The method section of the paper (arXiv 2303.06571) is not available and there is no official code, so every choice is a
 field.
@@ -25,11 +25,11 @@ def _is_folder_name(name: str) -> bool:
 
 @validated("pairs")
 class PairsConfig:
-    """Which image-caption pairs.
+    """Selection of image-caption pairs.
 
     ``source``: a data set with captions (``demo-pairs``), a .jsonl, .csv or .tsv file of images and captions, a folder
-    of images with side-car texts, or webdataset shards (:func:`vlprompt.load_pairs`). ``root``: folder that the images'
-    paths start from. ``workers``: loader processes; null chooses.
+    of images with side-car texts, or webdataset shards (:func:`vlprompt.load_pairs`). ``root``: base folder of the
+    image paths. ``workers``: loader processes; null chooses the number automatically.
     """
 
     source: Name = "demo-pairs"
@@ -39,13 +39,13 @@ class PairsConfig:
 
 @validated("tasks")
 class TasksConfig:
-    """How tasks are made of pairs: cross-modal hierarchical clustering, then draws.
+    """How tasks are built from pairs: cross-modal hierarchical clustering, then random draws.
 
-    ``topics``: clusters of the captions. ``domains``: clusters of a topic's images; with ``domain_features`` of
-    ``residuals``, of what their captions do not predict of them. ``least``: pairs below which a domain is dropped.
-    ``support``, ``query``: pairs of a task, from two domains of one topic. ``labels``: every caption is its own class,
-    or captions are grouped into ``classes`` pseudo-classes that support and query share. ``caption_tokens``: captions
-    are cut to as many byte-pair tokens.
+    ``topics``: number of caption clusters. ``domains``: number of image clusters per topic; with ``domain_features``
+    set to ``residuals``, the part of the image features that the captions do not predict is clustered. ``least``:
+    domains with fewer pairs are dropped. ``support``, ``query``: pairs per task, from two domains of one topic.
+    ``labels``: each caption is a class, or captions are grouped into ``classes`` pseudo-classes that support and query
+    share. ``caption_tokens``: maximum length of a caption in byte-pair tokens.
     """
 
     topics: Positive = 100
@@ -69,11 +69,11 @@ class TasksConfig:
 class MetaConfig:
     """Bi-level training.
 
-    ``steps``: outer steps, each over ``tasks_per_step`` tasks. ``inner_steps`` gradient steps at rate ``inner_lr`` on a
-    task's support pairs. ``order``: ``first`` takes inner gradients for constants, ``second`` differentiates through
-    them. ``loss``: ``infonce`` in both directions over captions as classes, or the host's own ``cross-entropy`` terms.
-    ``lr``, ``regulator_lr``: Adam's rates of the initialisation and of the regulator. ``schedule``: rates fall to zero
-    in a line, or stay. ``save_every``: outer steps between checkpoints.
+    ``steps``: outer steps, each over ``tasks_per_step`` tasks. ``inner_steps``: gradient steps at rate ``inner_lr`` on
+    the support pairs of a task. ``order``: ``first`` treats inner gradients as constants, ``second`` differentiates
+    through them. ``loss``: ``infonce`` in both directions with captions as classes, or the method's ``cross-entropy``
+    terms. ``lr``, ``regulator_lr``: Adam's learning rates of the initialisation and of the regulator. ``schedule``:
+    rates decay linearly to zero or stay constant. ``save_every``: outer steps between checkpoints.
 
     ``regulator``: ``rescale-gate``, ``sigmoid-gate`` or ``none``; ``sharing``, ``rank``, ``bottleneck`` and
     ``gate_bias`` as in :class:`vlprompt.meta.RegulatorSettings`.
@@ -105,9 +105,9 @@ class MetaConfig:
 
 @validated("")
 class MetaRunConfig:
-    """One meta-training: the host method, its backbone, the pairs, how tasks are made of them, and how it learns.
+    """One meta-training: the method, its backbone, the pairs, how tasks are built from them, and the optimisation.
 
-    ``name``: the run's folder under ``output``/gram; null makes one of method and pairs.
+    ``name``: the run folder under ``output``/gram; null derives it from method and pairs.
     """
 
     method: Name = "coop"

@@ -1,6 +1,6 @@
-"""Configuration of a training run: validated dataclasses that YAML files, the command line and Python fill alike.
+"""Configuration of a training run: validated dataclasses for YAML files, the command line and Python.
 
-Field names are the keys of configuration files and of ``--a.b value`` overrides; annotations hold types and bounds.
+Field names are the keys of configuration files and of ``--a.b value`` overrides; annotations define types and bounds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _names_a_run(init_from: str) -> bool:
 
 @validated("backbone")
 class BackboneConfig:
-    """Which frozen CLIP: ``name`` and ``pretrained`` as in :func:`vlprompt.load_backbone`."""
+    """The frozen CLIP model: ``name`` and ``pretrained`` as in :func:`vlprompt.load_backbone`."""
 
     name: Name = "ViT-B-16"
     pretrained: Name | None = "openai"
@@ -43,14 +43,14 @@ class BackboneConfig:
 
 @validated("data")
 class DataConfig:
-    """Which images: data set, where it lies, shots per class, class subset and training transform.
+    """Data of a run: data set, its folder, shots per class, class subset and training transform.
 
-    ``source`` and ``target`` name domains to train and to test on, where the data set has domains; empty for all.
+    ``source`` and ``target`` name the training and test domains of a data set with domains; empty for all.
     ``split``, ``sampler`` and ``shots_file`` are those of :func:`vlprompt.load_dataset`.
-    ``workers``: loader processes; None chooses (:class:`vlprompt.data.FewShotData`). ``on_bad_image``: an image that
-    cannot be read stops the run, or is left out and counted. ``cached_views``: random views per training image whose
-    features are kept, where the image side is frozen; 0 for none, None for one per epoch where that is exact and small.
-    ``bank``: folder of generated pictures that ``vlprompt bank`` made, for methods that look at them.
+    ``workers``: loader processes; None chooses the number (:class:`vlprompt.data.FewShotData`). ``on_bad_image``: an
+    unreadable image stops the run, or is skipped and counted. ``cached_views``: random transforms per training image
+    with cached features, if the image side is frozen; 0 for none, None for one per epoch if that is exact and small.
+    ``bank``: folder of generated images made by ``vlprompt bank``, for methods that use them.
     """
 
     name: Name = "demo"
@@ -79,12 +79,12 @@ class DataConfig:
 
 @validated("recipe")
 class RecipeConfig:
-    """How learnables are trained; the defaults are Dassl's: SGD, cosine per epoch, warm-up (dassl/optim).
+    """Optimisation of the trainable parameters; defaults as in Dassl: SGD, cosine per epoch, warm-up (dassl/optim).
 
     ``optimizer``: ``sgd`` with ``momentum``, or ``adam`` or ``adamw`` with ``momentum`` as first and 0.999 as second
-    beta; ``weight_decay`` is part of the gradient but for ``adamw``. ``schedule``: the cosine falls once per ``epoch``
-    or after every optimiser ``step`` (CLIP-LoRA), from ``lr`` towards ``final_lr``; a warm-up has whole epochs in
-    either.
+    beta; ``weight_decay`` is added to the gradient except for ``adamw``. ``schedule``: the cosine from ``lr`` towards
+    ``final_lr`` is updated once per ``epoch`` or after every optimiser ``step`` (CLIP-LoRA); the warm-up is always
+    counted in epochs.
     """
 
     epochs: Positive = 50
@@ -114,7 +114,7 @@ class RecipeConfig:
 
 @validated("trainer")
 class TrainerConfig:
-    """What is handed to ``pytorch_lightning.Trainer``."""
+    """Arguments of ``pytorch_lightning.Trainer``."""
 
     devices: Positive = 1
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -128,10 +128,10 @@ class TrainerConfig:
 class RunConfig:
     """One training run: method and its settings, backbone, data, recipe, trainer, seed and the folder for results.
 
-    ``objectives`` names loss terms and regularisers beside the method's own, each with its settings; ``decomposition``
-    one low-rank update of the class tokens with its settings. ``init_from``: a run or a saved head whose tensors
-    initialise the method, or ``gram:RUN``, a meta-training whose initialisation and gradient regulator are both
-    used; null for the method's own initialisation.
+    ``objectives`` holds loss terms and regularisers added to those of the method, with their settings;
+    ``decomposition`` a low-rank update of the class tokens with its settings. ``init_from``: a run or a saved head that
+    initialises the method, or ``gram:RUN`` for the initialisation and the gradient regulator of a meta-training; null
+    for the method's default initialisation.
     """
 
     method: Name = "mocoop"
@@ -150,17 +150,17 @@ class RunConfig:
 
     @property
     def meta_training(self) -> str | None:
-        """The folder of the meta-training that ``init_from`` names with its regulator, if any."""
+        """The folder of the meta-training in ``init_from`` if its regulator is used, else None."""
         named = self.init_from is not None and self.init_from.startswith(GRAM)
         return self.initial_head if named else None
 
     @property
     def initial_head(self) -> str | None:
-        """The folder of the run, head or meta-training whose tensors initialise the method, if any."""
+        """The folder of the run, head or meta-training that initialises the method, if any."""
         return None if self.init_from is None else self.init_from.removeprefix(GRAM)
 
     def with_data(self, **values: Any) -> RunConfig:
-        """Return a copy with other ``values`` of the fields of ``data``."""
+        """Return a copy with ``values`` for fields of ``data``."""
         return replace(self, data=replace(self.data, **values))
 
     def __post_init__(self) -> None:

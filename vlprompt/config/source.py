@@ -1,4 +1,4 @@
-"""Where the values of runs come from: books, files and command line, resolved for a protocol, a data set and shots."""
+"""Sources of run configurations: books, files and command line, resolved per protocol, data set and shots."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from vlprompt.config.run import RunConfig
 from vlprompt.config.yaml import Given
 
 Build = Callable[[Mapping[str, Given], list[str]], RunConfig]
-"""Makes the configuration of values by dotted key; raises ConfigError with these problems and those of the values."""
+"""Builds a configuration from values by dotted key; raises ConfigError with the given and all new problems."""
 
 
 @dataclass(frozen=True)
 class NamedBook:
-    """A book, and the data set that its name had (``coop/dtd``), if any."""
+    """A book, and the data set in its name (``coop/dtd``), if any."""
 
     book: Book
     dataset: Given | None = None
 
     def resolve(self, selectors: Selectors) -> dict[str, Given]:
-        """Return the book's values for ``selectors``, with the data set of the name."""
+        """Return the book's values for ``selectors`` and the data set in its name."""
         given = self.book.resolve(selectors)
         return given if self.dataset is None else {**given, "data.name": self.dataset}
 
@@ -33,13 +33,13 @@ Layer = NamedBook | Mapping[str, Given]
 
 
 class Selection(TypedDict, total=False):
-    """What chooses the values of one run; None is the same as a key that is left out.
+    """Selection of the values of one run; None is the same as an omitted key.
 
     Attributes:
-        protocol: The protocol that runs it.
-        dataset: The data set that the protocol names; without it, the configuration's own.
-        shots: Images per class, whatever the configuration says.
-        default_shots: Images per class where neither book, nor file, nor command line says any.
+        protocol: The protocol of the run.
+        dataset: The data set that the protocol names; if omitted, that of the configuration.
+        shots: Images per class; overrides the configuration.
+        default_shots: Images per class if book, files and command line do not set them.
     """
 
     protocol: str | None
@@ -51,17 +51,17 @@ class Selection(TypedDict, total=False):
 _CHOSEN = ("data.name", "data.shots")
 """Keys that a selection sets."""
 _DECLARED = ("settings", "recipe")
-"""Sections whose defaults are the method's own."""
+"""Sections with defaults that the method defines."""
 
 
 class ConfigSource:
-    """Configurations that follow from the same ``--config`` names and overrides.
+    """Source of the configurations that share ``--config`` names and overrides.
 
     Args:
-        layers: Books and plain values by dotted key; later ones win.
-        build: Makes a configuration of values.
-        canonical: Returns a data set's own name for a spelling, or None.
-        problems: What was wrong before the values are looked at.
+        layers: Books and plain values by dotted key; later layers override earlier ones.
+        build: Builds a configuration from values.
+        canonical: Returns the name of a data set for a spelling of it, or None.
+        problems: Problems found before the values are checked.
     """
 
     def __init__(
@@ -78,23 +78,23 @@ class ConfigSource:
         """Return the configuration of one run.
 
         Raises:
-            ConfigError: With every problem of the values.
+            ConfigError: Values are not accepted; the text lists every problem.
         """
         given = self.given(**selection)
         return self._build(given, self.problems())
 
     def problems(self) -> list[str]:
-        """Return what is wrong with the names, the files and the form of the overrides, as far as they were read."""
+        """Return the problems of names, files and the form of overrides, as far as they were read."""
         books = [layer.book for layer in self._layers if isinstance(layer, NamedBook)]
         return [*self._problems, *(text for book in books for text in book.problems)]
 
     def given(self, **selection: Unpack[Selection]) -> dict[str, Given]:
-        """Return the values of one run by dotted key, each with where it comes from."""
+        """Return the values of one run by dotted key, each with its source."""
         protocol, default_shots = selection.get("protocol"), selection.get("default_shots")
         place = "command line" if protocol is None else f"protocol {protocol}"
         forced = {"data.name": selection.get("dataset"), "data.shots": selection.get("shots")}
         last = {key: Given(value, place, True) for key, value in forced.items() if value is not None}
-        # The name of the data set, then the backbone, then the shots: each may depend on those before it.
+        # First the data set, then the backbone, then the shots: each may depend on the previous values.
         selectors = Selectors(protocol=protocol)
         name = _text({**self._merged(selectors), **last}, "data.name", RunConfig().data.name)
         selectors = Selectors(protocol=protocol, dataset=self._canonical(name))
@@ -106,10 +106,10 @@ class ConfigSource:
         return {**fallback, **self._merged(selectors), **last}
 
     def differences(self, **selection: Unpack[Selection]) -> dict[str, Any]:
-        """Return the values of one run that do not stand at the top of its book, by dotted key.
+        """Return the values of one run from outside the top level of its book, by dotted key.
 
-        They come from the book's tables, later files and the command line; without a book, from the command line alone.
-        ``data.name`` and ``data.shots`` are left out.
+        They come from the book's tables, later files and the command line; without a book, from the command line only.
+        ``data.name`` and ``data.shots`` are omitted.
         """
         books = [layer.book.base() for layer in self._layers if isinstance(layer, NamedBook)]
         files = [layer for layer in self._layers if not isinstance(layer, NamedBook)]
@@ -123,13 +123,13 @@ class ConfigSource:
         merged: dict[str, Given] = {}
         for layer in self._layers:
             for key, value in (layer.resolve(selectors) if isinstance(layer, NamedBook) else layer).items():
-                merged.pop(key, None)  # the order of a dictionary is that of the first insertion
+                merged.pop(key, None)  # a dictionary keeps the order of first insertion
                 merged[key] = value
         return merged
 
 
 class _Fixed(ConfigSource):
-    """A configuration made in Python: only its data set and shots change."""
+    """Source for a configuration made in Python: only data set and shots change."""
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__((), lambda given, problems: config, lambda name: name)
@@ -145,12 +145,12 @@ class _Fixed(ConfigSource):
 
 
 def as_source(config: RunConfig | ConfigSource) -> ConfigSource:
-    """Return ``config`` as a source; one made in Python keeps its values but for data set and shots."""
+    """Return ``config`` as a source; a configuration made in Python keeps all values except data set and shots."""
     return config if isinstance(config, ConfigSource) else _Fixed(config)
 
 
 def origin_of(given: Mapping[str, Given], key: str) -> str:
-    """Return where the value of ``key`` comes from in words: a file and line, the command line, method or default."""
+    """Return the source of the value of ``key`` as text: a file and line, the command line, method or default."""
     parts = key.split(".")
     for count in range(len(parts), 0, -1):  # objectives.knowledge may be given as a whole
         if place := given.get(".".join(parts[:count])):
@@ -166,12 +166,12 @@ def _text(given: Mapping[str, Given], key: str, default: str) -> str:
 def _number(given: Mapping[str, Given], key: str, default: int) -> int:
     try:
         return int(str(given[key].value)) if key in given else default
-    except ValueError:  # the build says what is wrong with it
+    except ValueError:  # reported when the configuration is built
         return default
 
 
 def _value_of(config: RunConfig, key: str, given: Any) -> Any:
-    """Return the value of a dotted ``key``; ``given`` where the configuration holds it under another key."""
+    """Return the value of a dotted ``key``; ``given`` if the configuration stores it under another key."""
     value: Any = config
     for name in key.split("."):
         entries = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})

@@ -2,8 +2,8 @@
 
 :func:`validated` makes a frozen dataclass whose values pydantic checks. Scalars are strict (``True`` is no int, ``"3"``
 no number, ``3.0`` no int; an int is accepted for a float), lists become tuples, mappings become nested dataclasses, and
-NaN and infinity are refused. Bounds stand in the annotation: ``depth: Annotated[int, Ge(1), Le(12)]``, or one of the
-aliases below. What fields say together is checked by ``__post_init__``, which raises ConfigError.
+NaN and infinity are refused. Bounds are part of the annotation: ``depth: Annotated[int, Ge(1), Le(12)]``, or one of
+the aliases below. Constraints between fields are checked by ``__post_init__``, which raises ConfigError.
 
 Example:
     >>> from typing import Literal
@@ -80,34 +80,36 @@ T = TypeVar("T")
 # -- dataclasses ------------------------------------------------------------------------------------------------------
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 _DEFERRED: ContextVar[bool] = ContextVar("deferred", default=False)
-"""Whether ``__post_init__`` does nothing for now, because :func:`validate` calls it when every field is known."""
+"""Whether ``__post_init__`` is deferred: :func:`validate` calls it after all fields are set."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def validated(where: str = "settings") -> Callable[[type[T]], type[T]]:
-    """Return a decorator that makes a frozen dataclass whose values are checked.
+    """Return a decorator that makes a frozen dataclass with checked values.
 
     ``dataclasses.fields``, ``replace`` and ``asdict`` work as for any dataclass. ``__post_init__`` may raise
-    ConfigError for values that contradict each other; its text, a line a problem, names fields as ``where.field``.
+    ConfigError for contradicting values; its text has one line per problem and names fields as ``where.field``.
 
     Args:
-        where: The section that the fields belong to, for the texts of errors; ``""`` for none.
+        where: Section of the fields, for error messages; ``""`` for none.
 
     Raises:
-        ConfigError: By the class when it is made of values that are not accepted; all of them are listed.
+        ConfigError: Raised by the class for values that are not accepted; the text lists all of them.
     """
     namespace = sys._getframe(1).f_locals
 
     def decorate(cls: type[T]) -> type[T]:
         hints = get_type_hints(cls, localns=namespace, include_extras=True)
-        own = cls.__dict__.get("__annotations__", {})
-        cls.__annotations__ = {name: hint if _is_class_variable(hint := hints[name]) else strict(hint) for name in own}
+        annotations = cls.__dict__.get("__annotations__", {})
+        cls.__annotations__ = {
+            name: hint if _is_class_variable(hint := hints[name]) else strict(hint) for name in annotations
+        }
         if "__post_init__" in cls.__dict__:
             cls.__post_init__ = _deferrable(cls.__post_init__)  # type: ignore[attr-defined]
-        made: Any = pydantic.dataclasses.dataclass(frozen=True, config=_CONFIG)(cls)
-        made.__init__ = _checked_init(made, where)
-        made.__where__ = where
-        return made  # type: ignore[no-any-return]
+        checked_class: Any = pydantic.dataclasses.dataclass(frozen=True, config=_CONFIG)(cls)
+        checked_class.__init__ = _checked_init(checked_class, where)
+        checked_class.__where__ = where
+        return checked_class  # type: ignore[no-any-return]
 
     return decorate
 
@@ -139,7 +141,7 @@ def _checked_init(cls: Any, where: str) -> Callable[..., None]:
 
 # -- validation -------------------------------------------------------------------------------------------------------
 class Problem(NamedTuple):
-    """What is wrong: the dotted ``key``, the whole ``text``, which names it, and whether a value is ``missing``."""
+    """A problem: the dotted ``key``, the full ``text``, and whether the value is ``missing``."""
 
     key: str
     text: str
@@ -147,18 +149,18 @@ class Problem(NamedTuple):
 
 
 def validate(kind: type[T], values: Mapping[str, Any], where: str | None = None) -> tuple[T | None, list[Problem]]:
-    """Return an instance of a dataclass made of ``values``, and every problem of them.
+    """Return an instance of a dataclass built from ``values``, and every problem of the values.
 
-    A field that is a dataclass takes an instance, or a mapping, whose values replace those of the field's default.
-    Contradictions (``__post_init__``) are listed together with values that are not accepted, unless they concern these.
+    A field that is a dataclass accepts an instance, or a mapping that overrides values of the field's default.
+    Contradictions (``__post_init__``) are listed together with values that are not accepted, unless they involve them.
 
     Args:
         kind: A :func:`validated` dataclass.
-        values: By the names of its fields.
-        where: What precedes the names of fields in keys; the class's own if None, nothing if empty.
+        values: Values by field name.
+        where: Prefix of field names in keys; None for the prefix of the class, empty for none.
 
     Returns:
-        The instance, None if it cannot be made; and the problems, none if all is well.
+        The instance, or None if it cannot be built, and the list of problems.
     """
     if "__where__" not in vars(kind):
         raise TypeError(f"{kind.__qualname__} is not decorated with @validated")
@@ -168,7 +170,7 @@ def validate(kind: type[T], values: Mapping[str, Any], where: str | None = None)
     token = _DEFERRED.set(True)
     try:
         instance, refused = _make(kind, values, where, problems)
-        if refused:  # the rest is judged with the defaults in place of what is refused
+        if refused:  # the other values are checked with defaults in place of refused ones
             instance, _ = _make(kind, _without(values, refused), where, [])
     finally:
         _DEFERRED.reset(token)
@@ -183,10 +185,10 @@ def validate(kind: type[T], values: Mapping[str, Any], where: str | None = None)
 
 
 def make(kind: type[T], values: Mapping[str, Any], where: str | None = None) -> T:
-    """Return an instance of a dataclass made of ``values``; see :func:`validate`.
+    """Return an instance of a dataclass built from ``values``; see :func:`validate`.
 
     Raises:
-        ConfigError: Values that are not accepted; all of them are listed.
+        ConfigError: Values are not accepted; the text lists all of them.
     """
     instance, problems = validate(kind, values, where)
     if instance is None:
@@ -198,7 +200,7 @@ _Path: TypeAlias = tuple[str, ...]
 
 
 def _make(kind: Any, values: Mapping[str, Any], where: str, problems: list[Problem]) -> tuple[Any, list[_Path]]:
-    """Return an instance, or None with the paths of the fields that are refused, noted in ``problems``."""
+    """Return an instance, or None and the paths of refused fields; problems are added to ``problems``."""
     complete = _over_defaults(kind, values)
     try:
         return kind.__pydantic_validator__.validate_python(complete), []
@@ -216,7 +218,7 @@ def _make(kind: Any, values: Mapping[str, Any], where: str, problems: list[Probl
 
 @dataclasses.dataclass
 class _Place:
-    """A place in nested values: its hint, its value, the dotted path, and the names of the fields down to it."""
+    """A place in nested values: its hint, its value, the dotted path, and the field names that lead to it."""
 
     hint: Any
     value: Any
@@ -227,7 +229,7 @@ class _Place:
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def at(self, steps: tuple[Any, ...]) -> _Place:
-        """Return the place that pydantic's ``steps`` lead to; of a union, the whole."""
+        """Return the place that pydantic's ``steps`` lead to; a union counts as one place."""
         for number, step in enumerate(steps):
             kind = bare(self.hint)
             if is_dataclass(kind) and isinstance(self.value, Mapping):
@@ -252,7 +254,7 @@ class _Place:
         return self
 
     def text(self, why: str = "") -> str:
-        """Return what is wrong here; ``why`` says more than what is accepted."""
+        """Return the text of the problem here; ``why`` gives a reason beyond the accepted values."""
         if self.hint is MISSING:
             section = self.path.removesuffix(self.names[-1])
             if self.names[-1] in self.renamed:
@@ -272,7 +274,7 @@ class _Place:
 
 
 def refusal(key: str, value: Any, hint: Any, why: str = "") -> str:
-    """Return the text for a value that ``hint`` does not accept, with the nearest accepted one."""
+    """Return the text for a value that ``hint`` does not accept, with the nearest accepted value."""
     choices = {str(choice): choice for choice in literals(hint)}
     near = nearest(value[:100], choices, 1) if isinstance(value, str) else []
     meant = f". Did you mean {choices[near[0]]!r}?" if near else ""
@@ -282,7 +284,7 @@ def refusal(key: str, value: Any, hint: Any, why: str = "") -> str:
 
 
 def _over_defaults(kind: Any, values: Mapping[str, Any], defaults: Any = None) -> dict[str, Any]:
-    """Return ``values`` over those of the instance ``defaults``; mappings of nested dataclasses likewise."""
+    """Return the values of the instance ``defaults`` overridden by ``values``, nested dataclasses included."""
     complete = {} if defaults is None else {name: getattr(defaults, name) for name in field_hints(kind)}
     for name, value in values.items():
         nested = bare(field_hints(kind).get(name))
@@ -294,7 +296,7 @@ def _over_defaults(kind: Any, values: Mapping[str, Any], defaults: Any = None) -
 
 
 def field_default(kind: Any, name: str) -> Any:
-    """Return the default of a dataclass's field; MISSING where it has none."""
+    """Return the default of a dataclass field, or MISSING."""
     entry = next(entry for entry in dataclasses.fields(kind) if entry.name == name)
     return entry.default if entry.default_factory is MISSING else entry.default_factory()
 
@@ -312,12 +314,12 @@ def _without(values: Mapping[str, Any], refused: Iterable[_Path]) -> dict[str, A
 
 
 def _contradictions(instance: Any, where: str) -> list[str]:
-    """Return what ``__post_init__`` of nested dataclasses and of this one refuse; keys start with ``where``."""
+    """Return the problems that ``__post_init__`` of this and of nested dataclasses raise; keys start with ``where``."""
     kind = type(instance)
-    found = []
+    problems = []
     for name in field_hints(kind):
         for path, value in _items(getattr(instance, name), f"{where}.{name}".removeprefix(".")):
-            found += _contradictions(value, path)
+            problems += _contradictions(value, path)
     try:
         getattr(instance, "__post_init__", lambda: None)()
     except ConfigError as error:
@@ -325,12 +327,12 @@ def _contradictions(instance: Any, where: str) -> list[str]:
         text = (
             re.sub(rf"\b{re.escape(declared)}\.", f"{where}." if where else "", str(error)) if declared else str(error)
         )
-        found += text.splitlines()
-    return found
+        problems += text.splitlines()
+    return problems
 
 
 def _items(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yield the validated dataclasses that ``value`` is or holds, with their paths."""
+    """Yield the validated dataclasses in ``value``, itself included, with their paths."""
     if hasattr(type(value), "__where__"):
         yield path, value
     elif isinstance(value, tuple):
@@ -345,11 +347,11 @@ def _items(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 def fill_templates(settings: T, templates: Sequence[str]) -> T:
     """Return validated settings with ``templates`` in every empty field that is marked :class:`FromData`.
 
-    Settings nested in them take the templates of the outer settings, where these have such a field.
+    Nested settings use the templates of the outer settings if those have such a field.
 
     Args:
         settings: An instance of a :func:`validated` dataclass.
-        templates: One or more.
+        templates: One or more templates.
     """
     values: dict[str, Any] = {}
     hints = field_hints(type(settings))
@@ -359,8 +361,8 @@ def fill_templates(settings: T, templates: Sequence[str]) -> T:
         templates = values.get(name, getattr(settings, name))
     for name in hints:
         nested = getattr(settings, name)
-        if hasattr(type(nested), "__where__") and (made := fill_templates(nested, templates)) != nested:
-            values[name] = made
+        if hasattr(type(nested), "__where__") and (filled := fill_templates(nested, templates)) != nested:
+            values[name] = filled
     return dataclasses.replace(cast(Any, settings), **values) if values else settings
 
 
@@ -371,10 +373,10 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 
 def convert(hint: Any, value: Any) -> Any:
-    """Return ``value`` as ``hint`` wants it: an int becomes a float, a list a tuple.
+    """Return ``value`` converted to ``hint``: int to float, list to tuple.
 
     Raises:
-        ValueError: It is not accepted; the text, if any, says why.
+        ValueError: The value is not accepted; the text, if any, gives the reason.
     """
     try:
         return _adapter(hint).validate_python(value)
@@ -384,10 +386,10 @@ def convert(hint: Any, value: Any) -> Any:
 
 
 def from_text(hint: Any, text: str) -> Any:
-    """Return the value of command-line ``text``: the text itself where ``hint`` takes texts, else what YAML reads.
+    """Return the value of command-line ``text``: the text itself if ``hint`` accepts texts, else its YAML value.
 
     Raises:
-        ValueError: It is not accepted; the text, if any, says why.
+        ValueError: The value is not accepted; the text, if any, gives the reason.
     """
     kinds = {bare(option) for option in options(hint)}
     if text in ("null", "~") and type(None) in kinds:

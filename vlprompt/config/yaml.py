@@ -1,6 +1,6 @@
-"""Configuration files: found by path or by name, read without guessing, every leaf with the line it came from.
+"""Configuration files: lookup by path or name, strict YAML reading, and the source line of every value.
 
-YAML is read by PyYAML's safe loader with the plain scalars of YAML 1.2; repeated keys, aliases and tags are refused,
+YAML is read by PyYAML's safe loader with the plain scalars of YAML 1.2. Repeated keys, aliases and tags are refused,
 and nothing is executed.
 """
 
@@ -25,12 +25,12 @@ _EXPECTED = "a configuration is a mapping such as 'method: mocoop'"
 
 # -- reading YAML -------------------------------------------------------------------------------------------------
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with 1.2's plain scalars: ``1e-3`` is a number; ``010``, ``1:30``, ``no`` and dates are texts."""
+    """Safe loader for plain scalars of YAML 1.2: ``1e-3`` is a number; ``010``, ``1:30``, ``no``, dates are texts."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Refuse aliases (a configuration says each thing once; nested ones grow without bound) and explicit tags."""
+        """Refuse aliases (nested aliases grow without bound) and explicit tags."""
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         mark, tag = event.start_mark, getattr(event, "tag", None)
         if isinstance(event, yaml.AliasEvent):
@@ -51,7 +51,7 @@ for _tag, _pattern, _first in (
 
 
 class _Dumper(yaml.SafeDumper):
-    """Short lists on one line; quotes for what this reader, or any YAML 1.1 reader, would not take for a text."""
+    """Dumper with short lists on one line; texts that YAML 1.1 or this loader would not read as texts are quoted."""
 
 
 def _represent_list(dumper: yaml.SafeDumper, value: list[Any]) -> yaml.Node:
@@ -64,7 +64,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 
 @dataclass(frozen=True)
 class Given:
-    """A value and where it came from; ``typed`` is False for command-line text (None: the value is missing)."""
+    """A value and its source; ``typed`` is False for command-line text (None: the value is missing)."""
 
     value: Any
     source: str
@@ -72,7 +72,7 @@ class Given:
 
 
 def yaml_node(text: str) -> tuple[_Loader, yaml.Node | None]:
-    """Return the loader and the one document of ``text``; raises ConfigError with the line number."""
+    """Return the loader and the single document of ``text``; raises ConfigError with the line number."""
     try:
         loader = _Loader(text)
         return loader, loader.get_single_node()
@@ -87,7 +87,7 @@ def yaml_node(text: str) -> tuple[_Loader, yaml.Node | None]:
 
 
 def yaml_value(loader: _Loader, node: yaml.Node) -> Any:
-    """Return the value of ``node``; raises ConfigError for repeated keys, keys that are lists, and endless numbers."""
+    """Return the value of ``node``; raises ConfigError for repeated keys, list keys, and numbers that are too long."""
     try:
         _refuse_repeats(node)
         return loader.construct_object(node, deep=True)
@@ -118,9 +118,9 @@ def read_config(
 
     Args:
         path: The file.
-        sections: Keys that hold keys.
-        problems: Takes what is wrong inside the file.
-        open_sections: Those of ``sections`` in which every mapping holds keys, an empty one excepted.
+        sections: Keys that are sections.
+        problems: Problems inside the file are added to this list.
+        open_sections: Members of ``sections`` in which every non-empty mapping is a section.
 
     Raises:
         ConfigError: The file as a whole cannot be used: unreadable, too large, not UTF-8, not YAML, not a mapping.
@@ -163,10 +163,10 @@ def read_mapping(path: Path) -> tuple[_Loader, yaml.MappingNode]:
 
 @dataclass
 class Leaves:
-    """The values of one file under dotted keys, each with its line; what is wrong goes to ``problems``.
+    """The values of one file by dotted key, each with its line; problems are added to ``problems``.
 
-    Mappings in ``sections`` hold keys, and so does every mapping inside ``open_sections`` that is not empty; any other
-    mapping is a value. Keys in ``tables`` are left to the caller.
+    Mappings in ``sections`` and non-empty mappings inside ``open_sections`` are sections; any other mapping is a value.
+    Keys in ``tables`` are left to the caller.
     """
 
     loader: _Loader
@@ -178,7 +178,7 @@ class Leaves:
     given: dict[str, Given] = field(default_factory=dict)
 
     def collect(self, node: yaml.MappingNode, prefix: str = "") -> list[tuple[str, yaml.Node, str]]:
-        """Take the keys of ``node`` into ``given``; return the tables: name, content and line."""
+        """Add the keys of ``node`` to ``given``; return the tables: name, content and line."""
         seen: dict[str, int] = {}
         tables = []
         for key_node, value_node in node.value:
@@ -216,7 +216,7 @@ class Leaves:
 
 
 def yaml_text(value: Any, *, flow: bool = False) -> str:
-    """Return plain values, lists, tuples and mappings as YAML that this module reads back; ``flow``: on one line."""
+    """Return plain values, lists, tuples and mappings as YAML that this module can read; ``flow``: on one line."""
     text: str = yaml.dump(
         plain(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=flow
     )
@@ -224,7 +224,7 @@ def yaml_text(value: Any, *, flow: bool = False) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return a copy of nested mappings and lists in which tuples are lists."""
+    """Return a copy of nested mappings and lists with tuples replaced by lists."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -232,7 +232,7 @@ def plain(value: Any) -> Any:
 
 # -- finding configuration files ------------------------------------------------------------------------------------
 def config_root() -> Path | None:
-    """Return the folder of vlprompt's own configurations, in the wheel or in the clone, if there is one."""
+    """Return the folder of the configurations that come with vlprompt, in the wheel or the clone, or None."""
     package = Path(__file__).resolve().parent.parent
     for root in (package / "assets" / "configs", package.parent / "configs"):
         if root.is_dir():
@@ -241,14 +241,14 @@ def config_root() -> Path | None:
 
 
 def find_config(name: str, books: Collection[str] = ()) -> Path:
-    """Return the file that ``--config NAME`` means: a path, or one of vlprompt's own such as ``gram/coop``.
+    """Return the file that ``--config NAME`` refers to: a path, or a file of vlprompt such as ``gram/coop``.
 
     Args:
-        name: What was typed.
-        books: Other names that are accepted, for the text of the error.
+        name: The path or name.
+        books: Other accepted names, for the error message.
 
     Raises:
-        ConfigError: No such file; the text names the nearest ones.
+        ConfigError: There is no such file; the text names the nearest ones.
     """
     root = config_root()
     plain = name.removeprefix("./").removeprefix("configs/")
@@ -259,12 +259,12 @@ def find_config(name: str, books: Collection[str] = ()) -> Path:
         if os.path.isfile(path):  # unlike Path.is_file, False for a name that is too long
             return path
     paths = sorted(root.glob("*/*.yaml")) if root is not None else []
-    own = [f"{path.parent.name}/{path.stem}" for path in paths if not (path.parent / BASE).is_file()]
+    file_names = [f"{path.parent.name}/{path.stem}" for path in paths if not (path.parent / BASE).is_file()]
     if os.path.isdir(name):
         raise ConfigError(f"--config {shown(name)}: this is a folder without {BASE}; name one file in it")
-    near = nearest(plain.removesuffix(".yaml").removesuffix(".yml"), [*books, *own])
-    if not near:  # a path elsewhere: its last two parts say which configuration was meant
-        near = nearest("/".join(Path(plain).with_suffix("").parts[-2:]), [*books, *own])
+    near = nearest(plain.removesuffix(".yaml").removesuffix(".yml"), [*books, *file_names])
+    if not near:  # a path elsewhere: compare its last two parts
+        near = nearest("/".join(Path(plain).with_suffix("").parts[-2:]), [*books, *file_names])
     hint = " Did you mean " + " or ".join(near) + "?" if near else ""
     where = f" or in {shown_path(root)}" if root else ""
     raise ConfigError(f"--config {shown(name)}: there is no such file or book here{where}.{hint}")
@@ -272,13 +272,13 @@ def find_config(name: str, books: Collection[str] = ()) -> Path:
 
 # -- words ----------------------------------------------------------------------------------------------------------
 def shown(value: Any) -> str:
-    """Return ``repr(value)``, cut to a size that fits on a screen."""
+    """Return ``repr(value)``, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:70]}...{text[-20:]}"
 
 
 def shown_path(path: Path) -> str:
-    """Return ``path`` as short as it can be typed from the current folder."""
+    """Return ``path`` relative to the current folder if it is inside, else unchanged."""
     try:
         return path.resolve().relative_to(Path.cwd()).as_posix()
     except (ValueError, OSError):

@@ -1,4 +1,4 @@
-"""What a run would do, without its images or weights: shapes, learnables, tokens, memory and steps."""
+"""Dry runs: shapes, trainable parameters, tokens, memory and steps of a run, even without images or weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlprompt.runs.session import Session
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a task without its images: names, template, and the numbers of images."""
+    """Facts of a task that do not need its images: class names, template and numbers of images."""
 
     class_names: list[str]
     all_class_names: list[str]
@@ -28,13 +28,13 @@ class Facts:
 
 
 def dry_run(config: RunConfig) -> str:
-    """Return a description of the run that ``config`` asks for.
+    """Return a description of the run of ``config``.
 
-    Nothing is trained or written. Where images or weights are missing, the data set's card and random weights of the
-    same architecture stand in, and the text says so.
+    Nothing is trained or written. Missing images are replaced by the data set's card, and missing weights by random
+    weights of the same architecture; the text notes both.
 
     Raises:
-        VlpromptError: Values that are not accepted, or a data set whose card does not know its classes.
+        VlpromptError: Values are not accepted, or the card of the data set has neither class names nor their number.
     """
     session, notes = Session(config), list[str]()
     config = session.config
@@ -45,8 +45,8 @@ def dry_run(config: RunConfig) -> str:
         session.method = method = session.make_method(facts, backbone)
     if "drawn" in vars(session):
         train_images = len(session.task.train)
-    learnables = method.trainable_parameters()
-    count = sum(parameter.numel() for _, parameter in learnables)
+    trainable = method.trainable_parameters()
+    count = sum(parameter.numel() for _, parameter in trainable)
     recipe = config.recipe
     steps = max(1, train_images // recipe.batch_size) if train_images else 0
     updates = math.ceil(steps / config.trainer.accumulate) * recipe.epochs
@@ -58,10 +58,10 @@ def dry_run(config: RunConfig) -> str:
         f"{'an unknown number of' if facts.test is None else facts.test} test images",
         f"folder      {session.folder}",
         "",
-        f"parameters  {count:,} numbers in {len(learnables)} tensors" if learnables else "parameters  none",
-        *_shapes(learnables),
+        f"parameters  {count:,} numbers in {len(trainable)} tensors" if trainable else "parameters  none",
+        *_shapes(trainable),
     ]
-    if learnables:
+    if trainable:
         lines += [
             "",
             f"logits      [{min(recipe.batch_size, max(train_images, 1))}, {len(facts.class_names)}] per step",
@@ -73,7 +73,7 @@ def dry_run(config: RunConfig) -> str:
 
 
 def _facts(session: Session, notes: list[str]) -> Facts:
-    """Return the facts of the task, or, where its images are missing, those of the data set's card."""
+    """Return the facts of the task, or those of the data set's card if images are missing."""
     try:
         task = session.drawn
     except DataError as error:
@@ -84,33 +84,33 @@ def _facts(session: Session, notes: list[str]) -> Facts:
 
 def _facts_of_card(data: DataConfig, notes: list[str], error: DataError) -> Facts:
     card = find_card(data.name)
-    everything = card_class_names(card)
-    if everything is None:
+    all_names = card_class_names(card)
+    if all_names is None:
         if not card.classes.count:
             raise error
         notes.append("the card knows how many classes there are but not their names; made-up names stand in")
-        everything = [f"class number {i}" for i in range(card.classes.count)]
-    base = math.ceil(len(everything) / 2)
-    names = everything[{"all": slice(None), "base": slice(base), "new": slice(base, None)}[data.classes]]
+        all_names = [f"class number {i}" for i in range(card.classes.count)]
+    base = math.ceil(len(all_names) / 2)
+    names = all_names[{"all": slice(None), "base": slice(base), "new": slice(base, None)}[data.classes]]
     sizes = card.sizes or {}
     train = len(names) * data.shots
     if data.shots == -1:
-        train = sizes.get("train", 0) * len(names) // len(everything)
+        train = sizes.get("train", 0) * len(names) // len(all_names)
     test = sizes.get("test") if data.classes == "all" else None
-    return Facts(names, everything, data.template or card.template, train, test)
+    return Facts(names, all_names, data.template or card.template, train, test)
 
 
-def _backbone(wanted: BackboneConfig, notes: list[str]) -> Backbone:
+def _backbone(config: BackboneConfig, notes: list[str]) -> Backbone:
     try:
-        return load_backbone(wanted.name, wanted.pretrained, precision=wanted.precision)
+        return load_backbone(config.name, config.pretrained, precision=config.precision)
     except BackboneError as error:
-        stand_in = load_backbone(wanted.name, "random", precision=wanted.precision)
+        random_backbone = load_backbone(config.name, "random", precision=config.precision)
         notes.append(f"no weights, random ones stand in: {str(error).splitlines()[0]}")
-        return stand_in
+        return random_backbone
 
 
-def _shapes(learnables: list[tuple[str, torch.nn.Parameter]], limit: int = 12) -> list[str]:
-    lines = [f"            {name} {list(parameter.shape)}" for name, parameter in learnables if parameter.numel()]
+def _shapes(trainable: list[tuple[str, torch.nn.Parameter]], limit: int = 12) -> list[str]:
+    lines = [f"            {name} {list(parameter.shape)}" for name, parameter in trainable if parameter.numel()]
     more = len(lines) - limit
     return [*lines[:limit], *([f"            ... and {more} more"] if more > 0 else [])]
 
@@ -123,9 +123,10 @@ def _text_cost(method: PromptMethod) -> list[str]:
 
 
 def _memory(method: PromptMethod, batch: int) -> float:
-    """Return bytes: weights, text activations of a step, and image activations where the image side is trained.
+    """Return the bytes of weights, text activations of a step, and image activations if the image side is trained.
 
-    Text beyond a quarter of the machine's memory is encoded in chunks and computed again in the backward pass.
+    Text that needs more than a quarter of the machine's memory is encoded in chunks and recomputed in the backward
+    pass.
     """
     text, visual = method.backbone.text, method.backbone.model.visual
     total = float(sum(p.numel() * p.element_size() for p in method.parameters()))

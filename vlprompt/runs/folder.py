@@ -1,4 +1,4 @@
-"""A run's folder: where it is, what it was made from, whether it is finished, and what it records of its data."""
+"""Run folders: location, recorded inputs, completion, and the record of the data."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _PACKAGES = (
     *("torch", "torchvision", "open_clip_torch", "timm"),
     *("pytorch-lightning", "torchmetrics", "numpy", "pillow"),
 )
-# What cannot change a result: where things lie, how many processes share the work, what is shown meanwhile.
+# Sections and keys that cannot change a result: locations, numbers of processes, progress output.
 _INDIFFERENT: dict[str, tuple[str, ...] | None] = {
     "output": None,
     "data": ("root", "workers", "bank"),
@@ -47,21 +47,21 @@ _INDIFFERENT: dict[str, tuple[str, ...] | None] = {
 
 
 def config_sha256(config: RunConfig) -> str:
-    """Return the SHA-256 of everything in ``config`` that can change a result."""
+    """Return the SHA-256 of all values in ``config`` that can change a result."""
     plain = as_plain(config)
-    for part, names in _INDIFFERENT.items():
+    for section, names in _INDIFFERENT.items():
         for name in names or ():
-            del plain[part][name]
+            del plain[section][name]
         if names is None:
-            del plain[part]
-    for name in ("init_from", "decomposition"):  # younger than runs that people have
+            del plain[section]
+    for name in ("init_from", "decomposition"):  # keys that older runs do not have
         if not plain[name]:
             del plain[name]
     return sha256_json(plain)
 
 
 def run_folder(config: RunConfig) -> Path:
-    """Return ``output/method/dataset/<classes>-<shots>shot-seed<seed>-<hash>``; equal settings, equal folder."""
+    """Return ``output/method/dataset/<classes>-<shots>shot-seed<seed>-<hash>``; equal settings give equal folders."""
     data = config.data
     shots = "all" if data.shots == -1 else f"{data.shots}shot"
     name = f"{data.classes}-{shots}-seed{config.seed}-{config_sha256(config)[:8]}"
@@ -69,22 +69,22 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
-    """Return the SHA-256 over names and bytes of ``tensors``."""
+    """Return the SHA-256 of the names and bytes of ``tensors``."""
     return sha256_tensors(tensors, lambda name, tensor: name)
 
 
 @contextlib.contextmanager
 def opened(folder: Path, config: RunConfig | MetaRunConfig, inputs: dict[str, str], *, force: bool) -> Iterator[None]:
-    """Hold ``folder`` for this run; write its configuration and environment, or check that they are this run's.
+    """Lock ``folder`` for this run; write its configuration and environment, or check that they match this run.
 
     Args:
         folder: The run's folder.
         config: The resolved configuration.
-        inputs: Checksums of what the run starts from (split, weights, initial learnables).
-        force: Remove what an earlier run left.
+        inputs: Checksums of the inputs (split, weights, initial prompts).
+        force: Remove the files of an earlier run.
 
     Raises:
-        ConfigError: Another process is running there, the folder was made from other inputs, or it cannot be made.
+        ConfigError: Another process uses the folder, it was made from other inputs, or it cannot be created.
     """
     if not is_main_process():
         _agree()
@@ -125,16 +125,16 @@ def _hold(file: IO[str], folder: Path) -> None:
 
 
 def _agree(refused: bool = False) -> None:
-    """Let no process of this run go on before the first has prepared the folder; end the others where it refuses.
+    """Wait until the first process of this run has prepared the folder; exit the others if it is refused.
 
-    The first run of a command has one process as yet, its Trainer starts the others; later runs have them all.
+    In the first run of a command only one process exists until the Trainer starts the others; later runs have all.
     """
     if first_process_says(refused) and not is_main_process():
-        sys.exit(2)  # the first process says why
+        sys.exit(2)  # the first process reports why
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a killed writer left under temporary names; the folder is held, so nobody is writing."""
+    """Remove temporary files of killed writers; the folder is locked, so there are no active writers."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
     for path in folder.glob(f".{HEAD}.*"):
@@ -144,9 +144,9 @@ def _sweep(folder: Path) -> None:
 def _check_inputs(folder: Path, inputs: dict[str, str]) -> None:
     known = read_json(folder / ENVIRONMENT)
     if known is None:
-        if found := [name for name in (RESULTS, LAST_CHECKPOINT) if (folder / name).exists()]:
+        if outputs := [name for name in (RESULTS, LAST_CHECKPOINT) if (folder / name).exists()]:
             raise ConfigError(
-                f"{folder} holds {' and '.join(found)} but no {ENVIRONMENT}, which says what they were made from. "
+                f"{folder} holds {' and '.join(outputs)} but no {ENVIRONMENT}, which says what they were made from. "
                 "Add --force to remove them and start anew, or choose another --output."
             )
         return
@@ -162,7 +162,7 @@ def _check_inputs(folder: Path, inputs: dict[str, str]) -> None:
 
 
 def _clear(folder: Path) -> None:
-    # What marks the run as finished goes first and what says where it came from last, should this be interrupted.
+    # The results go first and the record of the inputs last, in case this is interrupted.
     for name in (RESULTS, LAST_CHECKPOINT, "metrics.jsonl", VALIDATION, REGULATOR_FILE):
         (folder / name).unlink(missing_ok=True)
     for name in (HEAD, TARGETS, "tensorboard", "wandb"):
@@ -172,7 +172,7 @@ def _clear(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the object in ``path``; None when there is no such file.
+    """Return the JSON object in ``path``, or None if there is no such file.
 
     Raises:
         ConfigError: The file is not a JSON object.
@@ -189,7 +189,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def environment(config: RunConfig | MetaRunConfig) -> dict[str, Any]:
-    """Return what a result may depend on beside its configuration: versions, git state, seed, machine, command."""
+    """Return what a result may depend on besides the configuration: versions, git state, seed, machine, command."""
     return {
         "command": sys.argv,
         "git": _git(),
@@ -204,51 +204,54 @@ def environment(config: RunConfig | MetaRunConfig) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of vlprompt, of what its numbers depend on, and of Python."""
-    found = {"vlprompt": __version__}
+    """Return the versions of vlprompt, of the packages that its results depend on, and of Python."""
+    package_versions = {"vlprompt": __version__}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found | {"python": platform.python_version()}
+            package_versions[name] = importlib.metadata.version(name)
+    return package_versions | {"python": platform.python_version()}
 
 
 def _git() -> dict[str, Any] | None:
-    def ask(*words: str) -> str:
-        here = Path(__file__).resolve().parent
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).resolve().parent
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain"))}
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-# -- what a results file records of its data ---------------------------------------------------------------------
+# -- the record of data in a results file ---------------------------------------------------------------------
 def data_record(task: FewShotTask, backbone: Backbone, transform: str) -> dict[str, Any]:
-    """Return what identifies the data of a run: the task's own description, and its transforms as text.
+    """Return the record of a run's data: the task's description, and the transforms as text.
 
     Args:
         task: The task.
-        backbone: Its preprocessing is that of the transforms.
+        backbone: The backbone, for the preprocessing of the transforms.
         transform: The training transform, ``random`` or ``center``.
     """
     kinds = {"train": transform, "test": "center"}
-    seen = {split: describe_transform(backbone.preprocess, kind) for split, kind in kinds.items()}
-    return {**task.describe(), "protocol": PROTOCOLS[task.classes], "transform": seen}
+    transforms = {split: describe_transform(backbone.preprocess, kind) for split, kind in kinds.items()}
+    return {**task.describe(), "protocol": PROTOCOLS[task.classes], "transform": transforms}
 
 
 def shift_record(method: PromptMethod, task: FewShotTask) -> dict[str, Any] | None:
-    """Return how far the learnables moved text and image features; None where nothing is learned.
+    """Return how far training moved text and image features; None for methods without trainable parameters.
 
-    The image side is measured on the first 64 test images that can be read (:func:`vlprompt.objectives.feature_shift`).
+    The image side is measured on the readable ones of the first 64 test images
+    (:func:`vlprompt.objectives.feature_shift`).
     """
     if not method.trainable_parameters():
         return None
-    view, pictures = test_transform(method.backbone.preprocess), []
+    transform, loaded = test_transform(method.backbone.preprocess), []
     for sample in task.test[:SHIFT_IMAGES] if method.sees_images else ():
         try:
-            pictures.append(view(sample.source.open()))
-        except DataError:  # said where images are scored
+            loaded.append(transform(sample.source.open()))
+        except DataError:  # reported when images are scored
             continue
-    images = torch.stack(pictures).to(method.backbone.device) if pictures else None
-    return {**feature_shift(method, images, task.template), "images": len(pictures)}
+    images = torch.stack(loaded).to(method.backbone.device) if loaded else None
+    return {**feature_shift(method, images, task.template), "images": len(loaded)}

@@ -1,4 +1,4 @@
-"""One meta-training: from pairs to topics, domains and tasks, and from those to a learned start and a regulator."""
+"""Meta-training runs: topics, domains and tasks from pairs, then a learned initialisation and a regulator."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ RECONSTRUCTION = "GRAM-R, a reconstruction: the method section of arXiv 2303.065
 
 
 class MetaSession:
-    """Everything that belongs to one meta-training, each thing made once and when it is first asked for.
+    """The objects of one meta-training, each created once, on first use.
 
     Args:
         config: The configuration.
@@ -54,14 +54,14 @@ class MetaSession:
         self.config = config
 
     def load(self) -> None:
-        """Load pairs and backbone, and check the host before any image is encoded.
+        """Load pairs and backbone, and check the method before any image is encoded.
 
         Raises:
-            VlpromptError: Values, pairs, weights or a host that cannot be used.
+            VlpromptError: Values, pairs, weights or the method cannot be used.
         """
         check_devices(self.config.trainer)
         load_parts(self, "pairs", "backbone")
-        # Class-specific parameters, say, cannot be learned across tasks.
+        # Class-specific parameters, for example, cannot be learned across tasks.
         host(self.config, self.backbone, ["one", "two"]).with_classes(["three", "four", "five"])
 
     @property
@@ -82,12 +82,12 @@ class MetaSession:
     # -- tasks ------------------------------------------------------------------------------------------------------
     @cached_property
     def captions(self) -> list[str]:
-        """The captions of the pairs, as they stand in prompts."""
+        """The captions of the pairs, as used in prompts."""
         return fit_captions(self.backbone.text, [pair.caption for pair in self.pairs], self.config.tasks.caption_tokens)
 
     @cached_property
     def image_features(self) -> Tensor:
-        """Raw frozen image features ``[N, D]``, out of the feature store."""
+        """Raw frozen image features ``[N, D]``, from the feature store."""
         backbone = self.backbone
         return image_features(
             self.pairs,
@@ -100,7 +100,7 @@ class MetaSession:
 
     @cached_property
     def caption_features(self) -> Tensor:
-        """Features of the captions ``[N, D]``, out of the feature store."""
+        """Features of the captions ``[N, D]``, from the feature store."""
         backbone = self.backbone
         return caption_features(self.captions, lambda some: _encoded(backbone, some), fingerprint=backbone.fingerprint)
 
@@ -118,7 +118,7 @@ class MetaSession:
         """The tasks.
 
         Raises:
-            ConfigError: No topic has the pairs that tasks need.
+            ConfigError: No topic has enough pairs for tasks.
         """
         tasks = self.config.tasks
         return TaskSampler(
@@ -133,26 +133,26 @@ class MetaSession:
         )
 
     def words(self) -> str:
-        """Return what tasks are drawn from, in words."""
+        """Return a description of the tasks."""
         usable = self.sampler.usable
         return f"{len(usable)} topics with {sum(map(len, usable.values()))} visual domains"
 
     def topic_names(self) -> list[str]:
-        """Return a caption of every topic, which stands for it where a method needs class names."""
+        """Return one caption per topic, used as the topic's class name."""
         first: dict[int, str] = {}
         for topic, caption in zip(self.clusters.topic.tolist(), self.captions, strict=True):
             first.setdefault(topic, caption)
         return list(dict.fromkeys(first.values()))
 
-    # -- what is learned --------------------------------------------------------------------------------------------
+    # -- trained objects --------------------------------------------------------------------------------------------
     @cached_property
     def method(self) -> PromptMethod:
-        """The method that is meta-trained; the seed is set before it is made."""
+        """The method to meta-train; the seed is set before it is created."""
         return host(self.config, self.backbone, self.topic_names())
 
     @cached_property
     def regulator(self) -> Regulator | None:
-        """The regulator that the configuration asks for, if any; the seed is set before it is made."""
+        """The regulator of the configuration, if any; the seed is set before it is created."""
         meta = self.config.meta
         method = self.method
         pl.seed_everything(self.config.seed, verbose=False)
@@ -163,7 +163,7 @@ class MetaSession:
         return Regulator(shapes, method.backbone.embed_dim, settings)
 
     def data(self) -> MetaData:
-        """Return the batches of tasks: features, or images where the method's image side is learned."""
+        """Return the batches of tasks: features, or images if the method learns on the image side."""
         method = self.method
         images = [Sample(pair.id, 0, pair.source) for pair in self.pairs] if method.needs.images else None
         return MetaData(
@@ -176,11 +176,11 @@ class MetaSession:
         )
 
     def inputs(self) -> dict[str, str]:
-        """Return the checksums of what the meta-training starts from."""
+        """Return the checksums of the inputs of the meta-training."""
         plain = dataclasses.asdict(self.config)
         for name in ("output", "name", "trainer", "pairs"):
             del plain[name]
-        if not plain["decomposition"]:  # younger than meta-trainings that people have
+        if not plain["decomposition"]:  # a key that older meta-trainings do not have
             del plain["decomposition"]
         captioned = zip(self.pairs, self.captions, strict=True)
         return {
@@ -197,18 +197,18 @@ def meta_folder(config: MetaRunConfig) -> Path:
 
 
 def meta_train(config: MetaRunConfig, *, force: bool = False) -> tuple[Path, dict[str, Any]]:
-    """Meta-train what ``config`` says; go on with an unfinished run, reuse a finished one.
+    """Meta-train as configured; resume an unfinished run, reuse a finished run.
 
     Args:
         config: The configuration.
-        force: Start anew even if the run is there.
+        force: Start again even if the run exists.
 
     Returns:
-        The run's folder, for ``--init_from gram:FOLDER`` (initialisation and regulator) or ``--init_from FOLDER``, and
+        The run folder, for ``--init_from gram:FOLDER`` (initialisation and regulator) or ``--init_from FOLDER``, and
         its results.
 
     Raises:
-        VlpromptError: Pairs, weights, settings or values that cannot be used.
+        VlpromptError: Pairs, weights, settings or values cannot be used.
     """
     session = MetaSession(config)
     session.load()
@@ -244,15 +244,15 @@ def meta_train(config: MetaRunConfig, *, force: bool = False) -> tuple[Path, dic
             Head(method, facts).save_pretrained(folder / HEAD)
             if regulator is not None:
                 save_regulator(regulator, folder)
-            write_json(folder / RESULTS, results)  # last: it marks the run as finished
+            write_json(folder / RESULTS, results)  # last, because it marks the run as finished
         return folder, results
 
 
 def inspect(config: MetaRunConfig) -> Path:
-    """Write a page that shows topics, domains and tasks with thumbnails, and return it; nothing is trained.
+    """Write a page of topics, domains and tasks with thumbnails and return its path; nothing is trained.
 
     Raises:
-        VlpromptError: As :func:`meta_train`. Where no topic has the pairs that tasks need, the page is written first.
+        VlpromptError: As :func:`meta_train`. If no topic has enough pairs for tasks, the page is still written.
     """
     session = MetaSession(config)
     session.load()
@@ -278,10 +278,10 @@ def _encoded(backbone: Backbone, captions: Sequence[str]) -> Tensor:
 
 
 def host(config: MetaRunConfig, backbone: Backbone, class_names: Sequence[str]) -> PromptMethod:
-    """Return the method that is meta-trained; its class names are of no account, every task has its own.
+    """Return the method to meta-train; its class names do not matter, since each task has different ones.
 
     Raises:
-        VlpromptError: A method that learns nothing by gradient steps.
+        VlpromptError: The method is not trained by gradient steps.
     """
     pl.seed_everything(config.seed, verbose=False)
     method = create_method(

@@ -1,4 +1,4 @@
-"""Predictions of a saved head for image files and folders of them."""
+"""Predictions of a saved head for image files and folders."""
 
 from __future__ import annotations
 
@@ -18,50 +18,50 @@ from vlprompt.io.head import load_head
 def predict(
     folder: str | Path, paths: Sequence[str | Path], top: int = 5, *, batch_size: int = 64, device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    """Return, for every image, its ``top`` classes with their probabilities, best first.
+    """Return the ``top`` classes of every image with their probabilities, best first.
 
     Args:
-        folder: A head's or a run's folder.
-        paths: Image files, and folders that are searched for images at any depth.
-        top: Classes per image; more than there are gives all of them.
+        folder: A head folder or a run folder.
+        paths: Image files, and folders that are searched recursively.
+        top: Classes per image; at most all of them.
         batch_size: Images per forward pass.
-        device: Where to compute.
+        device: Device of the computation.
 
     Returns:
         ``[{"path": str, "classes": [{"name": str, "probability": float}, ...]}, ...]`` in the order of the images.
 
     Raises:
-        ConfigError: ``top`` below 1.
-        DataError: Files that are missing, or that are no images: all of them; nothing is predicted then.
+        ConfigError: ``top`` is below 1.
+        DataError: Files are missing or are not images; the text lists them, and nothing is predicted.
         HeadError: The head cannot be loaded.
     """
     if top < 1:
         raise ConfigError(f"--top is {top}; accepted: 1 or more")
     files = image_files(paths)
     head = load_head(folder, device=device)
-    view = test_transform(head.backbone.preprocess)
-    found: list[dict[str, Any]] = []
+    transform = test_transform(head.backbone.preprocess)
+    predictions: list[dict[str, Any]] = []
     wrong: list[str] = []
     for start in range(0, len(files), batch_size):
         batch = files[start : start + batch_size]
-        pictures = [_view_of(path, view, wrong) for path in batch]
+        loaded = [_view_of(path, transform, wrong) for path in batch]
         if wrong:
-            continue  # nothing will be predicted; what else cannot be read is said together
-        images = torch.stack([picture for picture in pictures if picture is not None])
+            continue  # nothing is predicted; only collect further unreadable images
+        images = torch.stack([image for image in loaded if image is not None])
         probabilities = head(images.to(head.backbone.device)).softmax(dim=-1).cpu()
         best = probabilities.topk(min(top, len(head.class_names)), dim=-1)
         for path, values, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
             classes = [{"name": head.class_names[i], "probability": p} for p, i in zip(values, indices, strict=True)]
-            found.append({"path": str(path), "classes": classes})
+            predictions.append({"path": str(path), "classes": classes})
     if wrong:
         raise DataError(wrong[0] if len(wrong) == 1 else "images that cannot be used:\n" + bulleted(wrong, limit=8))
-    return found
+    return predictions
 
 
-def _view_of(path: Path, view: Transform, wrong: list[str]) -> torch.Tensor | None:
-    """Return the image ``[3, H, W]`` as the backbone sees it; None, and a line in ``wrong``, if it cannot be read."""
+def _view_of(path: Path, transform: Transform, wrong: list[str]) -> torch.Tensor | None:
+    """Return the preprocessed image ``[3, H, W]``, or None and a new entry in ``wrong`` if it cannot be read."""
     try:
-        image: torch.Tensor = view(FileSource(str(path)).open())
+        image: torch.Tensor = transform(FileSource(str(path)).open())
     except DataError as error:
         wrong.append(str(error))
         return None
@@ -69,15 +69,15 @@ def _view_of(path: Path, view: Transform, wrong: list[str]) -> torch.Tensor | No
 
 
 def image_files(paths: Sequence[str | Path]) -> list[Path]:
-    """Return the image files that ``paths`` name, folders searched in byte order of their paths.
+    """Return the image files in ``paths``; files of folders are in byte order of their paths.
 
     Raises:
-        DataError: A path that does not exist, a folder without images, or no paths at all.
+        DataError: A path does not exist, a folder has no images, or there are no paths.
     """
     files: list[Path] = []
     wrong = []
     for path in map(Path, paths):
-        if os.path.isdir(path):  # os.path: False for names that no file can have
+        if os.path.isdir(path):  # os.path gives False for invalid names
             inside = [p for p in path.rglob("*") if _is_image(p, path)]
             files += sorted(inside, key=lambda p: p.as_posix().encode())
             if not inside:
@@ -93,6 +93,6 @@ def image_files(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def _is_image(path: Path, folder: Path) -> bool:
-    # As in data folders, what is hidden (._x.jpg of macOS, .thumbnails/) is no image of the user's.
+    # As in data folders, hidden files (._x.jpg of macOS, .thumbnails/) are skipped.
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     return not hidden and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()

@@ -1,4 +1,4 @@
-"""One run: from a configuration to a trained, saved head, its results and a table."""
+"""Training runs: from a configuration to a saved head, results and a table."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class Run:
     """A finished run.
 
     Attributes:
-        folder: Where everything is: config.yaml, env.json, metrics.jsonl, last.ckpt, head/, results.json.
+        folder: The run folder: config.yaml, env.json, metrics.jsonl, last.ckpt, head/, results.json.
         results: The content of ``results.json``.
-        reused: Whether it was finished before and nothing had to be done.
+        reused: Whether the run was already finished.
     """
 
     folder: Path
@@ -72,21 +72,20 @@ class Run:
         return load_head(self.head_dir, backbone)
 
     def table(self) -> str:
-        """Return the accuracies beside zero-shot's, ready to print."""
+        """Return a printable table of the accuracies and those of zero-shot."""
         return results_table([self.results])
 
 
 def run(config: RunConfig, *, force: bool = False, after: Session | None = None) -> Run:
-    """Train and evaluate what ``config`` says; go on with an unfinished run, reuse a finished one.
+    """Train and evaluate as configured; resume an unfinished run, reuse a finished run.
 
     Args:
         config: The resolved configuration.
-        force: Start anew even if the run is there.
-        after: An earlier session, whose data set and backbone are used again where they are the same.
+        force: Start again even if the run exists.
+        after: An earlier session; its data set and backbone are reused if they are the same.
 
     Raises:
-        VlpromptError: Data, weights, settings or values that cannot be used; everything that is missing is reported at
-            once.
+        VlpromptError: Data, weights, settings or values cannot be used; everything missing is reported at once.
     """
     return run_session(Session(config, after=after), force=force)
 
@@ -102,20 +101,20 @@ def train(
     force: bool = False,
     **recipe: Any,
 ) -> Run:
-    """Train ``method`` on a task, evaluate it and keep everything in a run folder, as ``vlprompt train`` does.
+    """Train ``method`` on a task, evaluate it and save all files in a run folder, as ``vlprompt train`` does.
 
     Args:
-        method: A method made with :func:`vlprompt.create_method` for ``data.class_names``; it is trained in place.
-        data: What :func:`vlprompt.load_dataset` gives.
-        output: Folder under which the run's folder is made.
-        transform: ``random`` crops and flips, or ``center``; then text-only methods train from cached features.
-        seed: Order of the images and their random views.
-        trainer: Devices, precision and the like.
-        force: Start anew even if the run is there.
+        method: A method from :func:`vlprompt.create_method` for ``data.class_names``; it is trained in place.
+        data: A task from :func:`vlprompt.load_dataset`.
+        output: Parent of the run folder.
+        transform: ``random`` for crops and flips, or ``center``, with which text-only methods use cached features.
+        seed: Seed of the image order and of random transforms.
+        trainer: Devices, precision and other trainer options.
+        force: Start again even if the run exists.
         **recipe: Fields of the recipe: ``epochs``, ``batch_size``, ``lr``, ...
 
     Raises:
-        VlpromptError: Classes that differ between method and data, or values that are not accepted.
+        VlpromptError: Classes differ between method and data, or values are not accepted.
     """
     if method.class_names != data.class_names:
         raise ConfigError(
@@ -135,7 +134,7 @@ def train(
 
 
 def run_session(session: Session, *, force: bool = False) -> Run:
-    """Train and evaluate what ``session`` has, and keep it in its folder; see :func:`run`."""
+    """Train and evaluate the method of ``session`` and save the results in its folder; see :func:`run`."""
     config, method, task, folder = session.config, session.method, session.task, session.folder
     if session.trains:
         check_trainable(method, metric_of(task))
@@ -170,15 +169,15 @@ def run_session(session: Session, *, force: bool = False) -> Run:
             results["test_images"] = facts["test_images"] = used
         if chosen := own_selection(method) or selection_of(config.output):
             results["selection"] = chosen
-            facts["selection"] = {"on": chosen["on"], "oracle": chosen["oracle"]}  # a head may travel alone
+            facts["selection"] = {"on": chosen["on"], "oracle": chosen["oracle"]}  # a head may be used without its run
         if is_main_process():
             Head(method, facts).save_pretrained(folder / HEAD)
-            write_json(folder / RESULTS, results)  # last: it marks the run as finished
+            write_json(folder / RESULTS, results)  # last, because it marks the run as finished
         return Run(folder, results)
 
 
 def _inputs(session: Session) -> dict[str, str]:
-    """Return the checksums of what the run starts from."""
+    """Return the checksums of the inputs of the run."""
     regulator = session.regulator
     return {
         "split": session.task.split_sha256,
@@ -190,7 +189,7 @@ def _inputs(session: Session) -> dict[str, str]:
 
 
 def _trained(session: Session) -> pl.Trainer:
-    """Train the session's method in place, as far as it is not trained yet; return the Trainer to test it with."""
+    """Train the session's method in place, resuming if possible, and return the Trainer for testing."""
     session.check_processes()
     config, method = session.config, session.method
     regulator = session.regulator
@@ -209,17 +208,17 @@ def _trained(session: Session) -> pl.Trainer:
 
 
 def validate(config: RunConfig, *, force: bool = False, after: Session | None = None) -> dict[str, Any]:
-    """Train what ``config`` says and return its score on the validation images; test images are not opened.
+    """Train as configured and return the score on the validation images; test images are not opened.
 
-    Everything is kept in the run's folder, so that :func:`run` of the same configuration only has to test.
+    All files are saved in the run folder, so :func:`run` of the same configuration only has to test.
 
     Args:
         config: The resolved configuration.
-        force: Start anew even if it has been scored.
-        after: An earlier session, whose data set and backbone are used again where they are the same.
+        force: Start again even if the run has been scored.
+        after: An earlier session; its data set and backbone are reused if they are the same.
 
     Raises:
-        VlpromptError: As :func:`run`; or a data set without validation images.
+        VlpromptError: As :func:`run`, or the data set has no validation images.
     """
     session = Session(config, scored="val", after=after)
     method, task, folder = session.method, session.task, session.folder
@@ -231,13 +230,13 @@ def validate(config: RunConfig, *, force: bool = False, after: Session | None = 
             return dict(known["val"])
         scores, _ = tested(session, _trained(session), method, task)
         if is_main_process():
-            kept = {"schema": SCHEMA, "val_sha256": task.describe()["val_sha256"], "val": scores}
-            write_json(folder / VALIDATION, kept)
+            content = {"schema": SCHEMA, "val_sha256": task.describe()["val_sha256"], "val": scores}
+            write_json(folder / VALIDATION, content)
         return scores
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
-    """Return the results of a finished run; None for an unfinished one."""
+    """Return the results of a finished run, or None for an unfinished run."""
     results = read_json(folder / RESULTS)
     if results is not None and (results.get("schema") != SCHEMA or not _RESULT_PARTS <= results.keys()):
         raise ConfigError(f"{folder / RESULTS} is damaged or of another version; start the run anew with --force")
@@ -255,23 +254,23 @@ def _load_trained(method: PromptMethod, folder: Path) -> None:
 def tested(
     session: Session, trainer: pl.Trainer, method: PromptMethod, task: FewShotTask
 ) -> tuple[dict[str, Any], dict[str, list[int]]]:
-    """Return the score of the task's test images, and the correct and total counts per class."""
+    """Return the score on the task's test images, and the correct and total counts per class."""
     module = PromptModule(method, metric=metric_of(task))
     scores = test(trainer, module, session.data(method, task))
     return scores, module.per_class
 
 
 def _evaluate(session: Session, trainer: pl.Trainer, method: PromptMethod) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the scores on the task's test images, pooled and by domain where there are domains, and the class counts.
+    """Return the scores on the task's test images, pooled and by domain if there are domains, and the class counts.
 
-    After a base task the new classes are scored too, pooled.
+    For a base task the new classes are scored too, pooled.
     """
     task = session.task
     scores: dict[str, Any] = {}
     counts: dict[str, Any] = {}
     domains = {name: tested(session, trainer, method, domain) for name, domain in session.domains.items()}
     if domains and metric_of(task) == "accuracy":
-        # Every image is in one domain: the counts add up, and nothing has to be tested twice.
+        # Every image is in exactly one domain, so the pooled counts are sums and no image is tested twice.
         correct, total = (sum(pooled[key] for pooled, _ in domains.values()) for key in ("correct", "total"))
         scores[task.classes] = score(correct, total)
         counts[task.classes] = {
@@ -286,7 +285,7 @@ def _evaluate(session: Session, trainer: pl.Trainer, method: PromptMethod) -> tu
         other = session.counterpart
         try:
             moved = method.with_classes(other.class_names)
-        except VlpromptError as error:  # class-specific context has nothing to say about new classes
+        except VlpromptError as error:  # class-specific context does not apply to new classes
             return scores | {"new": None, "why_no_new": str(error)}, counts
         scores["new"], counts["new"] = tested(session, trainer, moved, other)
         scores["harmonic_mean"] = harmonic_mean(headline(scores["base"]), headline(scores["new"]))
@@ -313,7 +312,7 @@ def evaluate_head(
     session = Session.of_head(head, data, seed=seed, trainer=trainer)
     method, task = session.method, session.task
     quiet = make_trainer(trainer, Path(folder), 1, gradient=method.needs.gradient)
-    with tally():  # says which images had to be left out
+    with tally():  # reports skipped images
         scores, _ = tested(session, quiet, method, task)
     return scores | {"data": task.describe(), "oracle": is_oracle([head.training_facts])}
 

@@ -1,8 +1,8 @@
-"""The protocol guard: on which images hyperparameters may be chosen, and the stamp that a choice leaves.
+"""Checks and records of hyperparameter selection.
 
-A choice made on validation images is fair. One made on test images is an oracle's: it is refused, or, where it is asked
-for by name, stamped in the results and in every table. Whatever searches (:mod:`vlprompt.protocols.search`, or a
-method with a search of its own) asks :func:`judge` first and keeps what :func:`record` gives.
+Selection on validation images is fair. Selection on test images is an oracle: it is refused unless requested
+explicitly, and then marked in the results and in every table. Every search (:mod:`vlprompt.protocols.search`, or a
+search inside a method) calls :func:`judge` first and saves the result of :func:`record`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _ORACLE = "an oracle, which says what could be reached and not what a user would
 
 @dataclass(frozen=True)
 class Verdict:
-    """What :func:`judge` allows.
+    """Result of :func:`judge`.
 
     Attributes:
-        on: The images that candidates are scored on.
-        oracle: Whether the choice sees test images.
-        reason: Why it is one, in words; empty for a fair choice.
+        on: The split that candidates are scored on.
+        oracle: Whether the selection uses test images.
+        reason: Why it is an oracle; empty for a fair selection.
     """
 
     on: Split
@@ -38,17 +38,18 @@ class Verdict:
 
 
 def judge(data: str, on: str, val_ids: Collection[str], test_ids: Collection[str], *, oracle: bool = False) -> Verdict:
-    """Return whether hyperparameters may be chosen on the images ``on`` of a data set.
+    """Check whether hyperparameters may be chosen on the split ``on`` of a data set.
 
     Args:
-        data: The data set's name, for the texts.
+        data: The data set's name, for messages.
         on: ``val`` or ``test``.
         val_ids: Ids of the validation images.
         test_ids: Ids of the test images.
-        oracle: Whether the user asked for a choice that sees test images.
+        oracle: Whether the user allows a selection that uses test images.
 
     Raises:
-        ConfigError: Another word than ``val`` or ``test``, no validation images, or test images without ``oracle``.
+        ConfigError: ``on`` is neither ``val`` nor ``test``, there are no validation images, or test images would be
+            used without ``oracle``.
     """
     if on not in SPLITS:
         raise ConfigError(f"--on is {on!r}; accepted: val or test.{did_you_mean(str(on), SPLITS)}")
@@ -74,57 +75,57 @@ def judge(data: str, on: str, val_ids: Collection[str], test_ids: Collection[str
 def record(
     verdict: Verdict, grid: Mapping[str, Sequence[Any]], scores: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the stamp that goes into a results file as ``selection``.
+    """Return the record of a selection, the ``selection`` of a results file.
 
     Args:
-        verdict: What was allowed.
-        grid: The values that were tried, by key.
+        verdict: The result of :func:`judge`.
+        grid: The candidate values by key.
         scores: Every candidate with its score.
-        chosen: The values of the winner.
+        chosen: The values of the best candidate.
     """
     return {
         "on": verdict.on,
         "oracle": verdict.oracle,
         "reason": verdict.reason,
         "grid": {key: list(values) for key, values in grid.items()},
-        "scores": [dict(one) for one in scores],
+        "scores": [dict(score) for score in scores],
         "chosen": dict(chosen),
     }
 
 
 def selection_of(output: str | Path) -> dict[str, Any] | None:
-    """Return the stamp of the search in whose folder ``output`` runs are kept; None outside of a search's folder.
+    """Return the record of the search that keeps its runs in ``output``, or None if there is no such search.
 
-    Every run there has values that the search chose or tried, whatever its seed, classes or data set.
+    All runs in that folder have values that the search chose or tried, for any seed, classes or data set.
 
     Raises:
-        ConfigError: The file cannot be read as a stamp.
+        ConfigError: The file is not a valid record.
     """
     path = Path(output) / SELECTION
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        selection = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); search anew with --force") from error
-    if not isinstance(found, dict) or not isinstance(found.get("oracle"), bool):
+    if not isinstance(selection, dict) or not isinstance(selection.get("oracle"), bool):
         raise ConfigError(f"{path} does not say how hyperparameters were chosen; search anew with --force")
-    return found
+    return selection
 
 
 def own_selection(method: PromptMethod) -> dict[str, Any] | None:
-    """Return the stamp of a method that chose its hyperparameters on test images, as its settings asked; else None."""
+    """Return the record of a method with settings that choose its hyperparameters on test images, else None."""
     if method.needs.select_on != "test":
         return None
     return record(Verdict("test", oracle=True, reason=f"{method.name} chose on the test images"), {}, [], {})
 
 
 def stamped(name: str, oracle: bool, test_images: str | None = None) -> str:
-    """Return how tables call a row: its name, marked where an oracle chose, and by how it uses test images."""
-    marked = [word for word in (test_images, "oracle" if oracle else None) if word]
-    return f"{name} ({', '.join(marked)})" if marked else name
+    """Return the name of a table row, with marks for an oracle selection and for the use of test images."""
+    marks = [mark for mark in (test_images, "oracle" if oracle else None) if mark]
+    return f"{name} ({', '.join(marks)})" if marks else name
 
 
 def is_oracle(results: Iterable[Mapping[str, Any]]) -> bool:
-    """Return whether an oracle chose the hyperparameters of any of these ``results.json`` contents."""
-    return any((one.get("selection") or {}).get("oracle", False) for one in results)
+    """Return whether any of these ``results.json`` contents has hyperparameters chosen by an oracle."""
+    return any((result.get("selection") or {}).get("oracle", False) for result in results)

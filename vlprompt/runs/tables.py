@@ -1,4 +1,4 @@
-"""Tables of results as plain text, for the terminal and for files."""
+"""Plain-text tables of results for the terminal and files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlprompt.runs.selection import is_oracle, stamped
 def render(table: Table, title: str = "", caption: str = "") -> str:
     """Return a rich table as text of at most 120 columns.
 
-    ``title`` and ``caption`` stand on lines of their own; a title of the table itself is broken at the table's width.
+    ``title`` and ``caption`` are separate lines, unlike a title inside the table, which is wrapped at its width.
     """
     out = io.StringIO()
     Console(file=out, width=120, force_terminal=False, color_system=None).print(table)
@@ -24,7 +24,7 @@ def render(table: Table, title: str = "", caption: str = "") -> str:
 
 
 def results_table(runs: Sequence[dict[str, Any]]) -> str:
-    """Return one row for zero-shot and one per run (the content of its ``results.json``), over one data set."""
+    """Return a table of one data set with a row for zero-shot and a row per run (its ``results.json`` content)."""
     first = runs[0]
     data = first["data"]
     columns = [name for name in ("all", "base", "new") if name in first["results"]]
@@ -38,7 +38,7 @@ def results_table(runs: Sequence[dict[str, Any]]) -> str:
     rows = [] if first["method"] == "zeroshot" else [("zero-shot", first["zeroshot"])]
     for label, scores in [
         *rows,
-        *((stamped(one["method"], is_oracle([one]), one.get("test_images")), one["results"]) for one in runs),
+        *((stamped(run["method"], is_oracle([run]), run.get("test_images")), run["results"]) for run in runs),
     ]:
         cells = [score_text(scores.get(name)) for name in columns]
         if "new" in columns:
@@ -49,7 +49,7 @@ def results_table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def score_text(score: Mapping[str, Any] | None) -> str:
-    """Return a score's headline number, with the exact counts of an accuracy; a dash for none."""
+    """Return the headline number of a score, with the counts of an accuracy; a dash for None."""
     if score is None:
         return "-"
     counts = f" ({score['correct']}/{score['total']})" if "metric" not in score else ""
@@ -57,11 +57,11 @@ def score_text(score: Mapping[str, Any] | None) -> str:
 
 
 def metric_words(metrics: Iterable[str]) -> str:
-    """Return what a table over data sets with these headline ``metrics`` measures."""
-    found = list(dict.fromkeys(metrics))
-    return METRICS[found[0]] if len(found) == 1 else "score"
+    """Return the measure of a table over data sets with these headline ``metrics``."""
+    distinct = list(dict.fromkeys(metrics))
+    return METRICS[distinct[0]] if len(distinct) == 1 else "score"
 
 
 def data_words(name: str, metric: str) -> str:
-    """Return a data set's name for a table; with the metric, where that is not accuracy."""
+    """Return a data set's name for a table, with the metric if it is not accuracy."""
     return name if metric == "accuracy" else f"{name} ({METRICS[metric]})"
