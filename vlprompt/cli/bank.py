@@ -1,4 +1,4 @@
-"""The command ``vlprompt bank`` (tools/make_diffusion_bank.py): a diffusion model's pictures of a data set's images."""
+"""``vlprompt bank`` (tools/make_diffusion_bank.py): generate images of a data set's images with a diffusion model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ FLAGS = ("offline",)
 
 @validated("")
 class BankOptions:
-    """The command's own options."""
+    """The options of ``vlprompt bank``."""
 
     bank: Annotated[Name, Words("the folder where pictures are kept")]
     split: Literal["train", "val", "test"] = "test"
@@ -65,10 +65,10 @@ OPTIONS = tuple(name.replace("_", "-") for kind in (BankOptions, GenerationSetti
 
 
 def bank(words: list[str]) -> int:
-    """Make the pictures that ``words`` ask for.
+    """Run ``vlprompt bank`` and return its exit status.
 
     Raises:
-        VlpromptError: Options that are not accepted, all of them at once; a pipeline or data that cannot be used.
+        VlpromptError: Options are not accepted (the text lists all), or a pipeline or data cannot be used.
     """
     line = read_command_line(words, "bank", flags=FLAGS, options=OPTIONS)
     if line.configs:
@@ -89,19 +89,19 @@ def bank(words: list[str]) -> int:
     if not samples:
         raise ConfigError(f"--split is {options.split!r}, and {config.data.name} has no such images")
     generator = load_generator(settings, _device(options.device), offline="offline" in line.flags)
-    kept = create_bank(Path(options.bank), generator.recipe)
+    image_bank = create_bank(Path(options.bank), generator.recipe)
     images = f"{len(samples):,} {options.split} images of {config.data.name}"
-    print(f"{images}, {options.count} pictures each; {kept.folder}")
+    print(f"{images}, {options.count} pictures each; {image_bank.folder}")
     skip = config.data.on_bad_image == "skip"
-    with _shown() as tell:
-        filled = fill(kept, generator, samples, options.count, options.batch_size, tell, skip=skip)
-    print(_told(filled))
-    print(f"runs take them with: --data.bank {kept.folder}")
+    with _progress() as report:
+        filled = fill(image_bank, generator, samples, options.count, options.batch_size, report, skip=skip)
+    print(_summary(filled))
+    print(f"runs take them with: --data.bank {image_bank.folder}")
     return 0
 
 
 def _options(line: CommandLine, kind: type[T]) -> T | None:
-    """Return the options of ``line`` that are fields of ``kind``; what is wrong is noted in ``line``."""
+    """Return the options of ``line`` that are fields of ``kind``; problems are added to ``line``."""
     values, failed = {}, {}
     for name, hint in field_hints(kind).items():
         option = name.replace("_", "-")
@@ -127,8 +127,8 @@ def _device(name: str) -> Any:
 
 
 @contextmanager
-def _shown() -> Iterator[Any]:
-    """Give a function that shows progress: bars with the time left on a terminal, a line every minute elsewhere."""
+def _progress() -> Iterator[Any]:
+    """Yield a function that shows progress: bars with the time left on a terminal, else one line per minute."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
     from rich.progress import Progress as Bars
@@ -136,31 +136,31 @@ def _shown() -> Iterator[Any]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     bars, tasks = Bars(*columns, console=console, disable=not console.is_terminal), dict[str, TaskID]()
-    told = {"at": time.monotonic()}
+    last_line = {"at": time.monotonic()}
 
-    def tell(progress: Progress) -> None:
+    def report(progress: Progress) -> None:
         left = "" if progress.left is None else f"{time_text(progress.left)} left"
         if progress.stage not in tasks:
             tasks[progress.stage] = bars.add_task(progress.stage, total=progress.total, left=left)
         bars.update(tasks[progress.stage], completed=progress.done, left=left)
-        over = progress.stage == "making" and progress.done == progress.total
-        if not console.is_terminal and (over or time.monotonic() - told["at"] >= 60):
-            told["at"] = time.monotonic()
+        finished = progress.stage == "making" and progress.done == progress.total
+        if not console.is_terminal and (finished or time.monotonic() - last_line["at"] >= 60):
+            last_line["at"] = time.monotonic()
             print(f"{progress.stage}: {progress.done:,} of {progress.total:,}, {left or 'begun'}", flush=True)
 
     with bars:
-        yield tell
+        yield report
 
 
 def time_text(seconds: float) -> str:
-    """Return a time in words: ``40 s``, ``12 min``, ``3 h 05 min``."""
+    """Return a time as text: ``40 s``, ``12 min``, ``3 h 05 min``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _told(filled: Filled) -> str:
+def _summary(filled: Filled) -> str:
     text = f"{filled.images:,} images: {filled.found:,} pictures were there, {filled.made:,} made"
     if filled.remade:
         text += f" (of which {filled.remade:,} anew: they were damaged or gone)"

@@ -1,4 +1,4 @@
-"""``vlprompt cache list | prune``: what the feature store holds, and making room."""
+"""``vlprompt cache list | prune``: list and prune the feature store."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def cache(words: list[str]) -> int:
     """Run ``vlprompt cache`` with ``words`` and return its exit status.
 
     Raises:
-        ConfigError: Options that are not accepted; all of them.
-        DataError: A file that cannot be removed.
+        ConfigError: Options are not accepted; the text lists all of them.
+        DataError: A file cannot be removed.
     """
     line = read_command_line(
         words, "cache", flags=("all", "dry-run"), options=("older-than", "max-size"), operands=True
@@ -76,12 +76,12 @@ def _size(line: CommandLine) -> int | None:
     text = line.options.get("max-size")
     if text is None:
         return None
-    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)", text)
-    unit = found[2].upper() or "B" if found else ""
-    if found is None or unit not in _UNITS:
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)", text)
+    unit = match[2].upper() or "B" if match else ""
+    if match is None or unit not in _UNITS:
         line.problems.append(f"{COMMAND_LINE}: --max-size is {text!r}; accepted: a size such as 500MB, 2GB or 1.5GiB")
         return None
-    return int(float(found[1]) * _UNITS[unit])
+    return int(float(match[1]) * _UNITS[unit])
 
 
 def _list() -> int:
@@ -91,12 +91,12 @@ def _list() -> int:
     from vlprompt.data.eviction import entries
     from vlprompt.data.features import default_folder
 
-    found = entries(default_folder())
-    if found:
+    stored = entries(default_folder())
+    if stored:
         table = Table("entry", "data set", "split", "backbone", "view", "shape", box=None, pad_edge=False)
         table.add_column("size", justify="right")
         table.add_column("last used")
-        for entry in found:
+        for entry in stored:
             view = entry.key.get("view", "")
             view = "random" if "random" in view else "center" if view else entry.why
             view += f", seed {entry.key['seed']}, epoch {entry.key['epoch']}" if "epoch" in entry.key else ""
@@ -109,10 +109,10 @@ def _list() -> int:
                 size_text(entry.size),
                 time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used)),
             )
-        # Names are texts, whatever brackets or colons they hold.
+        # No markup: names may contain brackets and colons.
         console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 1_000)
         console.print(table)
-    print(_total(found, f"in {default_folder()}"))
+    print(_total(stored, f"in {default_folder()}"))
     return 0
 
 
@@ -121,20 +121,20 @@ def _prune(everything: bool, days: float | None, size: int | None, dry_run: bool
     from vlprompt.data.features import default_folder
 
     folder = default_folder()
-    gone, stay = prune(folder, everything=everything, older_than=days, max_size=size)
+    removed, kept = prune(folder, everything=everything, older_than=days, max_size=size)
     if not dry_run:
-        remove(folder, gone)
-    for entry in gone:
+        remove(folder, removed)
+    for entry in removed:
         name = entry.path.name if entry.path.suffix == ".tmp" else entry.path.stem[:12]
         about = f" {entry.key['dataset']}" if "dataset" in entry.key else ""
         print(f"{name}{about} ({size_text(entry.size)}): {entry.why}")
-    print(f"{_total(gone, 'would be removed' if dry_run else 'removed')}; {_total(stay, 'left')}")
+    print(f"{_total(removed, 'would be removed' if dry_run else 'removed')}; {_total(kept, 'left')}")
     return 0
 
 
-def _total(found: list[Any], where: str) -> str:
-    count = "1 file" if len(found) == 1 else f"{len(found)} files"
-    return f"{count}, {size_text(sum(entry.size for entry in found))}, {where}"
+def _total(entries: list[Any], where: str) -> str:
+    count = "1 file" if len(entries) == 1 else f"{len(entries)} files"
+    return f"{count}, {size_text(sum(entry.size for entry in entries))}, {where}"
 
 
 def size_text(size: int) -> str:

@@ -1,6 +1,7 @@
-"""``vlprompt data ...``: what data sets there are, where they lie, what is wrong with them, what is drawn from them.
+"""``vlprompt data``: list, locate, check and fetch data sets, and draw few-shot images from them.
 
-Statuses: 0 good; 1 warnings, with ``--strict``; 2 data that cannot be used; 3 wrong usage. Nothing here imports torch.
+Exit statuses: 0 good; 1 warnings, with ``--strict``; 2 data that cannot be used; 3 wrong usage. Nothing here imports
+torch.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def data(words: list[str]) -> int:
 def _read(
     words: list[str], action: str, *, flags: tuple[str, ...] = (), options: tuple[str, ...] = (), names: int | None = 1
 ) -> CommandLine:
-    """Return the command line of an action that takes ``names`` operands (``None``: any number)."""
+    """Return the command line of an action with ``names`` operands (``None``: any number)."""
     line = read_command_line(words, f"data {action}", flags=flags, options=options, operands=True)
     for key in (*line.overrides, *(["config"] if line.configs else [])):
         line.refuse(key, ())
@@ -89,7 +90,7 @@ def _root(line: CommandLine) -> str | None:
     return line.options.get("root")
 
 
-# -- what there is ------------------------------------------------------------------------------------------------
+# -- listing ------------------------------------------------------------------------------------------------------
 def _list(words: list[str]) -> int:
     line = _read(words, "list", flags=("json",), options=("root", "group"), names=None)
     pattern = line.operands[0] if line.operands else "*"
@@ -117,7 +118,7 @@ def _list(words: list[str]) -> int:
 
 def _row(card: Card, root: str | None) -> dict[str, Any]:
     sizes = card.sizes or {}
-    counts = {part: sizes.get(part) for part in ("train", "val", "test")}
+    counts = {split: sizes.get(split) for split in ("train", "val", "test")}
     here = card.packaged or (card.folders != (".",) and card.base(root).is_dir()) or card.root is not None
     return {"name": card.name, "classes": card.classes.count, **counts, "group": list(card.group), "here": here}
 
@@ -144,7 +145,10 @@ def _show(words: list[str]) -> int:
         ("template", card.template),
         *((f"ensemble {name}", f"{len(group)} templates") for name, group in card.templates.ensembles.items()),
         ("reader", f"{card.reader} {_options(card)}"),
-        *(("source", f"{one.what}: {one.page}" + (" (vlprompt data get)" if one.url else "")) for one in card.sources),
+        *(
+            ("source", f"{source.what}: {source.page}" + (" (vlprompt data get)" if source.url else ""))
+            for source in card.sources
+        ),
         ("licence", f"{card.licence.text} {card.licence.page}"),
         ("notes", card.notes),
         ("card", card.file),
@@ -184,7 +188,7 @@ def _where(words: list[str]) -> int:
     return 0
 
 
-# -- what is wrong ------------------------------------------------------------------------------------------------
+# -- checking -----------------------------------------------------------------------------------------------------
 def _check(words: list[str]) -> int:
     flags = ("decode", "strict", "json", "hash-images")
     line = _read(words, "check", flags=flags, options=("root", "split"), names=None)
@@ -193,7 +197,7 @@ def _check(words: list[str]) -> int:
 
     cards = [find_card(name) for name in line.operands] or _present(_root(line))
     strict = "strict" in line.flags
-    found = [
+    reports = [
         check(
             card.with_split(line.options.get("split")), _root(line), decode="decode" in line.flags,
             hash_images="hash-images" in line.flags, strict=strict,
@@ -201,18 +205,23 @@ def _check(words: list[str]) -> int:
         for card in cards
     ]  # fmt: skip
     if "json" in line.flags:
-        print(json.dumps([one.as_json() for one in found], indent=1, ensure_ascii=False))
-    for one in found if "json" not in line.flags else ():
-        counts = ", ".join(f"{one.facts[part]:,} {part}" for part in ("train", "val", "test") if part in one.facts)
-        word = "cannot be used" if one.failed else "good" if not one.problems else "usable"
-        print(f"{one.name}: {word}. {one.base}" + (f": {counts}, {one.facts['classes']} classes" if counts else ""))
-        for text in problem_lines(one.problems, _SHOWN):
+        print(json.dumps([report.as_json() for report in reports], indent=1, ensure_ascii=False))
+    for report in reports if "json" not in line.flags else ():
+        counts = ", ".join(
+            f"{report.facts[split]:,} {split}" for split in ("train", "val", "test") if split in report.facts
+        )
+        status = "cannot be used" if report.failed else "good" if not report.problems else "usable"
+        print(
+            f"{report.name}: {status}. {report.base}"
+            + (f": {counts}, {report.facts['classes']} classes" if counts else "")
+        )
+        for text in problem_lines(report.problems, _SHOWN):
             print("  - " + text.replace("\n", "\n    "))
-        if one.failed:
-            print("  " + one.remedy)
-    if any(one.failed for one in found):
+        if report.failed:
+            print("  " + report.remedy)
+    if any(report.failed for report in reports):
         return 2
-    return 1 if strict and any(one.problems for one in found) else 0
+    return 1 if strict and any(report.problems for report in reports) else 0
 
 
 def _present(root: str | None) -> list[Card]:
@@ -223,7 +232,7 @@ def _present(root: str | None) -> list[Card]:
     return cards
 
 
-# -- what is drawn ------------------------------------------------------------------------------------------------
+# -- drawing ------------------------------------------------------------------------------------------------------
 _DRAW = ("root", "shots", "seed", "part", "sampler", "split", "classes", "export")
 
 

@@ -25,29 +25,29 @@ def list_command(words: list[str]) -> int:
     if line.problems:
         refuse(line.problems, "list")
     names = _names(kind)
-    found = names(pattern or "*")
-    if not found:
+    matching = names(pattern or "*")
+    if not matching:
         raise ConfigError(f"none of the {kind} matches {pattern!r}.{did_you_mean(pattern.strip('*'), names('*'))}")
     if kind == "methods" and "names" not in line.flags:
-        _print_methods(found, "markdown" in line.flags)
+        _print_methods(matching, "markdown" in line.flags)
     elif kind in ("objectives", "decompositions"):
         from vlprompt.objectives import get_objective_class
         from vlprompt.prompts import get_decomposition_class
 
         class_of: Callable[[str], type] = get_objective_class if kind == "objectives" else get_decomposition_class
-        rows = [(name, (class_of(name).__doc__ or "").splitlines()[0]) for name in found]
+        rows = [(name, (class_of(name).__doc__ or "").splitlines()[0]) for name in matching]
         print("\n".join(name if "names" in line.flags else f"{name:<20} {about}" for name, about in rows))
     else:
-        print("\n".join(found))
+        print("\n".join(matching))
     return 0
 
 
 def _print_methods(names: list[str], as_markdown: bool) -> None:
     from vlprompt.protocols.capabilities import ARCHITECTURE, HEADINGS, capabilities, cells, markdown
 
-    found = capabilities(names)
+    rows = capabilities(names)
     if as_markdown:
-        print(markdown(found))
+        print(markdown(rows))
         return
     from rich.console import Console
     from rich.table import Table
@@ -55,8 +55,8 @@ def _print_methods(names: list[str], as_markdown: bool) -> None:
     table = Table(*HEADINGS[:-2], box=None, pad_edge=False)
     table.add_column(f"parameters on {ARCHITECTURE}", justify="right")
     table.add_column(HEADINGS[-1])
-    for one in found:
-        table.add_row(*cells(one))
+    for row in rows:
+        table.add_row(*cells(row))
     Console(width=140, markup=False, highlight=False).print(table)
 
 

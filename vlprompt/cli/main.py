@@ -1,7 +1,7 @@
-"""The command line: ``vlprompt train | eval | search | predict | list | ...``; a few lines of Python each.
+"""The command line: ``vlprompt train | eval | search | predict | list | ...``.
 
-What a user can put right is printed as plain text with status 2; an interrupted command ends with 130; anything else
-is a bug and shows itself as one. Heavy imports (torch, lightning, open_clip) stay inside the commands.
+Errors that a user can fix are printed as plain text with status 2. Interrupted commands end with status 130. Any other
+exception is a bug and keeps its traceback. Heavy imports (torch, lightning, open_clip) stay inside the commands.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from vlprompt.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command of ``argv`` (default: the process's) and return its exit status."""
+    """Run the command in ``argv`` (default: ``sys.argv[1:]``) and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         with _notes():
             return _dispatch(words)
     except VlpromptError as error:
         rank = local_rank()
-        who = f"vlprompt (process {rank})" if rank else "vlprompt"
-        print(f"{who}: error: {error}", file=sys.stderr)
+        program = f"vlprompt (process {rank})" if rank else "vlprompt"
+        print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         resumes = words and words[0] in COMMANDS and COMMANDS[words[0]].resumes
@@ -39,19 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _notes() -> Iterator[None]:
-    """Show vlprompt's own warnings as notes: the text alone, once, without the place in the code where it arose."""
-    told: set[str] = set()
-    usual, here = warnings.showwarning, str(Path(__file__).parent.parent)
+    """Show warnings of vlprompt as notes: each text once, without its source location."""
+    shown: set[str] = set()
+    usual, package = warnings.showwarning, str(Path(__file__).parent.parent)
 
-    def tell(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
-        if not filename.startswith(here):
+    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
+        if not filename.startswith(package):
             usual(message, category, filename, *rest, **more)
-        elif (text := str(message)) not in told:
-            told.add(text)
+        elif (text := str(message)) not in shown:
+            shown.add(text)
             print(f"vlprompt: note: {text}", file=sys.stderr)
 
     with warnings.catch_warnings():
-        warnings.showwarning = tell
+        warnings.showwarning = show
         yield
 
 
@@ -85,14 +85,14 @@ def _overview() -> str:
 
 
 class Command(NamedTuple):
-    """One command. What it needs is imported when it is called, so that ``vlprompt --help`` is quick.
+    """One command. Its modules are imported when it is called, to keep ``vlprompt --help`` fast.
 
     Attributes:
-        line: What it does, in a line.
+        line: One-line description.
         call: The function that runs it, ``module:name`` below ``vlprompt.cli``.
-        help: Its help text, likewise.
-        keys: A function that returns more help for the words of a command line, likewise; empty for none.
-        resumes: Whether the same command goes on after an interrupt.
+        help: Its help text, in the same form.
+        keys: A function that returns additional help for a command line, in the same form; empty for none.
+        resumes: Whether the same command resumes after an interrupt.
     """
 
     line: str

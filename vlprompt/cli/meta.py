@@ -1,4 +1,4 @@
-"""``vlprompt meta-train``: a prompt initialisation and a gradient regulator, learned across tasks made of captions."""
+"""``vlprompt meta-train``: learn a prompt initialisation and a gradient regulator across tasks from captions."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def meta_keys_help(words: list[str]) -> str:
 
 
 def meta_train_command(words: list[str]) -> int:
-    """``vlprompt meta-train``."""
+    """Run ``vlprompt meta-train`` and return its exit status."""
     from vlprompt.config.meta import MetaRunConfig
 
     line = read_command_line(words, "meta-train", flags=FLAGS)
@@ -69,10 +69,10 @@ def meta_train_command(words: list[str]) -> int:
         print(inspect(config))
         return 0
     folder, results = meta_train(config, force="force" in line.flags)
-    last, took = results["last"], results["train"]
+    last, train = results["last"], results["train"]
     say(
         f"{config.method} meta-trained on {results['pairs']:,} pairs, {results['tasks']}\n"
-        f"last losses: support {last['train/support']:.3f}, query {last['train/query']:.3f}; {took['seconds']:.0f} s\n"
+        f"last losses: support {last['train/support']:.3f}, query {last['train/query']:.3f}; {train['seconds']:.0f} s\n"
         f"train with:  --init_from gram:{folder}   (initialisation and regulator)\n"
         f"        or:  --init_from {folder}        (the initialisation alone)"
     )
@@ -80,7 +80,7 @@ def meta_train_command(words: list[str]) -> int:
 
 
 def meta_eval_command(words: list[str]) -> int:
-    """``vlprompt meta-eval``."""
+    """Run ``vlprompt meta-eval`` and return its exit status."""
     line = read_command_line(words, "meta-eval", flags=("force",), options=("shots", "seeds"), operands=True)
     shots, seeds = numbers(line, "shots") or [1, 2, 4], numbers(line, "seeds") or [1, 2, 3, 4, 5]
     if len(line.operands) != len(line.configs):
@@ -88,17 +88,17 @@ def meta_eval_command(words: list[str]) -> int:
             f"{COMMAND_LINE}: meta-eval takes one RUN for each --config; got {len(line.operands)} and "
             f"{len(line.configs)}"
         )
-    own = "meta-eval says which"
+    init_reason = "meta-eval says which"
     fixed = {
         "seed": "--seeds says which",
         "data.shots": "--shots says how many",
         "data.classes": "base and new are tested",
     }
-    configs = sources_of(line, fixed | {"init_from": own})
+    configs = sources_of(line, fixed | {"init_from": init_reason})
     from vlprompt.protocols.meta_compare import compare_starts
 
-    hosts = list(zip(configs, map(Path, line.operands), strict=True))
-    _, table = compare_starts(hosts, shots, seeds, force="force" in line.flags, report=print_run)
+    runs = list(zip(configs, map(Path, line.operands), strict=True))
+    _, table = compare_starts(runs, shots, seeds, force="force" in line.flags, report=print_run)
     say(table)
     return 0
 

@@ -1,10 +1,10 @@
-"""Files and command line into a configuration: order-free, typed, every problem reported at once.
+"""Parsing of files and command line into a configuration: order-free, typed, all problems reported at once.
 
-Two kinds have one: training runs (:class:`RunConfig`, the default) and meta-training.
+Training runs (:class:`RunConfig`, the default) and meta-training have configurations.
 
-:func:`given_values` collects values and their places: ``--config`` files (later files win over earlier ones) and
-``--a.b value`` overrides, which win over files wherever they stand. :class:`_Judge` makes a configuration of them.
-Nothing is guessed, cut or replaced: what is not accepted is listed with the place it came from.
+:func:`given_values` collects values and their sources: ``--config`` files (later files override earlier ones) and
+``--a.b value`` overrides, which override files in any position. :class:`_ConfigBuilder` builds a configuration from
+them. Nothing is guessed, truncated or replaced: every value that is not accepted is listed with its source.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ C = TypeVar("C")
 
 
 def key_table(settings: type | None = None, root: type = RunConfig) -> str:
-    """Return the accepted keys with defaults and types, one per line: those of ``root``, or of a ``Settings``."""
+    """Return the accepted keys of ``root`` or of a ``Settings`` with defaults and types, one per line."""
     rows = []
     for key, hint in (keys_of(root) if settings is None else settings_keys(settings)).items():
         first, *rest = key.split(".") if settings is None else key.split(".")[1:]
@@ -41,28 +41,28 @@ def key_table(settings: type | None = None, root: type = RunConfig) -> str:
 
 
 def _near(key: str, accepted: Iterable[str], dashes: str = "") -> str:
-    """Return `` Did you mean ...?`` for ``key``, also where only its section is missing or wrong, or nothing."""
+    """Return `` Did you mean ...?`` for ``key``, also if only its section is missing or wrong, else an empty text."""
     tails: dict[str, list[str]] = {}
     for name in accepted:
         tails.setdefault(name.rpartition(".")[2], []).append(name)
     last = key.rpartition(".")[2].replace("-", "_")
-    found = tails.get(last) or nearest(key, [name for names in tails.values() for name in names])
-    found = found or [name for tail in nearest(last, tails) for name in tails[tail]]
-    return " Did you mean " + " or ".join(repr(dashes + name) for name in found[:3]) + "?" if found else ""
+    near = tails.get(last) or nearest(key, [name for names in tails.values() for name in names])
+    near = near or [name for tail in nearest(last, tails) for name in tails[tail]]
+    return " Did you mean " + " or ".join(repr(dashes + name) for name in near[:3]) + "?" if near else ""
 
 
 # -- the command line -------------------------------------------------------------------------------------------------
 @dataclass
 class CommandLine:
-    """What stands on a command line, not yet judged against the keys; ``problems`` are those of its form.
+    """A parsed command line, not yet checked against the keys; ``problems`` concern only its form.
 
     Attributes:
-        command: The command, for the texts of errors.
+        command: The command, for error messages.
         configs: The ``--config`` files, in order.
-        overrides: ``--a.b`` keys with their text; None where the value is missing.
-        flags: The options without a value that are set.
-        options: The command's own options with their text.
-        operands: What stands free, where the command takes such.
+        overrides: ``--a.b`` keys with their text; None for a missing value.
+        flags: Options without a value that are set.
+        options: Options of the command with their text.
+        operands: Positional arguments, if the command accepts them.
     """
 
     command: str
@@ -75,7 +75,7 @@ class CommandLine:
     problems: list[str] = field(default_factory=list)
 
     def refuse(self, key: str, accepted: Iterable[str]) -> None:
-        """Note that ``--key`` is not one of the command's ``accepted`` keys or own options."""
+        """Add the problem that ``--key`` is neither an ``accepted`` key nor an option of the command."""
         names = [*self.names, *accepted]
         near = _near(key, names, "--") or " Accepted: " + (", ".join("--" + name for name in names) or "none") + "."
         self.problems.append(f"{COMMAND_LINE}: '--{key}' is not an option of `vlprompt {self.command}`.{near}")
@@ -89,10 +89,10 @@ def read_command_line(
     options: Sequence[str] = (),
     operands: bool = False,
 ) -> CommandLine:
-    """Sort ``argv`` into configuration files, overrides, the command's own ``flags`` and ``options``, and operands.
+    """Split ``argv`` into configuration files, overrides, the command's ``flags`` and ``options``, and operands.
 
-    A value is the next word unless that begins with ``--`` (``--key=--value`` gives such a value). Nothing is raised:
-    what is malformed stands in ``problems``.
+    A value is the next word unless it starts with ``--`` (``--key=--value`` gives such a value). Nothing is raised:
+    malformed arguments are listed in ``problems``.
     """
     line = CommandLine(command, (*flags, *options))
     words = list(argv)
@@ -136,15 +136,15 @@ def _take_value(line: CommandLine, key: str, value: str | None, into: dict[str, 
     into[key] = value
 
 
-# -- judging ----------------------------------------------------------------------------------------------------------
+# -- checking ---------------------------------------------------------------------------------------------------------
 def parse_run(argv: Sequence[str]) -> RunConfig:
     """Return the configuration that ``argv`` (``--config FILE`` and ``--a.b value``, in any order) describes.
 
-    ``settings`` of the result holds every setting of the method, defaults included. Templates that the data set fills
-    are empty unless they are given. ``recipe`` is the method's, with the given values.
+    ``settings`` of the result has all settings of the method, with defaults. Templates that the data set fills are
+    empty unless they are given. ``recipe`` is that of the method, overridden by the given values.
 
     Raises:
-        ConfigError: One text with every problem: its place, key, value, what is accepted, and the nearest spelling.
+        ConfigError: The text lists every problem: source, key, value, accepted values and the nearest spelling.
     """
     line = read_command_line(argv)
     config, problems = check_run(line)
@@ -168,16 +168,16 @@ def check_run(
 def check_config(
     line: CommandLine, root: type[C], configs: Sequence[str] | None = None, within: Sequence[str] = ("",)
 ) -> tuple[C | None, list[str]]:
-    """Return the configuration of ``line`` (None if it cannot be made) and everything that is wrong with it.
+    """Return the configuration of ``line`` (None if it cannot be built) and all its problems.
 
     Args:
         line: The command line.
-        root: Its dataclass, with ``method`` and the sections :data:`NAMED` as :class:`RunConfig` has.
+        root: Dataclass of the configuration, with ``method`` and the sections :data:`NAMED` as in :class:`RunConfig`.
         configs: Files to use instead of ``line.configs``.
-        within: Beginnings of the keys that the command lets one override; the files may hold any key.
+        within: Prefixes of the keys that the command line may override; files may contain any key.
     """
     given, problems = given_values(line, root, configs, within)
-    config: C | None = _Judge(given, problems, line.names, root).run()
+    config: C | None = _ConfigBuilder(given, problems, line.names, root).run()
     return config, [*line.problems, *problems]
 
 
@@ -193,7 +193,7 @@ def given_values(
 
 
 def source_of(line: CommandLine, configs: Sequence[str] | None = None, within: Sequence[str] = ("",)) -> ConfigSource:
-    """Return what ``line`` says of runs, to be resolved per protocol, data set and shots; see :func:`check_config`."""
+    """Return ``line`` as a source of runs, resolved per protocol, data set and shots; see :func:`check_config`."""
     return _source(line, RunConfig, configs, within)
 
 
@@ -217,7 +217,7 @@ def _source(line: CommandLine, root: type[Any], configs: Sequence[str] | None, w
             line.refuse(key, [name for name in keys_of(root) if name.startswith(tuple(within))])
 
     def build(given: Mapping[str, Given], wrong: list[str]) -> RunConfig:
-        config: RunConfig | None = _Judge(given, wrong, line.names, root).run()
+        config: RunConfig | None = _ConfigBuilder(given, wrong, line.names, root).run()
         wrong = [*line.problems, *wrong]
         return config if config is not None and not wrong else refuse(wrong, line.command)
 
@@ -225,7 +225,7 @@ def _source(line: CommandLine, root: type[Any], configs: Sequence[str] | None, w
 
 
 def _layer(name: str, root: type[Any], line: CommandLine, problems: list[str]) -> NamedBook | dict[str, Given]:
-    """Return what ``--config NAME`` means: a book, for training runs, or the values of a file."""
+    """Return the layer of ``--config NAME``: a book (training runs only), or the values of a file."""
     books: list[str] = []
     if root is RunConfig:
         from vlprompt.datasets import list_datasets
@@ -240,7 +240,7 @@ def _layer(name: str, root: type[Any], line: CommandLine, problems: list[str]) -
 
 
 def _protocols(line: CommandLine) -> list[str]:
-    """Return the names of vlprompt's own protocols and of the one in a file that ``line`` runs."""
+    """Return the names of the protocols in vlprompt and of a protocol file on ``line``."""
     from vlprompt.protocols.protocol_files import find_protocol, list_protocols
 
     try:
@@ -250,7 +250,7 @@ def _protocols(line: CommandLine) -> list[str]:
 
 
 def _dataset_name(name: str) -> str | None:
-    """Return a data set's own name for a spelling of it, or None."""
+    """Return the name of a data set for a spelling of it, or None."""
     from vlprompt.datasets import find_card
 
     try:
@@ -259,20 +259,20 @@ def _dataset_name(name: str) -> str | None:
         return None
 
 
-class _Judge:
-    """Makes a configuration of given values.
+class _ConfigBuilder:
+    """Builder of a configuration from given values.
 
     Attributes:
-        given: The values, those in braces by their own keys.
-        problems: Takes what is wrong, with its place.
-        names: The command's own options, for near spellings.
+        given: The values; values in braces are stored under their full keys.
+        problems: Problems with their sources are added to this list.
+        names: Options of the command, for near spellings.
         root: The configuration's dataclass.
         hints: Every known key with its type.
         tables: Keys of settings in braces: ``objectives.NAME``, and settings that are dataclasses.
-        optional: Those of them that may be null.
-        renamed: Former keys with their present ones.
-        values: Values read by the type of their key.
-        failed: Keys with a problem that is noted.
+        optional: Members of ``tables`` that may be null.
+        renamed: Former keys with their current names.
+        values: Values converted to the type of their key.
+        failed: Keys with a reported problem.
     """
 
     def __init__(self, given: Mapping[str, Given], problems: list[str], names: Iterable[str], root: type[Any]) -> None:
@@ -285,7 +285,7 @@ class _Judge:
         self.failed: set[str] = set()
 
     def run(self) -> Any:
-        """Return the configuration, or None; ``problems`` grows by what is wrong."""
+        """Return the configuration, or None; problems are added to ``problems``."""
         before = len(self.problems)
         method = self._method()
         if method is not None:
@@ -298,7 +298,7 @@ class _Judge:
         self.tables = {outer for key in [*self.hints, *(f"{where}." for where in kinds)] for outer in _outer(key)}
         self.tables -= set(sections_of(self.root))
         for key, given in list(self.given.items()):
-            if method is not None or not key.startswith("settings."):  # else the method is what is wrong
+            if method is not None or not key.startswith("settings."):  # otherwise only the method is reported
                 self._take(key, given)
         if "data.name" in self.hints:
             self._data_name()
@@ -312,8 +312,8 @@ class _Judge:
             named["settings"] = {} if settings is None else as_plain(settings)
         for section in ("objectives", "decomposition"):
             for name, values in tree.get(section, {}).items():
-                made = self._validated(kinds[f"{section}.{name}"], values, f"{section}.{name}")
-                named[section][name] = {entry: plain(getattr(made, entry, None)) for entry in values}
+                part_settings = self._validated(kinds[f"{section}.{name}"], values, f"{section}.{name}")
+                named[section][name] = {entry: plain(getattr(part_settings, entry, None)) for entry in values}
         if len(named["decomposition"]) > 1:
             where = sources([key for key in self.given if key.startswith("decomposition.")], self.given)
             names = " and ".join(named["decomposition"])
@@ -321,13 +321,13 @@ class _Judge:
         return dataclasses.replace(config, **named) if len(self.problems) == before else None
 
     def _method(self) -> Any:
-        """Return the method's class, or None when the method is unknown, which is noted."""
+        """Return the method's class, or None and a new problem if the method is unknown."""
         given = self.given.get("method")
         try:
             name = convert(self.hints["method"], given.value if given else field_default(self.root, "method"))
         except ValueError:
-            return None  # noted with all other values
-        from vlprompt.methods.registry import get_method_class  # torch: imported when a configuration is judged
+            return None  # reported together with all other values
+        from vlprompt.methods.registry import get_method_class  # imports torch, so only when a configuration is checked
 
         try:
             return get_method_class(name)
@@ -336,7 +336,7 @@ class _Judge:
             return None
 
     def _named_kinds(self, section: str) -> dict[str, type]:
-        """Return the ``Settings`` of every objective or decomposition, by its key, if one is given."""
+        """Return the ``Settings`` of all objectives or decompositions by key, if the section is used."""
         if not any(key.startswith(f"{section}.") for key in self.given):
             return {}
         if section == "objectives":
@@ -348,7 +348,7 @@ class _Judge:
         return {f"{section}.{name}": get_decomposition_class(name).Settings for name in list_decompositions()}
 
     def _move_parts(self, settings: type) -> None:
-        """Give ``objectives.NAME`` and ``decomposition.NAME`` of the method's own parts the key ``settings.NAME``."""
+        """Rename ``objectives.NAME`` and ``decomposition.NAME`` to ``settings.NAME`` if the method declares them."""
         from vlprompt.objectives.base import objectives_in
         from vlprompt.prompts.decomposed import decompositions_in
 
@@ -369,7 +369,7 @@ class _Judge:
 
     # -- one value ----------------------------------------------------------------------------------------------------
     def _take(self, key: str, given: Given) -> None:
-        """Read the value under ``key`` by its type into ``values``."""
+        """Convert the value of ``key`` to its type and add it to ``values``."""
         leaf = next((outer for outer in _outer(key) if outer in self.hints), None)
         section, name = [*key.split("."), ""][:2]
         if key in self.failed:
@@ -378,7 +378,7 @@ class _Judge:
             self._read(key, given)
         elif key in self.tables:
             self._take_table(key, given)
-        elif leaf is not None and given.typed:  # a file has a mapping where a value is due
+        elif leaf is not None and given.typed:  # a mapping in a file where a value is expected
             self.given[leaf] = given
             self.values[leaf] = merged(self.values.get(leaf), nest({key.removeprefix(f"{leaf}."): given.value}))
         elif section in ("objectives", "decomposition") and name and f"{section}.{name}" not in self.tables:
@@ -401,7 +401,7 @@ class _Judge:
                 self._fail(key, f"{given.source}: {refusal(f'--{key}', given.value, hint, str(error))}")
 
     def _take_table(self, key: str, given: Given) -> None:
-        """Take the settings that stand in braces: ``--objectives.knowledge {weight: 4}``."""
+        """Add the settings in braces: ``--objectives.knowledge {weight: 4}``."""
         value = given.value
         if not given.typed and value is not None:
             try:
@@ -429,14 +429,14 @@ class _Judge:
         from vlprompt.datasets import find_card, list_datasets
 
         try:
-            self.values["data.name"] = find_card(name).name  # an alias becomes the data set's own name
+            self.values["data.name"] = find_card(name).name  # an alias becomes the name of the data set
         except ConfigError:
             text = f"data.name is {shown(name)}, which is no data set.{did_you_mean(name, list_datasets())}"
             self._fail("data.name", f"{sources(['data.name'], self.given)}: {text} See `vlprompt list datasets`.")
 
     # -- problems -----------------------------------------------------------------------------------------------------
     def _validated(self, kind: type[C], values: Mapping[str, Any], where: str) -> C | None:
-        """Return ``kind`` made of ``values``; its problems are noted with their places."""
+        """Return an instance of ``kind`` built from ``values``; problems are added with their sources."""
         instance, problems = validate(kind, values, where)
         for problem in problems:
             keys = list(dict.fromkeys([problem.key, *keys_in(problem.text, self.hints)]))
@@ -456,17 +456,17 @@ class _Judge:
             text = f"{dashes}{key} is a section; its keys are {inner}"
         else:
             section = key.rpartition(".")[0] + "."
-            own = [name for name in self.hints if name.startswith(section) and section.startswith(("obj", "dec"))]
-            names = () if given.typed or own else (*self.names, "config")
-            near = _near(key, [*names, *(own or self.hints)], dashes)
+            known = [name for name in self.hints if name.startswith(section) and section.startswith(("obj", "dec"))]
+            names = () if given.typed or known else (*self.names, "config")
+            near = _near(key, [*names, *(known or self.hints)], dashes)
             if key in self.renamed:
                 near = f" It is called {dashes + self.renamed[key]} now."
-            text = f"there is no key {shown(dashes + key)}.{near or (own and did_you_mean(key, own))}"
+            text = f"there is no key {shown(dashes + key)}.{near or (known and did_you_mean(key, known))}"
         self._fail(key, f"{given.source}: {text}")
 
 
 def _outer(key: str) -> Iterable[str]:
-    """Yield the keys of the sections that ``key`` is in, the innermost first."""
+    """Yield the keys of the sections around ``key``, innermost first."""
     while "." in key:
         key = key.rpartition(".")[0]
         yield key

@@ -1,4 +1,4 @@
-"""The commands of several runs: ``base-to-new``, ``domains``, ``eval --protocol``, ``search`` and ``compare``."""
+"""Commands with several runs: ``base-to-new``, ``domains``, ``eval --protocol``, ``search`` and ``compare``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROTOCOL_FLAGS = ("print-config", "dry-run", "force")
 
 # -- shared by all commands -----------------------------------------------------------------------------------------
 def say(text: str) -> None:
-    """Print ``text`` once: Lightning starts the processes beside the first with the same command line."""
+    """Print ``text`` once: Lightning starts all further processes with the same command line."""
     from vlprompt._dist import is_main_process
 
     if is_main_process():
@@ -29,20 +29,20 @@ def say(text: str) -> None:
 
 
 def need_config(line: CommandLine) -> None:
-    """Note that ``line`` names neither a configuration nor a method."""
+    """Add a problem to ``line`` if it has neither a configuration nor a method."""
     if not line.configs and "method" not in line.overrides:
         line.problems.append(f"{COMMAND_LINE}: no --config FILE; for a first run: --config mocoop/demo")
 
 
 def need_no_config(line: CommandLine) -> None:
-    """Note every ``--config`` and override of a command that takes none."""
+    """Add a problem for every ``--config`` and override of a command that accepts none."""
     for key in (*line.overrides, *(["config"] if line.configs else [])):
         line.refuse(key, ())
 
 
 # -- protocols ------------------------------------------------------------------------------------------------------
 def base_to_new_command(words: list[str]) -> int:
-    """``vlprompt base-to-new``."""
+    """Run ``vlprompt base-to-new`` and return its exit status."""
     line = read_command_line(words, "base-to-new", flags=PROTOCOL_FLAGS, options=("seeds", "datasets"))
     datasets = _names(line, "datasets")
     fixed = {"seed": "--seeds says which", "data.classes": "base and new classes are both run"}
@@ -58,7 +58,7 @@ def base_to_new_command(words: list[str]) -> int:
 
 
 def domains_command(words: list[str]) -> int:
-    """``vlprompt domains``."""
+    """Run ``vlprompt domains`` and return its exit status."""
     from vlprompt.datasets.domains import check_protocol
 
     line = read_command_line(words, "domains", flags=PROTOCOL_FLAGS, options=("seeds", "protocol"))
@@ -78,7 +78,7 @@ _BY_DOMAIN = dict.fromkeys(("data.source", "data.target"), "the protocol says wh
 
 
 def protocol_command(words: list[str]) -> int:
-    """``vlprompt eval --protocol``."""
+    """Run ``vlprompt eval --protocol`` and return its exit status."""
     from vlprompt.protocols.protocol_files import CONFIG, find_protocol
 
     options = ("protocol", "seeds", "datasets", "targets", "shots")
@@ -107,7 +107,7 @@ def protocol_command(words: list[str]) -> int:
 
 
 def _planned(line: CommandLine, plan: Callable[[bool], Plan]) -> int:
-    """Print or run what ``plan`` gives; its argument says whether nothing will be run."""
+    """Print or run the result of ``plan``; its argument is True if nothing will be run."""
     if "dry-run" in line.flags:
         print(plan(True).text())
         return 0
@@ -121,11 +121,11 @@ def _planned(line: CommandLine, plan: Callable[[bool], Plan]) -> int:
 
 
 def sources_of(line: CommandLine, fixed: Mapping[str, str]) -> list[ConfigSource]:
-    """Return the source of each ``--config`` of ``line``; refuse the line if anything is wrong with it.
+    """Return the source of each ``--config`` of ``line``; raise ConfigError for its problems.
 
     Args:
-        line: The command line, with the problems of the command's own options.
-        fixed: Keys that the command sets itself, with why they cannot be overridden.
+        line: The command line, with the problems of the command's options.
+        fixed: Keys that the command sets, with the reason why they cannot be overridden.
     """
     need_config(line)
     for key, why in fixed.items():
@@ -146,12 +146,12 @@ def _print_configs(configs: Sequence[RunConfig]) -> int:
 
 
 def print_run(run: Any) -> None:
-    """Say where a finished run is."""
+    """Print the folder of a finished run."""
     print(f"run folder: {run.folder}")
 
 
 def _names(line: CommandLine, option: str) -> list[str] | None:
-    """Return the data sets that ``--datasets`` or ``--targets`` names, groups resolved; None without the option."""
+    """Return the data sets of ``--datasets`` or ``--targets`` with groups resolved; None without the option."""
     from vlprompt.protocols.groups import dataset_names
 
     if option not in line.options:
@@ -188,7 +188,7 @@ def numbers(line: CommandLine, option: str) -> list[int] | None:
 
 # -- choosing and comparing -----------------------------------------------------------------------------------------
 def search_command(words: list[str]) -> int:
-    """``vlprompt search``."""
+    """Run ``vlprompt search`` and return its exit status."""
     words, grids = _taken(words, "grid")
     line = read_command_line(words, "search", flags=("print-config", "force", "oracle"), options=("on",))
     grid = _grid(line, grids)
@@ -202,16 +202,16 @@ def search_command(words: list[str]) -> int:
     from vlprompt.protocols.search import candidates_of, search
 
     if "print-config" in line.flags:
-        return _print_configs([one for _, one in candidates_of(config, grid)])
+        return _print_configs([candidate for _, candidate in candidates_of(config, grid)])
     on, oracle, force = line.options.get("on", "val"), "oracle" in line.flags, "force" in line.flags
-    found = search(config, grid, on, oracle, force=force, report=print)
-    say(f"{found.table()}\nbest:       {found.folder / 'best.yaml'}\nrun folder: {found.run.folder}")
+    result = search(config, grid, on, oracle, force=force, report=print)
+    say(f"{result.table()}\nbest:       {result.folder / 'best.yaml'}\nrun folder: {result.run.folder}")
     return 0
 
 
 def _taken(words: Sequence[str], option: str) -> tuple[list[str], list[str | None]]:
-    """Return ``words`` without ``--option VALUE``, which may stand several times, and its values."""
-    left, values, rest = [], list[str | None](), list(words)
+    """Return ``words`` without the occurrences of ``--option VALUE``, and the values."""
+    remaining, values, rest = [], list[str | None](), list(words)
     while rest:
         word = rest.pop(0)
         if word.startswith(f"--{option}="):
@@ -219,12 +219,12 @@ def _taken(words: Sequence[str], option: str) -> tuple[list[str], list[str | Non
         elif word == f"--{option}":
             values.append(rest.pop(0) if rest and not rest[0].startswith("--") else None)
         else:
-            left.append(word)
-    return left, values
+            remaining.append(word)
+    return remaining, values
 
 
 def _grid(line: CommandLine, texts: Sequence[str | None]) -> dict[str, list[Any]]:
-    """Return the values of each ``--grid KEY=VALUE,VALUE``, read as YAML lists are."""
+    """Return the values of each ``--grid KEY=VALUE,VALUE``, parsed as YAML lists."""
     grid: dict[str, list[Any]] = {}
     if not texts:
         line.problems.append(f"{COMMAND_LINE}: no --grid KEY=VALUE,VALUE, such as --grid recipe.lr=0.002,0.02")
@@ -246,7 +246,7 @@ def _grid(line: CommandLine, texts: Sequence[str | None]) -> dict[str, list[Any]
 
 
 def compare_command(words: list[str]) -> int:
-    """``vlprompt compare``; the status is 1 where the data protocol differs."""
+    """Run ``vlprompt compare`` and return its exit status: 1 if the data protocol differs."""
     line = read_command_line(words, "compare", operands=True)
     need_no_config(line)
     if len(line.operands) != 2:
@@ -255,6 +255,6 @@ def compare_command(words: list[str]) -> int:
         refuse(line.problems, "compare")
     from vlprompt.protocols.compare import compare
 
-    found = compare(*line.operands)
-    print(found.text())
-    return 0 if found.same_data else 1
+    comparison = compare(*line.operands)
+    print(comparison.text())
+    return 0 if comparison.same_data else 1

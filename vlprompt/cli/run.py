@@ -1,4 +1,4 @@
-"""``vlprompt train``, ``eval`` and ``predict``."""
+"""The commands ``train``, ``eval`` and ``predict``."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def train_command(words: list[str]) -> int:
 
 
 def train_keys_help(words: list[str]) -> str:
-    """Return the accepted keys; the settings too, if the command names a method or a configuration that can be read."""
+    """Return the accepted keys, and the settings if the command has a method or a readable configuration."""
     text = f"\nKeys, defaults and what they accept:\n{key_table()}\n"
     line = read_command_line([word for word in words if word not in ("-h", "--help")], flags=TRAIN_FLAGS)
     if not line.configs and not line.overrides:
@@ -62,10 +62,10 @@ def train_keys_help(words: list[str]) -> str:
 
 # -- saved heads --------------------------------------------------------------------------------------------------
 def head_folder(text: str) -> Path:
-    """Return the head folder that RUN means: a run folder's ``head``, or the folder itself.
+    """Return the head folder of RUN: ``head`` in a run folder, or the folder itself.
 
     Raises:
-        HeadError: Neither; the text says what is there instead.
+        HeadError: It is neither; the text describes what is there.
     """
     folder = Path(text)
     if os.path.isfile(folder / HEAD_FOLDER / HEAD_CONFIG):
@@ -111,15 +111,17 @@ def eval_command(words: list[str]) -> int:
 
 
 def _in_words(scores: Mapping[str, Any]) -> str:
-    """Return the headline number of a head's scores, and what else was measured."""
+    """Return the headline number and the other measures of a head's scores as text."""
     from vlprompt.engine.metrics import METRICS, headline
 
     if "metric" not in scores:
         return f"{headline(scores):.2f} % ({scores['correct']}/{scores['total']} images)"
     named = {"accuracy": "accuracy", "cf1": "CF1", "of1": "OF1", **METRICS}
-    own = scores["metric"]
-    others = [f"{words} {scores[name]:.2f}" for name, words in named.items() if name in scores and name != own]
-    return f"{named[own]} {headline(scores):.2f} % ({', '.join(others)}; {scores['total']} images)"
+    headline_metric = scores["metric"]
+    others = [
+        f"{words} {scores[name]:.2f}" for name, words in named.items() if name in scores and name != headline_metric
+    ]
+    return f"{named[headline_metric]} {headline(scores):.2f} % ({', '.join(others)}; {scores['total']} images)"
 
 
 def _head_or_problem(line: CommandLine) -> Path | None:
@@ -131,9 +133,9 @@ def _head_or_problem(line: CommandLine) -> Path | None:
 
 
 def _run_config(folder: Path) -> list[Path]:
-    """Return the resolved configuration of the run that ``folder`` is, or is the head folder of, if it is there."""
-    own = folder.resolve().parent if folder.resolve().name == HEAD_FOLDER else folder
-    return [own / RUN_CONFIG] if os.path.isfile(own / RUN_CONFIG) else []
+    """Return the configuration file of a run folder, or of the run of a head folder, if it exists."""
+    run_folder = folder.resolve().parent if folder.resolve().name == HEAD_FOLDER else folder
+    return [run_folder / RUN_CONFIG] if os.path.isfile(run_folder / RUN_CONFIG) else []
 
 
 def predict_command(words: list[str]) -> int:
@@ -151,23 +153,23 @@ def predict_command(words: list[str]) -> int:
         refuse(line.problems, "predict")
     from vlprompt.runs.predict import predict
 
-    found = predict(head, [Path(name) for name in line.operands[1:]], int(top))
+    predictions = predict(head, [Path(name) for name in line.operands[1:]], int(top))
     if "json" in line.flags:
-        print(json.dumps(found, indent=2, ensure_ascii=False, default=str))
+        print(json.dumps(predictions, indent=2, ensure_ascii=False, default=str))
     else:
-        _print_predictions(found)
+        _print_predictions(predictions)
     return 0
 
 
-def _print_predictions(found: Sequence[Mapping[str, Any]]) -> None:
+def _print_predictions(predictions: Sequence[Mapping[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("image", "class", box=None, pad_edge=False)
     table.add_column("probability", justify="right")
-    for entry in found:
+    for entry in predictions:
         for rank, guess in enumerate(entry["classes"]):
             table.add_row("" if rank else str(entry["path"]), guess["name"], f"{100 * guess['probability']:.1f} %")
-    # File and class names are texts, whatever brackets or colons they hold.
+    # No markup: file and class names may contain brackets and colons.
     console = Console(markup=False, emoji=False, highlight=False)
     console.print(table, width=None if console.is_terminal else 10_000)

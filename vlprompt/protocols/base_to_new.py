@@ -1,9 +1,9 @@
 """The base-to-new protocol: train on the first half of the classes, test on both halves, over several seeds.
 
-Accuracies are averaged over seeds first and the harmonic mean is taken of the averages, as the published tables do
-(MaPLe, PromptSRC); the spread is the population standard deviation. Over several data sets it is the same once more:
-the average of the data sets' means, and the harmonic mean of these averages; the mean of the data sets' own harmonic
-means is another number, kept and shown under its own name. Counts stay exact until the last step.
+Accuracies are averaged over seeds, and the harmonic mean is computed from the averages, as in published tables (MaPLe,
+PromptSRC); the spread is the population standard deviation. Over several data sets, the means of the data sets are
+averaged, and the harmonic mean is computed from these averages; the mean of the harmonic means per data set is a
+different number and is reported separately. Counts stay exact until the last step.
 """
 
 from __future__ import annotations
@@ -49,20 +49,19 @@ def base_to_new(
 ) -> tuple[dict[str, Any], str]:
     """Run every configuration with every seed on base classes; return the results and the table.
 
-    Finished runs are reused and unfinished ones resumed, so the same call goes on where it stopped.
+    Finished runs are reused and unfinished ones resumed, so the same call resumes where it stopped.
 
     Args:
-        configs: What to compare; ``data.classes`` is set to ``base`` and ``seed`` to each seed.
+        configs: The configurations to compare; ``data.classes`` is set to ``base`` and ``seed`` to each seed.
         seeds: Seeds of the shots and of the training.
-        datasets: Names, aliases or groups (``group:fewshot11``) of data sets to run every configuration on, in place of
-            its ``data.name``; results and table then have their average. A ``data.template`` that a configuration has
-            stays.
-        force: Run everything anew.
+        datasets: Names, aliases or groups (``group:fewshot11``) of data sets that replace ``data.name`` of every
+            configuration; results and table then include the average. A configured ``data.template`` is kept.
+        force: Run everything again.
         report: Called after every run.
 
     Raises:
-        ConfigError: No configurations, seeds or data sets, one of them twice, or an unknown data set.
-        VlpromptError: Whatever a single run raises.
+        ConfigError: There are no configurations, seeds or data sets, duplicates, or an unknown data set.
+        VlpromptError: A single run fails.
     """
     plan = make_plan(configs, seeds, "base-to-new", "halves", classes="base", datasets=datasets)
     return run_base_to_new(plan, force=force, report=report)
@@ -82,41 +81,41 @@ def run_base_to_new(
     results: dict[str, Any] = {"schema": SCHEMA, "protocol": "base2new", "seeds": seeds, "cells": cells}
     if plan.datasets is not None:
         results[AVERAGE] = average
-    # The file with an average is another one, even where it is over the configurations' own data set.
+    # Results with an average go to a different file, even for the data set of the configurations.
     more = [] if plan.datasets is None else [list(plan.datasets)]
     keep("base_to_new", results, plan.configs, seeds, *more)
     return results, base_to_new_table(cells, seeds, results.get(AVERAGE, ()))
 
 
 def _cell(config: RunConfig, runs: Sequence[Run]) -> dict[str, Any]:
-    rows = {label: summary([one.results[part] for one in runs]) for label, part in result_parts(config.method).items()}
+    rows = {label: summary([run.results[part] for run in runs]) for label, part in result_parts(config.method).items()}
     first = runs[0].results["data"]
-    cost = _mean_cost([one.results["train"] for one in runs])
-    found = {"method": config.method, "data": first["name"], "shots": first["shots"], "rows": rows, "train": cost}
-    return found | marks(runs)
+    cost = _mean_cost([run.results["train"] for run in runs])
+    cell = {"method": config.method, "data": first["name"], "shots": first["shots"], "rows": rows, "train": cost}
+    return cell | marks(runs)
 
 
 def _mean_cost(trained: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Return the mean seconds and peak megabytes of trainings; None where one does not say."""
-    found: dict[str, float | None] = {}
+    """Return the mean seconds and peak megabytes of trainings; None if a value is missing."""
+    means: dict[str, float | None] = {}
     for key in ("seconds", "peak_mb"):
-        values = [one.get(key) for one in trained]
-        found[key] = None if None in values else statistics.fmean(value for value in values if value is not None)
-    return found
+        values = [training.get(key) for training in trained]
+        means[key] = None if None in values else statistics.fmean(value for value in values if value is not None)
+    return means
 
 
 def average_of(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the average of one configuration's ``cells``, one per data set, in the form of a cell."""
+    """Return the average of one configuration's ``cells`` (one per data set) as a cell."""
     first = cells[0]
     rows = {}
     for label in first["rows"]:
-        own = [cell["rows"][label] for cell in cells]
-        rows[label] = _halves([{half: row[half]["mean"] for half in _HALVES if half in row} for row in own])
+        data_rows = [cell["rows"][label] for cell in cells]
+        rows[label] = _halves([{half: row[half]["mean"] for half in _HALVES if half in row} for row in data_rows])
         if "harmonic_mean" in rows[label]:
-            rows[label]["mean_of_harmonic_means"] = statistics.fmean(row["harmonic_mean"] for row in own)
+            rows[label]["mean_of_harmonic_means"] = statistics.fmean(row["harmonic_mean"] for row in data_rows)
     names = [cell["data"] for cell in cells]
-    found = {"method": first["method"], "data": AVERAGE, "datasets": names, "shots": first["shots"], "rows": rows}
-    return {**found, "train": _mean_cost([cell.get("train", {}) for cell in cells])} | shared_marks(cells)
+    average = {"method": first["method"], "data": AVERAGE, "datasets": names, "shots": first["shots"], "rows": rows}
+    return {**average, "train": _mean_cost([cell.get("train", {}) for cell in cells])} | shared_marks(cells)
 
 
 def summary(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -126,21 +125,21 @@ def summary(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _halves(accuracies: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Return mean and deviation of the halves that all of ``accuracies`` have; with both, their harmonic mean."""
-    found: dict[str, Any] = {}
+    """Return mean and deviation of each half in ``accuracies``, and the harmonic mean if both are present."""
+    halves: dict[str, Any] = {}
     for half in _HALVES:
-        values = [one[half] for one in accuracies if half in one]
+        values = [accuracy[half] for accuracy in accuracies if half in accuracy]
         if len(values) == len(accuracies):
-            found[half] = spread(values)
-    if len(found) == len(_HALVES):
-        found["harmonic_mean"] = harmonic_mean(found["base"]["mean"], found["new"]["mean"])
-    return found
+            halves[half] = spread(values)
+    if len(halves) == len(_HALVES):
+        halves["harmonic_mean"] = harmonic_mean(halves["base"]["mean"], halves["new"]["mean"])
+    return halves
 
 
 def base_to_new_table(
     cells: Sequence[dict[str, Any]], seeds: Sequence[int], average: Sequence[dict[str, Any]] = ()
 ) -> str:
-    """Return the table of all cells, zero-shot once per data set before the methods, and of their averages."""
+    """Return the table of all cells and averages, with zero-shot once per data set before the methods."""
     words = metric_words(cell.get("metric", "accuracy") for cell in cells)
     title = f"base-to-new {words} in %, {over_seeds(seeds)}; H is of the means"
     table = Table()
@@ -160,7 +159,7 @@ def base_to_new_table(
 
 
 def _caption(average: Sequence[dict[str, Any]], count: int) -> str:
-    """Return what the average is, and the other mean of H, which must not be taken for it."""
+    """Return the definition of the average, and the separate mean of the harmonic means."""
     lines = [f"average: mean and deviation over {count} data sets; its H is the harmonic mean of these averages"]
     means = [
         f"{row_name(cell, label)} {cell['rows'][label]['mean_of_harmonic_means']:.2f}"
@@ -173,7 +172,7 @@ def _caption(average: Sequence[dict[str, Any]], count: int) -> str:
 
 
 def _cost(cell: dict[str, Any], label: str) -> list[str]:
-    """Return the seconds of training and its peak of memory; zero-shot trains nothing."""
+    """Return the training time and the peak memory; zero-shot has none."""
     if label == ZERO_SHOT or cell["method"] == "zeroshot":
         return ["-", "-"]
     cost = cell.get("train", {})

@@ -1,4 +1,4 @@
-"""What every method learns and needs, read off the methods themselves: ``vlprompt list methods``."""
+"""Capabilities of methods, derived from the methods themselves: ``vlprompt list methods``."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ ARCHITECTURE = "ViT-B-16"
 
 @dataclass(frozen=True)
 class Capability:
-    """One method, with its default settings.
+    """Capabilities of one method with default settings.
 
     Attributes:
         name: Its registered name.
-        about: The first sentence of its file.
+        about: The first line of its module docstring.
         text: Whether it learns on the text side.
-        learns_from: What its learning looks at: labelled or unlabelled images, or test images.
+        learns_from: The images it learns from: labelled, unlabelled or test images.
         image: Whether it learns on the image side; training then needs gradients through the image tower.
-        cached: Whether image features can be computed once and kept.
-        towers: Which image towers it works with.
-        parameters: Numbers it learns on OpenAI's ViT-B/16.
-        checked: What its numbers are held to: official code, equations, or a reconstruction.
+        cached: Whether image features can be cached.
+        towers: Supported image towers.
+        parameters: Number of trainable parameters on OpenAI's ViT-B/16.
+        checked: Reference of its results: official code, equations, or a reconstruction.
     """
 
     name: str
@@ -41,9 +41,9 @@ class Capability:
 
 
 def capabilities(names: Sequence[str]) -> list[Capability]:
-    """Return the capabilities of methods, found by making each on a ViT-B/16 that has shapes only."""
+    """Return the capabilities of methods, each created on a ViT-B/16 without weights."""
     backbone = shapes_only(ARCHITECTURE)
-    found = []
+    results = []
     for name in names:
         method = create_method(name, backbone, ["cat", "dog"])
         about = (sys.modules[get_method_class(name).__module__].__doc__ or "").splitlines()[0]
@@ -52,8 +52,8 @@ def capabilities(names: Sequence[str]) -> list[Capability]:
         towers = "vision transformers" if method.needs.images and method.needs.towers == "transformers" else "any"
         text, image = method.has_text_prompts(), method.needs.images
         source = _learns_from(method)
-        found.append(Capability(name, about, source, text, image, not image, towers, parameters, method.checked))
-    return found
+        results.append(Capability(name, about, source, text, image, not image, towers, parameters, method.checked))
+    return results
 
 
 def _learns_from(method: PromptMethod) -> str:
@@ -71,7 +71,7 @@ HEADINGS = ("method", "learns from", "text", "image", "features kept", "image to
 
 
 def cells(one: Capability) -> tuple[str, ...]:
-    """Return a method's row."""
+    """Return the table row of a method."""
 
     def said(value: bool) -> str:
         return "yes" if value else "-"
@@ -81,7 +81,7 @@ def cells(one: Capability) -> tuple[str, ...]:
 
 
 def markdown(found: Sequence[Capability]) -> str:
-    """Return the README's table: the same, with what each method is."""
+    """Return the table of the README, which adds a description of each method."""
     rows = [("method", "what it is", *HEADINGS[1:]), ("---",) * (len(HEADINGS) + 1)]
     for one in found:
         name, *rest = cells(one)

@@ -1,4 +1,4 @@
-"""Why do two runs disagree? What their results files record of data, choices, backbone and versions, side by side."""
+"""Comparison of two runs by the data, choices, backbone and versions in their results files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from vlprompt.errors import ConfigError
 from vlprompt.runs.folder import RESULTS, read_json
 from vlprompt.runs.selection import is_oracle
 
-# Where a fact stands in results.json, and what it is called. These make up the data protocol: numbers of runs that
-# differ here are not comparable.
+# Keys in results.json and their names. They define the data protocol: results that differ here are not comparable.
 _PROTOCOL: Mapping[str, str] = {
     "data.name": "data set",
     "data.card_sha256": "the data set's card",
@@ -51,10 +50,10 @@ _OPTIONAL = ("data.source", "data.target", "selection.", "config.decomposition")
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` found.
+    """Result of :func:`compare`.
 
     Attributes:
-        data: Differences of the data protocol, in words.
+        data: Differences of the data protocol, as text.
         other: Other differences: method, recipe, backbone, versions.
     """
 
@@ -63,53 +62,53 @@ class Comparison:
 
     @property
     def same_data(self) -> bool:
-        """Whether both runs follow one data protocol."""
+        """Whether both runs follow the same data protocol."""
         return not self.data
 
     def text(self) -> str:
-        """Return everything as lines to print."""
+        """Return all differences as printable lines."""
         lines = ["the data protocol is the same" if self.same_data else "the data protocol differs:"]
-        lines += [f"  - {one}" for one in self.data]
-        lines += ["also different:", *(f"  - {one}" for one in self.other)] if self.other else []
+        lines += [f"  - {difference}" for difference in self.data]
+        lines += ["also different:", *(f"  - {difference}" for difference in self.other)] if self.other else []
         return "\n".join(lines)
 
 
 def compare(first: str | Path, second: str | Path) -> Comparison:
-    """Return what differs between two runs, given as run folders or as ``results.json`` files.
+    """Return the differences between two runs, given as run folders or ``results.json`` files.
 
     Raises:
-        ConfigError: One of them is no finished run.
+        ConfigError: One of them is not a finished run.
     """
     return compare_results(read_results(first), read_results(second))
 
 
 def read_results(place: str | Path) -> dict[str, Any]:
-    """Return the content of the results file that ``place`` is, or that lies in the run folder ``place``.
+    """Return the content of the results file ``place``, or of the one in the run folder ``place``.
 
     Raises:
-        ConfigError: There is none, or it is damaged.
+        ConfigError: There is no results file, or it is damaged.
     """
     path = Path(place)
     if path.is_dir():
         path = path / RESULTS
-    found = read_json(path)
-    if found is None:
+    results = read_json(path)
+    if results is None:
         raise ConfigError(f"{shown(str(place))} holds no {RESULTS}; give the folder of a finished run, or that file")
-    if not isinstance(found.get("data"), dict) or not isinstance(found.get("backbone"), dict):
+    if not isinstance(results.get("data"), dict) or not isinstance(results.get("backbone"), dict):
         raise ConfigError(f"{shown(str(place))} is no results file of a run: it lacks 'data' or 'backbone'")
-    return found
+    return results
 
 
 def compare_results(first: Mapping[str, Any], second: Mapping[str, Any]) -> Comparison:
-    """Return what differs between the contents of two results files."""
+    """Return the differences between the contents of two results files."""
     data = [line for key, words in _PROTOCOL.items() if (line := _difference(key, words, first, second))]
-    oracles = [is_oracle([one]) for one in (first, second)]
+    oracles = [is_oracle([results]) for results in (first, second)]
     if oracles[0] != oracles[1]:
         data.append(f"hyperparameters: chosen by an oracle in the {'first' if oracles[0] else 'second'} run alone")
     other = [line for key, words in _OTHER.items() if (line := _difference(key, words, first, second))]
-    versions = [one.get("versions") or {} for one in (first, second)]
+    versions = [results.get("versions") or {} for results in (first, second)]
     for package in sorted(versions[0].keys() | versions[1].keys()):
-        ours, theirs = (one.get(package) for one in versions)
+        ours, theirs = (results.get(package) for results in versions)
         if ours != theirs:
             other.append(f"version of {package}: {_words(ours)} against {_words(theirs)}")
     return Comparison(data, other)
@@ -117,10 +116,10 @@ def compare_results(first: Mapping[str, Any], second: Mapping[str, Any]) -> Comp
 
 def _difference(key: str, words: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
     ours, theirs = _fact(key, first), _fact(key, second)
-    if key.startswith(_OPTIONAL):  # older runs record nothing where younger ones record that there is none
+    if key.startswith(_OPTIONAL):  # older runs omit keys that newer runs record as empty
         ours, theirs = ours or None, theirs or None
     if ours == theirs:
-        # Two runs that both say nothing of what every run records are not known to be equal.
+        # Two runs that both lack a key that every run records are not known to be equal.
         missing = ours is None and not key.startswith(_OPTIONAL) and _parent_lacks(key, first)
         return f"{words}: neither run records it; run them anew with --force" if missing else None
     if isinstance(ours, dict) and isinstance(theirs, dict):
@@ -132,13 +131,13 @@ def _difference(key: str, words: str, first: Mapping[str, Any], second: Mapping[
 
 def _fact(key: str, results: Mapping[str, Any]) -> Any:
     value: Any = results
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
     return value
 
 
 def _parent_lacks(key: str, results: Mapping[str, Any]) -> bool:
-    """Return whether ``key`` is absent; a value of null is one that was recorded."""
+    """Return whether ``key`` is absent; a recorded null counts as present."""
     parent, _, name = key.rpartition(".")
     where = _fact(parent, results) if parent else results
     return not isinstance(where, Mapping) or name not in where

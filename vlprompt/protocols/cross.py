@@ -1,10 +1,9 @@
-"""One source, many targets: cross-dataset transfer, and ImageNet's variants as domains.
+"""Transfer from one source to many targets: cross-dataset transfer, and ImageNet's variants as domains.
 
-One source model per seed is trained; its head is tested on every target with the target's own class names, prompts
-built anew for them and nothing masked (CoOp: datasets/imagenet_a.py 32-46), and with the target's own template where
-the settings leave it open. The mean is over the targets alone; the spread over seeds is the population standard
-deviation. What a target gave is kept beside the run, under a name made from all that it depends on, so that it is
-tested once.
+One source model per seed is trained. Its head is tested on every target with the target's class names, new prompts for
+them and no masked classes (CoOp: datasets/imagenet_a.py 32-46), and with the target's template unless the settings set
+one. The mean is over the targets only; the spread over seeds is the population standard deviation. The scores of a
+target are saved in the run folder, under a hash of everything they depend on, and reused.
 """
 
 from __future__ import annotations
@@ -61,22 +60,22 @@ def cross_dataset(
 ) -> tuple[dict[str, Any], str]:
     """Train every configuration once per seed, test it on ``targets``, and return the results and the tables.
 
-    Finished runs and tested targets are reused, so the same call goes on where it stopped.
+    Finished runs and tested targets are reused, so the same call resumes where it stopped.
 
     Args:
-        configs: What to compare; ``data`` is the source, with ``data.classes`` set to ``all``.
-        targets: Names, aliases or groups of data sets to test on; a group's mention of the source is passed over.
+        configs: The configurations to compare; ``data`` is the source, with ``data.classes`` set to ``all``.
+        targets: Names, aliases or groups of data sets to test on; the source is skipped in groups.
         seeds: Seeds of the shots and of the training.
-        name: What the results are called.
-        with_source: Give the mean over the targets and the source, too (TPT's "average").
-        force: Run and test everything anew.
+        name: Name of the results.
+        with_source: Also report the mean over the targets and the source (TPT's "average").
+        force: Run and test everything again.
         report: Called after every run.
 
     Raises:
-        ConfigError: Nothing to run, something named twice, a target that is the source, or learnables that belong to
-            the source's classes.
-        DataError: A source or targets that are missing: all of them, before anything is trained.
-        VlpromptError: Whatever a single run raises.
+        ConfigError: There is nothing to run, a name occurs twice, a target is the source, or trained parameters are
+            specific to the source's classes.
+        DataError: A source or targets are missing; the text lists all, and nothing is trained.
+        VlpromptError: A single run fails.
     """
     report_all = ("mean_of_targets", "mean_with_source") if with_source else ("mean_of_targets",)
     plan = make_plan(configs, seeds, name, "datasets", targets=targets, report=report_all)
@@ -108,10 +107,10 @@ def run_cross(
 
 
 def _target(done: Run, session: Session, task: FewShotTask, force: bool) -> dict[str, Any]:
-    """Return what the run's head and zero-shot give on ``task``'s test images, tested now or kept from before."""
+    """Return the scores of the run's head and of zero-shot on ``task``'s test images, saved ones if they exist."""
     head_facts = read_json(done.head_dir / CONFIG_FILE) or {}
     data = task.describe()
-    # All that these scores depend on: the learned tensors, the weights, the classes and images, and how they are seen.
+    # Everything these scores depend on: trained tensors, weights, classes, images and transforms.
     key = {
         "schema": SCHEMA,
         "head": head_facts.get("tensors_sha256"),
@@ -124,61 +123,61 @@ def _target(done: Run, session: Session, task: FewShotTask, force: bool) -> dict
     known = None if force else _kept(path, key)
     if known is not None:
         return known
-    found = {"key": key, **_test(session, done.head(session.backbone), task, done.folder)}
+    scores = {"key": key, **_test(session, done.head(session.backbone), task, done.folder)}
     if is_main_process():
-        write_json(path, found)
-    return found
+        write_json(path, scores)
+    return scores
 
 
 def _kept(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a target's scores that are kept; None where there are none, or what is there is not whole."""
+    """Return the saved scores of a target; None if they are missing or incomplete."""
     try:
-        found = read_json(path)
+        scores = read_json(path)
     except ConfigError:
-        return None  # testing again costs little and mends it
-    whole = found is not None and {"results", "zeroshot", "data"} <= found.keys() and found.get("key") == key
-    return found if whole else None
+        return None  # testing again is cheap and repairs the file
+    complete = scores is not None and {"results", "zeroshot", "data"} <= scores.keys() and scores.get("key") == key
+    return scores if complete else None
 
 
 def _test(session: Session, head: Head, task: FewShotTask, folder: Path) -> dict[str, Any]:
-    """Return what the head and zero-shot give on a target."""
+    """Return the scores of the head and of zero-shot on a target."""
     quiet = dataclasses.replace(session.config.trainer, loggers=())
     data = data_record(task, head.backbone, session.config.data.transform)
-    # Nothing was drawn from a target.
-    found: dict[str, Any] = {"data": {name: value for name, value in data.items() if name not in _DRAWN}}
+    # No shots were drawn from a target.
+    scores: dict[str, Any] = {"data": {name: value for name, value in data.items() if name not in _DRAWN}}
     per_class = {}
     for part, method in (
         ("results", session.moved(head.method, task).eval()),
         ("zeroshot", session.zero_shot_on(task)),
     ):
         trainer = make_trainer(quiet, folder, 1, gradient=method.needs.gradient)
-        found[part], per_class[part] = tested(session, trainer, method, task)
-    return found | {"per_class": per_class}
+        scores[part], per_class[part] = tested(session, trainer, method, task)
+    return scores | {"per_class": per_class}
 
 
 def _cell(
     config: RunConfig, runs: Sequence[Run], scores: Sequence[dict[str, dict[str, Any]]], with_source: bool
 ) -> dict[str, Any]:
-    """Return one configuration's rows, and the counts that they are made from.
+    """Return the rows of one configuration, and the underlying counts.
 
     Args:
         config: The configuration.
         runs: The source runs, one per seed.
-        scores: What each of them gives on each target.
-        with_source: Whether rows have the mean over the targets and the source, too.
+        scores: Scores of each run on each target.
+        with_source: Whether rows also have the mean over the targets and the source.
     """
     targets = list(scores[0])
     rows = {}
     for label, part in result_parts(config.method).items():
-        source = [headline(one.results[part]["all"]) for one in runs]
+        source = [headline(run.results[part]["all"]) for run in runs]
         each = [[headline(of_seed[target][part]) for target in targets] for of_seed in scores]
         rows[label] = {
             "source": spread(source),
-            "targets": {target: spread([own[i] for own in each]) for i, target in enumerate(targets)},
-            "mean_of_targets": spread([statistics.fmean(own) for own in each]),
+            "targets": {target: spread([values[i] for values in each]) for i, target in enumerate(targets)},
+            "mean_of_targets": spread([statistics.fmean(values) for values in each]),
         }
         if with_source:
-            both = [statistics.fmean([first, *own]) for first, own in zip(source, each, strict=True)]
+            both = [statistics.fmean([first, *values]) for first, values in zip(source, each, strict=True)]
             rows[label]["mean_with_source"] = spread(both)
     data = runs[0].results["data"]
     metrics = {target: scores[0][target]["results"].get("metric", "accuracy") for target in targets}
@@ -191,22 +190,22 @@ def _cell(
         "rows": rows,
         "runs": [
             {
-                "seed": one.results["data"]["seed"],
-                "folder": str(one.folder),
-                "source": {part: one.results[part]["all"] for part in ("results", "zeroshot")},
+                "seed": run.results["data"]["seed"],
+                "folder": str(run.folder),
+                "source": {part: run.results[part]["all"] for part in ("results", "zeroshot")},
                 "targets": {
                     target: {part: found[part] for part in ("results", "zeroshot", "per_class")}
                     for target, found in of_seed.items()
                 },
             }
-            for one, of_seed in zip(runs, scores, strict=True)
+            for run, of_seed in zip(runs, scores, strict=True)
         ],
         **marks(runs),
     }
 
 
 def cross_tables(cells: Sequence[dict[str, Any]], name: str, seeds: Sequence[int]) -> str:
-    """Return one table per source: source, targets and means by method, zero-shot before the methods."""
+    """Return one table per source: source, targets and means by method, with zero-shot first."""
     tables = []
     for data in dict.fromkeys(cell["data"] for cell in cells):
         rows = list(table_rows([cell for cell in cells if cell["data"] == data]))

@@ -1,8 +1,8 @@
-"""Domain generalisation: train on some domains of a data set, test on those that the training never saw.
+"""Domain generalisation: train on some domains of a data set and test on the others.
 
 ``leave-one-out`` trains once per domain on all the others; ``single-source`` trains on each domain alone and tests on
-the others. Only clean images are trained on; corrupted versions are tested where their clean domain is. Accuracies are
-averaged over what trained for a target first, then over targets, then over seeds; the spread over seeds is the
+the others. Training uses only clean images; corrupted versions are tested together with their clean domain. Accuracies
+are averaged over the runs tested on a target, then over targets, then over seeds; the spread over seeds is the
 population standard deviation. Counts stay exact until the last step.
 """
 
@@ -51,19 +51,20 @@ def domain_generalisation(
 ) -> tuple[dict[str, Any], str]:
     """Run every configuration with every seed for every round of ``protocol``; return the results and the tables.
 
-    Finished runs are reused and unfinished ones resumed, so the same call goes on where it stopped.
+    Finished runs are reused and unfinished ones resumed, so the same call resumes where it stopped.
 
     Args:
-        configs: What to compare, on data sets that have domains; ``data.classes`` is set to ``all``, and
-            ``data.source``, ``data.target`` and ``seed`` as the protocol says.
+        configs: The configurations to compare, on data sets with domains; ``data.classes`` is set to ``all``, and
+            ``data.source``, ``data.target`` and ``seed`` follow the protocol.
         protocol: ``leave-one-out`` or ``single-source`` (:func:`vlprompt.datasets.domains.domain_rounds`).
         seeds: Seeds of the shots and of the training.
-        force: Run everything anew.
+        force: Run everything again.
         report: Called after every run.
 
     Raises:
-        ConfigError: No configurations, no seeds, or one of them twice; an unknown protocol; a data set without domains.
-        VlpromptError: Whatever a single run raises.
+        ConfigError: There are no configurations or seeds, duplicates, an unknown protocol, or a data set without
+            domains.
+        VlpromptError: A single run fails.
     """
     return run_domains(make_plan(configs, seeds, protocol, "domains", domains=protocol), force=force, report=report)
 
@@ -86,7 +87,7 @@ def run_domains(
 
 
 def _cell(config: RunConfig, rounds: Sequence[DomainRound], runs: Sequence[Sequence[Run]]) -> dict[str, Any]:
-    """Return one configuration's rows, and the counts that they are made from.
+    """Return the rows of one configuration, and the underlying counts.
 
     Args:
         config: The configuration.
@@ -94,9 +95,9 @@ def _cell(config: RunConfig, rounds: Sequence[DomainRound], runs: Sequence[Seque
         runs: The runs of each round, one per seed.
     """
     parts = result_parts(config.method)
-    targets = [one.domain for one in rounds]
-    found = dict.fromkeys(domain for one in rounds for domain in one.target)
-    tested = sorted(found, key=lambda domain: targets.index(split_domain(domain)[0]))
+    targets = [domain_round.domain for domain_round in rounds]
+    domains = dict.fromkeys(domain for domain_round in rounds for domain in domain_round.target)
+    tested = sorted(domains, key=lambda domain: targets.index(split_domain(domain)[0]))
     first = runs[0][0].results["data"]
     return {
         "method": config.method,
@@ -110,11 +111,11 @@ def _cell(config: RunConfig, rounds: Sequence[DomainRound], runs: Sequence[Seque
         },
         "runs": [
             {
-                "source": list(one.source),
+                "source": list(domain_round.source),
                 "seed": done.results["data"]["seed"],
                 **{part: done.results[part]["domains"] for part in parts.values()},
             }
-            for one, of_round in zip(rounds, runs, strict=True)
+            for domain_round, of_round in zip(rounds, runs, strict=True)
             for done in of_round
         ],
         **marks([done for of_round in runs for done in of_round]),
@@ -122,22 +123,22 @@ def _cell(config: RunConfig, rounds: Sequence[DomainRound], runs: Sequence[Seque
 
 
 def _accuracies(runs: Sequence[Run], part: str) -> dict[str, float]:
-    """Return the headline number in % on each domain, the mean over those of one seed's ``runs`` that tested it."""
-    found: dict[str, list[float]] = {}
+    """Return the headline number in % on each domain, as mean over the ``runs`` of one seed that tested it."""
+    values_of: dict[str, list[float]] = {}
     for done in runs:
         for domain, score in done.results[part]["domains"].items():
-            found.setdefault(domain, []).append(headline(score))
-    return {domain: statistics.fmean(values) for domain, values in found.items()}
+            values_of.setdefault(domain, []).append(headline(score))
+    return {domain: statistics.fmean(values) for domain, values in values_of.items()}
 
 
 def _rows(per_seed: Sequence[dict[str, float]], tested: Sequence[str]) -> dict[str, Any]:
     """Return, for each version, the spread over seeds on each target and of the mean over targets.
 
-    A version that not every target has gets no mean: it would be over other domains than the clean one's.
+    A version that some targets lack gets no mean: it would cover other domains than the clean mean.
 
     Args:
         per_seed: Accuracy by domain, for each seed.
-        tested: All domains that were tested, corrupted versions included.
+        tested: All tested domains, corrupted versions included.
     """
     versions: dict[str, dict[str, str]] = {}
     for domain in tested:
@@ -155,21 +156,23 @@ def _rows(per_seed: Sequence[dict[str, float]], tested: Sequence[str]) -> dict[s
 
 
 def domains_tables(cells: Sequence[dict[str, Any]], protocol: str, seeds: Sequence[int]) -> str:
-    """Return one table per data set: method and version by target domain, zero-shot before the methods."""
+    """Return one table per data set: method and version by target domain, with zero-shot first."""
     tables = []
     for data in dict.fromkeys(cell["data"] for cell in cells):
-        own = [cell for cell in cells if cell["data"] == data]
-        words = METRICS[own[0].get("metric", "accuracy")]
+        data_cells = [cell for cell in cells if cell["data"] == data]
+        words = METRICS[data_cells[0].get("metric", "accuracy")]
         title = f"{data}, {protocol}: {words} in % by target domain, {_TRAINED_ON[protocol]}; {over_seeds(seeds)}"
-        targets = own[0]["targets"]
-        # Six domains over several seeds are as wide as a table may be.
+        targets = data_cells[0]["targets"]
+        # Six domains over several seeds need the full table width.
         table = Table("method", "version", padding=(0, 1 if len(targets) < 6 else 0))
         for name in (*targets, "mean"):
             table.add_column(name, justify="right", overflow="fold")
-        for cell, label in table_rows(own):
+        for cell, label in table_rows(data_cells):
             for version, row in cell["rows"][label].items():
                 numbers = [*(row["targets"].get(target) for target in targets), row.get("mean")]
-                table.add_row(row_name(cell, label), version, *(spread_text(one, len(seeds) > 1) for one in numbers))
+                table.add_row(
+                    row_name(cell, label), version, *(spread_text(number, len(seeds) > 1) for number in numbers)
+                )
             table.add_section()
         tables.append(render(table, title))
     return "\n\n".join(tables)

@@ -1,6 +1,6 @@
 """The few-shot protocol: all classes, several numbers of shots, several seeds; accuracy per data set and shot.
 
-Accuracies are averaged over seeds; the average over data sets counts every set once, whatever its size.
+Accuracies are averaged over seeds; the average over data sets is unweighted.
 The spread is the population standard deviation, over seeds for a data set and over data sets for the average.
 """
 
@@ -47,20 +47,21 @@ def few_shot(
 ) -> tuple[dict[str, Any], str]:
     """Run every configuration with every number of shots and every seed; return the results and the table.
 
-    Finished runs are reused and unfinished ones resumed, so the same call goes on where it stopped.
+    Finished runs are reused and unfinished ones resumed, so the same call resumes where it stopped.
 
     Args:
-        configs: What to compare; ``data.classes`` is set to ``all``, ``data.shots`` and ``seed`` to each of theirs.
+        configs: The configurations to compare; ``data.classes`` is set to ``all``, ``data.shots`` and ``seed`` to the
+            given values.
         shots: Training images per class; -1 for all.
         seeds: Seeds of the shots and of the training.
-        datasets: Names, aliases or groups of data sets to run every configuration on, in place of its ``data.name``.
-        force: Run everything anew.
+        datasets: Names, aliases or groups of data sets that replace ``data.name`` of every configuration.
+        force: Run everything again.
         report: Called after every run.
 
     Raises:
-        ConfigError: No configurations, shots, seeds or data sets, one of them twice, or an unknown data set.
-        DataError: Data sets that are missing: all of them, before anything is trained.
-        VlpromptError: Whatever a single run raises.
+        ConfigError: There are no configurations, shots, seeds or data sets, duplicates, or an unknown data set.
+        DataError: Data sets are missing; the text lists all, and nothing is trained.
+        VlpromptError: A single run fails.
     """
     if not shots or len(set(shots)) != len(shots):
         raise ConfigError(f"shots are {list(shots)}; accepted: different numbers of images per class, such as 1,2,4")
@@ -94,24 +95,24 @@ def _cell(method: str, runs: dict[int, list[Run]]) -> dict[str, Any]:
     rows = {
         label: {
             str(count): {
-                "per_seed": [one.results[part]["all"] for one in own],
-                **spread([headline(one.results[part]["all"]) for one in own]),
+                "per_seed": [run.results[part]["all"] for run in shot_runs],
+                **spread([headline(run.results[part]["all"]) for run in shot_runs]),
             }
-            for count, own in runs.items()
+            for count, shot_runs in runs.items()
         }
         for label, part in result_parts(method).items()
     }
-    everything = [one for own in runs.values() for one in own]
+    all_runs = [run for shot_runs in runs.values() for run in shot_runs]
     return {
         "method": method,
-        "data": everything[0].results["data"]["name"],
+        "data": all_runs[0].results["data"]["name"],
         "rows": rows,
-        **marks(everything),
+        **marks(all_runs),
     }
 
 
 def _average(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the unweighted average of one configuration's ``cells``, one per data set, in the form of a cell."""
+    """Return the unweighted average of one configuration's ``cells`` (one per data set) as a cell."""
     first = cells[0]
     rows = {
         label: {count: spread([cell["rows"][label][count]["mean"] for cell in cells]) for count in row}
@@ -124,7 +125,7 @@ def _average(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def few_shot_table(
     cells: Sequence[dict[str, Any]], shots: Sequence[int], seeds: Sequence[int], average: Sequence[dict[str, Any]] = ()
 ) -> str:
-    """Return the table of all cells by number of shots, zero-shot once per data set, and of their averages."""
+    """Return the table of all cells and averages by number of shots, with zero-shot once per data set."""
     words = metric_words(cell.get("metric", "accuracy") for cell in cells)
     title = f"few-shot {words} in % by images per class, {over_seeds(seeds)}"
     table = Table("data", "method")

@@ -1,4 +1,4 @@
-"""Names of data sets as users and protocols give them: own names, aliases, and groups that the cards name."""
+"""Resolution of data set names: names, aliases, and groups that the cards define."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ GROUP = "group:"
 
 
 def dataset_names(names: Sequence[str], key: str = "datasets", leave_out: Sequence[str] = ()) -> list[str]:
-    """Return the data sets' own names for ``names``, which may be aliases or ``group:NAME``.
+    """Return the data set names for ``names``, which may be aliases or ``group:NAME``.
 
     Args:
-        names: What was asked for.
-        key: What the names were given as, for the texts.
-        leave_out: Data sets that a group does not bring in; to name one itself is another matter.
+        names: Names, aliases or groups.
+        key: The option or key of the names, for messages.
+        leave_out: Data sets to skip in groups; explicit names are kept.
 
     Raises:
-        ConfigError: None is named, one is unknown, or one is named twice; all problems are listed.
+        ConfigError: There are no names, unknown names or duplicates; the text lists all problems.
     """
-    found, problems = [], []
+    datasets, problems = [], []
     for name in names:
         if name.startswith(GROUP):
-            own, known = name.removeprefix(GROUP), list_groups()
-            found += [one for one in known.get(own, ()) if one not in leave_out]
-            if own not in known:
-                problems.append(f"no data set's card names the group {own!r}.{did_you_mean(own, known)}")
+            group, known = name.removeprefix(GROUP), list_groups()
+            datasets += [dataset for dataset in known.get(group, ()) if dataset not in leave_out]
+            if group not in known:
+                problems.append(f"no data set's card names the group {group!r}.{did_you_mean(group, known)}")
             continue
         try:
-            found.append(find_card(name).name)
+            datasets.append(find_card(name).name)
         except ConfigError:
             problems.append(f"{name!r} is no data set.{did_you_mean(str(name), list_datasets())}")
-    problems += [f"{name!r} is named twice." for name in dict.fromkeys(found) if found.count(name) > 1]
-    if problems or not found:
+    problems += [f"{name!r} is named twice." for name in dict.fromkeys(datasets) if datasets.count(name) > 1]
+    if problems or not datasets:
         raise ConfigError(f"{key}: " + (" ".join(problems) or "none is named; accepted: names with commas, demo,dtd"))
-    return found
+    return datasets

@@ -1,8 +1,8 @@
-"""What meta-learning is worth: accuracy from the usual start, from the learned one, and from that with its regulator.
+"""Comparison of initialisations: the default, the meta-learned, and the meta-learned with its regulator.
 
 Every run trains on a few images of the base classes and is tested on base and new classes (:mod:`base_to_new`).
-Accuracies and their harmonic mean H are taken per seed; the mean over seeds stands with its standard error, the sample
-deviation over the root of the number of seeds.
+Accuracies and their harmonic mean H are computed per seed. Tables show the mean over seeds with its standard error: the
+sample deviation divided by the square root of the number of seeds.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ def compare_starts(
     force: bool = False,
     report: Callable[[Run], None] | None = None,
 ) -> tuple[dict[str, Any], str]:
-    """Train every host from each start, with each number of shots and seed; return the results and the table.
+    """Train every method from each initialisation, with each number of shots and seed; return results and table.
 
     Finished runs are reused and unfinished ones resumed.
 
     Args:
-        hosts: Configurations with the folder of the meta-training that belongs to each; ``data.classes``,
-            ``data.shots``, ``seed``, and ``init_from`` are set here.
+        hosts: Configurations, each with the folder of its meta-training; ``data.classes``, ``data.shots``, ``seed`` and
+            ``init_from`` are set here.
         shots: Training images per class.
         seeds: Seeds of the shots and of the training.
-        force: Train anew.
+        force: Train again.
         report: Called after every run.
 
     Raises:
-        ConfigError: No configurations or seeds, or a seed twice.
-        VlpromptError: Whatever a single run raises.
+        ConfigError: There are no configurations or seeds, or a seed occurs twice.
+        VlpromptError: A single run fails.
     """
     plan = make_plan([config for config, _ in hosts], seeds, "meta-eval", "halves", classes="base", shots=shots)
     runner = Runner(seeds, force=force, report=report)
@@ -72,16 +72,16 @@ def compare_starts(
 
 def _cell(config: RunConfig, label: str, scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     values = {
-        "base": [headline(one["base"]) for one in scores],
-        "new": [headline(one["new"]) for one in scores],
-        "H": [float(one["harmonic_mean"]) for one in scores],
+        "base": [headline(score["base"]) for score in scores],
+        "new": [headline(score["new"]) for score in scores],
+        "H": [float(score["harmonic_mean"]) for score in scores],
     }
     return {
         "method": config.method,
         "data": config.data.name,
         "shots": config.data.shots,
         "start": label,
-        **{name: {**_mean(own), "per_seed": own} for name, own in values.items()},
+        **{name: {**_mean(per_seed), "per_seed": per_seed} for name, per_seed in values.items()},
     }
 
 

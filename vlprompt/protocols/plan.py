@@ -1,6 +1,6 @@
-"""Plans: the trainings of a protocol, each with the values that the recipe book has for its data set and shots.
+"""Plans: the trainings of a protocol, each with the values of the recipe book for its data set and shots.
 
-A plan is made once, without data or weights, and is what is printed, checked and run.
+A plan is created once, without data or weights; it is printed, checked or run.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from vlprompt.protocols.groups import dataset_names
 from vlprompt.protocols.protocol_files import CONFIG, Part, Protocol
 
 _LONGEST = 60
-"""Characters of a value in the text of a plan."""
+"""Maximum length of a value in the text of a plan."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a plan; its runs differ by their seed alone.
+    """One training of a plan; its runs differ only in the seed.
 
     Attributes:
-        config: Its configuration. The seed is set for each run.
-        values: Its values that differ from the method's base, by dotted key, and the data set's template where the
-            configuration leaves it open.
+        config: The configuration. The seed is set for each run.
+        values: Values that differ from the method's base, by dotted key, and the data set's template if the
+            configuration does not set one.
         domains: The domains to train and to test on, in protocols over domains.
-        targets: The other data sets to test on, in protocols that do.
+        targets: The other data sets to test on, if any.
     """
 
     config: RunConfig
@@ -47,12 +47,12 @@ class Plan:
 
     Attributes:
         name: The protocol's name.
-        part: What is tested.
+        part: The kind of test.
         seeds: Seeds of the shots and of the training.
         groups: The trainings of each configuration, in order.
-        datasets: The data sets that the protocol names; None for each configuration's own.
-        domains: Which domains are trained on, in protocols over domains.
-        report: The averages that are reported.
+        datasets: The data sets of the protocol; None for that of each configuration.
+        domains: The training domains, in protocols over domains.
+        report: The reported averages.
     """
 
     name: str
@@ -108,7 +108,7 @@ def _shortened(value: Any) -> str:
 
 
 def _flat(value: Any) -> str:
-    """Return a value in one line."""
+    """Return a value on one line."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{', '.join(map(_flat, value))}]"
     return " ".join(yaml_text(value, flow=True).split())
@@ -133,25 +133,25 @@ def make_plan(
     report: Sequence[str] = (),
     dry: bool = False,
 ) -> Plan:
-    """Return what a protocol trains, with the values of every training resolved.
+    """Return the plan of a protocol, with the values of every training resolved.
 
     Args:
-        configs: What to compare. A :class:`ConfigSource` gives each training the values that its recipe book has for
-            the protocol, the data set and the shots; of a :class:`RunConfig` only data set and shots change.
+        configs: The configurations to compare. A :class:`ConfigSource` resolves the values of its recipe book for the
+            protocol, data set and shots of each training; in a :class:`RunConfig` only data set and shots change.
         seeds: Seeds of the shots and of the training.
-        name: The protocol's name, which chooses tables of the recipe books.
-        part: What is tested.
+        name: The protocol's name, which selects tables of the recipe books.
+        part: The kind of test.
         classes: Classes to train on.
-        datasets: Names, aliases or groups of data sets to train on; None for each configuration's own.
-        shots: Numbers of training images per class; empty for each configuration's own.
-        default_shots: The number for configurations that name none.
-        domains: Which domains are trained on, where ``part`` is ``domains``.
-        targets: Names, aliases or groups of data sets to test on, where ``part`` is ``datasets``; else None.
-        report: The averages that are reported.
-        dry: Whether nothing will be run: where data are missing, the data set's card says which domains there are.
+        datasets: Names, aliases or groups of data sets to train on; None for that of each configuration.
+        shots: Numbers of training images per class; empty for that of each configuration.
+        default_shots: The number for configurations that do not set it.
+        domains: The training domains, if ``part`` is ``domains``.
+        targets: Names, aliases or groups of data sets to test on, if ``part`` is ``datasets``; else None.
+        report: The reported averages.
+        dry: Whether nothing will be run: the domains of missing data are taken from the data set's card.
 
     Raises:
-        ConfigError: Nothing to run, a name that is unknown or given twice, or values that are not accepted.
+        ConfigError: There is nothing to run, a name is unknown or given twice, or values are not accepted.
         DataError: The domains of a data set cannot be read, and ``dry`` is not set.
     """
     if not configs or not seeds:
@@ -184,7 +184,7 @@ def _targets(config: RunConfig, targets: Sequence[str]) -> tuple[DataConfig, ...
     names = dataset_names(targets, "targets", leave_out=[source])
     if source in names:
         raise ConfigError(f"targets: {source!r} is the source of {config.method}; it is shown without being named")
-    # Test images alone are used. Template, split and images of the source are no values of the targets.
+    # Only test images are used. Template, split and images of the source do not apply to the targets.
     values: dict[str, Any] = {"shots": 1, "classes": "all", "source": (), "target": ()}
     values |= dict.fromkeys(("template", "split", "sampler", "shots_file"))
     return tuple(config.with_data(name=name, **values).data for name in names)
@@ -200,14 +200,18 @@ def _over_domains(training: Training, protocol: DomainProtocol, *, dry: bool) ->
             raise
         rounds = card_rounds(data.name, protocol)
     return [
-        replace(training, domains=one, config=training.config.with_data(source=one.source, target=one.target))
-        for one in rounds
+        replace(
+            training,
+            domains=domain_round,
+            config=training.config.with_data(source=domain_round.source, target=domain_round.target),
+        )
+        for domain_round in rounds
     ]
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a user wants otherwise than a protocol's description says; None for what stays.
+    """User values that override a protocol's description; None keeps the value of the description.
 
     Attributes:
         seeds: Seeds of the shots and of the training.
@@ -231,34 +235,34 @@ def plan_protocol(
 ) -> Plan:
     """Return the plan of a protocol's description.
 
-    Where the protocol has one number of shots, a configuration that fixes another (ProGrad's 4, PromptKD's all) keeps
-    it, unless ``overrides`` give a number. Arguments and errors are otherwise those of :func:`make_plan`.
+    If the protocol has one number of shots, a configuration with a different number (ProGrad's 4, PromptKD's all) keeps
+    it unless ``overrides`` set the shots. Other arguments and errors are those of :func:`make_plan`.
 
     Raises:
-        ConfigError: Targets for a protocol without other data sets, or several shots where it takes one; all problems
-            are listed.
+        ConfigError: Targets for a protocol without other data sets, or several shots for a protocol with one; the
+            text lists all problems.
     """
-    own, train, part = overrides or Overrides(), protocol.train, protocol.test.part
+    given, train, part = overrides or Overrides(), protocol.train, protocol.test.part
     problems = []
-    if own.targets is not None and part != "datasets":
+    if given.targets is not None and part != "datasets":
         problems.append(f"--targets has no meaning for {protocol.name}, which does not test on other data sets")
-    if own.shots is not None and len(own.shots) != 1 and part != "same":
-        problems.append(f"--shots is {list(own.shots)}; {protocol.name} takes one number of images per class")
+    if given.shots is not None and len(given.shots) != 1 and part != "same":
+        problems.append(f"--shots is {list(given.shots)}; {protocol.name} takes one number of images per class")
     if problems:
         raise ConfigError("\n".join(problems))
-    datasets, targets = own.datasets, None
+    datasets, targets = given.datasets, None
     if part == "datasets":
-        targets = protocol.test.data if own.targets is None else own.targets
+        targets = protocol.test.data if given.targets is None else given.targets
     if datasets is None and train.data != (CONFIG,):
         datasets = train.data
-    shots, default_shots = own.shots or (), None
-    if own.shots is None and part == "same":
+    shots, default_shots = given.shots or (), None
+    if given.shots is None and part == "same":
         shots = train.shots
-    elif own.shots is None and train.shots:
+    elif given.shots is None and train.shots:
         (default_shots,) = train.shots
     return make_plan(
         configs,
-        protocol.seeds if own.seeds is None else own.seeds,
+        protocol.seeds if given.seeds is None else given.seeds,
         protocol.name,
         part,
         classes=train.classes,

@@ -1,4 +1,4 @@
-"""What the protocols of several runs share: means and deviations, labelled rows, and the file kept."""
+"""Shared parts of protocols: means and deviations, labelled rows, and the results file."""
 
 from __future__ import annotations
 
@@ -18,48 +18,48 @@ ZERO_SHOT = "zero-shot"
 
 
 def keep(stem: str, results: dict[str, Any], configs: Sequence[RunConfig], *more: Any) -> None:
-    """Write ``results`` as ``<stem>-<hash>.json`` beside the runs; the hash is over ``configs`` and ``more``."""
+    """Write ``results`` as ``<stem>-<hash>.json`` next to the runs; the hash covers ``configs`` and ``more``."""
     if is_main_process():
         key = sha256_json([[config_sha256(config) for config in configs], *more])[:8]
         write_json(Path(configs[0].output) / f"{stem}-{key}.json", results)
 
 
 def result_parts(method: str) -> dict[str, str]:
-    """Return the labels of a cell's rows and the part of a run's results that each is made from."""
+    """Return the row labels of a cell, each with the key of its results in a run."""
     return {method: "results", ZERO_SHOT: "zeroshot"}
 
 
 def marks(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return what a cell keeps of its runs beside their scores: another metric, and how test images were used."""
+    """Return the marks of a cell: a metric other than accuracy, and how its runs used test images."""
     metric = runs[0].results["data"].get("metric", "accuracy")
-    found: dict[str, Any] = {} if metric == "accuracy" else {"metric": metric}
+    cell_marks: dict[str, Any] = {} if metric == "accuracy" else {"metric": metric}
     if used := runs[0].results.get("test_images"):
-        found["test_images"] = used
-    return found | ({"oracle": True} if is_oracle(one.results for one in runs) else {})
+        cell_marks["test_images"] = used
+    return cell_marks | ({"oracle": True} if is_oracle(run.results for run in runs) else {})
 
 
 def shared_marks(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return what the average of ``cells`` keeps of :func:`marks`: whatever any of them used test images for."""
-    found: dict[str, Any] = {"oracle": True} if any(cell.get("oracle") for cell in cells) else {}
+    """Return the marks of the average of ``cells``: every use of test images in any of them."""
+    cell_marks: dict[str, Any] = {"oracle": True} if any(cell.get("oracle") for cell in cells) else {}
     used = [cell["test_images"] for cell in cells if cell.get("test_images")]
-    return found | ({"test_images": used[0]} if used else {})
+    return cell_marks | ({"test_images": used[0]} if used else {})
 
 
 def table_rows(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield cell and label of each row: zero-shot once per data set, then its methods.
 
-    Data sets stand in the order in which ``cells`` first have them. Zero-shot with chosen templates has its own row.
+    Data sets are in the order of their first cell. Zero-shot with selected templates has a separate row.
     """
     for data in dict.fromkeys(cell["data"] for cell in cells):
-        own = [cell for cell in cells if cell["data"] == data]
-        yield own[0], ZERO_SHOT
-        yield from ((cell, cell["method"]) for cell in own if cell["method"] != "zeroshot" or cell.get("oracle"))
+        data_cells = [cell for cell in cells if cell["data"] == data]
+        yield data_cells[0], ZERO_SHOT
+        yield from ((cell, cell["method"]) for cell in data_cells if cell["method"] != "zeroshot" or cell.get("oracle"))
 
 
 def row_name(cell: dict[str, Any], label: str) -> str:
-    """Return how a table calls the row ``label`` of ``cell``: marked where test images were used."""
-    own = label != ZERO_SHOT
-    return stamped(label, own and bool(cell.get("oracle")), cell.get("test_images") if own else None)
+    """Return the name of the row ``label`` of ``cell`` in a table, with marks for the use of test images."""
+    is_method = label != ZERO_SHOT
+    return stamped(label, is_method and bool(cell.get("oracle")), cell.get("test_images") if is_method else None)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -68,12 +68,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def spread_text(part: dict[str, float] | None, several: bool) -> str:
-    """Return a mean, with its deviation where it is one of ``several`` values, and a dash for nothing."""
+    """Return a mean as text, with its deviation if it covers ``several`` values; a dash for None."""
     if part is None:
         return "-"
     return f"{part['mean']:.2f} ± {part['deviation']:.2f}" if several else f"{part['mean']:.2f}"
 
 
 def over_seeds(seeds: Sequence[int]) -> str:
-    """Return what a table's title says of its seeds."""
+    """Return the part of a table's title about seeds."""
     return f"mean and deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"

@@ -1,6 +1,7 @@
-"""Protocols as data: what is trained, what is tested and which averages are reported, read from YAML and checked.
+"""Protocols as data: training, test and reported averages, read from YAML and validated.
 
-vlprompt's own are in ``assets/protocols``; a user's file is given by its path. A file holds names and numbers only.
+The protocols of vlprompt are in ``assets/protocols``; a user's file is given by its path. A file contains only names
+and numbers.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from vlprompt.errors import ConfigError, bulleted, did_you_mean, nearest
 
 Part = Literal["same", "halves", "datasets", "domains"]
 CONFIG = "config"
-"""In ``train.data``: the data set that the configuration names."""
+"""In ``train.data``: the data set of the configuration."""
 REPORTS: Mapping[str, tuple[str, ...]] = {
     "same": ("mean_of_datasets",),
     "halves": ("h_of_averages", "average_of_h"),
     "datasets": ("mean_of_targets", "mean_with_source"),
     "domains": ("mean_of_targets",),
 }
-"""What each kind of test can report; the first is its headline, always reported, the others as asked."""
+"""Averages of each kind of test; the first is always reported, the others on request."""
 
 
 def _different(values: tuple[Any, ...]) -> bool:
@@ -43,13 +44,13 @@ SomeNames = Annotated[tuple[str, ...], MinLen(1), Holds(_different, "a list of o
 
 @validated("train")
 class Training:
-    """What is trained.
+    """The training of a protocol.
 
     Attributes:
-        data: Data sets: names, ``group:NAME``, or ``config`` alone for the configuration's own.
+        data: Data sets: names, ``group:NAME``, or only ``config`` for that of the configuration.
         classes: Classes.
-        shots: Numbers of training images per class; empty for the configuration's own.
-        domains: Which domains are trained on at a time, where ``test.part`` is ``domains``.
+        shots: Numbers of training images per class; empty for that of the configuration.
+        domains: Domains per training, if ``test.part`` is ``domains``.
     """
 
     data: SomeNames
@@ -66,11 +67,11 @@ class Training:
 
 @validated("test")
 class Testing:
-    """What is tested.
+    """The test of a protocol.
 
     Attributes:
         part: The ``same`` classes, base and new ``halves``, other ``datasets``, or unseen ``domains``.
-        data: The other data sets, where ``part`` is ``datasets``.
+        data: The other data sets, if ``part`` is ``datasets``.
     """
 
     part: Part
@@ -79,16 +80,16 @@ class Testing:
 
 @validated("")
 class Protocol:
-    """A protocol's description.
+    """Description of a protocol.
 
     Attributes:
         schema: Version of the format.
-        name: What it is called, in tables and file names.
-        about: What it does, in a sentence or two.
-        train: What is trained.
-        test: What is tested.
+        name: Name in tables and file names.
+        about: Description in one or two sentences.
+        train: The training.
+        test: The test.
         seeds: Seeds of the shots and of the training.
-        report: The averages that are reported.
+        report: The reported averages.
     """
 
     schema: Annotated[Literal[1], Words("1, the schema that this version reads")]
@@ -101,7 +102,7 @@ class Protocol:
 
     @property
     def domain_protocol(self) -> Literal["leave-one-out", "single-source"]:
-        """What :func:`vlprompt.protocols.domains.domain_generalisation` calls its rounds."""
+        """The name of the rounds in :func:`vlprompt.protocols.domains.domain_generalisation`."""
         return "leave-one-out" if self.train.domains == "all-but-one" else "single-source"
 
     def __post_init__(self) -> None:
@@ -110,7 +111,7 @@ class Protocol:
 
 
 def _contradictions(protocol: Protocol) -> list[str]:
-    """Return what is wrong with the training and the report for the kind of test."""
+    """Return the problems of the training and the report for the kind of test."""
     train, test, problems = protocol.train, protocol.test, []
     part = test.part
     if part != "same" and len(train.shots) > 1:
@@ -134,20 +135,20 @@ def _contradictions(protocol: Protocol) -> list[str]:
 
 
 def protocol_folder() -> Path:
-    """Return the folder of vlprompt's own descriptions."""
+    """Return the folder of the protocols in vlprompt."""
     return ASSETS / "protocols"
 
 
 def list_protocols(pattern: str = "*") -> list[str]:
-    """Return the names of vlprompt's own protocols that match ``pattern`` (``*`` and ``?`` are wildcards), sorted."""
+    """Return the sorted names of the protocols in vlprompt that match ``pattern`` (wildcards ``*`` and ``?``)."""
     return sorted(fnmatch.filter((path.stem for path in protocol_folder().glob("*.yaml")), pattern.lower()))
 
 
 def find_protocol(name: str) -> Protocol:
-    """Return the protocol ``name`` (``-``/``_`` and case make no difference), or the one in the file ``name``.
+    """Return the protocol ``name`` (``-``/``_`` and case are ignored), or the protocol in the file ``name``.
 
     Raises:
-        ConfigError: No such protocol, with the nearest names; or a file with problems, all of them.
+        ConfigError: There is no such protocol (the text has the nearest names), or the file has problems (all listed).
     """
     if name.lower().endswith((".yaml", ".yml")):
         if not Path(name).is_file():
@@ -169,8 +170,8 @@ def read_protocol(path: Path) -> Protocol:
     """Return the description in ``path``.
 
     Raises:
-        ConfigError: It cannot be read, or fields are unknown, missing, of another type, or contradict each other; all
-            problems are listed.
+        ConfigError: The file cannot be read, or fields are unknown, missing, of a wrong type or contradictory; the
+            text lists all problems.
     """
     problems: list[str] = []
     given = read_config(path, ("train", "test"), problems)

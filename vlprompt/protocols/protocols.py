@@ -1,4 +1,4 @@
-"""Runs a protocol's description or a plan by the functions of its kind."""
+"""Execution of protocols and plans by their kind of test."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def run_protocol(
     force: bool = False,
     report: Callable[[Run], None] | None = None,
 ) -> tuple[dict[str, Any], str]:
-    """Run every configuration as ``protocol`` says; return the results, which are kept in a file, and the tables.
+    """Run every configuration under ``protocol``; return the results, which are saved in a file, and the tables.
 
-    Finished runs are reused and unfinished ones resumed, so the same call goes on where it stopped.
+    Finished runs are reused and unfinished ones resumed, so the same call resumes where it stopped.
 
     Args:
-        protocol: What :func:`~vlprompt.protocols.protocol_files.find_protocol` gives.
-        configs: What to compare; its data set, classes, shots and seed are the protocol's where that names any. A
-            :class:`ConfigSource` gives each training the values that its recipe book has for it.
-        overrides: What to do otherwise than the protocol says.
-        force: Run everything anew.
+        protocol: A protocol from :func:`~vlprompt.protocols.protocol_files.find_protocol`.
+        configs: The configurations to compare; the protocol overrides data set, classes, shots and seed if it sets
+            them. A :class:`ConfigSource` resolves the values of its recipe book for each training.
+        overrides: Values that override the protocol.
+        force: Run everything again.
         report: Called after every run.
 
     Raises:
-        ConfigError: Nothing to run, something named twice or not known, or overrides that do not fit.
-        DataError: Data sets that are missing: all of them, before anything is trained.
-        VlpromptError: Whatever a single run raises.
+        ConfigError: There is nothing to run, a name is unknown or given twice, or overrides do not fit.
+        DataError: Data sets are missing; the text lists all, and nothing is trained.
+        VlpromptError: A single run fails.
     """
     return run_plan(plan_protocol(protocol, configs, overrides), force=force, report=report)
 

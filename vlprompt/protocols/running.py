@@ -1,4 +1,4 @@
-"""Runs the trainings of a plan, after its data sets have been checked."""
+"""Execution of the trainings of a plan, and the check of its data sets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlprompt.runs.session import Session, load_task
 
 
 class Runner:
-    """Runs the trainings of a plan one after the other; finished runs are reused, and so is a backbone that stays.
+    """Runs the trainings of a plan in sequence; finished runs and an unchanged backbone are reused.
 
     Args:
         seeds: The seeds of every training.
@@ -30,7 +30,7 @@ class Runner:
         self.last: Session | None = None
 
     def session(self, config: RunConfig) -> Session:
-        """Return the session of ``config``, which takes over what the last one has loaded."""
+        """Return the session of ``config``, which reuses loaded objects of the previous session."""
         self.last = Session(config, after=self.last)
         return self.last
 
@@ -49,7 +49,7 @@ Place = tuple[str, str | None]
 
 
 def place(data: DataConfig) -> Place:
-    """Return what tells data sets of a plan apart: name and root."""
+    """Return the name and root of a data set, which identify it in a plan."""
     return data.name, data.root
 
 
@@ -57,8 +57,8 @@ def check_data(plan: Plan) -> dict[Place, FewShotTask]:
     """Load every data set of ``plan`` once, before anything is trained, and return their tasks.
 
     Raises:
-        DataError: Data sets that are missing or cannot be used; all of them are named.
-        ConfigError: Values that are not accepted.
+        DataError: Data sets are missing or cannot be used; the text lists all.
+        ConfigError: Values are not accepted.
     """
     wanted: dict[Place, DataConfig] = {}
     for training in plan.trainings:
@@ -73,7 +73,7 @@ def check_data(plan: Plan) -> dict[Place, FewShotTask]:
     if len(missing) == 1:
         raise DataError(f"nothing was run, because a data set cannot be used.\n{missing[0]}")
     if missing:
-        # Of many, what is wrong and where it was looked for; `data check` gives the whole text of one.
+        # For several data sets: the problem and the searched folders; `data check` prints the full text.
         short = [" ".join(" ".join(text.splitlines()[:2]).split()) for text in missing]
         names = ", ".join(text.partition(":")[0] for text in missing)
         raise DataError(

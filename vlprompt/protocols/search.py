@@ -1,10 +1,10 @@
-"""Choosing hyperparameters: every candidate of a grid is trained, scored on validation images, and the best is tested.
+"""Hyperparameter search: train every candidate of a grid, score it on validation images, and test the best.
 
-Test images are opened for the winner alone. A choice that sees them, because it is asked for (``on="test"``) or because
-validation and test images are the same, is refused unless it is asked for as an oracle; its results and every table
-that they reach are marked. Everything lies in a folder of the search's own, ``OUTPUT/search-<hash>``: the candidates'
-run folders, the stamp ``selection.json`` and the winner's configuration ``best.yaml``. Whatever is run from
-``best.yaml``, with other seeds or on other data, is kept in that folder and bears the stamp, too.
+Test images are opened only for the best candidate. A selection that uses them, by request (``on="test"``) or because
+validation and test images are the same, is refused unless ``oracle`` is set; its results and all tables with them are
+marked. The folder ``OUTPUT/search-<hash>`` contains the run folders of the candidates, the record ``selection.json``
+and the configuration of the best candidate, ``best.yaml``. All runs from ``best.yaml``, also with other seeds or data,
+are saved in that folder and have the same record.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vlprompt.runs.tables import render, score_text
 
 BEST = "best.yaml"
 LARGEST = 1000
-"""Candidates of one search; more are a mistake in the grid."""
+"""Maximum number of candidates of a search."""
 
 
 @dataclasses.dataclass
@@ -44,9 +44,9 @@ class Search:
     """A finished search.
 
     Attributes:
-        folder: Where its runs lie, with ``selection.json`` and ``best.yaml``.
-        selection: What was tried, how it scored and what was chosen; also in the winner's results.
-        run: The winner's run, tested.
+        folder: The folder of its runs, ``selection.json`` and ``best.yaml``.
+        selection: Candidates, scores and chosen values; also in the results of the best run.
+        run: The tested run of the best candidate.
     """
 
     folder: Path
@@ -54,7 +54,7 @@ class Search:
     run: Run
 
     def table(self) -> str:
-        """Return the candidates with their scores, and the winner's own table."""
+        """Return the table of the candidates with their scores, and the table of the best run."""
         data, oracle = self.run.results["data"], self.selection["oracle"]
         metric = METRICS[data.get("metric", "accuracy")]
         images = "test" if self.selection["on"] == "test" else "validation"
@@ -62,10 +62,10 @@ class Search:
         table = Table(*self.selection["grid"])
         table.add_column(images, justify="right")
         table.add_column("")
-        for one in self.selection["scores"]:
-            values = [yaml_text(value, flow=True) for value in one["values"].values()]
-            chosen = "chosen" if one["values"] == self.selection["chosen"] else ""
-            table.add_row(*values, score_text(one["score"]), chosen)
+        for entry in self.selection["scores"]:
+            values = [yaml_text(value, flow=True) for value in entry["values"].values()]
+            chosen = "chosen" if entry["values"] == self.selection["chosen"] else ""
+            table.add_row(*values, score_text(entry["score"]), chosen)
         reason = f"an oracle's choice: {self.selection['reason']}" if oracle else ""
         return render(table, title, reason) + "\n\n" + self.run.table()
 
@@ -79,24 +79,24 @@ def search(
     force: bool = False,
     report: Callable[[str], None] | None = None,
 ) -> Search:
-    """Train every candidate of ``grid``, choose the best on the images ``on``, and test it.
+    """Train every candidate of ``grid``, choose the best on the split ``on``, and test it.
 
-    What has been scored is reused and what is unfinished resumed, so the same call goes on where it stopped.
+    Scored candidates are reused and unfinished runs resumed, so the same call resumes where it stopped.
 
     Args:
-        config: The configuration that the candidates differ from.
+        config: The base configuration of the candidates.
         grid: Values by key: ``recipe.*``, ``settings.*``, ``data.transform``, ``data.template``, or settings of the
-            configuration's decomposition (``decomposition.ept.lr_ratio``). Every combination is a candidate, the last
-            key's values changing fastest; of equals the first is chosen.
+            configuration's decomposition (``decomposition.ept.lr_ratio``). Every combination is a candidate; the values
+            of the last key change fastest, and the first of equal candidates is chosen.
         on: ``val``, or ``test`` for an oracle.
-        oracle: Whether a choice that sees test images is wanted; without it, such a search is refused.
-        force: Train everything anew.
+        oracle: Whether a selection that uses test images is allowed.
+        force: Train everything again.
         report: Called with a line of text after every candidate.
 
     Raises:
-        ConfigError: Keys or values that cannot be searched, no validation images, or a choice that would see test
-            images without ``oracle``.
-        VlpromptError: Whatever a single run raises.
+        ConfigError: Keys or values cannot be searched, there are no validation images, or the selection would use
+            test images without ``oracle``.
+        VlpromptError: A single run fails.
     """
     session = Session(config)
     config = session.config
@@ -104,33 +104,33 @@ def search(
     inherited = selection_of(config.output)
     session.load()
     task = session.drawn
-    verdict = judge(task.name, on, [one.id for one in task.val], [one.id for one in task.test], oracle=oracle)
+    verdict = judge(task.name, on, [image.id for image in task.val], [image.id for image in task.test], oracle=oracle)
     if inherited is not None and inherited["oracle"]:
         verdict = Verdict(verdict.on, oracle=True, reason=f"it goes on from an oracle's choice: {inherited['reason']}")
     key = sha256_json([config_sha256(config), {name: list(values) for name, values in grid.items()}, on, oracle])[:8]
     folder = Path(config.output) / f"search-{key}"
-    inside = [dataclasses.replace(one, output=str(folder)) for _, one in candidates]
-    _keep(folder, record(verdict, grid, [], {}))  # first, so that no result of the search is ever without its stamp
+    configs = [dataclasses.replace(candidate, output=str(folder)) for _, candidate in candidates]
+    _keep(folder, record(verdict, grid, [], {}))  # first, so that no result of the search lacks the record
     scores = []
-    for (values, _), one in zip(candidates, inside, strict=True):
+    for (values, _), candidate in zip(candidates, configs, strict=True):
         if verdict.on == "val":
-            found = validate(one, force=force, after=session)
+            candidate_score = validate(candidate, force=force, after=session)
         else:
-            found = run(one, force=force, after=session).results["results"][config.data.classes]
-        scores.append({"values": values, "score": found})
+            candidate_score = run(candidate, force=force, after=session).results["results"][config.data.classes]
+        scores.append({"values": values, "score": candidate_score})
         if report is not None and is_main_process():
             words = ", ".join(f"{name} {yaml_text(value, flow=True)}" for name, value in values.items())
-            report(f"{words}: {score_text(found)}")
+            report(f"{words}: {score_text(candidate_score)}")
     best = max(range(len(scores)), key=lambda index: headline(scores[index]["score"]))  # the first of equals
     selection = record(verdict, grid, scores, candidates[best][0])
     _keep(folder, selection)
-    done = run(inside[best], after=session)
+    done = run(configs[best], after=session)
     if done.results.get("selection") != selection:
         done.results["selection"] = selection
         if is_main_process():
             write_json(done.folder / RESULTS, done.results)
     if is_main_process():
-        write_text(folder / BEST, to_yaml(inside[best]))
+        write_text(folder / BEST, to_yaml(configs[best]))
     return Search(folder, selection, done)
 
 
@@ -143,7 +143,7 @@ def candidates_of(config: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[
     """Return the values and the configuration of every candidate, in grid order.
 
     Raises:
-        ConfigError: Keys or values that cannot be searched; all problems are listed.
+        ConfigError: Keys or values cannot be searched; the text lists all problems.
     """
     hints = searched_keys(config)
     problems = [] if grid else ["the grid is empty; accepted: keys with values, such as recipe.lr=0.002,0.02"]
@@ -168,30 +168,30 @@ def candidates_of(config: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[
         count *= len(values)
     if count > LARGEST:
         problems.append(f"the grid has {count:,} candidates; accepted: at most {LARGEST:,}")
-    found = []
+    candidates = []
     if not problems:
         for combination in itertools.product(*typed.values()):
             chosen = dict(zip(typed, combination, strict=True))
-            one, wrong = _candidate(config, chosen)
-            found.append((chosen, one))
+            candidate, wrong = _candidate(config, chosen)
+            candidates.append((chosen, candidate))
             problems += [f"{text} (of the candidate {chosen})" for text in wrong]
     if problems:
         raise ConfigError(f"the grid cannot be searched:\n{bulleted(problems)}")
-    return found
+    return candidates
 
 
 def searched_keys(config: RunConfig) -> dict[str, Any]:
-    """Return the keys that may be searched for the method and the decomposition of ``config``, with their types."""
-    own = {key: hint for key, hint in RUN_KEYS.items() if key.startswith("recipe.")}
-    own |= {key: RUN_KEYS[key] for key in ("data.transform", "data.template")}
+    """Return the searchable keys for the method and the decomposition of ``config``, with their types."""
+    keys = {key: hint for key, hint in RUN_KEYS.items() if key.startswith("recipe.")}
+    keys |= {key: RUN_KEYS[key] for key in ("data.transform", "data.template")}
     for name in config.decomposition:
         hints = field_hints(get_decomposition_class(name).Settings)
-        own |= {f"decomposition.{name}.{entry}": hint for entry, hint in hints.items()}
-    return {**own, **settings_keys(get_method_class(config.method).Settings)}
+        keys |= {f"decomposition.{name}.{entry}": hint for entry, hint in hints.items()}
+    return {**keys, **settings_keys(get_method_class(config.method).Settings)}
 
 
 def _candidate(config: RunConfig, values: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
-    """Return ``config`` with ``values``, and what is wrong with it."""
+    """Return ``config`` with ``values``, and its problems."""
     changed = plain(merged(as_plain(config), nest(values)))
     candidate, problems = validate_values(RunConfig, changed)
     settings = {"settings": (get_method_class(config.method).Settings, changed["settings"])}

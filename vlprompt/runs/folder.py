@@ -225,7 +225,7 @@ def _git() -> dict[str, Any] | None:
         return None
 
 
-# -- the record of data in a results file ---------------------------------------------------------------------
+# -- the record of data in a results file ------------------------------------------------------------------------
 def data_record(task: FewShotTask, backbone: Backbone, transform: str) -> dict[str, Any]:
     """Return the record of a run's data: the task's description, and the transforms as text.
 

@@ -1,4 +1,4 @@
-"""What a run needs, each thing made once and when it is first asked for: task, backbone, method and data modules."""
+"""Session of a run: task, backbone, method and data modules, each created once, on first use."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from vlprompt.runs.selection import judge
 
 
 class Named(Protocol):
-    """What a method needs to know of a task."""
+    """The part of a task that methods use."""
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes in play, by label."""
+        """Names of the task's classes, by label."""
 
     @property
     def all_class_names(self) -> list[str]:
@@ -53,16 +53,16 @@ class Named(Protocol):
 
 
 class Session:
-    """Everything that belongs to one run.
+    """The objects of one run.
 
     Args:
-        config: The run's configuration. Settings that it leaves out get the method's defaults.
-        scored: The images that stand in the task's test list: ``test``, or ``val`` for a choice of hyperparameters,
-            which must not open test images.
-        after: An earlier session. Its data set and its backbone are used again where they are the same.
+        config: The run's configuration. Omitted settings get the method's defaults.
+        scored: The split in the task's test list: ``test``, or ``val`` for the selection of hyperparameters, which must
+            not open test images.
+        after: An earlier session; its data set and backbone are reused if they are the same.
 
     Attributes:
-        config: The configuration with all settings, but for templates that the data set fills.
+        config: The configuration with all settings, except templates that the data set fills.
     """
 
     def __init__(
@@ -84,17 +84,17 @@ class Session:
         data: DataConfig | None = None,
         **values: Any,
     ) -> Session:
-        """Return the session of a method and a task that were made in Python.
+        """Return the session of a method and a task created in Python.
 
         Args:
             method: The method.
             task: The task.
             recipe: Fields of the recipe.
-            data: The data section, if the task was loaded by one.
-            **values: Other fields of the configuration, and ``transform``, a field of its data section.
+            data: The data section, if the task was loaded from one.
+            **values: Other fields of the configuration, and ``transform`` of its data section.
 
         Raises:
-            ConfigError: Values that are not accepted.
+            ConfigError: Values are not accepted.
         """
         backbone, transform = method.backbone, values.pop("transform", "random")
         sections = {
@@ -125,12 +125,12 @@ class Session:
         """Load the data set and the backbone.
 
         Raises:
-            VlpromptError: One of them cannot be used; where both cannot, one error says so. Or devices are missing.
+            VlpromptError: One or both of them cannot be used (one error reports both), or devices are missing.
         """
         check_devices(self.config.trainer)
         load_parts(self, "drawn", "backbone")
 
-    # -- what is loaded ---------------------------------------------------------------------------------------------
+    # -- loaded objects ---------------------------------------------------------------------------------------------
     @cached_property
     def folder(self) -> Path:
         """The run's folder."""
@@ -143,7 +143,7 @@ class Session:
 
     @cached_property
     def drawn(self) -> FewShotTask:
-        """The task as it was drawn.
+        """The task as drawn from the data set.
 
         Raises:
             VlpromptError: The data set cannot be used.
@@ -161,9 +161,9 @@ class Session:
 
     @cached_property
     def task(self) -> FewShotTask:
-        """The task with the images that are scored, and the training images that the method takes gradient steps on.
+        """The task with the images to score, and the training images for gradient steps.
 
-        Without labels, images of the other half of the classes can be learned from as well.
+        Methods that train without labels may also use images of the other half of the classes.
 
         Raises:
             ConfigError: There are no validation images to score.
@@ -180,7 +180,7 @@ class Session:
 
     @cached_property
     def domains(self) -> dict[str, FewShotTask]:
-        """The task with the test images of one domain alone, by domain; empty for a data set without domains."""
+        """The task restricted to the test images of each domain, by domain; empty for a data set without domains."""
         return self.task.by_domain()
 
     @cached_property
@@ -195,10 +195,10 @@ class Session:
     # -- methods ----------------------------------------------------------------------------------------------------
     @cached_property
     def method(self) -> PromptMethod:
-        """The configured method for the task's classes; the seed is set before it is made.
+        """The configured method for the task's classes; the seed is set before it is created.
 
         Raises:
-            VlpromptError: Settings or class names that cannot be used, or a ``init_from`` that does not fit.
+            VlpromptError: Settings or class names cannot be used, or ``init_from`` does not fit.
         """
         self.load()
         pl.seed_everything(self.config.seed, verbose=False)
@@ -206,7 +206,7 @@ class Session:
 
     @cached_property
     def zero_shot(self) -> PromptMethod:
-        """Zero-shot CLIP with the task's template, ready to be tested."""
+        """Zero-shot CLIP with the task's template, in evaluation mode."""
         return self.zero_shot_on(self.task)
 
     @cached_property
@@ -214,7 +214,7 @@ class Session:
         """The meta-learned regulator of the method's gradients, if ``init_from`` names one.
 
         Raises:
-            VlpromptError: It cannot be read, is for other prompts, or the method takes no gradient steps.
+            VlpromptError: It cannot be read or is for other prompts, or the method takes no gradient steps.
         """
         if self.config.meta_training is None:
             return None
@@ -233,10 +233,10 @@ class Session:
     def make_method(self, task: Named, backbone: Backbone) -> PromptMethod:
         """Return the configured method for the classes of ``task``, without ``init_from``.
 
-        Templates that the configuration leaves open are the task's.
+        Templates that the configuration does not set are those of the task.
 
         Raises:
-            VlpromptError: Settings or class names that cannot be used.
+            VlpromptError: Settings or class names cannot be used.
         """
         names, known = task.class_names, set(task.class_names)
         return create_method(
@@ -257,33 +257,33 @@ class Session:
         return method
 
     def zero_shot_on(self, task: FewShotTask) -> PromptMethod:
-        """Return zero-shot CLIP with the template of ``task``, ready to be tested."""
+        """Return zero-shot CLIP with the template of ``task``, in evaluation mode."""
         zero_shot = create_method("zeroshot", self.backbone, task.class_names, templates=[task.template])
         return zero_shot.to(self.backbone.device).eval()
 
     def moved(self, method: PromptMethod, task: FewShotTask) -> PromptMethod:
-        """Return ``method`` with its learnables for the classes of another data set, prompts made for them.
+        """Return ``method`` with its trained parameters and new prompts for the classes of another data set.
 
-        Templates that the configuration leaves open are the other data set's own.
+        Templates that the configuration does not set are those of the other data set.
 
         Raises:
-            VlpromptError: The learnables belong to the method's own classes.
+            VlpromptError: The trained parameters are specific to the method's classes.
         """
         same = method.class_names == task.class_names
         config = self.config
-        open_ones = open_templates(config.method, config.settings, config.objectives, task.template)
-        if not open_ones or isinstance(method, FittedMethod) and not same:
+        unset = open_templates(config.method, config.settings, config.objectives, task.template)
+        if not unset or isinstance(method, FittedMethod) and not same:
             return method.with_classes(task.class_names)
         moved = self._started(self.make_method(task, method.backbone))
         moved.load_trained_state(method.trained_state())
         return moved.train(method.training)
 
     def check_moves(self, source: FewShotTask, target: FewShotTask) -> None:
-        """Raise ConfigError where the method's learnables belong to the source's classes; nothing is trained yet."""
+        """Raise ConfigError if trained parameters would be specific to the source's classes; call before training."""
         first, second = (
             dataclasses.replace(task, class_names=task.class_names[:2], all_class_names=task.class_names[:2])
             for task in (source, target)
-        )  # two names show it
+        )  # two class names are enough for the check
         with restored_random():
             method = self._started(self.make_method(first, self.backbone))
             try:
@@ -291,25 +291,25 @@ class Session:
             except VlpromptError as error:
                 raise ConfigError(f"{self.config.method} cannot be moved to other data sets: {error}") from error
 
-    # -- what methods are fed ---------------------------------------------------------------------------------------
+    # -- data of methods --------------------------------------------------------------------------------------------
     def data(self, method: PromptMethod, task: FewShotTask) -> FewShotData:
-        """Return the data module that serves ``method`` on ``task``; methods that are served alike share it.
+        """Return the data module of ``method`` on ``task``; methods with the same needs share it.
 
-        It gives features where the method's image side is frozen, else images.
+        Its batches are features if the image side of the method is frozen, else images.
 
         Raises:
-            ConfigError: Values that the method cannot have.
+            ConfigError: Values do not fit the method.
         """
         config, views = self.config, method.needs.test_views
-        served = (id(task), method.needs.images, views)  # modules hold their task, which keeps its id
-        for known, module in self._modules:
-            if known == served:
+        key = (id(task), method.needs.images, views)  # modules keep their task alive, so its id stays unique
+        for module_key, module in self._modules:
+            if module_key == key:
                 return module
-        more: dict[str, Any] = {}
+        view_options: dict[str, Any] = {}
         if views is not None:
-            more = {"test_views": views, "views_as_images": method.needs.images}
+            view_options = {"test_views": views, "views_as_images": method.needs.images}
             if views.generated:
-                more["generated"] = self._bank(method)
+                view_options["generated"] = self._bank(method)
         module = FewShotData(
             task,
             self.backbone.preprocess,
@@ -323,16 +323,16 @@ class Session:
             encode=None if method.needs.images else self._encode,
             fingerprint=self.backbone.fingerprint,
             device=self.device,
-            **more,
+            **view_options,
         )
-        self._modules.append((served, module))
+        self._modules.append((key, module))
         return module
 
     def shots(self) -> FewShotFeatures:
-        """Return the frozen features that ``method.fit`` learns from, out of the feature store.
+        """Return the frozen features for ``method.fit``, from the feature store.
 
-        Validation images that are test images too are left out: nothing is chosen on test images unless the method's
-        settings say so.
+        Validation images are omitted if any of them is a test image: nothing is chosen on test images unless the
+        method's settings request it.
         """
         method, task = self.method, self.task
         data, device = self.data(method, task), method.backbone.device
@@ -341,8 +341,8 @@ class Session:
             return data.view_features(split, count, kind)[:, readable(split)].to(device)
 
         def labels(split: str) -> Tensor:
-            every = torch.tensor([sample.label for sample in getattr(task, split)], dtype=torch.int64)
-            return every[readable(split)].to(device)
+            all_labels = torch.tensor([sample.label for sample in getattr(task, split)], dtype=torch.int64)
+            return all_labels[readable(split)].to(device)
 
         def readable(split: str) -> list[int]:
             skipped = set(data.unreadable(split))
@@ -352,34 +352,36 @@ class Session:
         where: Literal["train", "test"] | None = None
         if needs.unlabelled != "none":
             where = "test" if needs.unlabelled == "test" else "train"
-        nothing = torch.empty(0, method.backbone.embed_dim, device=device)
+        no_features = torch.empty(0, method.backbone.embed_dim, device=device)
         split = self._selection_split()
         views = needs.unlabelled_views
         return FewShotFeatures(
             train=features("train", needs.fit_views, needs.fit_view),
             labels=labels("train"),
-            val=nothing if split is None else features(split, 0, "center")[0],
+            val=no_features if split is None else features(split, 0, "center")[0],
             val_labels=torch.empty(0, dtype=torch.int64, device=device) if split is None else labels(split),
-            unlabelled=nothing if where is None else features(where, 0, "center")[0],
-            unlabelled_views=features(where, views, "random") if where and views else nothing[None][:0],
+            unlabelled=no_features if where is None else features(where, 0, "center")[0],
+            unlabelled_views=features(where, views, "random") if where and views else no_features[None][:0],
             seed=self.config.seed,
         )
 
     def training_images(self) -> Iterator[Tensor]:
-        """Yield the training images once, in batches ``[B, 3, H, W]``, as the configuration looks at them."""
+        """Yield the training images once, in batches ``[B, 3, H, W]``, with the configured transform."""
         data = self.data(self.method, self.task)
         data.setup("fit")
         for batch in data.train_dataloader():
             yield batch["images"]
 
     def task_feature(self) -> Tensor:
-        """Return the mean unit image feature ``[D]`` of the training images in the test view."""
+        """Return the mean unit image feature ``[D]`` of the training images with the test transform."""
         data = self.data(self.zero_shot, self.task)
-        unit = F.normalize(data.features("train").float(), dim=-1)  # skipped images are zeros and stay so
+        unit = F.normalize(
+            data.features("train").float(), dim=-1
+        )  # features of skipped images are zeros and stay zeros
         return unit.sum(dim=0) / (len(unit) - len(data.unreadable("train")))
 
     def check_processes(self) -> None:
-        """Raise ConfigError when several processes would share a stream whose order counts."""
+        """Raise ConfigError if several processes would share a stream of test images with a fixed order."""
         if self.method.needs.online and self.config.trainer.devices > 1:
             raise ConfigError(
                 f"trainer.devices is {self.config.trainer.devices}, but {self.method.name} sees its test images one "
@@ -387,10 +389,10 @@ class Session:
             )
 
     def _encode(self, images: Tensor) -> Tensor:
-        return self.backbone.encode_image(images.to(self.backbone.device))  # which a Trainer moves
+        return self.backbone.encode_image(images.to(self.backbone.device))  # the Trainer moves the backbone
 
     def _selection_split(self) -> str | None:
-        """Return the split that hyperparameters are chosen on; None where there are no images for it."""
+        """Return the split for the selection of hyperparameters; None if it has no images."""
         method, task = self.method, self.task
         ids = [{sample.id for sample in samples} for samples in (task.val, task.test)]
         if method.needs.select_on == "test":
@@ -415,24 +417,24 @@ class Session:
         return open_bank(Path(self.config.data.bank).expanduser())
 
     def _cached_views(self, method: PromptMethod, task: FewShotTask) -> int:
-        """Return the random views per training image whose features are kept: as asked for, or one per epoch.
+        """Return the number of random transforms per training image with cached features, by default one per epoch.
 
-        One per epoch where that changes nothing but rounding (one process, full precision) and takes at most 1 GiB.
+        The default is used if it changes only rounding (one process, full precision) and takes at most 1 GiB, else 0.
         """
-        config, asked = self.config, self.config.data.cached_views
-        if asked and method.needs.images:
+        config, views = self.config, self.config.data.cached_views
+        if views and method.needs.images:
             raise ConfigError(
-                f"data.cached_views is {asked}, but {method.name} with these settings learns on the image side, so "
+                f"data.cached_views is {views}, but {method.name} with these settings learns on the image side, so "
                 "that features cannot be kept; accepted: 0 or null"
             )
-        if asked is not None or method.needs.images or config.data.transform == "center":
-            return asked or 0
+        if views is not None or method.needs.images or config.data.transform == "center":
+            return views or 0
         size = len(task.train) * config.recipe.epochs * method.backbone.embed_dim * 4
         exact = config.trainer.devices == 1 and config.trainer.precision == "32-true"
         return config.recipe.epochs if exact and size <= 2**30 else 0
 
     def _take_over(self, other: Session) -> None:
-        """Use what ``other`` has loaded, as far as it is what this session would load."""
+        """Reuse the objects of ``other`` that this session would load identically."""
         known, config = vars(other), self.config
         if "backbone" in known and (other.config.backbone, other.device) == (config.backbone, self.device):
             self.backbone = other.backbone.to(self.device)
@@ -441,12 +443,12 @@ class Session:
             self.drawn = other.drawn
 
 
-# -- single parts -----------------------------------------------------------------------------------------------------
+# -- loading functions ------------------------------------------------------------------------------------------------
 def load_parts(session: object, *names: str) -> None:
-    """Ask ``session`` for the parts ``names``; where several cannot be loaded, one error says so.
+    """Load the attributes ``names`` of ``session``; one error reports all that cannot be loaded.
 
     Raises:
-        VlpromptError: A part cannot be loaded.
+        VlpromptError: An attribute cannot be loaded.
     """
     missing: list[VlpromptError] = []
     for name in names:
@@ -466,13 +468,13 @@ def load_task(data: DataConfig, seed: int) -> FewShotTask:
 
 
 def _request(data: DataConfig, seed: int) -> dict[str, Any]:
-    """Return the arguments of :func:`~vlprompt.load_dataset` that ``data`` stands for."""
+    """Return ``data`` as arguments of :func:`~vlprompt.load_dataset`."""
     names = ("name", "root", "shots", "classes", "template", "source", "target", "split", "sampler", "shots_file")
     return {**{name: getattr(data, name) for name in names}, "seed": seed}
 
 
 def _data_section(task: FewShotTask) -> dict[str, Any]:
-    """Return the data section that a task was loaded by: the inverse of :func:`load_task`."""
+    """Return the data section of a loaded task: the inverse of :func:`load_task`."""
     file = task.request.get("shots_file")
     return {
         "name": task.name,
@@ -498,20 +500,21 @@ def configured_backbone(config: BackboneConfig, trainer: TrainerConfig) -> Backb
 
 
 def device_of(config: TrainerConfig) -> str:
-    """Return the device of this process: its own GPU where GPUs are used, else the CPU."""
+    """Return the device of this process: its GPU if GPUs are used, else the CPU."""
     if config.accelerator != "cpu" and torch.cuda.is_available():
         return f"cuda:{local_rank()}"
     return "cpu"
 
 
 def complete(config: RunConfig) -> RunConfig:
-    """Return ``config`` with the method's defaults for settings that are left out, as the command line has it.
+    """Return ``config`` with the method's defaults for omitted settings, as on the command line.
 
-    Settings of the method's own objectives and decomposition move to its settings. Equal runs thus have equal folders.
+    Settings of objectives and decompositions that the method declares move to its settings, so that equal runs have
+    equal folders.
     Templates that the data set fills stay empty.
 
     Raises:
-        ConfigError: Settings that are not accepted.
+        ConfigError: Settings are not accepted.
     """
     kind = get_method_class(config.method)
     settings, objectives, decomposition = merge_parts(kind, config.settings, config.objectives, config.decomposition)
@@ -520,7 +523,7 @@ def complete(config: RunConfig) -> RunConfig:
 
 
 def use_of_test_images(method: PromptMethod) -> str | None:
-    """Return how a method uses test images beyond scoring each one: for results and tables; None for not at all."""
+    """Return how a method uses test images beyond scoring them, for results and tables; None if it does not."""
     needs = method.needs
     if needs.transductive:
         return "transductive"
