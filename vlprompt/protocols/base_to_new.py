@@ -125,7 +125,7 @@ def summary(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _halves(accuracies: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Return mean and deviation of each half in ``accuracies``, and the harmonic mean if both are present."""
+    """Return mean and deviation of the halves present in all ``accuracies``; if both, also their harmonic mean."""
     halves: dict[str, Any] = {}
     for half in _HALVES:
         values = [accuracy[half] for accuracy in accuracies if half in accuracy]
