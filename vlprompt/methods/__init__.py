@@ -1,4 +1,4 @@
-"""One file per method; importing the package imports every file in it, which enrols the methods."""
+"""All methods, one module each; importing the package imports every module in it, which registers the methods."""
 
 import importlib
 import pkgutil

@@ -1,6 +1,7 @@
 """APE: Tip-Adapter on chosen channels, with weighted values; training-free (Zhu et al., ICCV 2023; arXiv 2304.01195).
 
-The published text classifier also averages sentences of a language model for each class; here the templates alone.
+The published text classifier also averages sentences of a language model for each class; here it averages only the
+templates.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ class APESettings(APECacheSettings):
     """Settings of APE; the defaults are the official ones for ImageNet.
 
     Attributes:
-        templates: The hand-written prompts, as in ``zeroshot``; left open, the data set's settings.
-        channels: How many channels are kept; 0 keeps the half of them, rounded up. Published numbers are for 1,024.
-        likeness_weight: Weight of the likeness between classes in a channel's score.
-        variance_weight: Weight of the variance of the text features in it.
-        alpha: Weight of the cache, where nothing is searched or there are no validation images.
+        templates: The hand-written prompts, as in ``zeroshot``; default: the template of the data set.
+        channels: Number of selected channels; 0 selects half of them, rounded up. Published numbers are for 1,024.
+        likeness_weight: Weight of the similarity between classes in a channel's score.
+        variance_weight: Weight of the variance of the text features in a channel's score.
+        alpha: Weight of the cache, used without a search or without validation images.
         beta: Sharpness of the affinities, likewise.
         gamma: Weight of the values' divergence, likewise.
-        views: Random views averaged into the key of each image; 0 takes the test view.
-        search: Search alpha, beta and gamma on the images that ``select_on`` names.
+        views: Random views averaged into the key of each image; 0 uses the test view.
+        search: Search alpha, beta and gamma on the images selected by ``select_on``.
         search_alpha: Upper end of the searched alphas; all lower ends are 0.1.
         search_beta: Upper end of the searched betas.
         search_gamma: Upper end of the searched gammas.
-        search_steps: How many betas, alphas and gammas.
-        select_on: Images that the search is on: val, or, as published for ImageNet, test. Results then say so.
+        search_steps: Numbers of betas, alphas and gammas.
+        select_on: Images of the search: val, or, as published for ImageNet, test, which marks the results.
     """
 
     templates: OpenTemplates = ()
@@ -47,7 +48,7 @@ class APESettings(APECacheSettings):
 
 @register("ape")
 class APEMethod(FittedMethod):
-    """A key of chosen channels for each few-shot image; nothing is trained."""
+    """A key of selected channels for each few-shot image; nothing is trained."""
 
     checked = "equations"
     Settings = APESettings
@@ -55,7 +56,7 @@ class APEMethod(FittedMethod):
     Cache = APE
 
     def fit(self, shots: FewShotFeatures) -> None:
-        """Choose the channels, fill the cache and search alpha, beta and gamma."""
+        """Select the channels, fill the cache and search alpha, beta and gamma."""
         settings = self.settings
         self.cache.fit(keys_of(shots, settings.views)[0], shots.labels)
         if settings.search and len(shots.val_labels):

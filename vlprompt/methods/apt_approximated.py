@@ -1,10 +1,11 @@
 """APT on CLIP: approximated prompt tuning, a reconstruction (Wu et al., arXiv 2306.15706; official code: ViLT, METER).
 
-Prompts in a sequence change a token's attention to ``(1 - l) Attn(X) + l Attn(P)``, l being the prompts' part of the
-softmax's sum. APT adds instead what the prompts say to the attention's result x of every block, from the attention's
-input r and without the common sum: ``exp(sigma) (x + w relu(r K^T) M)``, ``K = M + R2 R1 M``, ``w = max relu(r K^T)``
-without gradient. The paper has CLIP results, but the official code is for ViLT and METER alone: the module is that of
-the code for ViLT; its place behind every attention of both towers, and the sizes, are ours. Trained by cross-entropy.
+Prompts in a sequence change a token's attention to ``(1 - l) Attn(X) + l Attn(P)``, where l is the prompts' share of
+the softmax sum. APT instead adds the prompts' contribution to the attention's result x of every block, computed from
+the attention's input r without the common sum: ``exp(sigma) (x + w relu(r K^T) M)``, ``K = M + R2 R1 M``,
+``w = max relu(r K^T)`` without gradient. The paper has CLIP results, but the official code supports only ViLT and
+METER. The module is that of the code for ViLT; its position after every attention of both towers and the sizes are
+choices of this library. Trained by cross-entropy.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ from vlprompt.prompts.zero_shot import template_features
 
 @validated("settings")
 class APTSettings:
-    """Settings of APT; rank and form are the official code's, the sizes of both towers ours.
+    """Settings of APT; rank and form are those of the official code, the numbers of tokens are this library's.
 
     Attributes:
-        text_tokens: n of every text block; 0 leaves the text tower frozen. The code has 50 to 200 for ViLT and METER.
+        text_tokens: n of every text block; 0 leaves the text tower frozen. The official code has 50 to 200.
         image_tokens: n of every image block; 0 leaves the image tower frozen.
         rank: Rank of the keys' update R2 R1.
-        normaliser: ``relu-max``, the method; or ``softmax-lambda``, what it approximates: tokens M that every token
-            attends to, normalised in common. The latter learns M alone.
-        zero_init_values: Learn values of their own, from zero, in place of M behind the affinities: training then
-            starts from zero-shot CLIP. Not in the official code.
-        per_head: Ask and take maxima in each head's slice of the width, not in all of it. Not in the official code.
-        templates: Prompts with {} for the class name. A learned text tower uses the first; a frozen one averages the
-            unit features of all.
+        normaliser: ``relu-max``, the method; or ``softmax-lambda``, the attention that it approximates: every token
+            also attends to the tokens M, in the same softmax. The latter has only M as parameters.
+        zero_init_values: Use separate values, initially zero, in place of M in the product with the affinities, so
+            that training starts from zero-shot CLIP. Not in the official code.
+        per_head: Compute affinities and maxima for each head's slice of the width. Not in the official code.
+        templates: Prompts with {} for the class name. A text tower with tokens uses the first; a frozen text tower uses
+            the mean of the unit features of all.
     """
 
     text_tokens: Annotated[int, Ge(0), Le(4096)] = 16
@@ -74,7 +75,7 @@ class Tokens(nn.Module):
 
 @register("apt_approximated")
 class APT(PromptMethod):
-    """Prompt tokens behind every attention of both towers."""
+    """Prompt tokens after every attention of both towers."""
 
     checked = "reconstruction"
     Settings = APTSettings
@@ -83,29 +84,29 @@ class APT(PromptMethod):
 
     @property
     def needs(self) -> Needs:
-        """Images, unless the image side learns nothing."""
+        """Images, unless the image side is not trained."""
         return Needs(inputs="images", towers="transformers") if self.settings.image_tokens else Needs()
 
     def build(self) -> None:
         """Create ``text`` and ``image``, a :class:`Diffusion` for every block of each tower."""
-        own, image, text = self.settings, self.backbone.image, self.backbone.text
+        settings, image, text = self.settings, self.backbone.image, self.backbone.text
         self.image = self.text = None
-        if own.image_tokens:
+        if settings.image_tokens:
             image.require_tokens()
-            self.image = self._blocks(own.image_tokens, image.width, image.visual.transformer.resblocks)
-        if own.text_tokens:
-            self.text = self._blocks(own.text_tokens, text.width, text.model.transformer.resblocks)
-            self.layout = template_layout(text, self.class_names, [own.templates[0]])
+            self.image = self._blocks(settings.image_tokens, image.width, image.visual.transformer.resblocks)
+        if settings.text_tokens:
+            self.text = self._blocks(settings.text_tokens, text.width, text.model.transformer.resblocks)
+            self.layout = template_layout(text, self.class_names, [settings.templates[0]])
         else:
-            features = template_features(self.backbone, self.class_names, own.templates)
+            features = template_features(self.backbone, self.class_names, settings.templates)
             self.register_buffer("frozen_text", features, persistent=False)
 
     def _blocks(self, count: int, width: int, blocks: Sequence[Any]) -> nn.ModuleList:
-        own = self.settings
-        if own.normaliser == "softmax-lambda":
+        settings = self.settings
+        if settings.normaliser == "softmax-lambda":
             return nn.ModuleList(Tokens(count, width) for _ in blocks)
-        heads = [block.attn.num_heads if own.per_head else 1 for block in blocks]
-        return nn.ModuleList(Diffusion(count, width, own.rank, own.zero_init_values, each) for each in heads)
+        heads = [block.attn.num_heads if settings.per_head else 1 for block in blocks]
+        return nn.ModuleList(Diffusion(count, width, settings.rank, settings.zero_init_values, each) for each in heads)
 
     def _added(self, blocks: nn.ModuleList) -> Added:
         if self.settings.normaliser == "softmax-lambda":
@@ -124,5 +125,5 @@ class APT(PromptMethod):
         return self.once("classes", lambda: self.unit_text(text.encode(self.layout, added=added)[0]))
 
     def training_layouts(self) -> list[TokenLayout]:
-        """Return the layout of the class prompts, where the text tower learns."""
+        """Return the layout of the class prompts, if the text tower has tokens."""
         return [] if self.text is None else [self.layout]

@@ -1,4 +1,4 @@
-"""What every method is: learnable prompts around a frozen CLIP, class names in, logits out."""
+"""Base class of all methods: trainable prompts around a frozen CLIP, from class names to logits."""
 
 from __future__ import annotations
 
@@ -22,46 +22,46 @@ from vlprompt.prompts.decomposed import Decomposition, check_decomposition, crea
 from vlprompt.prompts.words import check_class_names, words_of
 
 TEMPLATE = "a photo of a {}."
-"""CLIP's own prompt: what templates become that neither the settings nor a data set names."""
+"""CLIP's prompt: the default for templates that neither the settings nor a data set defines."""
 
 
 class PromptMethod(nn.Module):
-    """A frozen backbone, the learnables of one method, and the classes they are applied to.
+    """Base class: a frozen backbone, the trainable parameters of a method, and the classes that it scores.
 
-    A subclass names its :attr:`Settings`, creates its learnables in :meth:`build`, and says how it scores
-    (:meth:`text_features` or :meth:`logits`) and how it is trained (:meth:`losses`). Everything that trains, saves or
-    evaluates talks to the methods of this class only.
+    A subclass sets :attr:`Settings`, creates its trainable parameters in :meth:`build`, and defines how it scores
+    (:meth:`text_features` or :meth:`logits`) and how it is trained (:meth:`losses`). Training, saving and evaluation
+    use only the methods of this class.
 
     Args:
         backbone: The frozen CLIP.
-        class_names: The C classes to tell apart, in label order; underscores become spaces in prompts.
+        class_names: Names of the C classes, in label order; underscores become spaces in prompts.
         settings: An instance of :attr:`Settings`.
-        objectives: Names of further objectives with their settings, as the configuration has them; see
+        objectives: Names of further objectives with their settings, in the form of the configuration; see
             :mod:`vlprompt.objectives`.
         all_class_names: Every class of the data set, those of ``class_names`` first; methods with virtual classes
             (MoCoOp's text loss) use the rest during training. Default: ``class_names``.
-        decomposition: The name of a low-rank update of the class tokens, with its settings, as the configuration has
-            it; see :mod:`vlprompt.prompts.decomposed`. Default: the method's own, if any.
-        data_template: The data set's own prompt, with ``{}`` for the class name. Templates that the settings leave
-            open become it.
+        decomposition: The name of a low-rank update of the class tokens, with its settings, in the form of the
+            configuration; see :mod:`vlprompt.prompts.decomposed`. Default: that of the method's settings, if any.
+        data_template: The template of the data set, with ``{}`` for the class name. It is used for templates that the
+            settings do not define.
 
     Raises:
-        ClassNameError: No classes, names that are empty or do not fit the text tower's 77 tokens.
-        ConfigError: Settings that contradict each other or the backbone; an objective or a decomposition that cannot
-            go with the method.
+        ClassNameError: No classes, or names that are empty or exceed the text tower's 77 tokens.
+        ConfigError: Settings that contradict each other or the backbone; an objective or a decomposition that does not
+            support the method.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type]
     recipe: ClassVar[RecipeConfig] = RecipeConfig()
-    """How the method is trained by gradient steps over images, as its paper or official code has it."""
+    """Defaults of gradient training, from the paper or the official code."""
     checked: ClassVar[Literal["official code", "equations", "reconstruction"]] = "official code"
-    """What the numbers are held to: tensors that the official code made; the equations, written out once more in the
-    tests; or those of a reconstruction, where the paper has other models or no equations."""
+    """Reference of the tests: tensors made by the official code; the paper's equations, implemented separately in the
+    tests; or the equations of a reconstruction, if the paper uses other models or gives no equations."""
     text_features_per: ClassVar[Literal["class", "expert", "image"]] = "class"
-    """What :meth:`training_text_features` has text features for: ``[C, D]``, ``[G, C, D]`` or ``[B, C, D]``."""
+    """Form of :meth:`training_text_features`: ``[C, D]``, ``[G, C, D]`` or ``[B, C, D]``."""
     no_objectives: ClassVar[str | None] = None
-    """Why no further objective can take part; None: objectives say themselves what they need."""
+    """Reason why no further objective is supported; None if objectives are supported."""
     fitted: tuple[str, ...] = ()
     """Buffers (dotted names) that belong to the head like trainable parameters; shapes may depend on the shots."""
 
@@ -95,7 +95,7 @@ class PromptMethod(nn.Module):
         declared = {name: getattr(self.settings, name) for name in objectives_in(type(self.settings))}
         wanted = {name: values for name, values in declared.items() if values is not None} | self.objective_settings
         self.objectives.extend(create_objective(name, self, values) for name, values in wanted.items())
-        # Last, so that other random draws do not depend on it.
+        # Created last: other random draws do not depend on it.
         declared = {name: getattr(self.settings, name) for name in decompositions_in(type(self.settings))}
         self.decomposition = create_decomposition(self, self.decomposition_settings or declared)
         for objective in self.active:
@@ -108,11 +108,11 @@ class PromptMethod(nn.Module):
 
     @property
     def active(self) -> list[Objective]:
-        """The objectives: the method's own, then the configuration's."""
+        """The objectives: those of the method's settings, then those of the configuration."""
         return [objective for objective in self.objectives if isinstance(objective, Objective)]
 
     def build(self) -> None:
-        """Create learnables (float32 ``nn.Parameter``) and the token layouts of the classes."""
+        """Create the trainable parameters (float32 ``nn.Parameter``) and the token layouts of the classes."""
         raise NotImplementedError
 
     def _warn_of_untrained_words(self) -> None:
@@ -131,26 +131,26 @@ class PromptMethod(nn.Module):
         return self.backbone.encode_image(images)
 
     def image_overrides(self) -> dict[str, Tensor]:
-        """Return learned values of the image tower's own parameters, by their open_clip names; usually none."""
+        """Return trained values of parameters of the image tower, by their open_clip names; usually none."""
         return {}
 
     def encode_text(self, layout: TokenLayout, context: Tensor, deep: Mapping[int, Tensor] | None = None) -> Tensor:
-        """Return raw text features ``[G, C, D]`` of learned prompts: the tower's, and the decomposition's part in them.
+        """Return raw text features ``[G, C, D]`` of learned prompts, with the decomposition applied, if any.
 
-        Methods encode what they learn by this, and what is frozen by :meth:`vlprompt.backbone.TextTower.encode`, which
-        takes the same arguments.
+        Methods encode learned prompts with this function and frozen prompts with
+        :meth:`vlprompt.backbone.TextTower.encode`, which takes the same arguments.
         """
-        own, text = self.decomposition, self.backbone.text
-        if own is None:
+        decomposition, text = self.decomposition, self.backbone.text
+        if decomposition is None:
             return text.encode(layout, context, deep)
-        return own.encode(text, layout, context, deep, self.once("word update", own.update))
+        return decomposition.encode(text, layout, context, deep, self.once("word update", decomposition.update))
 
     def text_features(self, features: Tensor | None = None) -> Tensor:
-        """Return the classifier: unit rows ``[C, D]``, the ``open_clip`` zero-shot weights (transposed)."""
+        """Return the classifier: unit rows ``[C, D]``, the transpose of ``open_clip``'s zero-shot classifier."""
         raise NotImplementedError
 
     def class_weights(self, features: Tensor | None = None) -> Tensor:
-        """Return :meth:`text_features`, under its former name; deprecated."""
+        """Return :meth:`text_features`; deprecated former name."""
         warnings.warn("class_weights() is called text_features() now", DeprecationWarning, stacklevel=2)
         return self.text_features(features)
 
@@ -159,13 +159,13 @@ class PromptMethod(nn.Module):
         return self.text_features().t()
 
     def unit_image(self, features: Tensor) -> Tensor:
-        """Return raw image ``features`` ``[B, D]`` as they are scored: adapted by objectives, of length 1."""
+        """Return unit image features ``[B, D]`` of raw ``features`` ``[B, D]``, adapted by the objectives."""
         for objective in self.active:
             features = objective.adapt_image(features)
         return F.normalize(features, dim=-1)
 
     def unit_text(self, features: Tensor) -> Tensor:
-        """Return raw text ``features`` ``[..., D]`` adapted by objectives that do so, of length 1."""
+        """Return unit text features ``[..., D]`` of raw ``features`` ``[..., D]``, adapted by the objectives."""
         for objective in self.active:
             features = objective.adapt_text(features)
         return F.normalize(features, dim=-1)
@@ -175,7 +175,7 @@ class PromptMethod(nn.Module):
         return self.score(self.unit_image(features), self.text_features())
 
     def score(self, unit_image: Tensor, text_features: Tensor) -> Tensor:
-        """Return the logits ``[B, C]`` of unit features ``[B, D]`` and class weights ``[C, D]``."""
+        """Return the logits ``[B, C]`` of unit features ``[B, D]`` and a classifier ``[C, D]``."""
         return self.backbone.logit_scale * unit_image @ text_features.t()
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -184,24 +184,24 @@ class PromptMethod(nn.Module):
 
     # -- training -----------------------------------------------------------------------------------------------
     def losses(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return the weighted, named loss terms of a batch; they add up.
+        """Return the weighted, named loss terms of a batch; the loss is their sum.
 
         Args:
-            inputs: Images ``[B, 3, H, W]``, or raw image features ``[B, D]`` where the image side learns nothing or no
+            inputs: Images ``[B, 3, H, W]``; or raw image features ``[B, D]``, if the image side is not trained or no
                 objective compares with the frozen images.
             labels: ``[B]``.
         """
         return self.step_losses(self.step(inputs, labels))
 
     def step_losses(self, step: Step) -> dict[str, Tensor]:
-        """Return the weighted, named loss terms of ``step``: the method's own and its objectives'."""
+        """Return the weighted, named loss terms of ``step``: those of the method and of its objectives."""
         terms = self.terms(step)
         for objective in self.active:
             terms = objective.add(step, terms)
         return terms
 
     def step(self, inputs: Tensor, labels: Tensor) -> Step:
-        """Return what a training step computes before any loss."""
+        """Return the features and logits of a training step."""
         features = self.image_features(inputs) if inputs.ndim == 4 else inputs
         unit_image = self.unit_image(features)
         weights = self.training_text_features(unit_image, features)
@@ -209,7 +209,7 @@ class PromptMethod(nn.Module):
         return Step(labels, features, unit_image, weights, logits, lambda: self._frozen_features(inputs, features))
 
     def training_text_features(self, unit_image: Tensor, features: Tensor) -> Tensor:
-        """Return the unit text features that objectives see: ``[C, D]``, ``[G, C, D]`` or ``[B, C, D]``."""
+        """Return the unit text features for the objectives: ``[C, D]``, ``[G, C, D]`` or ``[B, C, D]``."""
         return self.text_features()
 
     def training_logits(self, unit_image: Tensor, weights: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class PromptMethod(nn.Module):
         return self.score(unit_image, weights)
 
     def terms(self, step: Step) -> dict[str, Tensor]:
-        """Return the method's own terms: cross-entropy."""
+        """Return the loss terms of the method without objectives: cross-entropy."""
         return {"ce": F.cross_entropy(step.logits, step.labels)}
 
     def _frozen_features(self, inputs: Tensor, features: Tensor) -> Tensor:
@@ -232,22 +232,22 @@ class PromptMethod(nn.Module):
 
     @property
     def class_dim(self) -> int:
-        """The width of the space in which images and classes are compared: D, unless features are projected."""
+        """Width of the space in which images and classes are compared: D, unless features are projected."""
         return self.backbone.embed_dim
 
     @property
     def adapts_features(self) -> bool:
-        """Whether image features are changed after the tower, by the method itself or by an objective."""
-        own = type(self).unit_image is not PromptMethod.unit_image
-        return own or any(type(objective).adapt_image is not Objective.adapt_image for objective in self.active)
+        """Whether the method or an objective changes image features after the tower."""
+        overridden = type(self).unit_image is not PromptMethod.unit_image
+        return overridden or any(type(objective).adapt_image is not Objective.adapt_image for objective in self.active)
 
     @property
     def sees_images(self) -> bool:
-        """Whether scores depend on more of an image than its frozen feature and fixed class weights."""
+        """Whether scores depend on more than an image's frozen feature and a fixed classifier."""
         return self.needs.images or self.adapts_features or self.text_features_per != "class"
 
     def has_text_prompts(self) -> bool:
-        """Whether text features depend on learnables: whether a training step encodes text."""
+        """Whether text features depend on trainable parameters, that is, a training step encodes text."""
         return bool(self.training_layouts())
 
     def deep_prompts(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -259,23 +259,23 @@ class PromptMethod(nn.Module):
         return 0
 
     def epoch_end(self, epoch: int, epochs: int) -> None:
-        """Act at the end of training epoch ``epoch`` (from 0) of ``epochs``: objectives do."""
+        """Run the objectives' actions at the end of training epoch ``epoch`` (from 0) of ``epochs``."""
         for objective in self.active:
             objective.epoch_end(epoch, epochs)
 
     def rate_factors(self) -> list[tuple[list[nn.Parameter], float]]:
-        """Return learnables with a rate of their own, and the factor that it is of the others': a decomposition's."""
-        own = self.decomposition
-        return [] if own is None else [(list(own.parameters()), own.settings.lr_ratio)]
+        """Return parameters with a separate learning rate, and its factor on the common rate: the decomposition's."""
+        decomposition = self.decomposition
+        return [] if decomposition is None else [(list(decomposition.parameters()), decomposition.settings.lr_ratio)]
 
     def training_layouts(self) -> list[TokenLayout]:
-        """Return the layouts that one training step encodes: what its text costs."""
+        """Return the layouts that one training step encodes."""
         return []
 
     def once(self, key: str, compute: Callable[[], Tensor]) -> Tensor:
-        """Return ``compute()``; without gradients, what it gave last time if no learnable has changed since.
+        """Return ``compute()``; without gradients, the cached result unless a trainable parameter has changed.
 
-        Evaluation so encodes its classes once, not once per batch.
+        Evaluation thus encodes its classes once, not once per batch.
         """
         if torch.is_grad_enabled():
             return compute()
@@ -287,51 +287,50 @@ class PromptMethod(nn.Module):
         return self._remembered[key][1]
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the named learnable parameters; the backbone's are never among them."""
+        """Return the named trainable parameters, without the backbone."""
         return [(name, parameter) for name, parameter in self.named_parameters() if not name.startswith("backbone.")]
 
     def prompt_tensors(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the learnables that are prompts: vectors ``[..., M, W]``.
+        """Return the trainable parameters that are prompts: vectors ``[..., M, W]``.
 
-        Weights of networks are none, nor what objectives or a decomposition learn (its factors stand for no vectors).
-
-        What is learned across tasks (:mod:`vlprompt.meta`) acts on their gradients.
+        Weights of networks and parameters of objectives and of a decomposition are excluded.
+        Meta-training (:mod:`vlprompt.meta`) acts on the gradients of the prompts.
         """
-        found = []
+        prompts = []
         for name, parameter in self.trainable_parameters():
             owner = self.get_submodule(name.rpartition(".")[0])
             layer = type(owner).__module__.startswith("torch.nn.") and not isinstance(owner, nn.ParameterList)
             layer = layer or name.startswith(("objectives.", "decomposition."))
             if parameter.ndim > 1 and parameter.numel() and not layer:
-                found.append((name, parameter))
-        return found
+                prompts.append((name, parameter))
+        return prompts
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Return optimiser groups; an empty list says that there is nothing to train."""
-        of_their_own = [(parameters, factor) for parameters, factor in self.rate_factors() if parameters]
-        apart = {id(parameter) for parameters, _ in of_their_own for parameter in parameters}
-        others = [parameter for _, parameter in self.trainable_parameters() if id(parameter) not in apart]
+        """Return optimiser groups; the list is empty if there is nothing to train."""
+        separate = [(parameters, factor) for parameters, factor in self.rate_factors() if parameters]
+        separate_ids = {id(parameter) for parameters, _ in separate for parameter in parameters}
+        others = [parameter for _, parameter in self.trainable_parameters() if id(parameter) not in separate_ids]
         groups = [{"params": others, "lr": lr}] if others else []
-        return groups + [{"params": parameters, "lr": lr * factor} for parameters, factor in of_their_own]
+        return groups + [{"params": parameters, "lr": lr * factor} for parameters, factor in separate]
 
     # -- keeping ------------------------------------------------------------------------------------------------
     def _kept(self) -> dict[str, Tensor]:
-        """Return what scoring depends on apart from the backbone: parameters, fitted buffers, buffers of objectives."""
+        """Return the tensors for scoring besides the backbone: parameters, fitted buffers, objectives' buffers."""
         kept = dict(self.trainable_parameters()) | {name: self.get_buffer(name) for name in self.fitted}
         for index, objective in enumerate(self.active):
             kept |= {f"objectives.{index}.{name}": getattr(objective, name) for name in objective.kept}
         return kept
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Return copies of the learnables by name, float32 on the CPU."""
+        """Return copies of the trained tensors by name, float32 on the CPU."""
         return {name: value.detach().cpu().clone() for name, value in self._kept().items()}
 
     def head_state(self) -> dict[str, Tensor]:
-        """Return what a head's file holds of the learnables; a method may pack them, and says what is lost."""
+        """Return the tensors of a head file; a method may pack them."""
         return self.trained_state()
 
     def load_head_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set the learnables from :meth:`head_state` of such a method.
+        """Set the trained tensors from :meth:`head_state` of the same method.
 
         Raises:
             HeadError: As :meth:`load_trained_state`.
@@ -339,48 +338,48 @@ class PromptMethod(nn.Module):
         self.load_trained_state(state)
 
     def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set the learnables from ``state``.
+        """Set the trained tensors from ``state``.
 
         Raises:
-            HeadError: A name is missing or unknown, or a shape differs; nothing has been changed then.
+            HeadError: A name is missing or unknown, or a shape differs. No tensor is changed.
         """
-        own = self._kept()
-        wrong = [f"{name}: missing" for name in own if name not in state]
-        wrong += [f"{name}: not a learnable of {self.name}" for name in state if name not in own]
+        kept = self._kept()
+        wrong = [f"{name}: missing" for name in kept if name not in state]
+        wrong += [f"{name}: not a learnable of {self.name}" for name in state if name not in kept]
         wrong += [
-            f"{name}: shape {list(state[name].shape)}, expected {list(own[name].shape)}"
-            for name in own
-            if name in state and not self._takes(name, own[name], state[name])
+            f"{name}: shape {list(state[name].shape)}, expected {list(kept[name].shape)}"
+            for name in kept
+            if name in state and not self._takes(name, kept[name], state[name])
         ]
         if wrong:
             raise HeadError(f"these tensors do not fit the method {self.name!r}:\n  " + "\n  ".join(wrong))
         for name in self.fitted:
-            if state[name].shape != own[name].shape:
+            if state[name].shape != kept[name].shape:
                 owner, _, last = name.rpartition(".")
-                setattr(self.get_submodule(owner), last, own[name].new_zeros(state[name].shape))
+                setattr(self.get_submodule(owner), last, kept[name].new_zeros(state[name].shape))
         with torch.no_grad():
             for name, parameter in self._kept().items():
                 parameter.copy_(state[name])
 
     def start_from(self, state: Mapping[str, Tensor]) -> None:
-        """Take the learned tensors of another head as the start.
+        """Initialise from the trained tensors of another head.
 
         Raises:
-            HeadError: They are not the tensors of such a method.
+            HeadError: The tensors are not those of this method.
         """
         self.load_head_state(state)
 
     def _takes(self, name: str, own: Tensor, given: Tensor) -> bool:
-        # What is fitted has as many rows as there were shots.
+        # The number of rows of a fitted buffer depends on the shots.
         return given.ndim == own.ndim if name in self.fitted else given.shape == own.shape
 
     def with_classes(self, class_names: Sequence[str]) -> PromptMethod:
-        """Return the same method with the same learnables for other classes (evaluation of new classes).
+        """Return the method with the same trained tensors for other classes (evaluation of new classes).
 
         Raises:
-            ClassNameError: The learnables belong to the old classes (class-specific context).
+            ClassNameError: The trained tensors belong to the old classes (class-specific context).
         """
-        with restored_random():  # its fresh learnables are replaced at once
+        with restored_random():  # the initial parameters are replaced below
             other = type(self)(
                 self.backbone,
                 class_names,

@@ -1,9 +1,9 @@
 """CLIP-Adapter: a bottleneck adapter on image features, blended with the frozen ones (IJCV 2024; arXiv 2110.04544).
 
 An image's raw feature g becomes ``g' = ratio A(g) + (1 - ratio) g`` with ``A(g) = relu(relu(g W_1) W_2)`` (the visual
-adapter, the one that the official code gaopengcuhk/CLIP-Adapter has), is brought to unit length and compared with the
-text features of a hand-written prompt. A is drawn at random: an untrained head is not zero-shot CLIP. The towers
-are frozen, so that training runs on features that are computed once; other classes need their text features alone.
+adapter, as in the official code gaopengcuhk/CLIP-Adapter), is normalised and compared with the text features of a
+hand-written prompt. A is initialised randomly: an untrained head is not zero-shot CLIP. The towers are frozen, so
+training uses features that are computed once; other classes need only their text features.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from vlprompt.prompts.zero_shot import template_features
 
 @validated("settings")
 class CLIPAdapterSettings:
-    """Settings of CLIP-Adapter; the defaults are the official code's.
+    """Settings of CLIP-Adapter; the defaults are those of the official code.
 
     Attributes:
-        templates: The hand-written prompts, as in ``zeroshot``; left open, the data set's own.
-        ratio: Part of the adapted feature in the blend, 0 to 1; 0 is zero-shot. The paper tunes it per data set.
+        templates: The hand-written prompts, as in ``zeroshot``; default: the template of the data set.
+        ratio: Weight of the adapted feature in the blend, 0 to 1; 0 is zero-shot. The paper tunes it per data set.
         reduction: The hidden layer has D // reduction units.
     """
 
@@ -53,6 +53,6 @@ class CLIPAdapter(PromptMethod):
         return self.unit_text(self.get_buffer("weights"))
 
     def unit_image(self, features: Tensor) -> Tensor:
-        """Return raw image ``features`` ``[B, D]`` blended with what the adapter makes of them, of length 1."""
+        """Return the unit blend ``[B, D]`` of raw image ``features`` ``[B, D]`` and adapted features."""
         ratio = self.settings.ratio
         return super().unit_image(ratio * self.adapter(features) + (1 - ratio) * features)

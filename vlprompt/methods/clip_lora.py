@@ -1,9 +1,9 @@
 """CLIP-LoRA: low-rank updates of the attention in both towers (Zanella and Ben Ayed, CVPR-W 2024; arXiv 2405.18541).
 
-Every chosen projection becomes ``y = W x + b + s B A dropout(x)`` with ``s = alpha / sqrt(r)`` (the official code,
-MaxZanella/CLIP-LoRA: not LoRA's ``alpha / r``). B starts at zero, so that training starts from zero-shot CLIP, and all
-data sets share one set of hyperparameters. Scores are cosines times the backbone's temperature, which is the official
-constant 100 in OpenAI's weights; training minimises their cross-entropy.
+Every selected projection becomes ``y = W x + b + s B A dropout(x)`` with ``s = alpha / sqrt(r)`` (the official code,
+MaxZanella/CLIP-LoRA: not LoRA's ``alpha / r``). B starts at zero, so training starts from zero-shot CLIP. All data sets
+have the same hyperparameters. Scores are cosines times the backbone's temperature, which is the official
+constant 100 for OpenAI's weights. Trained by cross-entropy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vlprompt.objectives.base import Step
 from vlprompt.prompts import LowRank, template_layout
 from vlprompt.prompts.zero_shot import template_features
 
-#: From where to where a position reaches, in twelfths of a tower's blocks (loralib/utils.py has twelve, or L/14's 24).
+#: First and last block of each position, in twelfths of a tower's blocks (loralib/utils.py: 12 blocks, 24 for L/14).
 POSITIONS = {"all": (0, 12), "bottom": (0, 4), "mid": (4, 8), "up": (8, 12), "half-bottom": (0, 6), "half-up": (6, 12)}
 
 
@@ -32,16 +32,16 @@ class CLIPLoRASettings:
     """Settings of CLIP-LoRA; the defaults are the paper's (184,320 numbers on ViT-B/16).
 
     Attributes:
-        encoder: Which towers have updates. The one without is frozen, and its features are computed once.
-        position: Which blocks have them: all, a third (bottom, mid, up) or a half (half-bottom, half-up).
-        layers: Instead of a position, the blocks themselves, counted from 0; what a tower does not have is left out.
-        params: Which projections of the attention: q, k, v and o (the output).
+        encoder: Towers with updates. A tower without updates is frozen, and its features are computed once.
+        position: Blocks with updates: all, a third (bottom, mid, up) or a half (half-bottom, half-up).
+        layers: Block indices from 0, used instead of a position; indices that a tower does not have are ignored.
+        params: Attention projections with updates, of q, k, v and o (the output).
         rank: r.
         alpha: The update is scaled by alpha / sqrt(r).
-        dropout: Part of an update's input that a training step leaves out, drawn for each projection.
-        templates: Prompts with {} for the class name. A text tower with updates uses the first; a frozen one averages
-            the unit features of all, also in evaluation (where the official code takes the first).
-        logit_scale: What cosines are multiplied with; null for the backbone's own temperature.
+        dropout: Fraction of an update's input that a training step drops, drawn for each projection.
+        templates: Prompts with {} for the class name. A text tower with updates uses the first; a frozen text tower
+            averages the unit features of all, also in evaluation (where the official code uses the first).
+        logit_scale: Factor of the cosines; null for the backbone's logit scale.
     """
 
     encoder: Literal["both", "vision", "text"] = "both"
@@ -62,18 +62,18 @@ class CLIPLoRASettings:
             )
 
     def blocks(self, depth: int) -> list[int]:
-        """Return which of a tower's ``depth`` blocks have updates.
+        """Return the blocks with updates, for a tower of ``depth`` blocks.
 
         Raises:
-            ConfigError: None of them.
+            ConfigError: No block has updates.
         """
-        first, behind = POSITIONS[self.position]
-        wanted = self.layers or range(depth * first // 12, depth * behind // 12)
-        found = [layer for layer in wanted if layer < depth]
-        if not found:
-            said = f"layers is {list(self.layers)}" if self.layers else f"position is {self.position!r}"
-            raise ConfigError(f"settings.{said}, which is no block of a tower that has {depth}; use position all")
-        return found
+        first, end = POSITIONS[self.position]
+        candidates = self.layers or range(depth * first // 12, depth * end // 12)
+        blocks = [layer for layer in candidates if layer < depth]
+        if not blocks:
+            setting = f"layers is {list(self.layers)}" if self.layers else f"position is {self.position!r}"
+            raise ConfigError(f"settings.{setting}, which is no block of a tower that has {depth}; use position all")
+        return blocks
 
 
 @register("clip_lora")
@@ -94,21 +94,21 @@ class CLIPLoRA(PromptMethod):
 
     @property
     def needs(self) -> Needs:
-        """Images, unless the text tower alone has updates."""
+        """Images, unless only the text tower has updates."""
         return Needs() if self.settings.encoder == "text" else Needs(inputs="images", towers="transformers")
 
     def build(self) -> None:
         """Create ``base_model``: per projection ``lora_A.weight`` ``[r, W]`` and ``lora_B.weight`` ``[W, r]``."""
-        own, image, text = self.settings, self.backbone.image, self.backbone.text
-        self.base_model = LowRank(own.rank, own.alpha / own.rank**0.5, own.dropout)
-        if own.encoder != "text":
+        settings, image, text = self.settings, self.backbone.image, self.backbone.text
+        self.base_model = LowRank(settings.rank, settings.alpha / settings.rank**0.5, settings.dropout)
+        if settings.encoder != "text":
             image.require_tokens()
-            self.base_model.add("visual.", image.width, own.blocks(image.layers), own.params)
-        if own.encoder != "vision":
-            self.base_model.add("", text.width, own.blocks(text.layers), own.params)
-            self.layout = template_layout(text, self.class_names, [own.templates[0]])
+            self.base_model.add("visual.", image.width, settings.blocks(image.layers), settings.params)
+        if settings.encoder != "vision":
+            self.base_model.add("", text.width, settings.blocks(text.layers), settings.params)
+            self.layout = template_layout(text, self.class_names, [settings.templates[0]])
         else:
-            features = template_features(self.backbone, self.class_names, own.templates)
+            features = template_features(self.backbone, self.class_names, settings.templates)
             self.register_buffer("frozen_text", features, persistent=False)
 
     def image_features(self, images: Tensor) -> Tensor:
@@ -130,14 +130,14 @@ class CLIPLoRA(PromptMethod):
         return (self.backbone.logit_scale if scale is None else scale) * unit_image @ text_features.t()
 
     def step(self, inputs: Tensor, labels: Tensor) -> Step:
-        """Return what a training step computes, with dropout while the method trains."""
+        """Return the features and logits of a training step, with dropout in training mode."""
         if not (self.training and self.settings.dropout):
             return super().step(inputs, labels)
         with self.base_model.dropping(inputs.device):
             return super().step(inputs, labels)
 
     def training_layouts(self) -> list[TokenLayout]:
-        """Return the layout of the class prompts, where the text tower has updates."""
+        """Return the layout of the class prompts, if the text tower has updates."""
         return [] if self.settings.encoder == "vision" else [self.layout]
 
     def image_overrides(self) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """CoCoOp: context that every image shifts (Zhou et al., CVPR 2022; arXiv 2203.05557, equations 4 and 5).
 
-A small network turns the unit image feature into one vector, which is added to all context vectors; the prompts of an
-image are ``[v_1 + pi(x)] ... [v_M + pi(x)] [class c] .``. The official code encodes the classes once per image and
-takes batches of one; here the prompts of a batch are encoded together, and an image's classes share its context.
+A small network maps the unit image feature to a vector that is added to all context vectors; the prompts of an image
+are ``[v_1 + pi(x)] ... [v_M + pi(x)] [class c] .``. The official code encodes the classes once per image and
+uses batches of one image; here the prompts of a batch are encoded together, and an image's classes share its context.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class CoCoOpSettings:
 
     Attributes:
         context_length: M, when no words are given.
-        context_init: Words to start from; M is then their number. Empty: normal noise of deviation 0.02.
-        images_at_once: Images whose prompts are encoded together. More need more memory; the result is the same.
+        context_init: Initial words; M is then their number. Empty: normal noise of deviation 0.02.
+        images_at_once: Images whose prompts are encoded together. More images need more memory; the result is the same.
     """
 
     context_length: ContextLength = 4
@@ -49,8 +49,8 @@ class CoCoOp(PromptMethod):
 
     def build(self) -> None:
         """Create ``prompt.ctx`` ``[M, W]`` and ``meta_net``."""
-        own, text = self.settings, self.backbone.text
-        self.prompt = TextContext(text, own.context_length, own.context_init)
+        settings, text = self.settings, self.backbone.text
+        self.prompt = TextContext(text, settings.context_length, settings.context_init)
         self.meta_net = MetaNet(self.backbone.embed_dim, text.width)
         self.layout = self.prompt.layout(text, self.class_names, "end")
 
@@ -63,7 +63,7 @@ class CoCoOp(PromptMethod):
         """Return each image's classifier ``[B, C, D]`` of raw image ``features`` ``[B, D]``.
 
         Without features, return ``[C, D]``: the classifier of the unshifted context, an approximation for code that
-        takes one matrix only.
+        takes only one matrix.
         """
         if features is None:
             return self.unit_text(self.encode_text(self.layout, self.prompt.ctx)[0])
@@ -73,17 +73,17 @@ class CoCoOp(PromptMethod):
         if not len(unit_image):
             return unit_image.new_zeros(0, len(self.class_names), unit_image.shape[-1])
         contexts = self.contexts(unit_image).split(self.settings.images_at_once)
-        encode: Callable[[Tensor], Tensor] = lambda own: self.unit_text(self.encode_text(self.layout, own))  # noqa: E731
+        encode: Callable[[Tensor], Tensor] = lambda ctx: self.unit_text(self.encode_text(self.layout, ctx))  # noqa: E731
         if len(contexts) > 1 and torch.is_grad_enabled():
-            return torch.cat([checkpoint(encode, own, use_reentrant=False) for own in contexts])
-        return torch.cat([encode(own) for own in contexts])
+            return torch.cat([checkpoint(encode, context, use_reentrant=False) for context in contexts])
+        return torch.cat([encode(context) for context in contexts])
 
     def score(self, unit_image: Tensor, text_features: Tensor) -> Tensor:
-        """Return the logits ``[B, C]`` of unit features ``[B, D]`` and each image's weights ``[B, C, D]``."""
+        """Return the logits ``[B, C]`` of unit features ``[B, D]`` and each image's classifier ``[B, C, D]``."""
         return self.backbone.logit_scale * torch.einsum("bd,bcd->bc", unit_image, text_features)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return ``[B, C]``: every image against the classes as its own prompts have them."""
+        """Return logits ``[B, C]``: every image is scored with its prompts."""
         unit_image = self.unit_image(features)
         return self.score(unit_image, self._weights(unit_image))
 

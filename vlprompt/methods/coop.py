@@ -26,10 +26,10 @@ class CoOpSettings:
 
     Attributes:
         context_length: M, when no words are given.
-        context_init: Words to start from, such as "a photo of a"; M is then their number and class_specific is without
-            effect. Empty: normal noise of deviation 0.02.
-        class_specific: A set of vectors for every class (CSC) instead of one for all.
-        class_token_position: Where the class name stands: behind the vectors (end), amid, or in front of them.
+        context_init: Initial words, such as "a photo of a"; M is then their number, and class_specific has no effect.
+            Empty: normal noise of deviation 0.02.
+        class_specific: Use separate vectors for every class (CSC) instead of shared vectors.
+        class_token_position: Position of the class name: after the vectors (end), in their middle, or in front.
     """
 
     context_length: ContextLength = 16
@@ -40,7 +40,7 @@ class CoOpSettings:
 
 @register("coop")
 class CoOp(PromptMethod):
-    """One set of context vectors, or one per class, trained by cross-entropy."""
+    """Shared or class-specific context vectors, trained by cross-entropy."""
 
     Settings = CoOpSettings
     recipe = RecipeConfig(epochs=200)
@@ -48,10 +48,10 @@ class CoOp(PromptMethod):
 
     def build(self) -> None:
         """Create ``prompt.ctx``: ``[M, W]``, or ``[C, M, W]`` when class-specific."""
-        own = self.settings
-        classes = len(self.class_names) if own.class_specific else None
-        self.prompt = TextContext(self.backbone.text, own.context_length, own.context_init, classes)
-        self.layout = self.prompt.layout(self.backbone.text, self.class_names, own.class_token_position)
+        settings = self.settings
+        classes = len(self.class_names) if settings.class_specific else None
+        self.prompt = TextContext(self.backbone.text, settings.context_length, settings.context_init, classes)
+        self.layout = self.prompt.layout(self.backbone.text, self.class_names, settings.class_token_position)
 
     def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the unit text features of the learned prompts ``[C, D]``."""
@@ -65,7 +65,7 @@ class CoOp(PromptMethod):
         """Return CoOp with the same generic context for other classes.
 
         Raises:
-            ClassNameError: The context is class-specific; it says nothing about other classes.
+            ClassNameError: The context is class-specific.
         """
         if self.prompt.class_specific and list(class_names) != self.class_names:
             raise ClassNameError(

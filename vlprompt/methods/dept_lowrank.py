@@ -3,9 +3,9 @@
 Decomposed Prompt Tuning, not Decoupled Prompt Tuning, which CLIP users know as DePT. The prompt of class c is
 ``[v_1] ... [v_M] [class c + alpha / sqrt(r) A B] .``: row j of the product is added to the j-th token of every name.
 
-The paper is about language models. This is a reconstruction on CLIP with CoOp as the host, trained by cross-entropy
-alone. Any method that learns text prompts takes the same update, by ``decomposition: {dept_lowrank: {}}``. It changes
-the names of new classes too, so evaluate on those.
+The paper is about language models. This is a reconstruction on CLIP with CoOp as the base method, trained only by
+cross-entropy. Any method that learns text prompts supports the update by ``decomposition: {dept_lowrank: {}}``. It also
+changes the names of new classes, so evaluate on those.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from vlprompt.prompts.decomposed import DePTDecompositionSettings
 
 @validated("settings")
 class DePTSettings(CoOpSettings):
-    """Settings of DePT's host, CoOp, and of the update.
+    """Settings of CoOp, the base method, and of the update.
 
     With the defaults, 2,048 + 5,890 numbers on ViT-B/16, fewer than CoOp's 8,192 with 16 vectors.
 
     Attributes:
         context_length: M, when no words are given.
         context_init: Initial words, as the paper initialises short prompts from the vocabulary.
-        class_specific: A set of vectors for every class instead of one for all.
+        class_specific: Use separate vectors for every class instead of shared vectors.
         class_token_position: Position of the class name.
         dept_lowrank: The low-rank update.
     """

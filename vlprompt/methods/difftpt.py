@@ -1,18 +1,18 @@
 """DiffTPT: TPT on random crops and pictures that a diffusion model made of the test image (Feng et al., ICCV 2023).
 
-Generated pictures (arXiv 2308.06038) come from a bank on disk: ``vlprompt bank`` and ``data.bank``. A
-cosine filter drops those that have drifted from the test image, an entropy filter keeps sure ones, and four steps of
-TPT follow; without generated pictures, with every view passing the cosine filter, it is TPT.
+Generated images (arXiv 2308.06038) are read from a bank on disk: ``vlprompt bank`` and ``data.bank``. A cosine filter
+drops those that are too different from the test image, an entropy filter keeps confident ones, and four steps of TPT
+follow. Without generated images and with every view passing the cosine filter the method is TPT.
 
 Paper and published code disagree in three places, and ``variant`` selects (chunmeifeng/DiffTPT, issue 10):
 
-- filtering: the code runs both filters one after the other over crops and generated pictures alike, and view 0 passes
-  the first; the paper filters the two kinds apart, crops (with view 0) by entropy alone, generated pictures by both;
-- cosine: the code compares logits with those of the test view; the paper compares the images, here by their features;
-- what the diffusion model is given: the code the normalised image, the paper its CLIP feature. That is a matter of the
-  bank's recipe, which has its own record; this file takes any bank.
+- filtering: the code applies both filters in sequence to crops and generated images together, and view 0 passes the
+  first; the paper filters crops (with view 0) by entropy only, and generated images by both;
+- cosine: the code compares logits with those of the test view; the paper compares images, here by their features;
+- input of the diffusion model: the normalised image in the code, its CLIP feature in the paper. The bank's recipe
+  records this; any bank is accepted here.
 
-The default, ``code``, made the published numbers.
+The published results use the default, ``code``.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from vlprompt.testtime.selection import Filtered, Variant, ViewFraction, filter_
 
 @validated("settings")
 class DiffTPTSettings(TPTSettings):
-    """Settings of DiffTPT, beside those of TPT.
+    """Settings of DiffTPT: those of TPT, and those of the generated images and filters.
 
     Attributes:
         steps: Steps per image.
-        confidence: Fraction of the views before it that the entropy filter keeps.
+        confidence: Fraction of its input views that the entropy filter keeps.
         crops: Random crops of each image.
         similarity: Fraction that the cosine filter keeps.
-        generated: Pictures of the bank for each image; 0 for none.
-        variant: Where paper and code disagree, see above.
+        generated: Generated images of the bank for each image; 0 for none.
+        variant: Paper or code, which differ as listed above.
     """
 
     steps: Count = 4
@@ -65,13 +65,13 @@ class DiffTPT(TPT):
         return self.filtered(logits, features).selected
 
     def filtered(self, logits: Tensor, features: Tensor) -> Filtered:
-        """Return what each filter keeps, by logits ``[B, V, C]`` and unit features ``[B, V, D]``."""
-        own = self.settings
+        """Return the views that each filter keeps, from logits ``[B, V, C]`` and unit features ``[B, V, D]``."""
+        settings = self.settings
         return filter_views(
             logits,
             features,
-            similarity=own.similarity,
-            confidence=own.confidence,
-            generated=own.generated,
-            variant=own.variant,
+            similarity=settings.similarity,
+            confidence=settings.confidence,
+            generated=settings.generated,
+            variant=settings.variant,
         )

@@ -1,4 +1,4 @@
-"""What methods share that look at several views of every test image: how views come in, and what one view means."""
+"""Base classes of test-time methods that use several views of every test image."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _IMAGES = 256  # views encoded at a time
 
 
 class ViewsMethod(PromptMethod):
-    """A method that scores an image by its views."""
+    """A method that scores an image from several views of it."""
 
     no_objectives = "it learns nothing before it sees a test image"
 
     def reset(self) -> None:
-        """Forget the test images so far; methods whose scores depend on them do."""
+        """Clear the state of earlier test images, if scores depend on them."""
 
     def measure_source(self, batches: Iterable[Tensor]) -> None:
-        """Compute statistics of the training images, batches ``[B, 3, H, W]``; methods that need them read them."""
+        """Compute statistics of the training images, in batches ``[B, 3, H, W]``, if the method needs them."""
 
     def view_features(self, views: Tensor) -> Tensor:
-        """Return raw features ``[B, V, D]`` of views: features ``[B, V, D]``, or images ``[B, V, 3, H, W]``."""
+        """Return raw features ``[B, V, D]`` of ``views``: features ``[B, V, D]`` or images ``[B, V, 3, H, W]``."""
         if views.ndim == 3:
             return views
         if not views.numel():
             return views.new_zeros(*views.shape[:2], self.backbone.embed_dim)
-        parts = views.flatten(0, 1).split(_IMAGES)
-        features = torch.cat([self.image_features(part) for part in parts])
+        chunks = views.flatten(0, 1).split(_IMAGES)
+        features = torch.cat([self.image_features(chunk) for chunk in chunks])
         return features.reshape(*views.shape[:2], -1)
 
     def unit_views(self, views: Tensor) -> Tensor:
@@ -42,15 +42,15 @@ class ViewsMethod(PromptMethod):
         return units
 
     def initial_text_features(self) -> Tensor:
-        """Return the unit class weights ``[C, D]`` before any test image was seen."""
+        """Return the initial unit text features ``[C, D]``, before adaptation to any test image."""
         raise NotImplementedError
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return ``[B, C]`` of raw image ``features`` ``[B, D]`` by the weights of the start: nothing is adapted."""
+        """Return logits ``[B, C]`` of raw image ``features`` ``[B, D]`` without adaptation."""
         return self.score(self.unit_image(features), self.initial_text_features())
 
     def text_features(self, features: Tensor | None = None) -> Tensor:
-        """Return the unit class weights ``[C, D]`` of the start, and warn: the method is no linear classifier."""
+        """Return the initial unit text features ``[C, D]``, with a warning: the method is not a linear classifier."""
         warnings.warn(
             f"{self.name} adapts to every test image; text_features() are those it starts from, without adaptation",
             stacklevel=2,
@@ -59,14 +59,14 @@ class ViewsMethod(PromptMethod):
 
 
 class EpisodicMethod(ViewsMethod):
-    """Every test image is an episode of its own: :meth:`adapt` sees its views, and nothing is kept."""
+    """A method that adapts to every test image separately (:meth:`adapt`) and keeps no state."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits ``[B, C]``.
 
         Args:
-            inputs: Views, as features ``[B, V, D]`` or images ``[B, V, 3, H, W]``, are adapted to. A single image ``[B,
-                3, H, W]`` or its feature ``[B, D]`` is scored by the start, with a warning.
+            inputs: Views to adapt to, as features ``[B, V, D]`` or images ``[B, V, 3, H, W]``. A single image
+                ``[B, 3, H, W]`` or its feature ``[B, D]`` is scored without adaptation, with a warning.
         """
         if inputs.ndim in (3, 5):
             return self.adapt(inputs)
@@ -80,28 +80,28 @@ class EpisodicMethod(ViewsMethod):
         return super().forward(inputs)
 
     def adapt(self, views: Tensor) -> Tensor:
-        """Return the logits ``[B, C]`` of B images by their views, ``[B, V, D]`` or ``[B, V, 3, H, W]``."""
+        """Return the logits ``[B, C]`` of B images from their views, ``[B, V, D]`` or ``[B, V, 3, H, W]``."""
         raise NotImplementedError
 
 
 class TunedMethod(EpisodicMethod):
-    """An episode in which prompts are tuned by gradient steps on the views, from the same start for every image."""
+    """A method that tunes prompts by gradient steps on the views, from the same initial prompts for every image."""
 
     def has_text_prompts(self) -> bool:
-        """Return True: the context is tuned, if only at test time."""
+        """Return True: the context is tuned at test time."""
         return True
 
     def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set the start, which is kept in buffers, and forget what was computed for another."""
+        """Set the initial prompts, which are buffers, and clear cached results."""
         super().load_trained_state(state)
         self._remembered.clear()
 
 
 class TemplateViewsMethod(ViewsMethod):
-    """A method that scores views by hand-written prompts; its settings have ``templates``, ``crops`` and ``augmix``."""
+    """A method that scores views with hand-written prompts; settings have ``templates``, ``crops`` and ``augmix``."""
 
     def build(self) -> None:
-        """Encode the templates once; there are no learnables."""
+        """Encode the templates once; there are no trainable parameters."""
         weights = template_features(self.backbone, self.class_names, self.settings.templates)
         self.register_buffer("weights", weights, persistent=False)
 

@@ -1,12 +1,12 @@
 """EPT: DePT whose context absorbs the update and is re-weighted in subspaces (Lan et al., AAAI 2025; arXiv 2405.11464).
 
 Efficient Prompt Tuning: the short context P attends to the low-rank update K ("prompt fusion"), and the result is
-projected into subspaces that a gate weighs ("multi-space projection"). The equations are those of
+projected into subspaces weighted by a gate ("multi-space projection"). The equations are those of
 :class:`vlprompt.prompts.decomposed.EPTDecomposition`.
 
-The paper is about language models, and neither its code nor its equations were available: this is EPT-style, a
-reconstruction on CLIP that claims none of its numbers. The host is CoOp, trained by cross-entropy alone; any method
-that learns text prompts takes the same, by ``decomposition: {ept: {}}``.
+The paper is about language models, and neither code nor equations were available: this is a reconstruction on CLIP that
+does not reproduce published numbers. The base method is CoOp, trained only by cross-entropy. Any method that learns
+text prompts supports EPT by ``decomposition: {ept: {}}``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from vlprompt.prompts.decomposed import EPTDecompositionSettings
 
 @validated("settings")
 class EPTSettings(CoOpSettings):
-    """Settings of EPT's host, CoOp, and of the decomposition.
+    """Settings of CoOp, the base method, and of the decomposition.
 
     Attributes:
         context_length: M, when no words are given.
         context_init: Initial words.
-        class_specific: A set of vectors for every class instead of one for all.
+        class_specific: Use separate vectors for every class instead of shared vectors.
         class_token_position: Position of the class name.
         ept: Update, fusion and subspaces.
     """

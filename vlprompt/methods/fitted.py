@@ -22,9 +22,9 @@ class FewShotFeatures:
     """Raw frozen image features, float32, on the method's device.
 
     Attributes:
-        train: ``[V, N, D]``: V random views of each training image, or the test view alone (V = 1).
+        train: ``[V, N, D]``: V random views of each training image, or only the test view (V = 1).
         labels: ``[N]``, int64.
-        val: ``[M, D]``, the test view of the images that hyperparameters are chosen on; M may be 0.
+        val: ``[M, D]``, the test view of the images for the hyperparameter search; M may be 0.
         val_labels: ``[M]``.
         unlabelled: ``[U, D]``, the test view of unlabelled images; U may be 0.
         unlabelled_views: ``[W, U, D]``, random views of them; W may be 0.
@@ -43,8 +43,8 @@ class FewShotFeatures:
 class FittedMethod(PromptMethod):
     """A classifier of :mod:`vlprompt.caches` on frozen features; unfitted, it is zero-shot.
 
-    A subclass names its :attr:`Cache`, whose settings are a part of its own, and fits it (:meth:`fit`). Cosines are
-    multiplied by the backbone's logit scale, which is the published codes' 100 for OpenAI's weights.
+    A subclass sets :attr:`Cache`, whose settings are included in its settings, and fits it (:meth:`fit`). Cosines are
+    multiplied by the backbone's logit scale, which is 100, as in the published code, for OpenAI's weights.
     """
 
     Cache: ClassVar[type[FeatureClassifier]]
@@ -53,7 +53,7 @@ class FittedMethod(PromptMethod):
 
     @property
     def needs(self) -> Needs:
-        """Features of ``views`` random views, and the split that hyperparameters are chosen on."""
+        """Features of ``views`` random views, and the split for the hyperparameter search."""
         settings = self.settings
         return Needs(fit_views=settings.views, fit_view="random-half", select_on=getattr(settings, "select_on", None))
 
@@ -68,7 +68,7 @@ class FittedMethod(PromptMethod):
         return template_features(self.backbone, self.class_names, self.settings.templates)
 
     def fit(self, shots: FewShotFeatures) -> None:
-        """Learn from frozen features."""
+        """Fit the classifier on frozen features."""
         raise NotImplementedError
 
     # -- scoring ------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ class FittedMethod(PromptMethod):
         return logits
 
     def text_features(self, features: Tensor | None = None) -> Tensor:
-        """Return the zero-shot classifier ``[C, D]``; a fitted method warns that it is not all."""
+        """Return the zero-shot classifier ``[C, D]``; a fitted method warns that its scores use more."""
         if self.cache.is_fitted:
             warnings.warn(
                 f"{self.name} is fitted and scores by more than text features; text_features() returns the zero-shot "
@@ -94,7 +94,7 @@ class FittedMethod(PromptMethod):
         return text
 
     def training_logits(self, unit_image: Tensor, weights: Tensor) -> Tensor:
-        """Return the logits ``[B, C]`` of unit features, whose raw length (used by TFUP-T's adapter) is lost."""
+        """Return the logits ``[B, C]`` of unit features; TFUP-T's adapter lacks their raw length here."""
         logits: Tensor = self.cache.logits(unit_image)
         return logits
 
@@ -103,8 +103,8 @@ class FittedMethod(PromptMethod):
         """Set the fitted buffers from ``state``.
 
         Raises:
-            HeadError: A tensor is missing, unknown or of another form, or tensors contradict each other or the classes.
-                Nothing is changed then.
+            HeadError: A tensor is missing, unknown or of a different shape, or tensors contradict each other or the
+                classes. No tensor is changed.
         """
         kept = self._kept()
         if kept.keys() == state.keys() and all(kept[name].ndim == state[name].ndim for name in kept):
@@ -114,17 +114,17 @@ class FittedMethod(PromptMethod):
         super().load_trained_state(state)
 
     def with_classes(self, class_names: Sequence[str]) -> PromptMethod:
-        """Return the method for some or all of its classes, in any order; for any classes while nothing is fitted.
+        """Return the method for some or all of its classes, in any order; for any classes if it is not fitted.
 
         Raises:
             ClassNameError: Classes without training images.
         """
         if not self.cache.is_fitted or list(class_names) == self.class_names:
             return super().with_classes(class_names)
-        if strange := [name for name in class_names if name not in set(self.class_names)]:
+        if unknown := [name for name in class_names if name not in set(self.class_names)]:
             raise ClassNameError(
                 f"{self.name} was fitted on images of its {len(self.class_names)} classes and cannot classify others "
-                f"({strange[0]!r}); accepted: some of its classes"
+                f"({unknown[0]!r}); accepted: some of its classes"
             )
         other = type(self)(self.backbone, class_names, self.settings).to(self.backbone.device)
         state = self.cache.for_classes(rows_of(self.class_names, class_names))
@@ -133,7 +133,7 @@ class FittedMethod(PromptMethod):
 
 
 def keys_of(shots: FewShotFeatures, views: int) -> tuple[Tensor, Tensor]:
-    """Return the views ``[V, N, D]`` that keys are made of, and the views after them, for training."""
+    """Return the views ``[V, N, D]`` for the keys, and the remaining views for training."""
     count = views or 1
     rest = shots.train[count:]
     return shots.train[:count], rest if len(rest) else shots.train[:count]

@@ -15,11 +15,11 @@ class GDASettings(GDACacheSettings):
     """Settings of GDA; the defaults are the official ones.
 
     Attributes:
-        templates: The hand-written prompts, as in ``zeroshot``; left open, the data set's own.
-        alpha: Weight of the Gaussian classifier, where nothing is searched or there are no validation images.
-        views: Random views of each image, each of which counts as an image; 0 takes the test view.
-        search: Search alpha among the powers of ten from 0.0001 to 100 on the images that ``select_on`` names.
-        select_on: Images that the search is on: val, or, as published for ImageNet, test. Results then say so.
+        templates: The hand-written prompts, as in ``zeroshot``; default: the template of the data set.
+        alpha: Weight of the Gaussian classifier, used without a search or without validation images.
+        views: Random views of each image, used as separate images; 0 uses the test view.
+        search: Search alpha among the powers of ten from 0.0001 to 100 on the images selected by ``select_on``.
+        select_on: Images of the search: val, or, as published for ImageNet, test, which marks the results.
     """
 
     templates: OpenTemplates = ()

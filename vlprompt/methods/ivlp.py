@@ -1,7 +1,7 @@
 """IVLP: independent vision-language prompting, the baseline of MaPLe and PromptSRC (Khattak et al., ICCV 2023).
 
-Text context and image tokens, both deep, that do not know of each other; cross-entropy. Image depth 0 is the "deep
-language prompting" of MaPLe's tables.
+Independent deep text context and deep image tokens, trained by cross-entropy. Image depth 0 is the "deep language
+prompting" of MaPLe's tables.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from vlprompt.prompts.context import ContextLength
 
 @validated("settings")
 class IVLPSettings:
-    """Settings of IVLP; the defaults are PromptSRC's (46,080 numbers on ViT-B/16), MaPLe's are 2 and 2 at depth 12.
+    """Settings of IVLP; the defaults are PromptSRC's (46,080 numbers on ViT-B/16), MaPLe uses 2 and 2 at depth 12.
 
     Attributes:
         context_length: M text vectors.
-        context_init: Words to start from; what exceeds M stays before the name as it is. Without effect above M = 4.
-        text_depth: Layers with text context of their own.
+        context_init: Initial words; words beyond M remain fixed before the name. Not used above M = 4.
+        text_depth: Layers that have text context.
         image_tokens: V image tokens.
-        image_depth: Layers with image tokens of their own; 0 learns nothing on the image side.
+        image_depth: Layers that have image tokens; 0 for no image tokens.
     """
 
     context_length: ContextLength = 4
@@ -49,26 +49,28 @@ class IVLP(PromptMethod):
 
     @property
     def needs(self) -> Needs:
-        """Images, unless the image side learns nothing."""
+        """Images, unless there are no image tokens."""
         return Needs(inputs="images", towers="transformers") if self.settings.image_depth else Needs()
 
     def build(self) -> None:
         """Create ``context`` (``ctx`` and ``deep``) and ``visual`` (``input`` and ``deep``)."""
-        own, text = self.settings, self.backbone.text
-        self.context = DeepContext(text, own.context_length, own.context_init, own.text_depth)
+        settings, text = self.settings, self.backbone.text
+        self.context = DeepContext(text, settings.context_length, settings.context_init, settings.text_depth)
         self.layout = self.context.layout(text, self.class_names)
         self.visual = None
-        if own.image_depth:
-            self.visual = VisualPrompts(self.backbone.image, own.image_tokens, own.image_depth)
+        if settings.image_depth:
+            self.visual = VisualPrompts(self.backbone.image, settings.image_tokens, settings.image_depth)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Return raw image features ``[B, D]`` with the tokens, if there are any."""
+        """Return raw image features ``[B, D]`` with the tokens, if any."""
         return self.backbone.encode_image(images, self.visual.tokens() if self.visual else None)
 
     def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the unit text features ``[C, D]`` of the learned prompts."""
-        own = self.context
-        return self.once("classes", lambda: self.unit_text(self.encode_text(self.layout, own.ctx, own.layers())[0]))
+        context = self.context
+        return self.once(
+            "classes", lambda: self.unit_text(self.encode_text(self.layout, context.ctx, context.layers())[0])
+        )
 
     def training_layouts(self) -> list[TokenLayout]:
         """Return the layout of the class prompts."""

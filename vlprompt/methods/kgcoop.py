@@ -1,7 +1,7 @@
 """KgCoOp: CoOp that stays near the hand-written prompt (Yao et al., CVPR 2023; arXiv 2303.13283, equation 5).
 
 Cross-entropy, plus ``weight * (1 - mean cosine)`` between the learned and the template's text features: the objective
-``knowledge``. The official code starts from "a photo of a" whenever any words are given; here they are the words.
+``knowledge``. The official code uses "a photo of a" for any initial words; here the given words are used.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from vlprompt.objectives.knowledge import KnowledgeSettings
 
 @validated("settings")
 class KgCoOpSettings(CoOpSettings):
-    """Settings of KgCoOp: those of CoOp, and the knowledge term's.
+    """Settings of KgCoOp: those of CoOp and of the knowledge term.
 
     Attributes:
         context_length: M, when no words are given.
-        context_init: Words to start from.
-        class_specific: A set of vectors for every class instead of one for all.
-        class_token_position: Where the class name stands; the official code ignores it and takes end.
+        context_init: Initial words.
+        class_specific: Use separate vectors for every class instead of shared vectors.
+        class_token_position: Position of the class name; the official code ignores it and uses end.
         knowledge: The knowledge term. The official template differs from CoOp's for DTD: "a photo of a {}, a type of
             texture.", which ``configs/kgcoop`` has.
     """

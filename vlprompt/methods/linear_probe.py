@@ -1,7 +1,7 @@
 """Linear probe: logistic regression on frozen image features, without text (Radford et al., 2021; arXiv 2103.00020).
 
 ``logits = f W^T + b`` minimise the mean cross-entropy and ``|W|^2 / (2 c N)``. The few-shot protocol of CoOp's appendix
-(KaiyangZhou/CoOp, lpclip) chooses c on validation images: seven powers of ten, then eight halvings about the best.
+(KaiyangZhou/CoOp, lpclip) chooses c on validation images: seven powers of ten, then eight halvings around the best.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ class LinearProbeSettings(LinearProbeCacheSettings):
     """Settings of the linear probe; the defaults are those of the few-shot protocol.
 
     Attributes:
-        templates: The hand-written prompts, as in ``zeroshot``, for the zero-shot start and before anything is fitted;
-            left open, the data set's own.
-        c: Inverse strength of the penalty, where nothing is searched or there are no validation images: the value of
+        templates: The hand-written prompts, as in ``zeroshot``, for zero-shot initialisation and the unfitted method;
+            default: the template of the data set.
+        c: Inverse strength of the penalty, used without a search or without validation images; the default is that of
             CLIP's README.
-        search: Choose c on the images that ``select_on`` names.
-        normalised: Bring features to length 1 first; CLIP's README regresses on raw ones.
-        start: Where W starts: zero, or zeroshot for the text classifier times the logit scale. It counts where the
-            iterations stop short of the minimum.
-        iterations: The most steps of L-BFGS.
-        views: Random views of each image, each of which counts as an image; 0 takes the test view.
-        select_on: Images that c is chosen on: val, or test, and results then say so.
+        search: Choose c on the images selected by ``select_on``.
+        normalised: Normalise features to length 1; CLIP's README uses raw features.
+        start: Initial W: zero, or zeroshot for the text classifier times the logit scale. It has an effect if the
+            iterations end before the minimum.
+        iterations: Maximum number of L-BFGS steps.
+        views: Random views of each image, used as separate images; 0 uses the test view.
+        select_on: Images for the choice of c: val, or test, which marks the results.
     """
 
     templates: OpenTemplates = ()
@@ -48,5 +48,5 @@ class LinearProbeMethod(FittedMethod):
     Cache = LinearProbe
 
     def fit(self, shots: FewShotFeatures) -> None:
-        """Find the classifier, and c where it is searched."""
+        """Fit the classifier, and c if it is searched."""
         self.cache.fit(shots.train, shots.labels, val=(shots.val, shots.val_labels) if self.settings.search else None)

@@ -1,8 +1,8 @@
 """LP++: a linear probe blended with the text classifier by learned factors (Huang et al., CVPR 2024; arXiv 2404.02285).
 
-``logits_k = f w_k + b_k + alpha_k (f t_k)`` are trained by gradient steps on all images at once, whose sizes follow
-from the data. Official code: FereshteShakeri/FewShot-CLIP-Strong-Baseline, which never sets the gradient of alpha to
-zero; ``accumulate: false`` does. Images are seen in one random view, whose feature is computed once.
+``logits_k = f w_k + b_k + alpha_k (f t_k)`` are trained by gradient steps on all images at once, with step sizes
+computed from the data. Official code: FereshteShakeri/FewShot-CLIP-Strong-Baseline, which never resets the gradient of
+alpha; ``accumulate: false`` resets it. Each image has one random view, whose feature is computed once.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ class LPPlusPlusSettings(LPPlusPlusCacheSettings):
     """Settings of LP++; the defaults are the official ones.
 
     Attributes:
-        templates: The hand-written prompts, as in ``zeroshot``; left open, the data set's own.
-        iterations: Steps.
-        momentum: Of the steps of w and b, 0 to below 1.
-        alpha_every: Alpha takes a step after every so many iterations.
-        alpha_start: Alpha starts at this number times the mean cosine of images and their class's text.
-        accumulate: Sum the gradient of alpha over all iterations so far, as the official code does; otherwise it is
+        templates: The hand-written prompts, as in ``zeroshot``; default: the template of the data set.
+        iterations: Number of steps.
+        momentum: Momentum of the steps of w and b, in [0, 1).
+        alpha_every: Iterations between steps of alpha.
+        alpha_start: Initial alpha, as a factor of the mean cosine of images and their class's text.
+        accumulate: Sum the gradient of alpha over all iterations so far, as the official code does; otherwise use
             that of one iteration.
-        views: Random views of each image, each of which counts as an image; 0 takes the test view.
-        search: Keep the iteration that is best on the images that ``select_on`` names, the last of equals; otherwise
-            the last.
-        select_on: Images that the iteration is chosen on: val, or test, and results then say so.
+        views: Random views of each image, used as separate images; 0 uses the test view.
+        search: Keep the best iteration on the images selected by ``select_on``, the last of equals; otherwise the
+            last.
+        select_on: Images for the choice of the iteration: val, or test, which marks the results.
     """
 
     templates: OpenTemplates = ()
@@ -49,6 +49,6 @@ class LPPlusPlusMethod(FittedMethod):
     Cache = LPPlusPlus
 
     def fit(self, shots: FewShotFeatures) -> None:
-        """Take the steps; keep the best iteration on the validation images, where there are any."""
+        """Train, and keep the best iteration on the validation images, if any."""
         val = (shots.val, shots.val_labels) if self.settings.search else None
         self.cache.fit(shots.train, shots.labels, val=val, seed=shots.seed)

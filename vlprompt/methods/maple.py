@@ -1,7 +1,7 @@
 """MaPLe: image prompts are linear maps of text prompts (Khattak et al., CVPR 2023; arXiv 2210.03117, equation 8).
 
-Deep text context of depth J; at every one of these layers the image tokens are a linear map of the text vectors, each
-layer with a map of its own. Cross-entropy.
+Deep text context of depth J; at each of these layers the image tokens are a linear map of the text vectors, with a
+separate map for each layer. Trained by cross-entropy.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from vlprompt.prompts.context import ContextLength
 class MaPLeSettings:
     """Settings of MaPLe; the defaults are those of base-to-new (3,555,072 numbers on ViT-B/16).
 
-    Cross-data-set runs take depth 3.
+    Cross-data-set runs use depth 3.
 
     Attributes:
         context_length: M text vectors and image tokens.
-        context_init: Words to start from. With two vectors only "a photo" is learned, "of a" stays before the name.
-        depth: J layers of both towers; more than there are means all.
+        context_init: Initial words. With two vectors only "a photo" is trained; "of a" remains fixed before the name.
+        depth: J layers of both towers; more than the towers have means all.
     """
 
     context_length: ContextLength = 2
@@ -46,8 +46,10 @@ class MaPLe(PromptMethod):
 
     def build(self) -> None:
         """Create ``prompts``: ``context.ctx``, ``context.deep``, ``proj`` and ``projections``."""
-        own, text = self.settings, self.backbone.text
-        self.prompts = CoupledPrompts(text, self.backbone.image, own.context_length, own.context_init, own.depth)
+        settings, text = self.settings, self.backbone.text
+        self.prompts = CoupledPrompts(
+            text, self.backbone.image, settings.context_length, settings.context_init, settings.depth
+        )
         self.layout = self.prompts.context.layout(text, self.class_names)
 
     def image_features(self, images: Tensor) -> Tensor:
@@ -56,15 +58,17 @@ class MaPLe(PromptMethod):
 
     def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the unit text features ``[C, D]`` of the learned prompts."""
-        own = self.prompts.context
-        return self.once("classes", lambda: self.unit_text(self.encode_text(self.layout, own.ctx, own.layers())[0]))
+        context = self.prompts.context
+        return self.once(
+            "classes", lambda: self.unit_text(self.encode_text(self.layout, context.ctx, context.layers())[0])
+        )
 
     def training_layouts(self) -> list[TokenLayout]:
         """Return the layout of the class prompts."""
         return [self.layout]
 
     def deep_prompts(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the deep text prompts and what the maps make of them."""
+        """Return the deep text prompts and the image prompts computed from them."""
         return list(self.prompts.context.deep), self.prompts.image_prompts()[1:]
 
     def deep_layers(self) -> int:

@@ -1,9 +1,9 @@
 """MoCoOp: a mixture of soft prompts with a router (arXiv 2409.12011; official code: dyabel/mocoop).
 
-Templates come in semantic groups. Each group has an expert: context vectors started from the group's first template. A
-linear router on the image feature picks the top experts; an image's class weights are the gate-weighted sum of their
+Templates form semantic groups. Each group has an expert: context vectors initialised from the group's first template.
+A linear router on the image feature selects the top experts; an image's classifier is the gate-weighted sum of their
 unit text features. The loss is cross-entropy, plus text supervision of each expert by its group's hand-written
-prototypes, plus supervision of the router by the image's affinity to those prototypes.
+prototypes, plus supervision of the router by the image's affinity to these prototypes.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from vlprompt.prompts import ExpertContexts, TunedLayerNorms, template_layout
 
 @validated("settings")
 class MoCoOpSettings:
-    """Settings of MoCoOp; the defaults are the official code's, the templates those of its common groups.
+    """Settings of MoCoOp; the defaults are those of the official code, with the templates of its common groups.
 
     Attributes:
-        templates: Hand-written templates, group by group; final periods are ignored.
+        templates: Hand-written templates in the order of the groups; final periods are ignored.
         groups: Sizes of the groups, in order; they add up to the number of templates.
         top_k: Experts per image.
         text_loss_weight: Weight of the text-to-text term (its temperature is ``text_temperature``).
         gate_loss_weight: Weight of the router's supervision.
-        text_correction: Learn one vector ``w`` that is added to all text features of the experts.
+        text_correction: Train a vector ``w`` that is added to all text features of the experts.
         tune_layer_norms: Train the image blocks' layer norms, at ``layer_norm_lr_factor`` times the learning rate.
         text_temperature: 1 as in the official code, or 100 as in LASP.
-        context_counting: "words", the official rule, or "tokens", which never touches name, period or end-of-text.
-        drop_unused_experts: Give experts that no image of the batch selects zero features, in both text branches. The
-            official code does so at batch sizes below 4.
+        context_counting: "words", the official rule, or "tokens", which never replaces name, period or end-of-text.
+        drop_unused_experts: Use zero features for experts that no image of the batch selects, in both text branches, as
+            the official code at batch sizes below 4.
     """
 
     templates: Templates = (
@@ -83,7 +83,7 @@ class MoCoOpSettings:
 
 @register("mocoop")
 class MoCoOp(PromptMethod):
-    """G experts, a router, and what they are supervised with."""
+    """G expert prompts, a router, and the prototypes for their supervision."""
 
     Settings = MoCoOpSettings
     recipe = RecipeConfig(epochs=25, lr=0.032, warmup_epochs=3, gradient_clip=1.0)
@@ -97,15 +97,15 @@ class MoCoOp(PromptMethod):
 
     def build(self) -> None:
         """Create experts, ``gate`` (D to G), ``w`` ``[1, D]`` and copies of the image layer norms."""
-        own, text, dim = self.settings, self.backbone.text, self.backbone.embed_dim
-        templates = [template.replace(".", "") for template in own.templates]
-        first = [templates[sum(own.groups[:g])] for g in range(len(own.groups))]
-        self.experts = ExpertContexts(text, first, own.context_counting)
-        self.gate = nn.Linear(dim, len(own.groups))
-        self.w = nn.Parameter(torch.zeros(1, dim)) if own.text_correction else None
-        self.norms = TunedLayerNorms(self.backbone.image) if own.tune_layer_norms else None
+        settings, text, dim = self.settings, self.backbone.text, self.backbone.embed_dim
+        templates = [template.replace(".", "") for template in settings.templates]
+        first = [templates[sum(settings.groups[:g])] for g in range(len(settings.groups))]
+        self.experts = ExpertContexts(text, first, settings.context_counting)
+        self.gate = nn.Linear(dim, len(settings.groups))
+        self.w = nn.Parameter(torch.zeros(1, dim)) if settings.text_correction else None
+        self.norms = TunedLayerNorms(self.backbone.image) if settings.tune_layer_norms else None
         self.layout = self.experts.layout(text, self.class_names, period=False)
-        # Virtual classes: on a base split the text term covers new names too, in prompts that end in a period.
+        # Virtual classes: on a base split the text term also covers new names, in prompts with a final period.
         self.virtual = self.all_class_names != self.class_names
         if self.virtual:
             self.virtual_layout = self.experts.layout(text, self.all_class_names, period=True)
@@ -118,13 +118,14 @@ class MoCoOp(PromptMethod):
         if self._prototypes is None:
             layout = template_layout(self.backbone.text, self.all_class_names, self.hard_templates)
             autocast = torch.autocast(self.backbone.device.type, enabled=False)
-            with torch.inference_mode(False), torch.no_grad(), autocast:  # kept for training, whoever asks first
+            # No inference tensors: training may use the result.
+            with torch.inference_mode(False), torch.no_grad(), autocast:
                 features = F.normalize(self.backbone.text.encode(layout), dim=-1).split(list(self.settings.groups))
                 self._prototypes = torch.stack([F.normalize(group.mean(dim=0), dim=-1) for group in features])
         return self._prototypes
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Return raw image features ``[B, D]``, through the tuned layer norms where there are any."""
+        """Return raw image features ``[B, D]``, with the tuned layer norms, if any."""
         return self.backbone.image.encode(images, overrides=self.image_overrides() or None)
 
     def image_overrides(self) -> dict[str, Tensor]:
@@ -136,16 +137,16 @@ class MoCoOp(PromptMethod):
         """Return unit text features ``[G, C, D]`` of the experts' prompts, ``w`` added before normalisation.
 
         Args:
-            used: ``[G]`` booleans: experts left out are not encoded and get zero features; None: all are encoded.
-            virtual: Take all classes of the data set, in prompts that end in a period.
+            used: ``[G]`` booleans: unused experts are not encoded and have zero features; None: all are encoded.
+            virtual: Use all classes of the data set, in prompts with a final period.
         """
         layout = self.virtual_layout if virtual else self.layout
         if used is None or bool(used.all()):
             return self.once(f"virtual {virtual}", lambda: self._encode(layout, self.experts.vectors()))
         chosen = used.nonzero().squeeze(1)
-        # Chosen by index, so that experts left out still get a gradient, of zero.
-        some = self._encode(layout.select_groups(chosen.tolist()), self.experts.vectors().index_select(0, chosen))
-        return some.new_zeros(len(used), *some.shape[1:]).index_copy(0, chosen, some)
+        # Selected by index: unused experts get a gradient of zero.
+        encoded = self._encode(layout.select_groups(chosen.tolist()), self.experts.vectors().index_select(0, chosen))
+        return encoded.new_zeros(len(used), *encoded.shape[1:]).index_copy(0, chosen, encoded)
 
     def _encode(self, layout: TokenLayout, vectors: Tensor) -> Tensor:
         features = self.encode_text(layout, vectors)
@@ -160,8 +161,8 @@ class MoCoOp(PromptMethod):
     def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the mixtures ``[B, C, D]`` of raw image ``features`` ``[B, D]``: the exact classifier of each image.
 
-        Without features, return ``[C, D]``: the mean expert, an approximation for code that takes one matrix only; a
-        warning says so. Mixtures are sums of unit vectors and are not normalised again (official code).
+        Without features, return the mean expert ``[C, D]``, an approximation for code that takes only one matrix, and
+        warn. Mixtures are sums of unit vectors and are not normalised again (official code).
         """
         if features is None:
             warnings.warn(
@@ -185,7 +186,7 @@ class MoCoOp(PromptMethod):
 
     # -- training -----------------------------------------------------------------------------------------------
     def training_text_features(self, unit_image: Tensor, features: Tensor) -> Tensor:
-        """Return the experts' unit features ``[G, C, D]``; zero for experts that are left out."""
+        """Return the experts' unit features ``[G, C, D]``; zero for unused experts."""
         return self.expert_text_features(self._used(self.route(unit_image)[1]))
 
     def training_logits(self, unit_image: Tensor, weights: Tensor) -> Tensor:
@@ -196,17 +197,19 @@ class MoCoOp(PromptMethod):
         return _by_any_process((gates > 0).any(dim=0)) if self.settings.drop_unused_experts else None
 
     def terms(self, step: Step) -> dict[str, Tensor]:
-        """Return the terms ``ce``, ``text`` and ``gate``, weighted; a weight of zero leaves its term out."""
-        own, terms = self.settings, super().terms(step)
+        """Return the terms ``ce``, ``text`` and ``gate``, weighted; a weight of zero omits the term."""
+        settings, terms = self.settings, super().terms(step)
         routing, gates = self.route(step.unit_image)
-        if own.text_loss_weight:
-            whole = step.text_features
+        if settings.text_loss_weight:
+            text_features = step.text_features
             if self.virtual:
-                whole = self.expert_text_features(self._used(gates), virtual=True)
-            terms["text"] = own.text_loss_weight * text_to_text_loss(whole, self.prototypes, own.text_temperature)
-        if own.gate_loss_weight:
+                text_features = self.expert_text_features(self._used(gates), virtual=True)
+            terms["text"] = settings.text_loss_weight * text_to_text_loss(
+                text_features, self.prototypes, settings.text_temperature
+            )
+        if settings.gate_loss_weight:
             affinity = torch.einsum("bd,gbd->bg", step.unit_image, self.prototypes[:, step.labels])
-            terms["gate"] = own.gate_loss_weight * routing_loss(routing, routing_target(affinity, own.top_k))
+            terms["gate"] = settings.gate_loss_weight * routing_loss(routing, routing_target(affinity, settings.top_k))
         return terms
 
     def training_layouts(self) -> list[TokenLayout]:
@@ -220,7 +223,7 @@ class MoCoOp(PromptMethod):
 
 
 def _by_any_process(used: Tensor) -> Tensor:
-    """Return ``used`` ``[G]`` over the whole batch, which several processes may share."""
+    """Return ``used`` ``[G]`` over the global batch of all processes."""
     return sum_over_processes(used.int()) > 0
 
 
@@ -233,8 +236,8 @@ def routing_target(affinity: Tensor, top_k: int) -> Tensor:
 
     Args:
         affinity: ``[B, G]`` cosines between each image and its label's prototype in each group. The target is not
-            detached, so image-side learnables are reached through it, as in the official code.
-        top_k: How many experts an image is sent to.
+            detached: its gradient reaches the image side, as in the official code.
+        top_k: Number of experts per image.
     """
     best = affinity.topk(top_k, dim=-1).indices
     return (affinity + torch.zeros_like(affinity).scatter(-1, best, ROUTING_BOOST)).softmax(dim=-1)

@@ -1,7 +1,7 @@
 """MTA: the views of a test image by their robust mean (Zanella and Ben Ayed, CVPR 2024; arXiv 2405.02266).
 
 No training and no gradients: :mod:`vlprompt.testtime.mta` finds the mode of the views' features, which is scored like
-an image feature. The published code encodes all class prompts anew for every image; here they are encoded once.
+an image feature. The published code encodes all class prompts for every image; here they are encoded once.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class MTASettings:
     """Settings of MTA; the same for all data sets.
 
     Attributes:
-        templates: The hand-written prompts, as in ``zeroshot``; left open, the data set's own.
-        lambda_q: Weight of agreement between the views' predictions.
+        templates: The hand-written prompts, as in ``zeroshot``; default: the template of the data set.
+        lambda_q: Weight of the agreement between the views' predictions.
         lambda_y: Weight of the entropy of inlierness scores; above 0.
-        crops: Random crops of each image beside the test view; 0 is zero-shot.
-        augmix: Mix the crops by AugMix; the published code never does.
+        crops: Random crops of each image in addition to the test view; 0 is zero-shot.
+        augmix: Mix the crops with AugMix; the published code never does.
     """
 
     templates: OpenTemplates = ()
@@ -52,6 +52,6 @@ class MTA(TemplateViewsMethod, EpisodicMethod):
 
     def modes(self, views: Tensor) -> MeanShift:
         """Return modes, inlierness scores, bandwidths and affinities of B images' views."""
-        own, unit_views = self.settings, self.unit_views(views)
+        settings, unit_views = self.settings, self.unit_views(views)
         logits = self.backbone.logit_scale * unit_views @ self.initial_text_features().t()
-        return mean_shift(unit_views, logits, lambda_q=own.lambda_q, lambda_y=own.lambda_y)
+        return mean_shift(unit_views, logits, lambda_q=settings.lambda_q, lambda_y=settings.lambda_y)

@@ -1,8 +1,8 @@
 """ProGrad: CoOp whose steps do not go against zero-shot CLIP (Zhu et al., ICCV 2023; arXiv 2205.14865, equation 4).
 
-The objective ``projected_gradient`` takes from the gradient of cross-entropy what conflicts with the gradient of
-agreeing with the frozen model's predictions. With words, the official code aligns them to the right: M context vectors,
-zeros first, and counts words by spaces, so that behind a comma the last word stays as it is.
+The objective ``projected_gradient`` removes from the gradient of cross-entropy the component that conflicts with the
+gradient of agreement with the frozen model's predictions. With words, the official code aligns them to the right: M
+context vectors, zeros first, and counts words by spaces, so after a comma the last word remains fixed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from vlprompt.prompts import TextContext, words_of
 
 @validated("settings")
 class ProGradSettings(CoOpSettings):
-    """Settings of ProGrad: those of CoOp, and the projection's.
+    """Settings of ProGrad: those of CoOp and of the projection.
 
     Attributes:
         context_length: M vectors, also when words are given.
-        context_init: Words to start from, aligned to the right; "template" takes the words of the template.
-        class_specific: A set of vectors for every class instead of one for all.
-        class_token_position: Where the class name stands; middle fails in the official code.
+        context_init: Initial words, aligned to the right; "template" uses the words of the template.
+        class_specific: Use separate vectors for every class instead of shared vectors.
+        class_token_position: Position of the class name; middle fails in the official code.
         projected_gradient: The projection. The official templates differ from CoOp's ("a type of pet, a photo of a
             {}."), which ``configs/prograd`` has.
     """
@@ -52,23 +52,24 @@ class ProGrad(CoOp):
 
     def build(self) -> None:
         """Create ``prompt.ctx`` as CoOp does, or zeros with the words' embeddings at the right end."""
-        own, text = self.settings, self.backbone.text
-        words = own.context_init
+        settings, text = self.settings, self.backbone.text
+        words = settings.context_init
         if words == "template":
-            words = own.projected_gradient.templates[0].split("{}")[0].strip()
+            words = settings.projected_gradient.templates[0].split("{}")[0].strip()
         words = words_of(words)
         if not words:
             super().build()
             return
         count = len(words.split(" "))
-        if count > own.context_length:
+        if count > settings.context_length:
             raise ConfigError(
-                f"settings.context_init has {count} words but settings.context_length is {own.context_length}; raise it"
+                f"settings.context_init has {count} words but settings.context_length is "
+                f"{settings.context_length}; raise it"
             )
-        classes = len(self.class_names) if own.class_specific else None
-        self.prompt = TextContext(text, own.context_length, "", classes)
+        classes = len(self.class_names) if settings.class_specific else None
+        self.prompt = TextContext(text, settings.context_length, "", classes)
         start = torch.zeros_like(self.prompt.ctx)
-        start[..., own.context_length - count :, :] = text.embed(text.tokens(words)[1:-1][:count])
+        start[..., settings.context_length - count :, :] = text.embed(text.tokens(words)[1:-1][:count])
         self.prompt.ctx.data.copy_(start)
-        self.prompt.placeholder = " ".join([*["X"] * (own.context_length - count), words])
-        self.layout = self.prompt.layout(text, self.class_names, own.class_token_position)
+        self.prompt.placeholder = " ".join([*["X"] * (settings.context_length - count), words])
+        self.layout = self.prompt.layout(text, self.class_names, settings.class_token_position)

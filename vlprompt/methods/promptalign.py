@@ -1,10 +1,10 @@
 """PromptAlign: TPT of both towers, with tokens drawn to those of source images (Abdul Samadh et al., NeurIPS 2023).
 
-Starts from a MaPLe head. For every image all its prompts are tuned: the loss is TPT's entropy over the surest views,
-plus the distance of their token statistics from those of the images that the prompts were trained on (arXiv 2311.01459;
-:mod:`vlprompt.testtime.alignment`). The published loop leaves out the last of the ``alignment_depth`` layers but
-divides by all of them, and so does this file. The published statistics are of ImageNet's training images, in a file of
-their own; here :meth:`PromptAlign.measure_source` computes them from images, and the head keeps them.
+The initial prompts are those of a MaPLe head. All of them are tuned for every image: the loss is TPT's entropy over the
+most confident views, plus the distance of their token statistics from those of the images used to train the prompts
+(arXiv 2311.01459; :mod:`vlprompt.testtime.alignment`). The published loop omits the last of the ``alignment_depth``
+layers but divides by all of them; this implementation does the same. The published statistics are a file computed from
+ImageNet's training images; here :meth:`PromptAlign.measure_source` computes them from images, and the head saves them.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from vlprompt.testtime.selection import ViewFraction, gather_views, most_confide
 
 @validated("settings")
 class PromptAlignSettings:
-    """Settings of PromptAlign; the first three are those of the MaPLe head that it starts from.
+    """Settings of PromptAlign; the first three are those of the initial MaPLe head.
 
     Attributes:
         context_length: M text vectors and image tokens.
-        context_init: Words to start from.
+        context_init: Initial words.
         depth: J layers of both towers.
         lr: AdamW's step size; published: 0.04 for ImageNet's variants, 0.0005 for fine-grained data sets.
-        steps: Steps per image; 0 is the start.
-        confidence: Fraction of the views that is kept, those of least entropy.
+        steps: Steps per image; 0 for no adaptation.
+        confidence: Fraction of the views that is kept, those with the lowest entropy.
         alignment_weight: Weight of the distance of token statistics; 0 is TPT on MaPLe.
-        alignment_depth: Layers that the weight is divided by, one more than are aligned.
-        crops: Random crops of each image beside the test view.
-        augmix: Mix the crops by AugMix; the published code never does.
-        images_at_once: Images that are tuned together. More need more memory; the result is the same.
+        alignment_depth: Divisor of the weight, one more than the number of aligned layers.
+        crops: Random crops of each image in addition to the test view.
+        augmix: Mix the crops with AugMix; the published code never does.
+        images_at_once: Images that are tuned together. More images need more memory; the result is the same.
     """
 
     context_length: ContextLength = 2
@@ -73,9 +73,11 @@ class PromptAlign(TunedMethod):
         return Needs("images", "transformers", test_views=TestViews(settings.crops, settings.augmix), gradient=True)
 
     def build(self) -> None:
-        """Create MaPLe's ``prompts`` as buffers, and room for ``source_mean`` and ``source_variance`` ``[L, T, W]``."""
-        own, text = self.settings, self.backbone.text
-        self.prompts = CoupledPrompts(text, self.backbone.image, own.context_length, own.context_init, own.depth)
+        """Create MaPLe's ``prompts``, ``source_mean`` and ``source_variance`` ``[L, T, W]`` as buffers."""
+        settings, text = self.settings, self.backbone.text
+        self.prompts = CoupledPrompts(
+            text, self.backbone.image, settings.context_length, settings.context_init, settings.depth
+        )
         self.layout = self.prompts.context.layout(text, self.class_names)
         self._prompt_names = as_buffers(self.prompts)
         for name in ("source_mean", "source_variance"):
@@ -83,45 +85,45 @@ class PromptAlign(TunedMethod):
         self.fitted = (*(f"prompts.{name}" for name in self._prompt_names), "source_mean", "source_variance")
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Return raw image features ``[B, D]`` with the tokens of the start."""
+        """Return raw image features ``[B, D]`` with the initial tokens."""
         return self.backbone.encode_image(images, self.prompts.tokens())
 
     def initial_text_features(self) -> Tensor:
-        """Return the unit text features ``[C, D]`` of the start."""
-        text, own = self.backbone.text, self.prompts.context
-        return self.once("start", lambda: self.unit_text(text.encode(self.layout, own.ctx, own.layers())[0]))
+        """Return the initial unit text features ``[C, D]``."""
+        text, context = self.backbone.text, self.prompts.context
+        return self.once("start", lambda: self.unit_text(text.encode(self.layout, context.ctx, context.layers())[0]))
 
     @property
     def wants_source(self) -> bool:
-        """Whether alignment is wanted and nothing is known yet to align with."""
+        """Whether alignment is enabled and the source statistics are missing."""
         return bool(self.settings.steps and self._layers()) and not self.source_mean.numel()
 
     def measure_source(self, batches: Iterable[Tensor]) -> None:
-        """Compute the source statistics from normalised images ``[B, 3, H, W]`` with the prompts of the start.
+        """Compute the source statistics from normalised images ``[B, 3, H, W]`` with the initial prompts.
 
-        Images are not read where nothing is aligned, or statistics are known.
+        Images are not read if no layer is aligned or statistics are available.
         """
         if not self.wants_source:
             return
         tower = self.backbone.image
         if layers := aligned_layers(tower, self.settings.alignment_depth):
-            there = (images.to(self.backbone.device) for images in batches)
-            self.source_mean, self.source_variance = token_statistics(tower, there, self.prompts.tokens(), layers)
+            moved = (images.to(self.backbone.device) for images in batches)
+            self.source_mean, self.source_variance = token_statistics(tower, moved, self.prompts.tokens(), layers)
 
     def start_from(self, state: Mapping[str, Tensor]) -> None:
-        """Start from the prompts of a MaPLe head, or from another PromptAlign head with its statistics."""
-        none = torch.zeros(0, 0, 0)  # statistics belong to the prompts they were measured with
+        """Set the initial prompts from a MaPLe head, or from a PromptAlign head with its statistics."""
+        empty = torch.zeros(0, 0, 0)  # statistics are valid only for the prompts they were measured with
         given = {name: value for name, value in state.items() if not name.startswith("objectives.")}
-        self.load_trained_state({"source_mean": none, "source_variance": none, **given})
+        self.load_trained_state({"source_mean": empty, "source_variance": empty, **given})
 
     @torch.inference_mode(False)
     def adapt(self, views: Tensor) -> Tensor:
-        """Return the logits ``[B, C]`` of B images, each tuned on its own views ``[B, V, 3, H, W]`` alone.
+        """Return the logits ``[B, C]`` of B images, each tuned separately on its views ``[B, V, 3, H, W]``.
 
         Raises:
-            ConfigError: Features instead of images, or no source statistics where alignment is wanted.
+            ConfigError: The input is features, or alignment is enabled without source statistics.
         """
-        own, views = self.settings, views.detach().clone()
+        settings, views = self.settings, views.detach().clone()
         if views.ndim != 5:
             raise ConfigError(f"{self.name} tunes the image tower and needs images [B, V, 3, H, W], not their features")
         if self.wants_source:
@@ -129,21 +131,21 @@ class PromptAlign(TunedMethod):
             raise ConfigError(f"{self.name} has {why}")
         with torch.no_grad():
             logits = self.backbone.logit_scale * self.unit_views(views) @ self.initial_text_features().t()
-            if not own.steps or not len(views):
+            if not settings.steps or not len(views):
                 return logits[:, 0]
-            chosen = gather_views(views, most_confident(logits, own.confidence))
+            chosen = gather_views(views, most_confident(logits, settings.confidence))
         start = {name: self.prompts.get_buffer(name) for name in self._prompt_names}
-        weight = own.alignment_weight / own.alignment_depth
-        tuner = CoupledTuner(self._scored, self.backbone.image, own.lr, own.steps, weight, self._layers())
+        weight = settings.alignment_weight / settings.alignment_depth
+        tuner = CoupledTuner(self._scored, self.backbone.image, settings.lr, settings.steps, weight, self._layers())
         source = self.source_mean, self.source_variance
-        return tuner.tune_in_parts(start, views[:, 0], chosen, source, own.images_at_once)
+        return tuner.tune_in_parts(start, views[:, 0], chosen, source, settings.images_at_once)
 
     def _layers(self) -> int:
         depth = self.settings.alignment_depth if self.settings.alignment_weight else 0
         return aligned_layers(self.backbone.image, depth)
 
     def _scored(self, values: Mapping[str, Tensor], images: Tensor, count: int) -> Tensor:
-        """Return the logits ``[b, n, C]`` of ``images`` ``[b * n, 3, H, W]``, n of each, by each image's prompts."""
+        """Return logits ``[b, n, C]`` of ``images`` ``[b * n, 3, H, W]``, n per image, with each image's prompts."""
         context, deep, tokens = coupled_tokens(values, count)
         features = self.unit_image(self.backbone.encode_image(images, tokens))
         text = self.unit_text(self.backbone.text.encode(self.layout, context, deep))

@@ -1,9 +1,9 @@
 """PromptKD: image prompts that learn a teacher's predictions on unlabelled images (Li et al., CVPR 2024; 2403.02781).
 
 ``L = w T^2 / (B C) sum KL(softmax(z_t / T) || softmax(z_s / T))``: z_t are the teacher's logits of a view, z_s those of
-the student, whose image features (with deep image tokens) are projected into the teacher's space and compared with the
-*same* text features. These are computed once. Labels are not looked at. C counts all classes, new ones too, and their
-images are trained on as well: results are transductive and say so.
+the student. The student's image features (with deep image tokens) are projected into the teacher's space and compared
+with the *same* text features, which are computed once. Labels are not used. C counts all classes including new ones,
+whose images are also used for training: results are transductive and marked so.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from vlprompt.prompts.words import rows_of
 
 @validated("settings")
 class PromptKDSettings:
-    """Settings of PromptKD; 1,013,760 numbers are learned on ViT-B/16 from a ViT-L/14.
+    """Settings of PromptKD; a ViT-B/16 with a ViT-L/14 as teacher has 1,013,760 trainable numbers.
 
     Attributes:
-        teacher: The folder of a trained head or run, as a rule PromptSRC's on a larger backbone; or a backbone,
-            ``NAME`` or ``NAME:PRETRAINED``, for its zero-shot model; empty for that of the student's own backbone.
+        teacher: The folder of a trained head or run, usually PromptSRC's on a larger backbone; or a backbone,
+            ``NAME`` or ``NAME:PRETRAINED``, for its zero-shot model; empty for that of the student's backbone.
         image_tokens: V image tokens.
-        image_depth: Layers with image tokens of their own; 3 in cross-data-set runs.
+        image_depth: Layers that have image tokens; 3 in cross-data-set runs.
         weight: w; 1000 in the official scripts, 200 on Aircraft, Flowers102 and DTD.
         temperature: T.
         template: The prompt of a zero-shot teacher.
-        teacher_dim: E, the width of the teacher's features; 0: the teacher is asked. Heads keep it, so that they can be
+        teacher_dim: E, the width of the teacher's features; 0 reads it from the teacher. Heads save it, so they can be
             loaded without the teacher.
     """
 
@@ -66,22 +66,22 @@ class PromptKD(PromptMethod):
     teacher_text: Tensor
 
     def build(self) -> None:
-        """Create ``visual`` (``input`` and ``deep``, ``[V, W]`` each) and ``projector`` (D to E); ask the teacher."""
-        own, backbone = self.settings, self.backbone
-        self.visual = VisualPrompts(backbone.image, own.image_tokens, own.image_depth)
+        """Create ``visual`` (``input`` and ``deep``, ``[V, W]`` each) and ``projector`` (D to E)."""
+        settings, backbone = self.settings, self.backbone
+        self.visual = VisualPrompts(backbone.image, settings.image_tokens, settings.image_depth)
         self.projector = Projector(backbone.embed_dim, self.ask_teacher())
 
     # -- the teacher ----------------------------------------------------------------------------------------------
     def ask_teacher(self) -> int:
-        """Return E, and make the buffer ``teacher_text`` ``[A, E]`` of all A classes; a part of :meth:`build`."""
-        own, backbone = self.settings, self.backbone
-        self._teacher: list[Teacher] = []  # in a list and no module: nothing of it is trained or saved
+        """Return E, and create the buffer ``teacher_text`` ``[A, E]`` of all A classes; used by :meth:`build`."""
+        settings, backbone = self.settings, self.backbone
+        self._teacher: list[Teacher] = []  # in a list: the teacher is neither trained nor saved
         self._taught = False
-        dim = own.teacher_dim
+        dim = settings.teacher_dim
         if not dim:
-            without_weights = own.teacher and backbone.device.type == "meta"
-            dim = teacher_dim(own.teacher) if without_weights else self.teacher.dim
-            self.settings = dataclasses.replace(own, teacher_dim=dim)
+            without_weights = settings.teacher and backbone.device.type == "meta"
+            dim = teacher_dim(settings.teacher) if without_weights else self.teacher.dim
+            self.settings = dataclasses.replace(settings, teacher_dim=dim)
         self.register_buffer("teacher_text", torch.zeros(len(self.all_class_names), dim))
         if self._teacher:
             self.teach(self.teacher)
@@ -89,20 +89,20 @@ class PromptKD(PromptMethod):
 
     @property
     def teacher(self) -> Teacher:
-        """The teacher, loaded when it is first asked for."""
+        """The teacher, loaded at the first access."""
         if not self._teacher:
-            own = self.settings
-            self._teacher.append(load_teacher(own.teacher, self.backbone, self.all_class_names, own.template))
+            settings = self.settings
+            self._teacher.append(load_teacher(settings.teacher, self.backbone, self.all_class_names, settings.template))
         method = self._teacher[0].method
         if method.backbone.device != self.backbone.device:
             method.to(self.backbone.device)
         return self._teacher[0]
 
     def teach(self, teacher: Teacher) -> None:
-        """Take ``teacher`` and its text features of all classes.
+        """Set ``teacher`` and compute its text features of all classes.
 
         Raises:
-            ConfigError: Its features are of another width than the projector's.
+            ConfigError: The width of its features differs from the projector's.
         """
         if teacher.dim != self.settings.teacher_dim:
             raise ConfigError(f"the teacher's features have {teacher.dim} numbers, not {self.settings.teacher_dim}")
@@ -117,14 +117,14 @@ class PromptKD(PromptMethod):
 
     @property
     def class_dim(self) -> int:
-        """E: images and classes meet in the teacher's space."""
+        """E: images and classes are compared in the teacher's space."""
         return int(self.settings.teacher_dim)
 
     def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set the learnables, the running statistics and the teacher's text features; the teacher is not needed then.
+        """Set the trained tensors, running statistics and teacher text features; the teacher is then not needed.
 
         Raises:
-            HeadError: As for any method; nothing has been changed then.
+            HeadError: As for any method. No tensor is changed.
         """
         super().load_trained_state(state)
         self._taught = True
@@ -133,10 +133,10 @@ class PromptKD(PromptMethod):
         return given.shape == own.shape
 
     def with_classes(self, class_names: Sequence[str]) -> PromptMethod:
-        """Return the student for other classes; the teacher is asked only about names that it was not asked before.
+        """Return the student for other classes; the teacher encodes only new names.
 
         Raises:
-            ClassNameError: New names, and the teacher cannot be asked any more.
+            ClassNameError: There are new names, and the teacher is not available.
         """
         with restored_random():
             other = type(self)(self.backbone, class_names, self.settings)
@@ -163,7 +163,7 @@ class PromptKD(PromptMethod):
         return self.backbone.encode_image(images, self.visual.tokens())
 
     def unit_image(self, features: Tensor) -> Tensor:
-        """Return the unit projections ``[B, E]`` of raw ``features`` ``[B, D]``, batch norm as learned."""
+        """Return unit projections ``[B, E]`` of raw ``features`` ``[B, D]``, with the running statistics."""
         return F.normalize(self.projector(features), dim=-1)
 
     def text_features(self, features: Tensor | None = None) -> Tensor:
@@ -172,20 +172,23 @@ class PromptKD(PromptMethod):
 
     # -- training -------------------------------------------------------------------------------------------------
     def step(self, inputs: Tensor, labels: Tensor) -> Step:
-        """Return what a step computes; logits are ``[B, A]``, the frozen features the teacher's ``[B, E]``."""
+        """Return the results of a step: logits are ``[B, A]``, frozen features are the teacher's ``[B, E]``."""
         features, text = self.image_features(inputs), self.taught_text()
         unit = F.normalize(self.projector(features, learn=self.training), dim=-1)
         return Step(labels, features, unit, text, self.score(unit, text), lambda: self.teacher.image_features(inputs))
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Return the distillation term ``kd``."""
-        own = self.settings
-        target = self.teacher.logits(step.frozen_features(), step.text_features) / own.temperature
+        settings = self.settings
+        target = self.teacher.logits(step.frozen_features(), step.text_features) / settings.temperature
         divergence = F.kl_div(
-            (step.logits / own.temperature).log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True
+            (step.logits / settings.temperature).log_softmax(-1),
+            target.log_softmax(-1),
+            reduction="sum",
+            log_target=True,
         )
-        return {"kd": own.weight * own.temperature**2 * divergence / step.logits.numel()}
+        return {"kd": settings.weight * settings.temperature**2 * divergence / step.logits.numel()}
 
     def epoch_end(self, epoch: int, epochs: int) -> None:
-        """Share the running statistics between processes."""
+        """Average the running statistics over processes."""
         self.projector.average()

@@ -1,7 +1,7 @@
 """PromptSRC: self-regulating prompts (Khattak et al., ICCV 2023; arXiv 2307.06948, equations 3 to 9).
 
-IVLP's prompts with two objectives: ``self_regularisation``, which holds text features, image features and predictions
-near those of the frozen model, and ``aggregation``, which averages the prompts of all epochs under a bell curve.
+IVLP's prompts with two objectives: ``self_regularisation``, which keeps text features, image features and predictions
+near those of the frozen model, and ``aggregation``, which averages the prompts of all epochs with Gaussian weights.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from vlprompt.objectives.self_regularisation import SelfRegularisationSettings
 class PromptSRCSettings(IVLPSettings):
     """Settings of PromptSRC; the defaults are those of base-to-new.
 
-    Cross-data-set runs take depth 3, mean 6 and deviation 10.
+    Cross-data-set runs use depth 3, mean 6 and deviation 10.
 
     Attributes:
         context_length: M text vectors.
-        context_init: Words to start from.
-        text_depth: Layers with text context of their own.
+        context_init: Initial words.
+        text_depth: Layers that have text context.
         image_tokens: V image tokens.
-        image_depth: Layers with image tokens of their own.
-        self_regularisation: The terms that hold features and predictions near the frozen model's.
-        aggregation: The average of the prompts over epochs; None for none.
+        image_depth: Layers that have image tokens.
+        self_regularisation: The terms that keep features and predictions near those of the frozen model.
+        aggregation: The average of the prompts over epochs; None to disable.
     """
 
     self_regularisation: SelfRegularisationSettings = SelfRegularisationSettings(text=25.0, image=10.0, logits=1.0)

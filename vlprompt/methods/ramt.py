@@ -1,14 +1,14 @@
 """R-AMT: learned binary masks over CLIP's own weights (Zheng et al., Regularized Mask Tuning, ICCV 2023; 2307.15049).
 
-Nothing is added: a score R per candidate weight lets the weight through where R > 0.005, ``W' = 1[R > 0.005] W``, and
-the gradient passes straight through, dL/dR = dL/dW' W. All scores start at 0.01, which is zero-shot CLIP. The loss is
+No parameters are added to the model: each candidate weight has a score R and is used if R > 0.005, ``W' = 1[R > 0.005]
+W``, with the straight-through gradient dL/dR = dL/dW' W. All scores start at 0.01: zero-shot CLIP. The loss is
 cross-entropy plus 1e-4 times the (not squared) norms of the score tensors; ``gradient_dropout`` drops entries of its
 gradient that disagree with the frozen model's. The official code (wuw2019/R-AMT) masks the image tower's patch kernel
-and attention projections ("A"); the paper also has MLP weights ("M") and all of them ("P"). A score has to travel
+and attention projections ("A"); the paper also has MLP weights ("M") and all of them ("P"). A score must change by
 0.005: a run with fewer steps than 0.005 / rate (63 at the published 8e-5) ends as zero-shot CLIP.
 
-A head keeps the masks as bits, one per weight. Scores are not in it: training goes on from a run's checkpoint, or
-starts from a head with scores of 0.01 and 0.
+A head saves the masks as bits, one per weight, without the scores. Training resumes from a checkpoint, or starts from a
+head with scores of 0.01 and 0.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ _ATTENTION = ("in_proj_weight", "out_proj.weight", *(f"attnpool.{part}_proj.weig
 
 @validated("settings")
 class RAMTSettings:
-    """Settings of R-AMT; the defaults are the official code's (28,901,376 masks on ViT-B/16).
+    """Settings of R-AMT; the defaults are those of the official code (28,901,376 masks on ViT-B/16).
 
     Attributes:
-        side: Whose weights are masked: image, as published, text or both.
+        side: Towers with masked weights: image, as published, text or both.
         candidates: attention: attention projections and convolution kernels (AMT); mlp: the two MLP matrices (MMT);
             all: both (PMT).
-        gradient_dropout: The dropout of gradients (the "R-"), None for none; the official code cannot train without.
+        gradient_dropout: The dropout of gradients (the "R-"), None to disable; the official code requires it.
             Its strength (the paper's lambda) is 1, or 0.3 with 16 shots of ImageNet, SUN397 and Food-101.
-        initial: Every score's start.
-        threshold: What a score has to exceed.
-        penalty: Weight of the score tensors' norms, which the paper does not have; 0 for none.
-        templates: Prompts with {} for the class name, whose features are averaged as they are and then normalised. A
-            masked text tower uses the first.
+        initial: Initial value of all scores.
+        threshold: A weight is used if its score is above this value.
+        penalty: Weight of the score tensors' norms, which are not in the paper; 0 for none.
+        templates: Prompts with {} for the class name; their raw features are averaged and then normalised. A masked
+            text tower uses the first.
     """
 
     side: Literal["image", "text", "both"] = "image"
@@ -82,20 +82,20 @@ class RAMT(PromptMethod):
 
     @property
     def needs(self) -> Needs:
-        """Images, unless the text tower alone is masked."""
+        """Images, unless only the text tower is masked."""
         return Needs(inputs="features" if self.settings.side == "text" else "images")
 
     def build(self) -> None:
-        """Create ``masks``: a tensor of scores for every candidate weight, of its shape and name."""
-        own, text = self.settings, self.backbone.text
-        self.masks = Masks(own.initial, own.threshold)
-        if own.side != "text":
+        """Create ``masks``: a tensor of scores for every candidate weight, with its shape and name."""
+        settings, text = self.settings, self.backbone.text
+        self.masks = Masks(settings.initial, settings.threshold)
+        if settings.side != "text":
             self.masks.add("visual.", self._candidates(self.backbone.image.parameters()))
-        if own.side != "image":
+        if settings.side != "image":
             self.masks.add("", self._candidates(text.parameters()))
-            self.layout = template_layout(text, self.class_names, [own.templates[0]])
+            self.layout = template_layout(text, self.class_names, [settings.templates[0]])
         else:
-            features = template_features(self.backbone, self.class_names, own.templates, average="raw")
+            features = template_features(self.backbone, self.class_names, settings.templates, average="raw")
             self.register_buffer("frozen_text", features, persistent=False)
 
     def _candidates(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -131,17 +131,17 @@ class RAMT(PromptMethod):
         return {**super().terms(step), "penalty": self.settings.penalty * norms.sum()}
 
     def training_layouts(self) -> list[TokenLayout]:
-        """Return the layout of the class prompts, where the text tower is masked."""
+        """Return the layout of the class prompts, if the text tower is masked."""
         return [] if self.settings.side == "image" else [self.layout]
 
     def prompt_tensors(self) -> list[tuple[str, nn.Parameter]]:
-        """Return none: scores are no prompts."""
+        """Return an empty list: scores are not prompts."""
         return []
 
     def head_state(self) -> dict[str, Tensor]:
-        """Return the masks as bits, which score alike; the scores themselves are left out."""
+        """Return the masks as bits, without the scores; the logits are the same."""
         return self.masks.packed_state("masks.", super().head_state())
 
     def load_head_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set scores to the initial one where a bit is set, to 0 elsewhere."""
+        """Set scores to the initial value where a bit is set, to 0 elsewhere."""
         super().load_head_state(self.masks.unpacked_state("masks.", state))

@@ -1,4 +1,4 @@
-"""The registry: a decorator on a class is the whole enrolment of a method."""
+"""Registry of methods, filled by the class decorator :func:`register`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ M = TypeVar("M", bound=type[PromptMethod])
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Enrol a :class:`PromptMethod` under ``name``: in ``list_methods``, the command line and the shared test suite.
+    """Register a :class:`PromptMethod` under ``name``: in ``list_methods``, the command line and the shared test suite.
 
     Raises:
-        ValueError: Another class holds the name.
+        ValueError: Another class has the name.
     """
     return _METHODS.enrol(name)
 
@@ -36,7 +36,7 @@ def get_method_class(name: str) -> type[PromptMethod]:
     """Return the class registered as ``name``.
 
     Raises:
-        ConfigError: No such method; the text names the nearest ones.
+        ConfigError: No such method; the message lists the nearest names.
     """
     return _METHODS.get(name)
 
@@ -55,15 +55,15 @@ def create_method(
     """Return the method ``name`` around ``backbone`` for ``class_names``.
 
     Args:
-        name: A registered name; :func:`list_methods` has them.
+        name: A registered name, see :func:`list_methods`.
         backbone: The frozen CLIP.
-        class_names: The C classes to tell apart, in label order.
+        class_names: Names of the C classes, in label order.
         all_class_names: Every class of the data set, those of ``class_names`` first. Default: ``class_names``.
         objectives: Further loss terms and regularisers with their settings: ``{"knowledge": {"weight": 8.0}}``. For an
-            objective that belongs to the method, the same as its field of the settings.
-        decomposition: A low-rank update of the class tokens, in the same way: ``{"dept_lowrank": {"rank": 10}}``.
-        data_template: The data set's own prompt with ``{}`` for the class name (``task.template``). Templates that
-            the settings leave open become it.
+            objective of the method's settings, this is equivalent to the field of the settings.
+        decomposition: A low-rank update of the class tokens, in the same form: ``{"dept_lowrank": {"rank": 10}}``.
+        data_template: The template of the data set, with ``{}`` for the class name (``task.template``). It is used for
+            templates that the settings do not define.
         **settings: Fields of the method's ``Settings``.
 
     Raises:
@@ -72,7 +72,7 @@ def create_method(
     """
     kind = get_method_class(name)
     settings, objectives, decomposition = merge_parts(kind, settings, objectives or {}, decomposition or {})
-    made = kind(
+    method = kind(
         backbone,
         class_names,
         _METHODS.settings(name, settings),
@@ -81,7 +81,7 @@ def create_method(
         decomposition,
         data_template,
     )
-    return made if backbone.device.type == "meta" else made.to(backbone.device)
+    return method if backbone.device.type == "meta" else method.to(backbone.device)
 
 
 def merge_parts(
@@ -90,20 +90,20 @@ def merge_parts(
     objectives: Mapping[str, Any],
     decomposition: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return settings, objectives and decomposition, with those that belong to the method moved to its settings.
+    """Return settings, objectives and decomposition, with those declared by the method moved to its settings.
 
-    A method's own objective may be set as ``settings.NAME`` and as ``objectives.NAME``; both are merged per key.
+    An objective of the method may be set as ``settings.NAME`` and as ``objectives.NAME``; both are merged by key.
 
     Raises:
-        ConfigError: A value is given in both places, and they differ.
+        ConfigError: A key has different values in both places.
     """
-    merged, twice = dict(settings), []
+    merged, conflicts = dict(settings), []
     rest: list[dict[str, Any]] = []
     for section, given, declared in (
         ("objectives", objectives, objectives_in(kind.Settings)),
         ("decomposition", decomposition, decompositions_in(kind.Settings)),
     ):
-        if not isinstance(given, Mapping):  # refused by what reads it
+        if not isinstance(given, Mapping):  # refused when it is read
             rest.append(given)
             continue
         rest.append({name: values for name, values in given.items() if name not in declared})
@@ -112,14 +112,14 @@ def merge_parts(
             if not isinstance(values, Mapping):
                 raise ConfigError(f"{section}.{name} is {values!r}; accepted: its settings, {{}} for the defaults")
             known = known if isinstance(known, Mapping) else dataclasses.asdict(known)
-            twice += [
+            conflicts += [
                 f"settings.{name}.{key} is {known[key]!r} and {section}.{name}.{key} {values[key]!r}; accepted: one"
                 for key in values
                 if key in known and known[key] != values[key]
             ]
             merged[name] = {**known, **values}
-    if twice:
-        raise ConfigError("\n".join(twice))
+    if conflicts:
+        raise ConfigError("\n".join(conflicts))
     return merged, rest[0], rest[1]
 
 

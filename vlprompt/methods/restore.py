@@ -1,9 +1,9 @@
 """RESTORE: text and image prompts whose features shift alike (arXiv 2403.06136; official code: Yaphabates/RESTORE_).
 
-MaPLe's prompts with two objectives: ``shift_consistency``, which keeps the shifts of text and image alike, and
-``surgery``, residual adapters that keep both from growing together. The paper speaks of shifts of embeddings; the code,
-whose numbers are published, takes the norms of the prompts' Gram matrices in their place; ``variant`` of
-``shift_consistency`` selects.
+MaPLe's prompts with two objectives: ``shift_consistency``, which keeps the shifts of text and image equal, and
+``surgery``, residual adapters that limit a common growth of both. The paper defines shifts of embeddings; the code of
+the published results uses the norms of the prompts' Gram matrices instead. ``variant`` of ``shift_consistency``
+selects.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class RESTORESettings(MaPLeSettings):
 
     Attributes:
         context_length: M text vectors and image tokens.
-        context_init: Words to start from.
+        context_init: Initial words.
         depth: J layers of both towers.
-        surgery: The residual adapters; None for none.
+        surgery: The residual adapters; None to disable.
         shift_consistency: The consistency term.
     """
 

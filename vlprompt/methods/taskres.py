@@ -1,8 +1,8 @@
 """TaskRes: a learned residual on each class's text feature (Yu et al., CVPR 2023; arXiv 2211.10277).
 
-The classifier is ``normalise(t + alpha x)``: t are the frozen raw text features, x starts at zero and is
-trained by cross-entropy. Neither tower takes part in training, which runs on image features that are computed once.
-Official code: geekyutao/TaskRes, the regular base; on ImageNet its t is a mean over eight prompts.
+The classifier is ``normalise(t + alpha x)``: t are the frozen raw text features, x starts at zero and is trained by
+cross-entropy. Both towers are frozen; training uses image features that are computed once. Official code:
+geekyutao/TaskRes, the regular base; on ImageNet its t is a mean over eight prompts.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class TaskResSettings(TaskResidualSettings):
     """Settings of TaskRes; the defaults are the official ones at 8 and 16 shots.
 
     Attributes:
-        templates: The hand-written prompts, as in ``zeroshot``; left open, the data set's own.
+        templates: The hand-written prompts, as in ``zeroshot``; default: the template of the data set.
         alpha: Weight of the residual (1 for Oxford Flowers); 0 is zero-shot.
-        views: Random views of each training image: epoch e sees view e modulo this number. As many as epochs is the
-            official rule, a new view in each; 0 trains on the test view.
+        views: Random views of each training image: epoch e uses view e modulo this number. Officially one view per
+            epoch; 0 trains on the test view.
         training: Training of the residual (100 epochs at 1, 2 and 4 shots, a rate of 0.0002 on ImageNet).
     """
 
@@ -54,7 +54,7 @@ class TaskRes(FittedMethod):
 
     @property
     def needs(self) -> Needs:
-        """Features of random crops, as the CoOp family trains on."""
+        """Features of random crops, as in the training of CoOp."""
         return Needs(fit_views=self.settings.views)
 
     def text_weights(self) -> Tensor:
@@ -62,10 +62,10 @@ class TaskRes(FittedMethod):
         return raw_template_features(self.backbone, self.class_names, self.settings.templates)
 
     def text_features(self, features: Tensor | None = None) -> Tensor:
-        """Return the unit text features with their residuals ``[C, D]``: these are the whole classifier."""
+        """Return the unit text features with residuals ``[C, D]``, which are the whole classifier."""
         text: Tensor = self.cache.adapted_text()
         return text
 
     def fit(self, shots: FewShotFeatures) -> None:
-        """Train the residual; the last epoch's is kept."""
+        """Train the residual and keep that of the last epoch."""
         self.cache.fit(shots.train, shots.labels, seed=shots.seed)

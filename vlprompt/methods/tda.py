@@ -1,12 +1,12 @@
 """TDA: caches of confident and of uncertain test images (Karmanov et al., CVPR 2024; arXiv 2403.18293).
 
-Images come one after the other; each may enter a cache of its predicted class, and its zero-shot logits are corrected
-by affinity to what both caches hold (:mod:`vlprompt.testtime.tda`). No gradients. Scores depend on the order of the
-test images: ``seed`` and several orders belong to a report.
+Test images are processed in sequence. Each image may be added to a cache of its predicted class, and its zero-shot
+logits are corrected by its affinity to the images in both caches (:mod:`vlprompt.testtime.tda`). No gradients. Scores
+depend on the order of the test images: report ``seed`` and several orders.
 
 The published cache weights differ by data set and were evidently chosen on the evaluated images; ``configs/tda`` has
-them, and the defaults here are ImageNet's for all. The published code multiplies cosines by 100; here the backbone's
-own factor is used, which is 100 for OpenAI's weights.
+them, and the defaults are ImageNet's. The published code multiplies cosines by 100; here the backbone's logit scale is
+used, which is 100 for OpenAI's weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TDASettings:
     """Settings of TDA.
 
     Attributes:
-        templates: The hand-written prompts, as in ``zeroshot``; left open, the data set's own.
+        templates: The hand-written prompts, as in ``zeroshot``; default: the template of the data set.
         positive: Use the cache of predicted classes.
         positive_capacity: Images per class.
         positive_alpha: Weight of its logits.
@@ -39,11 +39,11 @@ class TDASettings:
         negative_capacity: Images per class.
         negative_alpha: Weight of its logits, which are subtracted.
         negative_beta: Sharpness of its affinities.
-        negative_entropy: Lower and upper bound of the entropy (nats over log2 of C) that lets an image in.
-        negative_mask: Lower and upper bound of the probabilities of classes that an image speaks against.
-        confidence: Fraction of the views that count, where there are several.
-        crops: Random crops of each image beside the test view; published: 63 for ImageNet's variants, else 0.
-        augmix: Mix the crops by AugMix.
+        negative_entropy: Lower and upper bound of the entropy (nats over log2 of C) for an image to be added.
+        negative_mask: Lower and upper bound of the probabilities of classes for which an image is a negative.
+        confidence: Fraction of the views that is used, if there are several.
+        crops: Random crops of each image in addition to the test view; published: 63 for ImageNet's variants, else 0.
+        augmix: Mix the crops with AugMix.
     """
 
     templates: OpenTemplates = ()
@@ -73,7 +73,7 @@ class TDASettings:
 
 @register("tda")
 class TDA(TemplateViewsMethod):
-    """Two caches along the stream of test images."""
+    """Two caches for a stream of test images."""
 
     Settings = TDASettings
     settings: TDASettings
@@ -85,23 +85,25 @@ class TDA(TemplateViewsMethod):
         return Needs(test_views=TestViews(settings.crops, settings.augmix) if settings.crops else None, online=True)
 
     def build(self) -> None:
-        """Encode the templates once and begin with empty caches; there are no learnables."""
+        """Encode the templates once and create empty caches; there are no trainable parameters."""
         super().build()
         self._stream: TDAStream | None = None
 
     @property
     def caches(self) -> TDAStream:
-        """The caches, on the backbone's device; ``state()`` and ``load_state()`` keep them."""
+        """The caches, on the backbone's device; ``state()`` and ``load_state()`` save and load them."""
         if self._stream is None:
-            own = self.settings
-            positive = PositiveCache(own.positive_capacity, own.positive_alpha, own.positive_beta)
-            entropy, mask = tuple(own.negative_entropy), tuple(own.negative_mask)
-            negative = NegativeCache(own.negative_capacity, own.negative_alpha, own.negative_beta, entropy, mask)  # type: ignore[arg-type]
+            settings = self.settings
+            positive = PositiveCache(settings.positive_capacity, settings.positive_alpha, settings.positive_beta)
+            entropy, mask = tuple(settings.negative_entropy), tuple(settings.negative_mask)
+            negative = NegativeCache(
+                settings.negative_capacity, settings.negative_alpha, settings.negative_beta, entropy, mask
+            )  # type: ignore[arg-type]
             self._stream = TDAStream(
                 len(self.class_names),
                 self.backbone.embed_dim,
-                positive if own.positive else None,
-                negative if own.negative else None,
+                positive if settings.positive else None,
+                negative if settings.negative else None,
                 self.backbone.device,
             )
         return self._stream
@@ -111,14 +113,14 @@ class TDA(TemplateViewsMethod):
         self._stream = None
 
     def stream_state(self) -> dict[str, Tensor]:
-        """Return copies of the caches by name, on the CPU; keep them with safetensors."""
+        """Return copies of the caches by name, on the CPU, for saving with safetensors."""
         return self.caches.state()
 
     def load_stream_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from the caches that :meth:`stream_state` gave.
+        """Continue with the caches from :meth:`stream_state`.
 
         Raises:
-            HeadError: They are those of other classes, another backbone or other settings.
+            HeadError: The caches have other classes, another backbone or other settings.
         """
         self.caches.load_state(state)
 
@@ -132,12 +134,14 @@ class TDA(TemplateViewsMethod):
         return self.stream(inputs if inputs.ndim in (3, 5) else inputs[:, None])
 
     def stream(self, views: Tensor) -> Tensor:
-        """Return logits ``[B, C]`` of the next B images by their views, ``[B, V, D]`` or ``[B, V, 3, H, W]``."""
+        """Return logits ``[B, C]`` of the next B images from their views, ``[B, V, D]`` or ``[B, V, 3, H, W]``."""
         return self.scored(views).logits
 
     @torch.no_grad()
     def scored(self, views: Tensor) -> Scored:
         """Return the logits of the next B images, and what each cache contributes."""
         unit_views = self.unit_views(views)
-        own = summarise(unit_views, self.initial_text_features(), self.backbone.logit_scale, self.settings.confidence)
-        return self.caches.score(own)
+        summary = summarise(
+            unit_views, self.initial_text_features(), self.backbone.logit_scale, self.settings.confidence
+        )
+        return self.caches.score(summary)

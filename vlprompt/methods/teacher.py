@@ -19,24 +19,24 @@ from vlprompt.methods.registry import create_method
 
 
 class SavedHeads(Protocol):
-    """What reads saved heads as teachers: :mod:`vlprompt.io.teachers`."""
+    """Interface for reading saved heads as teachers, implemented by :mod:`vlprompt.io.teachers`."""
 
     def method_of(self, folder: Path, student: Backbone) -> PromptMethod:
-        """Return the trained method that ``folder`` holds, on the device of ``student``."""
+        """Return the trained method saved in ``folder``, on the device of ``student``."""
 
     def dim_of(self, folder: Path) -> int:
-        """Return the width of its features, without its weights."""
+        """Return the width of its features without loading weights."""
 
 
 class Teacher:
-    """A trained method that says what it sees in images; no module, so that nothing of it is trained or saved.
+    """A frozen, trained method as a teacher; it is not a module, so it is neither trained nor saved.
 
     Args:
-        method: What scores images by one text feature per class.
-        student: The backbone of the method that learns, whose images it will get.
+        method: A method that scores images with one text feature per class.
+        student: The backbone of the student; the teacher gets the same images.
 
     Raises:
-        ConfigError: A method that scores otherwise, or one that takes other images than the student.
+        ConfigError: The method scores in another way, or its image size or normalisation differs from the student's.
     """
 
     def __init__(self, method: PromptMethod, student: Backbone) -> None:
@@ -46,23 +46,24 @@ class Teacher:
                 f"a head of {method.name} cannot teach: it does not score by one text feature per class; accepted: "
                 "heads of promptsrc, ivlp, maple, coop and the like, or the zero-shot model of a backbone"
             )
-        own, other = method.backbone.preprocess, student.preprocess
-        constants = zip((*own.mean, *own.std), (*other.mean, *other.std), strict=True)
-        if own.size != other.size or any(abs(a - b) > 1e-4 for a, b in constants):
+        preprocess, expected = method.backbone.preprocess, student.preprocess
+        constants = zip((*preprocess.mean, *preprocess.std), (*expected.mean, *expected.std), strict=True)
+        if preprocess.size != expected.size or any(abs(a - b) > 1e-4 for a, b in constants):
             raise ConfigError(
-                f"the teacher {method.backbone.name} takes images of {own.size} pixels with mean {own.mean} and std "
-                f"{own.std}, the student {student.name} of {other.size} with {other.mean} and {other.std}; both look "
-                "at the same images, so choose a teacher with the same preprocessing"
+                f"the teacher {method.backbone.name} takes images of {preprocess.size} pixels with mean "
+                f"{preprocess.mean} and std {preprocess.std}, the student {student.name} of {expected.size} with "
+                f"{expected.mean} and {expected.std}; both look at the same images, so "
+                "choose a teacher with the same preprocessing"
             )
         self.method = method.eval()
 
     @property
     def dim(self) -> int:
-        """E, the width of its features."""
+        """E, the width of the teacher's features."""
         return self.method.class_dim
 
     def text_features(self, class_names: Sequence[str]) -> Tensor:
-        """Return its unit text features ``[C, E]`` for ``class_names``."""
+        """Return the unit text features ``[C, E]`` of ``class_names``."""
         with torch.inference_mode(False), torch.no_grad():
             method = self.method
             if list(class_names) != method.class_names:
@@ -70,29 +71,28 @@ class Teacher:
             return method.text_features().clone()
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Return its raw image features, without gradient."""
+        """Return raw image features, without gradient."""
         with torch.no_grad():
             return self.method.image_features(images)
 
     def logits(self, features: Tensor, text_features: Tensor) -> Tensor:
-        """Return its logits ``[B, C]`` of its raw image ``features`` and its text features ``[C, E]``."""
+        """Return logits ``[B, C]`` of raw image ``features`` and ``text_features`` ``[C, E]``, without gradient."""
         with torch.no_grad():
             return self.method.score(self.method.unit_image(features), text_features)
 
 
 def load_teacher(where: str, student: Backbone, class_names: Sequence[str], template: str) -> Teacher:
-    """Return the teacher that ``where`` names.
+    """Return the teacher at ``where``.
 
     Args:
         where: The folder of a saved head or of a run; a backbone, ``NAME`` or ``NAME:PRETRAINED``, for its zero-shot
-            model; empty for that of the student's own backbone.
-        student: The student's backbone; the teacher stands on the same device, and on the same weights where they are
-            the teacher's too.
+            model; empty for the zero-shot model of the student's backbone.
+        student: The student's backbone. The teacher is on the same device, and shares its weights if they are equal.
         class_names: The classes.
         template: The prompt of zero-shot models.
 
     Raises:
-        VlpromptError: There is no such teacher, or it cannot teach the student.
+        VlpromptError: The teacher does not exist, or does not fit the student.
     """
     if folder := _folder(where):
         return Teacher(_heads().method_of(folder, student), student)
@@ -110,7 +110,7 @@ def load_teacher(where: str, student: Backbone, class_names: Sequence[str], temp
 
 
 def teacher_dim(where: str) -> int:
-    """Return the width of a teacher's features, read off its description, without its weights."""
+    """Return the width of a teacher's features from its description, without loading weights."""
     if folder := _folder(where):
         return _heads().dim_of(folder)
     return shapes_only(where.partition(":")[0]).embed_dim

@@ -1,7 +1,7 @@
 """TFUP: a cache of unlabelled images that zero-shot CLIP is sure of (Long et al., 2024; arXiv 2404.16339).
 
-No labels and no training. Published numbers on Office-31, Office-Home and VisDA choose among the test images
-themselves (``unlabelled: test``: the result is transductive and says so), those on DomainNet among training images.
+No labels and no training. Published results on Office-31, Office-Home and VisDA select from the test images
+(``unlabelled: test``: the result is transductive and marked so), those on DomainNet from training images.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class TFUPSettings(TFUPCacheSettings):
     """Settings of TFUP; the defaults are the official ones.
 
     Attributes:
-        templates: The hand-written prompts; their raw features are averaged. Left open, the data set's own.
+        templates: The hand-written prompts; their raw features are averaged. Default: the template of the data set.
         alpha: Weight of the cache.
         beta: Sharpness of the affinities.
-        temperature: What cosines are multiplied by before the softmax that ranks and compares images.
-        cache_shots: Images that each class chooses; 0 takes the paper's rule: 0.3 of all, shared out among the
+        temperature: Factor of the cosines before the softmax that ranks and compares images.
+        cache_shots: Images selected for each class; 0 uses the paper's rule: 0.3 of all images divided by the number of
             classes, 9 to 16 each.
-        unlabelled: Images that are chosen from: those of the training split, without their labels, or of the test
-            split, which makes the result transductive.
+        unlabelled: Images to select from: those of the training split without labels, or of the test split, which makes
+            the result transductive.
     """
 
     templates: OpenTemplates = ()
@@ -39,7 +39,7 @@ class TFUPSettings(TFUPCacheSettings):
 
 @register("tfup")
 class TFUPMethod(FittedMethod):
-    """Keys that each class chooses among unlabelled images."""
+    """Keys selected for each class from unlabelled images."""
 
     Settings: ClassVar[type] = TFUPSettings
     settings: TFUPSettings
@@ -55,5 +55,5 @@ class TFUPMethod(FittedMethod):
         return Needs(unlabelled=self.settings.unlabelled)
 
     def fit(self, shots: FewShotFeatures) -> None:
-        """Choose the images and keep them."""
+        """Select the images and fill the cache."""
         self.cache.fit(shots.unlabelled)

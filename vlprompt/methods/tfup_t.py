@@ -1,7 +1,7 @@
 """TFUP-T: adapters trained with the labels that TFUP gives to unlabelled images (Long et al., 2024; arXiv 2404.16339).
 
-The official code keeps the epoch that is best on the test images; here the last one is kept unless ``select_on`` says
-otherwise. Features are frozen, so that training runs on those of random views that are computed once.
+The official code keeps the best epoch on the test images; here the last epoch is kept by default (``select_on``).
+Features are frozen, so training uses features of random views that are computed once.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from vlprompt.needs import Needs
 
 @validated("settings")
 class TFUPTSettings(TFUPSettings, TFUPTrainedSettings):
-    """Settings of TFUP-T: those of :class:`TFUPSettings`, and how adapters are trained; official defaults.
+    """Settings of TFUP-T: those of :class:`TFUPSettings`, and those of the adapters; official defaults.
 
     Attributes:
         training: Training of the adapters; ``epochs`` counts both stages.
         adaptation: The adapters and the two stages.
-        views: Random views of each image: epoch e sees view e modulo this number. As many as epochs is the official
-            rule, a new view in each; 0 trains on the test view.
-        select_on: Which epoch is kept: the last, the best on validation images (that takes labels), or, as published,
-            the best on the test images. Results then say so.
+        views: Random views of each image: epoch e uses view e modulo this number. Officially one view per epoch; 0
+            trains on the test view.
+        select_on: Epoch to keep: the last, the best on validation images (which requires labels), or, as published,
+            the best on the test images, which marks the results.
     """
 
     views: Count = 30
@@ -50,7 +50,7 @@ class TFUPTSettings(TFUPSettings, TFUPTrainedSettings):
 
 @register("tfup_t")
 class TFUPTMethod(TFUPMethod):
-    """A text residual and an image adapter beside the cache."""
+    """A text residual and an image adapter in addition to the cache."""
 
     Settings = TFUPTSettings
     settings: TFUPTSettings

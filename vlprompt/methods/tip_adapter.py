@@ -1,7 +1,7 @@
 """Tip-Adapter: the few-shot images' features as a key-value cache beside zero-shot CLIP (ECCV 2022; arXiv 2207.09519).
 
-No training: an image's logits are the zero-shot ones plus ``alpha exp(-beta (1 - f F^T)) V`` (equation 6), where F are
-the features of the few-shot images, each the mean over random views, and V their labels. ``alpha`` and ``beta`` are
+No training: an image's logits are the zero-shot logits plus ``alpha exp(-beta (1 - f F^T)) V`` (equation 6). F are
+the features of the few-shot images, each a mean over random views, and V are their labels. ``alpha`` and ``beta`` are
 searched on validation images (official code: gaopengcuhk/Tip-Adapter, which on ImageNet searches on the test images).
 """
 
@@ -21,15 +21,15 @@ class TipAdapterSettings(TipAdapterCacheSettings):
     """Settings of Tip-Adapter; the defaults are the official ones for ImageNet.
 
     Attributes:
-        templates: The hand-written prompts, as in ``zeroshot``; left open, the data set's settings.
-        alpha: Weight of the cache, where nothing is searched or there are no validation images.
+        templates: The hand-written prompts, as in ``zeroshot``; default: the template of the data set.
+        alpha: Weight of the cache, used without a search or without validation images.
         beta: Sharpness of the affinities, likewise.
-        views: Random views averaged into the key of each image; 0 takes the test view.
-        search: Search alpha and beta on the images that ``select_on`` names.
-        search_alpha: Upper end of the searched alphas; the lower one is 0.1.
-        search_beta: Upper end of the searched betas; the lower one is 0.1.
-        search_steps: How many betas, and how many alphas.
-        select_on: Images that the search is on: val, or, as published for ImageNet, test. Results then say so.
+        views: Random views averaged into the key of each image; 0 uses the test view.
+        search: Search alpha and beta on the images selected by ``select_on``.
+        search_alpha: Upper end of the searched alphas; the lower end is 0.1.
+        search_beta: Upper end of the searched betas; the lower end is 0.1.
+        search_steps: Numbers of betas and of alphas.
+        select_on: Images of the search: val, or, as published for ImageNet, test, which marks the results.
     """
 
     templates: OpenTemplates = ()
@@ -55,7 +55,7 @@ class TipAdapterMethod(FittedMethod):
         self.search(shots)
 
     def search(self, shots: FewShotFeatures) -> None:
-        """Set alpha and beta to the best on the validation images, where there are any."""
+        """Set alpha and beta to the best on the validation images, if any."""
         settings = self.settings
         if settings.search and len(shots.val_labels):
             betas, alphas = (

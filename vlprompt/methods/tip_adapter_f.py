@@ -1,8 +1,8 @@
 """Tip-Adapter-F: Tip-Adapter whose keys are trained by cross-entropy (ECCV 2022; arXiv 2207.09519, section 3.2).
 
-Image features are frozen, so that training runs on features of random views that are computed once. The official code
-keeps the epoch that is best on the test images and searches afterwards; here validation images decide unless
-``select_on`` says otherwise. Without validation images the last epoch is kept and nothing is searched.
+Image features are frozen, so training uses features of random views that are computed once. The official code keeps the
+best epoch on the test images and then searches; here validation images are used by default (``select_on``). Without
+validation images the last epoch is kept and nothing is searched.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from vlprompt.needs import Needs
 
 @validated("settings")
 class TipAdapterFSettings(TipAdapterSettings, TipAdapterFCacheSettings):
-    """Settings of Tip-Adapter-F: those of :class:`TipAdapterSettings`, and how keys are trained.
+    """Settings of Tip-Adapter-F: those of :class:`TipAdapterSettings`, and those of the training.
 
     Attributes:
         training: Training of the keys.
-        epoch_views: Further random views for training: epoch e sees view e modulo this number. As many as epochs is
-            the official rule, a new view in each; 0 trains on the views that the keys are made of.
+        epoch_views: Further random views for training: epoch e uses view e modulo this number. Officially one
+            view per epoch; 0 trains on the views of the keys.
     """
 
     epoch_views: Count = 20

@@ -1,12 +1,12 @@
 """TPT: context that is tuned on the views of one test image (Shu et al., NeurIPS 2022; arXiv 2209.07511).
 
-The context begins as "a photo of a", or as that of a trained CoOp head. For every image, alone: the surest tenth of its
-views is kept, the entropy of their mean prediction is lowered by one AdamW step, and the test view is
-scored with the context that results. Context and optimiser begin anew for the next image.
+The initial context is "a photo of a" or that of a trained CoOp head. For every image separately, the most confident
+tenth of its views is selected, one AdamW step reduces the entropy of their mean prediction, and the test view is scored
+with the updated context. Context and optimiser are reset for the next image.
 
 The official code runs all classes twice at 77 tokens per image; here the first pass is shared by all images
-(:mod:`vlprompt.testtime.tuning`). It keeps ``int(V * confidence)`` views, which may be none; here one is kept at least.
-Its loss scaling in half precision, which can skip an image's step, is left out.
+(:mod:`vlprompt.testtime.tuning`). It keeps ``int(V * confidence)`` views, which may be none; here at least one is kept.
+Its loss scaling in half precision, which can skip an image's step, is omitted.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ class TPTSettings:
     """Settings of TPT.
 
     Attributes:
-        context_init: Words to start from; ``[CLS]`` among them is where the class name stands, otherwise it stands
-            behind them. Empty: normal noise of deviation 0.02, drawn once.
+        context_init: Initial words. ``[CLS]`` marks the position of the class name, by default after the words. Empty:
+            normal noise of deviation 0.02, drawn once.
         context_length: M, when no words are given.
         lr: AdamW's step size; its weight decay is 0.01.
         steps: Steps per image; 0 is zero-shot.
-        confidence: Fraction of the views that is kept, those of least entropy.
-        crops: Random crops of each image beside the test view.
-        augmix: Mix the crops by AugMix, as published for fine-grained data sets.
-        images_at_once: Images whose own prompts are encoded together. More need more memory; the result is the same.
-        jacobian: Compute the derivatives of all text features once, in place of a backward pass per image: the same
-            result, sooner for some thousand images or more, C x D x M x W numbers of memory.
+        confidence: Fraction of the views that is kept, those with the lowest entropy.
+        crops: Random crops of each image in addition to the test view.
+        augmix: Mix the crops with AugMix, as published for fine-grained data sets.
+        images_at_once: Images whose prompts are encoded together. More images need more memory; the result is the same.
+        jacobian: Compute the derivatives of all text features once instead of a backward pass per image. The result is
+            the same; it is faster for thousands of images and needs C x D x M x W numbers of memory.
     """
 
     context_init: str = "a photo of a"
@@ -65,7 +65,7 @@ class TPTSettings:
 
 @register("tpt")
 class TPT(TunedMethod):
-    """Context vectors that are tuned for every test image."""
+    """Context vectors tuned for every test image."""
 
     Settings = TPTSettings
     settings: TPTSettings
@@ -78,20 +78,20 @@ class TPT(TunedMethod):
         return Needs(test_views=TestViews(self.settings.crops, self.settings.augmix), gradient=True)
 
     def build(self) -> None:
-        """Create the buffer ``ctx`` ``[M, W]``, what every image starts from, and the prompts' layout."""
-        own = self.settings
-        words = own.context_init.split()
+        """Create the buffer ``ctx`` ``[M, W]``, the initial context of every image, and the prompts' layout."""
+        settings = self.settings
+        words = settings.context_init.split()
         self._name_at = words.index(_NAME) if _NAME in words else None
-        rest = own.context_init if self._name_at is None else " ".join(word for word in words if word != _NAME)
-        start = TextContext(self.backbone.text, own.context_length, rest)
-        self._words = start.placeholder
-        self.register_buffer("ctx", start.ctx.detach().clone(), persistent=False)
+        rest = settings.context_init if self._name_at is None else " ".join(word for word in words if word != _NAME)
+        initial = TextContext(self.backbone.text, settings.context_length, rest)
+        self._words = initial.placeholder
+        self.register_buffer("ctx", initial.ctx.detach().clone(), persistent=False)
         self._arrange()
 
     def _arrange(self) -> None:
-        """Lay the prompts out for the context at hand, and forget what was computed for another."""
+        """Create the layout for the current context, and clear cached results."""
         length = len(self.ctx)
-        if length != len(self._words.split(" ")):  # another head's context: only the number of its vectors counts
+        if length != len(self._words.split(" ")):  # context of another head, with a different number of vectors
             self._words, self._name_at = " ".join(["X"] * length), None
         before = length if self._name_at is None else self._name_at
         self.layout = tuned_layout(self.backbone.text, self.class_names, self._words, length, before)
@@ -99,39 +99,39 @@ class TPT(TunedMethod):
         self._derivatives: Tensor | None = None
 
     def initial_text_features(self) -> Tensor:
-        """Return the unit text features ``[C, D]`` of the context that every image starts from."""
+        """Return the unit text features ``[C, D]`` of the initial context."""
         return self.once("start", lambda: self._encode(self.layout, self.ctx[None])[0])
 
     def _encode(self, layout: TokenLayout, context: Tensor) -> Tensor:
         return self.unit_text(self.backbone.text.encode(layout, context))
 
     def adapt(self, views: Tensor) -> Tensor:
-        """Return the logits ``[B, C]`` of B images, each tuned on its own views ``[B, V, D]`` alone."""
+        """Return the logits ``[B, C]`` of B images, each tuned separately on its views ``[B, V, D]``."""
         return self.tuned(views).logits
 
     def tuned(self, views: Tensor) -> Tuned:
         """Return logits, selected views, losses, gradients and contexts of B images."""
-        own, scale = self.settings, self.backbone.logit_scale
-        tuner = ContextTuner(self._encode, self.layout, scale, own.lr, own.steps, own.images_at_once)
+        settings, scale = self.settings, self.backbone.logit_scale
+        tuner = ContextTuner(self._encode, self.layout, scale, settings.lr, settings.steps, settings.images_at_once)
         with torch.no_grad():
             unit_views = self.unit_views(views)
-        if own.jacobian and self._derivatives is None:
+        if settings.jacobian and self._derivatives is None:
             self._derivatives = tuner.jacobian(self.ctx)
         return tuner.tune(self.ctx, unit_views, self.select, self._derivatives)
 
     def select(self, logits: Tensor, features: Tensor) -> Tensor:
-        """Return the views ``[B, n]`` that drive the loss, by logits ``[B, V, C]`` and unit features ``[B, V, D]``."""
+        """Return the views ``[B, n]`` for the loss, from logits ``[B, V, C]`` and unit features ``[B, V, D]``."""
         return most_confident(logits, self.settings.confidence)
 
     def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
-        """Set the context; its number of vectors may be another."""
+        """Set the context; its number of vectors may differ."""
         super().load_trained_state(state)
         self._arrange()
 
     def start_from(self, state: Mapping[str, Tensor]) -> None:
-        """Start every image from the context of another head: TPT's own, or that of CoOp, KgCoOp or ProGrad.
+        """Set the initial context from another head of TPT, CoOp, KgCoOp or ProGrad.
 
         Raises:
-            HeadError: Other learned tensors, or context that belongs to single classes.
+            HeadError: The head has other tensors, or class-specific context.
         """
         self.load_trained_state({"ctx": generic_context(self.name, state)})

@@ -1,8 +1,8 @@
 """UPT: context and image tokens out of one small transformer (MVLPT; Shen et al., WACV 2024; arXiv 2211.11720).
 
-``[T', V'] = Block([T, V])``: learned text vectors T and image tokens V of every layer are brought to a common width,
-go through one transformer block, and are brought back; T' stands around the class name, V' between class token and
-patches. Trained by cross-entropy; several tasks are learned together as one task with the classes of all.
+``[T', V'] = Block([T, V])``: trained text vectors T and image tokens V of every layer are mapped to a common width,
+go through one transformer block, and are mapped back. T' is placed around the class name, V' between class token and
+patches. Trained by cross-entropy; several tasks are trained together as one task with all classes.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from vlprompt.prompts.context import ContextLength, Position
 
 @validated("settings")
 class UPTSettings:
-    """Settings of UPT; the defaults learn 566,400 numbers on ViT-B/16.
+    """Settings of UPT; the defaults have 566,400 trainable numbers on ViT-B/16.
 
     Attributes:
         context_length: M text vectors.
-        class_token_position: Where the class name stands: amid the vectors, behind them (end), or in front of them.
+        class_token_position: Position of the class name: in the middle of the vectors, after them (end), or in front.
         image_tokens: V image tokens of each layer.
-        image_depth: J layers with tokens of their own; more than there are means all.
+        image_depth: J layers with tokens; more than the tower has means all.
         width: Width of the shared block.
-        variant: ``code``: as released, the block sees every prompt as a sequence of its own, so that prompts share its
-            weights but never meet. ``paper``: they attend to each other.
+        variant: ``code``: as released, every prompt is a separate sequence, so prompts share the block's weights but do
+            not attend to each other. ``paper``: prompts attend to each other.
     """
 
     context_length: ContextLength = 4
@@ -54,17 +54,17 @@ class UPT(PromptMethod):
 
     def build(self) -> None:
         """Create ``prompts``: ``context.ctx`` ``[M, W]``, ``visual`` ``[J, V, W]``, ``block`` and its maps."""
-        own, text = self.settings, self.backbone.text
+        settings, text = self.settings, self.backbone.text
         self.prompts = UnifiedPrompts(
             text,
             self.backbone.image,
-            own.context_length,
-            own.image_tokens,
-            own.image_depth,
-            own.width,
-            mixing=own.variant == "paper",
+            settings.context_length,
+            settings.image_tokens,
+            settings.image_depth,
+            settings.width,
+            mixing=settings.variant == "paper",
         )
-        self.layout = self.prompts.context.layout(text, self.class_names, own.class_token_position)
+        self.layout = self.prompts.context.layout(text, self.class_names, settings.class_token_position)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return raw image features ``[B, D]`` with the projected tokens."""

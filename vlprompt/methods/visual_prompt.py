@@ -1,8 +1,8 @@
 """VP: learned pixels, added to every image (Bahng et al., 2022; arXiv 2203.17274).
 
-``x' = x + P``, for the normalised image x: a border of learned pixels, or a learned patch at a fixed or a moving place.
-The text is frozen, "This is a photo of a NAME" without a period and with hyphens as spaces, and encoded once. Trained
-by cross-entropy, with SGD at a rate of 40 without weight decay. Works with every image tower.
+``x' = x + P``, where x is the normalised image and P a border or a patch, at a fixed or random place, of trained
+pixels. The text is frozen, "This is a photo of a NAME" without a period and with hyphens as spaces, and encoded once.
+Trained by cross-entropy, with SGD at a rate of 40 without weight decay. Works with every image tower.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from vlprompt.prompts.zero_shot import template_features
 
 @validated("settings")
 class VisualPromptSettings:
-    """Settings of VP; the defaults learn 69,840 numbers at 224 x 224 pixels.
+    """Settings of VP; the defaults have 69,840 trainable numbers at 224 x 224 pixels.
 
     Attributes:
-        shape: ``border`` (the paper's padding), ``fixed_patch`` at the top left, or ``random_patch``, which every
-            training step puts elsewhere.
+        shape: ``border`` (the paper's padding), ``fixed_patch`` at the top left, or ``random_patch``, at a new
+            random place in every training step.
         prompt_size: p, the border's width or the patch's side in pixels.
         template: The fixed prompt with {} for the class name.
     """
@@ -37,21 +37,19 @@ class VisualPromptSettings:
 
 @register("visual_prompt")
 class VisualPrompt(PromptMethod):
-    """Learned pixels; zero-shot text."""
+    """Trained pixels with zero-shot text."""
 
     Settings = VisualPromptSettings
-    recipe = RecipeConfig(
-        epochs=1000, batch_size=64, lr=40.0, warmup_epochs=100, warmup_lr=0.1, weight_decay=0.0
-    )
+    recipe = RecipeConfig(epochs=1000, batch_size=64, lr=40.0, warmup_epochs=100, warmup_lr=0.1, weight_decay=0.0)
     needs = Needs(inputs="images")
     settings: VisualPromptSettings
 
     def build(self) -> None:
         """Create ``prompt`` (``up``, ``down``, ``left``, ``right``, or ``patch``), and encode the text once."""
-        own = self.settings
-        self.prompt = PixelPrompt(self.backbone.preprocess.size, own.prompt_size, own.shape)
+        settings = self.settings
+        self.prompt = PixelPrompt(self.backbone.preprocess.size, settings.prompt_size, settings.shape)
         names = [name.replace("-", " ") for name in self.class_names]
-        features = template_features(self.backbone, names, [own.template])
+        features = template_features(self.backbone, names, [settings.template])
         self.register_buffer("frozen_text", features, persistent=False)
 
     def image_features(self, images: Tensor) -> Tensor:
@@ -59,7 +57,7 @@ class VisualPrompt(PromptMethod):
         return self.prompt.encode(self.backbone.image, images)
 
     def image_overrides(self) -> dict[str, Tensor]:
-        """Return what a vision transformer's position embedding becomes with the prompt in it."""
+        """Return a vision transformer's position embedding with the prompt folded in."""
         return self.backbone.image.folded(self.prompt.pixels()) or {}
 
     def text_features(self, features: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """VPT inside CLIP: learned image tokens, fixed text (Jia et al., ECCV 2022; as in MaPLe's trainers/vpt.py).
 
-V tokens stand behind the patches at the input; with depth J every one of the first J layers has tokens of its own. The
-text is "a photo of a NAME." for every data set in the official code; a template of one's own may take its place.
+V tokens are placed after the patches at the input; with depth J each of the first J layers has separate tokens. The
+text is "a photo of a NAME." for every data set in the official code; another template can be set.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class VPTSettings:
 
     Attributes:
         image_tokens: V.
-        image_depth: J; 1 is VPT-shallow, more than there are layers means all.
+        image_depth: J; 1 is VPT-shallow, more than the tower has means all.
         template: The fixed prompt with {} for the class name.
     """
 
@@ -36,7 +36,7 @@ class VPTSettings:
 
 @register("vpt")
 class VPT(PromptMethod):
-    """Learned image tokens; zero-shot text."""
+    """Trained image tokens with zero-shot text."""
 
     Settings = VPTSettings
     recipe = RecipeConfig(epochs=5, batch_size=4, lr=0.0025)
@@ -45,9 +45,9 @@ class VPT(PromptMethod):
 
     def build(self) -> None:
         """Create ``visual.input`` ``[V, W]`` and ``visual.deep``, and encode the text once."""
-        own = self.settings
-        self.visual = VisualPrompts(self.backbone.image, own.image_tokens, own.image_depth)
-        features = template_features(self.backbone, self.class_names, [own.template])
+        settings = self.settings
+        self.visual = VisualPrompts(self.backbone.image, settings.image_tokens, settings.image_depth)
+        features = template_features(self.backbone, self.class_names, [settings.template])
         self.register_buffer("frozen_text", features, persistent=False)
 
     def image_features(self, images: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """ZERO: the confident views of a test image vote (Farina et al., NeurIPS 2024; arXiv 2405.18330).
 
-The marginal probability over confident views at temperature zero is a count of their arg-maxes. The official code's
-zero is the smallest step of half precision, at which votes are slightly soft; here they are hard, and ties are resolved
-as the paper has it.
+The marginal probability over confident views at temperature zero is the count of their arg-maxes. The official code
+uses the smallest step of half precision as zero, which gives slightly soft votes; here votes are hard, and ties are
+resolved as in the paper.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class ZEROSettings:
     """Settings of ZERO; the same for all data sets.
 
     Attributes:
-        templates: The hand-written prompts, as in ``zeroshot``; left open, the data set's own.
-        confidence: Fraction of the views that vote, those of least entropy.
-        crops: Random crops of each image beside the test view; 0 is zero-shot.
-        augmix: Mix the crops by AugMix; the published code never does.
+        templates: The hand-written prompts, as in ``zeroshot``; default: the template of the data set.
+        confidence: Fraction of the views that vote, those with the lowest entropy.
+        crops: Random crops of each image in addition to the test view; 0 is zero-shot.
+        augmix: Mix the crops with AugMix; the published code never does.
     """
 
     templates: OpenTemplates = ()
@@ -48,15 +48,15 @@ class ZERO(TemplateViewsMethod, EpisodicMethod):
         return Needs(test_views=TestViews(self.settings.crops, self.settings.augmix))
 
     def adapt(self, views: Tensor) -> Tensor:
-        """Return ``[B, C]``: the zero-shot logits of the test view, dealt out in the order of the votes.
+        """Return ``[B, C]``: the zero-shot logits of the test view, permuted into the order of the votes.
 
-        The largest belongs to ZERO's prediction (:func:`vlprompt.testtime.zero.ranked_logits`).
+        The largest logit is at ZERO's prediction (:func:`vlprompt.testtime.zero.ranked_logits`).
         """
         logits = self.view_logits(views)
         return ranked_logits(vote(logits, self.settings.confidence), logits[:, 0])
 
     def votes(self, views: Tensor) -> Votes:
-        """Return counts, voters and winners of B images by their views ``[B, V, D]``."""
+        """Return counts, voters and winners of B images from their views ``[B, V, D]``."""
         return vote(self.view_logits(views), self.settings.confidence)
 
     def view_logits(self, views: Tensor) -> Tensor:

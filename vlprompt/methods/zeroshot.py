@@ -1,7 +1,7 @@
 """Zero-shot CLIP: one hand-written template, or the normalised ensemble of several (CoOp: trainers/zsclip.py).
 
-Each template's text feature is brought to unit length, the templates are averaged, and the mean is brought to unit
-length again. Nothing is learned.
+Each template's text feature is normalised, the features are averaged, and the mean is normalised again. Nothing is
+learned.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SELECTED_TEMPLATES = (
     "art of the {}.",
     "a photo of the small {}.",
 )
-"""The seven templates of CoOp's ensemble; it appends the data set's own, except on ImageNet."""
+"""The seven templates of CoOp's ensemble; it appends the template of the data set, except on ImageNet."""
 
 
 @validated("settings")
@@ -46,7 +46,7 @@ class ZeroShot(PromptMethod):
     settings: ZeroShotSettings
 
     def build(self) -> None:
-        """Encode the templates once; there are no learnables."""
+        """Encode the templates once; there are no trainable parameters."""
         selected = SELECTED_TEMPLATES if self.settings.ensemble else ()
         weights = template_features(self.backbone, self.class_names, [*selected, *self.settings.templates])
         self.register_buffer("weights", weights, persistent=False)

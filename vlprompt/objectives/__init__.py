@@ -1,6 +1,6 @@
 """Loss terms, regularisers and adapters, one module each; importing the package imports and registers all of them.
 
-An objective knows no method: it asks of a method what :class:`vlprompt.objectives.base.Host` names.
+Objectives are independent of methods: they use the interface :class:`vlprompt.objectives.base.Host`.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from vlprompt.objectives.base import (
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-# Importing the package imports every file in it, which enrols the objectives.
+# Importing the package imports every module in it, which registers the objectives.
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 

@@ -1,4 +1,4 @@
-"""Gaussian prompt aggregation: the learnables of all epochs, averaged under a bell curve (PromptSRC, equation 9)."""
+"""Gaussian prompt aggregation: weighted average of the parameters of all epochs (PromptSRC, equation 9)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class AggregationSettings:
     """Settings of the aggregation.
 
     Attributes:
-        mean: The epoch, counted from 1, that weighs most.
+        mean: Epoch with the largest weight, counted from 1.
         deviation: Width of the curve in epochs.
     """
 
@@ -31,28 +31,28 @@ def gaussian_weights(epochs: int, mean: float, deviation: float) -> Tensor:
 
 @register_objective("aggregation")
 class Aggregation(Objective):
-    """Sets the learnables to their weighted average over epochs when the last epoch ends.
+    """Sets the trainable parameters to their weighted average over epochs at the end of the last epoch.
 
-    The official code averages the frozen weights as well, in half precision, which rounds them; here only learnables
-    are, in float32. The sums are part of a checkpoint, so that a resumed run ends as an uninterrupted one (the official
-    code forgets them).
+    The official code also averages the frozen weights, in half precision, which rounds them; here only trainable
+    parameters are averaged, in float32. The sums are saved in checkpoints, so a resumed run gives the same result
+    (the official code does not save them).
     """
 
     Settings = AggregationSettings
     settings: AggregationSettings
 
     def build(self, host: Host) -> None:
-        """Have no sums yet: other objectives may bring learnables."""
+        """Start without sums: other objectives may add trainable parameters later."""
         self._sums: dict[str, str] = {}
 
     def prepare(self) -> None:
-        """Create a sum for every learnable."""
+        """Create a sum for every trainable parameter."""
         for index, (name, parameter) in enumerate(self.host.trainable_parameters()):
             self._sums[name] = f"sum_{index}"
             self.register_buffer(f"sum_{index}", torch.zeros_like(parameter, dtype=torch.float32))
 
     def epoch_end(self, epoch: int, epochs: int) -> None:
-        """Add this epoch's learnables; after the last epoch put the average in their place."""
+        """Add this epoch's trainable parameters; after the last epoch replace them by the average."""
         weight = float(gaussian_weights(epochs, self.settings.mean, self.settings.deviation)[epoch])
         with torch.no_grad():
             for name, parameter in self.host.trainable_parameters():

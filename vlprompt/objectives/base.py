@@ -1,4 +1,4 @@
-"""What an objective is: something that adds to a training step's loss, or changes features or learnables around it."""
+"""Base class of objectives: loss terms, regularisers and feature adapters that work with several methods."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Terms = dict[str, Tensor]
 
 @dataclass
 class Step:
-    """What one training step has computed.
+    """Results of a training step.
 
     Attributes:
         labels: ``[B]``.
-        features: Raw image features ``[B, D]``, before any objective changed them.
-        unit_image: Unit image features ``[B, D]`` that were scored.
+        features: Raw image features ``[B, D]``, before adaptation by objectives.
+        unit_image: Unit image features ``[B, D]`` that are scored.
         text_features: Unit text features: ``[C, D]``, ``[G, C, D]`` for G experts, or ``[B, C, D]`` for each image.
         logits: ``[B, C]``.
-        frozen_features: Computes raw features ``[B, D]`` of the same images without any learnable, without gradient.
+        frozen_features: Computes raw features ``[B, D]`` of the same images with the frozen model, without gradient.
     """
 
     labels: Tensor
@@ -41,7 +41,7 @@ class Step:
 
 
 class Host(Protocol):
-    """What an objective may ask of the method it is attached to."""
+    """Interface of the method that an objective is attached to."""
 
     name: ClassVar[str]
     no_objectives: ClassVar[str | None]
@@ -51,19 +51,19 @@ class Host(Protocol):
 
     @property
     def needs(self) -> Needs:
-        """What it needs from a run; ``needs.images`` says whether image features depend on parameters."""
+        """What the method needs from a run; ``needs.images``: image features depend on parameters."""
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the named learnables."""
+        """Return the named trainable parameters."""
 
     def deep_prompts(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the prompts that replace others at deeper layers, ``[M, W]`` each: text's and image's."""
+        """Return the deep prompts ``[M, W]`` of the text and of the image tower, layer by layer."""
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return raw image features ``[B, D]``."""
 
     def unit_image(self, features: Tensor) -> Tensor:
-        """Return image features as they are scored."""
+        """Return the unit image features that are scored."""
 
     def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the classifier."""
@@ -72,11 +72,11 @@ class Host(Protocol):
         """Return how many deeper layers have prompts in both towers."""
 
     def has_text_prompts(self) -> bool:
-        """Whether text features depend on learnables."""
+        """Whether text features depend on trainable parameters."""
 
 
 Part = Literal["text", "image", "deep"]
-"""Parts that an objective may need: text or image features that depend on parameters, deep prompts in both towers."""
+"""Requirements of objectives: text or image features that depend on parameters, or deep prompts in both towers."""
 LACKING: Mapping[Part, str] = {
     "text": "it learns nothing on the text side",
     "image": "it learns nothing on the image side",
@@ -85,28 +85,28 @@ LACKING: Mapping[Part, str] = {
 
 
 class Objective(nn.Module):
-    """A loss term, regulariser or adapter that works with every method that has what it needs.
+    """A loss term, regulariser or adapter that works with every method that meets its requirements.
 
-    A subclass names its :attr:`Settings` and overrides what it does; everything else does nothing. Tensors that it
-    computes once (frozen targets) are buffers that are not saved; what it learns are parameters like a method's own.
+    A subclass sets :attr:`Settings` and overrides the functions it needs; the defaults do nothing. Tensors that are
+    computed once (frozen targets) are buffers that are not saved. Parameters are trained like those of the method.
 
     Args:
-        host: The method it is attached to.
+        host: The method that the objective is attached to.
         settings: An instance of :attr:`Settings`.
 
     Raises:
-        ConfigError: The method lacks what the objective needs; the text says what.
+        ConfigError: The method does not meet the objective's requirements, which the message lists.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type]
     kept: ClassVar[tuple[str, ...]] = ()
-    """Buffers that scoring depends on: they are saved with a head, beside what is learned."""
+    """Buffers that scoring depends on; they are saved with a head, in addition to the parameters."""
 
     def __init__(self, host: Host, settings: Any) -> None:
         super().__init__()
         self.settings = settings
-        self._host = [host]  # in a list, so that the method is no module of its own objective
+        self._host = [host]  # in a list: the method is not a submodule of its objective
         for part, advice in self.needs(settings).items():
             if not _has(host, part):
                 self.refuse(f"{LACKING[part]}; {advice}" if advice else LACKING[part])
@@ -114,37 +114,37 @@ class Objective(nn.Module):
 
     @classmethod
     def needs(cls, settings: Any) -> Mapping[Part, str]:
-        """Return the parts of a method that the objective needs with these settings, with advice where one lacks."""
+        """Return the requirements with these settings, and the advice for a method that does not meet them."""
         return {}
 
     @property
     def host(self) -> Host:
-        """The method it is attached to."""
+        """The method that the objective is attached to."""
         return self._host[0]
 
     def build(self, host: Host) -> None:
-        """Create learnables and buffers; refuse a method that lacks what is needed."""
+        """Create trainable parameters and buffers."""
 
     def prepare(self) -> None:
-        """Called when the method and all its objectives are there."""
+        """Hook that is called after the method and all its objectives are created."""
 
     def adapt_image(self, features: Tensor) -> Tensor:
-        """Return raw image features ``[B, D]`` as they are to be scored."""
+        """Return adapted raw image features ``[B, D]``."""
         return features
 
     def adapt_text(self, features: Tensor) -> Tensor:
-        """Return raw text features ``[..., D]`` as they are to be scored."""
+        """Return adapted raw text features ``[..., D]``."""
         return features
 
     def add(self, step: Step, terms: Terms) -> Terms:
-        """Return the loss terms ``terms`` with those of this objective; weights are applied already."""
+        """Return ``terms`` with the weighted loss terms of this objective."""
         return terms
 
     def epoch_end(self, epoch: int, epochs: int) -> None:
-        """Act at the end of training epoch ``epoch`` (from 0) of ``epochs``, after its last step."""
+        """Hook for the end of training epoch ``epoch`` (from 0) of ``epochs``, after its last step."""
 
     def refuse(self, why: str) -> None:
-        """Raise ConfigError: this objective cannot go with its method."""
+        """Raise ConfigError: the objective does not support the method, with the reason ``why``."""
         raise ConfigError(f"objective {self.name!r} cannot go with method {self.host.name!r}: {why}")
 
 
@@ -153,10 +153,10 @@ O = TypeVar("O", bound=type[Objective])  # noqa: E741
 
 
 def register_objective(name: str) -> Callable[[O], O]:
-    """Enrol an :class:`Objective` under ``name``: usable from YAML with every method that has what it needs.
+    """Register an :class:`Objective` under ``name``: usable from YAML with every method that meets its requirements.
 
     Raises:
-        ValueError: Another class holds the name.
+        ValueError: Another class has the name.
     """
     return _OBJECTIVES.enrol(name)
 
@@ -174,18 +174,18 @@ def get_objective_class(name: str) -> type[Objective]:
 def objective_settings(
     host: Host, given: Mapping[str, Mapping[str, Any]], templates: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """Return the settings of the objectives ``given``, defaults included, by name.
+    """Return the settings of the objectives ``given`` by name, with defaults.
 
     Args:
-        host: The method they are for.
-        given: Names with values of fields of their ``Settings``.
-        templates: What templates become that are left open.
+        host: The method of the objectives.
+        given: Names of objectives, each with fields of its ``Settings``.
+        templates: Default for templates that the settings do not define.
 
     Raises:
-        ConfigError: Unknown objectives or settings, values that are not accepted, or a method in which no objective
-            can take part.
+        ConfigError: Unknown objectives or settings, values that are not accepted, or a method without support for
+            objectives.
     """
-    found = {}
+    settings = {}
     for name, values in given.items():
         if not isinstance(values, Mapping):
             raise ConfigError(f"objectives.{name} is {values!r}; accepted: its settings, {{}} for the defaults")
@@ -194,12 +194,12 @@ def objective_settings(
                 f"objective {name!r} cannot go with method {host.name!r}: {host.no_objectives}, and no objective takes "
                 "part in that; leave objectives empty"
             )
-        found[name] = dataclasses.asdict(fill_templates(_OBJECTIVES.settings(name, values), templates))
-    return found
+        settings[name] = dataclasses.asdict(fill_templates(_OBJECTIVES.settings(name, values), templates))
+    return settings
 
 
 def objectives_in(settings: type) -> list[str]:
-    """Return the objectives that a method's ``Settings`` declares: fields with the name and the settings of one."""
+    """Return the objectives that a method's ``Settings`` declares: fields with an objective's name and settings."""
     known = _OBJECTIVES.names()
     return [name for name, hint in field_hints(settings).items() if name in known and bare(hint) is _kind(name)]
 
@@ -215,15 +215,15 @@ def _kind(name: str) -> type:
 
 
 def create_objective(name: str, host: Host, values: Any = None) -> Objective:
-    """Return objective ``name`` for the method ``host``; ``values`` are its ``Settings``, or fields of them.
+    """Return objective ``name`` for the method ``host``; ``values`` are its ``Settings`` or fields of it.
 
     Raises:
-        ConfigError: Unknown objective or setting, or a method that lacks what it needs.
+        ConfigError: Unknown objective or setting, or a method that does not meet the requirements.
     """
     kind = get_objective_class(name)
     return kind(host, values if isinstance(values, kind.Settings) else _OBJECTIVES.settings(name, values or {}))
 
 
 def unit(features: Tensor) -> Tensor:
-    """Return features of length 1."""
+    """Return ``features`` normalised to length 1."""
     return F.normalize(features, dim=-1)

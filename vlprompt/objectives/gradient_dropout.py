@@ -1,4 +1,4 @@
-"""Gradient dropout: entries that disagree with the frozen model are left out at random (R-AMT; arXiv 2307.15049)."""
+"""Gradient dropout: entries that disagree with the frozen model are dropped at random (R-AMT; arXiv 2307.15049)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class GradientDropoutSettings:
     """Settings of the dropout.
 
     Attributes:
-        strength: What is taken of an entry that is dropped: 1 all of it, 0 nothing (the paper's lambda).
+        strength: Fraction removed from a dropped entry, from 0 (nothing) to 1 (all): the paper's lambda.
         temperature: Divides both logits of the general loss.
-        templates: The frozen model's prompts; their features are averaged. Left open, the data set's own.
+        templates: The frozen model's prompts; their features are averaged. Default: the template of the data set.
     """
 
     strength: Fraction = 1.0
@@ -30,20 +30,20 @@ class GradientDropoutSettings:
 class GradientDropout(TwoGradients):
     """Leaves out entries of the task's gradient, the likelier the more the frozen model pulls the other way.
 
-    Unlike :class:`~vlprompt.objectives.projection.ProjectedGradient` it decides entry by entry, and by lot. Every
-    process of several draws alike, and so does a resumed run (:class:`~vlprompt.prompts.Draws`).
+    Unlike :class:`~vlprompt.objectives.projection.ProjectedGradient` it decides for every entry, at random. Draws are
+    identical in all processes and in a resumed run (:class:`~vlprompt.prompts.Draws`).
     """
 
     Settings = GradientDropoutSettings
     settings: GradientDropoutSettings
 
     def build(self, host: Host) -> None:
-        """Encode the templates once, and get ready to draw."""
+        """Encode the templates once, and create the random draws."""
         super().build(host)
         self.draws = Draws()
 
     def combine(self, task: list[Tensor], general: list[Tensor]) -> list[Tensor]:
-        """Return the gradients of the task that are left."""
+        """Return the task gradients after dropout."""
         if not self.settings.strength:
             return task
         with self.draws.step(self.target.device):
@@ -51,15 +51,15 @@ class GradientDropout(TwoGradients):
 
 
 def keep_probability(task: Tensor, general: Tensor) -> Tensor:
-    """Return how likely each entry of ``task`` is kept: 1 where both agree, |a| / (|a| + |b|) where they do not.
+    """Return the probability to keep each entry of ``task``: 1 where signs agree, else |a| / (|a| + |b|).
 
-    The official code's small constant draws it towards one half where both are near 0 (masktuning.py 338-387).
+    With the official code's small constant it approaches 1/2 where both are near 0 (masktuning.py 338-387).
     """
     purity = task.sign() * (task + general) / (task.abs() + general.abs() + 1e-8)
     return (purity + 1) / 2
 
 
 def drop(task: Tensor, general: Tensor, uniform: Tensor, strength: float) -> Tensor:
-    """Return ``task`` with the entries scaled by 1 - ``strength`` that a draw ``uniform`` in [0, 1) does not keep."""
+    """Return ``task`` with dropped entries scaled by 1 - ``strength``; ``uniform`` are draws in [0, 1)."""
     keep = keep_probability(task, general) > uniform
     return torch.where(keep, task, task * (1 - strength))

@@ -1,4 +1,4 @@
-"""Grouped text supervision: learned prompts are told from hand-written ones of other classes (MoCoOp, after LASP)."""
+"""Grouped text supervision: learned prompts are classified against hand-written prompts (MoCoOp, after LASP)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class GroupedTextSettings:
 
     Attributes:
         weight: Factor of the term; 5 in MoCoOp.
-        templates: Hand-written templates, group by group.
+        templates: Hand-written templates, in the order of the groups.
         groups: Sizes of the groups; they add up to the number of templates.
         temperature: Factor on the cosines: 1 in MoCoOp's official code, 100 in LASP.
     """
@@ -43,7 +43,7 @@ class GroupedTextSettings:
 class GroupedText(Objective):
     """Adds ``weight`` times the cross-entropy of learned class features against each group's prototypes.
 
-    A method with as many experts as groups is supervised expert by expert, as MoCoOp is; any other by every group.
+    If the method has as many experts as groups, each expert has its group, as in MoCoOp; otherwise all groups are used.
     """
 
     Settings = GroupedTextSettings
@@ -52,14 +52,14 @@ class GroupedText(Objective):
 
     @classmethod
     def needs(cls, settings: Any) -> Mapping[Part, str]:
-        """Return that text features have to depend on parameters."""
+        """Require text features that depend on parameters."""
         return {"text": ""}
 
     def build(self, host: Host) -> None:
         """Encode the templates once: unit prototypes ``[G, C, D]``."""
-        own = self.settings
-        parts = torch.tensor(own.groups).cumsum(0).tolist()
-        groups = [own.templates[stop - size : stop] for stop, size in zip(parts, own.groups, strict=True)]
+        settings = self.settings
+        stops = torch.tensor(settings.groups).cumsum(0).tolist()
+        groups = [settings.templates[stop - size : stop] for stop, size in zip(stops, settings.groups, strict=True)]
         prototypes = torch.stack([template_features(host.backbone, host.class_names, group) for group in groups])
         self.register_buffer("prototypes", prototypes, persistent=False)
 
@@ -70,8 +70,11 @@ class GroupedText(Objective):
         if self.host.text_features_per == "expert" and len(sets) == len(prototypes):
             loss = text_to_text_loss(sets, prototypes, self.settings.temperature)
         else:
-            every = [text_to_text_loss(sets, one.expand_as(sets), self.settings.temperature) for one in prototypes]
-            loss = torch.stack(every).mean()
+            losses = [
+                text_to_text_loss(sets, prototype.expand_as(sets), self.settings.temperature)
+                for prototype in prototypes
+            ]
+            loss = torch.stack(losses).mean()
         return {**terms, "grouped_text": self.settings.weight * loss}
 
 
@@ -82,7 +85,7 @@ def text_to_text_loss(expert_text_features: Tensor, prototypes: Tensor, temperat
 
     Args:
         expert_text_features: ``[G, C, D]`` features of the learned prompts, unit length.
-        prototypes: ``[G, C, D]`` features of the hand-written templates, unit length; class c's is the target of row c.
+        prototypes: ``[G, C, D]`` features of the hand-written templates, unit length; c's is the target of row c.
         temperature: Factor on the cosines: 1 in MoCoOp's official code, exp(logit scale) in LASP.
     """
     cosines = temperature * expert_text_features @ prototypes.transpose(1, 2)  # [G, C, C]

@@ -1,4 +1,4 @@
-"""Knowledge guidance: learned text features stay near a hand-written template's (KgCoOp; Yao et al., CVPR 2023)."""
+"""Knowledge guidance: learned text features stay near those of a template (KgCoOp; Yao et al., CVPR 2023)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class KnowledgeSettings:
 
     Attributes:
         weight: Factor of the term; 8 in the official scripts.
-        variant: ``code``: one minus the mean cosine, which published numbers were made with. ``paper``: the mean
-            squared distance, twice as large for unit vectors.
-        templates: The hand-written prompts; their unit features are averaged. Left open, the data set's own.
+        variant: ``code``: one minus the mean cosine, as in the published results. ``paper``: the mean squared distance,
+            twice as large for unit vectors.
+        templates: The hand-written prompts; their unit features are averaged. Default: the template of the data set.
     """
 
     weight: NonNegative = 8.0
@@ -39,7 +39,7 @@ class Knowledge(Objective):
 
     @classmethod
     def needs(cls, settings: Any) -> Mapping[Part, str]:
-        """Return that text features have to depend on parameters."""
+        """Require text features that depend on parameters."""
         return {"text": ""}
 
     def build(self, host: Host) -> None:
@@ -48,7 +48,7 @@ class Knowledge(Objective):
         self.register_buffer("target", target, persistent=False)
 
     def add(self, step: Step, terms: Terms) -> Terms:
-        """Add the term ``knowledge``; experts and images are averaged over."""
+        """Add the term ``knowledge``, averaged over classes and over experts or images."""
         cosines = F.cosine_similarity(step.text_features, self.target, dim=-1, eps=1e-7)
         distance = 1 - cosines.mean()
         if self.settings.variant == "paper":

@@ -1,4 +1,4 @@
-"""ProGrad: a step never goes against what the frozen model knows (Zhu et al., ICCV 2023; equation 4)."""
+"""Gradient projection against conflicts with the frozen model (ProGrad; Zhu et al., ICCV 2023; equation 4)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class ProjectedGradientSettings:
     """Settings of the projection.
 
     Attributes:
-        strength: How much of the conflicting part is taken away: 1 all of it (0.8 in the README's runs at 8 and 16
+        strength: Fraction of the conflicting component that is removed, 1 for all (0.8 in the README's runs at 8 and 16
             shots of Flowers102, DTD and EuroSAT).
         temperature: Divides both logits; the general loss is multiplied by its square.
-        templates: The frozen model's prompts; their features are averaged. Left open, the data set's own.
+        templates: The frozen model's prompts; their features are averaged. Default: the template of the data set.
     """
 
     strength: NonNegative = 1.0
@@ -30,8 +30,8 @@ class ProjectedGradientSettings:
 class ProjectedGradient(TwoGradients):
     """Takes from the task's gradient what conflicts with the gradient of agreeing with the frozen model.
 
-    Per tensor: where task gradient g and general gradient k have a negative product, g loses ``strength`` times its
-    part along k (BeierZhu/Prompt-align: dassl/engine/trainer.py 311-349).
+    Per tensor: if the product of the task gradient g and the general gradient k is negative, ``strength`` times the
+    component of g along k is subtracted (BeierZhu/Prompt-align: dassl/engine/trainer.py 311-349).
     """
 
     Settings = ProjectedGradientSettings
@@ -43,7 +43,7 @@ class ProjectedGradient(TwoGradients):
 
 
 def project(task: Tensor, general: Tensor, strength: float) -> Tensor:
-    """Return ``task`` without ``strength`` times its part along ``general``, if their product is negative."""
+    """Return ``task`` minus ``strength`` times its component along ``general``, if their product is negative."""
     length = general.norm()
     product = (task * general).sum()
     conflicts = (product < 0) & (length > 0)

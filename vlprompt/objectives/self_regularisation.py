@@ -17,7 +17,7 @@ from vlprompt.prompts.zero_shot import template_features
 
 @validated("objectives.self_regularisation")
 class SelfRegularisationSettings:
-    """Settings of the three terms; a weight of 0 leaves its term out.
+    """Settings of the three terms; a weight of 0 omits the term.
 
     Attributes:
         text: Weight of the mean absolute difference of unit text features, over classes and dimensions.
@@ -43,29 +43,29 @@ class SelfRegularisation(Objective):
 
     @classmethod
     def needs(cls, settings: Any) -> Mapping[Part, str]:
-        """Return that text features have to depend on parameters, unless the text term is left out."""
+        """Require text features that depend on parameters, unless the text term is omitted."""
         return {"text": "set self_regularisation.text to 0"} if settings.text else {}
 
     def build(self, host: Host) -> None:
         """Encode the templates once."""
-        own = self.settings
-        target = template_features(host.backbone, host.class_names, own.templates, "raw")
+        settings = self.settings
+        target = template_features(host.backbone, host.class_names, settings.templates, "raw")
         self.register_buffer("target", target, persistent=False)
 
     def add(self, step: Step, terms: Terms) -> Terms:
-        """Add the terms whose weight is not 0. Image features that nothing is learned on differ by nothing."""
-        own, found = self.settings, dict(terms)
-        if own.text:
-            found["scl_text"] = own.text * (step.text_features - self.target).abs().mean()
-        if own.image and self.host.needs.images:
-            found["scl_image"] = own.image * (step.unit_image - self._frozen(step)).abs().mean()
-        if own.logits:
+        """Add the terms with a weight above 0; the image term only if image features are trained."""
+        settings, result = self.settings, dict(terms)
+        if settings.text:
+            result["scl_text"] = settings.text * (step.text_features - self.target).abs().mean()
+        if settings.image and self.host.needs.images:
+            result["scl_image"] = settings.image * (step.unit_image - self._frozen(step)).abs().mean()
+        if settings.logits:
             with torch.no_grad():
                 frozen = (self.host.backbone.logit_scale * self._frozen(step) @ self.target.t()).log_softmax(-1)
             learned = step.logits.log_softmax(-1)
             divergence = F.kl_div(learned, frozen, reduction="sum", log_target=True)
-            found["scl_logits"] = own.logits * divergence / step.logits.numel()
-        return found
+            result["scl_logits"] = settings.logits * divergence / step.logits.numel()
+        return result
 
     def _frozen(self, step: Step) -> Tensor:
         return unit(step.frozen_features())

@@ -1,4 +1,4 @@
-"""RESTORE: text and image shift alike, and adapters that keep them from running away together (arXiv 2403.06136)."""
+"""RESTORE: a term for equal shifts of text and image features, and surgery adapters (arXiv 2403.06136)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class ShiftConsistencySettings:
 
     Attributes:
         weight: Factor of the term (0.5 for DTD in the official scripts, else 1).
-        variant: ``code``, the official surrogate: norms of the deep prompts' Gram matrices relative to the first step.
-            ``paper``, the paper's definition as this library reads it: relative change of the towers' features against
-            the frozen ones, of a hand-written template and of the same images. Published numbers are ``code``'s.
-        templates: The frozen prompts that ``paper`` compares with. Left open, the data set's own.
+        variant: ``code``, the official surrogate of the published results: norms of the deep prompts' Gram matrices
+            relative to the first step. ``paper``, this library's reading of the paper: relative change of the towers'
+            features from the frozen features of a hand-written template and of the same images.
+        templates: The frozen prompts of ``paper``. Default: the template of the data set.
     """
 
     weight: NonNegative = 1.0
@@ -40,7 +40,7 @@ def gram_norms(prompts: list[Tensor]) -> Tensor:
 class ShiftConsistency(Objective):
     """Adds ``weight * sum over layers (text shift - image shift)^2`` (Yaphabates/RESTORE_: maple_fsa.py 347-386).
 
-    The norms of the first step, that shifts are relative to, are saved with a checkpoint; the official code forgets
+    Shifts are relative to the norms of the first step, which are saved in checkpoints; the official code does not save
     them.
     """
 
@@ -52,7 +52,7 @@ class ShiftConsistency(Objective):
 
     @classmethod
     def needs(cls, settings: Any) -> Mapping[Part, str]:
-        """Return that both sides have to learn; for ``code``, deep prompts."""
+        """Require trained text and image sides; for ``code``, deep prompts in both towers."""
         return {"text": "", "image": ""} if settings.variant == "paper" else {"deep": "use depth 2 or more"}
 
     def build(self, host: Host) -> None:
@@ -67,13 +67,13 @@ class ShiftConsistency(Objective):
     def shifts(self) -> tuple[Tensor, Tensor]:
         """Return the Gram shifts of text and image, one value per deep layer."""
         text, image = self.host.deep_prompts()
-        found = []
+        shifts = []
         for norms, reference in ((gram_norms(text), self.text_reference), (gram_norms(image), self.image_reference)):
             count = len(reference)
             if not bool(reference.any()):
                 reference.copy_(norms[:count].detach())
-            found.append(norms[:count] / reference)
-        return found[0], found[1]
+            shifts.append(norms[:count] / reference)
+        return shifts[0], shifts[1]
 
     def add(self, step: Step, terms: Terms) -> Terms:
         """Add the term ``shift``."""
@@ -86,11 +86,12 @@ class ShiftConsistency(Objective):
 
 
 def feature_shift(host: Host, images: Tensor | None, template: str) -> dict[str, float]:
-    """Return how far learnables moved the features: relative changes of text and image features, and their difference.
+    """Return the relative changes of text and image features by training, and their difference.
 
-    ``text``: the norm of the change of all class weights against the frozen features of ``template``, over the norm of
-    these; ``image``: the same of the features of ``images`` ``[B, 3, H, W]``, 0 without images; ``gap``: text minus
-    image. The paper's diagnostic (arXiv 2403.06136) as this library reads it: at the towers' outputs, unit length.
+    ``text``: norm of the change of all text features from the frozen features of ``template``, divided by the norm of
+    the latter; ``image``: the same for the features of ``images`` ``[B, 3, H, W]``, 0 without images; ``gap``: text
+    minus image. This is the library's reading of the paper's diagnostic (arXiv 2403.06136): unit features of the
+    towers' outputs.
     """
     with torch.no_grad():
         frozen_text, image, features = template_features(host.backbone, host.class_names, [template]), 0.0, None
@@ -113,9 +114,9 @@ class SurgerySettings:
     """Settings of the surgery adapters.
 
     Attributes:
-        text_ratio: r_t, how much of the adapter enters text features.
+        text_ratio: r_t, the factor of the adapter on text features.
         image_ratio: r_v, the same for image features.
-        text_gain: What the text ratio gains, per unit of the prompts' Gram norms, when a third of the epochs is over.
+        text_gain: Increase of the text ratio per unit of the prompts' Gram norms, after a third of the epochs.
         image_gain: The same for the image ratio.
         expansion: Width of the adapters' hidden layer in widths of the features.
     """
@@ -143,8 +144,8 @@ class _Adapter(nn.Module):
 class Surgery(Objective):
     """Residual adapters on raw features: ``f + r * FFN(LN(f))`` for text and image (maple_fsa.py 141-154, 366-373).
 
-    At the end of epoch E // 3 (from 0) both ratios grow once by their gain times the mean Gram norm of the deep
-    prompts; a method without deep prompts keeps them.
+    At the end of epoch E // 3 (from 0) both ratios increase once, by their gain times the mean Gram norm of the deep
+    prompts. Without deep prompts they are constant.
     """
 
     Settings = SurgerySettings
@@ -154,11 +155,11 @@ class Surgery(Objective):
     image_strength: Tensor
 
     def build(self, host: Host) -> None:
-        """Create both adapters, and the ratios as buffers that are saved."""
-        width, own = host.backbone.embed_dim, self.settings
-        self.text, self.image = _Adapter(width, own.expansion), _Adapter(width, own.expansion)
-        self.register_buffer("text_strength", torch.tensor(own.text_ratio))
-        self.register_buffer("image_strength", torch.tensor(own.image_ratio))
+        """Create both adapters, and the ratios as saved buffers."""
+        width, settings = host.backbone.embed_dim, self.settings
+        self.text, self.image = _Adapter(width, settings.expansion), _Adapter(width, settings.expansion)
+        self.register_buffer("text_strength", torch.tensor(settings.text_ratio))
+        self.register_buffer("image_strength", torch.tensor(settings.image_ratio))
 
     def adapt_text(self, features: Tensor) -> Tensor:
         """Return corrected raw text features ``[..., D]``."""
@@ -171,7 +172,7 @@ class Surgery(Objective):
         return adapted
 
     def epoch_end(self, epoch: int, epochs: int) -> None:
-        """Raise the ratios once."""
+        """Increase the ratios at the end of epoch E // 3."""
         if epoch != epochs // 3:
             return
         with torch.no_grad():

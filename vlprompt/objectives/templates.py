@@ -1,4 +1,4 @@
-"""Template lists of the papers that more than one room needs."""
+"""Template lists of papers that several modules use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learnable tensors and the token layouts they stand in; nothing here knows an objective."""
+"""Prompt modules and their token layouts, independent of objectives."""
 
 from vlprompt.prompts.adapter import FeatureAdapter
 from vlprompt.prompts.context import CONTEXT_STD, TextContext, context_layout, template_layout, text_layout

@@ -1,4 +1,4 @@
-"""Adapters: small networks on features that the frozen towers give."""
+"""Adapters: small networks on the features of frozen towers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 
 class FeatureAdapter(nn.Module):
-    """CLIP-Adapter's bottleneck: raw features ``[B, D]`` to others ``[B, D]``; no biases, a ReLU after each layer.
+    """CLIP-Adapter's bottleneck on raw features ``[B, D]``: two layers without biases, a ReLU after each.
 
-    ``down`` ``[D // reduction, D]`` and ``up`` ``[D, D // reduction]`` start as PyTorch's linear layers do.
+    ``down`` ``[D // reduction, D]`` and ``up`` ``[D, D // reduction]`` are initialised like PyTorch's linear layers.
     """
 
     def __init__(self, embed_dim: int, reduction: int) -> None:
@@ -18,6 +18,6 @@ class FeatureAdapter(nn.Module):
         self.up = nn.Linear(hidden, embed_dim, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the adapted features ``[B, D]``; no value is below zero."""
+        """Return the adapted features ``[B, D]``, all non-negative."""
         adapted: Tensor = self.up(self.down(features).relu()).relu()
         return adapted

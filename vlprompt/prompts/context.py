@@ -1,4 +1,4 @@
-"""Text context as CoOp has it: one set of vectors around, before or behind every class name."""
+"""Text context of CoOp: a set of vectors before, around or after every class name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlprompt.prompts.words import words_of
 
 Position = Literal["end", "middle", "front"]
 ContextLength: TypeAlias = Annotated[int, Ge(1), Le(74)]
-"""M: as many vectors as the text tower has room for."""
+"""M, limited by the length of the text tower."""
 CONTEXT_STD = 0.02
 """Standard deviation of randomly initialised context vectors (CoOp: trainers/coop.py)."""
 
@@ -25,7 +25,7 @@ def template_layout(tower: TextTower, class_names: Sequence[str], templates: Seq
     """Return the layout of hand-written prompts: one group per template, no context slots.
 
     Raises:
-        ClassNameError: Prompts longer than the text tower takes, all of them listed.
+        ClassNameError: Prompts are too long for the text tower; all of them are listed.
     """
     groups = []
     for template in templates:
@@ -36,10 +36,10 @@ def template_layout(tower: TextTower, class_names: Sequence[str], templates: Seq
 
 
 def text_layout(tower: TextTower, texts: Sequence[str]) -> TokenLayout:
-    """Return the layout of N whole texts, such as captions, as they are: only class names lose their underscores.
+    """Return the layout of N whole texts, such as captions, without any replacement of underscores.
 
     Raises:
-        ClassNameError: Texts longer than the text tower takes, all of them listed.
+        ClassNameError: Texts are too long for the text tower; all of them are listed.
     """
     rows = [tower.tokens(text) for text in texts]
     check_row_lengths(texts, [len(row) for row in rows], tower.context_length, "the text")
@@ -57,11 +57,11 @@ def context_layout(
 ) -> TokenLayout:
     """Return the layout of ``length`` context vectors and ``NAME.`` as in CoOp's trainers/coop.py, lines 72-182.
 
-    The prompt ``placeholder + " NAME."`` is tokenised whole; its first ``length`` tokens become context slots, which
-    then stand before (end), around (middle, ``length // 2`` before) or behind (front) the tokens of the bare name.
+    The prompt ``placeholder + " NAME."`` is tokenised as a whole; its first ``length`` tokens become context slots,
+    placed before (end), around (middle, ``length // 2`` before) or after (front) the tokens of the name.
 
     Raises:
-        ClassNameError: Prompts longer than the text tower takes, all of them listed.
+        ClassNameError: Prompts are too long for the text tower; all of them are listed.
     """
     rows, names = [], []
     slots = [context_slot(m) for m in range(length)]
@@ -73,8 +73,9 @@ def context_layout(
         before = {"end": length, "middle": length // 2, "front": 0}[position]
         inside = 0 if position == "end" else name_length
         rows.append([start, *slots[:before], *rest[:inside], *slots[before:], *rest[inside:]])
-        own = range(fixed, min(fixed + name_length, len(rest) - 1))  # of the rest, whose last token is end-of-text
-        names.append([1 + at + (before if at < inside else length) for at in own])
+        # Positions in rest, which ends with end-of-text.
+        name_positions = range(fixed, min(fixed + name_length, len(rest) - 1))
+        names.append([1 + at + (before if at < inside else length) for at in name_positions])
     what = f"{length} context tokens, the name and a period"
     check_row_lengths(class_names, [len(row) for row in rows], tower.context_length, what)
     return TokenLayout.from_rows([rows], class_specific=class_specific, names=[names])
@@ -85,9 +86,9 @@ class TextContext(nn.Module):
 
     Args:
         tower: The text tower whose width W and word embeddings are used.
-        length: M, where no ``words`` are given.
-        words: Initial words; M is then their number counted by spaces, and the vectors start as the embeddings of the
-            first M tokens. Words make class-specific context generic (CoOp: trainers/coop.py 72-110).
+        length: M, if no ``words`` are given.
+        words: Initial words; M is then their number counted by spaces, and the vectors are initialised with the
+            embeddings of the first M tokens. With words the context is generic (CoOp: trainers/coop.py 72-110).
         classes: C for class-specific context, None for generic.
     """
 
@@ -113,29 +114,29 @@ class TextContext(nn.Module):
         self.ctx = nn.Parameter(vectors)
 
     def layout(self, tower: TextTower, class_names: Sequence[str], position: Position) -> TokenLayout:
-        """Return where the vectors stand in the prompts of ``class_names``."""
+        """Return the layout of the prompts of ``class_names``."""
         return context_layout(
             tower, class_names, self.placeholder, self.length, position, class_specific=self.class_specific
         )
 
 
 def generic_context(method: str, state: Mapping[str, Tensor]) -> Tensor:
-    """Return the one set of context vectors ``[M, W]`` among the learned tensors of another head.
+    """Return the generic context vectors ``[M, W]`` of another head.
 
     Args:
-        method: The name of the method that starts from it, for messages.
-        state: The head's learned tensors: those of CoOp, KgCoOp or ProGrad, or of the method itself.
+        method: Name of the method that is initialised from the head, for messages.
+        state: The head's trained tensors: those of CoOp, KgCoOp, ProGrad or the method itself.
 
     Raises:
-        HeadError: Other learned tensors, or context that belongs to single classes.
+        HeadError: The head has other tensors, or class-specific context.
     """
-    own = {name: value for name, value in state.items() if not name.startswith("objectives.")}
-    if set(own) not in ({"ctx"}, {"prompt.ctx"}):
+    trained = {name: value for name, value in state.items() if not name.startswith("objectives.")}
+    if set(trained) not in ({"ctx"}, {"prompt.ctx"}):
         raise HeadError(
             f"{method} starts from one set of context vectors, that of a CoOp, KgCoOp, ProGrad or TPT head; "
-            f"this one has {', '.join(sorted(own)) or 'nothing learned'}"
+            f"this one has {', '.join(sorted(trained)) or 'nothing learned'}"
         )
-    (context,) = own.values()
+    (context,) = trained.values()
     if context.ndim != 2:
         raise HeadError(f"{method} needs generic context [M, W]; this head has {list(context.shape)}, per class")
     return context

@@ -1,12 +1,12 @@
-"""Decompositions: a low-rank update of the class tokens beside the context, for any method that learns text prompts.
+"""Decompositions: low-rank updates of the class tokens, for any method that learns text prompts.
 
 DePT (Decomposed Prompt Tuning, Shi and Lipani, ICLR 2024; arXiv 2309.05173) replaces a long prompt by a short one and a
 low-rank pair ``A B`` that is added to the input's embeddings. EPT (Lan et al., AAAI 2025; arXiv 2405.11464) also lets
 the short prompt absorb what the pair has learned, and re-weights it in several subspaces. Both were published for
-language models. What is here are reconstructions on CLIP's text tower, and EPT's papers give
-no equations: nothing here reproduces published numbers.
+language models. The classes here are reconstructions on CLIP's text tower, and the EPT paper gives no equations: no
+published numbers are reproduced.
 
-A decomposition owns its tensors and knows no method. A method calls ``encode_text`` in place of the tower; that is all.
+A decomposition is independent of methods: a method calls ``encode_text`` instead of the tower.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from vlprompt.registry import Registry
 class DePTDecompositionSettings:
     """Settings of DePT's decomposition.
 
-    With M short vectors in the place of l, ``rank = floor((l - M) W / (L + W))`` spends the same budget: 10 for l = 16
-    and M = 4 on ViT-B/16 (L = 77 positions, W = 512): 5,890 numbers beside the 2,048 of the context.
+    With M short vectors in place of l, ``rank = floor((l - M) W / (L + W))`` gives the same number of parameters. For
+    l = 16 and M = 4 on ViT-B/16 (L = 77 positions, W = 512) the rank is 10: 5,890 numbers in addition to the context's
+    2,048.
 
     Attributes:
         rank: Columns r of A and rows of B.
         alpha: The update is ``alpha / sqrt(rank) A B``, as in the official code.
-        reach: Tokens that are updated: the class name's ("name"), the fixed tokens behind it too ("suffix"), or also
-            end-of-text ("end-of-text"). Context, start-of-text and words before the name never are.
-        lr_ratio: The pair's learning rate in parts of the method's: the paper finds two rates essential.
+        reach: Tokens that are updated: those of the class name ("name"), also the fixed tokens after it ("suffix"), or
+            also end-of-text ("end-of-text"). Context, start-of-text and words before the name are never updated.
+        lr_ratio: Learning rate of the pair relative to the method's: the paper finds two rates essential.
     """
 
     rank: Positive = 10
@@ -50,8 +51,8 @@ class DePTDecompositionSettings:
 class Decomposition(nn.Module):
     """A low-rank update of class tokens; a subclass may change the context as well.
 
-    ``A`` ``[L, r]`` starts uniform (Kaiming's, a = sqrt 5), ``B`` ``[r, W]`` at zero, so that step 0 is the method
-    without decomposition; float32. L is the length of the tower's rows (77), of which names use the first few.
+    ``A`` ``[L, r]`` is initialised uniformly (Kaiming, a = sqrt 5), ``B`` ``[r, W]`` with zero: step 0 is the method
+    without decomposition. Both are float32. L is the length of the tower's rows (77); names use the first few.
 
     Args:
         tower: The text tower.
@@ -69,7 +70,7 @@ class Decomposition(nn.Module):
         self.build(tower.width)
 
     def build(self, width: int) -> None:
-        """Create what a subclass learns besides."""
+        """Create further parameters of a subclass."""
 
     def update(self) -> Tensor:
         """Return the scaled update ``[L, W]``: row j belongs to the j-th token from the start of the class name."""
@@ -77,12 +78,12 @@ class Decomposition(nn.Module):
         return scaled
 
     def context(self, context: Tensor, update: Tensor, used: Tensor) -> Tensor:
-        """Return the context ``[..., M, W]`` that takes the place of ``context``; it depends on no image of its own.
+        """Return the context ``[..., M, W]`` that replaces ``context``.
 
         Args:
             context: The method's vectors.
-            update: What :meth:`update` gives.
-            used: Booleans ``[..., M]`` (or 1 for leading sizes): vectors that prompts refer to; others are filling.
+            update: The result of :meth:`update`.
+            used: Booleans ``[..., M]`` (or 1 for leading sizes): vectors that prompts refer to; others are padding.
         """
         return context
 
@@ -109,10 +110,10 @@ D = TypeVar("D", bound=type[Decomposition])
 
 
 def register_decomposition(name: str) -> Callable[[D], D]:
-    """Enrol a :class:`Decomposition` under ``name``: usable from YAML with every method that learns text prompts.
+    """Register a :class:`Decomposition` under ``name``: usable from YAML with every method that learns text prompts.
 
     Raises:
-        ValueError: Another class holds the name.
+        ValueError: Another class has the name.
     """
     return _DECOMPOSITIONS.enrol(name)
 
@@ -128,7 +129,7 @@ def get_decomposition_class(name: str) -> type[Decomposition]:
 
 
 def check_decomposition(wanted: object) -> dict[str, dict[str, Any]]:
-    """Return ``{name: settings}``, empty or of one entry, after its form and types have been checked.
+    """Check a decomposition's form and types and return ``{name: settings}``, with at most one entry.
 
     Raises:
         ConfigError: More than one, an unknown name or setting, or a value that is not accepted.
@@ -146,25 +147,25 @@ def check_decomposition(wanted: object) -> dict[str, dict[str, Any]]:
 
 
 class Host(Protocol):
-    """What a decomposition asks of the method that it is for."""
+    """Interface of the method that a decomposition is created for."""
 
     name: ClassVar[str]
     backbone: Any
     no_objectives: ClassVar[str | None]
 
     def training_layouts(self) -> list[TokenLayout]:
-        """Return the layouts that a training step encodes; empty where no text is learned."""
+        """Return the layouts that a training step encodes; empty if no text prompts are learned."""
 
 
 def decompositions_in(settings: type) -> list[str]:
-    """Return the decompositions that a method's ``Settings`` declares: fields that hold the settings of one."""
+    """Return the decompositions that a method's ``Settings`` declares: fields with a decomposition's settings."""
     known = _DECOMPOSITIONS.names()
     hints = field_hints(settings).items()
     return [name for name, hint in hints if name in known and bare(hint) is get_decomposition_class(name).Settings]
 
 
 def create_decomposition(host: Host, wanted: Mapping[str, Any]) -> Decomposition | None:
-    """Return the decomposition that ``wanted`` (checked) names, for the method ``host``; None where it names none.
+    """Return the decomposition that ``wanted`` (checked) names, for the method ``host``; None if ``wanted`` is empty.
 
     Raises:
         ConfigError: A value that is not accepted, or a method that learns no text prompts in training.
@@ -187,20 +188,20 @@ def create_decomposition(host: Host, wanted: Mapping[str, Any]) -> Decomposition
 # -- the decompositions -----------------------------------------------------------------------------------------------
 @register_decomposition("dept_lowrank")
 class DePTDecomposition(Decomposition):
-    """DePT: short context as it is, and a low-rank update of the class tokens (reconstruction on CLIP)."""
+    """DePT: a short context and a low-rank update of the class tokens (reconstruction on CLIP)."""
 
     settings: DePTDecompositionSettings
 
 
 @validated("decomposition.ept")
 class EPTDecompositionSettings(DePTDecompositionSettings):
-    """Settings of EPT's decomposition: DePT's, and those of fusion and subspaces.
+    """Settings of EPT's decomposition: those of DePT, of the fusion and of the subspaces.
 
     Attributes:
         rank: Columns r of A and rows of B.
         alpha: The update is ``alpha / sqrt(rank) A B``.
         reach: Tokens that are updated, as in DePT.
-        lr_ratio: Learning rate of all that the decomposition learns, in parts of the method's.
+        lr_ratio: Learning rate of all parameters of the decomposition, relative to the method's.
         fusion_rank: Rank of the maps to queries, keys and values.
         spaces: J subspaces that the context is projected into.
         bottleneck: Width of each subspace.
@@ -213,13 +214,13 @@ class EPTDecompositionSettings(DePTDecompositionSettings):
 
 @register_decomposition("ept")
 class EPTDecomposition(Decomposition):
-    """EPT: DePT, and context that absorbs the update and is re-weighted in subspaces (a reconstruction).
+    """EPT: DePT with a context that absorbs the update and is re-weighted in subspaces (reconstruction).
 
     With short context P ``[M, W]`` and update K ``[L, W]``:
     ``F = P + softmax(P Wq (K Wk)^T / sqrt W) K Wv`` (fusion), and ``F + sum_j g_j U_j relu(V_j F)`` with gates
-    ``g = softmax(G mean_rows(F))`` (multi-space projection). Wv and all U_j start at zero: step 0 is DePT's.
-    K starts at zero as well, so that the first gradients of the fusion are products of what is near zero: by SGD at the
-    update's small rate it learns little, and EPT stays close to DePT.
+    ``g = softmax(G mean_rows(F))`` (multi-space projection). Wv and all U_j start at zero: step 0 equals
+    DePT. K starts at zero too, so the first gradients of the fusion are products of small numbers: with SGD at the
+    update's small rate the fusion changes little, and EPT stays close to DePT.
     """
 
     Settings = EPTDecompositionSettings
@@ -227,23 +228,23 @@ class EPTDecomposition(Decomposition):
 
     def build(self, width: int) -> None:
         """Create the factors of Wq, Wk and Wv, the subspaces ``V`` ``[J, H, W]``, ``U`` ``[J, W, H]``, and the gate."""
-        own, rank = self.settings, self.settings.fusion_rank
+        settings, rank = self.settings, self.settings.fusion_rank
         self.query_in, self.query_out = _uniform(width, rank, fan_in=width), _uniform(rank, width, fan_in=rank)
         self.key_in, self.key_out = _uniform(width, rank, fan_in=width), _uniform(rank, width, fan_in=rank)
         self.value_in, self.value_out = _uniform(width, rank, fan_in=width), nn.Parameter(torch.zeros(rank, width))
-        self.V = _uniform(own.spaces, own.bottleneck, width)
-        self.U = nn.Parameter(torch.zeros(own.spaces, width, own.bottleneck))
-        self.gate = _uniform(own.spaces, width)
+        self.V = _uniform(settings.spaces, settings.bottleneck, width)
+        self.U = nn.Parameter(torch.zeros(settings.spaces, width, settings.bottleneck))
+        self.gate = _uniform(settings.spaces, width)
 
     def fused(self, context: Tensor, update: Tensor) -> Tensor:
-        """Return the context ``[..., M, W]`` with what it takes up from the update ``[L, W]``."""
+        """Return the context ``[..., M, W]`` after cross-attention to the update ``[L, W]``."""
         query, key = context @ self.query_in @ self.query_out, update @ self.key_in @ self.key_out
         weights = (query @ key.t() / math.sqrt(context.shape[-1])).softmax(dim=-1)  # [..., M, L]
         taken: Tensor = weights @ (update @ self.value_in @ self.value_out)
         return context + taken
 
     def gates(self, fused: Tensor, used: Tensor) -> Tensor:
-        """Return the weights of the subspaces ``[..., J]``, which add up to one, by the mean of the used vectors."""
+        """Return the weights of the subspaces ``[..., J]``, with sum 1, from the mean of the used vectors."""
         share = used / used.sum(dim=-1, keepdim=True).clamp(min=1)  # [..., M]
         mean = (share.unsqueeze(-1) * fused).sum(dim=-2)
         return (mean @ self.gate.t()).softmax(dim=-1)
@@ -257,6 +258,6 @@ class EPTDecomposition(Decomposition):
 
 
 def _uniform(*shape: int, fan_in: int | None = None) -> nn.Parameter:
-    """Return a parameter that is uniform in +-1/sqrt(fan in), Kaiming's rule with a = sqrt 5; the last size is in."""
+    """Return a uniform parameter in +-1/sqrt(fan_in) (Kaiming, a = sqrt 5); fan_in defaults to the last size."""
     bound = (fan_in or shape[-1]) ** -0.5
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))

@@ -1,4 +1,4 @@
-"""Prompts of several layers: visual tokens, deep text context, and image prompts that are made from text prompts."""
+"""Prompts of several layers: visual tokens, deep text context, and image prompts computed from text prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlprompt.errors import ConfigError
 from vlprompt.prompts.context import CONTEXT_STD, context_layout
 from vlprompt.prompts.words import words_of
 
-#: Initial words are used up to this many vectors; with more the official code takes noise (MaPLe, PromptSRC).
+#: Initial words are used with up to this many vectors; with more the official code uses noise (MaPLe, PromptSRC).
 MOST_WORDS = 4
 
 
@@ -26,12 +26,12 @@ class VisualPrompts(nn.Module):
     """Tokens for a vision transformer: ``input`` ``[V, W]`` and ``deep`` ``[V, W]`` for layers 1 to J - 1 (VPT).
 
     Args:
-        tower: The image tower; it has to take tokens.
+        tower: The image tower; it must support tokens.
         count: V tokens.
-        depth: J layers whose input carries tokens of their own, 1 is VPT-shallow; more than there are means all.
+        depth: J layers with tokens at their input; 1 is VPT-shallow, more than the tower has means all.
 
     Raises:
-        BackboneError: The tower takes no tokens.
+        BackboneError: The tower does not support tokens.
     """
 
     def __init__(self, tower: ImageTower, count: int, depth: int) -> None:
@@ -42,7 +42,7 @@ class VisualPrompts(nn.Module):
         self.deep = _noise(depth - 1, count, tower.width)
 
     def tokens(self) -> VisualTokens:
-        """Return the tokens: behind the patches, before the first layer norm, without positions (VPT, 3.5)."""
+        """Return the tokens, placed after the patches, before the first layer norm, without positions (VPT, 3.5)."""
         return VisualTokens(self.input, dict(enumerate(self.deep, 1)))
 
 
@@ -52,12 +52,12 @@ class DeepContext(nn.Module):
     Args:
         tower: The text tower.
         length: M.
-        words: Initial words, of which the first M tokens become learnable and the rest stays before the name as it is.
-            With more than four vectors noise takes their place, as in MaPLe's and PromptSRC's code.
-        depth: J layers with context of their own.
+        words: Initial words. The first M tokens are trained, the rest remains fixed before the name. With more than
+            four vectors noise is used instead, as in the code of MaPLe and PromptSRC.
+        depth: J layers with context.
 
     Raises:
-        ConfigError: Fewer tokens than vectors.
+        ConfigError: The words have fewer tokens than vectors.
     """
 
     def __init__(self, tower: TextTower, length: int, words: str, depth: int) -> None:
@@ -75,7 +75,7 @@ class DeepContext(nn.Module):
         self.deep = _noise(depth - 1, length, tower.width)
 
     def layout(self, tower: TextTower, class_names: Sequence[str]) -> TokenLayout:
-        """Return where the vectors stand in the prompts of ``class_names``."""
+        """Return the layout of the prompts of ``class_names``."""
         return context_layout(tower, class_names, self.placeholder, self.length, "end")
 
     def layers(self) -> Mapping[int, Tensor]:
@@ -84,11 +84,11 @@ class DeepContext(nn.Module):
 
 
 class CoupledPrompts(nn.Module):
-    """Deep text context, and image tokens that linear maps make of it: ``proj`` and ``projections`` (MaPLe, section 3).
+    """Deep text context, and image tokens as linear maps of it: ``proj`` and ``projections`` (MaPLe, section 3).
 
     Args:
         text: The text tower.
-        image: The image tower; it has to take tokens.
+        image: The image tower; it must support tokens.
         length: M vectors, and as many image tokens.
         words: As in :class:`DeepContext`.
         depth: J layers of both towers.
@@ -100,11 +100,11 @@ class CoupledPrompts(nn.Module):
         depth = min(depth, text.layers, image.layers)
         self.context = DeepContext(text, length, words, depth)
         self.proj = nn.Linear(text.width, image.width)
-        # One map is drawn and copied: all deep maps start alike (maple.py 129-130).
-        one = nn.Linear(text.width, image.width)
+        # All deep maps are initialised as copies of one map (maple.py 129-130).
+        initial = nn.Linear(text.width, image.width)
         self.projections = nn.ModuleList([nn.Linear(text.width, image.width) for _ in range(depth - 1)])
-        for own in self.projections:
-            own.load_state_dict(one.state_dict())
+        for projection in self.projections:
+            projection.load_state_dict(initial.state_dict())
 
     def image_prompts(self) -> list[Tensor]:
         """Return the image tokens ``[M, W]`` of the input and of the deeper layers."""
@@ -118,7 +118,7 @@ class CoupledPrompts(nn.Module):
 
 
 class MetaNet(nn.Module):
-    """CoCoOp's meta-network: unit image features ``[B, D]`` to one vector ``[B, W]`` that shifts the whole context.
+    """CoCoOp's meta-network: maps unit image features ``[B, D]`` to the shift ``[B, W]`` of all context vectors.
 
     ``linear1`` (D to D // 16), ReLU, ``linear2`` (to W).
     """

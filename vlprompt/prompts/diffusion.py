@@ -1,4 +1,4 @@
-"""Prompts that reach a block's tokens by diffusion, beside the attention instead of in its sequence (APT)."""
+"""Approximated prompts of APT: added to the result of the attention instead of to its sequence."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from vlprompt.prompts.context import CONTEXT_STD
 
 
 class Diffusion(nn.Module):
-    """Adds what prompt tokens say to an attention's result (APT: ViLT/vilt/modules/vision_transformer_apt.py 266-326).
+    """Adds prompt tokens' contribution to an attention result (APT: vilt/modules/vision_transformer_apt.py 266-326).
 
     With the attention's input r and its result x, ``K = M + R2 R1 M``, ``A = relu(r K^T)``, the result is
-    ``exp(sigma) (x + max_j A_j A M)``; no gradient goes through the maximum. Tokens do not mix: each is told by itself.
+    ``exp(sigma) (x + max_j A_j A M)``; no gradient goes through the maximum. Every token is processed separately.
 
-    Learned: ``tokens`` M ``[n, W]``, deviation 0.02; ``down`` R1, W to rank, deviation 1; ``up`` R2, rank to W, zero;
-    ``sigma`` [], zero; with separate values ``values`` ``[n, W]``, zero, in place of M beside A.
+    Parameters: ``tokens`` M ``[n, W]``, deviation 0.02; ``down`` R1, W to rank, deviation 1; ``up`` R2, rank to W,
+    zero; ``sigma`` [], zero; with ``separate_values`` also ``values`` ``[n, W]``, zero, in place of M in the product
+    with A.
 
     Args:
-        count: n; 0 leaves ``exp(sigma) x``.
+        count: n; with 0 the result is ``exp(sigma) x``.
         width: W.
         rank: Rank of the keys' update.
-        separate_values: Learn values of their own, so that training starts from the frozen tower. Otherwise it does
-            not: M is random.
-        heads: In how many slices of the width tokens are asked and maxima taken; 1 in the official code.
+        separate_values: Learn separate values, so that training starts from the frozen tower; otherwise the random M
+            changes it from the start.
+        heads: Number of slices of the width, each with its affinities and maximum; 1 in the official code.
     """
 
     def __init__(self, count: int, width: int, rank: int = 4, separate_values: bool = False, heads: int = 1) -> None:
@@ -47,8 +48,8 @@ class Diffusion(nn.Module):
             return result * self.sigma.exp()
         values = self.tokens if self.values is None else self.values
         keys, values = (x.unflatten(-1, (self.heads, -1)).transpose(0, 1) for x in (self.keys(), values))  # [H, n, d]
-        asking = normed.to(keys.dtype).unflatten(-1, (self.heads, 1, -1))  # [..., H, 1, d]
-        affinity = (asking @ keys.transpose(1, 2)).relu()  # [..., H, 1, n]
+        queries = normed.to(keys.dtype).unflatten(-1, (self.heads, 1, -1))  # [..., H, 1, d]
+        affinity = (queries @ keys.transpose(1, 2)).relu()  # [..., H, 1, n]
         weight = affinity.detach().amax(dim=-1, keepdim=True)
-        told: Tensor = self.sigma.exp() * (result + (weight * (affinity @ values)).flatten(-3))
-        return told
+        updated: Tensor = self.sigma.exp() * (result + (weight * (affinity @ values)).flatten(-3))
+        return updated

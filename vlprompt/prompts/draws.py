@@ -1,4 +1,4 @@
-"""Random draws of training steps that a resumed run, and every process of several, makes alike."""
+"""Random draws of training steps, identical in a resumed run and in all processes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from vlprompt._random import seeded_random
 
 
 class Draws(nn.Module):
-    """A seed of its own and a count of the steps drawn for; both lie in the training checkpoint, not in heads.
+    """A seed and a count of the steps; both are saved in training checkpoints, not in heads.
 
-    The seed comes from torch's generator when the method is made, so that one ``torch.manual_seed`` decides both what
-    is learned from and what is drawn.
+    The seed is drawn from torch's generator when the method is created, so ``torch.manual_seed`` determines both the
+    initial parameters and the draws.
     """
 
     seed_and_count: Tensor
@@ -27,10 +27,10 @@ class Draws(nn.Module):
 
     @contextmanager
     def step(self, device: torch.device) -> Iterator[None]:
-        """Let torch's generators draw for the next step inside; afterwards they are where they were before.
+        """Seed torch's generators for the next step inside the context, and restore them afterwards.
 
         Args:
-            device: Where the draws are made.
+            device: Device of the draws.
         """
         seed, count = self.seed_and_count.tolist()
         self.seed_and_count[1] += 1

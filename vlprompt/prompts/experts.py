@@ -1,4 +1,4 @@
-"""Context of a mixture of prompts: every expert has vectors before and after the name, started from a template."""
+"""Context of a mixture of prompts: vectors before and after the name for every expert, initialised from a template."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Counting = Literal["words", "tokens"]
 class ExpertContexts(nn.Module):
     """Vectors ``before[g]`` ``[b_g, W]`` and ``after[g]`` ``[a_g, W]`` of G experts, float32 (MoCoOp: moe.py 135-179).
 
-    ``counting`` says how long an expert's parts are. ``words``, the official rule, counts by spaces, and therefore lets
-    a text behind the name claim the period or the pooled end-of-text token, and a doubled space claim the first token
-    of the name (moe.py 161, 211). ``tokens`` counts byte-pair tokens and leaves those alone.
+    ``counting`` determines the number of vectors before and after the name. ``words``, the official rule, counts by
+    spaces: text after the name may then replace the period or the pooled end-of-text token, and a doubled space the
+    first token of the name (moe.py 161, 211). ``tokens`` counts byte-pair tokens and never replaces these.
 
     Args:
-        tower: The text tower whose word embeddings start the vectors.
+        tower: The text tower; its word embeddings initialise the vectors.
         templates: One template per expert, with ``{}`` for the class name and without periods.
         counting: How the lengths are counted.
     """
@@ -36,7 +36,7 @@ class ExpertContexts(nn.Module):
         self.before = nn.ParameterList()
         self.after = nn.ParameterList()
         for (before, after), (b, a) in zip(self.parts, self.lengths, strict=True):
-            # Without start-of-text, with end-of-text: the official rule takes it in where the words outnumber tokens.
+            # End-of-text is included: the official rule uses it if there are more words than tokens.
             self.before.append(nn.Parameter(tower.embed(tower.tokens(before)[1 : 1 + b])))
             self.after.append(nn.Parameter(tower.embed(tower.tokens(after)[1 : 1 + a])))
 
@@ -46,7 +46,7 @@ class ExpertContexts(nn.Module):
         return len(self.parts)
 
     def vectors(self) -> Tensor:
-        """Return ``[G, M, W]``: each expert's vectors before, then after the name, zero behind."""
+        """Return ``[G, M, W]``: each expert's vectors before, then after the name, padded with zeros."""
         both = [torch.cat([b, a]) for b, a in zip(self.before, self.after, strict=True)]
         return pad_sequence(both, batch_first=True)
 
@@ -54,28 +54,28 @@ class ExpertContexts(nn.Module):
         """Return the layout of all experts for C classes, with or without a final period in the prompt.
 
         Raises:
-            ClassNameError: Prompts longer than the text tower takes, all of them listed.
+            ClassNameError: Prompts are too long for the text tower; all of them are listed.
         """
         groups, names = [], []
         for (before, after), (b, a) in zip(self.parts, self.lengths, strict=True):
-            rows, own = [], []
+            rows, name_positions = [], []
             first = len(tower.tokens(before)) - 1
             for name in class_names:
                 text = f"{before} {words_of(name)}" if before else words_of(name)
                 row = tower.tokens(text + after + ("." if period else ""))
                 end = len(row)
-                behind = 1 + b + len(tower.tokens(words_of(name))) - 2
+                after_name = 1 + b + len(tower.tokens(words_of(name))) - 2
                 for m in range(b):
                     row[1 + m] = context_slot(m)
                 for m in range(a):
-                    if behind + m < end:  # a slot behind end-of-text could not be seen
-                        row[behind + m] = context_slot(b + m)
+                    if after_name + m < end:  # a slot after end-of-text would have no effect
+                        row[after_name + m] = context_slot(b + m)
                 rows.append(row)
-                own.append(range(first, min(first + behind - 1 - b, end - 1)))
+                name_positions.append(range(first, min(first + after_name - 1 - b, end - 1)))
             shown = f"{before} NAME{after}".strip()
             check_row_lengths(class_names, [len(row) for row in rows], tower.context_length, f"template {shown!r}")
             groups.append(rows)
-            names.append(own)
+            names.append(name_positions)
         return TokenLayout.from_rows(groups, names=names)
 
 
@@ -89,4 +89,4 @@ def _count(tower: TextTower, text: str, counting: Counting) -> int:
     if counting == "tokens":
         return tokens
     words = len(text.split(" ")) if text else 0
-    return min(words, tokens + 1)  # at most the end-of-text token is claimed
+    return min(words, tokens + 1)  # at most the end-of-text token is replaced

@@ -1,4 +1,4 @@
-"""Learnables inside a tower's blocks: low-rank updates of the attention's projections, and masks over its weights."""
+"""Trainable parameters inside a tower's blocks: low-rank updates of attention projections, and masks of weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMES = dict(zip(PARTS, ("q_proj", "k_proj", "v_proj", "out_proj"), strict=True
 
 
 def plant(root: nn.Module, path: str, leaf: nn.Module) -> None:
-    """Put ``leaf`` at the dotted ``path`` under ``root``, so that its tensors are named as in the tower's model."""
+    """Add ``leaf`` at the dotted ``path`` under ``root``: its tensors get the names of the tower's model."""
     *between, last = path.split(".")
     for name in between:
         if name not in root._modules:
@@ -40,14 +40,14 @@ class _Update(nn.Module):
 class LowRank(nn.Module):
     """Low-rank updates of attention projections (CLIP-LoRA: loralib/layers.py).
 
-    ``y = W x + b + scale * B A dropout(x)``, two thin products; B A itself is made for :meth:`merged` alone. Tensors
-    are named as PEFT names them under a model in open_clip's form, with projections told apart as in CLIP-LoRA:
+    ``y = W x + b + scale * B A dropout(x)``, computed as two thin products; only :meth:`merged` computes B A. Tensors
+    have PEFT's names on a model of open_clip, with separate projections as in CLIP-LoRA:
     ``model.visual.transformer.resblocks.0.attn.q_proj.lora_A.weight``.
 
     Args:
         rank: r.
         scale: Factor of the updates.
-        dropout: Part of the update's input that a training step leaves out, drawn for each projection by itself.
+        dropout: Fraction of the update's input that a training step drops, drawn for each projection separately.
     """
 
     def __init__(self, rank: int, scale: float, dropout: float) -> None:
@@ -62,10 +62,10 @@ class LowRank(nn.Module):
         """Create the updates of one tower.
 
         Args:
-            prefix: What stands before ``transformer`` in the model's names: "visual." or "".
+            prefix: Prefix of ``transformer`` in the model's names: "visual." or "".
             width: W.
-            layers: Which layers have updates.
-            parts: Which of q, k, v and o.
+            layers: Layers with updates.
+            parts: Projections with updates, of q, k, v and o.
         """
         self._places[prefix] = [(layer, part) for layer in layers for part in parts]
         for layer, part in self._places[prefix]:
@@ -80,7 +80,7 @@ class LowRank(nn.Module):
 
     @contextmanager
     def dropping(self, device: torch.device) -> Iterator[None]:
-        """Drop inputs of what is encoded inside, a training step; scores never drop."""
+        """Apply dropout to the updates inside the context, for one training step; scoring has no dropout."""
         with self.draws.step(device):
             self._drops = True
             try:
@@ -89,12 +89,12 @@ class LowRank(nn.Module):
                 self._drops = False
 
     def added(self, prefix: str) -> Added:
-        """Return the updates of a tower as it takes them."""
+        """Return the updates of a tower, in the form of its ``added`` argument."""
         places = self._places.get(prefix, [])
         return Added({place: self._update(self._owner(prefix, *place)) for place in places})
 
     def _update(self, own: Any) -> Update:
-        # Bound here: the backward pass may encode a piece of text again when the step is over.
+        # The rate is bound here: the backward pass may encode text again after the step.
         rate = self.dropout if self._drops else 0.0
 
         def update(x: Tensor) -> Tensor:
@@ -105,28 +105,28 @@ class LowRank(nn.Module):
         return update
 
     def merged(self, prefix: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tower's attention weights with the updates in them, by their names inside the tower.
+        """Return the tower's attention weights with the updates merged, by their names in the tower.
 
         Args:
-            prefix: Which tower.
+            prefix: Prefix of the tower.
             parameters: Its frozen parameters, by name.
         """
-        found: dict[str, Tensor] = {}
+        merged: dict[str, Tensor] = {}
         for layer, part in self._places.get(prefix, []):
             name = f"transformer.resblocks.{layer}.attn." + ("out_proj.weight" if part == "o" else "in_proj_weight")
-            weight = found.setdefault(name, parameters[name].detach().float().clone())
-            own, width = self._owner(prefix, layer, part), weight.shape[1]
+            weight = merged.setdefault(name, parameters[name].detach().float().clone())
+            lora, width = self._owner(prefix, layer, part), weight.shape[1]
             start = 0 if part == "o" else "qkv".index(part) * width
-            product = own.lora_B.weight.detach() @ own.lora_A.weight.detach()
+            product = lora.lora_B.weight.detach() @ lora.lora_A.weight.detach()
             weight[start : start + width] += self.scale * product
-        return found
+        return merged
 
 
 class _Masked(torch.autograd.Function):
-    """``weight`` where ``scores`` exceed the threshold, else 0; the gradient of a score is that of the weight times it.
+    """``weight`` where ``scores`` exceed the threshold, else 0; a score's gradient is the weight's times the weight.
 
-    The straight-through estimator of R-AMT (code/modules/masklayers.py 20-24). Only the frozen weight is kept for the
-    backward pass, which it is anyway.
+    The straight-through estimator of R-AMT (code/modules/masklayers.py 20-24). Only the frozen weight is saved for the
+    backward pass.
     """
 
     @staticmethod
@@ -141,19 +141,19 @@ class _Masked(torch.autograd.Function):
 
 
 def masked(weight: Tensor, scores: Tensor, threshold: float) -> Tensor:
-    """Return ``weight`` where ``scores`` exceed ``threshold``, else 0, straight through to the scores."""
+    """Return ``weight`` where ``scores`` exceed ``threshold``, else 0, with straight-through gradients."""
     result: Tensor = _Masked.apply(scores, weight, threshold)
     return result
 
 
 class Masks(nn.Module):
-    """Scores over frozen weights, of which those above a threshold let their weight through.
+    """Binary masks of frozen weights: a weight is used if its score exceeds a threshold.
 
-    Scores are named as the weights: ``visual.transformer.resblocks.0.attn.in_proj_weight.scores``.
+    Scores have the names of the weights: ``visual.transformer.resblocks.0.attn.in_proj_weight.scores``.
 
     Args:
-        initial: Every score's start.
-        threshold: What a score has to exceed; one that equals it masks its weight out.
+        initial: Initial value of all scores.
+        threshold: A weight is used if its score is above this value.
     """
 
     def __init__(self, initial: float, threshold: float) -> None:
@@ -162,7 +162,7 @@ class Masks(nn.Module):
         self._weights: dict[str, list[str]] = {}
 
     def add(self, prefix: str, weights: Mapping[str, Tensor]) -> None:
-        """Create the scores of one tower's ``weights``; ``prefix`` tells towers apart, such as "visual."."""
+        """Create the scores of a tower's ``weights``; ``prefix`` identifies the tower, such as "visual."."""
         self._weights[prefix] = list(weights)
         for name, weight in weights.items():
             leaf = nn.Module()
@@ -170,34 +170,34 @@ class Masks(nn.Module):
             plant(self, prefix + name, leaf)
 
     def scores(self, prefix: str) -> dict[str, nn.Parameter]:
-        """Return one tower's scores by the name of their weight inside it."""
+        """Return a tower's scores by the names of the weights in the tower."""
         return {name: self.get_parameter(f"{prefix}{name}.scores") for name in self._weights.get(prefix, [])}
 
     def overrides(self, prefix: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return one tower's masked weights by name, of its frozen ``parameters``."""
-        return {name: masked(parameters[name], own, self.threshold) for name, own in self.scores(prefix).items()}
+        """Return a tower's masked weights by name, from its frozen ``parameters``."""
+        return {name: masked(parameters[name], scores, self.threshold) for name, scores in self.scores(prefix).items()}
 
     def packed_state(self, prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``state`` with every tensor of scores as its bits; ``prefix`` stands before the scores' names."""
-        own = {prefix + name for name, _ in self.named_parameters()}
-        return {name: pack(value > self.threshold) if name in own else value for name, value in state.items()}
+        """Return ``state`` with every tensor of scores packed to bits; ``prefix`` precedes the names of the scores."""
+        score_names = {prefix + name for name, _ in self.named_parameters()}
+        return {name: pack(value > self.threshold) if name in score_names else value for name, value in state.items()}
 
     def unpacked_state(self, prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a ``state`` of :meth:`packed_state` with scores: the initial one where a bit is set, 0 elsewhere.
+        """Return a ``state`` of :meth:`packed_state` with scores: the initial value where a bit is set, 0 elsewhere.
 
         Raises:
-            HeadError: Tensors that are not the bits of these scores.
+            HeadError: A tensor does not have the form of packed scores.
         """
-        found = dict(state)
-        for name, own in self.named_parameters():
+        unpacked = dict(state)
+        for name, scores in self.named_parameters():
             bits = state.get(prefix + name)
             if bits is None:
-                continue  # whoever loads the state names what is missing
-            expected = -(-own.numel() // 8)
+                continue  # missing names are reported when the state is loaded
+            expected = -(-scores.numel() // 8)
             if bits.dtype != torch.uint8 or list(bits.shape) != [expected]:
                 raise HeadError(f"{prefix}{name}: {bits.dtype}, shape {list(bits.shape)}, expected uint8, [{expected}]")
-            found[prefix + name] = unpack(bits, own.shape) * self.initial
-        return found
+            unpacked[prefix + name] = unpack(bits, scores.shape) * self.initial
+        return unpacked
 
 
 def pack(through: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ def pack(through: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
-    """Return the zeros and ones of ``shape``, float32, that :func:`pack` made ``bits`` of."""
+    """Return the zeros and ones that :func:`pack` packed, float32 of ``shape``."""
     places = 2 ** torch.arange(8, dtype=torch.uint8, device=bits.device)
     through = bits[:, None].bitwise_and(places).bool()
     return through.flatten()[: shape.numel()].reshape(shape).float()

@@ -1,4 +1,4 @@
-"""Layer norms of the image tower as learnables: a method's own copies, so that the backbone stays as it was loaded."""
+"""Trainable copies of the image tower's layer norms; the backbone is not changed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class TunedLayerNorms(nn.Module):
     """Copies of ``ln_1`` and ``ln_2`` (weight and bias) of every image block; float32.
 
     Args:
-        tower: The image tower they start from; it must be a vision transformer.
+        tower: The image tower to copy from; it must be a vision transformer.
 
     Raises:
         BackboneError: The tower has no such layer norms.

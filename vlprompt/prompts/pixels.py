@@ -1,4 +1,4 @@
-"""Prompts in pixel space: a learned border or patch that is added to every image, whatever the image tower."""
+"""Prompts in pixel space: a trainable border or patch added to every image, for any image tower."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Shape = Literal["border", "fixed_patch", "random_patch"]
 
 
 class PixelPrompt(nn.Module):
-    """Pixels that are added to normalised images of side S, standard normal at the start (VP: models/prompters.py).
+    """Pixels added to normalised images of side S, initially standard normal (VP: models/prompters.py).
 
     ``border``: ``up`` and ``down`` ``[3, p, S]``, ``left`` and ``right`` ``[3, S - 2p, p]``. Patches: ``patch``
-    ``[3, p, p]``, at the top left, or at one place for the whole batch that every training step draws anew.
+    ``[3, p, p]``, at the top left, or at a place that every training step draws for the whole batch.
 
-    Places of training steps come from :class:`~vlprompt.prompts.Draws`, so that a resumed run continues with the same
-    ones. In evaluation the place is always the one that seed 0 draws first.
+    Places of training steps are drawn with :class:`~vlprompt.prompts.Draws`: a resumed run continues with the same
+    places. In evaluation the place is the first draw of seed 0.
 
     Args:
         image_size: S.
@@ -31,7 +31,7 @@ class PixelPrompt(nn.Module):
         shape: Border or patch.
 
     Raises:
-        ConfigError: A border that leaves no pixel inside, or a patch as large as the image.
+        ConfigError: The border leaves no pixel inside, or the patch is as large as the image.
     """
 
     def __init__(self, image_size: int, size: int, shape: Shape) -> None:
@@ -52,7 +52,7 @@ class PixelPrompt(nn.Module):
             self.draws = Draws()
 
     def pixels(self) -> Tensor:
-        """Return what is added to the images of this step, ``[3, S, S]``; zero where nothing is learned."""
+        """Return the pixels added to the images of this step, ``[3, S, S]``; zero outside the prompt."""
         side, p = self.image_size, self.size
         if self.shape == "border":
             middle = torch.cat([self.left, self.left.new_zeros(3, side - 2 * p, side - 2 * p), self.right], dim=2)
@@ -61,7 +61,7 @@ class PixelPrompt(nn.Module):
         return F.pad(self.patch, (column, side - p - column, row, side - p - row))
 
     def corner(self) -> tuple[int, int]:
-        """Return row and column of the patch's top left pixel, 0 to S - p - 1; a training step draws new ones."""
+        """Return row and column of the patch's top left pixel, 0 to S - p - 1; a training step draws a new place."""
         if self.shape != "random_patch":
             return 0, 0
         with self.draws.step(torch.device("cpu")) if self.training else seeded_random(0):
@@ -71,8 +71,8 @@ class PixelPrompt(nn.Module):
     def encode(self, tower: ImageTower, images: Tensor) -> Tensor:
         """Return raw features ``[B, D]`` of ``images`` ``[B, 3, S, S]`` with the prompt added.
 
-        Where the tower can fold pixels that all images share into its parameters, as vision transformers can, nothing
-        is added to the images and no gradient goes back to them.
+        If the tower can fold shared pixels into its parameters, as vision transformers can, nothing is added to the
+        images and no gradient is computed for them.
         """
         pixels = self.pixels()
         folded = tower.folded(pixels)

@@ -1,4 +1,4 @@
-"""A learned map from one feature space into another: two linear maps around batch norm and ReLU (PromptKD)."""
+"""Projector from one feature space to another: linear, batch norm, ReLU, linear (PromptKD)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from vlprompt._dist import rank_and_size, sum_over_processes
 
 MOMENTUM = 0.1
-"""How much of a batch enters the running statistics: PyTorch's default, which the official code has."""
+"""Weight of a batch in the running statistics: PyTorch's default, as in the official code."""
 
 
 class Projector(nn.Module):
-    """``linear1`` (D to E), batch norm, ReLU, ``linear2`` (E to E); the official code has them as 1 x 1 convolutions.
+    """``linear1`` (D to E), batch norm, ReLU, ``linear2`` (E to E); the official code uses 1 x 1 convolutions.
 
     Args:
-        dim: D, of the features that come in.
-        out: E, of those that go out.
+        dim: D, the width of the input features.
+        out: E, the width of the output.
     """
 
     running_mean: Tensor
@@ -33,8 +33,8 @@ class Projector(nn.Module):
     def forward(self, features: Tensor, *, learn: bool = False) -> Tensor:
         """Return ``[B, E]`` of ``features`` ``[B, D]``.
 
-        With ``learn`` they are normalised by their own mean and variance, which also enter the running statistics.
-        Otherwise, and where there is only one, whose variance says nothing, by the running statistics.
+        With ``learn`` and more than one feature, batch norm uses the mean and variance of the batch, which also update
+        the running statistics. Otherwise it uses the running statistics.
         """
         hidden = F.batch_norm(
             self.linear1(features),
@@ -49,7 +49,7 @@ class Projector(nn.Module):
         return projected
 
     def average(self) -> None:
-        """Make the running statistics those of all processes, each of which saw its share of the batches."""
+        """Average the running statistics over all processes."""
         processes = rank_and_size()[1]
         for statistic in (self.running_mean, self.running_var) if processes > 1 else ():
             sum_over_processes(statistic)

@@ -1,4 +1,4 @@
-"""Unified prompts: text context and image tokens that one small transformer block makes of shared learnables (UPT)."""
+"""Unified prompts: text context and image tokens from one small transformer block (UPT)."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from vlprompt.prompts.context import TextContext
 class UnifiedPrompts(nn.Module):
     """``context.ctx`` ``[M, W]`` and ``visual`` ``[J, V, W]``, projected together (MVLPT: trainers/mvlpt.py 376-414).
 
-    ``text_pre`` and ``image_pre`` bring both to the width of ``block``, one of CLIP's transformer blocks with a single
-    head, ``text_post`` and ``image_post`` bring them back; where a tower has that width already these four learn
-    nothing. No prompt bypasses the projection, and the block knows no positions.
+    ``text_pre`` and ``image_pre`` map both to the width of ``block``, a transformer block of CLIP with a single head;
+    ``text_post`` and ``image_post`` map them back. They are identities if a tower has the block's width. All prompts go
+    through the block, which has no positions.
 
     Args:
         text: The text tower.
-        image: The image tower; it has to take tokens.
+        image: The image tower; it must support tokens.
         length: M context vectors.
         count: V image tokens of each layer.
-        depth: J layers with image tokens of their own; more than there are means all.
+        depth: J layers that have image tokens; more than there are means all.
         width: The block's width.
-        mixing: Whether prompts attend to each other. Without, every prompt is a sequence of its own.
+        mixing: Whether prompts attend to each other; otherwise every prompt is a separate sequence.
 
     Raises:
-        BackboneError: The image tower takes no tokens.
-        ConfigError: A depth below 1.
+        BackboneError: The image tower does not support tokens.
+        ConfigError: The depth is below 1.
     """
 
     def __init__(
@@ -54,29 +54,29 @@ class UnifiedPrompts(nn.Module):
         return self._projected(0)
 
     def tokens(self) -> VisualTokens:
-        """Return the image tokens: behind the class token and the first layer norm, without positions."""
+        """Return the image tokens, placed after the class token and the first layer norm, without positions."""
         first, *deep = self._projected(1).unflatten(0, self.visual.shape[:2])
         return VisualTokens(first, dict(enumerate(deep, 1)), position="after_class", before_ln_pre=False)
 
     def _projected(self, side: int) -> Tensor:
-        # In float32 whatever the trainer's precision, as published.
+        # In float32 for every precision of the trainer, as published.
         with torch.autocast(self.visual.device.type, enabled=False):
             if self.mixing:
-                both = self._brought(0), self._brought(1)
-                own = self.block(torch.cat(both)[None])[0].split([len(part) for part in both])[side]
+                sequences = self._brought(0), self._brought(1)
+                mixed = self.block(torch.cat(sequences)[None])[0].split([len(vectors) for vectors in sequences])[side]
             else:
-                own = self.block(self._brought(side)[:, None])[:, 0]  # the other side changes nothing here
-            projected: Tensor = (self.text_post, self.image_post)[side](own)
+                mixed = self.block(self._brought(side)[:, None])[:, 0]  # the result does not depend on the other side
+            projected: Tensor = (self.text_post, self.image_post)[side](mixed)
         return projected
 
     def _brought(self, side: int) -> Tensor:
-        """Return text's (0) ``[M, ...]`` or the image's (1) ``[J * V, ...]`` learnables at the block's width."""
+        """Return the text (0) ``[M, ...]`` or image (1) ``[J * V, ...]`` parameters at the block's width."""
         brought: Tensor = self.image_pre(self.visual.flatten(0, 1)) if side else self.text_pre(self.context.ctx)
         return brought
 
 
 def _there_and_back(width: int, inner: int) -> tuple[nn.Module, nn.Module]:
-    """Return linear maps from ``width`` to ``inner`` and back, or nothing where they are equal."""
+    """Return linear maps from ``width`` to ``inner`` and back, or identities if both are equal."""
     if width == inner:
         return nn.Identity(), nn.Identity()
     return nn.Linear(width, inner), nn.Linear(inner, width)

@@ -1,4 +1,4 @@
-"""Class names: what is accepted, and the words of a name in a prompt."""
+"""Class names: validation, and their words in prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
     """Return ``class_names`` as a list of usable names (underscores kept; prompts replace them by spaces).
 
     Raises:
-        ClassNameError: A plain string, no names at all, or entries that are not texts or hold no letters.
+        ClassNameError: A plain string, no names, or entries that are not printable text.
     """
     if isinstance(class_names, str):
         raise ClassNameError(f"class_names is one text, {class_names!r}; expected a list of names, [{class_names!r}]")
@@ -30,13 +30,13 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
 def _printable(name: object) -> bool:
     if not isinstance(name, str):
         return False
-    # Joiners hold emoji sequences and letters of Persian or Hindi together; alone they are no name.
+    # Zero-width joiners occur in emoji sequences, Persian and Hindi; without other characters they are no name.
     shown = name.replace("\u200c", "").replace("\u200d", "")
     return bool(shown.replace("_", " ").strip()) and shown.isprintable()
 
 
 def words_of(name: str) -> str:
-    """Return a class name as it stands in a prompt: underscores become spaces (CoOp: trainers/coop.py 103)."""
+    """Return a class name as used in prompts: underscores become spaces (CoOp: trainers/coop.py 103)."""
     return name.replace("_", " ")
 
 
