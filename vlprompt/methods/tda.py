@@ -97,8 +97,12 @@ class TDA(TemplateViewsMethod):
             positive = PositiveCache(settings.positive_capacity, settings.positive_alpha, settings.positive_beta)
             entropy, mask = tuple(settings.negative_entropy), tuple(settings.negative_mask)
             negative = NegativeCache(
-                settings.negative_capacity, settings.negative_alpha, settings.negative_beta, entropy, mask
-            )  # type: ignore[arg-type]
+                settings.negative_capacity,
+                settings.negative_alpha,
+                settings.negative_beta,
+                entropy,  # type: ignore[arg-type]
+                mask,  # type: ignore[arg-type]
+            )
             self._stream = TDAStream(
                 len(self.class_names),
                 self.backbone.embed_dim,
