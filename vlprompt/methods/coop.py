@@ -1,7 +1,7 @@
 """CoOp: learned context vectors in place of prompt words (Zhou et al., IJCV 2022; arXiv 2109.01134).
 
-The prompt of class c is ``[v_1] ... [v_M] [class c] .`` (equation 2; the class token may also stand in the middle or in
-front), its classifier row is the unit text feature, and the vectors are trained by cross-entropy alone.
+The prompt of class c is ``[v_1] ... [v_M] [class c] .`` (equation 2; the class token may also be in the middle or in
+front). Its classifier row is the unit text feature, and the vectors are trained only by cross-entropy.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def merge_parts(
 def open_templates(
     name: str, settings: Mapping[str, Any], objectives: Mapping[str, Mapping[str, Any]], template: str
 ) -> dict[str, Any]:
-    """Return the templates that method ``name`` and the ``objectives`` leave open, as ``template`` fills them.
+    """Return the templates that method ``name`` and ``objectives`` do not define, filled in with ``template``.
 
     Returns:
         Templates by dotted key, such as ``settings.templates`` or ``objectives.knowledge.templates``.
@@ -136,21 +136,21 @@ def open_templates(
     """
     kind = get_method_class(name)
     settings, objectives, _ = merge_parts(kind, settings, objectives, {})
-    parts: dict[str, Any] = {"settings": make(kind.Settings, settings)}
+    sections: dict[str, Any] = {"settings": make(kind.Settings, settings)}
     for objective, values in objectives.items():
-        parts[f"objectives.{objective}"] = make(get_objective_class(objective).Settings, values)
-    found: dict[str, Any] = {}
-    for prefix, part in parts.items():
-        found |= _changed(prefix, dataclasses.asdict(part), dataclasses.asdict(fill_templates(part, [template])))
-    return found
+        sections[f"objectives.{objective}"] = make(get_objective_class(objective).Settings, values)
+    filled: dict[str, Any] = {}
+    for prefix, section in sections.items():
+        filled |= _changed(prefix, dataclasses.asdict(section), dataclasses.asdict(fill_templates(section, [template])))
+    return filled
 
 
 def _changed(prefix: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of ``after`` that differ from ``before``, by dotted key."""
-    found: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
     for name, value in after.items():
         if isinstance(value, Mapping):
-            found |= _changed(f"{prefix}.{name}", before[name], value)
+            changed |= _changed(f"{prefix}.{name}", before[name], value)
         elif value != before[name]:
-            found[f"{prefix}.{name}"] = value
-    return found
+            changed[f"{prefix}.{name}"] = value
+    return changed

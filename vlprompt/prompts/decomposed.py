@@ -165,7 +165,7 @@ def decompositions_in(settings: type) -> list[str]:
 
 
 def create_decomposition(host: Host, wanted: Mapping[str, Any]) -> Decomposition | None:
-    """Return the decomposition that ``wanted`` (checked) names, for the method ``host``; None if ``wanted`` is empty.
+    """Return the decomposition in ``wanted`` (checked), for the method ``host``; None if ``wanted`` is empty.
 
     Raises:
         ConfigError: A value that is not accepted, or a method that learns no text prompts in training.
