@@ -21,28 +21,28 @@ T = TypeVar("T")
 BANK_HELP = f"""\
 {TOOL} --bank FOLDER --data.name NAME [--data.root DIR] [options]
 
-Makes pictures of every test image with a diffusion model, for methods that look at such (DiffTPT). They are found by
-the content of the image, shared by all runs, and made once: the same command goes on where it was stopped, remakes
-what is damaged, and with a larger --count makes only the further ones. Runs take them with --data.bank FOLDER.
+Generates images of every test image with a diffusion model, for methods that use them (DiffTPT). They are found by the
+content of the test image, shared by all runs, and generated once: the same command resumes where it stopped, replaces
+damaged files, and with a larger --count generates only the missing images. Runs use them with --data.bank FOLDER.
 
-  --bank FOLDER           where pictures are kept; every recipe (what follows but --count) has a folder of its own there
-  --data.KEY VALUE        the images, as `vlprompt train` takes them (--data.name, --data.root, --data.classes, ...)
+  --bank FOLDER           folder of the generated images; each recipe (all options below except --count) has a subfolder
+  --data.KEY VALUE        the images, as for `vlprompt train` (--data.name, --data.root, --data.classes, ...)
   --split SPLIT           test (default), val or train
-  --count N               pictures of each image ({COUNT})
-  --pipeline NAME         folder or name on the hub of any diffusers pipeline that makes pictures of images (DiffTPT's,
+  --count N               generated images per image ({COUNT})
+  --pipeline NAME         folder or hub name of any diffusers pipeline that generates images from images (DiffTPT's,
                           {GenerationSettings.pipeline}); `tiny` and `tiny-img2img`
-                          have random weights and make noise, to try this out
+                          have random weights and generate noise, for trials
   --revision REV          branch, tag or commit on the hub
   --safety-checker X      on (default) or off
   --precision X           auto (default: fp16 on a GPU, else fp32), fp32, fp16 or bf16
   --steps N, --guidance X, --eta X, --scheduler CLASS, --size PIXELS, --seed N
-                          how pictures are made (50, 3, 0, the pipeline's own, the pipeline's own, 0)
+                          generation options (50, 3, 0, the pipeline's, the pipeline's, 0)
   --strength X, --prompt TEXT
                           of img2img pipelines (0.8, "a photo")
   --format X              png (default) and webp are lossless; jpeg has quality 75
-  --batch-size N          pictures that are made at once (16); changes none of them beyond rounding
+  --batch-size N          images per batch (16); changes results only by rounding
   --device X              auto (default), cpu, cuda, cuda:1, mps
-  --offline               use what is on this machine, and do not ask the hub
+  --offline               use only files on this machine, without access to the hub
 
 Example: {TOOL} --bank banks --data.name imagenet_r --data.root data --safety-checker off
 """

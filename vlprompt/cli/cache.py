@@ -14,15 +14,15 @@ CACHE_HELP = """\
 vlprompt cache list
 vlprompt cache prune [--all] [--older-than DAYS] [--max-size SIZE] [--dry-run]
 
-Image features are computed once and kept in $VLPROMPT_CACHE/features, or ~/.cache/vlprompt/features. They can always be
-computed again.
+Image features are computed once and stored in $VLPROMPT_CACHE/features, or ~/.cache/vlprompt/features. They can always
+be recomputed.
 
-  list              show the entries, the last used first
-  prune             remove damaged entries, those of other versions, and what killed processes left; and also:
+  list              show the entries, most recently used first
+  prune             remove damaged entries, those of other versions, and files of killed processes; and also:
   --all             every entry
-  --older-than D    entries that were not used for D days
-  --max-size SIZE   the least recently used entries, until the rest has at most SIZE, such as 500MB or 2GB
-  --dry-run         say what would be removed and remove nothing
+  --older-than D    entries not used for D days
+  --max-size SIZE   the least recently used entries, until at most SIZE is left, such as 500MB or 2GB
+  --dry-run         print what would be removed and remove nothing
 
 Example: vlprompt cache prune --older-than 30 --max-size 2GB
 """

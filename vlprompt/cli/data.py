@@ -30,22 +30,22 @@ _SHOWN = 40
 DATA_HELP = """\
 vlprompt data ACTION [NAME] [--root DIR] ...
 
-  list [PATTERN] [--group G] [--json]    the data sets that vlprompt knows, and which are here
+  list [PATTERN] [--group G] [--json]    the data sets of vlprompt, and which of them are here
   show NAME [--json]                     classes, sizes, templates, sources, licence and how to get it
   where NAME                             the folders that are searched
   check [NAME...] [--decode] [--strict] [--hash-images] [--split S] [--json]
-                                         everything that is wrong with it, in one run; no NAME: all that are here
-  get NAME [--from FILE]                 fetch what may be fetched, or say what to fetch by hand
+                                         all problems of a data set; no NAME: all data sets here
+  get NAME [--from FILE]                 download it if allowed, or print what to download by hand
   shots NAME [--shots 16] [--seed 1] [--part train|val|test] [--classes all|base|new] [--sampler S] [--split S]
         [--paths] [--print-hash] [--export FILE]
-                                         what a few-shot run draws: counts and hashes, or the paths in their order
+                                         the images of a few-shot run: counts and hashes, or ordered paths
   import-shots FILE --name NAME [--export OUT]
-                                         make a few-shot list of an index file of cross_modal_adaptation
-  split NAME [--protocol NAME|custom]    the splits there are; custom makes one from class folders
+                                         make a few-shot list from an index file of cross_modal_adaptation
+  split NAME [--protocol NAME|custom]    list the splits; custom makes one from class folders
   new --from-folder DIR --name NAME [--template T]
-                                         make your own images a data set: a card and a split file
+                                         make a data set from your images: a card and a split file
 
-DIR is the folder that holds the data sets (default: VLPROMPT_DATA, else data). Status: 0 good, 1 warnings with
+DIR is the folder of the data sets (default: VLPROMPT_DATA, else data). Status: 0 good, 1 warnings with
 --strict, 2 data that cannot be used, 3 wrong usage.
 """
 

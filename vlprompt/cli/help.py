@@ -3,14 +3,14 @@
 TRAIN_HELP = """\
 vlprompt train --config FILE [--a.b VALUE ...] [--print-config] [--dry-run] [--force]
 
-Trains a method, evaluates it, and keeps config, head and results in a run folder. The same command resumes an
+Trains a method, evaluates it, and saves config, head and results in a run folder. The same command resumes an
 unfinished run and shows a finished one.
 
-  --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours; several: later ones win
-  --a.b VALUE       overrides a key of the files, wherever it stands; lists as '[1, 2]', nothing as null
-  --print-config    print every value with where it comes from, and stop
+  --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours; several: later files win
+  --a.b VALUE       overrides a key of the files, in any position; lists as '[1, 2]', no value as null
+  --print-config    print every value with its source and stop
   --dry-run         print shapes, parameters, memory and steps and stop
-  --force           train again although the run is finished
+  --force           train again even if the run is finished
 
 Example: vlprompt train --config mocoop/demo --data.shots 4 --recipe.epochs 5
 """
@@ -28,7 +28,7 @@ and zero-shot. Several --config files are compared side by side; the overrides a
   --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
   --dry-run         print the plan, a line per training with the values that differ, and stop; needs no data
   --print-config    print the resolved configurations and stop
-  --force           run again what is finished
+  --force           run finished runs again
 
 Example: vlprompt base-to-new --config coop/demo --config mocoop/demo --seeds 1
 """
@@ -37,42 +37,42 @@ vlprompt domains --config FILE [--config FILE2 ...] --protocol leave-one-out|sin
                  [--a.b VALUE ...] [--dry-run] [--print-config] [--force]
 
 Domain generalisation: trains on some domains of a data set and tests on the others and their corrupted versions, with
-each seed, and prints the accuracy on every domain and their mean, beside zero-shot. Several --config files are compared
+each seed, and prints the accuracy on every domain and their mean, with zero-shot. Several --config files are compared
 side by side; the overrides apply to all of them. Chosen domains for one run: vlprompt train --data.source '[A, B]'
 --data.target '[C]'.
 
-  --config FILE     a method's recipes (mocoop, mocoop/pacs) or a file of yours; its data set has to have domains
+  --config FILE     a method's recipes (mocoop, mocoop/pacs) or a file of yours; its data set must have domains
   --protocol P      leave-one-out: once per domain, trained on all the others and tested on it;
                     single-source: once per domain, trained on it alone and tested on all the others
   --seeds 1,2,3     the seeds (default 1,2,3)
   --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
   --dry-run         print the plan, a line per training with the values that differ, and stop; needs no data
   --print-config    print the resolved configurations and stop
-  --force           run again what is finished
+  --force           run finished runs again
 """
 EVAL_HELP = """\
 vlprompt eval RUN [--data.name NAME] [--data.root DIR] [--data.classes all|base|new] [--data.* VALUE] [--seed N]
 vlprompt eval --protocol NAME --config FILE [--config FILE2 ...] [--seeds 1,2,3] [--datasets A,B] [--targets C,D]
               [--shots 1,2,4] [--a.b VALUE ...] [--dry-run] [--print-config] [--force]
 
-The first evaluates a saved head on the test images of a data set: the run's own, unless --data.* says otherwise.
+The first form evaluates a saved head on the test images of the run's data set, or of the one in --data.*.
 
   RUN               a run folder, or a head folder (then --data.name is needed)
 
-The second trains and tests as a protocol of the papers says, and ends in a table and a JSON file beside the runs.
-Finished runs are reused; the same command goes on where it stopped. Several --config files are compared side by side.
+The second form trains and tests under a protocol of the papers, prints a table and writes a JSON file next to the runs.
+Finished runs are reused; the same command resumes where it stopped. Several --config files are compared side by side.
 
   --protocol NAME   `vlprompt list protocols` shows them: few-shot, base-to-new, cross-dataset, imagenet-domains,
                     leave-one-out, single-source; or a file of yours, my.yaml, with the same fields
   --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours
-  --datasets A,B    data sets to train on, in place of the protocol's; group:NAME for all that are in a group
+  --datasets A,B    data sets to train on, instead of the protocol's; group:NAME for all data sets of a group
   --targets C,D     other data sets to test on (cross-dataset, imagenet-domains)
-  --shots 1,2,4     training images per class; several for few-shot alone
+  --shots 1,2,4     training images per class; several only for few-shot
   --seeds 1,2,3     the seeds (default: the protocol's)
   --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
   --dry-run         print the plan, a line per training with the values that differ, and stop; needs no data
   --print-config    print the resolved configurations and stop
-  --force           run again what is finished
+  --force           run finished runs again
 
 Example: vlprompt eval RUN --data.classes new
 Example: vlprompt eval --protocol cross-dataset --config coop/demo --targets demo-2,demo-3 --seeds 1
@@ -81,27 +81,27 @@ SEARCH_HELP = """\
 vlprompt search --config FILE --grid KEY=VALUE,VALUE [--grid KEY2=VALUE,VALUE ...] [--on val|test] [--oracle]
                 [--a.b VALUE ...] [--print-config] [--force]
 
-Trains every candidate of a grid, chooses the best on the validation images (of equals the first), and tests that one
-alone. The same command goes on where it stopped. Runs, choice (selection.json) and the winner's configuration
-(best.yaml) lie in OUTPUT/search-...; other seeds and protocols go on from best.yaml.
+Trains every candidate of a grid, chooses the best on the validation images (the first of equal candidates), and tests
+only that one. The same command resumes where it stopped. Runs, selection (selection.json) and best configuration
+(best.yaml) are saved in OUTPUT/search-...; use best.yaml for other seeds and protocols.
 
   --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours
   --grid KEY=A,B    values to try of recipe.*, settings.*, decomposition.NAME.*, data.transform or data.template; texts
                     with commas in quotes
   --on val|test     images to choose on (default val)
-  --oracle          accept a choice that sees test images, because of --on test or because validation and test images
+  --oracle          allow a selection that uses test images, because of --on test or because validation and test images
                     are the same, as on ImageNet; results and tables are then marked (oracle)
   --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
   --print-config    print the candidates' configurations and stop
-  --force           train again what is finished
+  --force           train finished runs again
 
 Example: vlprompt search --config coop/demo --grid recipe.lr=0.002,0.02 --grid recipe.epochs=5,20
 """
 COMPARE_HELP = """\
 vlprompt compare A B
 
-Says in words what differs between two runs: split, class names, template, images drawn, transforms, and beside the data
-also method, recipe, backbone and versions. The status is 0 when the data protocol is the same and 1 when it differs.
+Prints the differences between two runs: split, class names, template, images drawn, transforms, and also method,
+recipe, backbone and versions. The status is 0 if the data protocol is the same and 1 if it differs.
 
   A, B              run folders, or their results.json
 
@@ -120,6 +120,6 @@ Prints the most probable classes of image files, or of all images in folders.
 LIST_HELP = """\
 vlprompt list methods|objectives|decompositions|datasets|backbones|protocols [PATTERN] [--names] [--markdown]
 
-Prints names, one per line; PATTERN is a wildcard such as '*coop*'. Methods are a table of what each learns and needs,
-counted on ViT-B/16: with --names their names alone, with --markdown the README's table.
+Prints names, one per line; PATTERN is a wildcard such as '*coop*'. Methods are a table of what they learn and need,
+counted on ViT-B/16; --names prints only names, --markdown the table of the README.
 """

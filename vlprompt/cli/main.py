@@ -80,7 +80,7 @@ def _overview() -> str:
     rows = "\n".join(f"  {name:<13} {command.line}" for name, command in COMMANDS.items())
     return (
         f"vlprompt: adapt a frozen CLIP to your classes.\n\n{rows}\n\n"
-        "`vlprompt COMMAND --help` tells more. Start with: vlprompt train --config mocoop/demo"
+        "`vlprompt COMMAND --help` prints more. Start with: vlprompt train --config mocoop/demo"
     )
 
 
@@ -104,21 +104,21 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "train": Command(
-        "train and evaluate a method, keep its head",
+        "train and evaluate a method, save its head",
         call="run:train_command",
         help="help:TRAIN_HELP",
         keys="run:train_keys_help",
         resumes=True,
     ),
     "meta-train": Command(
-        "learn a start and a gradient regulator across tasks (GRAM)",
+        "learn an initialisation and a gradient regulator across tasks (GRAM)",
         call="meta:meta_train_command",
         help="meta:META_HELP",
         keys="meta:meta_keys_help",
         resumes=True,
     ),
     "meta-eval": Command(
-        "what a learned start and regulator are worth",
+        "compare a learned initialisation and regulator with the default",
         call="meta:meta_eval_command",
         help="meta:META_EVAL_HELP",
         resumes=True,
@@ -147,10 +147,12 @@ COMMANDS: dict[str, Command] = {
         help="help:SEARCH_HELP",
         resumes=True,
     ),
-    "compare": Command("say why two runs differ", call="protocols:compare_command", help="help:COMPARE_HELP"),
+    "compare": Command(
+        "print the differences between two runs", call="protocols:compare_command", help="help:COMPARE_HELP"
+    ),
     "predict": Command("classify images with a saved head", call="run:predict_command", help="help:PREDICT_HELP"),
     "bank": Command(
-        "make a diffusion model's pictures of a data set's images",
+        "generate images of a data set's images with a diffusion model",
         call="bank:bank",
         help="bank:BANK_HELP",
         resumes=True,

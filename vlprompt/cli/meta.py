@@ -13,16 +13,16 @@ META_HELP = """\
 vlprompt meta-train --config FILE [--a.b VALUE ...] [--inspect] [--print-config] [--force]
 
 GRAM-R, a reconstruction of GRAM (arXiv 2303.06571): image-caption pairs are clustered into topics and visual domains,
-and over tasks drawn from them a method's start is learned together with a function that regulates its gradients. The
-same command resumes an unfinished training. Afterwards any training takes the result:
-  vlprompt train ... --init_from gram:FOLDER    the initialisation, and every prompt gradient passes the regulator
-  vlprompt train ... --init_from FOLDER         the initialisation alone
+and a method's initialisation is learned over tasks drawn from them, together with a function that regulates its
+gradients. The same command resumes an unfinished training. Any training can use the result:
+  vlprompt train ... --init_from gram:FOLDER    the initialisation and the regulator of prompt gradients
+  vlprompt train ... --init_from FOLDER         only the initialisation
 
-  --config FILE     a path, or one of vlprompt's own such as gram/coop-demo; several files: later ones win
-  --a.b VALUE       overrides a key of the files, wherever it stands
+  --config FILE     a path, or a file of vlprompt such as gram/coop-demo; several: later files win
+  --a.b VALUE       overrides a key of the files, in any position
   --inspect         write an HTML page of topics, domains and tasks with thumbnails, print its path and stop
   --print-config    print the resolved configuration and stop
-  --force           train again although the run is finished
+  --force           train again even if the run is finished
 
 Example: vlprompt meta-train --config gram/coop-demo
 """
@@ -30,15 +30,15 @@ META_EVAL_HELP = """\
 vlprompt meta-eval RUN [RUN2 ...] --config FILE [--config FILE2 ...] [--shots 1,2,4] [--seeds 1,2,3,4,5]
                    [--a.b VALUE ...] [--force]
 
-Shows what meta-trainings are worth: trains each configuration on a few images of the base classes from its usual start,
-from the start that its RUN learned, and from that with the regulator, and prints base and new accuracy and their
-harmonic mean beside zero-shot, with standard errors over the seeds.
+Compares initialisations: trains each configuration on a few images of the base classes from its default initialisation,
+from that of its RUN, and from that of its RUN with the regulator, and prints base and new accuracy and their harmonic
+mean, together with zero-shot and with standard errors over the seeds.
 
   RUN               the folder of a meta-training, one for each --config, in the same order
   --config FILE     a training of the same method and settings, such as coop/demo
   --shots, --seeds  numbers of training images per class (default 1,2,4) and seeds (default 1,2,3,4,5)
   --a.b VALUE       overrides a key in all configurations
-  --force           train again what is finished
+  --force           train finished runs again
 
 Example: vlprompt meta-eval runs/gram/coop-demo-pairs --config coop/demo --shots 1 --seeds 1,2
 """
