@@ -93,8 +93,8 @@ class PromptMethod(nn.Module):
         self.decomposition: Decomposition | None = None
         self.build()
         declared = {name: getattr(self.settings, name) for name in objectives_in(type(self.settings))}
-        wanted = {name: values for name, values in declared.items() if values is not None} | self.objective_settings
-        self.objectives.extend(create_objective(name, self, values) for name, values in wanted.items())
+        chosen = {name: values for name, values in declared.items() if values is not None} | self.objective_settings
+        self.objectives.extend(create_objective(name, self, values) for name, values in chosen.items())
         # Created last: other random draws do not depend on it.
         declared = {name: getattr(self.settings, name) for name in decompositions_in(type(self.settings))}
         self.decomposition = create_decomposition(self, self.decomposition_settings or declared)

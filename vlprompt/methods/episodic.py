@@ -11,7 +11,7 @@ from torch import Tensor
 from vlprompt.methods.base import PromptMethod
 from vlprompt.prompts.zero_shot import template_features
 
-_IMAGES = 256  # views encoded at a time
+_IMAGES = 256  # views encoded at once
 
 
 class ViewsMethod(PromptMethod):

@@ -3,7 +3,7 @@
 ``L = w T^2 / (B C) sum KL(softmax(z_t / T) || softmax(z_s / T))``: z_t are the teacher's logits of a view, z_s those of
 the student. The student's image features (with deep image tokens) are projected into the teacher's space and compared
 with the *same* text features, which are computed once. Labels are not used. C counts all classes including new ones,
-whose images are also used for training: results are transductive and marked so.
+whose images are also used for training: results are transductive and marked as such.
 """
 
 from __future__ import annotations

@@ -70,9 +70,9 @@ def create_method(
         ConfigError: Unknown method or setting, or a value that is not accepted.
         ClassNameError: Class names that cannot be turned into prompts.
     """
-    kind = get_method_class(name)
-    settings, objectives, decomposition = merge_parts(kind, settings, objectives or {}, decomposition or {})
-    method = kind(
+    method_class = get_method_class(name)
+    settings, objectives, decomposition = merge_parts(method_class, settings, objectives or {}, decomposition or {})
+    method = method_class(
         backbone,
         class_names,
         _METHODS.settings(name, settings),

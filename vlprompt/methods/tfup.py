@@ -1,7 +1,7 @@
 """TFUP: a cache of unlabelled images that zero-shot CLIP is sure of (Long et al., 2024; arXiv 2404.16339).
 
 No labels and no training. Published results on Office-31, Office-Home and VisDA select from the test images
-(``unlabelled: test``: the result is transductive and marked so), those on DomainNet from training images.
+(``unlabelled: test``: the result is transductive, and marked), those on DomainNet from training images.
 """
 
 from __future__ import annotations

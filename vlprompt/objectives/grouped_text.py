@@ -65,8 +65,8 @@ class GroupedText(Objective):
 
     def add(self, step: Step, terms: Terms) -> Terms:
         """Add the term ``grouped_text``."""
-        weights, prototypes = step.text_features, self.prototypes
-        sets = weights if weights.ndim == 3 else weights.unsqueeze(0)
+        text_features, prototypes = step.text_features, self.prototypes
+        sets = text_features if text_features.ndim == 3 else text_features.unsqueeze(0)
         if self.host.text_features_per == "expert" and len(sets) == len(prototypes):
             loss = text_to_text_loss(sets, prototypes, self.settings.temperature)
         else:

@@ -99,8 +99,8 @@ def feature_shift(host: Host, images: Tensor | None, template: str) -> dict[str,
             features = host.image_features(images)
             frozen = F.normalize(host.backbone.encode_image(images), dim=-1)
             image = float(_relative(host.unit_image(features), frozen))
-        weights = host.text_features(None if host.text_features_per == "class" else features)
-        text = float(_relative(weights, frozen_text.expand_as(weights)))
+        text_features = host.text_features(None if host.text_features_per == "class" else features)
+        text = float(_relative(text_features, frozen_text.expand_as(text_features)))
     return {"text": text, "image": image, "gap": text - image}
 
 

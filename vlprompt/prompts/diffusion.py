@@ -9,7 +9,9 @@ from vlprompt.prompts.context import CONTEXT_STD
 
 
 class Diffusion(nn.Module):
-    """Adds prompt tokens' contribution to an attention result (APT: vilt/modules/vision_transformer_apt.py 266-326).
+    """Adds the contribution of prompt tokens to the result of an attention (APT).
+
+    Official code: ViLT/vilt/modules/vision_transformer_apt.py 266-326.
 
     With the attention's input r and its result x, ``K = M + R2 R1 M``, ``A = relu(r K^T)``, the result is
     ``exp(sigma) (x + max_j A_j A M)``; no gradient goes through the maximum. Every token is processed separately.
