@@ -40,7 +40,7 @@ mean, together with zero-shot and with standard errors over the seeds.
   --a.b VALUE       overrides a key in all configurations
   --force           train finished runs again
 
-Example: vlprompt meta-eval runs/gram/coop-demo-pairs --config coop/demo --shots 1 --seeds 1,2
+Example: vlprompt meta-eval runs/gram/coop-demo-pairs-unseen --config coop/demo --shots 1 --seeds 1,2
 """
 
 

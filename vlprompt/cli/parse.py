@@ -21,7 +21,7 @@ from vlprompt.config.keys import NAMED, as_plain, keys_in, keys_of, merged, nest
 from vlprompt.config.run import RunConfig
 from vlprompt.config.source import ConfigSource, NamedBook
 from vlprompt.config.types import Problem, accepted_values, convert, field_default, from_text, refusal, validate
-from vlprompt.config.yaml import Given, find_config, plain, read_config, shown, shown_path, yaml_text
+from vlprompt.config.yaml import Given, find_config, read_config, shown, shown_path, yaml_text
 from vlprompt.errors import ConfigError, bulleted, did_you_mean, nearest
 
 COMMAND_LINE = "command line"
@@ -312,8 +312,8 @@ class _ConfigBuilder:
             named["settings"] = {} if settings is None else as_plain(settings)
         for section in ("objectives", "decomposition"):
             for name, values in tree.get(section, {}).items():
-                part_settings = self._validated(kinds[f"{section}.{name}"], values, f"{section}.{name}")
-                named[section][name] = {entry: plain(getattr(part_settings, entry, None)) for entry in values}
+                made = self._validated(kinds[f"{section}.{name}"], values, f"{section}.{name}")
+                named[section][name] = {} if made is None else as_plain(made)
         if len(named["decomposition"]) > 1:
             where = sources([key for key in self.given if key.startswith("decomposition.")], self.given)
             names = " and ".join(named["decomposition"])

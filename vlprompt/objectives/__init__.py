@@ -15,9 +15,6 @@ from vlprompt.objectives.base import (
     register_objective,
 )
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
-
 # Importing the package imports every module in it, which registers the objectives.
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -243,7 +243,7 @@ def shift_record(method: PromptMethod, task: FewShotTask) -> dict[str, Any] | No
     """Return how far training moved text and image features; None for methods without trainable parameters.
 
     The image side is measured on the readable ones of the first 64 test images
-    (:func:`vlprompt.objectives.feature_shift`).
+    (:func:`vlprompt.objectives.shift.feature_shift`).
     """
     if not method.trainable_parameters():
         return None

@@ -32,6 +32,8 @@ from vlprompt.meta import Regulator
 from vlprompt.methods import PromptMethod, create_method, get_method_class
 from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
 from vlprompt.methods.registry import merge_parts, open_templates
+from vlprompt.objectives import get_objective_class
+from vlprompt.prompts.decomposed import get_decomposition_class
 from vlprompt.runs.folder import run_folder
 from vlprompt.runs.selection import judge
 
@@ -507,7 +509,7 @@ def device_of(config: TrainerConfig) -> str:
 
 
 def complete(config: RunConfig) -> RunConfig:
-    """Return ``config`` with the method's defaults for omitted settings, as on the command line.
+    """Return ``config`` with defaults for the settings that it omits, also those of objectives and decompositions.
 
     Settings of objectives and decompositions that the method declares move to its settings, so that equal runs have
     equal folders.
@@ -518,8 +520,18 @@ def complete(config: RunConfig) -> RunConfig:
     """
     kind = get_method_class(config.method)
     settings, objectives, decomposition = merge_parts(kind, config.settings, config.objectives, config.decomposition)
-    complete = as_plain(make(kind.Settings, settings))
-    return dataclasses.replace(config, settings=complete, objectives=objectives, decomposition=decomposition)
+    return dataclasses.replace(
+        config,
+        settings=as_plain(make(kind.Settings, settings)),
+        objectives={
+            name: as_plain(make(get_objective_class(name).Settings, values, f"objectives.{name}"))
+            for name, values in objectives.items()
+        },
+        decomposition={
+            name: as_plain(make(get_decomposition_class(name).Settings, values, f"decomposition.{name}"))
+            for name, values in decomposition.items()
+        },
+    )
 
 
 def use_of_test_images(method: PromptMethod) -> str | None:
