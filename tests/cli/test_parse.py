@@ -258,7 +258,7 @@ def test_printed_values_say_where_they_come_from(toys: Path) -> None:
         ("  length", "5", "mine/base.yaml, line 2"),
         ("  lr", "1.0", "mine/base.yaml, line 3"),
         ("  name", "dtd", "--config mine/dtd"),
-        ("  knowledge", "{}", "over.yaml, line 2"),
+        ("    weight", "8.0", "over.yaml, line 2"),
         ("seed", "3", "command line"),
         ("  mode", "front", "command line"),
         ("  weight", "0.5", "method"),

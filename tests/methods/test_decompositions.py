@@ -117,7 +117,7 @@ def test_heads_of_before_have_none(tiny_backbone: Backbone, images: Tensor, tmp_
     assert load_head(place, tiny_backbone).method.decomposition is None
     config["decomposition"] = ["dept_lowrank"]
     (place / "config.json").write_text(json.dumps(config))
-    with pytest.raises(HeadError, match="decomposition is .*; expected dict"):
+    with pytest.raises(HeadError, match="decomposition is .*; accepted: a table"):
         load_head(place, tiny_backbone)
 
 

@@ -190,6 +190,8 @@ def test_the_command_killed_from_outside(
         "folder",
         "--data.root",
         str(image_folder),
+        *("--backbone.name", "demo", "--settings.groups", "[1, 1, 1]"),
+        *("--settings.templates", '["an emoji of a {}.", "a photo of a {}.", "a cartoon {}."]'),
     ]
     words += ["--data.transform", "random", "--data.shots", "2", "--settings.tune_layer_norms", "true"]
     words += ["--recipe.epochs", "6", "--recipe.batch_size", "2", "--recipe.lr", "0.05", "--trainer.progress", "false"]

@@ -128,7 +128,7 @@ def test_the_jacobian_gives_the_gradients_of_backward_passes(
     other.load_trained_state({"ctx": other.ctx + 0.1})
     plain.load_trained_state({"ctx": other.ctx})
     torch.testing.assert_close(other.tuned(views).gradients, plain.tuned(views).gradients, rtol=1e-3, atol=1e-5)
-    monkeypatch.setattr(tuning, "_memory", lambda device: 1000)
+    monkeypatch.setattr(tuning, "total_memory", lambda device: 1000)
     with pytest.raises(ConfigError, match="settings.jacobian"):
         create_method("tpt", tiny_backbone, NAMES, jacobian=True)(views)
 

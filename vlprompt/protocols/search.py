@@ -156,7 +156,7 @@ def candidates_of(config: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[
         typed[key] = []
         for value in values:
             try:
-                typed[key].append(convert(hints[key], value))
+                typed[key].append(plain(convert(hints[key], value)))
             except ValueError:
                 problems.append(refusal(key, value, hints[key]))
         if not values:
