@@ -20,7 +20,7 @@ PROVIDERS: dict[str, str] = {}
 def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Return ``__getattr__``, ``__dir__`` and ``__all__`` of a package whose names are loaded when first used.
 
-    The stub ``__init__.pyi`` beside the package's ``__init__.py`` is the one list of the names, which type checkers
+    The stub ``__init__.pyi`` next to the package's ``__init__.py`` is the one list of the names, which type checkers
     read as well. It has one import a line: ``from vlprompt.backbone.loader import load_backbone as load_backbone``.
 
     Args:

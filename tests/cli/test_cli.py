@@ -387,7 +387,7 @@ def test_problems_of_the_form_and_of_the_values_come_together(fails: Callable[..
         "base-to-new", "--config", "coop/demo", "--seeds", "x", "--data.shots", "y", "word", "--recipe.lr", "-1"
     )
     assert err.startswith("vlprompt: error: 4 problems:\n")
-    for culprit in ("--seeds is 'x'", "--data.shots is 'y'", "'word' stands alone", "--recipe.lr is '-1'"):
+    for culprit in ("--seeds is 'x'", "--data.shots is 'y'", "'word' has no key", "--recipe.lr is '-1'"):
         assert err.count(culprit) == 1
 
 

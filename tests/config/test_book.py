@@ -117,7 +117,7 @@ def test_every_value_knows_its_file_and_line(book: Make, tmp_path: Path, monkeyp
         ("shots: [1, 2]", "shots is a table; its keys are names"),
         ("datasets: {dtd: 4}", "datasets: 'dtd' holds no sections; write dtd: {recipe: {...}}"),
         ("datasets: {dtd: {}, dtd: {}}", "datasets: 'dtd' is given twice"),
-        ("datasets: {dtd: {datasets: {demo: {}}}}", "datasets stands inside an entry that is already one of datasets"),
+        ("datasets: {dtd: {datasets: {demo: {}}}}", "datasets is inside an entry that is already one of datasets"),
         (
             "datasets: {dtd: {data: {name: demo}}}",
             "data.name chooses entries of the book and cannot be set",

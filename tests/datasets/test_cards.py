@@ -218,7 +218,7 @@ GOOD = (REPOSITORY / "datasets" / "dtd.yaml").read_text()
         ("a: [", "cannot be read"),
         ("- 1", "not a table"),
         ("!!python/object/apply:os.getcwd []", "cannot be read"),
-        (GOOD + "name: twice\n", "stands twice"),
+        (GOOD + "name: twice\n", "is given twice"),
         (GOOD.replace("schema: 1", "schema: 2"), "schema is 2"),
         (GOOD.replace("licence:", "license:"), "Did you mean 'licence'"),
         (GOOD.replace("reader: split_json", "reader: splitjson"), "Did you mean 'split_json'"),

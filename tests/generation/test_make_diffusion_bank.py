@@ -93,7 +93,7 @@ def test_filling_resuming_and_repairing(
     damaged.write_bytes(damaged.read_bytes()[:-4])
     assert main(words(image_folder, "--count", "3", "--batch-size", "3")) == 0
     printed = capsys.readouterr().out
-    assert "4 images: 7 pictures were there, 5 made (of which 1 anew: they were damaged or gone)" in printed
+    assert "4 images: 7 pictures were there, 5 made (1 of them again: damaged or missing)" in printed
     assert sizes == [3, 3, 2, 3, 2]
     assert main(words(image_folder, "--count", "3")) == 0 and sizes == [3, 3, 2, 3, 2]
     assert "12 pictures were there, 0 made" in capsys.readouterr().out
@@ -129,7 +129,7 @@ def test_all_problems_are_reported_at_once(image_folder: Path, capsys: pytest.Ca
         "data.name is 'folders', which is no data set",
         "'--method' is not an option",
         "--config has no meaning here",
-        "'stray' stands alone",
+        "'stray' has no key",
         "See `vlprompt bank --help`.",
     ):
         assert expected in text, expected

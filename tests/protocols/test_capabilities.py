@@ -65,7 +65,7 @@ def test_what_was_checked_against_official_code_has_tensors_of_it() -> None:
 
 def test_the_readme_has_the_table() -> None:
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert markdown(capabilities(list_methods())) in text, "print it anew: vlprompt list methods --markdown"
+    assert markdown(capabilities(list_methods())) in text, "print it again: vlprompt list methods --markdown"
 
 
 def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

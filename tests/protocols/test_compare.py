@@ -103,7 +103,7 @@ def test_what_neither_records_is_not_called_equal(results: dict[str, Any]) -> No
     del old["data"]["transform"], old["versions"]
     found = compare_results(old, old)
     assert [line.partition(":")[0] for line in found.data] == ["training transform", "test transform"]
-    assert "neither run records it; run them anew with --force" in found.data[0]
+    assert "neither run records it; run them again with --force" in found.data[0]
 
 
 def test_what_is_no_run(results: dict[str, Any], tmp_path: Path) -> None:

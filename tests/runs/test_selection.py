@@ -60,5 +60,5 @@ def test_the_stamp(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"oracle": 1}'])
 def test_a_damaged_stamp_is_no_fair_choice(content: str, tmp_path: Path) -> None:
     (tmp_path / SELECTION).write_text(content)
-    with pytest.raises(ConfigError, match="selection.json .*search anew with --force"):
+    with pytest.raises(ConfigError, match="selection.json .*search again with --force"):
         selection_of(tmp_path)

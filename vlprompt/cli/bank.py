@@ -163,7 +163,7 @@ def time_text(seconds: float) -> str:
 def _summary(filled: Filled) -> str:
     text = f"{filled.images:,} images: {filled.found:,} pictures were there, {filled.made:,} made"
     if filled.remade:
-        text += f" (of which {filled.remade:,} anew: they were damaged or gone)"
+        text += f" ({filled.remade:,} of them again: damaged or missing)"
     if filled.skipped:
         names = ", ".join(filled.skipped[:3])
         text += f"; {len(filled.skipped):,} images could not be read and were left out ({names}, ...)"

@@ -127,7 +127,7 @@ def _take_operand(line: CommandLine, word: str, accepted: bool) -> None:
     elif accepted:
         line.operands.append(word)
     else:
-        line.problems.append(f"{COMMAND_LINE}: {shown(word)} stands alone; a value follows its key: --a.b VALUE")
+        line.problems.append(f"{COMMAND_LINE}: {shown(word)} has no key; a value follows its key: --a.b VALUE")
 
 
 def _take_value(line: CommandLine, key: str, value: str | None, into: dict[str, Any]) -> None:

@@ -180,7 +180,7 @@ class _Reader:
         yield Entry(where, given, self.shared)
         for table, content, source in tables:
             if TABLES[table] in where:
-                self._problem(source, f"{table} stands inside an entry that is already one of {table}")
+                self._problem(source, f"{table} is inside an entry that is already one of {table}")
             elif not isinstance(content, yaml.MappingNode):
                 self._problem(source, f"{table} is a table; its keys are names, each with the values that differ")
             else:

@@ -103,7 +103,7 @@ def _refuse_repeats(node: yaml.Node) -> None:
         seen: set[str] = set()
         for key, value in node.value:
             if str(key.value) in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
             seen.add(str(key.value))
             _refuse_repeats(value)
     elif isinstance(node, yaml.SequenceNode):
@@ -157,7 +157,7 @@ def read_mapping(path: Path) -> tuple[_Loader, yaml.MappingNode]:
     if root is None:
         raise ConfigError(f"{name} holds no keys; {_EXPECTED}")
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{name}, line {root.start_mark.line + 1}: a list or a text stands here; {_EXPECTED}")
+        raise ConfigError(f"{name}, line {root.start_mark.line + 1}: found a list or a text; {_EXPECTED}")
     return loader, root
 
 
@@ -193,7 +193,7 @@ class Leaves:
                 fix = f"in a file write '{first}: {{{rest}: ...}}'"
                 self.problems.append(f"{source}: {shown(key)}: dotted keys are for the command line; {fix}")
             elif key in seen:
-                self.problems.append(f"{source}: {shown(key)} stands twice (first in line {seen[key]})")
+                self.problems.append(f"{source}: {shown(key)} is given twice (first in line {seen[key]})")
             elif key in self.tables:
                 tables.append((key, value_node, source))
             elif isinstance(value_node, yaml.MappingNode) and self._holds_keys(key, value_node):

@@ -1,4 +1,4 @@
-"""GDA: a Gaussian classifier in closed form beside zero-shot CLIP (Wang et al., ICLR 2024; arXiv 2402.04087)."""
+"""GDA: a Gaussian classifier in closed form, added to zero-shot CLIP (Wang et al., ICLR 2024; arXiv 2402.04087)."""
 
 from __future__ import annotations
 

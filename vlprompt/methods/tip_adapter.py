@@ -1,4 +1,4 @@
-"""Tip-Adapter: the few-shot images' features as a key-value cache beside zero-shot CLIP (ECCV 2022; arXiv 2207.09519).
+"""Tip-Adapter: the few-shot images' features as a key-value cache added to zero-shot CLIP (arXiv 2207.09519).
 
 No training: an image's logits are the zero-shot logits plus ``alpha exp(-beta (1 - f F^T)) V`` (equation 6). F are
 the features of the few-shot images, each a mean over random views, and V are their labels. ``alpha`` and ``beta`` are

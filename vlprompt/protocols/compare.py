@@ -121,7 +121,7 @@ def _difference(key: str, words: str, first: Mapping[str, Any], second: Mapping[
     if ours == theirs:
         # Two runs that both lack a key that every run records are not known to be equal.
         missing = ours is None and not key.startswith(_OPTIONAL) and _parent_lacks(key, first)
-        return f"{words}: neither run records it; run them anew with --force" if missing else None
+        return f"{words}: neither run records it; run them again with --force" if missing else None
     if isinstance(ours, dict) and isinstance(theirs, dict):
         names = [name for name in dict.fromkeys([*ours, *theirs]) if ours.get(name) != theirs.get(name)]
         parts = [f"{name} {_words(ours.get(name))} against {_words(theirs.get(name))}" for name in names]

@@ -147,17 +147,17 @@ def _check_inputs(folder: Path, inputs: dict[str, str]) -> None:
         if outputs := [name for name in (RESULTS, LAST_CHECKPOINT) if (folder / name).exists()]:
             raise ConfigError(
                 f"{folder} holds {' and '.join(outputs)} but no {ENVIRONMENT}, which says what they were made from. "
-                "Add --force to remove them and start anew, or choose another --output."
+                "Add --force to remove them and start again, or choose another --output."
             )
         return
     recorded = known.get("inputs")
     if not isinstance(recorded, dict):
-        raise ConfigError(f"{folder / ENVIRONMENT} is damaged: it lacks 'inputs'; start the run anew with --force")
+        raise ConfigError(f"{folder / ENVIRONMENT} is damaged: it lacks 'inputs'; start the run again with --force")
     changed = [name for name, value in inputs.items() if recorded.get(name) != value]
     if changed:
         raise ConfigError(
             f"{folder} was started from another {', '.join(changed)}; its results would not be this run's. "
-            "Add --force to remove it and start anew, or choose another --output."
+            "Add --force to remove it and start again, or choose another --output."
         )
 
 
@@ -182,9 +182,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); start the run anew with --force") from error
+        raise ConfigError(f"{path} cannot be read ({error}); start the run again with --force") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds no JSON object; start the run anew with --force")
+        raise ConfigError(f"{path} holds no JSON object; start the run again with --force")
     return value
 
 

@@ -239,7 +239,7 @@ def _finished(folder: Path) -> dict[str, Any] | None:
     """Return the results of a finished run, or None for an unfinished run."""
     results = read_json(folder / RESULTS)
     if results is not None and (results.get("schema") != SCHEMA or not _RESULT_PARTS <= results.keys()):
-        raise ConfigError(f"{folder / RESULTS} is damaged or of another version; start the run anew with --force")
+        raise ConfigError(f"{folder / RESULTS} is damaged or of another version; start the run again with --force")
     return results
 
 

@@ -107,9 +107,9 @@ def selection_of(output: str | Path) -> dict[str, Any] | None:
     try:
         selection = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}); search anew with --force") from error
+        raise ConfigError(f"{path} cannot be read ({error}); search again with --force") from error
     if not isinstance(selection, dict) or not isinstance(selection.get("oracle"), bool):
-        raise ConfigError(f"{path} does not say how hyperparameters were chosen; search anew with --force")
+        raise ConfigError(f"{path} does not say how hyperparameters were chosen; search again with --force")
     return selection
 
 
