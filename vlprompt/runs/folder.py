@@ -9,18 +9,18 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from vlprompt._dist import first_process_says, is_main_process
-from vlprompt._files import lock, sha256_json, sha256_tensors, write_json, write_text
+from vlprompt._files import lock, sha256_json, write_json, write_text
 from vlprompt.backbone import Backbone
-from vlprompt.config.keys import as_plain, to_yaml
-from vlprompt.config.meta import MetaRunConfig
+from vlprompt.config.keys import as_plain
 from vlprompt.config.run import RunConfig
+from vlprompt.config.yaml import yaml_text
 from vlprompt.data import describe_transform, test_transform
 from vlprompt.datasets import FewShotTask
 from vlprompt.engine.callbacks import LAST_CHECKPOINT
@@ -68,18 +68,13 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.output) / config.method / data.name / name
 
 
-def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of the names and bytes of ``tensors``."""
-    return sha256_tensors(tensors, lambda name, tensor: name)
-
-
 @contextlib.contextmanager
-def opened(folder: Path, config: RunConfig | MetaRunConfig, inputs: dict[str, str], *, force: bool) -> Iterator[None]:
+def opened(folder: Path, config: Mapping[str, Any], inputs: dict[str, str], *, force: bool) -> Iterator[None]:
     """Lock ``folder`` for this run; write its configuration and environment, or check that they match this run.
 
     Args:
         folder: The run's folder.
-        config: The resolved configuration.
+        config: The resolved configuration, in plain values.
         inputs: Checksums of the inputs (split, weights, initial prompts).
         force: Remove the files of an earlier run.
 
@@ -105,9 +100,9 @@ def opened(folder: Path, config: RunConfig | MetaRunConfig, inputs: dict[str, st
             _clear(folder)
         _check_inputs(folder, inputs)
         _sweep(folder)
-        write_text(folder / CONFIG, to_yaml(config))
+        write_text(folder / CONFIG, yaml_text(config))
         if not (folder / ENVIRONMENT).is_file():
-            write_json(folder / ENVIRONMENT, environment(config) | {"inputs": inputs})
+            write_json(folder / ENVIRONMENT, environment(config["seed"]) | {"inputs": inputs})
         ready = True
         _agree()
         yield
@@ -188,13 +183,13 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def environment(config: RunConfig | MetaRunConfig) -> dict[str, Any]:
+def environment(seed: int) -> dict[str, Any]:
     """Return what a result may depend on besides the configuration: versions, git state, seed, machine, command."""
     return {
         "command": sys.argv,
         "git": _git(),
         "versions": versions(),
-        "seeds": {"run": config.seed, "shots": config.seed},
+        "seeds": {"run": seed, "shots": seed},
         "machine": {
             "platform": platform.platform(),
             "gpus": torch.cuda.device_count(),

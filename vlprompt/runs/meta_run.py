@@ -214,7 +214,7 @@ def meta_train(config: MetaRunConfig, *, force: bool = False) -> tuple[Path, dic
     session.load()
     clusters, words = session.clusters, session.words()
     folder, method, regulator = session.folder, session.method, session.regulator
-    with opened(folder, config, session.inputs(), force=force):
+    with opened(folder, as_plain(config), session.inputs(), force=force):
         known = None if force else read_json(folder / RESULTS)
         if known is not None:
             return folder, known

@@ -13,7 +13,6 @@ import pytorch_lightning as pl
 from vlprompt._dist import is_main_process
 from vlprompt._files import write_json
 from vlprompt.backbone import Backbone
-from vlprompt.config.keys import as_plain
 from vlprompt.config.run import DataConfig, RunConfig, TrainerConfig
 from vlprompt.data.tally import tally
 from vlprompt.datasets import FewShotTask
@@ -32,12 +31,10 @@ from vlprompt.runs.folder import (
     HEAD,
     RESULTS,
     VALIDATION,
-    config_sha256,
     data_record,
     opened,
     read_json,
     shift_record,
-    tensors_sha256,
     versions,
 )
 from vlprompt.runs.selection import is_oracle, own_selection, selection_of
@@ -138,7 +135,7 @@ def run_session(session: Session, *, force: bool = False) -> Run:
     config, method, task, folder = session.config, session.method, session.task, session.folder
     if session.trains:
         check_trainable(method, metric_of(task))
-    with opened(folder, config, _inputs(session), force=force), tally() as images:
+    with opened(folder, session.plain, session.inputs(), force=force), tally() as images:
         known = None if force else _finished(folder)
         if known is not None:
             _load_trained(method, folder)
@@ -152,8 +149,8 @@ def run_session(session: Session, *, force: bool = False) -> Run:
         results = {
             "schema": SCHEMA,
             "method": config.method,
-            "config": as_plain(config),
-            "config_sha256": config_sha256(config),
+            "config": session.plain,
+            "config_sha256": session.sha256,
             "backbone": backbone_facts(method.backbone),
             "data": data_record(task, method.backbone, config.data.transform),
             "versions": versions(),
@@ -174,18 +171,6 @@ def run_session(session: Session, *, force: bool = False) -> Run:
             Head(method, facts).save_pretrained(folder / HEAD)
             write_json(folder / RESULTS, results)  # last, because it marks the run as finished
         return Run(folder, results)
-
-
-def _inputs(session: Session) -> dict[str, str]:
-    """Return the checksums of the inputs of the run."""
-    regulator = session.regulator
-    return {
-        "split": session.task.split_sha256,
-        "choice of shots": session.task.shots_sha256,
-        "backbone": session.backbone.fingerprint,
-        "initial prompts": tensors_sha256(session.method.trained_state()),
-        **({} if regulator is None else {"gradient regulator": tensors_sha256(regulator.state_dict())}),
-    }
 
 
 def _trained(session: Session) -> pl.Trainer:
@@ -224,7 +209,7 @@ def validate(config: RunConfig, *, force: bool = False, after: Session | None = 
     method, task, folder = session.method, session.task, session.folder
     if session.trains:
         check_trainable(method, metric_of(task))
-    with opened(folder, session.config, _inputs(session), force=force), tally():
+    with opened(folder, session.plain, session.inputs(), force=force), tally():
         known = None if force else read_json(folder / VALIDATION)
         if known is not None and known.get("val_sha256") == task.describe()["val_sha256"] and "val" in known:
             return dict(known["val"])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt._dist import local_rank
-from vlprompt._files import sha256_lines
+from vlprompt._files import sha256_lines, sha256_tensors
 from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.config.keys import as_plain
@@ -34,7 +34,7 @@ from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
 from vlprompt.methods.registry import merge_parts, open_templates
 from vlprompt.objectives import get_objective_class
 from vlprompt.prompts.decomposed import get_decomposition_class
-from vlprompt.runs.folder import run_folder
+from vlprompt.runs.folder import config_sha256, run_folder
 from vlprompt.runs.selection import judge
 
 
@@ -70,11 +70,11 @@ class Session:
     def __init__(
         self, config: RunConfig, *, scored: Literal["test", "val"] = "test", after: Session | None = None
     ) -> None:
-        self.config = complete(config)
         self.scored = scored
         self._modules: list[tuple[tuple[Any, ...], FewShotData]] = []
         if after is not None:
-            self._take_over(after)
+            self._take_over(after, config)
+        self.config = complete(config)
 
     @classmethod
     def given(
@@ -134,9 +134,31 @@ class Session:
 
     # -- loaded objects ---------------------------------------------------------------------------------------------
     @cached_property
+    def plain(self) -> dict[str, Any]:
+        """The configuration in plain values."""
+        return as_plain(self.config)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The SHA-256 of everything in the configuration that can change a result."""
+        return config_sha256(self.config)
+
+    @cached_property
     def folder(self) -> Path:
         """The run's folder."""
         return run_folder(self.config)
+
+    def inputs(self) -> dict[str, str]:
+        """Return the checksums of the inputs of the run."""
+        state = {"initial prompts": self.method.trained_state()}
+        if self.regulator is not None:
+            state["gradient regulator"] = self.regulator.state_dict()
+        return {
+            "split": self.task.split_sha256,
+            "choice of shots": self.task.shots_sha256,
+            "backbone": self.backbone.fingerprint,
+            **{name: sha256_tensors(tensors, lambda name, tensor: name) for name, tensors in state.items()},
+        }
 
     @cached_property
     def device(self) -> str:
@@ -435,13 +457,12 @@ class Session:
         exact = config.trainer.devices == 1 and config.trainer.precision == "32-true"
         return config.recipe.epochs if exact and size <= 2**30 else 0
 
-    def _take_over(self, other: Session) -> None:
-        """Reuse the objects of ``other`` that this session would load identically."""
-        known, config = vars(other), self.config
-        if "backbone" in known and (other.config.backbone, other.device) == (config.backbone, self.device):
-            self.backbone = other.backbone.to(self.device)
-        request = _request(config.data, config.seed)
-        if "drawn" in known and _request(other.config.data, other.config.seed) == request:
+    def _take_over(self, other: Session, config: RunConfig) -> None:
+        """Reuse the objects of ``other`` that ``config`` would load identically."""
+        known, theirs, device = vars(other), other.config, device_of(config.trainer)
+        if "backbone" in known and (theirs.backbone, other.device) == (config.backbone, device):
+            self.backbone = other.backbone.to(device)
+        if "drawn" in known and _request(theirs.data, theirs.seed) == _request(config.data, config.seed):
             self.drawn = other.drawn
 
 
