@@ -263,6 +263,21 @@ def test_text_features_are_unit_rows_that_give_the_logits(
 
 
 @every_method
+def test_objectives_get_text_features_of_the_declared_kind(
+    tiny_backbone: Backbone, images: Tensor, name: str, own: Mapping[str, Any]
+) -> None:
+    method = make(tiny_backbone, name, own).eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        features = method.image_features(images)
+        shape = method.training_text_features(method.unit_image(features), features).shape
+    leading = {"class": 0, "expert": 1, "image": 1}[method.text_features_per]
+    assert len(shape) == 2 + leading and shape[-2:] == (5, method.class_dim)
+    if method.text_features_per == "image":
+        assert len(shape) == 3 and shape[0] == len(images)
+
+
+@every_method
 def test_one_class_and_repeated_classes_are_served(
     tiny_backbone: Backbone, images: Tensor, name: str, own: Mapping[str, Any]
 ) -> None:

@@ -87,6 +87,7 @@ class MoCoOp(PromptMethod):
 
     Settings = MoCoOpSettings
     recipe = RecipeConfig(epochs=25, lr=0.032, warmup_epochs=3, gradient_clip=1.0)
+    text_features_per = "expert"
     settings: MoCoOpSettings
     _prototypes: Tensor | None
 
