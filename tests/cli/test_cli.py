@@ -47,20 +47,6 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     return noted
 
 
-@pytest.fixture
-def fails(calls: Calls, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """``fails(*argv)``: the text on standard error of a command that must end with 2 and call and print nothing."""
-
-    def check(*argv: str) -> str:
-        assert main(argv) == 2
-        out, err = capsys.readouterr()
-        assert err.startswith("vlprompt: error: ") and not out and not calls
-        assert len(err.splitlines()) <= 30 and len(err) < 2500
-        return err
-
-    return check
-
-
 def make_run(folder: Path, *, head: bool = True, **data: str) -> Path:
     """A run folder as training leaves it: config.yaml and, if finished, head/config.json."""
     config = parse_run(["--config", "mocoop/demo", *(f"--data.{key}={value}" for key, value in data.items())])

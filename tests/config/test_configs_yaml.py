@@ -132,7 +132,7 @@ def test_every_data_set_and_protocol_resolves(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_book_does_not_repeat_the_methods_own_values(method: str) -> None:
-    """What stands at the top of a book differs from what holds without it."""
+    """Top-level values of a book differ from the values without the book."""
     values, defaults = (
         flat(load(CONFIGS / method / "base.yaml")),
         flat(dataclasses.asdict(parse_run(["--method", method]))),

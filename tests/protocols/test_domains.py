@@ -88,7 +88,7 @@ def test_train_from_python_is_the_same_run(styles: Tiny, toy_sets: Path, tmp_pat
 
 # -- protocols ------------------------------------------------------------------------------------------------------
 def test_leave_one_out(styles: Tiny, tmp_path: Path) -> None:
-    config = styles("coop", lr=0.2, classes="base", source=["a"], target=["a"])  # what the protocol sets anew
+    config = styles("coop", lr=0.2, classes="base", source=["a"], target=["a"])  # overwritten by the protocol
     runs: list[Run] = []
     results, table = domain_generalisation([config], "leave-one-out", (1, 2), report=runs.append)
     told = [(r.results["data"]["source"], r.results["data"]["target"], r.results["data"]["seed"]) for r in runs]

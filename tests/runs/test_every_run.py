@@ -110,7 +110,7 @@ class Loss(torch.nn.Module):
         return torch.stack(list(self.method.losses(images, labels).values())).sum()
 
 
-#: Each step draws anew, so what is drawn is off.
+#: Every step draws, so random parts are turned off.
 NOT_DRAWN: dict[str, dict[str, Any]] = {"clip_lora": {"dropout": 0.0}, "ramt": {"gradient_dropout": None}}
 
 
