@@ -46,7 +46,7 @@ class Needs:
         unlabelled_views: Number of random views of each unlabelled image.
         select_on: Split that the method chooses hyperparameters on; ``test`` is the published leak, and the results are
             marked as an oracle. None: it chooses nothing.
-        online: Scores depend on the test images before.
+        online: Scores depend on the test images before; ``data.order`` is their order.
         gradient: Scoring differentiates, as test-time tuning does.
     """
 

@@ -28,6 +28,19 @@ def test_evaluation_covers_every_index_once(length: int, world: int) -> None:
     assert max(len(sampler) for sampler in ranks) - min(len(sampler) for sampler in ranks) <= 1
 
 
+@given(st.integers(0, 50), st.integers(1, 12), st.integers(0, 9))
+def test_a_shuffled_evaluation_is_one_order_of_the_seed_for_any_number_of_processes(
+    length: int, world: int, seed: int
+) -> None:
+    whole = [index for _, index in EvalSampler(length, order_seed=seed)]
+    ranks = [[i for _, i in EvalSampler(length, order_seed=seed, rank=r, world_size=world)] for r in range(world)]
+    assert sorted(whole) == list(range(length))
+    assert [ranks[place % world][place // world] for place in range(length)] == whole
+    if length > 20:
+        assert whole != list(range(length)) != [index for _, index in EvalSampler(length, order_seed=seed + 10)]
+        assert whole != [index for _, index in EvalSampler(length, order_seed=seed + 10)]
+
+
 @pytest.mark.parametrize(("length", "world"), [(7, 2), (2465, 2), (2465, 4), (1, 3), (3, 8)])
 def test_odd_and_tiny_evaluation_sets(length: int, world: int) -> None:
     indices = [[index for _, index in EvalSampler(length, rank=rank, world_size=world)] for rank in range(world)]

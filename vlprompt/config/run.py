@@ -24,6 +24,7 @@ from vlprompt.config.types import (
 from vlprompt.errors import ConfigError
 
 Classes = Literal["all", "base", "new"]
+TestOrder = Literal["shuffled", "file"]
 GRAM = "gram:"
 """Prefix of ``RunConfig.init_from`` for a meta-training."""
 
@@ -51,6 +52,8 @@ class DataConfig:
     unreadable image stops the run, or is skipped and counted. ``cached_views``: random transforms per training image
     with cached features, if the image side is frozen; 0 for none, None for one per epoch if that is exact and small.
     ``bank``: folder of generated images made by ``vlprompt bank``, for methods that use them.
+    ``order``: order of the test images for methods whose scores depend on it (TDA): a random order of ``seed``, as the
+    official code draws one, or that of the data set's list, which is often sorted by class.
     """
 
     name: Name = "demo"
@@ -68,6 +71,7 @@ class DataConfig:
     on_bad_image: Literal["error", "skip"] = "error"
     cached_views: Annotated[Count | None, Words("0 or more views per image, or null to leave the choice")] = None
     bank: Name | None = None
+    order: TestOrder = "shuffled"
 
     def __post_init__(self) -> None:
         if self.cached_views and self.transform == "center":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytorch_lightning as pl
 import torch
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from vlprompt._dist import gathered, rank_and_size
 from vlprompt._files import sha256_lines
+from vlprompt.config.run import TestOrder
 from vlprompt.data.batches import Batch, FeatureBatches, ImageBatches, automatic_workers, labels_of, make_loader
 from vlprompt.data.features import FeatureStore, Rows, default_folder, encode_all
 from vlprompt.data.multi_view import GeneratedViews, ImageBank, MultiViewImages, RandomViews, additional_views
@@ -28,6 +29,7 @@ from vlprompt.errors import ConfigError, DataError, did_you_mean
 from vlprompt.needs import TestViews
 
 ON_BAD_IMAGE = ("error", "skip")
+TEST_ORDERS: tuple[TestOrder, ...] = get_args(TestOrder)
 
 
 class FewShotData(pl.LightningDataModule):
@@ -76,6 +78,8 @@ class FewShotData(pl.LightningDataModule):
         views_as_images: Whether test batches have the views as images instead of features; a batch then has
             ``max(1, test_batch_size // V)`` test images.
         generated: The bank of generated images, required if ``test_views`` has any.
+        test_order: Order of the test images: that of the list (``file``), or a random order of ``seed``
+            (``shuffled``), which is the same for any number of processes.
 
     Raises:
         ConfigError: If a value is out of range, or ``test_views`` lacks an encoder or a bank.
@@ -101,6 +105,7 @@ class FewShotData(pl.LightningDataModule):
         test_views: TestViews | None = None,
         views_as_images: bool = False,
         generated: ImageBank | None = None,
+        test_order: TestOrder = "file",
     ) -> None:
         super().__init__()
         for name, value, minimum in (
@@ -113,6 +118,8 @@ class FewShotData(pl.LightningDataModule):
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise ConfigError(f"{name} is {value!r}; accepted: whole numbers from {minimum}.")
+        if test_order not in TEST_ORDERS:
+            raise ConfigError(f"test_order is {test_order!r}.{did_you_mean(str(test_order), TEST_ORDERS)}")
         if on_bad_image not in ON_BAD_IMAGE:
             raise ConfigError(f"on_bad_image is {on_bad_image!r}.{did_you_mean(str(on_bad_image), ON_BAD_IMAGE)}")
         if encode is not None and not fingerprint:
@@ -126,7 +133,7 @@ class FewShotData(pl.LightningDataModule):
         self.encode, self.fingerprint, self.device = encode, fingerprint, device
         self.cached_views = cached_views if transform != "center" else 0
         self.skip, self.keep_bytes = on_bad_image == "skip", keep_bytes
-        self.test_views, self.views_as_images = test_views, views_as_images
+        self.test_views, self.views_as_images, self.test_order = test_views, views_as_images, test_order
         self._test_view = RandomViews(preprocess, "center", 1, seed)
         self._additional = [] if test_views is None else additional_views(preprocess, test_views, generated, seed)
         self.store = features if isinstance(features, FeatureStore) else FeatureStore(features or default_folder())
@@ -371,7 +378,8 @@ class FewShotData(pl.LightningDataModule):
         else:
             once = self.trainer is not None and self.trainer.state.fn != "fit"
             dataset = self._images(split, "center", keep=split == "val" and not once)
-        sampler = EvalSampler(len(dataset), rank=rank, world_size=world_size)
+        order_seed = self.seed if split == "test" and self.test_order == "shuffled" else None
+        sampler = EvalSampler(len(dataset), order_seed=order_seed, rank=rank, world_size=world_size)
         return self._loader(split, dataset, sampler, size, 1.0)
 
     def _loader(

@@ -99,17 +99,32 @@ class TrainSampler(KeySampler):
 
 
 class EvalSampler(KeySampler):
-    """Yield every index exactly once over all ranks: rank ``r`` of ``W`` yields ``r, r + W, r + 2W, ...``.
+    """Yield every index exactly once over all ranks: rank ``r`` of ``W`` yields entries ``r, r + W, r + 2W, ...``.
 
     Nothing is padded: ranks may differ by one sample, and have none if there are more ranks than samples.
+
+    Args:
+        length: Number of samples.
+        order_seed: Seed of a random order of the samples; None for the order of the list.
+        rank: Rank of this process.
+        world_size: Number of processes ``W``.
     """
 
-    def __init__(self, length: int, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, length: int, *, order_seed: int | None = None, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(length, rank=rank, world_size=world_size)
+        self.order_seed = order_seed
+
+    def order(self) -> list[int]:
+        """Return the indices of all ranks in the order in which they are evaluated."""
+        if self.order_seed is None:
+            return list(range(self.length))
+        generator = torch.Generator().manual_seed(derived_seed(self.order_seed))
+        order: list[int] = torch.randperm(self.length, generator=generator).tolist()
+        return order
 
     def __iter__(self) -> Iterator[Key]:
         """Yield this rank's keys; the epoch is always 0."""
-        return ((0, index) for index in range(self.rank, self.length, self.num_replicas))
+        return ((0, index) for index in self.order()[self.rank :: self.num_replicas])
 
     def __len__(self) -> int:
         """Return the number of keys this rank yields."""

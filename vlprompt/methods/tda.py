@@ -2,7 +2,8 @@
 
 Test images are processed in sequence. Each image may be added to a cache of its predicted class, and its zero-shot
 logits are corrected by its affinity to the images in both caches (:mod:`vlprompt.testtime.tda`). No gradients. Scores
-depend on the order of the test images: report ``seed`` and several orders.
+depend on the order of the test images. The official code shuffles them (kdiAAA/TDA, utils.py 130-139); here ``seed``
+draws the order and ``data.order: file`` keeps that of the list. Report several orders: ``--seeds 1,2,3``.
 
 The published cache weights differ by data set and were evidently chosen on the evaluated images; ``configs/tda`` has
 them, and the defaults are ImageNet's. The published code multiplies cosines by 100; here the backbone's logit scale is

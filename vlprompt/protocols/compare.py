@@ -33,6 +33,7 @@ _PROTOCOL: Mapping[str, str] = {
     "data.target": "domains to test on",
     "data.transform.train": "training transform",
     "data.transform.test": "test transform",
+    "data.order": "order of the test images",
 }
 _OTHER: Mapping[str, str] = {
     "method": "method",
@@ -45,7 +46,7 @@ _OTHER: Mapping[str, str] = {
     "backbone.precision": "precision of the backbone",
     "backbone.fingerprint": "content of the weights",
 }
-_OPTIONAL = ("data.source", "data.target", "selection.", "config.decomposition")
+_OPTIONAL = ("data.source", "data.target", "data.order", "selection.", "config.decomposition")
 
 
 @dataclass(frozen=True)

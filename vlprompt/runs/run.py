@@ -133,6 +133,7 @@ def train(
 def run_session(session: Session, *, force: bool = False) -> Run:
     """Train and evaluate the method of ``session`` and save the results in its folder; see :func:`run`."""
     config, method, task, folder = session.config, session.method, session.task, session.folder
+    session.check_order()
     if session.trains:
         check_trainable(method, metric_of(task))
     with opened(folder, session.plain, session.inputs(), force=force), tally() as images:
@@ -152,7 +153,7 @@ def run_session(session: Session, *, force: bool = False) -> Run:
             "config": session.plain,
             "config_sha256": session.sha256,
             "backbone": backbone_facts(method.backbone),
-            "data": data_record(task, method.backbone, config.data.transform),
+            "data": data_record(task, method.backbone, config.data.transform) | session.order_record(),
             "versions": versions(),
             "results": scores,
             "zeroshot": zeroshot,
@@ -175,7 +176,6 @@ def run_session(session: Session, *, force: bool = False) -> Run:
 
 def _trained(session: Session) -> pl.Trainer:
     """Train the session's method in place, resuming if possible, and return the Trainer for testing."""
-    session.check_processes()
     config, method = session.config, session.method
     regulator = session.regulator
     regulation = [] if regulator is None else [GradientRegulation(regulator, session.task_feature())]
@@ -207,6 +207,7 @@ def validate(config: RunConfig, *, force: bool = False, after: Session | None = 
     """
     session = Session(config, scored="val", after=after)
     method, task, folder = session.method, session.task, session.folder
+    session.check_order()
     if session.trains:
         check_trainable(method, metric_of(task))
     with opened(folder, session.plain, session.inputs(), force=force), tally():
@@ -295,11 +296,12 @@ def evaluate_head(
     trainer = trainer or TrainerConfig(progress=False)
     head = load_head(folder, device=device_of(trainer))
     session = Session.of_head(head, data, seed=seed, trainer=trainer)
+    session.check_order()
     method, task = session.method, session.task
     quiet = make_trainer(trainer, Path(folder), 1, gradient=method.needs.gradient)
     with tally():  # reports skipped images
         scores, _ = tested(session, quiet, method, task)
-    return scores | {"data": task.describe(), "oracle": is_oracle([head.training_facts])}
+    return scores | {"data": task.describe() | session.order_record(), "oracle": is_oracle([head.training_facts])}
 
 
 __all__: Sequence[str] = [

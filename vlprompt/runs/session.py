@@ -19,7 +19,7 @@ from vlprompt._files import sha256_lines, sha256_tensors
 from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.config.keys import as_plain
-from vlprompt.config.run import BackboneConfig, DataConfig, RunConfig, TrainerConfig
+from vlprompt.config.run import BackboneConfig, DataConfig, RunConfig, TestOrder, TrainerConfig
 from vlprompt.config.types import make
 from vlprompt.data import FewShotData
 from vlprompt.datasets import FewShotTask, load_dataset
@@ -325,7 +325,8 @@ class Session:
             ConfigError: Values do not fit the method.
         """
         config, views = self.config, method.needs.test_views
-        key = (id(task), method.needs.images, views)  # modules keep their task alive, so its id stays unique
+        order: TestOrder = config.data.order if method.needs.online else "file"
+        key = (id(task), method.needs.images, views, order)  # modules keep their task alive, so its id stays unique
         for module_key, module in self._modules:
             if module_key == key:
                 return module
@@ -347,6 +348,7 @@ class Session:
             encode=None if method.needs.images else self._encode,
             fingerprint=self.backbone.fingerprint,
             device=self.device,
+            test_order=order,
             **view_options,
         )
         self._modules.append((key, module))
@@ -404,13 +406,26 @@ class Session:
         )  # features of skipped images are zeros and stay zeros
         return unit.sum(dim=0) / (len(unit) - len(data.unreadable("train")))
 
-    def check_processes(self) -> None:
-        """Raise ConfigError if several processes would share a stream of test images with a fixed order."""
-        if self.method.needs.online and self.config.trainer.devices > 1:
+    def check_order(self) -> None:
+        """Raise ConfigError if several processes would share a stream, or an order is given without a stream."""
+        config, name = self.config, self.method.name
+        if self.method.needs.online and config.trainer.devices > 1:
             raise ConfigError(
-                f"trainer.devices is {self.config.trainer.devices}, but {self.method.name} sees its test images one "
-                "after the other; accepted: 1"
+                f"trainer.devices is {config.trainer.devices}, but {name} sees its test images one after the other; "
+                "accepted: 1"
             )
+        if not self.method.needs.online and config.data.order != DataConfig().order:
+            raise ConfigError(
+                f"data.order is {config.data.order!r}, but the scores of {name} do not depend on the order of the test "
+                "images; omit data.order"
+            )
+
+    def order_record(self) -> dict[str, Any]:
+        """Return the order of the test images for the data record, ``{"order": {...}}``; empty without a stream."""
+        if not self.method.needs.online:
+            return {}
+        order = self.config.data.order
+        return {"order": {"kind": order, **({"seed": self.config.seed} if order == "shuffled" else {})}}
 
     def _encode(self, images: Tensor) -> Tensor:
         return self.backbone.encode_image(images.to(self.backbone.device))  # the Trainer moves the backbone
