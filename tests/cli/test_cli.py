@@ -28,7 +28,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     """Stands in for what the commands call: notes name and arguments, returns small results."""
     noted: Calls = []
     folder = Path("runs/toy")
-    run = types.SimpleNamespace(folder=folder, head_dir=folder / "head", table=lambda: "the table")
+    run = types.SimpleNamespace(folder=folder, head_dir=folder / "head", table=lambda metrics: "the table")
     predictions = [
         {
             "path": "a [b] :cat:.png",

@@ -183,7 +183,7 @@ def test_compare_says_by_its_status_whether_the_data_differ(
         ),
         (
             {"metric": "map", "map": 60.0, "map_11point": 61.0, "cf1": 50.0, "of1": 55.0, "total": 8},
-            "mAP 60.00 % (CF1 50.00, OF1 55.00, 11-point mAP 61.00; 8 images)",
+            "mAP 60.00 % (11-point mAP 61.00, CF1 50.00, OF1 55.00; 8 images)",
         ),
     ],
 )

@@ -11,17 +11,22 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from tests.fixtures.processes import in_group
 from vlprompt.engine.metrics import (
     METRICS,
+    OF_ONE_LABEL,
     MulticlassScores,
     MultilabelScores,
+    check_metrics,
     eleven_point,
     headline,
     make_scores,
+    measured,
     metric_of,
     plain_score,
+    values_of,
 )
 from vlprompt.errors import ConfigError
 
@@ -38,7 +43,7 @@ EXPECTED = {
 }
 
 
-def measured(logits: torch.Tensor, labels: torch.Tensor, batch: int = 3) -> dict[str, float]:
+def of_several(logits: torch.Tensor, labels: torch.Tensor, batch: int = 3) -> dict[str, float]:
     scores = MultilabelScores(logits.shape[1])
     for start in range(0, len(logits), batch):
         scores.update(logits[start : start + batch], labels[start : start + batch])
@@ -49,18 +54,18 @@ def measured(logits: torch.Tensor, labels: torch.Tensor, batch: int = 3) -> dict
 
 # -- several labels per image ---------------------------------------------------------------------------------------
 def test_multilabel_scores_by_hand() -> None:
-    assert measured(LOGITS, LABELS) == pytest.approx(EXPECTED, rel=1e-6)
+    assert of_several(LOGITS, LABELS) == pytest.approx(EXPECTED, rel=1e-6)
     assert (
         len({round(EXPECTED[name], 3) for name in ("map", "map_11point", "cf1", "of1")}) == 4
     )  # all different numbers
     order = torch.tensor([2, 0, 3, 1])
-    assert measured(LOGITS[order], LABELS[order], batch=1) == pytest.approx(EXPECTED, rel=1e-6)
+    assert of_several(LOGITS[order], LABELS[order], batch=1) == pytest.approx(EXPECTED, rel=1e-6)
 
 
 def test_logits_that_saturate_the_sigmoid_are_still_ranked() -> None:
     scaled = 100 * LOGITS + 500
     assert (scaled.sigmoid() == 1).all()  # the input of a metric on probabilities
-    values = measured(scaled, LABELS)
+    values = of_several(scaled, LABELS)
     assert {name: values[name] for name in ("map", "map_11point")} == pytest.approx(
         {name: EXPECTED[name] for name in ("map", "map_11point")}, rel=1e-6
     )
@@ -70,17 +75,17 @@ def test_logits_that_saturate_the_sigmoid_are_still_ranked() -> None:
 
 def test_the_f1_threshold_is_eight_tenths() -> None:
     logits = torch.tensor([[1.38], [1.39]])  # probabilities just below and just above
-    assert measured(logits, torch.tensor([[1.0], [1.0]]))["of1"] == pytest.approx(100 * 2 * 1 / (1 + 2), rel=1e-6)
+    assert of_several(logits, torch.tensor([[1.0], [1.0]]))["of1"] == pytest.approx(100 * 2 * 1 / (1 + 2), rel=1e-6)
 
 
 def test_a_class_without_positives_is_skipped_in_the_means() -> None:
     labels = torch.cat([LABELS, torch.zeros(4, 1)], dim=1)
-    values = measured(torch.cat([LOGITS, torch.full((4, 1), -9.0)], dim=1), labels)
+    values = of_several(torch.cat([LOGITS, torch.full((4, 1), -9.0)], dim=1), labels)
     assert values["map"] == pytest.approx(EXPECTED["map"]) and values["map_11point"] == pytest.approx(
         EXPECTED["map_11point"]
     )
     assert values["cf1"] == pytest.approx(EXPECTED["cf1"] * 2 / 3)  # MULTI-LANE counts it as 0
-    nothing = measured(LOGITS, torch.zeros(4, 2))
+    nothing = of_several(LOGITS, torch.zeros(4, 2))
     assert nothing == {"map": 0.0, "map_11point": 0.0, "cf1": 0.0, "of1": 0.0, "total": 4.0}
 
 
@@ -104,7 +109,7 @@ def test_average_precisions_follow_their_definitions(images: list[tuple[int, int
         positive[0] = 1
     area, eleven = naive(scores, positive)
     logits, labels = 30 * torch.tensor(scores).float()[:, None], torch.tensor(positive).float()[:, None]
-    values = measured(logits, labels, batch=7)
+    values = of_several(logits, labels, batch=7)
     assert values["map"] == pytest.approx(100 * float(area), abs=1e-4)
     assert values["map_11point"] == pytest.approx(100 * float(eleven), abs=1e-9)
 
@@ -148,10 +153,9 @@ def test_counts_per_class_and_their_mean() -> None:
     values, per_class = scores.score()
     assert per_class == {"correct": [1, 3, 1, 0], "total": [1, 4, 1, 0]}
     plain = {name: float(value) for name, value in values.items()}
-    assert plain == pytest.approx(
-        {"accuracy": 100 * 5 / 6, "correct": 5, "total": 6, "mean_per_class": 100 * (1 + 3 / 4 + 1) / 3}
-    )
-    assert plain_score("accuracy", plain) == {"accuracy": 100 * 5 / 6, "correct": 5, "total": 6}
+    expected = {"accuracy": 100 * 5 / 6, "correct": 5, "total": 6, "mean_per_class": 100 * (1 + 3 / 4 + 1) / 3}
+    assert {name: plain[name] for name in expected} == pytest.approx(expected)
+    assert set(plain_score("accuracy", plain)) == {*expected, "top5", "ece"}
     named = plain_score("mean_per_class", plain)
     assert named["metric"] == "mean_per_class" and headline(named) == pytest.approx(plain["mean_per_class"])
     assert headline(plain_score("accuracy", plain)) == 100 * 5 / 6
@@ -160,7 +164,58 @@ def test_counts_per_class_and_their_mean() -> None:
 def test_a_single_class_is_supported() -> None:
     scores = MulticlassScores(1)
     scores.update(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))
-    assert scores.score()[1] == {"correct": [3], "total": [3]}
+    values, per_class = scores.score()
+    assert per_class == {"correct": [3], "total": [3]} and (float(values["top5"]), float(values["ece"])) == (100, 0)
+
+
+def test_the_top_five_are_those_of_torchmetrics() -> None:
+    logits = torch.randn(200, 9, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(200) % 9
+    scores = MulticlassScores(9)
+    for rows in torch.arange(200).split(64):
+        scores.update(logits[rows], labels[rows])
+    expected = 100 * multiclass_accuracy(logits, labels, 9, top_k=5, average="micro")
+    assert float(scores.score()[0]["top5"]) == pytest.approx(float(expected), rel=1e-6)
+    few = MulticlassScores(3)  # all classes are among the first five
+    few.update(logits[:, :3], labels % 3)
+    assert float(few.score()[0]["top5"]) == 100
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+def test_the_calibration_error_is_that_of_torchmetrics(scale: float) -> None:
+    logits = scale * torch.randn(300, 4, generator=torch.Generator().manual_seed(2))
+    labels = torch.arange(300) % 4
+    scores = MulticlassScores(4)
+    for rows in torch.arange(300).split(64):
+        scores.update(logits[rows], labels[rows])
+    expected = multiclass_calibration_error(logits.double().softmax(dim=-1), labels, 4, n_bins=15)
+    assert float(scores.score()[0]["ece"]) == pytest.approx(100 * float(expected), rel=1e-4)
+
+
+def test_the_calibration_error_by_hand() -> None:
+    # Confidences 0.9 (right, wrong) and 1 (right): bins 13/15 ... 14/15 and 14/15 ... 1, which includes 1.
+    logits = torch.tensor([[9.0, 1.0], [1.0, 9.0], [1.0, 0.0]]).log()
+    scores = MulticlassScores(2)
+    scores.update(logits, torch.tensor([0, 0, 0]))
+    assert float(scores.score()[0]["ece"]) == pytest.approx(100 * (abs(1 - 2 * 0.9) + 0) / 3)
+
+
+def test_sums_over_parts_give_the_scores_of_all_images() -> None:
+    logits = 3 * torch.randn(90, 7, generator=torch.Generator().manual_seed(3))
+    labels = torch.arange(90) % 7
+    whole, parts = MulticlassScores(7), []
+    for rows in torch.arange(90).split(40):
+        part = MulticlassScores(7)
+        part.update(logits[rows], labels[rows])
+        part.score()
+        part.reset()
+        parts.append(part.sums)
+        whole.update(logits[rows], labels[rows])
+    pooled = values_of({name: torch.stack([sums[name] for sums in parts]).sum(dim=0) for name in parts[0]})
+    expected = whole.score()[0]
+    assert {name: float(value) for name, value in pooled.items()} == pytest.approx(
+        {name: float(value) for name, value in expected.items()}
+    )
 
 
 # -- the headline metric --------------------------------------------------------------------------------------------
@@ -196,6 +251,27 @@ def test_the_metric_of_a_task(facts: dict[str, Any], expected: str) -> None:
 def test_a_metric_for_another_kind_of_labels_is_refused(facts: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         metric_of(SimpleNamespace(name="toy", **facts))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (["top_5"], "'top_5' is no metric. Did you mean 'top5'"),
+        (["ece", "ece"], "'ece' is named twice"),
+        (["map", "ece"], "toy has one label per image and no map; accepted: accuracy, mean_per_class, top5, ece.*"
+         "voc has several labels per image and no ece; accepted: map, map_11point, cf1, of1"),
+    ],
+)  # fmt: skip
+def test_metrics_that_cannot_be_shown_are_refused(metrics: list[str], message: str) -> None:
+    check_metrics(list(OF_ONE_LABEL), {"toy": False})
+    with pytest.raises(ConfigError, match=f"metrics: .*{message}"):
+        check_metrics(metrics, {"toy": False, "voc": True})
+
+
+def test_a_value_that_an_earlier_version_did_not_measure() -> None:
+    assert measured({"accuracy": 50.0, "top5": 80.0}, "top5") == 80
+    with pytest.raises(ConfigError, match="holds accuracy and no 'ece'.*--force"):
+        measured({"accuracy": 50.0, "correct": 1, "total": 2}, "ece")
 
 
 def test_an_unknown_metric_is_refused() -> None:

@@ -61,7 +61,7 @@ def test_the_best_on_validation_images_is_tested(toy: Tiny, tmp_path: Path) -> N
     values = [one["values"] for one in scores]
     assert values == [{"recipe.lr": lr, "recipe.epochs": epochs} for lr in (1e-6, 0.2) for epochs in (2, 3)]
     task = load_dataset("toy-styles", root=config.data.root, shots=2)
-    assert all(one["score"] == score(one["score"]["correct"], len(task.val)) for one in scores)
+    assert all(one["score"].items() >= score(one["score"]["correct"], len(task.val)).items() for one in scores)
     assert [len(told), told[0].split(":")[0]] == [4, "recipe.lr 1.0e-06, recipe.epochs 2"]
     best = max(one["score"]["correct"] for one in scores)
     first = next(one["values"] for one in scores if one["score"]["correct"] == best)

@@ -1,13 +1,14 @@
 """What ``vlprompt COMMAND --help`` prints, one text per command."""
 
 TRAIN_HELP = """\
-vlprompt train --config FILE [--a.b VALUE ...] [--print-config] [--dry-run] [--force]
+vlprompt train --config FILE [--a.b VALUE ...] [--metrics A,B] [--print-config] [--dry-run] [--force]
 
 Trains a method, evaluates it, and saves config, head and results in a run folder. The same command resumes an
 unfinished run and shows a finished one.
 
   --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours; several: later files win
   --a.b VALUE       overrides a key of the files, in any position; lists as '[1, 2]', no value as null
+  --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
   --print-config    print every value with its source and stop
   --dry-run         print shapes, parameters, memory and steps and stop
   --force           train again even if the run is finished
@@ -16,7 +17,7 @@ Example: vlprompt train --config mocoop/demo --data.shots 4 --recipe.epochs 5
 """
 BASE_TO_NEW_HELP = """\
 vlprompt base-to-new --config FILE [--config FILE2 ...] [--datasets NAME,NAME2] [--seeds 1,2,3] [--a.b VALUE ...]
-                     [--dry-run] [--print-config] [--force]
+                     [--metrics A,B] [--dry-run] [--print-config] [--force]
 
 Trains on the base classes with each seed, evaluates base and new classes, and prints accuracies, their harmonic mean
 and zero-shot. Several --config files are compared side by side; the overrides apply to all of them.
@@ -26,6 +27,7 @@ and zero-shot. Several --config files are compared side by side; the overrides a
                     average: its H is the harmonic mean of the averages, as in published tables
   --seeds 1,2,3     the seeds (default 1,2,3)
   --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
+  --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
   --dry-run         print the plan, a line per training with the values that differ, and stop; needs no data
   --print-config    print the resolved configurations and stop
   --force           run finished runs again
@@ -34,7 +36,7 @@ Example: vlprompt base-to-new --config coop/demo --config mocoop/demo --seeds 1
 """
 DOMAINS_HELP = """\
 vlprompt domains --config FILE [--config FILE2 ...] --protocol leave-one-out|single-source [--seeds 1,2,3]
-                 [--a.b VALUE ...] [--dry-run] [--print-config] [--force]
+                 [--metrics A,B] [--a.b VALUE ...] [--dry-run] [--print-config] [--force]
 
 Domain generalisation: trains on some domains of a data set and tests on the others and their corrupted versions, with
 each seed, and prints the accuracy on every domain and their mean, with zero-shot. Several --config files are compared
@@ -46,18 +48,21 @@ side by side; the overrides apply to all of them. Chosen domains for one run: vl
                     single-source: once per domain, trained on it alone and tested on all the others
   --seeds 1,2,3     the seeds (default 1,2,3)
   --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
+  --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
   --dry-run         print the plan, a line per training with the values that differ, and stop; needs no data
   --print-config    print the resolved configurations and stop
   --force           run finished runs again
 """
 EVAL_HELP = """\
 vlprompt eval RUN [--data.name NAME] [--data.root DIR] [--data.classes all|base|new] [--data.* VALUE] [--seed N]
+              [--metrics A,B]
 vlprompt eval --protocol NAME --config FILE [--config FILE2 ...] [--seeds 1,2,3] [--datasets A,B] [--targets C,D]
-              [--shots 1,2,4] [--a.b VALUE ...] [--dry-run] [--print-config] [--force]
+              [--shots 1,2,4] [--metrics A,B] [--a.b VALUE ...] [--dry-run] [--print-config] [--force]
 
 The first form evaluates a saved head on the test images of the run's data set, or of the one in --data.*.
 
   RUN               a run folder, or a head folder (then --data.name is needed)
+  --metrics A,B     print these metrics, named as in the second form
 
 The second form trains and tests under a protocol of the papers, prints a table and writes a JSON file next to the runs.
 Finished runs are reused; the same command resumes where it stopped. Several --config files are compared side by side.
@@ -70,6 +75,7 @@ Finished runs are reused; the same command resumes where it stopped. Several --c
   --shots 1,2,4     training images per class; several only for few-shot
   --seeds 1,2,3     the seeds (default: the protocol's)
   --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
+  --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
   --dry-run         print the plan, a line per training with the values that differ, and stop; needs no data
   --print-config    print the resolved configurations and stop
   --force           run finished runs again

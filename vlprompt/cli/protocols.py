@@ -43,7 +43,7 @@ def need_no_config(line: CommandLine) -> None:
 # -- protocols ------------------------------------------------------------------------------------------------------
 def base_to_new_command(words: list[str]) -> int:
     """Run ``vlprompt base-to-new`` and return its exit status."""
-    line = read_command_line(words, "base-to-new", flags=PROTOCOL_FLAGS, options=("seeds", "datasets"))
+    line = read_command_line(words, "base-to-new", flags=PROTOCOL_FLAGS, options=("seeds", "datasets", "metrics"))
     datasets = _names(line, "datasets")
     fixed = {"seed": "--seeds says which", "data.classes": "base and new classes are both run"}
     if datasets is not None:
@@ -61,7 +61,7 @@ def domains_command(words: list[str]) -> int:
     """Run ``vlprompt domains`` and return its exit status."""
     from vlprompt.datasets.domains import check_protocol
 
-    line = read_command_line(words, "domains", flags=PROTOCOL_FLAGS, options=("seeds", "protocol"))
+    line = read_command_line(words, "domains", flags=PROTOCOL_FLAGS, options=("seeds", "protocol", "metrics"))
     protocol: Any = line.options.get("protocol", "")
     try:
         check_protocol(protocol)
@@ -81,7 +81,7 @@ def protocol_command(words: list[str]) -> int:
     """Run ``vlprompt eval --protocol`` and return its exit status."""
     from vlprompt.protocols.protocol_files import CONFIG, find_protocol
 
-    options = ("protocol", "seeds", "datasets", "targets", "shots")
+    options = ("protocol", "seeds", "datasets", "targets", "shots", "metrics")
     line = read_command_line(words, "eval", flags=PROTOCOL_FLAGS, options=options)
     seeds, shots = numbers(line, "seeds"), numbers(line, "shots")
     datasets, targets = _names(line, "datasets"), _names(line, "targets")
@@ -108,14 +108,21 @@ def protocol_command(words: list[str]) -> int:
 
 def _planned(line: CommandLine, plan: Callable[[bool], Plan]) -> int:
     """Print or run the result of ``plan``; its argument is True if nothing will be run."""
+    metrics = metrics_of(line)
+    dry = bool(line.flags & {"dry-run", "print-config"})
+    planned = plan(dry)
+    if dry and metrics:
+        from vlprompt.protocols.protocols import check_plan_metrics
+
+        check_plan_metrics(planned, metrics)
     if "dry-run" in line.flags:
-        print(plan(True).text())
+        print(planned.text())
         return 0
-    if "print-config" in line.flags:
-        return _print_configs(plan(True).configs)
+    if dry:
+        return _print_configs(planned.configs)
     from vlprompt.protocols.protocols import run_plan
 
-    _, table = run_plan(plan(False), force="force" in line.flags, report=print_run)
+    _, table = run_plan(planned, metrics=metrics, force="force" in line.flags, report=print_run)
     say(table)
     return 0
 
@@ -161,6 +168,11 @@ def _names(line: CommandLine, option: str) -> list[str] | None:
     except ConfigError as error:
         line.problems.append(f"{COMMAND_LINE}: --{error}")
         return []
+
+
+def metrics_of(line: CommandLine) -> list[str]:
+    """Return the names of ``--metrics``; empty without the option."""
+    return [name.strip() for name in line.options["metrics"].split(",")] if "metrics" in line.options else []
 
 
 def numbers(line: CommandLine, option: str) -> list[int] | None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_run, key_table, read_command_line, refuse, source_of
-from vlprompt.cli.protocols import need_config, need_no_config, protocol_command, say
+from vlprompt.cli.protocols import metrics_of, need_config, need_no_config, protocol_command, say
 from vlprompt.config.keys import to_yaml
+from vlprompt.config.run import RunConfig
 from vlprompt.config.source import origin_of
 from vlprompt.config.yaml import shown
 from vlprompt.errors import HeadError
@@ -19,16 +20,17 @@ from vlprompt.errors import HeadError
 RUN_CONFIG = "config.yaml"
 HEAD_FOLDER, HEAD_CONFIG = "head", "config.json"
 # -- training -----------------------------------------------------------------------------------------------------
-TRAIN_FLAGS = ("print-config", "dry-run", "force")
+TRAIN_FLAGS, TRAIN_OPTIONS = ("print-config", "dry-run", "force"), ("metrics",)
 
 
 def train_command(words: list[str]) -> int:
     """Run ``vlprompt train`` and return its exit status."""
-    line = read_command_line(words, "train", flags=TRAIN_FLAGS)
+    line = read_command_line(words, "train", flags=TRAIN_FLAGS, options=TRAIN_OPTIONS)
     need_config(line)
     config, problems = check_run(line)
     if config is None or problems:
         refuse(problems, "train")
+    metrics = _metrics(line, config)
     if "print-config" in line.flags:
         given = source_of(line).given()
         print(to_yaml(config, lambda key: origin_of(given, key)), end="")
@@ -41,14 +43,15 @@ def train_command(words: list[str]) -> int:
     from vlprompt.runs.run import run
 
     result = run(config, force="force" in line.flags)
-    say(f"{result.table()}\nhead:       {result.head_dir}\nrun folder: {result.folder}")
+    say(f"{result.table(metrics)}\nhead:       {result.head_dir}\nrun folder: {result.folder}")
     return 0
 
 
 def train_keys_help(words: list[str]) -> str:
     """Return the accepted keys, and the settings if the command has a method or a readable configuration."""
     text = f"\nKeys, defaults and what they accept:\n{key_table()}\n"
-    line = read_command_line([word for word in words if word not in ("-h", "--help")], flags=TRAIN_FLAGS)
+    words = [word for word in words if word not in ("-h", "--help")]
+    line = read_command_line(words, flags=TRAIN_FLAGS, options=TRAIN_OPTIONS)
     if not line.configs and not line.overrides:
         return text + "\nWith --method NAME or --config FILE this help also lists the method's --settings.* keys.\n"
     config, problems = check_run(line)
@@ -88,7 +91,7 @@ def eval_command(words: list[str]) -> int:
     """Run ``vlprompt eval`` and return its exit status."""
     if any(word.partition("=")[0] == "--protocol" for word in words):
         return protocol_command(words)
-    line = read_command_line(words, "eval", operands=True)
+    line = read_command_line(words, "eval", options=("metrics",), operands=True)
     head, files = None, []
     if len(line.operands) != 1:
         line.problems.append(f"{COMMAND_LINE}: eval takes one RUN folder, got {len(line.operands)}")
@@ -102,26 +105,40 @@ def eval_command(words: list[str]) -> int:
     config, problems = check_run(line, files, within=("data.", "seed"))
     if config is None or problems or head is None:
         refuse(problems, "eval")
+    metrics = _metrics(line, config)
     from vlprompt.runs.run import evaluate_head
 
     scores = evaluate_head(head, config.data, config.seed)
     oracle = " (oracle: its hyperparameters were chosen on test images)" if scores.get("oracle") else ""
-    print(f"{config.data.name}, {config.data.classes} classes: {_in_words(scores)}{oracle}")
+    print(f"{config.data.name}, {config.data.classes} classes: {_in_words(scores, metrics)}{oracle}")
     return 0
 
 
-def _in_words(scores: Mapping[str, Any]) -> str:
-    """Return the headline number and the other measures of a head's scores as text."""
-    from vlprompt.engine.metrics import METRICS, headline
+def _metrics(line: CommandLine, config: RunConfig) -> list[str]:
+    """Return the names of ``--metrics``; raise ConfigError if they do not fit the data set."""
+    if not (metrics := metrics_of(line)):
+        return []
+    from vlprompt.datasets import find_card
+    from vlprompt.engine.metrics import check_metrics
 
+    check_metrics(metrics, {config.data.name: find_card(config.data.name).multilabel})
+    return metrics
+
+
+def _in_words(scores: Mapping[str, Any], metrics: Sequence[str] = ()) -> str:
+    """Return the ``metrics`` of a head's scores as text; without them the headline and, if not accuracy, the others."""
+    from vlprompt.engine.metrics import METRICS, headline, measured
+
+    if metrics:
+        values = ", ".join(f"{METRICS[name]} {measured(scores, name):.2f} %" for name in metrics)
+        return f"{values} ({scores['total']} images)"
     if "metric" not in scores:
         return f"{headline(scores):.2f} % ({scores['correct']}/{scores['total']} images)"
-    named = {"accuracy": "accuracy", "cf1": "CF1", "of1": "OF1", **METRICS}
     headline_metric = scores["metric"]
     others = [
-        f"{words} {scores[name]:.2f}" for name, words in named.items() if name in scores and name != headline_metric
+        f"{words} {scores[name]:.2f}" for name, words in METRICS.items() if name in scores and name != headline_metric
     ]
-    return f"{named[headline_metric]} {headline(scores):.2f} % ({', '.join(others)}; {scores['total']} images)"
+    return f"{METRICS[headline_metric]} {headline(scores):.2f} % ({', '.join(others)}; {scores['total']} images)"
 
 
 def _head_or_problem(line: CommandLine) -> Path | None:

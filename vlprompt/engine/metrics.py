@@ -1,14 +1,19 @@
-"""Evaluation metrics: counts per class for one label per image, ranking and F1 for several labels.
+"""Evaluation metrics: accuracies and calibration for one label per image, ranking and F1 for several labels.
 
-Values are in percent. ``map`` is the mean area under the classes' precision-recall curves. ``map_11point`` is the mean
-of VOC2007's 11-point average precision, the best precision at recall 0, 0.1, ... 1. Both means skip classes without a
-positive image. ``cf1`` is the mean F1 of the classes and ``of1`` the F1 of all decisions together; a label is assigned
-if its probability is above 0.8.
+Values are in percent. One label per image: ``accuracy``; ``mean_per_class``, the mean accuracy of the classes with
+images; ``top5``, the images with their label among the 5 largest logits (among all if there are fewer classes); and
+``ece``, the expected calibration error of the softmax probabilities in 15 bins of equal width, each open below and
+closed above (Guo et al., ICML 2017; arXiv 1706.04599, eq. 3).
+
+Several labels per image: ``map`` is the mean area under the classes' precision-recall curves. ``map_11point`` is the
+mean of VOC2007's 11-point average precision, the best precision at recall 0, 0.1, ... 1. Both means skip classes
+without a positive image. ``cf1`` is the mean F1 of the classes and ``of1`` the F1 of all decisions together; a label is
+assigned if its probability is above 0.8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +22,22 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassStatScores
 from torchmetrics.functional.classification import binary_average_precision, multilabel_f1_score
 
-from vlprompt.errors import ConfigError
+from vlprompt.errors import ConfigError, did_you_mean
 
 MULTICLASS: Mapping[str, str] = {"accuracy": "accuracy", "mean_per_class": "mean per-class accuracy"}
 MULTILABEL: Mapping[str, str] = {"map": "mAP", "map_11point": "11-point mAP"}
-METRICS: Mapping[str, str] = {**MULTICLASS, **MULTILABEL}
+HEADLINES: Mapping[str, str] = {**MULTICLASS, **MULTILABEL}
 """Headline metrics accepted in cards, with their names in tables."""
+OF_ONE_LABEL: Mapping[str, str] = {**MULTICLASS, "top5": "top-5 accuracy", "ece": "expected calibration error"}
+OF_SEVERAL_LABELS: Mapping[str, str] = {**MULTILABEL, "cf1": "CF1", "of1": "OF1"}
+METRICS: Mapping[str, str] = {**OF_ONE_LABEL, **OF_SEVERAL_LABELS}
+"""All metrics in results, with their names in tables."""
+ERRORS = ("ece",)
+"""Metrics of which smaller values are better."""
 F1_THRESHOLD = 0.8
 RECALL_LEVELS = 11
+TOP = 5
+BINS = 15
 
 
 def metric_of(task: Any) -> str:
@@ -48,41 +61,107 @@ def metric_of(task: Any) -> str:
 
 def headline(score: Mapping[str, Any]) -> float:
     """Return the headline value of ``score``: the value of its ``metric``, or accuracy without one."""
-    return float(score[score.get("metric", "accuracy")])
+    return measured(score, None)
+
+
+def measured(score: Mapping[str, Any], metric: str | None) -> float:
+    """Return the value of ``metric`` in ``score``; None for its headline metric.
+
+    Raises:
+        ConfigError: ``score`` has no such value, for example because an earlier version measured it.
+    """
+    name = score.get("metric", "accuracy") if metric is None else metric
+    if name not in score:
+        raise ConfigError(
+            f"a result holds {', '.join(key for key in METRICS if key in score)} and no {name!r}, which the version "
+            "that wrote it did not measure; run it again with --force"
+        )
+    return float(score[name])
+
+
+def check_metrics(metrics: Sequence[str], multilabel: Mapping[str, bool]) -> None:
+    """Raise ConfigError if ``metrics`` has unknown names, or metrics that do not fit the labels of a data set.
+
+    Args:
+        metrics: Names of :data:`METRICS`.
+        multilabel: Whether images have several labels, by data set.
+    """
+    problems = [f"{name!r} is no metric.{did_you_mean(name, METRICS)}" for name in metrics if name not in METRICS]
+    problems += [f"{name!r} is named twice." for name in dict.fromkeys(metrics) if metrics.count(name) > 1]
+    for data, several in multilabel.items():
+        fitting = OF_SEVERAL_LABELS if several else OF_ONE_LABEL
+        if wrong := [name for name in metrics if name in METRICS and name not in fitting]:
+            kind = "several labels" if several else "one label"
+            problems.append(f"{data} has {kind} per image and no {', '.join(wrong)}; accepted: {', '.join(fitting)}.")
+    if problems:
+        raise ConfigError(f"metrics: {' '.join(problems)}")
 
 
 class MulticlassScores(MulticlassStatScores):
-    """Numbers of correct and of all images per class, exact over all processes.
+    """Counts of images per class, and calibration, of one label per image; sums over all processes.
 
     Args:
         classes: C.
     """
 
+    in_top: Tensor
+    binned: Tensor
+
     def __init__(self, classes: int) -> None:
         super().__init__(num_classes=max(2, classes), average=None)
         self.classes = classes
+        self.add_state("in_top", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("binned", torch.zeros(2, BINS, dtype=torch.float64), dist_reduce_fx="sum")
+        self.sums: dict[str, Tensor] = {}  # of the last score(); they can be added to those of other images
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add logits ``[B, C]`` and labels ``[B]``."""
-        super().update(preds.argmax(dim=-1), target)
+        guesses = preds.argmax(dim=-1)
+        super().update(guesses, target)
+        highest = preds.topk(min(TOP, preds.shape[-1]), dim=-1).indices
+        self.in_top += (highest == target[:, None]).any(dim=-1).sum()
+        confidence = preds.double().softmax(dim=-1).gather(1, guesses[:, None])[:, 0]
+        edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64, device=preds.device)
+        bins = torch.bucketize(confidence, edges[1:-1])
+        self.binned.index_add_(1, bins, torch.stack([(guesses == target).double(), confidence]))
 
     def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
-        """Return ``correct`` and ``total``, int64 ``[C]``."""
+        """Return sums over images.
+
+        ``correct`` and ``total`` are int64 ``[C]``. ``in_top`` is an int64 scalar. ``binned`` is float64 ``[2, 15]``,
+        the correct images and the sum of confidences of each bin.
+        """
         counts = super().compute()[: self.classes]
-        return {"correct": counts[:, 0], "total": counts[:, 4]}
+        return {
+            "correct": counts[:, 0], "total": counts[:, 4], "in_top": self.in_top.clone(), "binned": self.binned.clone()
+        }  # fmt: skip
 
     def score(self) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
         """Return the scores as float64 scalars, and the counts per class."""
-        counts = {name: value.reshape(-1) for name, value in self.compute().items()}  # a single class is a scalar
-        correct, total = counts["correct"], counts["total"]
-        shown = total > 0
-        scores = {
-            "accuracy": 100 * correct.sum().double() / total.sum(),
-            "correct": correct.sum().double(),
-            "total": total.sum().double(),
-            "mean_per_class": 100 * (correct[shown].double() / total[shown]).mean(),
-        }
-        return scores, {name: value.tolist() for name, value in counts.items()}
+        self.sums = self.compute()
+        for name in ("correct", "total"):  # torchmetrics makes the count of a single class a scalar
+            self.sums[name] = self.sums[name].reshape(-1)
+        return values_of(self.sums), per_class_of(self.sums)
+
+
+def values_of(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the scores of images with one label from the ``sums`` over them (:meth:`MulticlassScores.compute`)."""
+    correct, total = sums["correct"], sums["total"]
+    shown, images = total > 0, total.sum()
+    right, confidence = sums["binned"]
+    return {
+        "accuracy": 100 * correct.sum().double() / images,
+        "correct": correct.sum().double(),
+        "total": images.double(),
+        "mean_per_class": 100 * (correct[shown].double() / total[shown]).mean(),
+        "top5": 100 * sums["in_top"].double() / images,
+        "ece": 100 * (right - confidence).abs().sum() / images,
+    }
+
+
+def per_class_of(sums: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Return the numbers of correct and of all images of every class."""
+    return {name: sums[name].tolist() for name in ("correct", "total")}
 
 
 class MultilabelScores(Metric):
@@ -179,25 +258,21 @@ def make_scores(metric: str, classes: int) -> MulticlassScores | MultilabelScore
     Raises:
         ConfigError: The metric is unknown.
     """
-    if metric not in METRICS:
-        raise ConfigError(f"metric is {metric!r}; accepted: {', '.join(METRICS)}")
+    if metric not in HEADLINES:
+        raise ConfigError(f"metric is {metric!r}; accepted: {', '.join(HEADLINES)}")
     return MultilabelScores(classes) if metric in MULTILABEL else MulticlassScores(classes)
 
 
 def plain_score(metric: str, values: Mapping[str, float]) -> dict[str, Any]:
-    """Return ``values`` in the form of result files.
+    """Return ``values`` in the form of result files: all measured values, with counts as integers.
 
-    The keys are ``accuracy``, ``correct`` and ``total``. For another headline ``metric`` they are ``metric`` and all
-    measured values.
+    The first key is ``metric`` if the headline metric is not accuracy.
     """
-    if metric == "accuracy":
-        return score(round(values["correct"]), round(values["total"]))
-    result: dict[str, Any] = {"metric": metric}
+    result: dict[str, Any] = {} if metric == "accuracy" else {"metric": metric}
     if metric in MULTILABEL:
-        names = (*MULTILABEL, "cf1", "of1")
-        return result | {name: float(values[name]) for name in names} | {"total": round(values["total"])}
+        return result | {name: float(values[name]) for name in OF_SEVERAL_LABELS} | {"total": round(values["total"])}
     counts = score(round(values["correct"]), round(values["total"]))
-    return result | {"mean_per_class": float(values["mean_per_class"])} | counts
+    return result | counts | {name: float(values[name]) for name in OF_ONE_LABEL if name != "accuracy"}
 
 
 def score(correct: int, total: int) -> dict[str, float | int]:

@@ -16,10 +16,11 @@ from rich.table import Table
 
 from vlprompt.config.run import RunConfig
 from vlprompt.config.source import ConfigSource
-from vlprompt.engine.metrics import headline
+from vlprompt.engine.metrics import ERRORS, measured
 from vlprompt.protocols.plan import Plan, make_plan
 from vlprompt.protocols.protocol import (
     ZERO_SHOT,
+    by_metric,
     keep,
     marks,
     over_seeds,
@@ -44,6 +45,7 @@ def base_to_new(
     seeds: Sequence[int] = (1, 2, 3),
     *,
     datasets: Sequence[str] | None = None,
+    metrics: Sequence[str] = (),
     force: bool = False,
     report: Callable[[Run], None] | None = None,
 ) -> tuple[dict[str, Any], str]:
@@ -56,6 +58,7 @@ def base_to_new(
         seeds: Seeds of the shots and of the training.
         datasets: Names, aliases or groups (``group:fewshot11``) of data sets that replace ``data.name`` of every
             configuration; results and table then include the average. A configured ``data.template`` is kept.
+        metrics: The metrics to show, a table each; empty for the headline metric of each data set.
         force: Run everything again.
         report: Called after every run.
 
@@ -64,35 +67,46 @@ def base_to_new(
         VlpromptError: A single run fails.
     """
     plan = make_plan(configs, seeds, "base-to-new", "halves", classes="base", datasets=datasets)
-    return run_base_to_new(plan, force=force, report=report)
+    return run_base_to_new(plan, metrics=metrics, force=force, report=report)
 
 
 def run_base_to_new(
-    plan: Plan, *, force: bool = False, report: Callable[[Run], None] | None = None
+    plan: Plan,
+    *,
+    metrics: Sequence[str] = (),
+    force: bool = False,
+    report: Callable[[Run], None] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Run a plan on base classes; see :func:`base_to_new`."""
     check_data(plan)
     runner, seeds = Runner(plan.seeds, force=force, report=report), list(plan.seeds)
-    cells, average = [], []
-    for group in plan.groups:
-        on_each = [_cell(training.config, runner.runs(training.config)) for training in group]
-        cells += on_each
-        average.append(average_of(on_each))
-    results: dict[str, Any] = {"schema": SCHEMA, "protocol": "base2new", "seeds": seeds, "cells": cells}
-    if plan.datasets is not None:
-        results[AVERAGE] = average
+    groups = [[(training.config, runner.runs(training.config)) for training in group] for group in plan.groups]
+
+    def build(metric: str | None) -> tuple[dict[str, Any], str]:
+        cells, average = [], []
+        for group in groups:
+            on_each = [_cell(config, runs, metric) for config, runs in group]
+            cells += on_each
+            if plan.datasets is not None:
+                average.append(average_of(on_each))
+        found = {"cells": cells, **({AVERAGE: average} if average else {})}
+        return found, base_to_new_table(cells, seeds, average)
+
+    found, table = by_metric(build, metrics)
+    results = {"schema": SCHEMA, "protocol": "base2new", "seeds": seeds, **found}
     # Results with an average go to a different file, even for the data set of the configurations.
     more = [] if plan.datasets is None else [list(plan.datasets)]
     keep("base_to_new", results, plan.configs, seeds, *more)
-    return results, base_to_new_table(cells, seeds, results.get(AVERAGE, ()))
+    return results, table
 
 
-def _cell(config: RunConfig, runs: Sequence[Run]) -> dict[str, Any]:
-    rows = {label: summary([run.results[part] for run in runs]) for label, part in result_parts(config.method).items()}
+def _cell(config: RunConfig, runs: Sequence[Run], metric: str | None) -> dict[str, Any]:
+    parts = result_parts(config.method)
+    rows = {label: summary([run.results[part] for run in runs], metric) for label, part in parts.items()}
     first = runs[0].results["data"]
     cost = _mean_cost([run.results["train"] for run in runs])
     cell = {"method": config.method, "data": first["name"], "shots": first["shots"], "rows": rows, "train": cost}
-    return cell | marks(runs)
+    return cell | marks(runs, metric)
 
 
 def _mean_cost(trained: Sequence[dict[str, Any]]) -> dict[str, float | None]:
@@ -110,7 +124,8 @@ def average_of(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     rows = {}
     for label in first["rows"]:
         data_rows = [cell["rows"][label] for cell in cells]
-        rows[label] = _halves([{half: row[half]["mean"] for half in _HALVES if half in row} for row in data_rows])
+        halves = [{half: row[half]["mean"] for half in _HALVES if half in row} for row in data_rows]
+        rows[label] = _halves(halves, all("harmonic_mean" in row for row in data_rows))
         if "harmonic_mean" in rows[label]:
             rows[label]["mean_of_harmonic_means"] = statistics.fmean(row["harmonic_mean"] for row in data_rows)
     names = [cell["data"] for cell in cells]
@@ -118,20 +133,23 @@ def average_of(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**average, "train": _mean_cost([cell.get("train", {}) for cell in cells])} | shared_marks(cells)
 
 
-def summary(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return mean and population deviation of base and new accuracy over runs, and the harmonic mean of the means."""
-    accuracies = [{half: headline(score[half]) for half in _HALVES if score.get(half)} for score in scores]
-    return {"per_seed": list(scores), **_halves(accuracies)}
+def summary(scores: Sequence[dict[str, Any]], metric: str | None = None) -> dict[str, Any]:
+    """Return mean and population deviation of base and new accuracy over runs, and the harmonic mean of the means.
+
+    Another ``metric`` takes the place of the accuracy; errors have no harmonic mean.
+    """
+    accuracies = [{half: measured(score[half], metric) for half in _HALVES if score.get(half)} for score in scores]
+    return {"per_seed": list(scores), **_halves(accuracies, metric not in ERRORS)}
 
 
-def _halves(accuracies: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Return mean and deviation of the halves present in all ``accuracies``; if both, also their harmonic mean."""
+def _halves(accuracies: Sequence[dict[str, float]], harmonic: bool) -> dict[str, Any]:
+    """Return mean and deviation of the halves present in all ``accuracies``; of both the ``harmonic`` mean too."""
     halves: dict[str, Any] = {}
     for half in _HALVES:
         values = [accuracy[half] for accuracy in accuracies if half in accuracy]
         if len(values) == len(accuracies):
             halves[half] = spread(values)
-    if len(halves) == len(_HALVES):
+    if harmonic and len(halves) == len(_HALVES):
         halves["harmonic_mean"] = harmonic_mean(halves["base"]["mean"], halves["new"]["mean"])
     return halves
 

@@ -22,13 +22,14 @@ from vlprompt.config.run import RunConfig
 from vlprompt.config.source import ConfigSource
 from vlprompt.datasets import FewShotTask
 from vlprompt.engine.fit import make_trainer
-from vlprompt.engine.metrics import METRICS, headline
+from vlprompt.engine.metrics import METRICS, measured
 from vlprompt.errors import ConfigError
 from vlprompt.io.head import Head
 from vlprompt.io.head_files import CONFIG_FILE
 from vlprompt.protocols.plan import Plan, make_plan
 from vlprompt.protocols.protocol import (
     ZERO_SHOT,
+    by_metric,
     keep,
     marks,
     over_seeds,
@@ -55,6 +56,7 @@ def cross_dataset(
     *,
     name: str = "cross-dataset",
     with_source: bool = False,
+    metrics: Sequence[str] = (),
     force: bool = False,
     report: Callable[[Run], None] | None = None,
 ) -> tuple[dict[str, Any], str]:
@@ -68,6 +70,7 @@ def cross_dataset(
         seeds: Seeds of the shots and of the training.
         name: Name of the results.
         with_source: Also report the mean over the targets and the source (TPT's "average").
+        metrics: The metrics to show, a table each; empty for the headline metric of each data set.
         force: Run and test everything again.
         report: Called after every run.
 
@@ -79,11 +82,15 @@ def cross_dataset(
     """
     report_all = ("mean_of_targets", "mean_with_source") if with_source else ("mean_of_targets",)
     plan = make_plan(configs, seeds, name, "datasets", targets=targets, report=report_all)
-    return run_cross(plan, force=force, report=report)
+    return run_cross(plan, metrics=metrics, force=force, report=report)
 
 
 def run_cross(
-    plan: Plan, *, force: bool = False, report: Callable[[Run], None] | None = None
+    plan: Plan,
+    *,
+    metrics: Sequence[str] = (),
+    force: bool = False,
+    report: Callable[[Run], None] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Run a plan with other data sets as targets; see :func:`cross_dataset`."""
     tasks = check_data(plan)
@@ -91,7 +98,7 @@ def run_cross(
     for training in plan.trainings:
         source, target = training.config.data, training.targets[0]
         runner.session(training.config).check_moves(tasks[place(source)], tasks[place(target)])
-    cells = []
+    tested_runs = []
     for training in plan.trainings:
         runs = runner.runs(training.config)
         session = Session(training.config, after=runner.last)
@@ -99,11 +106,17 @@ def run_cross(
             {target.name: _target(done, session, tasks[place(target)], force) for target in training.targets}
             for done in runs
         ]
-        cells.append(_cell(training.config, runs, scores, "mean_with_source" in plan.report))
-    results = {"schema": SCHEMA, "protocol": plan.name, "seeds": seeds, "cells": cells}
+        tested_runs.append((training.config, runs, scores))
+
+    def build(metric: str | None) -> tuple[dict[str, Any], str]:
+        cells = [_cell(*of_training, "mean_with_source" in plan.report, metric) for of_training in tested_runs]
+        return {"cells": cells}, cross_tables(cells, plan.name, seeds)
+
+    found, tables = by_metric(build, metrics)
+    results = {"schema": SCHEMA, "protocol": plan.name, "seeds": seeds, **found}
     targets = [[target.name for target in training.targets] for training in plan.trainings]
     keep(plan.name.replace("-", "_"), results, plan.configs, seeds, targets)
-    return results, cross_tables(cells, plan.name, seeds)
+    return results, tables
 
 
 def _target(done: Run, session: Session, task: FewShotTask, force: bool) -> dict[str, Any]:
@@ -156,7 +169,11 @@ def _test(session: Session, head: Head, task: FewShotTask, folder: Path) -> dict
 
 
 def _cell(
-    config: RunConfig, runs: Sequence[Run], scores: Sequence[dict[str, dict[str, Any]]], with_source: bool
+    config: RunConfig,
+    runs: Sequence[Run],
+    scores: Sequence[dict[str, dict[str, Any]]],
+    with_source: bool,
+    metric: str | None,
 ) -> dict[str, Any]:
     """Return the rows of one configuration, and the underlying counts.
 
@@ -165,12 +182,13 @@ def _cell(
         runs: The source runs, one per seed.
         scores: Scores of each run on each target.
         with_source: Whether rows also have the mean over the targets and the source.
+        metric: The metric of the rows; None for the headline metric of each data set.
     """
     targets = list(scores[0])
     rows = {}
     for label, part in result_parts(config.method).items():
-        source = [headline(run.results[part]["all"]) for run in runs]
-        each = [[headline(of_seed[target][part]) for target in targets] for of_seed in scores]
+        source = [measured(run.results[part]["all"], metric) for run in runs]
+        each = [[measured(of_seed[target][part], metric) for target in targets] for of_seed in scores]
         rows[label] = {
             "source": spread(source),
             "targets": {target: spread([values[i] for values in each]) for i, target in enumerate(targets)},
@@ -180,7 +198,7 @@ def _cell(
             both = [statistics.fmean([first, *values]) for first, values in zip(source, each, strict=True)]
             rows[label]["mean_with_source"] = spread(both)
     data = runs[0].results["data"]
-    metrics = {target: scores[0][target]["results"].get("metric", "accuracy") for target in targets}
+    metrics = {target: metric or scores[0][target]["results"].get("metric", "accuracy") for target in targets}
     return {
         "method": config.method,
         "data": data["name"],
@@ -200,7 +218,7 @@ def _cell(
             }
             for run, of_seed in zip(runs, scores, strict=True)
         ],
-        **marks(runs),
+        **marks(runs, metric),
     }
 
 

@@ -18,9 +18,10 @@ from rich.table import Table
 from vlprompt.config.run import RunConfig
 from vlprompt.config.source import ConfigSource
 from vlprompt.datasets.domains import CLEAN, DomainProtocol, DomainRound, split_domain
-from vlprompt.engine.metrics import METRICS, headline
+from vlprompt.engine.metrics import METRICS, measured
 from vlprompt.protocols.plan import Plan, make_plan
 from vlprompt.protocols.protocol import (
+    by_metric,
     keep,
     marks,
     over_seeds,
@@ -46,6 +47,7 @@ def domain_generalisation(
     protocol: DomainProtocol,
     seeds: Sequence[int] = (1, 2, 3),
     *,
+    metrics: Sequence[str] = (),
     force: bool = False,
     report: Callable[[Run], None] | None = None,
 ) -> tuple[dict[str, Any], str]:
@@ -58,6 +60,7 @@ def domain_generalisation(
             ``data.source``, ``data.target`` and ``seed`` follow the protocol.
         protocol: ``leave-one-out`` or ``single-source`` (:func:`vlprompt.datasets.domains.domain_rounds`).
         seeds: Seeds of the shots and of the training.
+        metrics: The metrics to show, a table each; empty for the headline metric of each data set.
         force: Run everything again.
         report: Called after every run.
 
@@ -66,33 +69,47 @@ def domain_generalisation(
             domains.
         VlpromptError: A single run fails.
     """
-    return run_domains(make_plan(configs, seeds, protocol, "domains", domains=protocol), force=force, report=report)
+    plan = make_plan(configs, seeds, protocol, "domains", domains=protocol)
+    return run_domains(plan, metrics=metrics, force=force, report=report)
 
 
 def run_domains(
-    plan: Plan, *, force: bool = False, report: Callable[[Run], None] | None = None
+    plan: Plan,
+    *,
+    metrics: Sequence[str] = (),
+    force: bool = False,
+    report: Callable[[Run], None] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Run a plan over domains; see :func:`domain_generalisation`."""
     runner, seeds = Runner(plan.seeds, force=force, report=report), list(plan.seeds)
-    cells = []
+    on_each = []
     for group in plan.groups:
         for _, on_data in itertools.groupby(group, lambda training: training.config.data.name):
             trainings = list(on_data)
             runs = [runner.runs(training.config) for training in trainings]
             rounds = [training.domains for training in trainings if training.domains is not None]
-            cells.append(_cell(trainings[0].config, rounds, runs))
-    results = {"schema": SCHEMA, "protocol": plan.domains, "seeds": seeds, "cells": cells}
+            on_each.append((trainings[0].config, rounds, runs))
+
+    def build(metric: str | None) -> tuple[dict[str, Any], str]:
+        cells = [_cell(*on_data, metric) for on_data in on_each]
+        return {"cells": cells}, domains_tables(cells, str(plan.domains), seeds)
+
+    found, tables = by_metric(build, metrics)
+    results = {"schema": SCHEMA, "protocol": plan.domains, "seeds": seeds, **found}
     keep(f"domains-{plan.domains}", results, plan.configs, seeds)
-    return results, domains_tables(cells, str(plan.domains), seeds)
+    return results, tables
 
 
-def _cell(config: RunConfig, rounds: Sequence[DomainRound], runs: Sequence[Sequence[Run]]) -> dict[str, Any]:
+def _cell(
+    config: RunConfig, rounds: Sequence[DomainRound], runs: Sequence[Sequence[Run]], metric: str | None
+) -> dict[str, Any]:
     """Return the rows of one configuration, and the underlying counts.
 
     Args:
         config: The configuration.
         rounds: The protocol's rounds.
         runs: The runs of each round, one per seed.
+        metric: The metric of the rows; None for the headline metric of the data set.
     """
     parts = result_parts(config.method)
     targets = [domain_round.domain for domain_round in rounds]
@@ -106,7 +123,7 @@ def _cell(config: RunConfig, rounds: Sequence[DomainRound], runs: Sequence[Seque
         "targets": targets,
         "versions": list(dict.fromkeys(split_domain(domain)[1] for domain in tested)),
         "rows": {
-            label: _rows([_accuracies(of_seed, part) for of_seed in zip(*runs, strict=True)], tested)
+            label: _rows([_accuracies(of_seed, part, metric) for of_seed in zip(*runs, strict=True)], tested)
             for label, part in parts.items()
         },
         "runs": [
@@ -118,16 +135,16 @@ def _cell(config: RunConfig, rounds: Sequence[DomainRound], runs: Sequence[Seque
             for domain_round, of_round in zip(rounds, runs, strict=True)
             for done in of_round
         ],
-        **marks([done for of_round in runs for done in of_round]),
+        **marks([done for of_round in runs for done in of_round], metric),
     }
 
 
-def _accuracies(runs: Sequence[Run], part: str) -> dict[str, float]:
-    """Return the headline number in % on each domain, as mean over the ``runs`` of one seed that tested it."""
+def _accuracies(runs: Sequence[Run], part: str, metric: str | None) -> dict[str, float]:
+    """Return the ``metric`` in % on each domain, as mean over the ``runs`` of one seed that tested it."""
     values_of: dict[str, list[float]] = {}
     for done in runs:
         for domain, score in done.results[part]["domains"].items():
-            values_of.setdefault(domain, []).append(headline(score))
+            values_of.setdefault(domain, []).append(measured(score, metric))
     return {domain: statistics.fmean(values) for domain, values in values_of.items()}
 
 

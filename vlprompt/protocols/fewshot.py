@@ -14,10 +14,11 @@ from rich.table import Table
 
 from vlprompt.config.run import RunConfig
 from vlprompt.config.source import ConfigSource
-from vlprompt.engine.metrics import headline
+from vlprompt.engine.metrics import measured
 from vlprompt.errors import ConfigError
 from vlprompt.protocols.plan import Plan, make_plan
 from vlprompt.protocols.protocol import (
+    by_metric,
     keep,
     marks,
     over_seeds,
@@ -42,6 +43,7 @@ def few_shot(
     seeds: Sequence[int] = (1, 2, 3),
     *,
     datasets: Sequence[str] | None = None,
+    metrics: Sequence[str] = (),
     force: bool = False,
     report: Callable[[Run], None] | None = None,
 ) -> tuple[dict[str, Any], str]:
@@ -55,6 +57,7 @@ def few_shot(
         shots: Training images per class; -1 for all.
         seeds: Seeds of the shots and of the training.
         datasets: Names, aliases or groups of data sets that replace ``data.name`` of every configuration.
+        metrics: The metrics to show, a table each; empty for the headline metric of each data set.
         force: Run everything again.
         report: Called after every run.
 
@@ -66,37 +69,50 @@ def few_shot(
     if not shots or len(set(shots)) != len(shots):
         raise ConfigError(f"shots are {list(shots)}; accepted: different numbers of images per class, such as 1,2,4")
     plan = make_plan(configs, seeds, "few-shot", "same", datasets=datasets, shots=shots)
-    return run_few_shot(plan, force=force, report=report)
+    return run_few_shot(plan, metrics=metrics, force=force, report=report)
 
 
 def run_few_shot(
-    plan: Plan, *, force: bool = False, report: Callable[[Run], None] | None = None
+    plan: Plan,
+    *,
+    metrics: Sequence[str] = (),
+    force: bool = False,
+    report: Callable[[Run], None] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Run a plan of several numbers of shots; see :func:`few_shot`."""
     check_data(plan)
     runner = Runner(plan.seeds, force=force, report=report)
-    cells, average = [], []
-    for group in plan.groups:
-        on_each = []
-        for _, trainings in itertools.groupby(group, lambda training: training.config.data.name):
-            runs = {training.config.data.shots: runner.runs(training.config) for training in trainings}
-            on_each.append(_cell(group[0].config.method, runs))
-        cells += on_each
-        if len(on_each) > 1:
-            average.append(_average(on_each))
+    groups = [
+        [
+            {training.config.data.shots: runner.runs(training.config) for training in trainings}
+            for _, trainings in itertools.groupby(group, lambda training: training.config.data.name)
+        ]
+        for group in plan.groups
+    ]
     shots, seeds = list(dict.fromkeys(config.data.shots for config in plan.configs)), list(plan.seeds)
-    results: dict[str, Any] = {"schema": SCHEMA, "protocol": "few-shot", "seeds": seeds, "shots": shots}
-    results |= {"cells": cells, **({AVERAGE: average} if average else {})}
+
+    def build(metric: str | None) -> tuple[dict[str, Any], str]:
+        cells, average = [], []
+        for group, on_data in zip(plan.groups, groups, strict=True):
+            on_each = [_cell(group[0].config.method, runs, metric) for runs in on_data]
+            cells += on_each
+            if len(on_each) > 1:
+                average.append(_average(on_each))
+        found = {"cells": cells, **({AVERAGE: average} if average else {})}
+        return found, few_shot_table(cells, shots, seeds, average)
+
+    found, table = by_metric(build, metrics)
+    results = {"schema": SCHEMA, "protocol": "few-shot", "seeds": seeds, "shots": shots, **found}
     keep("few_shot", results, plan.configs, seeds)
-    return results, few_shot_table(cells, shots, seeds, average)
+    return results, table
 
 
-def _cell(method: str, runs: dict[int, list[Run]]) -> dict[str, Any]:
+def _cell(method: str, runs: dict[int, list[Run]], metric: str | None) -> dict[str, Any]:
     rows = {
         label: {
             str(count): {
                 "per_seed": [run.results[part]["all"] for run in shot_runs],
-                **spread([headline(run.results[part]["all"]) for run in shot_runs]),
+                **spread([measured(run.results[part]["all"], metric) for run in shot_runs]),
             }
             for count, shot_runs in runs.items()
         }
@@ -107,7 +123,7 @@ def _cell(method: str, runs: dict[int, list[Run]]) -> dict[str, Any]:
         "method": method,
         "data": all_runs[0].results["data"]["name"],
         "rows": rows,
-        **marks(all_runs),
+        **marks(all_runs, metric),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,12 @@ ZERO_SHOT = "zero-shot"
 
 
 def keep(stem: str, results: dict[str, Any], configs: Sequence[RunConfig], *more: Any) -> None:
-    """Write ``results`` as ``<stem>-<hash>.json`` next to the runs; the hash covers ``configs`` and ``more``."""
+    """Write ``results`` as ``<stem>-<hash>.json`` next to the runs.
+
+    The hash covers ``configs``, ``more`` and the metrics that were asked for.
+    """
     if is_main_process():
+        more = (*more, *([list(results["metrics"])] if "metrics" in results else ()))
         key = sha256_json([[config_sha256(config) for config in configs], *more])[:8]
         write_json(Path(configs[0].output) / f"{stem}-{key}.json", results)
 
@@ -29,9 +33,33 @@ def result_parts(method: str) -> dict[str, str]:
     return {method: "results", ZERO_SHOT: "zeroshot"}
 
 
-def marks(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return the marks of a cell: a metric other than accuracy, and how its runs used test images."""
-    metric = runs[0].results["data"].get("metric", "accuracy")
+def by_metric(
+    build: Callable[[str | None], tuple[dict[str, Any], str]], metrics: Sequence[str]
+) -> tuple[dict[str, Any], str]:
+    """Return the results by headline metric, with those of each of ``metrics`` under ``metrics``, and the tables.
+
+    Args:
+        build: From a metric, or None for the headline metric of each data set, to results and table.
+        metrics: The metrics to show, a table each; empty for the headline metric.
+    """
+    results, table = build(None)
+    if not metrics:
+        return results, table
+    found = {metric: build(metric) for metric in metrics}
+    results["metrics"] = {metric: _averages(part) for metric, (part, _) in found.items()}
+    return results, "\n\n".join(text for _, text in found.values())
+
+
+def _averages(part: Any) -> Any:
+    """Return the results ``part`` without the scores of single runs, which the results by headline metric hold."""
+    if isinstance(part, dict):
+        return {key: _averages(value) for key, value in part.items() if key not in ("per_seed", "runs")}
+    return [_averages(value) for value in part] if isinstance(part, list) else part
+
+
+def marks(runs: Sequence[Run], metric: str | None = None) -> dict[str, Any]:
+    """Return the marks of a cell: its ``metric`` if it is not accuracy, and how its runs used test images."""
+    metric = metric or runs[0].results["data"].get("metric", "accuracy")
     cell_marks: dict[str, Any] = {} if metric == "accuracy" else {"metric": metric}
     if used := runs[0].results.get("test_images"):
         cell_marks["test_images"] = used

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from vlprompt._dist import is_main_process
 from vlprompt._files import write_json
@@ -17,10 +18,10 @@ from vlprompt.config.run import DataConfig, RunConfig, TrainerConfig
 from vlprompt.data.tally import tally
 from vlprompt.datasets import FewShotTask
 from vlprompt.engine.callbacks import read_metrics
-from vlprompt.engine.fit import METRICS, fit, make_trainer, score, test
+from vlprompt.engine.fit import METRICS, fit, make_trainer, test
 from vlprompt.engine.memory import peak_memory
 from vlprompt.engine.meta_module import GradientRegulation
-from vlprompt.engine.metrics import headline, metric_of
+from vlprompt.engine.metrics import MulticlassScores, headline, metric_of, per_class_of, plain_score, values_of
 from vlprompt.engine.module import PromptModule, check_trainable
 from vlprompt.errors import ConfigError, HeadError, VlpromptError
 from vlprompt.io.head import Head, backbone_facts, load_head
@@ -39,7 +40,7 @@ from vlprompt.runs.folder import (
 )
 from vlprompt.runs.selection import is_oracle, own_selection, selection_of
 from vlprompt.runs.session import Session, complete, device_of, use_of_test_images
-from vlprompt.runs.tables import results_table
+from vlprompt.runs.tables import harmonic_mean, results_table
 
 SCHEMA = 1
 _RESULT_PARTS = {"method", "config", "backbone", "data", "results", "zeroshot", "train"}
@@ -68,9 +69,9 @@ class Run:
         """Return the trained head."""
         return load_head(self.head_dir, backbone)
 
-    def table(self) -> str:
-        """Return a printable table of the accuracies and those of zero-shot."""
-        return results_table([self.results])
+    def table(self, metrics: Sequence[str] = ()) -> str:
+        """Return a printable table of the accuracies and those of zero-shot, or one for each of ``metrics``."""
+        return results_table([self.results], metrics)
 
 
 def run(config: RunConfig, *, force: bool = False, after: Session | None = None) -> Run:
@@ -241,9 +242,15 @@ def tested(
     session: Session, trainer: pl.Trainer, method: PromptMethod, task: FewShotTask
 ) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """Return the score on the task's test images, and the correct and total counts per class."""
-    module = PromptModule(method, metric=metric_of(task))
-    scores = test(trainer, module, session.data(method, task))
+    scores, module = _tested(session, trainer, method, task)
     return scores, module.per_class
+
+
+def _tested(
+    session: Session, trainer: pl.Trainer, method: PromptMethod, task: FewShotTask
+) -> tuple[dict[str, Any], PromptModule]:
+    module = PromptModule(method, metric=metric_of(task))
+    return test(trainer, module, session.data(method, task)), module
 
 
 def _evaluate(session: Session, trainer: pl.Trainer, method: PromptMethod) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -254,19 +261,17 @@ def _evaluate(session: Session, trainer: pl.Trainer, method: PromptMethod) -> tu
     task = session.task
     scores: dict[str, Any] = {}
     counts: dict[str, Any] = {}
-    domains = {name: tested(session, trainer, method, domain) for name, domain in session.domains.items()}
-    if domains and metric_of(task) == "accuracy":
-        # Every image is in exactly one domain, so the pooled counts are sums and no image is tested twice.
-        correct, total = (sum(pooled[key] for pooled, _ in domains.values()) for key in ("correct", "total"))
-        scores[task.classes] = score(correct, total)
-        counts[task.classes] = {
-            key: [sum(values) for values in zip(*(per_class[key] for _, per_class in domains.values()), strict=True)]
-            for key in ("correct", "total")
-        }
+    domains = {name: _tested(session, trainer, method, domain) for name, domain in session.domains.items()}
+    sums = [module.scores.sums for _, module in domains.values() if isinstance(module.scores, MulticlassScores)]
+    if sums:
+        # Every image is in exactly one domain, so the pooled sums are those of all images, and none is tested twice.
+        pooled = {name: torch.stack([of_domain[name] for of_domain in sums]).sum(dim=0) for name in sums[0]}
+        values = {name: float(value) for name, value in values_of(pooled).items()}
+        scores[task.classes], counts[task.classes] = plain_score(metric_of(task), values), per_class_of(pooled)
     else:
         scores[task.classes], counts[task.classes] = tested(session, trainer, method, task)
     if domains:
-        scores["domains"] = {name: pooled for name, (pooled, _) in domains.items()}
+        scores["domains"] = {name: of_domain for name, (of_domain, _) in domains.items()}
     if task.classes == "base":
         other = session.counterpart
         try:
@@ -276,11 +281,6 @@ def _evaluate(session: Session, trainer: pl.Trainer, method: PromptMethod) -> tu
         scores["new"], counts["new"] = tested(session, trainer, moved, other)
         scores["harmonic_mean"] = harmonic_mean(headline(scores["base"]), headline(scores["new"]))
     return scores, counts
-
-
-def harmonic_mean(base: float, new: float) -> float:
-    """Return ``2 * base * new / (base + new)``, in the unit of its arguments; 0 when both are 0."""
-    return 2 * base * new / (base + new) if base + new else 0.0
 
 
 def evaluate_head(

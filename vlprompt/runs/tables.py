@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vlprompt.engine.metrics import METRICS, headline
+from vlprompt.engine.metrics import ERRORS, METRICS, measured
 from vlprompt.runs.selection import is_oracle, stamped
 
 
@@ -23,12 +23,20 @@ def render(table: Table, title: str = "", caption: str = "") -> str:
     return "\n".join(text for text in (title, out.getvalue().rstrip(), caption) if text)
 
 
-def results_table(runs: Sequence[dict[str, Any]]) -> str:
-    """Return a table of one data set with a row for zero-shot and a row per run (its ``results.json`` content)."""
+def results_table(runs: Sequence[dict[str, Any]], metrics: Sequence[str] = ()) -> str:
+    """Return a table of one data set with a row for zero-shot and a row per run (its ``results.json`` content).
+
+    ``metrics`` are the metrics to show, a table each; empty for the headline metric of the data set.
+    """
+    first = runs[0]
+    columns = [name for name in ("all", "base", "new") if name in first["results"]]
+    shown = metrics or [str(first["results"][columns[0]].get("metric", "accuracy"))]
+    return "\n\n".join(_results_table(runs, columns, metric) for metric in shown)
+
+
+def _results_table(runs: Sequence[dict[str, Any]], columns: Sequence[str], metric: str) -> str:
     first = runs[0]
     data = first["data"]
-    columns = [name for name in ("all", "base", "new") if name in first["results"]]
-    metric = str(first["results"][columns[0]].get("metric", "accuracy"))
     title = f"{data['name']}: {METRICS[metric]} in %, {data['shots']} shots, seed {data['seed']}"
     table = Table("method")
     for name in columns:
@@ -40,20 +48,26 @@ def results_table(runs: Sequence[dict[str, Any]]) -> str:
         *rows,
         *((stamped(run["method"], is_oracle([run]), run.get("test_images")), run["results"]) for run in runs),
     ]:
-        cells = [score_text(scores.get(name)) for name in columns]
+        cells = [score_text(scores.get(name), metric) for name in columns]
         if "new" in columns:
-            mean = scores.get("harmonic_mean")
-            cells.append("-" if mean is None else f"{mean:.2f}")
+            halves = [measured(scores[name], metric) for name in ("base", "new") if scores.get(name)]
+            cells.append(f"{harmonic_mean(*halves):.2f}" if len(halves) == 2 and metric not in ERRORS else "-")
         table.add_row(label, *cells)
     return render(table, title)
 
 
-def score_text(score: Mapping[str, Any] | None) -> str:
-    """Return the headline number of a score, with the counts of an accuracy; a dash for None."""
+def score_text(score: Mapping[str, Any] | None, metric: str | None = None) -> str:
+    """Return the ``metric`` of a score, by default its headline, with the counts of an accuracy; a dash for None."""
     if score is None:
         return "-"
-    counts = f" ({score['correct']}/{score['total']})" if "metric" not in score else ""
-    return f"{headline(score):.2f}{counts}"
+    name = metric or score.get("metric", "accuracy")
+    counts = f" ({score['correct']}/{score['total']})" if name == "accuracy" else ""
+    return f"{measured(score, name):.2f}{counts}"
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    """Return ``2 * base * new / (base + new)``, in the unit of its arguments; 0 when both are 0."""
+    return 2 * base * new / (base + new) if base + new else 0.0
 
 
 def metric_words(metrics: Iterable[str]) -> str:
