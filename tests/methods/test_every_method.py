@@ -50,7 +50,7 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
     "tpt": [{"context_init": "a photo of a [CLS] there", "steps": 2}],
     "difftpt": [{"variant": "paper", "generated": 2}],
     "promptalign": [{"depth": 1, "context_length": 3}],
-    "clip_lora": [{"encoder": "vision", "params": ["v", "o"], "rank": 4}, {"encoder": "text", "position": "half-up"}],
+    "clip_lora": [{"encoder": "vision", "params": ["v", "o"], "rank": 4}, {"encoder": "text", "position": "bottom"}],
     "ramt": [{"side": "both", "candidates": "mlp", "penalty": 0.0}, {"side": "text", "gradient_dropout": None}],
     "apt_approximated": [{"image_tokens": 0, "per_head": True}],
     "mocoop": [

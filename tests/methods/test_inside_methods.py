@@ -100,23 +100,54 @@ def test_lora_drops_in_training_steps_and_never_scores_so(tiny_backbone: Backbon
 @pytest.mark.parametrize(
     ("own", "blocks"),
     [
-        ({"position": "half-up"}, [2, 3]),
-        ({"position": "bottom"}, [0]),
+        ({"position": "half-bottom"}, [0, 1, 2, 3]),
         ({"layers": [3, 0, 40]}, [0, 3]),
     ],
 )
-def test_lora_stands_in_the_chosen_blocks(tiny_backbone: Backbone, own: dict[str, Any], blocks: list[int]) -> None:
+def test_lora_updates_the_chosen_blocks(tiny_backbone: Backbone, own: dict[str, Any], blocks: list[int]) -> None:
     names = [name for name, _ in make(tiny_backbone, "clip_lora", **own).trainable_parameters()]
     assert {int(name.split("resblocks.")[1].split(".")[0]) for name in names} == set(blocks)
     assert len(names) == 2 * 2 * 3 * len(blocks)
-    twelve = vlprompt.methods.get_method_class("clip_lora").Settings(position="mid").blocks(12)
-    assert twelve == [4, 5, 6, 7]
+
+
+# loralib/utils.py 7-37 of MaxZanella/CLIP-LoRA 358f0d7: the same indices for every tower, and a table for ViT-L/14.
+_TWELVE = {"all": range(12), "bottom": range(4), "mid": range(4, 8), "up": range(8, 12), "top3": range(9, 12)}
+_TWELVE |= {"half-bottom": range(6), "half-up": range(6, 12)}
+_TWENTY_FOUR = {"all": range(24), "half-bottom": range(12), "half-up": range(12, 24)}
+
+
+@pytest.mark.parametrize("position", _TWELVE)
+@pytest.mark.parametrize("depth", [12, 4, 5, 9, 24])
+def test_lora_positions_are_the_published_blocks(position: str, depth: int) -> None:
+    found = vlprompt.methods.get_method_class("clip_lora").Settings(position=position).blocks(depth)
+    if depth <= 12:
+        assert found == [block for block in _TWELVE[position] if block < depth]
+    elif position in _TWENTY_FOUR:
+        assert found == list(_TWENTY_FOUR[position])
+    else:  # the official code has no such position for this depth
+        assert found == [block for half in _TWELVE[position] for block in (2 * half, 2 * half + 1)]
+
+
+def test_lora_leaves_a_tower_alone_that_lacks_the_blocks(tiny_clip: Any, images: Tensor) -> None:
+    dims = tiny_clip.TinyClipDims(vision_layers=6, text_layers=2)
+    uneven = Backbone.from_state_dict(tiny_clip.build_state_dict(dims), name="uneven")
+    method = trained(uneven, "clip_lora", images, position="mid")
+    names = {name.split("attn")[0] for name, _ in method.trainable_parameters()}
+    assert names == {f"base_model.model.visual.transformer.resblocks.{block}." for block in (4, 5)}
+    frozen = make(uneven, "zeroshot", templates=method.settings.templates[:1])
+    with torch.no_grad():
+        torch.testing.assert_close(method.text_features(), frozen.text_features())
+        assert not torch.allclose(method(images), frozen(images), atol=1e-3)
 
 
 @pytest.mark.parametrize(
     ("own", "said"),
     [
-        ({"layers": [9]}, "no block of a tower that has 4"),
+        ({"layers": [9]}, r"no block of the vision tower \(4 blocks\) or the text tower \(4 blocks\)"),
+        (
+            {"position": "top3", "encoder": "text"},
+            r"position is 'top3', which is no block of the text tower \(4",
+        ),
         ({"params": []}, "a list that is not empty, each item .q., .k., .v. or .o."),
         ({"rank": 0}, "settings.rank is 0"),
         ({"dropout": 1.0}, "settings.dropout is 1.0"),

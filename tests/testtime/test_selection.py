@@ -78,6 +78,23 @@ def test_entropies_are_between_zero_and_log_c(seed: int, views: int, classes: in
     torch.testing.assert_close(marginal_entropy(repeated), entropy(logits[:, 0]))
 
 
+@pytest.mark.parametrize("scale", [20.0, 40.0, 100.0])
+def test_small_losses_are_rounded_as_in_the_official_code(scale: float) -> None:
+    # azshue/TPT 63ecbac, tpt_classification.py 46-51: at these scales float32 keeps 1 to 3 digits of the loss, so the
+    # order of operations decides the others.
+    torch.manual_seed(0)
+    for _ in range(20):
+        text = F.normalize(torch.randn(10, 64), dim=-1)
+        views = F.normalize(text[0] + torch.randn(6, 64) / 10, dim=-1)
+        logits = (scale * views @ text.t()).requires_grad_()
+        log_p = logits - logits.logsumexp(dim=-1, keepdim=True)
+        average = log_p.logsumexp(dim=0) - math.log(len(log_p))
+        expected, found = -(average * average.exp()).sum(), marginal_entropy(logits)
+        assert float(found) == float(expected) and float(expected) < 0.01
+        gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
+        assert torch.equal(*gradients)
+
+
 def test_probabilities_that_underflow_give_finite_losses_and_gradients() -> None:
     logits = torch.tensor([[[1e4, 0.0, -1e4], [1e4, -1e4, 0.0]]], requires_grad=True)
     loss = marginal_entropy(logits).sum()

@@ -23,8 +23,16 @@ from vlprompt.objectives.base import Step
 from vlprompt.prompts import LowRank, template_layout
 from vlprompt.prompts.zero_shot import template_features
 
-#: First and last block of each position, in twelfths of a tower's blocks (loralib/utils.py: 12 blocks, 24 for L/14).
-POSITIONS = {"all": (0, 12), "bottom": (0, 4), "mid": (4, 8), "up": (8, 12), "half-bottom": (0, 6), "half-up": (6, 12)}
+#: First block of each position, and the block after its last, of 12 (MaxZanella/CLIP-LoRA 358f0d7: loralib/utils.py).
+POSITIONS = {
+    "all": (0, 12),
+    "bottom": (0, 4),
+    "mid": (4, 8),
+    "up": (8, 12),
+    "half-bottom": (0, 6),
+    "half-up": (6, 12),
+    "top3": (9, 12),
+}
 
 
 @validated("settings")
@@ -33,7 +41,9 @@ class CLIPLoRASettings:
 
     Attributes:
         encoder: Towers with updates. A tower without updates is frozen, and its features are computed once.
-        position: Blocks with updates: all, a third (bottom, mid, up) or a half (half-bottom, half-up).
+        position: Blocks with updates: all, a third (bottom, mid, up), a half (half-bottom, half-up) or the last
+            quarter (top3). These are the published block indices of a tower of 12, so a tower of fewer blocks has
+            fewer of them or none; a deeper tower is divided likewise (half-up of 24 are blocks 12 to 23).
         layers: Block indices from 0, used instead of a position; indices that a tower does not have are ignored.
         params: Attention projections with updates, of q, k, v and o (the output).
         rank: r.
@@ -45,7 +55,7 @@ class CLIPLoRASettings:
     """
 
     encoder: Literal["both", "vision", "text"] = "both"
-    position: Literal["all", "bottom", "mid", "up", "half-bottom", "half-up"] = "all"
+    position: Literal["all", "bottom", "mid", "up", "half-bottom", "half-up", "top3"] = "all"
     layers: tuple[Count, ...] = ()
     params: Annotated[tuple[Literal["q", "k", "v", "o"], ...], MinLen(1)] = ("q", "k", "v")
     rank: Annotated[int, Ge(1), Le(4096)] = 2
@@ -62,18 +72,9 @@ class CLIPLoRASettings:
             )
 
     def blocks(self, depth: int) -> list[int]:
-        """Return the blocks with updates, for a tower of ``depth`` blocks.
-
-        Raises:
-            ConfigError: No block has updates.
-        """
-        first, end = POSITIONS[self.position]
-        candidates = self.layers or range(depth * first // 12, depth * end // 12)
-        blocks = [layer for layer in candidates if layer < depth]
-        if not blocks:
-            setting = f"layers is {list(self.layers)}" if self.layers else f"position is {self.position!r}"
-            raise ConfigError(f"settings.{setting}, which is no block of a tower that has {depth}; use position all")
-        return blocks
+        """Return the blocks with updates, for a tower of ``depth`` blocks."""
+        first, end = (max(depth, 12) * bound // 12 for bound in POSITIONS[self.position])
+        return [block for block in self.layers or range(first, end) if block < depth]
 
 
 @register("clip_lora")
@@ -98,7 +99,11 @@ class CLIPLoRA(PromptMethod):
         return Needs() if self.settings.encoder == "text" else Needs(inputs="images", towers="transformers")
 
     def build(self) -> None:
-        """Create ``base_model``: per projection ``lora_A.weight`` ``[r, W]`` and ``lora_B.weight`` ``[W, r]``."""
+        """Create ``base_model``: per projection ``lora_A.weight`` ``[r, W]`` and ``lora_B.weight`` ``[W, r]``.
+
+        Raises:
+            ConfigError: No block of any chosen tower has updates.
+        """
         settings, image, text = self.settings, self.backbone.image, self.backbone.text
         self.base_model = LowRank(settings.rank, settings.alpha / settings.rank**0.5, settings.dropout)
         if settings.encoder != "text":
@@ -110,6 +115,12 @@ class CLIPLoRA(PromptMethod):
         else:
             features = template_features(self.backbone, self.class_names, settings.templates)
             self.register_buffer("frozen_text", features, persistent=False)
+        if not list(self.base_model.parameters()):
+            depths = {"vision": image.layers, "text": text.layers}
+            chosen = [name for name in depths if settings.encoder in (name, "both")]
+            said = " or ".join(f"the {name} tower ({depths[name]} blocks)" for name in chosen)
+            setting = f"layers is {list(settings.layers)}" if settings.layers else f"position is {settings.position!r}"
+            raise ConfigError(f"settings.{setting}, which is no block of {said}; use position all")
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return raw image features ``[B, D]`` with the updates."""

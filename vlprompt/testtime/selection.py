@@ -26,9 +26,12 @@ def entropy(logits: Tensor) -> Tensor:
 def marginal_entropy(logits: Tensor) -> Tensor:
     """Return TPT's loss: the entropy ``[...]`` in nats of the mean softmax of n views, ``logits`` ``[..., n, C]``.
 
-    It is computed from log probabilities, so probabilities may underflow.
+    It is computed from log probabilities, so probabilities may underflow. Subtracting ``logsumexp`` instead of calling
+    ``log_softmax`` rounds as the official code does (azshue/TPT 63ecbac, tpt_classification.py 46-51;
+    chunmeifeng/DiffTPT 03f1169, difftpt_utils.py 90-95): a loss far below 1 has few correct digits in float32.
     """
-    mean = logits.log_softmax(dim=-1).logsumexp(dim=-2) - math.log(logits.shape[-2])
+    log_p = logits - logits.logsumexp(dim=-1, keepdim=True)
+    mean = log_p.logsumexp(dim=-2) - math.log(logits.shape[-2])
     mean = mean.clamp(min=torch.finfo(mean.dtype).min)
     return -(mean * mean.exp()).sum(dim=-1)
 
