@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,33 @@ def hashed_number(text: str) -> int:
 def derived_seed(*parts: int) -> int:
     """Return a 63-bit seed that depends on every part: for one generator per (seed, epoch, index)."""
     return hashed_number(":".join(str(part) for part in parts)) >> 1
+
+
+class NumpyRandom:
+    """NumPy's ``RandomState(seed)``, as far as permutations go, without NumPy: MT19937 of Matsumoto and Nishimura.
+
+    Python's generator is the same; only its seeding differs.
+
+    Args:
+        seed: A number from 0 to 2**32 - 1; of larger ones the last 32 bits count.
+    """
+
+    def __init__(self, seed: int) -> None:
+        state = [seed & 0xFFFFFFFF]
+        for place in range(1, 624):
+            state.append((1812433253 * (state[-1] ^ (state[-1] >> 30)) + place) & 0xFFFFFFFF)
+        self._bits = random.Random()
+        self._bits.setstate((3, (*state, 624), None))
+
+    def permutation(self, count: int) -> list[int]:
+        """Return ``RandomState.permutation(count)``; ``choice(count, size, replace=False)`` is its first entries."""
+        order = list(range(count))
+        for last in range(count - 1, 0, -1):
+            mask = (1 << last.bit_length()) - 1
+            while (place := self._bits.getrandbits(32) & mask) > last:
+                pass
+            order[last], order[place] = order[place], order[last]
+        return order
 
 
 @contextlib.contextmanager

@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlprompt._files import sha256_lines
-from vlprompt.datasets import FileSource, Sample, SplitLists, class_labels, fewshot, keep_labels
+from vlprompt.datasets import FileSource, Sample, SplitLists, class_labels, fewshot, keep_labels, load_dataset
+from vlprompt.datasets.shots import SAMPLERS, validation_rule
 from vlprompt.errors import ConfigError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "fewshot_caltech101.json").read_text())
@@ -158,6 +160,72 @@ def test_samplers_on_short_classes() -> None:
     assert [s.label for s in train] == [0, 1] == [s.label for s in val] and not set(train) & set(val)
 
 
+def numpy_draw(samples: list[Sample], shots: int, state: Any) -> list[Sample]:
+    """The draw of CoOp's lpclip/linear_probe.py in NumPy's words."""
+    labels = np.array([sample.label for sample in samples])
+    rows = [state.choice(np.where(labels == label)[0], shots, replace=False) for label in np.unique(labels)]
+    return [samples[row] for row in np.concatenate(rows)]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 10, 2**32 - 1])
+@pytest.mark.parametrize("shots", [1, 8, 16])
+def test_the_linear_probe_s_draws_are_numpy_s(shots: int, seed: int) -> None:
+    state = np.random.RandomState(seed)  # noqa: NPY002
+    expected = numpy_draw(CALTECH.train, shots, state), numpy_draw(CALTECH.val, min(shots, 4), state)
+    assert fewshot(CALTECH.train, CALTECH.val, shots, seed, sampler="lpclip-v1") == expected
+
+
+def test_the_linear_probe_s_short_classes_are_complete() -> None:
+    few = listed([1, 0, 1, 0, 1])
+    train, val = fewshot(few, few[:1], 3, 1, sampler="lpclip-v1")
+    assert [s.label for s in train] == [0, 0, 1, 1, 1] and len(set(train)) == 5 and val == few[:1]
+
+
+def test_lp_plus_plus_draws_as_many_validation_images_as_shots() -> None:
+    train, val = fewshot(CALTECH.train, CALTECH.val, 8, 3, sampler="lp-plus-plus-v1")
+    coop, _ = fewshot(CALTECH.train, CALTECH.val, 8, 3)
+    assert train == coop  # both begin with the training list, and no class is short
+    assert [s.label for s in val] == [label for label in dict.fromkeys(s.label for s in CALTECH.val) for _ in range(8)]
+    generator = random.Random(3)
+    for samples, drawn in ((CALTECH.train, train), (CALTECH.val, val)):
+        for label in dict.fromkeys(s.label for s in samples):
+            members = [s for s in samples if s.label == label]
+            own = generator.sample(members, 8) if len(members) >= 8 else generator.choices(members, k=8)
+            assert [s for s in drawn if s.label == label] == own
+    # On ImageNet one draw of 2 K training images is cut in two.
+    many = listed([n % 3 for n in range(60)])
+    train, val = fewshot(many, many[:5], 4, 1, sampler="lp-plus-plus-v1", sample_val=False)
+    generator = random.Random(1)
+    both = [generator.sample([s for s in many if s.label == label], 8) for label in range(3)]
+    assert train == [s for drawn in both for s in drawn[:4]] and val == [s for drawn in both for s in drawn[4:]]
+    with pytest.raises(ConfigError, match="lp-plus-plus-v1 needs 42 training images"):
+        fewshot(many, [], 21, 1, sampler="lp-plus-plus-v1", sample_val=False)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sample_val", [True, False])
+@pytest.mark.parametrize("shots", [-1, 2, 6])
+def test_the_rule_of_the_validation_images_is_what_is_drawn(sampler: str, sample_val: bool, shots: int) -> None:
+    train, val = ([Sample(f"{part}{n}", n % 3, FileSource("")) for n in range(60)] for part in ("t", "v"))
+    drawn = fewshot(train, val, shots, 1, sampler=sampler, sample_val=sample_val)[1]
+    rule = validation_rule(sampler, shots, sample_val=sample_val)
+    counts = {
+        "the whole list": 60,
+        "at most 4 a class": 3 * min(shots, 4),
+        "as many a class as there are shots": 3 * shots,
+        "a fifth of the drawn images": 3 * -(-shots // 5),
+    }
+    assert len(drawn) == counts[rule]
+    assert (drawn == val) == (rule == "the whole list")
+
+
+def test_results_say_which_validation_images_there_were() -> None:
+    assert load_dataset("demo").describe()["validation"] == "at most 4 a class"
+    whole = load_dataset("demo", sampler="tip-v1").half("base")
+    assert whole.describe()["validation"] == "the whole list"
+    assert whole.val == load_dataset("demo", shots=-1).half("base").val
+
+
 def test_unknown_samplers() -> None:
     with pytest.raises(ConfigError, match="data.sampler is 'dassl'. Did you mean 'dassl-v1'"):
         fewshot(CALTECH.train, [], 1, 1, sampler="dassl")
@@ -192,7 +260,7 @@ def interpreters() -> list[str]:
     ]
 
 
-DRAWN_BY_ALL = "4d436328348d80ecb60345c65847ae183c8bfc558151db340d3e40d1133e86f1"
+DRAWN_BY_ALL = "2c2eb86d2839db5ea33dd19dd2109f782c378acd89801529f432074db8a8d434"
 
 
 def test_the_draw_is_the_same_in_other_pythons() -> None:

@@ -13,11 +13,13 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from vlprompt._random import NumpyRandom
 from vlprompt.datasets.records import Sample, labels_of
 from vlprompt.errors import ConfigError, did_you_mean
 
 #: Validation images per class drawn with a few-shot training list, at most.
 VAL_SHOTS = 4
+WHOLE, AT_MOST = "the whole list", f"at most {VAL_SHOTS} a class"
 Samples = list[Sample]
 
 
@@ -69,6 +71,12 @@ def fewshot(
     return chosen.draw(train, val if sample_val else None, shots, seed, list(val))
 
 
+def validation_rule(sampler: str, shots: int, *, sample_val: bool = True) -> str:
+    """Return which validation images :func:`fewshot` returns with these arguments, in words."""
+    chosen = find_sampler(sampler)
+    return WHOLE if shots == -1 or not (sample_val or chosen.from_train) else chosen.val
+
+
 # -- samplers ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Sampler:
@@ -78,11 +86,15 @@ class Sampler:
         about: One line of description.
         draw: Function of the training list, the validation list (``None`` if it is not sampled), shots, seed and the
             complete validation list; returns the training and validation samples.
+        val: The validation images that it draws, in words.
+        from_train: Whether it draws training images for validation where the validation list is not sampled.
         one_label: Whether every image must have exactly one label.
     """
 
     about: str
     draw: Callable[[Sequence[Sample], Sequence[Sample] | None, int, int, Samples], tuple[Samples, Samples]]
+    val: str = AT_MOST
+    from_train: bool = False
     one_label: bool = True
 
 
@@ -100,20 +112,51 @@ def _clip_lora(
     train: Sequence[Sample], val: Sequence[Sample] | None, shots: int, seed: int, whole: Samples
 ) -> tuple[Samples, Samples]:
     generator, val_shots = random.Random(seed), min(shots, VAL_SHOTS)
-    if val is not None:
-        chosen = _draw(val, val_shots, generator, fill=True)
-        return _draw(train, shots, generator, fill=True), chosen
-    # ImageNet's validation images are its test images: both lists come from one draw of training images.
+    if val is None:
+        return _two_of_one(train, shots, val_shots, generator, "clip-lora-v1")
+    chosen = _draw(val, val_shots, generator, fill=True)
+    return _draw(train, shots, generator, fill=True), chosen
+
+
+def _lp_plus_plus(
+    train: Sequence[Sample], val: Sequence[Sample] | None, shots: int, seed: int, whole: Samples
+) -> tuple[Samples, Samples]:
+    generator = random.Random(seed)
+    if val is None:
+        return _two_of_one(train, shots, shots, generator, "lp-plus-plus-v1")
+    return _draw(train, shots, generator, fill=True), _draw(val, shots, generator, fill=True)
+
+
+def _two_of_one(
+    train: Sequence[Sample], shots: int, val_shots: int, generator: random.Random, name: str
+) -> tuple[Samples, Samples]:
+    """Draw training and validation images from the training list: ImageNet's validation images are its test images."""
     train_drawn, val_drawn = [], []
-    for members in sorted(_by_label(train), key=lambda members: labels_of(members[0])):
+    for members in _by_label_in_order(train):
         if len(members) < shots + val_shots:
-            raise ConfigError(
-                f"data.shots is {shots}; clip-lora-v1 needs {shots + val_shots} training images in every class."
-            )
+            raise ConfigError(f"data.shots is {shots}; {name} needs {shots + val_shots} training images in every class")
         drawn = generator.sample(members, shots + val_shots)
         train_drawn += drawn[:shots]
         val_drawn += drawn[shots:]
     return train_drawn, val_drawn
+
+
+def _lpclip(
+    train: Sequence[Sample], val: Sequence[Sample] | None, shots: int, seed: int, whole: Samples
+) -> tuple[Samples, Samples]:
+    # The official code stops at a class with too few images; here such a class gives all of them. On ImageNet it draws
+    # validation images from the test images.
+    generator = NumpyRandom(seed)
+
+    def draw(samples: Sequence[Sample], count: int) -> Samples:
+        return [
+            members[place]
+            for members in _by_label_in_order(samples)
+            for place in generator.permutation(len(members))[:count]
+        ]
+
+    chosen = draw(train, shots)
+    return chosen, whole if val is None else draw(val, min(shots, VAL_SHOTS))
 
 
 def _tip(
@@ -126,7 +169,7 @@ def _tpt(
     train: Sequence[Sample], val: Sequence[Sample] | None, shots: int, seed: int, whole: Samples
 ) -> tuple[Samples, Samples]:
     chosen: Samples = []
-    for members in sorted(_by_label(train), key=lambda members: labels_of(members[0])):
+    for members in _by_label_in_order(train):
         if len(members) < shots:
             raise ConfigError(f"data.shots is {shots}; tpt-v1 needs as many training images in every class.")
         chosen += random.Random(0).sample(members, shots)
@@ -182,10 +225,25 @@ def _cut_a_fifth(chosen: Samples) -> tuple[Samples, Samples]:
 SAMPLERS: dict[str, Sampler] = {
     "dassl-v1": Sampler("CoOp and its family: training first, then validation, short classes complete", _dassl),
     "sorted-v1": Sampler("dassl-v1 on lists sorted by name, where CoOp's order depends on the file system", _dassl),
-    "clip-lora-v1": Sampler("CLIP-LoRA: validation first, short classes filled with replacement", _clip_lora),
-    "tip-v1": Sampler("Tip-Adapter, whose seed is 1: short classes filled, validation complete", _tip),
-    "tpt-v1": Sampler("TPT: a generator of seed 0 per class, independent of the seed, validation complete", _tpt),
-    "elevater-v1": Sampler("ELEVATER: greedy over a shuffled list, a fifth of it for validation", _elevater, False),
+    "clip-lora-v1": Sampler(
+        "CLIP-LoRA: validation first, short classes filled with replacement", _clip_lora, from_train=True
+    ),
+    "tip-v1": Sampler("Tip-Adapter, whose seed is 1: short classes filled, validation complete", _tip, WHOLE),
+    "tpt-v1": Sampler("TPT: a generator of seed 0 per class, whatever the seed, validation complete", _tpt, WHOLE),
+    "lp-plus-plus-v1": Sampler(
+        "LP++, whose seeds are 1 to 10: as many validation images as shots, short classes filled",
+        _lp_plus_plus,
+        "as many a class as there are shots",
+        from_train=True,
+    ),
+    "lpclip-v1": Sampler("CoOp's linear probe: NumPy's generator, classes in order, training first", _lpclip),
+    "elevater-v1": Sampler(
+        "ELEVATER: greedy over a shuffled list, a fifth of it for validation",
+        _elevater,
+        "a fifth of the drawn images",
+        from_train=True,
+        one_label=False,
+    ),
 }
 
 
@@ -202,6 +260,11 @@ def _by_label(samples: Sequence[Sample]) -> list[Samples]:
     for sample in samples:
         by_label.setdefault(sample.label, []).append(sample)
     return list(by_label.values())
+
+
+def _by_label_in_order(samples: Sequence[Sample]) -> list[Samples]:
+    """Return the samples grouped by label, labels in ascending order."""
+    return sorted(_by_label(samples), key=lambda members: labels_of(members[0]))
 
 
 def _draw(samples: Sequence[Sample], shots: int, generator: random.Random, *, fill: bool = False) -> Samples:

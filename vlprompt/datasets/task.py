@@ -14,7 +14,15 @@ from vlprompt.datasets.domains import domains_of, keep_domains
 from vlprompt.datasets.readers import read_dataset
 from vlprompt.datasets.records import Sample, SplitLists, labels_of
 from vlprompt.datasets.shot_lists import read_shot_list, use_shot_list
-from vlprompt.datasets.shots import check_draw, class_labels, fewshot, find_sampler, keep_labels
+from vlprompt.datasets.shots import (
+    WHOLE,
+    check_draw,
+    class_labels,
+    fewshot,
+    find_sampler,
+    keep_labels,
+    validation_rule,
+)
 from vlprompt.errors import ClassNameError, ConfigError
 
 
@@ -28,7 +36,7 @@ class FewShotTask:
         all_class_names: Names of all classes of the data set, by its labels (base classes come first).
         template: Prompt with ``{}`` for the class name.
         train: Few-shot training samples, labels from 0 within ``class_names``.
-        val: Validation samples (at most 4 per class, except with ``shots=-1`` and on ImageNet); may be empty.
+        val: Validation samples, as ``validation`` describes them; may be empty.
         test: All test samples of the task's classes, of the ``target`` domains.
         shots: Training images per class, or -1 for all.
         seed: Seed of the draw.
@@ -42,6 +50,7 @@ class FewShotTask:
         target: Domains of ``test``; empty for all.
         request: Arguments of :func:`load_dataset` besides the name.
         whole: The task over all classes, from the same draw; None for that task itself.
+        validation: Which samples of the validation list ``val`` holds, in words.
     """
 
     name: str
@@ -63,6 +72,7 @@ class FewShotTask:
     target: tuple[str, ...] = ()
     request: Mapping[str, Any] = field(default_factory=dict, repr=False)
     whole: FewShotTask | None = field(default=None, repr=False, compare=False)
+    validation: str = WHOLE
 
     @property
     def metric(self) -> Metric:
@@ -135,6 +145,7 @@ class FewShotTask:
             "shots": self.shots,
             "seed": self.seed,
             "sampler": self.sampler,
+            "validation": self.validation if self.val else "none",
             "train": len(self.train),
             "val": len(self.val),
             "test": len(self.test),
@@ -203,9 +214,11 @@ def load_dataset(
         chosen = read_shot_list(Path(shots_file))
         train, val = use_shot_list(chosen, lists, card.name, Path(shots_file))
         sampler, shots, seed = (chosen.header[key] for key in ("sampler", "shots", "seed"))
+        validation = f"the images that {Path(shots_file).name} lists"
     else:
         sampler = sampler or ("elevater-v1" if card.multilabel and lists.train else lists.sampler)
         train, val = fewshot(lists.train, lists.val, shots, seed, sampler=sampler, sample_val=lists.sample_val)
+        validation = validation_rule(sampler, shots, sample_val=lists.sample_val)
     if target and not lists.test:
         raise ConfigError(f"data.target is {list(target)}, which has no test images of the {classes} classes.")
     task = FewShotTask(
@@ -227,6 +240,7 @@ def load_dataset(
         source=tuple(source),
         target=tuple(target),
         request=request,
+        validation=validation,
     )
     return task if classes == "all" else task.half(cast(Literal["base", "new"], classes))
 
