@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlprompt.caches.tfup import TFUP, cache_shots, candidate_divergence, kl_matrix, marginal_loss
 from vlprompt.caches.tfup_trained import Adaptation, TFUPTrained
-from vlprompt.caches.training import CacheRecipe
+from vlprompt.caches.training import CacheRecipe, orders
 from vlprompt.errors import DataError
 
 SHORT = CacheRecipe(epochs=2, batch_size=8, lr=1e-3, eps=1e-4, weight_decay=0.01)
@@ -147,3 +147,22 @@ def test_tfup_t_s_views_validation_and_cache_count() -> None:
     with_cache = trained(text).fit(features[0])
     with_cache.settings = replace(with_cache.settings, adaptation=Adaptation(use_cache=True))
     assert not torch.allclose(with_cache.logits(features[0]), plain.logits(features[0]))
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(8, 2), (10, 2), (20, 1), (21, 1), (64, 1)])
+def test_tfup_t_drops_partial_batches_in_both_stages_and_in_its_schedule(batch_size: int, steps: int) -> None:
+    """As Dassl's loader does: 20 images in batches of 8 are two steps, as the rates are."""
+    text, features, _ = problem()
+    cache = TFUPTrained(text, 20.0, cache_shots=3, adaptation=Adaptation(warmup_epochs=1))
+    cache.settings = replace(cache.settings, training=replace(cache.settings.training, epochs=3, batch_size=batch_size))
+    TFUP.fit(cache, features[0])
+    cache.begin(1)
+    warm, order = orders(20, 1, 1), orders(20, 2, 2)
+    targets = torch.zeros(20, dtype=torch.int64)
+    done = list(cache.training_steps(features[0], features, targets, features, warm, order))
+    assert [step.epoch for step in done] == [epoch for epoch in range(3) for _ in range(steps)]
+    assert [step.ends_epoch for step in done] == 3 * [*[False] * (steps - 1), True]
+    assert all(len(step.rows) == min(batch_size, 20) for step in done)
+    top, period = cache.settings.training.lr, 3 * steps
+    expected = [top / 2 * (1 + np.cos(np.pi * number / period)) for number in range(period)]
+    assert [step.lr for step in done] == pytest.approx(expected)

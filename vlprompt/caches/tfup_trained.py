@@ -57,7 +57,9 @@ class TFUPTrainedSettings(TFUPCacheSettings):
         adaptation: The adapters and the two stages.
     """
 
-    training: CacheRecipe = CacheRecipe(epochs=30, batch_size=256, lr=0.012, eps=0.003, weight_decay=0.1)
+    training: CacheRecipe = CacheRecipe(
+        epochs=30, batch_size=256, lr=0.012, eps=0.003, weight_decay=0.1, drop_last=True
+    )
     adaptation: Adaptation = Adaptation()
 
 
@@ -182,7 +184,8 @@ class TFUPTrained(TFUP):
         for epoch, rows in enumerate([*warm_order, *order]):
             warm = epoch < len(warm_order)
             source = warm_views if warm else views
-            batches = rows.to(source.device).split(self.settings.training.batch_size)
+            recipe = self.settings.training
+            batches = rows.to(source.device).split(recipe.batch_size)[: recipe.batches(len(rows))]
             for number, batch in enumerate(batches, 1):
                 targets = warm_targets[batch] if warm else self._confident(features[batch])
                 with torch.inference_mode(False), torch.enable_grad():
@@ -235,4 +238,3 @@ class TFUPTrained(TFUP):
             if tuple(state[name].shape) != shape
         ]
         return super().misfits(state) + wrong
-

@@ -18,10 +18,12 @@ class CacheRecipe:
 
     Attributes:
         epochs: Passes over the images.
-        batch_size: Images per step; the last batch of an epoch may be smaller.
+        batch_size: Images per step.
         lr: Learning rate at the first step.
         eps: AdamW's epsilon.
         weight_decay: AdamW's weight decay.
+        drop_last: Drop the last batch of an epoch if it is smaller, unless it is the only one, as Dassl.pytorch does
+            (dassl/data/data_manager.py).
     """
 
     epochs: Count
@@ -29,10 +31,12 @@ class CacheRecipe:
     lr: NonNegative
     eps: NonNegative
     weight_decay: NonNegative
+    drop_last: bool = False
 
     def batches(self, images: int) -> int:
         """Return the number of steps of an epoch over ``images`` images."""
-        return -(-images // self.batch_size)
+        full, rest = divmod(images, self.batch_size)
+        return full + (rest > 0 and not (self.drop_last and full))
 
     def optimizer(
         self, parameters: Sequence[nn.Parameter], period: int
@@ -46,26 +50,22 @@ class CacheRecipe:
 class EpochRecipe(CacheRecipe):
     """Recipe of a trained cache: Adam with the schedule of Dassl.pytorch, one rate per epoch.
 
-    As there, the last batch of an epoch is dropped if it is not full, unless it is the only one.
-
     Attributes:
         epochs: Passes over the images.
         batch_size: Images per step.
         lr: Learning rate after the warm-up, at the top of the cosine.
         eps: Adam's epsilon.
         weight_decay: Adam's weight decay.
+        drop_last: Drop the last batch of an epoch if it is smaller, unless it is the only one.
         warmup_epochs: Epochs at ``warmup_lr``, before the cosine.
         warmup_lr: Their learning rate.
     """
 
     eps: NonNegative = 1e-8
     weight_decay: NonNegative = 5e-4
+    drop_last: bool = True
     warmup_epochs: Count = 1
     warmup_lr: NonNegative = 1e-5
-
-    def batches(self, images: int) -> int:
-        """Return the number of steps of an epoch over ``images`` images."""
-        return max(images // self.batch_size, min(images, 1))
 
     def optimizer(
         self, parameters: Sequence[nn.Parameter], period: int
@@ -114,4 +114,3 @@ def orders(images: int, epochs: int, seed: int, stream: int = 0) -> list[Tensor]
     """
     generator = torch.Generator().manual_seed(seed * 1009 + stream)
     return [torch.randperm(images, generator=generator) for _ in range(epochs)]
-
