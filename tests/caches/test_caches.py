@@ -38,7 +38,7 @@ CACHES: dict[str, Make] = {
     "ape": lambda text: APE(text, 20.0, channels=9),
     "gda": lambda text: GDA(text, 20.0),
     "taskres": lambda text: TaskResidual(text, 20.0, training=EpochRecipe(epochs=2, batch_size=8, lr=1e-3)),
-    "linear_probe": lambda text: LinearProbe(text, 20.0, c=10.0),
+    "linear_probe": lambda text: LinearProbe(text, 20.0, c=10.0, normalised=True),
     "lp_plus_plus": lambda text: LPPlusPlus(text, 20.0, iterations=12),
     "tfup": lambda text: TFUP(text, 20.0, cache_shots=3),
     "tfup_t": lambda text: TFUPTrained(text, 20.0, cache_shots=3, training=SHORT, adaptation=WARM),

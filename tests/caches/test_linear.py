@@ -107,7 +107,7 @@ def test_the_probe_is_scikit_learn_s(c: float, normalised: bool) -> None:
 def test_the_probe_is_a_minimum() -> None:
     text, features, labels = problem(noise=1.0)
     rows = F.normalize(features[0], dim=-1)
-    probe = LinearProbe(text, c=2.0).fit(features, labels)
+    probe = LinearProbe(text, c=2.0, normalised=True).fit(features, labels)
     weight, bias = probe.get_buffer("weight"), probe.get_buffer("bias")
     error = (rows @ weight.t() + bias).softmax(dim=-1) - F.one_hot(labels, C)
     assert float((error.t() @ rows / N + weight / (2.0 * N)).abs().max()) <= 1e-4
@@ -116,10 +116,10 @@ def test_the_probe_is_a_minimum() -> None:
 
 def test_views_count_as_images_and_raw_features_count_by_their_length() -> None:
     text, views, labels = problem(noise=1.0, views=2)
-    twice = LinearProbe(text, c=1.0).fit(views, labels)
-    flat = LinearProbe(text, c=1.0).fit(views.flatten(0, 1), labels.repeat(2))
+    twice = LinearProbe(text, c=1.0, normalised=True).fit(views, labels)
+    flat = LinearProbe(text, c=1.0, normalised=True).fit(views.flatten(0, 1), labels.repeat(2))
     assert torch.equal(twice.logits(views[0]), flat.logits(views[0]))
-    raw = LinearProbe(text, normalised=False).fit(views[0], labels)
+    raw = LinearProbe(text).fit(views[0], labels)
     assert not torch.allclose(raw.logits(views[0]), raw.logits(2 * views[0]))
     torch.testing.assert_close(twice.logits(views[0]), twice.logits(2 * views[0]))
 
@@ -128,7 +128,7 @@ def test_the_zero_shot_start_counts_only_as_far_as_the_minimum_is_not_reached() 
     text, features, labels = problem(noise=1.0)
 
     def fitted(start: Literal["zero", "zeroshot"], iterations: int) -> Tensor:
-        probe = LinearProbe(text, 20.0, c=1.0, start=start, iterations=iterations)
+        probe = LinearProbe(text, 20.0, c=1.0, normalised=True, start=start, iterations=iterations)
         return probe.fit(features, labels).logits(features[0]).softmax(dim=-1)
 
     torch.testing.assert_close(fitted("zeroshot", 1000), fitted("zero", 1000), rtol=0, atol=5e-3)

@@ -45,7 +45,7 @@ VARIANTS: Mapping[str, list[dict[str, Any]]] = {
     "restore": [{"surgery": None, "shift_consistency": {"variant": "paper"}}],
     "tip_adapter": [{"views": 0, "search": False}],
     "clip_adapter": [{"ratio": 0.6, "reduction": 2}],
-    "linear_probe": [{"normalised": False, "search": False}],
+    "linear_probe": [{"normalised": True, "search": False}],
     "tda": [{"negative": False, "positive_capacity": 1}],
     "tpt": [{"context_init": "a photo of a [CLS] there", "steps": 2}],
     "difftpt": [{"variant": "paper", "generated": 2}],

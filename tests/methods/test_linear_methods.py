@@ -108,7 +108,8 @@ def test_what_is_chosen_on_validation_images_needs_them(name: str, tiny_backbone
 
 
 def test_settings_reach_the_mathematics(tiny_backbone: Backbone) -> None:
-    probe: Any = create_method("linear_probe", tiny_backbone, NAMES, c=3.0, start="zeroshot", iterations=7)
+    own = {"normalised": True, "start": "zeroshot"}
+    probe: Any = create_method("linear_probe", tiny_backbone, NAMES, c=3.0, iterations=7, **own)
     assert (float(probe.cache.c), probe.cache.settings.start, probe.cache.settings.iterations) == (3.0, "zeroshot", 7)
     blend: Any = create_method("lp_plus_plus", tiny_backbone, NAMES, accumulate=False, alpha_every=3, momentum=0.5)
     assert (False, 3, 0.5) == (

@@ -28,7 +28,8 @@ class LinearProbeCacheSettings:
 
     Attributes:
         c: Inverse strength of the penalty, used where it is not searched; the default is that of CLIP's README.
-        normalised: Normalise features first, as few-shot protocols do; CLIP's README takes raw ones.
+        normalised: Normalise features first. CLIP's README and CoOp's few-shot protocol take raw ones
+            (lpclip/feat_extractor.py).
         start: Initial W: ``zero``, or ``zeroshot`` for the text classifier times the logit scale. The loss is convex,
             so the start matters only where the iterations stop short of the minimum: with a large c and separable
             classes.
@@ -36,7 +37,7 @@ class LinearProbeCacheSettings:
     """
 
     c: Annotated[float, Ge(1e-12)] = 0.316
-    normalised: bool = True
+    normalised: bool = False
     start: Literal["zero", "zeroshot"] = "zero"
     iterations: Positive = 1000
 

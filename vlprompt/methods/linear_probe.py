@@ -1,7 +1,8 @@
 """Linear probe: logistic regression on frozen image features, without text (Radford et al., 2021; arXiv 2103.00020).
 
 ``logits = f W^T + b`` minimise the mean cross-entropy and ``|W|^2 / (2 c N)``. The few-shot protocol of CoOp's appendix
-(KaiyangZhou/CoOp, lpclip) chooses c on validation images: seven powers of ten, then eight halvings around the best.
+(KaiyangZhou/CoOp, lpclip) fits on raw features and chooses c on validation images: seven powers of ten, then eight
+halvings around the best.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class LinearProbeSettings(LinearProbeCacheSettings):
         c: Inverse strength of the penalty, used without a search or without validation images; the default is that of
             CLIP's README.
         search: Choose c on the images selected by ``select_on``.
-        normalised: Normalise features to length 1; CLIP's README uses raw features.
+        normalised: Normalise features to length 1; the few-shot protocol and CLIP's README use raw features.
         start: Initial W: zero, or zeroshot for the text classifier times the logit scale. It has an effect if the
             iterations end before the minimum.
         iterations: Maximum number of L-BFGS steps.
