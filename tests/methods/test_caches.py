@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from vlprompt import create_method, load_head
 from vlprompt.backbone import Backbone
+from vlprompt.caches.ape import APE
 from vlprompt.caches.base import RowClassifier
+from vlprompt.caches.tip_adapter import TipAdapter
 from vlprompt.errors import ClassNameError, ConfigError, HeadError
 from vlprompt.io.head import Head
 from vlprompt.methods import PromptMethod
@@ -196,6 +199,42 @@ def test_test_images_are_used_only_where_settings_say_so(tiny_backbone: Backbone
         assert method.needs.unlabelled == "test" and use_of_test_images(method) == "transductive"
 
 
+def test_gda_s_crops_are_a_setting_of_its_own(tiny_backbone: Backbone) -> None:
+    method = create_method("gda", tiny_backbone, NAMES, view="random")
+    assert (method.needs.fit_views, method.needs.fit_view) == (10, "random")
+
+
+def test_the_grids_of_the_searches_are_the_official_ones(tiny_backbone: Backbone, monkeypatch: Any) -> None:
+    """APE's gammas begin at 0 (main.py, gamma_list), everything else at 0.1; the upper ends are never tried."""
+    tried: dict[str, Any] = {}
+
+    def search(self: Any, features: Tensor, labels: Tensor, *axes: Sequence[float]) -> None:
+        tried[type(self).__name__] = axes
+
+    monkeypatch.setattr(APE, "search", search)
+    monkeypatch.setattr(TipAdapter, "search", search)
+    for name, own in (("ape", {"search_beta": 10.0}), ("tip_adapter", {"search_alpha": 30.0})):
+        method = create_method(name, tiny_backbone, NAMES, **own)
+        method.fit(shots_for(method))
+    betas, alphas, gammas = tried["APE"]
+    assert list(gammas) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert list(alphas) == pytest.approx([0.1 + i * 6.9 / 20 for i in range(20)])
+    assert list(betas) == pytest.approx([0.1 + i * 9.9 / 200 for i in range(200)])
+    betas, alphas = tried["TipAdapter"]
+    assert list(alphas) == pytest.approx([0.1 + i * 29.9 / 20 for i in range(20)])
+    assert list(betas) == pytest.approx([0.1 + i * 6.9 / 200 for i in range(200)])
+
+
+def test_the_linear_probe_is_fitted_on_raw_features(tiny_backbone: Backbone) -> None:
+    """As by lpclip: the length of a feature counts, in fitting and in scoring."""
+    method, shots = fitted(tiny_backbone, "linear_probe", search=False)
+    bias = method(torch.zeros_like(shots.val))
+    torch.testing.assert_close(method(2 * shots.val) - bias, 2 * (method(shots.val) - bias), rtol=1e-4, atol=1e-4)
+    unit, _ = fitted(tiny_backbone, "linear_probe", search=False, normalised=True)
+    torch.testing.assert_close(unit(2 * shots.val), unit(shots.val))
+    assert not torch.allclose(unit(shots.val), method(shots.val))
+
+
 @pytest.mark.parametrize("name", ["tip_adapter", "tip_adapter_f", "ape", "gda"])
 def test_the_search_needs_validation_images(tiny_backbone: Backbone, name: str) -> None:
     method = make(tiny_backbone, name, alpha=0.37)
@@ -253,6 +292,7 @@ def test_tfup_s_text_is_the_mean_of_raw_features(tiny_backbone: Backbone) -> Non
         ("ape", {"channels": 65}),
         ("ape", {"search_steps": (2, 2)}),
         ("gda", {"views": -2}),
+        ("gda", {"view": "center"}),
         ("tfup", {"cache_shots": -1}),
         ("tfup", {"unlabelled": "val"}),
         ("tfup_t", {"adaptation": {"image_ratio": 1.5}}),
@@ -260,7 +300,7 @@ def test_tfup_s_text_is_the_mean_of_raw_features(tiny_backbone: Backbone) -> Non
         ("taskres", {"alpha": -0.5}),
         ("taskres", {"training": {"batch_size": 0}}),
         ("linear_probe", {"c": 0.0}),
-        ("linear_probe", {"start": "zeroshot", "normalised": False}),
+        ("linear_probe", {"start": "zeroshot"}),
         ("lp_plus_plus", {"momentum": 1.0}),
         ("lp_plus_plus", {"alpha_every": 0}),
         ("clip_adapter", {"ratio": 1.1}),

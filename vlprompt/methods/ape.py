@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from vlprompt.caches.ape import APE, APECacheSettings
 from vlprompt.caches.search import grid
-from vlprompt.config.types import Count, Ge, OpenTemplates, Positive, validated
+from vlprompt.config.types import Count, Ge, NonNegative, OpenTemplates, Positive, validated
 from vlprompt.methods.fitted import FewShotFeatures, FittedMethod, keys_of
 from vlprompt.methods.registry import register
 
@@ -29,9 +29,9 @@ class APESettings(APECacheSettings):
         gamma: Weight of the values' divergence, likewise.
         views: Random views averaged into the key of each image; 0 uses the test view.
         search: Search alpha, beta and gamma on the images selected by ``select_on``.
-        search_alpha: Upper end of the searched alphas; all lower ends are 0.1.
-        search_beta: Upper end of the searched betas.
-        search_gamma: Upper end of the searched gammas.
+        search_alpha: Upper end of the searched alphas; the lower end is 0.1.
+        search_beta: Upper end of the searched betas; the lower end is 0.1.
+        search_gamma: Upper end of the searched gammas; the lower end is 0, where all keys count alike.
         search_steps: Numbers of betas, alphas and gammas.
         select_on: Images of the search: val, or, as published for ImageNet, test, which marks the results.
     """
@@ -41,7 +41,7 @@ class APESettings(APECacheSettings):
     search: bool = True
     search_alpha: Annotated[float, Ge(0.1)] = 7.0
     search_beta: Annotated[float, Ge(0.1)] = 7.0
-    search_gamma: Annotated[float, Ge(0.1)] = 0.5
+    search_gamma: NonNegative = 0.5
     search_steps: tuple[Positive, Positive, Positive] = (200, 20, 5)
     select_on: Literal["val", "test"] = "val"
 
@@ -61,5 +61,6 @@ class APEMethod(FittedMethod):
         self.cache.fit(keys_of(shots, settings.views)[0], shots.labels)
         if settings.search and len(shots.val_labels):
             tops = (settings.search_beta, settings.search_alpha, settings.search_gamma)
-            axes = [grid(top, steps) for top, steps in zip(tops, settings.search_steps, strict=True)]
+            starts = (0.1, 0.1, 0.0)
+            axes = [grid(*axis) for axis in zip(tops, settings.search_steps, starts, strict=True)]
             self.cache.search(shots.val, shots.val_labels, *axes)
