@@ -2,7 +2,8 @@
 
 The classifier is ``normalise(t + alpha x)``: t are the frozen raw text features, x starts at zero and is trained by
 cross-entropy. Both towers are frozen; training uses image features that are computed once. Official code:
-geekyutao/TaskRes, the regular base; on ImageNet its t is a mean over eight prompts.
+geekyutao/TaskRes, the regular base; on ImageNet its t is a mean over eight prompts. It leaves underscores in class
+names (trainers/taskres.py), which are spaces here.
 """
 
 from __future__ import annotations
