@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from vlprompt import create_method
 from vlprompt.backbone import Backbone
+from vlprompt.config.ensembles import ENSEMBLES
 from vlprompt.errors import ConfigError
-from vlprompt.methods.zeroshot import SELECTED_TEMPLATES, ZeroShotSettings
+from vlprompt.methods.zeroshot import ZeroShotSettings
 
 NAMES = ["golden_retriever", "jack-o'-lantern", "cat"]
 
@@ -50,8 +51,8 @@ def test_single_template_is_the_models_own_forward(tiny_backbone: Backbone, imag
 def test_ensemble_puts_seven_selected_templates_in_front(tiny_backbone: Backbone) -> None:
     own = ["a centered satellite photo of {}."]
     ensemble = create_method("zeroshot", tiny_backbone, NAMES, templates=own, ensemble=True)
-    assert len(SELECTED_TEMPLATES) == 7
-    expected = open_clips_weights(tiny_backbone, [*SELECTED_TEMPLATES, *own])
+    assert len(ENSEMBLES["selected"]) == 7
+    expected = open_clips_weights(tiny_backbone, [*ENSEMBLES["selected"], *own])
     torch.testing.assert_close(ensemble.text_features(), expected, rtol=1e-5, atol=1e-5)
 
 

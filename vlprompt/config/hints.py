@@ -36,8 +36,8 @@ class _Multiline:
 
 
 @dataclasses.dataclass(frozen=True)
-class FromData:
-    """Marks a list of templates; an empty list is replaced by the data set's templates."""
+class TextList:
+    """Marks a list of templates and texts; an empty list is replaced by the data set's template."""
 
 
 Positive: TypeAlias = Annotated[int, Ge(1)]
@@ -49,11 +49,86 @@ Fraction: TypeAlias = Annotated[float, Ge(0), Le(1)]
 Below1: TypeAlias = Annotated[float, Ge(0), Lt(1)]
 Name: TypeAlias = Annotated[str, MinLen(1)]
 Lines: TypeAlias = Annotated[str, _Multiline()]
-Template: TypeAlias = Annotated[
-    str, Holds(lambda text: text.count("{}") == 1, "a text with {} once, for the class name")
+_TEMPLATE_WORDS = "a text with {} once, for the class name"
+Template: TypeAlias = Annotated[str, Holds(lambda text: text.count("{}") == 1, _TEMPLATE_WORDS)]
+
+
+# -- texts of classes -------------------------------------------------------------------------------------------------
+REFERENCES = ("ensemble:", "file:", "descriptors:")
+"""Prefixes of an entry that names templates or texts; see :mod:`vlprompt.config.texts`."""
+Sentence: TypeAlias = str | tuple[str, float]
+"""A sentence of one class, with its weight if that is not 1; ``{}`` in it stands for the class name."""
+ClassTexts: TypeAlias = Mapping[str, tuple[Sentence, ...]]
+"""Sentences by class name."""
+Texts: TypeAlias = str | ClassTexts | tuple[str | ClassTexts, float]
+"""An entry of a list of texts: a template, a reference or the sentences of each class, with a weight if any."""
+
+
+def _is_reference(text: str) -> bool:
+    return any(text.startswith(prefix) and text != prefix for prefix in REFERENCES)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and type(value[1]) in (int, float)
+
+
+def _weighted(value: Any, check: Callable[[Any], Any]) -> Any:
+    """Return ``check(value)``; of a pair of a value and a weight, the pair with its value checked."""
+    if not _is_pair(value):
+        return check(value)
+    if not 0 < value[1] < float("inf"):
+        raise _refused(f"the weight is {value[1]}, not a finite number above 0")
+    return check(value[0]), float(value[1])
+
+
+def _check_sentence(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip() or value.count("{}") > 1:
+        raise _refused(f"{value!r} is no sentence")
+    return _check_text(value)
+
+
+def _check_class_texts(value: Mapping[Any, Any]) -> ClassTexts:
+    checked: dict[str, tuple[Sentence, ...]] = {}
+    for name, given in value.items():
+        sentences = [given] if isinstance(given, str) else given
+        if not isinstance(name, str) or not isinstance(sentences, (list, tuple)) or not sentences:
+            raise _refused(f"class {name!r} has no list of sentences")
+        checked[name] = tuple(_weighted(sentence, _check_sentence) for sentence in sentences)
+    if not checked:
+        raise _refused("there are no classes")
+    return checked
+
+
+def _check_texts(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _check_class_texts(value)
+    if not isinstance(value, str) or (value.count("{}") != 1 and not _is_reference(value)):
+        raise _refused()
+    return _check_text(value)
+
+
+def _texts_entry(value: Any) -> Any:
+    return _weighted(value, _check_texts)
+
+
+def checked_texts(values: Any) -> tuple[Texts, ...]:
+    """Return a list of templates and texts; raises ValueError, if need be with the reason."""
+    return tuple(map(_texts_entry, _check_list(values)))
+
+
+def _texts_list(value: Any) -> Any:
+    """Return a list; a reference and the sentences of classes may be given without one."""
+    single = isinstance(value, Mapping) or (isinstance(value, str) and _is_reference(value))
+    return [value] if single else value
+
+
+TextsEntry: TypeAlias = Annotated[
+    Texts,
+    BeforeValidator(_texts_entry),
+    Words(f"{_TEMPLATE_WORDS}, ensemble:NAME, file:PATH, or sentences by class; with a weight: [it, 0.5]"),
 ]
-Templates: TypeAlias = Annotated[tuple[Template, ...], MinLen(1)]
-OpenTemplates: TypeAlias = Annotated[tuple[Template, ...], FromData()]
+Templates: TypeAlias = Annotated[tuple[TextsEntry, ...], MinLen(1), BeforeValidator(_texts_list), TextList()]
+OpenTemplates: TypeAlias = Annotated[tuple[TextsEntry, ...], BeforeValidator(_texts_list), TextList()]
 
 
 # -- hints ------------------------------------------------------------------------------------------------------------
@@ -107,9 +182,9 @@ def is_dataclass(hint: Any) -> bool:
     return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
-def is_open(hint: Any) -> bool:
-    """Return whether a hint is a list of templates that the data set may fill."""
-    return FromData() in _metadata(hint)
+def is_texts(hint: Any) -> bool:
+    """Return whether a hint is a list of templates and texts."""
+    return TextList() in _metadata(hint)
 
 
 def _metadata(hint: Any) -> tuple[Any, ...]:

@@ -41,7 +41,6 @@ from vlprompt.config.hints import (
     Below1,
     Count,
     Fraction,
-    FromData,
     Holds,
     Lines,
     Name,
@@ -51,6 +50,7 @@ from vlprompt.config.hints import (
     Seed,
     Template,
     Templates,
+    Texts,
     Words,
     accepted_values,
     bare,
@@ -59,17 +59,18 @@ from vlprompt.config.hints import (
     is_dataclass,
     is_list,
     is_mapping,
-    is_open,
+    is_texts,
     literals,
     options,
     strict,
 )
+from vlprompt.config.texts import SINGLE, DataTexts
 from vlprompt.config.yaml import shown, yaml_node, yaml_value
 from vlprompt.errors import ConfigError, nearest
 
 __all__ = [
-    "Above0", "Below1", "Count", "Fraction", "FromData", "Ge", "Gt", "Holds", "Le", "Lines", "Lt", "MaxLen", "MinLen",
-    "Name", "NonNegative", "OpenTemplates", "Positive", "Problem", "Seed", "Template", "Templates", "Words",
+    "Above0", "Below1", "Count", "Fraction", "Ge", "Gt", "Holds", "Le", "Lines", "Lt", "MaxLen", "MinLen",
+    "Name", "NonNegative", "OpenTemplates", "Positive", "Problem", "Seed", "Template", "Templates", "Texts", "Words",
     "accepted_values", "convert", "field_default", "field_hints", "fill_templates", "from_text", "literals", "make",
     "refusal", "validate", "validated",
 ]  # fmt: skip
@@ -344,25 +345,39 @@ def _items(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 # -- templates --------------------------------------------------------------------------------------------------------
-def fill_templates(settings: T, templates: Sequence[str]) -> T:
-    """Return validated settings with ``templates`` in every empty field that is marked :class:`FromData`.
+def fill_templates(
+    settings: T, data: DataTexts, class_names: Sequence[str] = (), templates: Sequence[Texts] = (SINGLE,)
+) -> T:
+    """Return validated settings with templates and sentences in every list of texts.
 
-    Nested settings use the templates of the outer settings if those have such a field.
+    An empty open list gets ``templates``, references get what they name. Nested settings use the templates of the outer
+    settings if those have such a field. Settings with derived lists have a method ``with_derived_texts``.
 
     Args:
         settings: An instance of a :func:`validated` dataclass.
-        templates: One or more templates.
+        data: The templates of the data set.
+        class_names: Classes that files of sentences must have.
+        templates: Default of empty lists.
+
+    Raises:
+        ConfigError: A reference cannot be resolved, or the number of templates contradicts other fields.
     """
+    settings = getattr(settings, "with_derived_texts", lambda: settings)()
     values: dict[str, Any] = {}
     hints = field_hints(type(settings))
-    for name in (name for name, hint in hints.items() if is_open(hint)):
-        if not getattr(settings, name):
-            values[name] = tuple(templates)
-        templates = values.get(name, getattr(settings, name))
+    for name in (name for name, hint in hints.items() if is_texts(hint)):
+        given = getattr(settings, name)
+        key = f"{getattr(type(settings), '__where__', '')}.{name}".removeprefix(".")
+        resolved = data.resolve(given or templates, key, class_names)
+        if resolved != given:
+            values[name] = resolved
+        templates = resolved
     for name in hints:
         nested = getattr(settings, name)
-        if hasattr(type(nested), "__where__") and (filled := fill_templates(nested, templates)) != nested:
-            values[name] = filled
+        if hasattr(type(nested), "__where__"):
+            filled = fill_templates(nested, data, class_names, templates)
+            if filled is not nested:
+                values[name] = filled
     return dataclasses.replace(cast(Any, settings), **values) if values else settings
 
 

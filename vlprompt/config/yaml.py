@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from vlprompt.config.texts import located
 from vlprompt.errors import ConfigError, nearest
 
 BASE = "base.yaml"
@@ -165,6 +166,7 @@ def read_mapping(path: Path) -> tuple[_Loader, yaml.MappingNode]:
 class Leaves:
     """The values of one file by dotted key, each with its line; problems are added to ``problems``.
 
+    Paths of texts (:mod:`vlprompt.config.texts`) that exist relative to the file become relative to the current folder.
     Mappings in ``sections`` and non-empty mappings inside ``open_sections`` are sections; any other mapping is a value.
     Keys in ``tables`` are left to the caller.
     """
@@ -210,7 +212,8 @@ class Leaves:
 
     def _leaf(self, key: str, node: yaml.Node, source: str) -> None:
         try:
-            self.given[key] = Given(yaml_value(self.loader, node), source, True)
+            value = located(yaml_value(self.loader, node), Path(self.name).parent)
+            self.given[key] = Given(value, source, True)
         except ConfigError as error:
             self.problems.append(f"{self.name}, {error} (key {shown(key)})")
 

@@ -11,11 +11,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
+from vlprompt.config.ensembles import ENSEMBLES
+from vlprompt.config.texts import ENSEMBLE, DataTexts
 from vlprompt.config.types import Count, Holds, Lines, MinLen, Name, Positive, validated
 from vlprompt.datasets.options import Inside, Named, OneOrMore, ReaderOptions, SplitJsonOptions
 from vlprompt.datasets.paths import path_problem
 from vlprompt.datasets.records import class_name_problem
-from vlprompt.errors import ConfigError
+from vlprompt.errors import ConfigError, did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 #: Folder of the packaged data: the demo benchmark and other files of the wheel.
@@ -33,6 +35,10 @@ def _has_one_slot(template: str) -> bool:
     return template.count("{}") == template.count("{") == template.count("}") == 1
 
 
+def _is_entry(template: str) -> bool:
+    return _has_one_slot(template) or template.startswith(ENSEMBLE)
+
+
 def _is_no_file(name: str) -> bool:
     return not name.endswith(".json")
 
@@ -44,7 +50,8 @@ def _with_text(licence: Any) -> Any:
 Word = Annotated[str, Holds(is_word, "a name of letters, digits, - and _")]
 Words = Annotated[tuple[Word, ...], OneOrMore]
 CardTemplate = Annotated[str, Holds(_has_one_slot, "a text with {} exactly once and no other braces")]
-CardTemplates = Annotated[tuple[CardTemplate, ...], OneOrMore, MinLen(1)]
+CardEntry = Annotated[str, Holds(_is_entry, "a text with {} exactly once and no other braces, or ensemble:NAME")]
+CardTemplates = Annotated[tuple[CardEntry, ...], OneOrMore, MinLen(1)]
 SplitName = Annotated[
     str, Holds(_is_no_file, "a name that does not end in .json, which means a split file of the user")
 ]
@@ -114,10 +121,24 @@ class Split:
 
 @validated("templates")
 class Templates:
-    """Prompts with ``{}`` for the class name: the published ``single`` prompt, and ``ensembles`` by name."""
+    """Prompts with ``{}`` for the class name: the published ``single`` prompt, and ``ensembles`` by name.
+
+    An ensemble may contain others: ``ensemble:single``, or one that all data sets share, but none of the card.
+    """
 
     single: CardTemplate
     ensembles: Mapping[str, CardTemplates] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shared = [f"{ENSEMBLE}{name}" for name in (*ENSEMBLES, "single")]
+        problems = [
+            f"templates.ensembles.{name} names {entry!r}.{did_you_mean(entry, shared)}"
+            for name, entries in self.ensembles.items()
+            for entry in entries
+            if entry.startswith(ENSEMBLE) and (entry not in shared or entry == f"{ENSEMBLE}{name}")
+        ]
+        if problems:
+            raise ConfigError("\n".join(problems))
 
 
 @validated("sources")
@@ -218,6 +239,11 @@ class Card:
     def template(self) -> str:
         """The published prompt, with ``{}`` for the class name."""
         return self.templates.single
+
+    def texts(self, template: str | None = None) -> DataTexts:
+        """Return the templates and names of the data set; ``template`` replaces the published prompt."""
+        single = self.template if template is None else template
+        return DataTexts(single, self.templates.ensembles, (self.name, *self.aliases))
 
     @property
     def facts(self) -> Split:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from vlprompt._files import sha256_json, sha256_lines
+from vlprompt.config.texts import DataTexts
 from vlprompt.datasets.card import Card, Metric, describe
 from vlprompt.datasets.catalogue import find_card
 from vlprompt.datasets.domains import domains_of, keep_domains
@@ -73,6 +74,11 @@ class FewShotTask:
     request: Mapping[str, Any] = field(default_factory=dict, repr=False)
     whole: FewShotTask | None = field(default=None, repr=False, compare=False)
     validation: str = WHOLE
+
+    @property
+    def texts(self) -> DataTexts:
+        """The task's template, and the further templates of the data set."""
+        return self.card.texts(self.template)
 
     @property
     def metric(self) -> Metric:

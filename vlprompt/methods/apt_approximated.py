@@ -23,8 +23,8 @@ from vlprompt.errors import ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
 from vlprompt.needs import Needs
-from vlprompt.prompts import CONTEXT_STD, Diffusion, template_layout
-from vlprompt.prompts.zero_shot import template_features
+from vlprompt.prompts import CONTEXT_STD, Diffusion
+from vlprompt.prompts.zero_shot import first_layout, template_features
 
 
 @validated("settings")
@@ -96,7 +96,7 @@ class APT(PromptMethod):
             self.image = self._blocks(settings.image_tokens, image.width, image.visual.transformer.resblocks)
         if settings.text_tokens:
             self.text = self._blocks(settings.text_tokens, text.width, text.model.transformer.resblocks)
-            self.layout = template_layout(text, self.class_names, [settings.templates[0]])
+            self.layout = first_layout(text, self.class_names, settings.templates)
         else:
             features = template_features(self.backbone, self.class_names, settings.templates)
             self.register_buffer("frozen_text", features, persistent=False)

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, TokenLayout
 from vlprompt.config.run import RecipeConfig
+from vlprompt.config.texts import TEMPLATE, DataTexts, as_data_texts
 from vlprompt.config.types import fill_templates
 from vlprompt.errors import ClassNameError, ConfigError, HeadError, bulleted
 from vlprompt.needs import Needs
 from vlprompt.objectives.base import Objective, Step, create_objective, objective_settings, objectives_in
 from vlprompt.prompts.decomposed import Decomposition, check_decomposition, create_decomposition, decompositions_in
 from vlprompt.prompts.words import check_class_names, words_of
-
-TEMPLATE = "a photo of a {}."
-"""CLIP's prompt: the default for templates that neither the settings nor a data set defines."""
 
 
 class PromptMethod(nn.Module):
@@ -42,8 +40,9 @@ class PromptMethod(nn.Module):
             (MoCoOp's text loss) use the rest during training. Default: ``class_names``.
         decomposition: The name of a low-rank update of the class tokens, with its settings, in the form of the
             configuration; see :mod:`vlprompt.prompts.decomposed`. Default: that of the method's settings, if any.
-        data_template: The template of the data set, with ``{}`` for the class name. It is used for templates that the
-            settings do not define.
+        data_template: The template of the data set, with ``{}`` for the class name, or all its templates
+            (``task.texts``). They are used for templates that the settings do not define, and for references such as
+            ``ensemble:clip`` (:mod:`vlprompt.config.texts`).
 
     Raises:
         ClassNameError: No classes, or names that are empty or exceed the text tower's 77 tokens.
@@ -73,7 +72,7 @@ class PromptMethod(nn.Module):
         all_class_names: Sequence[str] | None = None,
         objectives: Mapping[str, Mapping[str, Any]] | None = None,
         decomposition: Mapping[str, Mapping[str, Any]] | None = None,
-        data_template: str = TEMPLATE,
+        data_template: str | DataTexts = TEMPLATE,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -84,10 +83,11 @@ class PromptMethod(nn.Module):
                 "all_class_names must begin with class_names in the same order, because labels count from there; "
                 f"got {self.all_class_names[:3]}... against {self.class_names[:3]}..."
             )
-        self.settings = fill_templates(settings, [data_template])
+        texts = as_data_texts(data_template)
+        self.settings = fill_templates(settings, texts, self.class_names)
         self._remembered: dict[str, tuple[tuple[object, ...], Tensor]] = {}
         self._warn_of_untrained_words()
-        self.objective_settings = objective_settings(self, objectives or {}, [data_template])
+        self.objective_settings = objective_settings(self, objectives or {}, texts)
         self.decomposition_settings = check_decomposition(decomposition or {})
         self.objectives = nn.ModuleList()
         self.decomposition: Decomposition | None = None

@@ -20,8 +20,8 @@ from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
 from vlprompt.needs import Needs
 from vlprompt.objectives.base import Step
-from vlprompt.prompts import LowRank, template_layout
-from vlprompt.prompts.zero_shot import template_features
+from vlprompt.prompts import LowRank
+from vlprompt.prompts.zero_shot import first_layout, template_features
 
 #: First block of each position, and the block after its last, of 12 (MaxZanella/CLIP-LoRA 358f0d7: loralib/utils.py).
 POSITIONS = {
@@ -111,7 +111,7 @@ class CLIPLoRA(PromptMethod):
             self.base_model.add("visual.", image.width, settings.blocks(image.layers), settings.params)
         if settings.encoder != "vision":
             self.base_model.add("", text.width, settings.blocks(text.layers), settings.params)
-            self.layout = template_layout(text, self.class_names, [settings.templates[0]])
+            self.layout = first_layout(text, self.class_names, settings.templates)
         else:
             features = template_features(self.backbone, self.class_names, settings.templates)
             self.register_buffer("frozen_text", features, persistent=False)

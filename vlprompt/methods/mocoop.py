@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from vlprompt._dist import sum_over_processes
 from vlprompt.backbone import TokenLayout
 from vlprompt.config.run import RecipeConfig
-from vlprompt.config.types import NonNegative, Positive, Templates, validated
+from vlprompt.config.texts import has_references, weighted
+from vlprompt.config.types import NonNegative, Positive, Templates, Texts, validated
 from vlprompt.errors import ConfigError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
 from vlprompt.needs import Needs
 from vlprompt.objectives.base import Step
 from vlprompt.objectives.grouped_text import text_to_text_loss
-from vlprompt.prompts import ExpertContexts, TunedLayerNorms, template_layout
+from vlprompt.prompts import ExpertContexts, TunedLayerNorms
+from vlprompt.prompts.zero_shot import group_features, plain_template
 
 
 @validated("settings")
@@ -33,7 +35,8 @@ class MoCoOpSettings:
     """Settings of MoCoOp; the defaults are those of the official code, with the templates of its common groups.
 
     Attributes:
-        templates: Hand-written templates in the order of the groups; final periods are ignored.
+        templates: Hand-written templates in the order of the groups; final periods are ignored. The first of a group
+            is a template; others may be sentences of classes, of which a file counts as one template.
         groups: Sizes of the groups, in order; they add up to the number of templates.
         top_k: Experts per image.
         text_loss_weight: Weight of the text-to-text term (its temperature is ``text_temperature``).
@@ -69,7 +72,7 @@ class MoCoOpSettings:
 
     def __post_init__(self) -> None:
         problems = []
-        if sum(self.groups) != len(self.templates):
+        if sum(self.groups) != len(self.templates) and not has_references(self.templates):
             problems.append(
                 f"settings.groups {list(self.groups)} adds up to {sum(self.groups)}, "
                 f"but settings.templates holds {len(self.templates)}"
@@ -99,8 +102,8 @@ class MoCoOp(PromptMethod):
     def build(self) -> None:
         """Create experts, ``gate`` (D to G), ``w`` ``[1, D]`` and copies of the image layer norms."""
         settings, text, dim = self.settings, self.backbone.text, self.backbone.embed_dim
-        templates = [template.replace(".", "") for template in settings.templates]
-        first = [templates[sum(settings.groups[:g])] for g in range(len(settings.groups))]
+        starts = [sum(settings.groups[:g]) for g in range(len(settings.groups))]
+        first = [_bare(plain_template(settings.templates[start], "settings.templates")) for start in starts]
         self.experts = ExpertContexts(text, first, settings.context_counting)
         self.gate = nn.Linear(dim, len(settings.groups))
         self.w = nn.Parameter(torch.zeros(1, dim)) if settings.text_correction else None
@@ -110,19 +113,14 @@ class MoCoOp(PromptMethod):
         self.virtual = self.all_class_names != self.class_names
         if self.virtual:
             self.virtual_layout = self.experts.layout(text, self.all_class_names, period=True)
-        self.hard_templates = [template + "." for template in templates]
         self.register_buffer("_prototypes", None, persistent=False)
 
     @property
     def prototypes(self) -> Tensor:
         """Frozen unit prototypes ``[G, C_all, D]`` of the groups' hand-written templates; only training needs them."""
         if self._prototypes is None:
-            layout = template_layout(self.backbone.text, self.all_class_names, self.hard_templates)
-            autocast = torch.autocast(self.backbone.device.type, enabled=False)
-            # No inference tensors: training may use the result.
-            with torch.inference_mode(False), torch.no_grad(), autocast:
-                features = F.normalize(self.backbone.text.encode(layout), dim=-1).split(list(self.settings.groups))
-                self._prototypes = torch.stack([F.normalize(group.mean(dim=0), dim=-1) for group in features])
+            hard = [_with_period(entry) for entry in self.settings.templates]
+            self._prototypes = group_features(self.backbone, self.all_class_names, hard, self.settings.groups)
         return self._prototypes
 
     def image_features(self, images: Tensor) -> Tensor:
@@ -221,6 +219,18 @@ class MoCoOp(PromptMethod):
         """Return the layer norms, with their smaller rate, and the decomposition's."""
         norms = list(self.norms.parameters()) if self.norms else []
         return [(norms, self.settings.layer_norm_lr_factor), *super().rate_factors()]
+
+
+def _bare(template: str) -> str:
+    return template.replace(".", "")
+
+
+def _with_period(entry: Texts) -> Texts:
+    """Return a template with one period, at its end; sentences of classes are unchanged."""
+    body, weight = weighted(entry)
+    if not isinstance(body, str):
+        return entry
+    return _bare(body) + "." if weight is None else (_bare(body) + ".", weight)
 
 
 def _by_any_process(used: Tensor) -> Tensor:

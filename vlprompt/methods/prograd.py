@@ -19,6 +19,7 @@ from vlprompt.methods.coop import CoOp, CoOpSettings
 from vlprompt.methods.registry import register
 from vlprompt.objectives.projection import ProjectedGradientSettings
 from vlprompt.prompts import TextContext, words_of
+from vlprompt.prompts.zero_shot import plain_template
 
 
 @validated("settings")
@@ -55,7 +56,8 @@ class ProGrad(CoOp):
         settings, text = self.settings, self.backbone.text
         words = settings.context_init
         if words == "template":
-            words = settings.projected_gradient.templates[0].split("{}")[0].strip()
+            key = "settings.projected_gradient.templates"
+            words = plain_template(settings.projected_gradient.templates[0], key).split("{}")[0].strip()
         words = words_of(words)
         if not words:
             super().build()

@@ -28,8 +28,8 @@ from vlprompt.methods.registry import register
 from vlprompt.needs import Needs
 from vlprompt.objectives.base import Step
 from vlprompt.objectives.gradient_dropout import GradientDropoutSettings
-from vlprompt.prompts import Masks, template_layout
-from vlprompt.prompts.zero_shot import template_features
+from vlprompt.prompts import Masks
+from vlprompt.prompts.zero_shot import first_layout, template_features
 
 _MLP = (".mlp.c_fc.weight", ".mlp.c_proj.weight")
 _ATTENTION = ("in_proj_weight", "out_proj.weight", *(f"attnpool.{part}_proj.weight" for part in "qkvc"))
@@ -93,7 +93,7 @@ class RAMT(PromptMethod):
             self.masks.add("visual.", self._candidates(self.backbone.image.parameters()))
         if settings.side != "image":
             self.masks.add("", self._candidates(text.parameters()))
-            self.layout = template_layout(text, self.class_names, [settings.templates[0]])
+            self.layout = first_layout(text, self.class_names, settings.templates)
         else:
             features = template_features(self.backbone, self.class_names, settings.templates, average="raw")
             self.register_buffer("frozen_text", features, persistent=False)

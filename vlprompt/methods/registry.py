@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from vlprompt.backbone import Backbone
-from vlprompt.config.types import fill_templates, make
+from vlprompt.config.hints import is_dataclass, is_texts
+from vlprompt.config.texts import TEMPLATE, DataTexts, depends_on_data
+from vlprompt.config.types import Texts, field_hints, fill_templates, make
 from vlprompt.errors import ConfigError
-from vlprompt.methods.base import TEMPLATE, PromptMethod
+from vlprompt.methods.base import PromptMethod
 from vlprompt.objectives.base import get_objective_class, objectives_in
 from vlprompt.prompts.decomposed import decompositions_in
 from vlprompt.registry import Registry
@@ -49,7 +51,7 @@ def create_method(
     all_class_names: Sequence[str] | None = None,
     objectives: Mapping[str, Mapping[str, Any]] | None = None,
     decomposition: Mapping[str, Mapping[str, Any]] | None = None,
-    data_template: str = TEMPLATE,
+    data_template: str | DataTexts = TEMPLATE,
     **settings: Any,
 ) -> PromptMethod:
     """Return the method ``name`` around ``backbone`` for ``class_names``.
@@ -62,8 +64,9 @@ def create_method(
         objectives: Further loss terms and regularisers with their settings: ``{"knowledge": {"weight": 8.0}}``. For an
             objective of the method's settings, this is equivalent to the field of the settings.
         decomposition: A low-rank update of the class tokens, in the same form: ``{"dept_lowrank": {"rank": 10}}``.
-        data_template: The template of the data set, with ``{}`` for the class name (``task.template``). It is used for
-            templates that the settings do not define.
+        data_template: The template of the data set, with ``{}`` for the class name, or all its templates
+            (``task.texts``). They are used for templates that the settings do not define, and for references such as
+            ``ensemble:clip`` (:mod:`vlprompt.config.texts`).
         **settings: Fields of the method's ``Settings``.
 
     Raises:
@@ -124,33 +127,48 @@ def merge_parts(
 
 
 def open_templates(
-    name: str, settings: Mapping[str, Any], objectives: Mapping[str, Mapping[str, Any]], template: str
+    name: str, settings: Mapping[str, Any], objectives: Mapping[str, Mapping[str, Any]], texts: DataTexts
 ) -> dict[str, Any]:
-    """Return the templates that method ``name`` and ``objectives`` do not define, filled in with ``template``.
+    """Return the templates that method ``name`` and ``objectives`` do not define, filled in with ``texts``.
 
     Returns:
         Templates by dotted key, such as ``settings.templates`` or ``objectives.knowledge.templates``.
 
     Raises:
+        ConfigError: Unknown names, values that are not accepted, or references that cannot be resolved.
+    """
+    filled: dict[str, Any] = {}
+    for prefix, section in _sections(name, settings, objectives).items():
+        before, after = (dict(_lists(prefix, part)) for part in (section, fill_templates(section, texts)))
+        filled |= {key: value for key, value in after.items() if not before.get(key)}
+    return filled
+
+
+def texts_of_data(name: str, settings: Mapping[str, Any], objectives: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether templates of method ``name`` or ``objectives`` differ by data set: undefined ones, or references.
+
+    Raises:
         ConfigError: Unknown names, or values that are not accepted.
     """
+    sections = _sections(name, settings, objectives).items()
+    return any(depends_on_data(entries) for prefix, section in sections for _, entries in _lists(prefix, section))
+
+
+def _sections(name: str, settings: Mapping[str, Any], objectives: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the settings of method ``name`` and of further ``objectives`` by the prefix of their keys."""
     kind = get_method_class(name)
     settings, objectives, _ = merge_parts(kind, settings, objectives, {})
     sections: dict[str, Any] = {"settings": make(kind.Settings, settings)}
     for objective, values in objectives.items():
         sections[f"objectives.{objective}"] = make(get_objective_class(objective).Settings, values)
-    filled: dict[str, Any] = {}
-    for prefix, section in sections.items():
-        filled |= _changed(prefix, dataclasses.asdict(section), dataclasses.asdict(fill_templates(section, [template])))
-    return filled
+    return sections
 
 
-def _changed(prefix: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of ``after`` that differ from ``before``, by dotted key."""
-    changed: dict[str, Any] = {}
-    for name, value in after.items():
-        if isinstance(value, Mapping):
-            changed |= _changed(f"{prefix}.{name}", before[name], value)
-        elif value != before[name]:
-            changed[f"{prefix}.{name}"] = value
-    return changed
+def _lists(prefix: str, section: Any) -> Iterator[tuple[str, tuple[Texts, ...]]]:
+    """Yield the lists of templates in settings by dotted key."""
+    for name, hint in field_hints(type(section)).items():
+        value = getattr(section, name)
+        if is_texts(hint):
+            yield f"{prefix}.{name}", value
+        elif is_dataclass(type(value)):
+            yield from _lists(f"{prefix}.{name}", value)

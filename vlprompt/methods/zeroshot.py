@@ -6,6 +6,9 @@ learned.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Literal
+
 from torch import Tensor
 
 from vlprompt.config.types import OpenTemplates, validated
@@ -13,29 +16,28 @@ from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
 from vlprompt.prompts.zero_shot import template_features
 
-SELECTED_TEMPLATES = (
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-)
-"""The seven templates of CoOp's ensemble; it appends the template of the data set, except on ImageNet."""
-
 
 @validated("settings")
 class ZeroShotSettings:
     """Settings of zero-shot CLIP.
 
     Attributes:
-        templates: The hand-written templates; each holds ``{}`` once.
-        ensemble: Add the seven selected templates in front.
+        templates: The hand-written templates and sentences.
+        ensemble: Add seven selected templates in front. Without ``templates``, the ensemble ``coop`` of the data set:
+            the seven templates and its own one, on ImageNet the seven alone.
+        average: ``unit`` averages unit features, ``raw`` raw ones; the mean is normalised.
     """
 
     templates: OpenTemplates = ()
     ensemble: bool = False
+    average: Literal["unit", "raw"] = "unit"
+
+    def with_derived_texts(self) -> ZeroShotSettings:
+        """Return the settings with the ensemble among the templates."""
+        if not self.ensemble:
+            return self
+        entries = ("ensemble:selected", *self.templates) if self.templates else ("ensemble:coop",)
+        return dataclasses.replace(self, templates=entries, ensemble=False)
 
 
 @register("zeroshot")
@@ -47,8 +49,8 @@ class ZeroShot(PromptMethod):
 
     def build(self) -> None:
         """Encode the templates once; there are no trainable parameters."""
-        selected = SELECTED_TEMPLATES if self.settings.ensemble else ()
-        weights = template_features(self.backbone, self.class_names, [*selected, *self.settings.templates])
+        settings = self.settings
+        weights = template_features(self.backbone, self.class_names, settings.templates, settings.average)
         self.register_buffer("weights", weights, persistent=False)
 
     def text_features(self, features: Tensor | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt.config.hints import bare
+from vlprompt.config.texts import DataTexts
 from vlprompt.config.types import field_hints, fill_templates
 from vlprompt.errors import ConfigError
 from vlprompt.needs import Needs
@@ -172,14 +173,14 @@ def get_objective_class(name: str) -> type[Objective]:
 
 
 def objective_settings(
-    host: Host, given: Mapping[str, Mapping[str, Any]], templates: Sequence[str]
+    host: Host, given: Mapping[str, Mapping[str, Any]], texts: DataTexts
 ) -> dict[str, dict[str, Any]]:
     """Return the settings of the objectives ``given`` by name, with defaults.
 
     Args:
         host: The method of the objectives.
         given: Names of objectives, each with fields of its ``Settings``.
-        templates: Default for templates that the settings do not define.
+        texts: The templates of the data set.
 
     Raises:
         ConfigError: Unknown objectives or settings, values that are not accepted, or a method without support for
@@ -194,7 +195,7 @@ def objective_settings(
                 f"objective {name!r} cannot go with method {host.name!r}: {host.no_objectives}, and no objective takes "
                 "part in that; leave objectives empty"
             )
-        settings[name] = dataclasses.asdict(fill_templates(_OBJECTIVES.settings(name, values), templates))
+        settings[name] = dataclasses.asdict(fill_templates(_OBJECTIVES.settings(name, values), texts, host.class_names))
     return settings
 
 

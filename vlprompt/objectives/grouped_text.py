@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlprompt.config.texts import has_references
 from vlprompt.config.types import NonNegative, Positive, Templates, validated
 from vlprompt.errors import ConfigError
 from vlprompt.objectives.base import Host, Objective, Part, Step, Terms, register_objective
-from vlprompt.prompts.zero_shot import template_features
+from vlprompt.prompts.zero_shot import group_features
 
 
 @validated("objectives.grouped_text")
@@ -21,7 +22,7 @@ class GroupedTextSettings:
 
     Attributes:
         weight: Factor of the term; 5 in MoCoOp.
-        templates: Hand-written templates, in the order of the groups.
+        templates: Hand-written templates, in the order of the groups; a file of sentences counts as one template.
         groups: Sizes of the groups; they add up to the number of templates.
         temperature: Factor on the cosines: 1 in MoCoOp's official code, 100 in LASP.
     """
@@ -32,7 +33,7 @@ class GroupedTextSettings:
     temperature: NonNegative = 1.0
 
     def __post_init__(self) -> None:
-        if sum(self.groups) != len(self.templates):
+        if sum(self.groups) != len(self.templates) and not has_references(self.templates):
             raise ConfigError(
                 f"objectives.grouped_text.groups is {list(self.groups)}, which adds up to {sum(self.groups)}; "
                 f"objectives.grouped_text.templates holds {len(self.templates)}"
@@ -58,9 +59,7 @@ class GroupedText(Objective):
     def build(self, host: Host) -> None:
         """Encode the templates once: unit prototypes ``[G, C, D]``."""
         settings = self.settings
-        stops = torch.tensor(settings.groups).cumsum(0).tolist()
-        groups = [settings.templates[stop - size : stop] for stop, size in zip(stops, settings.groups, strict=True)]
-        prototypes = torch.stack([template_features(host.backbone, host.class_names, group) for group in groups])
+        prototypes = group_features(host.backbone, host.class_names, settings.templates, settings.groups)
         self.register_buffer("prototypes", prototypes, persistent=False)
 
     def add(self, step: Step, terms: Terms) -> Terms:

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlprompt.config.ensembles import ENSEMBLES
 from vlprompt.config.types import NonNegative, Templates, validated
 from vlprompt.objectives.base import Host, Objective, Part, Step, Terms, register_objective, unit
-from vlprompt.objectives.templates import PROMPTSRC_TEMPLATES
 from vlprompt.prompts.zero_shot import template_features
 
 
@@ -30,7 +30,7 @@ class SelfRegularisationSettings:
     text: NonNegative = 25.0
     image: NonNegative = 10.0
     logits: NonNegative = 1.0
-    templates: Templates = PROMPTSRC_TEMPLATES
+    templates: Templates = ENSEMBLES["promptsrc"]
 
 
 @register_objective("self_regularisation")

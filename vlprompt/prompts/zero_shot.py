@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlprompt.backbone import TextTower, TokenLayout
+from vlprompt.backbone.layout import check_row_lengths
+from vlprompt.config.texts import sentences_of, weighted
+from vlprompt.config.types import Texts
 from vlprompt.errors import ConfigError
 from vlprompt.prompts.context import template_layout, text_layout
 from vlprompt.prompts.words import words_of
@@ -19,39 +23,116 @@ _PROMPTS = 256  # encoded at once
 def template_features(
     backbone: Any,
     class_names: Sequence[str],
-    templates: Sequence[str],
+    templates: Sequence[Texts],
     average: Literal["unit", "raw"] = "unit",
 ) -> Tensor:
-    """Return unit features ``[C, D]`` of hand-written templates, without gradient.
+    """Return unit features ``[C, D]`` of hand-written templates and sentences, without gradient.
 
     Args:
         backbone: The frozen CLIP.
         class_names: C names.
-        templates: Prompts with ``{}`` for the name. They are encoded one at a time to limit memory.
-        average: ``unit`` normalises every template's feature before averaging (CoOp's ensemble), ``raw`` averages raw
-            features (PromptSRC). Both normalise the average.
+        templates: Templates with ``{}`` for the name, and sentences by class, both with their weights, if any
+            (:mod:`vlprompt.config.texts`). Templates are encoded one at a time to limit memory.
+        average: ``unit`` normalises every feature before averaging (CoOp's ensemble), ``raw`` averages raw features
+            (PromptSRC). Both normalise the average.
+
+    Raises:
+        ConfigError: A class has no sentences.
+        ClassNameError: A prompt is too long for the text tower.
     """
+    return F.normalize(_mean(backbone, class_names, templates, unit=average == "unit"), dim=-1)
+
+
+def group_features(
+    backbone: Any, class_names: Sequence[str], templates: Sequence[Texts], groups: Sequence[int]
+) -> Tensor:
+    """Return the unit features ``[G, C, D]`` of consecutive groups of templates, each as :func:`template_features`.
+
+    Args:
+        backbone: The frozen CLIP.
+        class_names: C names.
+        templates: Templates and sentences, in the order of the groups.
+        groups: Sizes of the groups; they add up to the number of templates.
+    """
+    parts, rest = [], list(templates)
+    for size in groups:
+        parts.append(template_features(backbone, class_names, rest[:size]))
+        rest = rest[size:]
+    return torch.stack(parts)
+
+
+def raw_template_features(backbone: Any, class_names: Sequence[str], templates: Sequence[Texts]) -> Tensor:
+    """Return the mean of each class's raw features ``[C, D]`` over templates and sentences, without gradient.
+
+    It is not normalised, and its length determines the relative weight of residuals added to it. Arguments and errors
+    are those of :func:`template_features`.
+    """
+    return _mean(backbone, class_names, templates, unit=False)
+
+
+def _mean(backbone: Any, class_names: Sequence[str], templates: Sequence[Texts], *, unit: bool) -> Tensor:
+    """Return the weighted mean ``[C, D]`` of raw or unit features."""
     if backbone.device.type == "meta":  # a backbone without weights, to count trainable parameters
         return torch.empty(len(class_names), backbone.embed_dim, device="meta")
-    total: Tensor | None = None
+    total: Any = 0.0
+    weights: Any = 0.0
     autocast = torch.autocast(backbone.device.type, enabled=False)
     with torch.inference_mode(False), torch.no_grad(), autocast:  # no inference tensors: training may use the result
-        for template in templates:
-            features = backbone.text.encode(template_layout(backbone.text, class_names, [template]))[0]
-            features = F.normalize(features, dim=-1) if average == "unit" else features
-            total = features if total is None else total + features
-        assert total is not None
-        return F.normalize(total / len(templates), dim=-1)
+        for entry in templates:
+            body, weight = weighted(entry)
+            if isinstance(body, str):
+                features = backbone.text.encode(template_layout(backbone.text, class_names, [body]))[0]
+                features = F.normalize(features, dim=-1) if unit else features
+                counts: Tensor | float = 1.0
+            else:
+                features, counts = _sums(backbone, class_names, body, unit)
+            total = total + (features if weight is None else weight * features / counts)
+            weights = weights + (counts if weight is None else weight)
+        mean: Tensor = total / weights
+        return mean
 
 
-def raw_template_features(backbone: Any, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Return the mean of each class's raw features ``[C, D]`` over hand-written templates, without gradient.
+def _sums(backbone: Any, class_names: Sequence[str], body: Any, unit: bool) -> tuple[Tensor, Tensor]:
+    """Return the weighted sums ``[C, D]`` of the features of each class's sentences, and the weights' sums ``[C, 1]``.
 
-    It is not normalised, and its length determines the relative weight of residuals added to it.
+    Classes may have different numbers of sentences.
     """
-    if backbone.device.type == "meta":
-        return torch.empty(len(class_names), backbone.embed_dim, device="meta")
-    return mean_features(backbone, filled_in(class_names, templates))
+    rows = sentences_of(body, class_names)
+    prompts = [with_name(sentence, name) for name, row in zip(class_names, rows, strict=True) for sentence, _ in row]
+    features = raw_features(backbone, prompts)
+    features = F.normalize(features, dim=-1) if unit else features
+    weights = features.new_tensor([weight for row in rows for _, weight in row])[:, None]
+    sizes = [len(row) for row in rows]
+    sums = torch.stack([chunk.sum(dim=0) for chunk in (weights * features).split(sizes)])
+    return sums, torch.stack([chunk.sum(dim=0) for chunk in weights.split(sizes)])
+
+
+def first_layout(tower: TextTower, class_names: Sequence[str], templates: Sequence[Texts]) -> TokenLayout:
+    """Return the layout of one prompt per class: the first template, or the first sentence of each class.
+
+    Raises:
+        ConfigError: A class has no sentences.
+        ClassNameError: A prompt is too long for the text tower.
+    """
+    body, _ = weighted(templates[0])
+    if isinstance(body, str):
+        return template_layout(tower, class_names, [body])
+    firsts = [row[0][0] for row in sentences_of(body, class_names)]
+    rows = [tower.tokens(with_name(text, name)) for text, name in zip(firsts, class_names, strict=True)]
+    check_row_lengths(class_names, [len(row) for row in rows], tower.context_length, "the first sentence")
+    return TokenLayout.from_rows([rows])
+
+
+def plain_template(entry: Texts, key: str) -> str:
+    """Return the template of an entry whose words are used before they are encoded.
+
+    Raises:
+        ConfigError: The entry holds sentences of classes.
+    """
+    body, _ = weighted(entry)
+    if isinstance(body, str):
+        return body
+    raise ConfigError(f"{key} has sentences of classes where the words of a template are needed; accepted: a template")
 
 
 def raw_features(backbone: Any, prompts: Sequence[str]) -> Tensor:
@@ -74,6 +155,11 @@ def mean_features(backbone: Any, prompts: Sequence[Sequence[str]]) -> Tensor:
     return torch.stack([chunk.mean(dim=0) for chunk in features.split([len(texts) for texts in prompts])])
 
 
+def with_name(text: str, name: str) -> str:
+    """Return a template or sentence with the class name in place of ``{}``."""
+    return text.replace("{}", words_of(name))
+
+
 def filled_in(class_names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
     """Return the prompts of each class: every template with the class name."""
-    return [[template.replace("{}", words_of(name)) for template in templates] for name in class_names]
+    return [[with_name(template, name) for template in templates] for name in class_names]

@@ -168,8 +168,8 @@ def make_plan(
                     "protocol": name, "dataset": dataset, "shots": count, "default_shots": default_shots
                 }  # fmt: skip
                 config = source.resolve(**request).with_data(classes=classes)
-                template = config.data.template or find_card(config.data.name).template
-                filled = open_templates(config.method, config.settings, config.objectives, template)
+                texts = find_card(config.data.name).texts(config.data.template)
+                filled = open_templates(config.method, config.settings, config.objectives, texts)
                 values = {**source.differences(**request), **filled}
                 training = Training(config, values, targets=() if targets is None else _targets(config, targets))
                 trainings += [training] if domains is None else _over_domains(training, domains, dry=dry)

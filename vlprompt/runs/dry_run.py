@@ -10,6 +10,7 @@ import torch
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.backbone.text_tower import KEPT_WIDTHS
 from vlprompt.config.run import BackboneConfig, DataConfig, RunConfig
+from vlprompt.config.texts import DataTexts
 from vlprompt.datasets.catalogue import card_class_names, find_card
 from vlprompt.errors import BackboneError, DataError
 from vlprompt.methods import PromptMethod
@@ -18,11 +19,11 @@ from vlprompt.runs.session import Session
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts of a task that do not need its images: class names, template and numbers of images."""
+    """Facts of a task that do not need its images: class names, templates and numbers of images."""
 
     class_names: list[str]
     all_class_names: list[str]
-    template: str
+    texts: DataTexts
     train: int
     test: int | None
 
@@ -79,7 +80,7 @@ def _facts(session: Session, notes: list[str]) -> Facts:
     except DataError as error:
         notes.append(f"no images: {str(error).splitlines()[0]}")
         return _facts_of_card(session.config.data, notes, error)
-    return Facts(task.class_names, task.all_class_names, task.template, len(task.train), len(task.test))
+    return Facts(task.class_names, task.all_class_names, task.texts, len(task.train), len(task.test))
 
 
 def _facts_of_card(data: DataConfig, notes: list[str], error: DataError) -> Facts:
@@ -97,7 +98,7 @@ def _facts_of_card(data: DataConfig, notes: list[str], error: DataError) -> Fact
     if data.shots == -1:
         train = sizes.get("train", 0) * len(names) // len(all_names)
     test = sizes.get("test") if data.classes == "all" else None
-    return Facts(names, all_names, data.template or card.template, train, test)
+    return Facts(names, all_names, card.texts(data.template), train, test)
 
 
 def _backbone(config: BackboneConfig, notes: list[str]) -> Backbone:

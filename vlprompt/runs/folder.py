@@ -20,6 +20,7 @@ from vlprompt._files import lock, sha256_json, write_json, write_text
 from vlprompt.backbone import Backbone
 from vlprompt.config.keys import as_plain
 from vlprompt.config.run import RunConfig
+from vlprompt.config.texts import identified
 from vlprompt.config.yaml import yaml_text
 from vlprompt.data import describe_transform, test_transform
 from vlprompt.datasets import FewShotTask
@@ -47,13 +48,19 @@ _INDIFFERENT: dict[str, tuple[str, ...] | None] = {
 
 
 def config_sha256(config: RunConfig) -> str:
-    """Return the SHA-256 of all values in ``config`` that can change a result."""
+    """Return the SHA-256 of all values in ``config`` that can change a result; files of texts count by their content.
+
+    Raises:
+        ConfigError: A file of texts cannot be read.
+    """
     plain = as_plain(config)
     for section, names in _INDIFFERENT.items():
         for name in names or ():
             del plain[section][name]
         if names is None:
             del plain[section]
+    for section in ("settings", "objectives"):
+        plain[section] = identified(plain[section])
     for name in ("init_from", "decomposition"):  # keys that older runs do not have
         if not plain[name]:
             del plain[name]

@@ -20,6 +20,7 @@ from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.config.keys import as_plain
 from vlprompt.config.run import BackboneConfig, DataConfig, RunConfig, TestOrder, TrainerConfig
+from vlprompt.config.texts import DataTexts
 from vlprompt.config.types import make
 from vlprompt.data import FewShotData
 from vlprompt.datasets import FewShotTask, load_dataset
@@ -31,7 +32,7 @@ from vlprompt.io.regulators import load_regulator
 from vlprompt.meta import Regulator
 from vlprompt.methods import PromptMethod, create_method, get_method_class
 from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
-from vlprompt.methods.registry import merge_parts, open_templates
+from vlprompt.methods.registry import merge_parts, texts_of_data
 from vlprompt.objectives import get_objective_class
 from vlprompt.prompts.decomposed import get_decomposition_class
 from vlprompt.runs.folder import config_sha256, run_folder
@@ -50,8 +51,8 @@ class Named(Protocol):
         """Names of all classes of the data set."""
 
     @property
-    def template(self) -> str:
-        """The data set's prompt with ``{}`` for the class name."""
+    def texts(self) -> DataTexts:
+        """The data set's templates, with ``{}`` for the class name."""
 
 
 class Session:
@@ -270,7 +271,7 @@ class Session:
             all_class_names=[*names, *(name for name in task.all_class_names if name not in known)],
             objectives=self.config.objectives,
             decomposition=self.config.decomposition,
-            data_template=task.template,
+            data_template=task.texts,
             **self.config.settings,
         ).to(backbone.device)
 
@@ -295,8 +296,8 @@ class Session:
         """
         same = method.class_names == task.class_names
         config = self.config
-        unset = open_templates(config.method, config.settings, config.objectives, task.template)
-        if not unset or isinstance(method, FittedMethod) and not same:
+        of_data = texts_of_data(config.method, config.settings, config.objectives)
+        if not of_data or isinstance(method, FittedMethod) and not same:
             return method.with_classes(task.class_names)
         moved = self._started(self.make_method(task, method.backbone))
         moved.load_trained_state(method.trained_state())
