@@ -10,7 +10,8 @@ holds
   ``shots`` and ``backbones`` (the book's own backbone is ``null``). A later entry overrides an earlier one, and the
   entries of ``shared`` come first.
 
-A source is ``REPOSITORY's FILE:LINES``, with the repository and its commit in ``repositories``.
+A source is ``REPOSITORY's FILE:LINES``, with the repository and its commit in ``repositories``, or an author's words in
+``REPOSITORY's issues/NUMBER``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from vlprompt.protocols.plan import Overrides, Training, plan_protocol
 from vlprompt.protocols.protocol_files import find_protocol, list_protocols
 
 FILE = Path(__file__).with_name("official.yaml")
-SOURCE = re.compile(r"(?P<repository>[\w.-]+)'s [\w./+-]+:[0-9]+(-[0-9]+)?(, [0-9]+(-[0-9]+)?)*")
+LINES = r"[0-9]+(-[0-9]+)?(, [0-9]+(-[0-9]+)?)*"
+SOURCE = re.compile(rf"(?P<repository>[\w.-]+)'s ([\w./+-]+:{LINES}|issues/[0-9]+)")
 FEW_SHOT = dataset_names(["group:fewshot11"])
 FILTERS = ("protocols", "datasets", "shots", "backbones")
 #: Keys that every run of a trained method has pinned; of alternatives, one.

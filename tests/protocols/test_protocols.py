@@ -23,7 +23,7 @@ from vlprompt.protocols.protocol_files import REPORTS, find_protocol, list_proto
 from vlprompt.protocols.protocols import run_protocol
 
 Tiny = Callable[..., RunConfig]
-NAMES = ["base-to-new", "cross-dataset", "few-shot", "imagenet-domains", "leave-one-out", "single-source"]
+NAMES = ["base-to-new", "cross-dataset", "few-shot", "imagenet-domains", "leave-one-out", "per-target", "single-source"]
 
 
 # -- descriptions ---------------------------------------------------------------------------------------------------
@@ -37,6 +37,7 @@ def test_the_shipped_ones_are_the_papers() -> None:
         "few-shot": ("same", "all", (1, 2, 4, 8, 16)),
         "imagenet-domains": ("datasets", "all", (16,)),
         "leave-one-out": ("domains", "all", ()),
+        "per-target": ("same", "all", (-1,)),
         "single-source": ("domains", "all", ()),
     }
     assert found["base-to-new"].report == ("h_of_averages", "average_of_h")
@@ -46,7 +47,8 @@ def test_the_shipped_ones_are_the_papers() -> None:
     few = dataset_names(found["few-shot"].train.data)
     assert dataset_names(found["base-to-new"].train.data) == few and len(few) == 11
     assert dataset_names(found["cross-dataset"].test.data) == [name for name in few if name != "imagenet"]
-    assert [found[name].domain_protocol for name in NAMES[-2:]] == NAMES[-2:]
+    assert found["per-target"].train.data == found["cross-dataset"].test.data
+    assert all(found[name].domain_protocol == name for name in ("leave-one-out", "single-source"))
 
 
 def test_a_name_may_be_spelled_otherwise() -> None:
