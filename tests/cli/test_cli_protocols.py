@@ -56,7 +56,7 @@ def test_a_protocol_without_overrides_is_as_described(calls: Calls) -> None:
     plan, options = calls[0][1]
     assert plan.seeds == (1, 2, 3) and len(plan.trainings[0].targets) == 10 and options["force"] is False
     assert main(["eval", "--protocol", "cross-dataset", "--config", "coop/demo", "--targets", "demo-2,demo-3"]) == 0
-    assert [data.name for data in calls[1][1][0].trainings[0].targets] == ["demo-2", "demo-3"]
+    assert [one.config.data.name for one in calls[1][1][0].trainings[0].targets] == ["demo-2", "demo-3"]
     assert main(["eval", "--protocol", "leave-one-out", "--config", "coop/demo-styles", "--data.shots", "3"]) == 0
     assert {config.data.shots for config in calls[2][1][0].configs} == {3}  # not the protocol's
 

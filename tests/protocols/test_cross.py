@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from vlprompt.cli.parse import read_command_line, source_of
 from vlprompt.config.run import RunConfig
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.protocols import cross
 from vlprompt.protocols.cross import cross_dataset, cross_tables
-from vlprompt.runs.run import Run, evaluate_head
+from vlprompt.runs.run import Run, evaluate_head, run
 
 Tiny = Callable[..., RunConfig]
 TARGETS = ["toy-plain", "demo-kinds"]
@@ -112,6 +114,57 @@ def test_an_open_template_is_the_targets_own(source: Tiny, toy_sets: Path) -> No
     said = source("zeroshot", {"templates": ["{}"]})
     (one,) = cross_dataset([said], ["demo-kinds"], (1,))[0]["cells"][0]["runs"]
     assert one["targets"]["demo-kinds"]["results"] != one["targets"]["demo-kinds"]["zeroshot"]
+
+
+def test_a_method_without_a_source_runs_on_every_target(source: Tiny, tmp_path: Path) -> None:
+    book = tmp_path / "book"
+    book.mkdir()
+    data = source("zeroshot").data
+    (book / "base.yaml").write_text(
+        f"""\
+method: tda
+backbone: {{name: demo, pretrained: null}}
+data: {{name: toy-styles, root: {data.root}, transform: center, shots: 1}}
+trainer: {{accelerator: cpu, progress: false}}
+output: {tmp_path / "runs"}
+datasets:
+  toy-plain: {{settings: {{positive_alpha: 9.0}}, data: {{template: "a drawing of a {{}}."}}}}
+"""
+    )
+    config = source_of(read_command_line(["--config", str(book)]))
+    runs: list[Run] = []
+    results, table = cross_dataset([config], TARGETS, (1, 2), report=runs.append)
+    assert [(run.results["data"]["name"], run.results["data"]["seed"]) for run in runs] == [
+        *(("toy-styles", 1), ("toy-styles", 2)),
+        *((target, seed) for seed in (1, 2) for target in TARGETS),
+    ]
+    own = {run.results["data"]["name"]: run.results for run in runs}
+    assert [own[target]["config"]["settings"]["positive_alpha"] for target in TARGETS] == [9.0, 2.0]
+    assert own["toy-plain"]["data"]["template"] == "a drawing of a {}." != own["demo-kinds"]["data"]["template"]
+    (cell,) = results["cells"]
+    for kept in cell["runs"]:
+        for target in TARGETS:
+            (run,) = [
+                r for r in runs if (r.results["data"]["name"], r.results["data"]["seed"]) == (target, kept["seed"])
+            ]
+            assert kept["targets"][target]["results"] == run.results["results"]["all"]
+            assert kept["targets"][target]["per_class"]["zeroshot"] == run.results["per_class"]["zeroshot"]["all"]
+    again: list[Run] = []
+    assert cross_dataset([config], TARGETS, (1, 2), report=again.append) == (results, table)
+    assert len(again) == 6 and all(run.reused for run in again)
+
+
+def test_a_start_reaches_the_targets_through_the_source(source: Tiny, tiny: Tiny) -> None:
+    """TPT on CoOp: the context of every target is the one that was trained."""
+    coop = run(tiny("coop", epochs=1, lr=0.2))
+    runs: list[Run] = []
+    config = source("tpt", {"crops": 3, "context_init": "an emoji of a"}, init_from=str(coop.folder))
+    cross_dataset([config], ["toy-plain"], (1,), report=runs.append)
+    first, target = runs
+    assert first.results["config"]["init_from"] == str(coop.folder)
+    assert target.results["config"]["init_from"] == str(first.folder)
+    context = coop.head().method.trained_state()["prompt.ctx"]
+    assert torch.equal(target.head().method.trained_state()["ctx"], context)
 
 
 def test_everything_missing_is_told_before_anything_is_trained(source: Tiny, tmp_path: Path) -> None:

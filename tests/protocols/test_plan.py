@@ -16,6 +16,7 @@ from vlprompt.config.source import ConfigSource
 from vlprompt.datasets import task
 from vlprompt.datasets.domains import card_rounds
 from vlprompt.errors import ConfigError, DataError
+from vlprompt.methods.registry import get_method_class, list_methods
 from vlprompt.protocols.fewshot import few_shot
 from vlprompt.protocols.meta_compare import compare_starts
 from vlprompt.protocols.plan import Overrides, Plan, make_plan, plan_protocol
@@ -165,6 +166,51 @@ def test_meta_eval_resolves_the_book_too(book: Callable[..., ConfigSource], monk
         with pytest.raises(KeyboardInterrupt):
             compare_starts([(book(), Path("somewhere"))], [shots], [1])
     assert [(one.data.shots, one.recipe.epochs, one.data.classes) for one in asked] == [(1, 1, "base"), (2, 3, "base")]
+
+
+# -- methods that learn from no labelled images -----------------------------------------------------------------------
+PER_TARGET = [name for name in list_methods() if get_method_class(name).per_target]
+
+
+@pytest.mark.usefixtures("without_data")
+@pytest.mark.parametrize("protocol", ["cross-dataset", "imagenet-domains"])
+@pytest.mark.parametrize("name", PER_TARGET)
+def test_a_target_has_its_own_values(name: str, protocol: str) -> None:
+    (one,) = planned(protocol, "--config", f"{name}/imagenet").trainings
+    assert one.config.data.name == "imagenet" and len(one.targets) == (10 if protocol == "cross-dataset" else 4)
+    for target in one.targets:
+        data = target.config.data.name
+        alone = source("--config", f"{name}/{data}").resolve(protocol=protocol, dataset=data)
+        assert target.config == alone.with_data(classes="all")
+        assert planned("test-time", "--config", name, datasets=[data]).trainings == [target]
+
+
+@pytest.mark.usefixtures("without_data")
+def test_published_values_of_targets_are_those_of_the_target(capsys: pytest.CaptureFixture[str]) -> None:
+    def values(protocol: str, name: str, key: str) -> dict[str, Any]:
+        (one,) = planned(protocol, "--config", f"{name}/imagenet").trainings
+        return {target.config.data.name: target.config.settings[key] for target in (one, *one.targets)}
+
+    for name in ("tpt", "difftpt"):
+        assert values("cross-dataset", name, "augmix") == {data: data != "imagenet" for data in ELEVEN}
+        assert not any(values("imagenet-domains", name, "augmix").values())
+    assert values("cross-dataset", "promptalign", "lr") == {
+        data: 0.04 if data == "imagenet" else 5e-4 for data in ELEVEN
+    }
+    assert set(values("imagenet-domains", "promptalign", "lr").values()) == {0.04}
+    assert values("imagenet-domains", "tda", "crops") == {"imagenet": 0} | dict.fromkeys(
+        ("imagenet_a", "imagenet_r", "imagenet_sketch", "imagenetv2"), 63
+    )
+    for name in ("mta", "zero", "tpt", "promptalign"):
+        (one,) = planned("cross-dataset", "--config", f"{name}/imagenet").trainings
+        assert {target.config.data.template for target in (one, *one.targets)} == {"a photo of a {}."}
+    text = printed(
+        ["eval", "--protocol", "cross-dataset", "--config", "tda/imagenet", "--config", "coop/imagenet"], capsys
+    )
+    assert text[0] == "cross-dataset: 2 trainings with seeds 1, 2, 3" and text[4].startswith("tested on caltech101, ")
+    assert text[5] == "run on each target, with the values for it:" and len(text) == 6 + 10
+    (cars,) = [line for line in text if line.split()[:2] == ["tda", "stanford_cars"]]
+    assert "settings.positive_alpha=1.0  settings.positive_beta=7.0" in cars
 
 
 # -- text -----------------------------------------------------------------------------------------------------------

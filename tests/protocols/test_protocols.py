@@ -23,7 +23,10 @@ from vlprompt.protocols.protocol_files import REPORTS, find_protocol, list_proto
 from vlprompt.protocols.protocols import run_protocol
 
 Tiny = Callable[..., RunConfig]
-NAMES = ["base-to-new", "cross-dataset", "few-shot", "imagenet-domains", "leave-one-out", "per-target", "single-source"]
+NAMES = [
+    *("base-to-new", "cross-dataset", "few-shot", "imagenet-domains", "leave-one-out", "per-target"),
+    *("single-source", "test-time"),
+]
 
 
 # -- descriptions ---------------------------------------------------------------------------------------------------
@@ -39,6 +42,7 @@ def test_the_shipped_ones_are_the_papers() -> None:
         "leave-one-out": ("domains", "all", ()),
         "per-target": ("same", "all", (-1,)),
         "single-source": ("domains", "all", ()),
+        "test-time": ("test-time", "all", ()),
     }
     assert found["base-to-new"].report == ("h_of_averages", "average_of_h")
     assert found["imagenet-domains"].train.data == ("imagenet",)
@@ -49,6 +53,7 @@ def test_the_shipped_ones_are_the_papers() -> None:
     assert dataset_names(found["cross-dataset"].test.data) == [name for name in few if name != "imagenet"]
     assert found["per-target"].train.data == found["cross-dataset"].test.data
     assert all(found[name].domain_protocol == name for name in ("leave-one-out", "single-source"))
+    assert sorted(dataset_names(found["test-time"].train.data)) == sorted([*few, *variants])
 
 
 def test_a_name_may_be_spelled_otherwise() -> None:
@@ -114,6 +119,8 @@ def test_a_users_own_file(mine: Callable[..., Path]) -> None:
         ("leave-one-out", {"train": {"data": ["demo-styles"], "classes": "all"}}, ["train.domains is 'all'"]),
         ("few-shot", {"train": {"data": ["demo"], "classes": "all", "shots": [1], "domains": "one"}},
          ["train.domains is 'one'; with test.part: same accepted: 'all'"]),
+        ("test-time", {"train": {"data": ["demo"], "classes": "all", "shots": [1]}},
+         ["train.shots is [1]; with test.part: test-time it has no meaning"]),
     ],
 )  # fmt: skip
 def test_every_problem_of_a_file_is_named(
@@ -226,6 +233,16 @@ def test_configurations_of_a_protocol(tiny: Tiny) -> None:
 @pytest.mark.parametrize(
     ("name", "own", "message"),
     [
+        (
+            "test-time",
+            Overrides(shots=[1]),
+            "--shots has no meaning for test-time, which learns from no labelled images",
+        ),
+        (
+            "test-time",
+            Overrides(datasets=["demo"]),
+            "learn from no labelled images, and coop learns from them; accepted: d",
+        ),
         ("few-shot", Overrides(targets=["demo"]), "--targets has no meaning for few-shot"),
         ("base-to-new", Overrides(shots=[1, 2]), r"--shots is \[1, 2\]; base-to-new takes one number"),
         ("few-shot", Overrides(datasets=["dmo"]), "'dmo' is no data set"),

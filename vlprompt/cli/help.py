@@ -68,10 +68,12 @@ The second form trains and tests under a protocol of the papers, prints a table 
 Finished runs are reused; the same command resumes where it stopped. Several --config files are compared side by side.
 
   --protocol NAME   `vlprompt list protocols` shows them: few-shot, base-to-new, cross-dataset, imagenet-domains,
-                    per-target, leave-one-out, single-source; or a file of yours, my.yaml, with the same fields
+                    per-target, leave-one-out, single-source, test-time; or a file of yours, my.yaml, with the same
+                    fields
   --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours
   --datasets A,B    data sets to train on, instead of the protocol's; group:NAME for all data sets of a group
-  --targets C,D     other data sets to test on (cross-dataset, imagenet-domains)
+  --targets C,D     other data sets to test on (cross-dataset, imagenet-domains); a method that learns from no labelled
+                    images runs on each of them by itself, with the values for it
   --shots 1,2,4     training images per class; several only for few-shot
   --seeds 1,2,3     the seeds (default: the protocol's)
   --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys

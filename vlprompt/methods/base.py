@@ -61,6 +61,9 @@ class PromptMethod(nn.Module):
     """Form of :meth:`training_text_features`: ``[C, D]``, ``[G, C, D]`` or ``[B, C, D]``."""
     no_objectives: ClassVar[str | None] = None
     """Reason why no further objective is supported; None if objectives are supported."""
+    per_target: ClassVar[bool] = False
+    """Whether nothing is learned from labelled images, so that there is no source to transfer from: protocols with
+    several data sets run the method on each of them, with the values for that data set."""
     fitted: tuple[str, ...] = ()
     """Buffers (dotted names) that belong to the head like trainable parameters; shapes may depend on the shots."""
 

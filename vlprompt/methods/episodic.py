@@ -18,6 +18,7 @@ class ViewsMethod(PromptMethod):
     """A method that scores an image from several views of it."""
 
     no_objectives = "it learns nothing before it sees a test image"
+    per_target = True
 
     def reset(self) -> None:
         """Clear the state of earlier test images, if scores depend on them."""

@@ -44,6 +44,7 @@ class ZeroShotSettings:
 class ZeroShot(PromptMethod):
     """Frozen CLIP with hand-written prompts."""
 
+    per_target = True
     Settings = ZeroShotSettings
     settings: ZeroShotSettings
 

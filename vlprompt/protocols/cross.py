@@ -4,13 +4,17 @@ One source model per seed is trained. Its head is tested on every target with th
 them and no masked classes (CoOp: datasets/imagenet_a.py 32-46), and with the target's template unless the settings set
 one. The mean is over the targets only; the spread over seeds is the population standard deviation. The scores of a
 target are saved in the run folder, under a hash of everything they depend on, and reused.
+
+A method that learns from no labelled images has nothing to transfer: it runs on every target by itself, with the
+recipe book's values for the target, as the official scripts of test-time methods do. If it starts from a head, its
+targets start from the head of the source's run, which also keeps statistics of the source.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +44,7 @@ from vlprompt.protocols.protocol import (
     table_rows,
 )
 from vlprompt.protocols.running import Runner, check_data, place
-from vlprompt.runs.folder import TARGETS, data_record, read_json
+from vlprompt.runs.folder import TARGETS, config_sha256, data_record, read_json
 from vlprompt.runs.run import Run, tested
 from vlprompt.runs.session import Session
 from vlprompt.runs.tables import data_words, render
@@ -96,16 +100,24 @@ def run_cross(
     tasks = check_data(plan)
     runner, seeds = Runner(plan.seeds, force=force, report=report), list(plan.seeds)
     for training in plan.trainings:
-        source, target = training.config.data, training.targets[0]
-        runner.session(training.config).check_moves(tasks[place(source)], tasks[place(target)])
+        if not training.per_target:
+            source, target = training.config.data, training.targets[0].config.data
+            runner.session(training.config).check_moves(tasks[place(source)], tasks[place(target)])
     tested_runs = []
     for training in plan.trainings:
         runs = runner.runs(training.config)
-        session = Session(training.config, after=runner.last)
-        scores = [
-            {target.name: _target(done, session, tasks[place(target)], force) for target in training.targets}
-            for done in runs
-        ]
+        targets = [target.config for target in training.targets]
+        if training.per_target:
+            scores = [
+                {target.data.name: _own_run(done, runner, replace(target, seed=seed)) for target in targets}
+                for done, seed in zip(runs, seeds, strict=True)
+            ]
+        else:
+            session = Session(training.config, after=runner.last)
+            scores = [
+                {target.data.name: _target(done, session, tasks[place(target.data)], force) for target in targets}
+                for done in runs
+            ]
         tested_runs.append((training.config, runs, scores))
 
     def build(metric: str | None) -> tuple[dict[str, Any], str]:
@@ -114,9 +126,22 @@ def run_cross(
 
     found, tables = by_metric(build, metrics)
     results = {"schema": SCHEMA, "protocol": plan.name, "seeds": seeds, **found}
-    targets = [[target.name for target in training.targets] for training in plan.trainings]
-    keep(plan.name.replace("-", "_"), results, plan.configs, seeds, targets)
+    names = [[target.config.data.name for target in training.targets] for training in plan.trainings]
+    own = [config_sha256(run.config) for training in plan.trainings if training.per_target for run in training.targets]
+    keep(plan.name.replace("-", "_"), results, plan.configs, seeds, names, *([own] if own else []))
     return results, tables
+
+
+def _own_run(source: Run, runner: Runner, config: RunConfig) -> dict[str, Any]:
+    """Return the scores of a run of ``config`` on its target; a configured start is replaced by the source's head."""
+    if config.init_from is not None:
+        config = replace(config, init_from=str(source.folder))
+    results = runner.run(config).results
+    return {
+        "data": results["data"],
+        **{part: results[part]["all"] for part in ("results", "zeroshot")},
+        "per_class": {part: counts["all"] for part, counts in results["per_class"].items()},
+    }
 
 
 def _target(done: Run, session: Session, task: FewShotTask, force: bool) -> dict[str, Any]:
@@ -154,7 +179,7 @@ def _kept(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
 
 def _test(session: Session, head: Head, task: FewShotTask, folder: Path) -> dict[str, Any]:
     """Return the scores of the head and of zero-shot on a target."""
-    quiet = dataclasses.replace(session.config.trainer, loggers=())
+    quiet = replace(session.config.trainer, loggers=())
     data = data_record(task, head.backbone, session.config.data.transform)
     # No shots were drawn from a target.
     scores: dict[str, Any] = {"data": {name: value for name, value in data.items() if name not in _DRAWN}}

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vlprompt.config.run import Classes, DataConfig, RunConfig
+from vlprompt.config.run import Classes, RunConfig
 from vlprompt.config.source import ConfigSource, Selection, as_source
 from vlprompt.config.yaml import yaml_text
 from vlprompt.datasets import find_card
 from vlprompt.datasets.domains import DomainProtocol, DomainRound, card_rounds, domain_rounds
 from vlprompt.errors import ConfigError, DataError
-from vlprompt.methods.registry import open_templates
+from vlprompt.methods.registry import get_method_class, list_methods, open_templates
 from vlprompt.protocols.groups import dataset_names
 from vlprompt.protocols.protocol_files import CONFIG, Part, Protocol
 
@@ -32,13 +32,19 @@ class Training:
         values: Values that differ from the method's base, by dotted key, and the data set's template if the
             configuration does not set one.
         domains: The domains to train and to test on, in protocols over domains.
-        targets: The other data sets to test on, if any.
+        targets: The other data sets to test on, if any. The head of the training is tested on ``config.data``; a method
+            that learns from no labelled images runs with the whole ``config``, resolved for the target.
     """
 
     config: RunConfig
     values: Mapping[str, Any]
     domains: DomainRound | None = None
-    targets: tuple[DataConfig, ...] = ()
+    targets: tuple[Training, ...] = ()
+
+    @property
+    def per_target(self) -> bool:
+        """Whether the method runs on each target by itself (:attr:`PromptMethod.per_target`)."""
+        return get_method_class(self.config.method).per_target
 
 
 @dataclass(frozen=True)
@@ -74,27 +80,42 @@ class Plan:
         return [training.config for training in self.trainings]
 
     def text(self) -> str:
-        """Return a line per training: data set, classes, shots, and the values that differ from the method's base."""
+        """Return a line per run: data set, classes, shots, and the values that differ from the method's base.
+
+        Targets have lines if the method runs on each of them by itself, else they are listed.
+        """
         trainings, seeds = self.trainings, ", ".join(map(str, self.seeds))
         several = f"seeds {seeds}" if len(self.seeds) > 1 else f"seed {seeds}"
         head = f"{self.name}: {_counted(len(trainings), 'training')} with {several}"
         rows = [("method", "data", "classes", "shots", *self._domain_heading(), "values that differ from the base")]
-        for training in trainings:
-            data = training.config.data
-            shots = "all" if data.shots == -1 else str(data.shots)
-            values = "  ".join(f"{key}={_shortened(value)}" for key, value in training.values.items())
-            rows.append((training.config.method, data.name, data.classes, shots, *_domain_words(training), values))
+        targets = [target for training in trainings if training.per_target for target in training.targets]
+        rows += [_row(training) for training in (*trainings, *targets)]
         widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
         lines = []
         for *cells, values in rows:
             aligned = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
             lines.append("  ".join([*aligned, values]).rstrip())
-        tested = dict.fromkeys(tuple(data.name for data in training.targets) for training in trainings)
-        ends = [f"tested on {', '.join(names)}" for names in tested if names]
-        return "\n".join([head, *lines, *ends])
+        first = 1 + len(trainings)
+        if targets:
+            lines.insert(first, "run on each target, with the values for it:")
+        tested = dict.fromkeys(
+            tuple(target.config.data.name for target in training.targets)
+            for training in trainings
+            if not training.per_target
+        )
+        lines[first:first] = [f"tested on {', '.join(names)}" for names in tested if names]
+        return "\n".join([head, *lines])
 
     def _domain_heading(self) -> tuple[str, ...]:
         return ("trained on", "tested on") if self.part == "domains" else ()
+
+
+def _row(training: Training) -> tuple[str, ...]:
+    """Return the cells of a training in the text of a plan."""
+    data = training.config.data
+    shots = "all" if data.shots == -1 else str(data.shots)
+    values = "  ".join(f"{key}={_shortened(value)}" for key, value in training.values.items())
+    return training.config.method, data.name, data.classes, shots, *_domain_words(training), values
 
 
 def _domain_words(training: Training) -> tuple[str, ...]:
@@ -151,7 +172,8 @@ def make_plan(
         dry: Whether nothing will be run: the domains of missing data are taken from the data set's card.
 
     Raises:
-        ConfigError: There is nothing to run, a name is unknown or given twice, or values are not accepted.
+        ConfigError: There is nothing to run, a name is unknown or given twice, values are not accepted, or ``part`` is
+            ``test-time`` and a method learns from labelled images.
         DataError: The domains of a data set cannot be read, and ``dry`` is not set.
     """
     if not configs or not seeds:
@@ -167,27 +189,44 @@ def make_plan(
                 request: Selection = {
                     "protocol": name, "dataset": dataset, "shots": count, "default_shots": default_shots
                 }  # fmt: skip
-                config = source.resolve(**request).with_data(classes=classes)
-                texts = find_card(config.data.name).texts(config.data.template)
-                filled = open_templates(config.method, config.settings, config.objectives, texts)
-                values = {**source.differences(**request), **filled}
-                training = Training(config, values, targets=() if targets is None else _targets(config, targets))
+                training = _training(source, request, classes)
+                if part == "test-time" and not training.per_target:
+                    accepted = ", ".join(method for method in list_methods() if get_method_class(method).per_target)
+                    raise ConfigError(
+                        f"{name} runs methods that learn from no labelled images, and {training.config.method} learns "
+                        f"from them; accepted: {accepted}. Others: eval --protocol few-shot"
+                    )
+                if targets is not None:
+                    training = replace(training, targets=_targets(source, training, targets, request))
                 trainings += [training] if domains is None else _over_domains(training, domains, dry=dry)
         groups.append(tuple(trainings))
     chosen = None if names is None else tuple(names)
     return Plan(name, part, tuple(seeds), tuple(groups), chosen, domains, tuple(report))
 
 
-def _targets(config: RunConfig, targets: Sequence[str]) -> tuple[DataConfig, ...]:
-    """Return the data section of each target of ``config``."""
-    source = config.data.name
-    names = dataset_names(targets, "targets", leave_out=[source])
-    if source in names:
-        raise ConfigError(f"targets: {source!r} is the source of {config.method}; it is shown without being named")
-    # Only test images are used. Template, split and images of the source do not apply to the targets.
-    values: dict[str, Any] = {"shots": 1, "classes": "all", "source": (), "target": ()}
-    values |= dict.fromkeys(("template", "split", "sampler", "shots_file"))
-    return tuple(config.with_data(name=name, **values).data for name in names)
+def _training(source: ConfigSource, request: Selection, classes: Classes) -> Training:
+    """Return the training of ``request``, with the values that differ from the method's base."""
+    config = source.resolve(**request).with_data(classes=classes)
+    texts = find_card(config.data.name).texts(config.data.template)
+    filled = open_templates(config.method, config.settings, config.objectives, texts)
+    return Training(config, {**source.differences(**request), **filled})
+
+
+def _targets(
+    source: ConfigSource, training: Training, targets: Sequence[str], request: Selection
+) -> tuple[Training, ...]:
+    """Return the targets of ``training``, which ``source`` resolved for ``request``."""
+    config, first = training.config, training.config.data.name
+    names = dataset_names(targets, "targets", leave_out=[first])
+    if first in names:
+        raise ConfigError(f"targets: {first!r} is the source of {config.method}; it is shown without being named")
+    # Split, images and domains of the source do not apply to the targets.
+    values: dict[str, Any] = {"source": (), "target": (), **dict.fromkeys(("split", "sampler", "shots_file"))}
+    if training.per_target:
+        own = (_training(source, {**request, "dataset": name}, "all") for name in names)
+        return tuple(replace(target, config=target.config.with_data(**values)) for target in own)
+    values |= {"shots": 1, "classes": "all", "template": None}  # only test images are used
+    return tuple(Training(config.with_data(name=name, **values), {}) for name in names)
 
 
 def _over_domains(training: Training, protocol: DomainProtocol, *, dry: bool) -> list[Training]:
@@ -246,7 +285,9 @@ def plan_protocol(
     problems = []
     if given.targets is not None and part != "datasets":
         problems.append(f"--targets has no meaning for {protocol.name}, which does not test on other data sets")
-    if given.shots is not None and len(given.shots) != 1 and part != "same":
+    if given.shots is not None and part == "test-time":
+        problems.append(f"--shots has no meaning for {protocol.name}, which learns from no labelled images")
+    elif given.shots is not None and len(given.shots) != 1 and part != "same":
         problems.append(f"--shots is {list(given.shots)}; {protocol.name} takes one number of images per class")
     if problems:
         raise ConfigError("\n".join(problems))

@@ -17,7 +17,7 @@ from vlprompt.config.yaml import read_config, shown
 from vlprompt.datasets.card import ASSETS
 from vlprompt.errors import ConfigError, bulleted, did_you_mean, nearest
 
-Part = Literal["same", "halves", "datasets", "domains"]
+Part = Literal["same", "halves", "datasets", "domains", "test-time"]
 CONFIG = "config"
 """In ``train.data``: the data set of the configuration."""
 REPORTS: Mapping[str, tuple[str, ...]] = {
@@ -25,6 +25,7 @@ REPORTS: Mapping[str, tuple[str, ...]] = {
     "halves": ("h_of_averages", "average_of_h"),
     "datasets": ("mean_of_targets", "mean_with_source"),
     "domains": ("mean_of_targets",),
+    "test-time": ("mean_of_datasets", "mean_of_groups"),
 }
 """Averages of each kind of test; the first is always reported, the others on request."""
 
@@ -70,7 +71,8 @@ class Testing:
     """The test of a protocol.
 
     Attributes:
-        part: The ``same`` classes, base and new ``halves``, other ``datasets``, or unseen ``domains``.
+        part: The ``same`` classes, base and new ``halves``, other ``datasets``, or unseen ``domains``. ``test-time`` is
+            ``same`` for methods that learn from no labelled images.
         data: The other data sets, if ``part`` is ``datasets``.
     """
 
@@ -118,6 +120,8 @@ def _contradictions(protocol: Protocol) -> list[str]:
         problems.append(f"train.shots is {list(train.shots)}; several are for test.part: same")
     if part == "same" and not train.shots:
         problems.append("train.shots is empty; test.part: same compares numbers of shots, such as [1, 2, 4, 8, 16]")
+    if part == "test-time" and train.shots:
+        problems.append(f"train.shots is {list(train.shots)}; with test.part: test-time it has no meaning; omit it")
     classes = "base" if part == "halves" else "all"
     if train.classes != classes:
         problems.append(f"train.classes is {train.classes!r}; with test.part: {part} accepted: {classes!r}")

@@ -15,6 +15,7 @@ from vlprompt.protocols.domains import run_domains
 from vlprompt.protocols.fewshot import run_few_shot
 from vlprompt.protocols.plan import Overrides, Plan, plan_protocol
 from vlprompt.protocols.protocol_files import Part, Protocol
+from vlprompt.protocols.test_time import run_test_time
 from vlprompt.runs.run import Run
 
 
@@ -63,7 +64,7 @@ def run_plan(
 
 def check_plan_metrics(plan: Plan, metrics: Sequence[str]) -> None:
     """Raise ConfigError if ``metrics`` are unknown or do not fit the labels of a data set of ``plan``."""
-    names = [data.name for training in plan.trainings for data in (training.config.data, *training.targets)]
+    names = [run.config.data.name for training in plan.trainings for run in (training, *training.targets)]
     check_metrics(metrics, {name: find_card(name).multilabel for name in dict.fromkeys(names)})
 
 
@@ -72,4 +73,5 @@ _RUN: Mapping[Part, Callable[..., tuple[dict[str, Any], str]]] = {
     "halves": run_base_to_new,
     "datasets": run_cross,
     "domains": run_domains,
+    "test-time": run_test_time,
 }

@@ -36,13 +36,14 @@ class Runner:
 
     def runs(self, config: RunConfig) -> list[Run]:
         """Run ``config`` with each seed."""
-        runs = []
-        for seed in self.seeds:
-            done = run_session(self.session(replace(config, seed=seed)), force=self.force)
-            if self.report is not None and is_main_process():
-                self.report(done)
-            runs.append(done)
-        return runs
+        return [self.run(replace(config, seed=seed)) for seed in self.seeds]
+
+    def run(self, config: RunConfig) -> Run:
+        """Run ``config``."""
+        done = run_session(self.session(config), force=self.force)
+        if self.report is not None and is_main_process():
+            self.report(done)
+        return done
 
 
 Place = tuple[str, str | None]
@@ -62,8 +63,8 @@ def check_data(plan: Plan) -> dict[Place, FewShotTask]:
     """
     wanted: dict[Place, DataConfig] = {}
     for training in plan.trainings:
-        for data in (training.config.data, *training.targets):
-            wanted.setdefault(place(data), data)
+        for run in (training, *training.targets):
+            wanted.setdefault(place(run.config.data), run.config.data)
     tasks, missing = {}, []
     for data in wanted.values():
         try:
