@@ -69,6 +69,34 @@ def test_the_more_specific_entry_wins(book: Make, selectors: dict[str, Any], exp
     assert values(book(base=WHOLE), **selectors)["settings.context_init"] == expected
 
 
+def test_epochs_and_steps_override_each_other(book: Make) -> None:
+    """The most specific entry that sets one of two exclusive keys counts; one entry cannot set both."""
+    text = """\
+recipe: {epochs: 10, warmup_steps: 3}
+datasets:
+  dtd: {recipe: {steps: 40}, shots: {2: {recipe: {epochs: 2, warmup_epochs: 1}}}}
+  imagenet: {recipe: {epochs: 5, steps: 6}}
+shots:
+  1, 2: {recipe: {steps: 100}}
+  4: {recipe: {steps: null}}
+"""
+    whole = book(base=text)
+    chosen = {
+        (dataset, shots): {
+            key.removeprefix("recipe."): value for key, value in values(whole, dataset=dataset, shots=shots).items()
+        }
+        for dataset in ("food101", "dtd", "imagenet")
+        for shots in (1, 2, 4)
+    }
+    assert chosen["food101", 1] == {"steps": 100, "warmup_steps": 3}
+    assert chosen["food101", 4] == {"epochs": 10, "steps": None, "warmup_steps": 3}
+    assert chosen["dtd", 1] == {"steps": 100, "warmup_steps": 3}
+    assert chosen["dtd", 2] == {"epochs": 2, "warmup_epochs": 1}
+    assert chosen["imagenet", 4] == {"epochs": 5, "steps": None, "warmup_steps": 3}
+    assert values(whole, dataset="imagenet")["recipe.epochs"] == 5
+    assert values(whole, dataset="imagenet")["recipe.steps"] == 6, "refused when the configuration is built"
+
+
 @pytest.mark.parametrize(
     ("dataset", "shots", "epochs"), [("dtd", 16, 5), ("dtd", 4, 2), ("imagenet", 1, 1), ("dtd", -1, 5)]
 )

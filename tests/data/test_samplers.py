@@ -76,6 +76,29 @@ def test_processes_share_the_batches_of_one(length: int, share: int, world: int,
     assert len(set(used)) == len(used) and {key for step in whole for key, _ in step} == {epoch}
 
 
+@given(st.integers(1, 70), st.integers(1, 5), st.integers(1, 6), st.integers(0, 4))
+@settings(max_examples=120, deadline=None)
+def test_processes_share_incomplete_batches(length: int, share: int, world: int, epoch: int) -> None:
+    """Every sample is used once; a process without a share of the last batch repeats a sample with weight 0."""
+    batch = share * world
+    assume(length >= world)
+    single = TrainSampler(length, batch, seed=1, drop_last=False)
+    ranks = [TrainSampler(length, batch, seed=1, rank=rank, world_size=world, drop_last=False) for rank in range(world)]
+    for sampler in (single, *ranks):
+        sampler.set_epoch(epoch)
+    whole, shares = batches(single), [batches(sampler) for sampler in ranks]
+    assert sorted(index for step in whole for _, index in step) == list(range(length))
+    assert {len(steps) for steps in shares} == {len(whole)} == {-(-length // batch)}
+    for step, expected in enumerate(whole):
+        scales = [sampler.scales().get(step, sampler.scale()) for sampler in ranks]
+        used = [steps[step] for steps, scale in zip(shares, scales, strict=True) if scale]
+        assert sum(used, []) == expected
+        means = [sum(i for _, i in steps[step]) / len(steps[step]) for steps in shares]
+        mean = sum(scale * value for scale, value in zip(scales, means, strict=True)) / world
+        assert mean == pytest.approx(sum(index for _, index in expected) / len(expected))
+    assert all(single.scales().get(step, single.scale()) == 1 for step in range(len(whole)))
+
+
 def test_order_depends_on_seed_and_epoch_only() -> None:
     def order(seed: int, epoch: int) -> list[Any]:
         sampler = TrainSampler(40, 8, seed=seed)

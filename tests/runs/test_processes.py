@@ -16,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.fixtures.runs import tiny_run
 from vlprompt.config.run import RecipeConfig, RunConfig
 from vlprompt.data import FewShotData
 from vlprompt.datasets import load_dataset
@@ -166,7 +167,12 @@ def test_the_command_on_two_processes(
 
 @pytest.mark.slow
 def test_switches_short_batches_and_own_trainers(
-    tiny: Tiny, folder_of: Callable[[RunConfig], Path], image_folder: Path, tmp_path: Path, command: Command
+    tiny: Tiny,
+    folder_of: Callable[[RunConfig], Path],
+    image_folder: Path,
+    validated_folder: Path,
+    tmp_path: Path,
+    command: Command,
 ) -> None:
     plain: dict[str, Any] = {"text_correction": False, "text_loss_weight": 0.0, "gate_loss_weight": 0.0, "top_k": 1}
     configs = [
@@ -176,6 +182,9 @@ def test_switches_short_batches_and_own_trainers(
         tiny("mocoop", {**plain, "context_counting": "tokens"}, accumulate=2, epochs=3, lr=0.1),
         tiny("mocoop", {"drop_unused_experts": True, "top_k": 1}, epochs=3, lr=0.1),
         tiny("coop", {"context_init": "", "context_length": 2, "class_specific": True}, epochs=3, lr=0.1, workers=1),
+        # 5 images in batches of 2: one of the processes has no share of the last batch. The training ends in an epoch.
+        tiny("coop", shots=1, batch_size=2, drop_last=False, steps=8, schedule="step", warmup_steps=2, lr=0.1),
+        tiny_run(validated_folder, tmp_path / "runs", "coop", epochs=4, lr=2.0, select="best_val"),
         tiny("zeroshot"),
     ]
     folder = tmp_path / "two"
@@ -195,14 +204,16 @@ def test_switches_short_batches_and_own_trainers(
     assert "touched" not in errors
     for rank in (0, 1):
         done = [line.split()[2] for line in output.splitlines() if line.startswith(f"process {rank} ")]
-        assert done == ["trained"] * 6 + ["reused", "trained"]
+        assert done == ["trained"] * len(configs) + ["reused", "trained"]
     for config, single in zip(twice, singles, strict=True):
         assert single.results["results"]["all"]["total"] == 13
         if config.method != "zeroshot":
             assert max(compare(single.folder, folder_of(config)).values()) < TOLERANCE
-        else:
-            both = json.loads((folder_of(config) / "results.json").read_text())
-            assert both["results"] == single.results["results"]
+        both = json.loads((folder_of(config) / "results.json").read_text())
+        assert both["results"] == single.results["results"]
+        assert both["train"]["steps"] == single.results["train"]["steps"]
+        assert both["train"].get("selected") == single.results["train"].get("selected")
+    assert singles[-2].results["train"]["selected"]["epoch"] < 3
 
     own = [json.loads(line.removeprefix("OWN ")) for line in output.splitlines() if line.startswith("OWN ")]
     assert sorted(each["rank"] for each in own) == [0, 1]

@@ -18,9 +18,18 @@ from typing import Any, NoReturn, TypeVar
 from vlprompt.config.book import Book, Known, find_book, list_books
 from vlprompt.config.hints import field_hints, options
 from vlprompt.config.keys import NAMED, as_plain, keys_in, keys_of, merged, nest, sections_of, settings_keys, sources
-from vlprompt.config.run import RunConfig
+from vlprompt.config.run import RecipeConfig, RunConfig
 from vlprompt.config.source import ConfigSource, NamedBook
-from vlprompt.config.types import Problem, accepted_values, convert, field_default, from_text, refusal, validate
+from vlprompt.config.types import (
+    Problem,
+    accepted_values,
+    convert,
+    field_default,
+    from_text,
+    over_defaults,
+    refusal,
+    validate,
+)
 from vlprompt.config.yaml import Given, find_config, read_config, shown, shown_path, yaml_text
 from vlprompt.errors import ConfigError, bulleted, did_you_mean, nearest
 
@@ -304,7 +313,7 @@ class _ConfigBuilder:
             self._data_name()
         tree = nest(self.values)
         if self.root is RunConfig and method is not None:
-            tree["recipe"] = {**dataclasses.asdict(method.recipe), **tree.get("recipe", {})}
+            tree["recipe"] = over_defaults(RecipeConfig, tree.get("recipe", {}), method.recipe)
         config: Any = self._validated(self.root, {name: tree[name] for name in tree if name not in NAMED}, "")
         named: dict[str, Any] = {section: {} for section in NAMED}
         if method is not None:

@@ -17,7 +17,8 @@ data set may have a separate file next to ``base.yaml``; its content is the entr
 
 An entry applies if all tables that contain it match the run. Entries are merged key by key, and more specific entries
 override less specific ones: entries with shots override those without, then data sets, backbones and protocols; exact
-names override wildcards; a method's book overrides the shared entries.
+names override wildcards; a method's book overrides the shared entries. ``recipe.epochs`` and ``recipe.steps``, and
+their warm-ups, exclude each other: an entry that sets one of them overrides both.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from pathlib import Path
 
 import yaml
 
-from vlprompt.config.keys import NAMED, SECTIONS
+from vlprompt.config.keys import NAMED, SECTIONS, rival_of
 from vlprompt.config.yaml import BASE, Given, Leaves, config_root, read_mapping, shown, shown_path
 from vlprompt.errors import ConfigError, did_you_mean
 
@@ -138,6 +139,8 @@ class Book:
                         f"{given[key].source}, which is as specific; accepted: one of the two"
                     )
                 given[key], set_by[key] = value, rank
+                if (rival := rival_of(key, value.value)) in given and set_by[rival] != rank:
+                    del given[rival], set_by[rival]
         return given
 
     def base(self) -> dict[str, Given]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from vlprompt.config.hints import bare, field_hints, is_dataclass
-from vlprompt.config.run import RunConfig
+from vlprompt.config.run import RecipeConfig, RunConfig
 from vlprompt.config.yaml import Given, plain, yaml_text
 
 NAMED = ("settings", "objectives", "decomposition")
@@ -36,6 +36,17 @@ def sections_of(root: type) -> tuple[str, ...]:
 
 
 RUN_KEYS, SECTIONS = keys_of(RunConfig), sections_of(RunConfig)
+_RIVALS = {
+    f"recipe.{name}": f"recipe.{other}"
+    for name, implied in RecipeConfig.implied.items()
+    for other, value in implied.items()
+    if value is None
+}
+
+
+def rival_of(key: str, value: Any) -> str | None:
+    """Return the key whose less specific value is void if ``key`` has this value: ``recipe.epochs`` for steps."""
+    return None if value in (None, "null", "~") else _RIVALS.get(key)
 
 
 def settings_keys(settings: type) -> Mapping[str, Any]:

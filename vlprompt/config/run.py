@@ -5,8 +5,9 @@ Field names are the keys of configuration files and of ``--a.b value`` overrides
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from vlprompt.config.types import (
     Above0,
@@ -85,35 +86,110 @@ class DataConfig:
 class RecipeConfig:
     """Optimisation of the trainable parameters; defaults as in Dassl: SGD, cosine per epoch, warm-up (dassl/optim).
 
+    Length: ``epochs``, or in its place ``steps``, a number of optimiser steps, which may end within an epoch.
+    ``drop_last``: whether the last batch of an epoch is dropped if it is not full (and not the only one).
+
     ``optimizer``: ``sgd`` with ``momentum``, or ``adam`` or ``adamw`` with ``momentum`` as first and 0.999 as second
-    beta; ``weight_decay`` is added to the gradient except for ``adamw``. ``schedule``: the cosine from ``lr`` towards
-    ``final_lr`` is updated once per ``epoch`` or after every optimiser ``step`` (CLIP-LoRA); the warm-up is always
-    counted in epochs.
+    beta; ``weight_decay`` is added to the gradient except for ``adamw``.
+
+    ``schedule``: the cosine from ``lr`` towards ``final_lr`` is updated once per ``epoch`` or after every optimiser
+    ``step`` (CLIP-LoRA). ``warmup_epochs`` precede it: at ``warmup_lr`` (``warmup: constant``), or on a line to ``lr``
+    that only begins at ``warmup_lr`` (``linear``). In their place ``warmup_steps`` optimiser steps rise on a line to
+    ``lr``, and the cosine runs over the rest of the steps (VP: hjbahng/visual_prompting, utils.py).
+
+    ``select``: the parameters after the ``last`` epoch, or ``best_val``: those after the first of the epochs with the
+    best score on the validation images (Dassl: TEST.FINAL_MODEL).
+
+    A value given for ``epochs`` or ``steps`` replaces a default of the other one, and so do ``warmup_epochs`` and
+    ``warmup_steps``.
     """
 
-    epochs: Positive = 50
+    epochs: Positive | None = 50
+    steps: Positive | None = None
     batch_size: Positive = 32
+    drop_last: bool = True
     lr: Above0 = 0.002
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     schedule: Literal["epoch", "step"] = "epoch"
     final_lr: NonNegative = 0.0
-    warmup_epochs: Count = 1
+    warmup: Literal["constant", "linear"] = "constant"
+    warmup_epochs: Count | None = 1
+    warmup_steps: Count | None = None
     warmup_lr: Above0 = 1e-5
     momentum: Below1 = 0.9
     weight_decay: NonNegative = 5e-4
     gradient_clip: Annotated[Above0 | None, Words("a norm above 0, or null for none")] = None
     test_batch_size: Positive = 100
+    select: Literal["last", "best_val"] = "last"
+
+    implied: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "epochs": {"steps": None},
+        "steps": {"epochs": None},
+        "warmup_epochs": {"warmup_steps": None},
+        "warmup_steps": {"warmup_epochs": None, "warmup": "linear"},
+    }
+    """Values that fields get from a value of another one, unless they are given, too."""
 
     def __post_init__(self) -> None:
         problems = []
         if self.final_lr > self.lr:
             problems.append(f"recipe.final_lr is {self.final_lr}; accepted: 0 to recipe.lr ({self.lr})")
-        if self.warmup_epochs > self.epochs:
-            problems.append(
-                f"recipe.warmup_epochs is {self.warmup_epochs}; accepted: 0 to recipe.epochs ({self.epochs})"
-            )
+        for one, other in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
+            values = [getattr(self, name) for name in (one, other)]
+            if values.count(None) != 1:
+                first, second = ("null" if value is None else value for value in values)
+                problems.append(
+                    f"recipe.{one} is {first} and recipe.{other} is {second}; accepted: a number for one of them, "
+                    "null for the other"
+                )
+        for warmup, length in (("warmup_epochs", "epochs"), ("warmup_steps", "steps")):
+            count, most = getattr(self, warmup), getattr(self, length)
+            if count is not None and most is not None and count > most:
+                problems.append(f"recipe.{warmup} is {count}; accepted: 0 to recipe.{length} ({most})")
+        if self.warmup_steps is not None:
+            if self.schedule != "step":
+                problems.append(
+                    f"recipe.warmup_steps is {self.warmup_steps} and recipe.schedule is {self.schedule!r}; "
+                    "accepted: step with recipe.warmup_steps"
+                )
+            if self.warmup != "linear":
+                problems.append(
+                    f"recipe.warmup is {self.warmup!r}, but the rate rises on a line over recipe.warmup_steps "
+                    f"({self.warmup_steps}); accepted: linear with recipe.warmup_steps"
+                )
         if problems:
             raise ConfigError("\n".join(problems))
+
+    def batches(self, images: int) -> int:
+        """Return the number of batches of an epoch over ``images`` images."""
+        whole = images // self.batch_size if self.drop_last else -(-images // self.batch_size)
+        return max(whole, min(images, 1))
+
+    def steps_per_epoch(self, images: int, accumulate: int = 1) -> int:
+        """Return the number of optimiser steps of an epoch over ``images`` images.
+
+        Args:
+            images: Number of training images.
+            accumulate: Batches per optimiser step.
+        """
+        return -(-self.batches(images) // accumulate)
+
+    def length(self, images: int, accumulate: int = 1) -> tuple[int, int]:
+        """Return the epochs, of which the last may end early, and the optimiser steps of the training.
+
+        Args:
+            images: Number of training images.
+            accumulate: Batches per optimiser step.
+        """
+        return epochs_and_steps(self, self.steps_per_epoch(images, accumulate))
+
+
+def epochs_and_steps(recipe: RecipeConfig, per_epoch: int) -> tuple[int, int]:
+    """Return the epochs and the optimiser steps of a training with ``per_epoch`` optimiser steps per epoch."""
+    if recipe.steps is not None:
+        return -(-recipe.steps // max(per_epoch, 1)), recipe.steps
+    assert recipe.epochs is not None
+    return recipe.epochs, recipe.epochs * per_epoch
 
 
 @validated("trainer")

@@ -9,6 +9,7 @@ from typing import Any
 from typing_extensions import TypedDict, Unpack
 
 from vlprompt.config.book import Book, Selectors
+from vlprompt.config.keys import rival_of
 from vlprompt.config.run import RunConfig
 from vlprompt.config.yaml import Given
 
@@ -122,9 +123,12 @@ class ConfigSource:
     def _merged(self, selectors: Selectors) -> dict[str, Given]:
         merged: dict[str, Given] = {}
         for layer in self._layers:
-            for key, value in (layer.resolve(selectors) if isinstance(layer, NamedBook) else layer).items():
+            given = layer.resolve(selectors) if isinstance(layer, NamedBook) else layer
+            for key, value in given.items():
                 merged.pop(key, None)  # a dictionary keeps the order of first insertion
                 merged[key] = value
+                if (rival := rival_of(key, value.value)) is not None and rival not in given:
+                    merged.pop(rival, None)
         return merged
 
 

@@ -72,7 +72,7 @@ __all__ = [
     "Above0", "Below1", "Count", "Fraction", "Ge", "Gt", "Holds", "Le", "Lines", "Lt", "MaxLen", "MinLen",
     "Name", "NonNegative", "OpenTemplates", "Positive", "Problem", "Seed", "Template", "Templates", "Texts", "Words",
     "accepted_values", "convert", "field_default", "field_hints", "fill_templates", "from_text", "literals", "make",
-    "refusal", "validate", "validated",
+    "over_defaults", "refusal", "validate", "validated",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -202,7 +202,7 @@ _Path: TypeAlias = tuple[str, ...]
 
 def _make(kind: Any, values: Mapping[str, Any], where: str, problems: list[Problem]) -> tuple[Any, list[_Path]]:
     """Return an instance, or None and the paths of refused fields; problems are added to ``problems``."""
-    complete = _over_defaults(kind, values)
+    complete = over_defaults(kind, values)
     try:
         return kind.__pydantic_validator__.validate_python(complete), []
     except ValidationError as error:
@@ -284,15 +284,22 @@ def refusal(key: str, value: Any, hint: Any, why: str = "") -> str:
     return f"{key} is {shown(value)}{f' ({why})' if why else ''}; accepted: {accepted_values(hint)}{quotes}{meant}"
 
 
-def _over_defaults(kind: Any, values: Mapping[str, Any], defaults: Any = None) -> dict[str, Any]:
-    """Return the values of the instance ``defaults`` overridden by ``values``, nested dataclasses included."""
+def over_defaults(kind: Any, values: Mapping[str, Any], defaults: Any = None) -> dict[str, Any]:
+    """Return the values of the instance ``defaults`` overridden by ``values``, nested dataclasses included.
+
+    A class may declare ``implied``: values that other fields get from a value of a field, unless they are in
+    ``values``, too.
+    """
     complete = {} if defaults is None else {name: getattr(defaults, name) for name in field_hints(kind)}
+    implied: Mapping[str, Mapping[str, Any]] = getattr(kind, "implied", {})
     for name, value in values.items():
         nested = bare(field_hints(kind).get(name))
         if is_dataclass(nested) and isinstance(value, Mapping):
             default = complete.get(name, field_default(kind, name))
-            value = _over_defaults(nested, value, default if isinstance(default, nested) else None)
+            value = over_defaults(nested, value, default if isinstance(default, nested) else None)
         complete[name] = value
+        if value is not None:
+            complete |= {other: new for other, new in implied.get(name, {}).items() if other not in values}
     return complete
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -137,13 +137,18 @@ class Loader(DataLoader[Batch]):
     ``on_batch`` is called in this process with every batch and returns the batch to yield, or ``None`` to drop it.
     Worker processes start when the first batch is requested, because Lightning creates the iterator before it sets the
     epoch of a resumed run.
+
+    ``scales`` are the scales of single batches by number; the others keep that of :func:`make_loader`.
     """
 
+    scales: Mapping[int, float] = {}
     on_batch: Callable[[Batch], Batch | None] | None = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         with named_errors():
-            for batch in super().__iter__():
+            for number, batch in enumerate(super().__iter__()):
+                if number in self.scales:
+                    batch["scale"] = torch.tensor(self.scales[number])
                 kept = batch if self.on_batch is None else self.on_batch(batch)
                 if kept is not None:
                     yield kept

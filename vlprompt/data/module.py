@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from vlprompt._dist import gathered, rank_and_size
 from vlprompt._files import sha256_lines
 from vlprompt.config.run import TestOrder
-from vlprompt.data.batches import Batch, FeatureBatches, ImageBatches, automatic_workers, labels_of, make_loader
+from vlprompt.data.batches import Batch, FeatureBatches, ImageBatches, Loader, automatic_workers, labels_of, make_loader
 from vlprompt.data.features import FeatureStore, Rows, default_folder, encode_all
 from vlprompt.data.multi_view import GeneratedViews, ImageBank, MultiViewImages, RandomViews, additional_views
 from vlprompt.data.pixel_cache import KEEP_BYTES, PixelCache
@@ -54,6 +54,7 @@ class FewShotData(pl.LightningDataModule):
         task: The task.
         preprocess: The backbone's preprocessing: ``size``, ``mean``, ``std``, ``interpolation``.
         batch_size: Global training batch, over all processes.
+        drop_last: Whether the last training batch is dropped if it is not full; the only batch is always kept.
         test_batch_size: Evaluation batch per process.
         transform: Kind of the training transform (:class:`~vlprompt.data.transforms.Transform`): ``random`` (CoOp's),
             ``random-tensor``, ``random-half``, or ``center`` (the deterministic test transform).
@@ -91,6 +92,7 @@ class FewShotData(pl.LightningDataModule):
         preprocess: PreprocessLike,
         *,
         batch_size: int = 32,
+        drop_last: bool = True,
         test_batch_size: int = 100,
         transform: str = "random",
         seed: int = 1,
@@ -130,6 +132,7 @@ class FewShotData(pl.LightningDataModule):
             raise ConfigError("Features of test_views need an encoder: pass encode= or views_as_images=True.")
         self.task, self.preprocess, self.transform = task, preprocess, check_kind(transform)
         self.batch_size, self.test_batch_size, self.seed, self.workers = batch_size, test_batch_size, seed, workers
+        self.drop_last = drop_last
         self.encode, self.fingerprint, self.device = encode, fingerprint, device
         self.cached_views = cached_views if transform != "center" else 0
         self.skip, self.keep_bytes = on_bad_image == "skip", keep_bytes
@@ -174,8 +177,12 @@ class FewShotData(pl.LightningDataModule):
             if self.skip:
                 # Determined before the first step, so that all processes skip the same images.
                 dataset = self._images("train", self.transform, self._readable(self._unreadable(dataset)))
-        sampler = TrainSampler(len(dataset), self.batch_size, seed=self.seed, rank=rank, world_size=world_size)
-        return self._loader("train", dataset, sampler, sampler.local_batch_size, sampler.scale())
+        sampler = TrainSampler(
+            len(dataset), self.batch_size, seed=self.seed, rank=rank, world_size=world_size, drop_last=self.drop_last
+        )
+        loader = self._loader("train", dataset, sampler, sampler.local_batch_size, sampler.scale())
+        loader.scales = sampler.scales()
+        return loader
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return this process's share of the validation images; an empty list if the task has none."""
@@ -389,7 +396,7 @@ class FewShotData(pl.LightningDataModule):
         sampler: TrainSampler | EvalSampler,
         batch_size: int,
         scale: float,
-    ) -> DataLoader[Batch]:
+    ) -> Loader:
         workers = 0 if isinstance(dataset, FeatureBatches) else self._workers(len(dataset))
         loader = make_loader(dataset, sampler, batch_size, workers, scale=scale, persistent=True)
         loader.on_batch = partial(self._on_batch, split)

@@ -34,8 +34,8 @@ class TrainSampler(KeySampler):
 
     The order of an epoch is cut into global batches of ``batch_size``. Rank ``r`` of ``W`` yields slice ``r`` of ``W``
     of every global batch, so that ``W`` processes together see the batches of one process. The last, incomplete batch
-    is dropped. If there are fewer samples than ``batch_size``, the epoch is one short batch, shared as evenly as
-    possible.
+    is dropped, or shared as evenly as possible; a rank without a share of it yields its first sample with weight 0. If
+    there are fewer samples than ``batch_size``, the epoch is one such short batch.
 
     Args:
         length: Number of training samples.
@@ -43,12 +43,22 @@ class TrainSampler(KeySampler):
         seed: Seed of the orders.
         rank: Rank of this process.
         world_size: Number of processes ``W``.
+        drop_last: Whether an incomplete batch is dropped, unless it is the only one.
 
     Raises:
         ConfigError: If ``W`` does not divide ``B``, or there are fewer samples than processes.
     """
 
-    def __init__(self, length: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+    ) -> None:
         super().__init__(length, rank=rank, world_size=world_size)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size!r}; accepted: whole numbers from 1.")
@@ -63,39 +73,56 @@ class TrainSampler(KeySampler):
                 f"There are {length} training images for {world_size} processes; each needs at least one. "
                 "Use fewer --trainer.devices or more --data.shots."
             )
-        self.batch_size, self.seed, self.shuffle, self.drop_last = batch_size, seed, True, True
+        self.batch_size, self.seed, self.shuffle, self.drop_last = batch_size, seed, True, drop_last
 
     @property
     def local_batch_size(self) -> int:
         """Samples of a global batch per rank: the batch size of its DataLoader."""
         return self.batch_size // self.num_replicas
 
-    def local_slice(self) -> tuple[int, int]:
-        """Return start and stop of this rank's slice of a global batch."""
-        size = min(self.batch_size, self.length)
+    def _sizes(self) -> list[int]:
+        """Return the sizes of the global batches of an epoch."""
+        full, rest = divmod(self.length, self.batch_size)
+        keeps_rest = rest and (not full or not self.drop_last)
+        return [self.batch_size] * full + ([rest] if keeps_rest else [])
+
+    def _slice(self, size: int) -> tuple[int, int]:
+        """Return start and stop of this rank's slice of a global batch of ``size`` samples."""
         each, extra = divmod(size, self.num_replicas)
         start = self.rank * each + min(self.rank, extra)
         return start, start + each + (self.rank < extra)
 
+    def _scale(self, size: int) -> float:
+        start, stop = self._slice(size)
+        return (stop - start) * self.num_replicas / size
+
     def scale(self) -> float:
-        """Return ``local_count * W / global_count``, the weight of a local mean in the mean over ranks."""
-        start, stop = self.local_slice()
-        return (stop - start) * self.num_replicas / min(self.batch_size, self.length)
+        """Return ``local_count * W / global_count``, the weight of a local mean in the mean over ranks.
+
+        It is that of the first batch; an incomplete last batch may have another one (:meth:`scales`).
+        """
+        return self._scale(self._sizes()[0])
+
+    def scales(self) -> dict[int, float]:
+        """Return the weight of an incomplete last batch, by its number, if the epoch has more than this batch."""
+        *others, last = self._sizes()
+        return {len(others): self._scale(last)} if others and last < self.batch_size else {}
 
     def __iter__(self) -> Iterator[Key]:
         """Yield this rank's keys of the current epoch."""
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
         order = torch.randperm(self.length, generator=generator).tolist()
-        size = min(self.batch_size, self.length)
-        start, stop = self.local_slice()
-        for first in range(0, len(order) - size + 1, size):
-            for index in order[first + start : first + stop]:
+        first = 0
+        for size in self._sizes():
+            start, stop = self._slice(size)
+            for index in order[first + start : first + stop] or order[first : first + 1]:
                 yield self.epoch, index
+            first += size
 
     def __len__(self) -> int:
         """Return the number of keys this rank yields in an epoch."""
-        start, stop = self.local_slice()
-        return max(1, self.length // self.batch_size) * (stop - start)
+        slices = [self._slice(size) for size in self._sizes()]
+        return sum(max(stop - start, 1) for start, stop in slices)
 
 
 class EvalSampler(KeySampler):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from vlprompt._files import replacing, write_text
@@ -57,10 +57,11 @@ def last_checkpoint_callback(folder: Path) -> ModelCheckpoint:
     )
 
 
-class MetricsFile(pl.Callback):
-    """One JSON line per epoch in ``metrics.jsonl``: epoch, learning rate and every ``train/`` term.
+class MetricsFile(Checkpoint):
+    """One JSON line per epoch in ``metrics.jsonl``: epoch, learning rate, every ``train/`` term and ``val/`` score.
 
-    A resumed run drops the lines of epochs that it trains again.
+    A resumed run drops the lines of epochs that it trains again. The base class makes Lightning call it after the
+    module, which scores the validation images at the end of an epoch.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,7 +79,8 @@ class MetricsFile(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add this epoch's line."""
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+        logged = trainer.callback_metrics.items()
+        metrics = {name: float(value) for name, value in logged if name.startswith(("train/", "val/"))}
         self.lines.append({"epoch": trainer.current_epoch, "lr": self.lr, **metrics})
         if trainer.is_global_zero:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))

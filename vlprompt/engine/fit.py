@@ -35,6 +35,7 @@ def make_trainer(
 ) -> pl.Trainer:
     """Return a Trainer that writes into ``folder``; ``gradient`` allows gradients in evaluation.
 
+    ``epochs`` may be -1 for a training that the module ends.
     ``callbacks`` are added to those that write the checkpoint and the metrics.
 
     Raises:
@@ -45,7 +46,7 @@ def make_trainer(
     if config.devices > 1:
         # Every step uses all trainable parameters, and the frozen backbone has no buffers to broadcast.
         strategy = DDPStrategy(find_unused_parameters=False, broadcast_buffers=False)
-    standard: list[pl.Callback] = [last_checkpoint_callback(folder), MetricsFile(folder / METRICS)]
+    standard: list[pl.Callback] = [MetricsFile(folder / METRICS), last_checkpoint_callback(folder)]
     if config.progress:
         standard.append(RichProgressBar(leave=False))
     with quiet():

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from vlprompt.config.run import RecipeConfig
-from vlprompt.engine.metrics import MULTILABEL, make_scores
+from vlprompt._random import restored_random
+from vlprompt.config.run import RecipeConfig, epochs_and_steps
+from vlprompt.engine.metrics import MULTILABEL, headline, make_scores, plain_score
 from vlprompt.engine.recipe import learning_rate, make_optimizer
 from vlprompt.errors import ConfigError, HeadError
 from vlprompt.methods import PromptMethod
@@ -51,6 +54,15 @@ class FrozenInside(pl.LightningModule):
         return result
 
 
+@dataclass
+class Selected:
+    """The best epoch so far, from 0, with its scores on the validation images and its trained state."""
+
+    epoch: int
+    scores: dict[str, Any]
+    state: dict[str, Tensor]
+
+
 class PromptModule(FrozenInside):
     """Trains a method; usable with any ``pytorch_lightning.Trainer``.
 
@@ -61,7 +73,8 @@ class PromptModule(FrozenInside):
 
     Args:
         method: Any method.
-        recipe: Optimiser and schedule; ``recipe.epochs`` is the length of the cosine and should equal the trainer's.
+        recipe: Optimiser, schedule and selected epoch. ``recipe.epochs`` is the length of the cosine and should equal
+            the trainer's. ``recipe.steps`` stops any trainer, which should have no limit of epochs (``max_epochs=-1``).
         metric: Metric of validation and test (:data:`vlprompt.engine.metrics.METRICS`): ``accuracy`` or
             ``mean_per_class`` for labels ``[B]``, ``map`` or ``map_11point`` for multi-hot labels ``[B, C]``.
 
@@ -75,6 +88,8 @@ class PromptModule(FrozenInside):
         self.recipe = recipe or RecipeConfig()
         self.scores = make_scores(metric, len(method.class_names))
         self.per_class: dict[str, list[int]] = {}  # of the last evaluation: correct and total, [C] each
+        self.selected: Selected | None = None
+        self._validation: Any = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits ``[B, C]`` of images ``[B, 3, H, W]`` or raw features ``[B, D]``."""
@@ -100,23 +115,97 @@ class PromptModule(FrozenInside):
         self.log("loss", shown["train/loss"], prog_bar=True, logger=False)
         return loss * scale
 
+    def on_train_start(self) -> None:
+        """End a resumed training that has made all its steps."""
+        self._stop_after_steps()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """End the training after ``recipe.steps`` optimiser steps."""
+        self._stop_after_steps()
+
+    def _stop_after_steps(self) -> None:
+        if self.recipe.steps is not None and self.trainer.global_step >= self.recipe.steps:
+            self.trainer.should_stop = True
+
     def on_train_epoch_end(self) -> None:
-        """Call the method's objectives between epochs, before the checkpoint of the epoch is written."""
-        self.method.epoch_end(self.current_epoch, self.trainer.max_epochs or self.recipe.epochs)
+        """Call the method's objectives between epochs, then score the validation images if an epoch is selected.
+
+        The checkpoint of the epoch is written afterwards.
+        """
+        epochs = self.trainer.max_epochs
+        if self.recipe.steps is not None:
+            epochs, _ = epochs_and_steps(self.recipe, self._steps_per_epoch())
+        self.method.epoch_end(self.current_epoch, epochs or self.recipe.epochs or 1)
+        if self.recipe.select == "best_val":
+            self._select()
+
+    def on_fit_end(self) -> None:
+        """Restore the parameters of the selected epoch."""
+        if self.selected is not None:
+            self.method.load_trained_state(self.selected.state)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the selected epoch so far."""
+        if self.selected is not None:
+            checkpoint["selected"] = vars(self.selected)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the selected epoch so far."""
+        selected = checkpoint.get("selected")
+        self.selected = None if selected is None else Selected(**selected)
+
+    def _select(self) -> None:
+        """Score the validation images; keep the parameters if they are better than those of all earlier epochs.
+
+        Dassl does the same after every epoch (dassl/engine/trainer.py, after_epoch).
+        """
+        scores = self._validated()
+        value = headline(scores)
+        self.log(f"val/{self.metric}", value, rank_zero_only=False)
+        if self.selected is None or value > headline(self.selected.scores):
+            self.selected = Selected(self.current_epoch, scores, self.method.trained_state())
+
+    def _validated(self) -> dict[str, Any]:
+        """Return the scores of the validation images with the present parameters; nothing random is drawn."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if self._validation is None:
+            loader = None if data is None else data.val_dataloader()
+            if not isinstance(loader, DataLoader):
+                raise ConfigError(
+                    "recipe.select is 'best_val', but the training has no data module with validation images; "
+                    "accepted: last"
+                )
+            self._validation = loader
+        scores, training = make_scores(self.metric, len(self.method.class_names)).to(self.device), self.method.training
+        self.method.eval()
+        with restored_random(), torch.no_grad(), self.trainer.precision_plugin.val_step_context():
+            for batch in self._validation:
+                on_device = data.transfer_batch_to_device(batch, self.device, 0)
+                inputs, labels, _ = _unpack(data.on_after_batch_transfer(on_device, 0))
+                scores.update(self(inputs), labels)
+        self.method.train(training)
+        values, _ = scores.score()
+        return plain_score(self.metric, {name: float(value) for name, value in values.items()})
+
+    def _steps_per_epoch(self) -> int:
+        self.trainer.fit_loop.setup_data()
+        return -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
 
     def configure_optimizers(self) -> Any:
         """Return the recipe's optimiser over the method's parameter groups, and its schedule.
 
         Raises:
-            ConfigError: The method has nothing to train, or does not support several labels per image.
+            ConfigError: The method has nothing to train or does not support several labels per image, or the warm-up
+                is longer than the training.
         """
         check_trainable(self.method, self.metric)
         groups = self.method.parameter_groups(self.recipe.lr)
         if not groups:
             raise ConfigError(f"method {self.method.name!r} has nothing to train; evaluate it without fit")
         recipe, per_epoch = self.recipe, 1
-        if recipe.schedule == "step":
-            per_epoch = -(-int(self.trainer.estimated_stepping_batches) // (self.trainer.max_epochs or recipe.epochs))
+        if recipe.schedule == "step" or recipe.steps is not None:
+            per_epoch = self._steps_per_epoch()
+            check_warmup(recipe, per_epoch)
         optimizer = make_optimizer(groups, recipe)
         factors: list[Callable[[int], float]] = [
             partial(_factor, lr=group["lr"], recipe=recipe, per_epoch=per_epoch) for group in groups
@@ -169,6 +258,16 @@ class PromptModule(FrozenInside):
         self.scores.reset()
         # The values are already those of all processes, because torchmetrics gathers its states.
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, rank_zero_only=False)
+
+
+def check_warmup(recipe: RecipeConfig, per_epoch: int) -> None:
+    """Raise ConfigError if the warm-up is longer than a training with ``per_epoch`` optimiser steps per epoch."""
+    epochs, steps = epochs_and_steps(recipe, per_epoch)
+    for unit, warmup, length in (("steps", recipe.warmup_steps, steps), ("epochs", recipe.warmup_epochs, epochs)):
+        if warmup is not None and warmup > length:
+            raise ConfigError(
+                f"recipe.warmup_{unit} is {warmup}, and the training has {length} {unit}; accepted: 0 to {length}"
+            )
 
 
 def check_trainable(method: PromptMethod, metric: str) -> None:

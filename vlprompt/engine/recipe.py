@@ -1,4 +1,4 @@
-"""Optimisers and the learning-rate schedule of the CoOp family (Dassl: dassl/optim/lr_scheduler.py)."""
+"""Optimisers and learning-rate schedules of a recipe (Dassl: dassl/optim/lr_scheduler.py)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from vlprompt.config.run import RecipeConfig
-from vlprompt.schedule import warm_cosine
+from vlprompt.config.run import RecipeConfig, epochs_and_steps
+from vlprompt.schedule import rising_cosine, warm_cosine
 
 SECOND_BETA = 0.999
 
@@ -20,12 +20,18 @@ def learning_rate(at: int, lr: float, recipe: RecipeConfig, per_epoch: int = 1) 
         at: The epoch, or the optimiser's step for a schedule by step.
         lr: The group's base rate. A group of rate 0 keeps it.
         recipe: The recipe of the training.
-        per_epoch: Optimiser steps per epoch for a schedule by step; 1 for a schedule by epoch.
+        per_epoch: Optimiser steps per epoch. A schedule by epoch over ``recipe.epochs`` does not depend on it.
     """
     if not lr:
         return 0.0
-    warmup, final = recipe.warmup_epochs * per_epoch, min(recipe.final_lr, lr)
-    return warm_cosine(at, recipe.epochs * per_epoch, lr, warmup, recipe.warmup_lr, final)
+    final = min(recipe.final_lr, lr)
+    epochs, steps = epochs_and_steps(recipe, per_epoch)
+    length, unit = (steps, per_epoch) if recipe.schedule == "step" else (epochs, 1)
+    if recipe.warmup_steps is not None:
+        return rising_cosine(at, length, lr, recipe.warmup_steps, final)
+    assert recipe.warmup_epochs is not None
+    warmup, linear = recipe.warmup_epochs * unit, recipe.warmup == "linear"
+    return warm_cosine(at, length, lr, warmup, recipe.warmup_lr, final, linear=linear)
 
 
 def make_optimizer(groups: Sequence[dict[str, Any]], recipe: RecipeConfig) -> torch.optim.Optimizer:

@@ -20,8 +20,8 @@ from rich.table import Table
 from vlprompt._dist import is_main_process
 from vlprompt._files import sha256_json, write_json, write_text
 from vlprompt.config.keys import RUN_KEYS, as_plain, merged, nest, settings_keys, to_yaml
-from vlprompt.config.run import RunConfig
-from vlprompt.config.types import convert, field_hints, refusal
+from vlprompt.config.run import RecipeConfig, RunConfig
+from vlprompt.config.types import convert, field_hints, over_defaults, refusal
 from vlprompt.config.types import validate as validate_values
 from vlprompt.config.yaml import plain, shown, yaml_text
 from vlprompt.engine.metrics import METRICS, headline
@@ -193,6 +193,7 @@ def searched_keys(config: RunConfig) -> dict[str, Any]:
 def _candidate(config: RunConfig, values: Mapping[str, Any]) -> tuple[RunConfig, list[str]]:
     """Return ``config`` with ``values``, and its problems."""
     changed = plain(merged(as_plain(config), nest(values)))
+    changed["recipe"] = over_defaults(RecipeConfig, nest(values).get("recipe", {}), config.recipe)
     candidate, problems = validate_values(RunConfig, changed)
     settings = {"settings": (get_method_class(config.method).Settings, changed["settings"])}
     for name, inner in changed["decomposition"].items():

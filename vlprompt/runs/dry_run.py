@@ -9,9 +9,10 @@ import torch
 
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.backbone.text_tower import KEPT_WIDTHS
-from vlprompt.config.run import BackboneConfig, DataConfig, RunConfig
+from vlprompt.config.run import BackboneConfig, DataConfig, RecipeConfig, RunConfig
 from vlprompt.config.texts import DataTexts
 from vlprompt.datasets.catalogue import card_class_names, find_card
+from vlprompt.engine.module import check_warmup
 from vlprompt.errors import BackboneError, DataError
 from vlprompt.methods import PromptMethod
 from vlprompt.runs.session import Session
@@ -48,9 +49,11 @@ def dry_run(config: RunConfig) -> str:
         train_images = len(session.task.train)
     trainable = method.trainable_parameters()
     count = sum(parameter.numel() for _, parameter in trainable)
-    recipe = config.recipe
-    steps = max(1, train_images // recipe.batch_size) if train_images else 0
-    updates = math.ceil(steps / config.trainer.accumulate) * recipe.epochs
+    recipe, accumulate = config.recipe, config.trainer.accumulate
+    if "drawn" in vars(session):
+        session.check_selection()
+    if trainable and train_images:
+        check_warmup(recipe, recipe.steps_per_epoch(train_images, accumulate))
     lines = [
         f"method      {config.method}",
         f"backbone    {backbone.name}, {backbone.preprocess.size} px, features of {backbone.embed_dim}",
@@ -68,9 +71,18 @@ def dry_run(config: RunConfig) -> str:
             f"logits      [{min(recipe.batch_size, max(train_images, 1))}, {len(facts.class_names)}] per step",
             *_text_cost(method),
             f"memory      about {_memory(method, recipe.batch_size) / 2**30:.1f} GiB at a step's peak, with weights",
-            f"steps       {steps} per epoch x {recipe.epochs} epochs = {updates} updates",
+            _steps(recipe, train_images, accumulate),
         ]
     return "\n".join([*lines, *(["", *(f"note: {note}" for note in notes)] if notes else [])])
+
+
+def _steps(recipe: RecipeConfig, images: int, accumulate: int) -> str:
+    """Return the line about the steps; also says if the validation images choose the epoch."""
+    batches, (epochs, updates) = recipe.batches(images), recipe.length(images, accumulate)
+    text = f"steps       {batches} per epoch x {epochs} epochs = {updates} updates"
+    if recipe.steps is not None:
+        text = f"steps       {updates} updates, {batches} per epoch, in {epochs} epochs"
+    return text + (", the best on the validation images is kept" if recipe.select == "best_val" else "")
 
 
 def _facts(session: Session, notes: list[str]) -> Facts:

@@ -19,8 +19,9 @@ from vlprompt._dist import first_process_says, is_main_process
 from vlprompt._files import lock, sha256_json, write_json, write_text
 from vlprompt.backbone import Backbone
 from vlprompt.config.keys import as_plain
-from vlprompt.config.run import RunConfig
+from vlprompt.config.run import RecipeConfig, RunConfig
 from vlprompt.config.texts import identified
+from vlprompt.config.types import field_default
 from vlprompt.config.yaml import yaml_text
 from vlprompt.data import describe_transform, test_transform
 from vlprompt.datasets import FewShotTask
@@ -64,6 +65,9 @@ def config_sha256(config: RunConfig) -> str:
     for name in ("init_from", "decomposition"):  # keys that older runs do not have
         if not plain[name]:
             del plain[name]
+    for name in ("steps", "drop_last", "warmup", "warmup_steps", "select"):  # nor these
+        if plain["recipe"][name] == field_default(RecipeConfig, name):
+            del plain["recipe"][name]
     return sha256_json(plain)
 
 

@@ -22,7 +22,7 @@ from vlprompt.engine.fit import METRICS, fit, make_trainer, test
 from vlprompt.engine.memory import peak_memory
 from vlprompt.engine.meta_module import GradientRegulation
 from vlprompt.engine.metrics import MulticlassScores, headline, metric_of, per_class_of, plain_score, values_of
-from vlprompt.engine.module import PromptModule, check_trainable
+from vlprompt.engine.module import PromptModule, Selected, check_trainable
 from vlprompt.errors import ConfigError, HeadError, VlpromptError
 from vlprompt.io.head import Head, backbone_facts, load_head
 from vlprompt.methods import PromptMethod
@@ -135,6 +135,7 @@ def run_session(session: Session, *, force: bool = False) -> Run:
     """Train and evaluate the method of ``session`` and save the results in its folder; see :func:`run`."""
     config, method, task, folder = session.config, session.method, session.task, session.folder
     session.check_order()
+    session.check_selection()
     if session.trains:
         check_trainable(method, metric_of(task))
     with opened(folder, session.plain, session.inputs(), force=force), tally() as images:
@@ -144,8 +145,14 @@ def run_session(session: Session, *, force: bool = False) -> Run:
             return Run(folder, known, reused=True)
         started = time.monotonic()
         with peak_memory(method.backbone.device) as peak:
-            trainer = _trained(session)
-        trained = {"epochs": len(read_metrics(folder / METRICS)), "seconds": round(time.monotonic() - started, 1)}
+            trainer, selected = _trained(session)
+        trained: dict[str, Any] = {
+            "epochs": len(read_metrics(folder / METRICS)),
+            "steps": trainer.global_step,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        if selected is not None:
+            trained["selected"] = {"on": "val", "epoch": selected.epoch, "scores": selected.scores}
         scores, per_class = _evaluate(session, trainer, method)
         zeroshot, zeroshot_per_class = _evaluate(session, trainer, session.zero_shot)
         results = {
@@ -175,22 +182,29 @@ def run_session(session: Session, *, force: bool = False) -> Run:
         return Run(folder, results)
 
 
-def _trained(session: Session) -> pl.Trainer:
-    """Train the session's method in place, resuming if possible, and return the Trainer for testing."""
+def _trained(session: Session) -> tuple[pl.Trainer, Selected | None]:
+    """Train the session's method in place, resuming if possible.
+
+    Returns:
+        The Trainer, for testing, and the epoch whose parameters the method has, if one was selected.
+    """
     config, method = session.config, session.method
     regulator = session.regulator
     regulation = [] if regulator is None else [GradientRegulation(regulator, session.task_feature())]
     trainer = make_trainer(
-        config.trainer, session.folder, config.recipe.epochs, gradient=method.needs.gradient, callbacks=regulation
+        config.trainer, session.folder, config.recipe.epochs or -1, gradient=method.needs.gradient, callbacks=regulation
     )
+    selected = None
     if isinstance(method, FittedMethod):
         method.fit(session.shots())
     elif isinstance(method, ViewsMethod):
         method.measure_source(session.training_images())
     elif session.trains:
-        fit(trainer, PromptModule(method, config.recipe), session.data(method, session.task), session.folder)
+        module = PromptModule(method, config.recipe, metric_of(session.task))
+        fit(trainer, module, session.data(method, session.task), session.folder)
+        selected = module.selected
     method.eval()
-    return trainer
+    return trainer, selected
 
 
 def validate(config: RunConfig, *, force: bool = False, after: Session | None = None) -> dict[str, Any]:
@@ -209,13 +223,15 @@ def validate(config: RunConfig, *, force: bool = False, after: Session | None = 
     session = Session(config, scored="val", after=after)
     method, task, folder = session.method, session.task, session.folder
     session.check_order()
+    session.check_selection()
     if session.trains:
         check_trainable(method, metric_of(task))
     with opened(folder, session.plain, session.inputs(), force=force), tally():
         known = None if force else read_json(folder / VALIDATION)
         if known is not None and known.get("val_sha256") == task.describe()["val_sha256"] and "val" in known:
             return dict(known["val"])
-        scores, _ = tested(session, _trained(session), method, task)
+        trainer, _ = _trained(session)
+        scores, _ = tested(session, trainer, method, task)
         if is_main_process():
             content = {"schema": SCHEMA, "val_sha256": task.describe()["val_sha256"], "val": scores}
             write_json(folder / VALIDATION, content)

@@ -19,9 +19,9 @@ from vlprompt._files import sha256_lines, sha256_tensors
 from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.config.keys import as_plain
-from vlprompt.config.run import BackboneConfig, DataConfig, RunConfig, TestOrder, TrainerConfig
+from vlprompt.config.run import BackboneConfig, DataConfig, RecipeConfig, RunConfig, TestOrder, TrainerConfig
 from vlprompt.config.texts import DataTexts
-from vlprompt.config.types import make
+from vlprompt.config.types import make, over_defaults
 from vlprompt.data import FewShotData
 from vlprompt.datasets import FewShotTask, load_dataset
 from vlprompt.engine.fit import check_devices
@@ -107,7 +107,7 @@ class Session:
             "decomposition": method.decomposition_settings,
             "backbone": {"name": backbone.name, "pretrained": backbone.pretrained, "precision": backbone.precision},
             "data": {**_data_section(task), "transform": transform} if data is None else data,
-            "recipe": {**dataclasses.asdict(method.recipe), **(recipe or {})},
+            "recipe": over_defaults(RecipeConfig, recipe or {}, method.recipe),
         }
         session = cls(make(RunConfig, {**sections, **values}))
         session.drawn, session.backbone, session.method = task, backbone, method
@@ -340,6 +340,7 @@ class Session:
             task,
             self.backbone.preprocess,
             batch_size=config.recipe.batch_size,
+            drop_last=config.recipe.drop_last,
             test_batch_size=config.recipe.test_batch_size,
             transform=config.data.transform,
             seed=config.seed,
@@ -428,6 +429,23 @@ class Session:
         order = self.config.data.order
         return {"order": {"kind": order, **({"seed": self.config.seed} if order == "shuffled" else {})}}
 
+    def check_selection(self) -> None:
+        """Raise ConfigError if ``recipe.select`` needs validation images, apart from the test images, and lacks them.
+
+        A method that takes no gradient steps has no epochs to select from.
+        """
+        if self.config.recipe.select == "last":
+            return
+        task, why = self.drawn, ""
+        if not self.trains:
+            why = f"{self.method.name} takes no gradient steps over images, so there are no epochs to choose from"
+        elif not task.val:
+            why = f"{task.name} has no validation images"
+        elif common := len({sample.id for sample in task.val} & {sample.id for sample in task.test}):
+            why = f"{common} of {task.name}'s {len(task.val)} validation images are test images, too"
+        if why:
+            raise ConfigError(f"recipe.select is {self.config.recipe.select!r}, but {why}; accepted: last")
+
     def _encode(self, images: Tensor) -> Tensor:
         return self.backbone.encode_image(images.to(self.backbone.device))  # the Trainer moves the backbone
 
@@ -469,9 +487,10 @@ class Session:
             )
         if views is not None or method.needs.images or config.data.transform == "center":
             return views or 0
-        size = len(task.train) * config.recipe.epochs * method.backbone.embed_dim * 4
+        epochs, _ = config.recipe.length(len(task.train), config.trainer.accumulate)
+        size = len(task.train) * epochs * method.backbone.embed_dim * 4
         exact = config.trainer.devices == 1 and config.trainer.precision == "32-true"
-        return config.recipe.epochs if exact and size <= 2**30 else 0
+        return epochs if exact and size <= 2**30 else 0
 
     def _take_over(self, other: Session, config: RunConfig) -> None:
         """Reuse the objects of ``other`` that ``config`` would load identically."""
