@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from vlprompt.caches.search import grid
-from vlprompt.caches.tfup import candidate_divergence, kl_matrix
+from vlprompt.caches.tfup import TFUP, candidate_divergence, kl_matrix
 from vlprompt.caches.tfup_trained import Adaptation, TFUPTrained
 from vlprompt.caches.tip_adapter import TipAdapter, TipAdapterF
 from vlprompt.caches.training import CacheRecipe
 from vlprompt.prompts.zero_shot import filled_in, mean_features, raw_features, template_features
 
-Results = Iterator[tuple[str, Any]]
+Results = Iterator[tuple[Any, ...]]
 _ADAPTERS = {"text_residual": "text_res", "image_down": "image_fc0", "image_up": "image_fc2"}
 
 
@@ -61,7 +61,9 @@ def check_tip_adapter(golden: Any) -> Results:
 
 def _tip_adapter_f(golden: Any, text: Any, options: Any, raw: Any, truth: Any, axes: Any) -> Results:
     hyper, labels = golden.meta["hyper"], golden.tensor("train_labels")
-    recipe = CacheRecipe(hyper["epochs"], hyper["bsF"], hyper["lr"], eps=1e-4, weight_decay=0.01)
+    stated = golden.words(r"^AdamW\(lr, eps=(\S+), betas 0.9/0.999, weight_decay (\S+)\)$", hyper["optimizer"])
+    decay = {"eps": float(stated[1]), "weight_decay": float(stated[2])}
+    recipe = CacheRecipe(hyper["epochs"], hyper["bsF"], hyper["lr"], **decay)
     cache = TipAdapterF(text, hyper["logit_scale"], **options, training=recipe)
     TipAdapter.fit(cache, golden.tensor("train_raw"), labels)
     back = labels.argsort(stable=True).argsort()
@@ -104,7 +106,10 @@ def check_tfup(golden: Any) -> Results:
     """Compare selection, similarity and logits, then every step of both stages of training."""
     hyper = golden.meta["hyper"]
     text, images, truth = (golden.tensor(name) for name in ("text_raw", "image_raw", "labels"))
-    recipe = CacheRecipe(hyper["max_epoch"], hyper["bs"], hyper["lr"], eps=0.003, weight_decay=0.1)
+    stated = golden.words(r"^AdamW\(lr, eps=(\S+), weight_decay=(\S+), betas 0.9/0.999\)", hyper["optimizer"])
+    decay = {"eps": float(stated[1]), "weight_decay": float(stated[2])}
+    recipe = CacheRecipe(hyper["max_epoch"], hyper["bs"], hyper["lr"], **decay)
+    temperature = float(golden.words(r"^softmax\((\S+) \* cosine\)$", hyper["selection_temperature"])[1])
     adaptation = Adaptation(
         text_ratio=hyper["ratio_beta"],
         image_ratio=hyper["ratio_alpha"],
@@ -113,6 +118,7 @@ def check_tfup(golden: Any) -> Results:
         marginal_weight=hyper["marginal_weight"],
     )
     options = {"alpha": hyper["alpha"], "beta": hyper["beta"], "cache_shots": hyper["cache_shots"]}
+    options["temperature"] = temperature
     cache = TFUPTrained(text, 100.0, **options, training=recipe, adaptation=adaptation)
     super(TFUPTrained, cache).fit(images)
     chosen = cache.select(images, hyper["cache_shots"]).flatten()
@@ -133,26 +139,31 @@ def check_tfup(golden: Any) -> Results:
     yield "tfup_logits", logits
     yield "acc_zs", 100 * (zeroshot.argmax(dim=-1) == truth).double().mean()
     yield "acc_tfup", 100 * (logits.argmax(dim=-1) == truth).double().mean()
-    yield from _tfup_t(golden, cache, images, truth)
+    yield from _tfup_t(golden, cache, options, images, truth)
 
 
-def _tfup_t(golden: Any, cache: TFUPTrained, images: torch.Tensor, truth: torch.Tensor) -> Results:
+def _tfup_t(
+    golden: Any, cache: TFUPTrained, options: dict[str, Any], images: torch.Tensor, truth: torch.Tensor
+) -> Results:
     hyper = golden.meta["hyper"]
     rows = cache.select(images, hyper["training_shots"]).flatten()
-    unit = cache.unit(images[rows])
-    targets = cache.combine(cache.zeroshot(unit), cache.affinity(unit)).argmax(dim=-1)
+    # The official code labels these images with a weight and a sharpness of its own.
+    own = dict(zip(("alpha", "beta"), hyper["pseudo_label_alpha_beta"], strict=True))
+    labelling = TFUP(golden.tensor("text_raw"), 100.0, **{**options, **own}).fit(images)
+    targets = labelling.logits(images[rows]).argmax(dim=-1)
     yield "train_indices", rows
     yield "train_pseudo_labels", targets
     for ours, theirs in _ADAPTERS.items():
         setattr(cache, ours, golden.tensor(f"init_{theirs}"))
     warm, main = golden.tensor("warm_images_raw")[None], golden.tensor("strong_images_raw")[None]
+    # One order for all epochs of a stage: the archive's loaders are lists.
+    warm_order = [golden.tensor("warm_order")] * hyper["warmup"]
+    main_order = [golden.tensor("main_order")] * (hyper["max_epoch"] - hyper["warmup"])
     stages = {"warm0": None, "main0": None}
     before = {name: cache.get_buffer(name) for name in _ADAPTERS}
     weak = None
     rates, losses, marginals = [], [], []
-    for step in cache.training_steps(
-        images, warm, targets, main, [golden.tensor("warm_order")], [golden.tensor("main_order")]
-    ):
+    for step in cache.training_steps(images, warm, targets, main, warm_order, main_order):
         stage = "main0" if step.terms.get("marginal") is not None else "warm0"
         rates.append(step.lr)
         if stage == "warm0":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch.nn.functional as F
 
 import vlprompt
 from vlprompt.backbone import Backbone, VisualTokens
+from vlprompt.config.run import RecipeConfig
+from vlprompt.engine.recipe import make_optimizer
 from vlprompt.methods.teacher import Teacher
 from vlprompt.prompts.zero_shot import template_features
 
@@ -20,9 +24,11 @@ Results = Iterator[tuple[Any, ...]]
 
 # -- VP ---------------------------------------------------------------------------------------------------------------
 def check_visual_prompt(golden: Any) -> Results:
-    """Compare prompted pixels, logits, loss, gradients and two SGD steps of the warm-up, for border and patches."""
+    """Compare prompted pixels, logits, loss, gradients and the first SGD steps, for border and patches."""
     hyper = golden.meta["hyper"]
     images, labels, size = golden.tensor("images").float(), golden.tensor("labels"), hyper["B"]
+    steps = len(images) // size
+    recipe = RecipeConfig(lr=hyper["lr"], momentum=hyper["momentum"], weight_decay=hyper["wd"])
     for case in ("padding", "fixed_patch", "random_patch"):
         shape = "border" if case == "padding" else case
         settings = {"shape": shape, "prompt_size": hyper["prompt_size"], "template": hyper["template"]}
@@ -32,15 +38,15 @@ def check_visual_prompt(golden: Any) -> Results:
         yield "text_tokens", golden.tokens([hyper["template"].format(word) for word in words])
         names = {name: f"pad_{name[7:]}" if case == "padding" else "patch" for name, _ in made.trainable_parameters()}
         made.load_trained_state({ours: golden.tensor(f"{case}_init_{name}")[0] for ours, name in names.items()})
-        optimizer = torch.optim.SGD(made.parameter_groups(hyper["lr"]), lr=hyper["lr"], momentum=hyper["momentum"])
+        optimizer = make_optimizer(made.parameter_groups(hyper["lr"]), recipe)
         losses, rates = [], []
-        for step in range(2):
+        for step in range(steps):
             rows = slice(size * step, size * (step + 1))
             if case == "random_patch":  # the published positions, one per step
                 made.prompt.corner = functools.partial(tuple, golden.tensor("random_patch_offsets")[step].tolist())
             if step == 0:
                 yield f"{case}_output_image0", images[0] + made.prompt.pixels()
-            rates.append(hyper["lr"] * (step + 1) / hyper["warmup"])
+            rates.append(_published_rate(step, hyper["lr"], hyper["warmup"], steps * hyper["epochs"]))
             optimizer.param_groups[0]["lr"] = rates[-1]
             result = made.step(images[rows], labels[rows])
             yield f"{case}_step{step}_logits", result.logits
@@ -57,6 +63,13 @@ def check_visual_prompt(golden: Any) -> Results:
             )
         yield f"{case}_loss", torch.stack(losses)
         yield f"{case}_lr", rates
+
+
+def _published_rate(step: int, lr: float, warmup: int, steps: int) -> float:
+    """Return the rate at ``step``: linear up to ``lr``, then a cosine to zero over the other steps."""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) * lr
 
 
 # -- UPT --------------------------------------------------------------------------------------------------------------
@@ -84,7 +97,8 @@ def check_upt(golden: Any) -> Results:
             )
             continue
         settings = {"context_length": options["coop"], "image_tokens": options["vpt"], "width": options["dim"]}
-        settings |= {"image_depth": 12 if options["deep"] else 1, "class_token_position": options["pos"]}
+        depth = golden.meta["dims"]["vision_layers"] if options["deep"] else 1
+        settings |= {"image_depth": depth, "class_token_position": options["pos"]}
         made = vlprompt.create_method("upt", golden.backbone, options["names"], **settings)
         prompts = made.prompts
         deep = [f"{case}_param[vpt_embeddings_deep]"] if options["deep"] else []
@@ -102,10 +116,10 @@ def check_upt(golden: Any) -> Results:
         step = made.step(images, labels)
         yield f"{case}_image_features", step.unit_image
         yield f"{case}_text_features", step.text_features
-        logits = step.logits
-        if options.get("pertask"):  # the first half of the classes is task 0; logits of the other task are 0
-            task_of = torch.arange(len(options["names"])) * 2 // len(options["names"])
-            logits = logits * (task_of[None] == tasks[:, None])
+        logits, reference = step.logits, torch.from_numpy(golden.arrays[f"{case}_logits"])
+        if options.get("pertask"):  # logits of other tasks are 0; the archive's zeros say which classes a task has
+            own = torch.stack([(reference[tasks == task] != 0).any(dim=0) for task in tasks])
+            logits = logits * own
         yield from ((f"{case}_{name}", value) for name, value in _stepped(golden, case, made, names, logits, labels))
 
 
@@ -133,7 +147,7 @@ def _stepped(golden: Any, case: str, made: Any, names: Any, logits: Any, labels:
     loss = F.cross_entropy(logits, labels)
     yield "logits", logits
     yield "loss", loss
-    optimizer = torch.optim.SGD(made.parameter_groups(options["lr"]), momentum=0.9, weight_decay=5e-4)
+    optimizer = _sgd(golden, made.parameter_groups(options["lr"]), options["lr"])
     loss.backward()
     optimizer.step()
     for name, parameter in made.trainable_parameters():
@@ -144,13 +158,20 @@ def _stepped(golden: Any, case: str, made: Any, names: Any, logits: Any, labels:
             yield from ((f"{kind}[{key}]", tensor.flatten()[:: strides.get(key, 1)]) for key, tensor in tensors.items())
 
 
+def _sgd(golden: Any, groups: Any, lr: float) -> torch.optim.Optimizer:
+    stated = golden.words(r"^SGD\(lr, momentum (\S+), weight_decay (\S+)\)", golden.meta["hyper"]["optimizer"])
+    return make_optimizer(groups, RecipeConfig(lr=lr, momentum=float(stated[1]), weight_decay=float(stated[2])))
+
+
 def _image_tokens(golden: Any, case: str, options: Any, images: Any, labels: Any) -> Results:
     """Compare deep image tokens at MVLPT's position, without projection and with frozen text."""
-    first, deep = (golden.tensor(f"{case}_param[vpt_embeddings{suffix}]").float() for suffix in ("", "_deep"))
-    first, deep = first.requires_grad_(), deep.requires_grad_()
-    tokens = VisualTokens(first[0], dict(enumerate(deep, 1)), position="after_class", before_ln_pre=False)
+    suffixes = ("", "_deep") if options["deep"] else ("",)
+    first, *deep = (golden.tensor(f"{case}_param[vpt_embeddings{suffix}]").float() for suffix in suffixes)
+    trained = {"vpt_embeddings": first, **dict(zip(["vpt_embeddings_deep"], deep, strict=False))}
+    layers = {layer: value for tokens in deep for layer, value in enumerate(tokens.requires_grad_(), 1)}
+    tokens = VisualTokens(first.requires_grad_()[0], layers, position="after_class", before_ln_pre=False)
     yield "vision_prompt", first
-    yield "vision_prompt_deep", deep
+    yield from (("vision_prompt_deep", value) for value in deep)
     yield "tokens", _cut(golden, "a photo of a {}.", options)
     text = template_features(golden.backbone, options["names"], ["a photo of a {}."])
     unit = F.normalize(golden.backbone.encode_image(images, tokens), dim=-1)
@@ -160,11 +181,12 @@ def _image_tokens(golden: Any, case: str, options: Any, images: Any, labels: Any
     yield "logits", golden.backbone.logit_scale * unit @ text.t()
     yield "loss", loss
     loss.backward()
-    optimizer = torch.optim.SGD([first, deep], lr=options["lr"], momentum=0.9, weight_decay=5e-4)
+    optimizer = _sgd(golden, [{"params": [first, *deep]}], options["lr"])
     optimizer.step()
-    for name, value in (("vpt_embeddings", first), ("vpt_embeddings_deep", deep)):
-        yield f"grad[{name}]", value.grad.flatten()
-        yield f"after[{name}]", value.detach().flatten()
+    strides = golden.meta["hyper"]["stored_stride"][case]
+    for name, value in trained.items():
+        yield f"grad[{name}]", value.grad.flatten()[:: strides[name]]
+        yield f"after[{name}]", value.detach().flatten()[:: strides[name]]
 
 
 # -- PromptKD ---------------------------------------------------------------------------------------------------------
@@ -178,6 +200,12 @@ def _tokens(side: str, depth: int, ours: str) -> dict[str, str]:
     return {f"{ours}.input": f"{side}.VPT", **deep}
 
 
+def _depth(golden: Any, prefix: str) -> int:
+    """Return the number of layers with prompts of their own: the input's, and one for each array of a deeper layer."""
+    found = [re.fullmatch(rf"{re.escape(prefix)}.transformer.resblocks.(\d+).VPT_shallow", n) for n in golden.arrays]
+    return 1 + max((int(match[1]) for match in found if match), default=0)
+
+
 def _teacher(golden: Any) -> Any:
     """Return the teacher, which has deep prompts in both towers of the larger network."""
     facts = golden.meta["teacher"]
@@ -185,10 +213,14 @@ def _teacher(golden: Any) -> Any:
     if tiny_clip.checksum(state) != facts["weights_sha256"]:
         raise SystemExit(f"{golden.path}: the weight rule gives another teacher than that of the archive")
     backbone = Backbone.from_state_dict(state, name="golden-teacher")
-    depth = facts["dims"]["vision_layers"]
-    settings = {"context_length": facts["n_ctx_text"], "image_tokens": facts["n_ctx_vision"], "image_depth": depth}
-    made = vlprompt.create_method("ivlp", backbone, golden.meta["class_names"], text_depth=depth, **settings)
-    names = _tokens("image_encoder", depth, "visual") | _tokens("text_encoder", depth, "context")
+    image_depth, text_depth = (_depth(golden, f"teacher/param/{side}_encoder") for side in ("image", "text"))
+    golden.expect(
+        facts["prompt"].endswith(" NAME."), f"the teacher's prompt is {facts['prompt']!r}; expected: ... NAME."
+    )
+    settings = {"context_length": facts["n_ctx_text"], "context_init": facts["prompt"].removesuffix(" NAME.")}
+    settings |= {"text_depth": text_depth, "image_tokens": facts["n_ctx_vision"], "image_depth": image_depth}
+    made = vlprompt.create_method("ivlp", backbone, golden.meta["class_names"], **settings)
+    names = _tokens("image_encoder", image_depth, "visual") | _tokens("text_encoder", text_depth, "context")
     del names["context.input"]
     names["context.ctx"] = "prompt_learner.ctx"
     made.load_trained_state({ours: golden.tensor(f"teacher/param/{name}") for ours, name in names.items()})
@@ -212,7 +244,8 @@ def check_promptkd(golden: Any) -> Results:
         features = made.teacher.image_features(images)
         yield "teacher/image_features", F.normalize(features, dim=-1)
         yield "teacher/logits", made.teacher.logits(features, made.teacher_text)
-        yield "teacher/tokens", golden.tokens([f"a photo of a {name.replace('_', ' ')}." for name in classes])
+        prompt = golden.meta["teacher"]["prompt"]
+        yield "teacher/tokens", golden.tokens([prompt.replace("NAME", name.replace("_", " ")) for name in classes])
         names = _tokens("image_encoder", options["depth_vision"], "visual")
         names |= {f"projector.{ours}": _TRANS + name for ours, name in _PROJECTOR.items()}
         statistics = {f"projector.running_{name}": f"{_TRANS}1.running_{name}" for name in ("mean", "var")}
@@ -239,7 +272,7 @@ def check_promptkd(golden: Any) -> Results:
             key = f"{case}/grad/{names[ours]}"
             # A bias before batch norm has no gradient, so its error is relative to a tenth of the largest gradient.
             size = largest / 10 if ours == "projector.linear1.bias" else 0.0
-            yield key, parameter.grad.reshape(golden.arrays[key].shape), size
+            yield key, parameter.grad.reshape(golden.arrays[key].shape), {"size": size}
 
 
 CHECKS = {

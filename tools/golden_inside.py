@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,10 +15,10 @@ import vlprompt
 from vlprompt.backbone import Added
 from vlprompt.config.run import RecipeConfig
 from vlprompt.engine.recipe import make_optimizer
-from vlprompt.objectives.gradient_dropout import drop
+from vlprompt.objectives.gradient_dropout import drop, keep_probability
 from vlprompt.prompts.inside import masked
 
-Results = Iterator[tuple[str, Any]]
+Results = Iterator[tuple[Any, ...]]
 
 
 # -- CLIP-LoRA --------------------------------------------------------------------------------------------------------
@@ -50,12 +51,15 @@ def check_clip_lora(golden: Any) -> Results:
         made = vlprompt.create_method(
             "clip_lora", golden.backbone, names, dropout=0.0, templates=options["templates"], **settings
         )
-        assert abs(made.base_model.scale - options["scaling"]) < 1e-12
-        assert sorted(_published(name) for name, _ in made.trainable_parameters()) == sorted(options["learnables"])
+        published = sorted(_published(name) for name, _ in made.trainable_parameters())
+        wrong = sorted(set(published) ^ set(options["learnables"]))
+        golden.expect(not wrong, f"{case}: learnables of the archive or of vlprompt alone: {', '.join(wrong)}")
+        scale = made.base_model.scale
+        golden.expect(abs(scale - options["scaling"]) < 1e-9, f"{case}: scaling {options['scaling']}, ours {scale}")
         zeroshot = vlprompt.create_method("zeroshot", golden.backbone, names, templates=options["templates"])
         cosines = zeroshot(images) / golden.backbone.logit_scale
         yield f"{case}/zeroshot_logits", options["logit_scale"] * cosines
-        source = "qkv_all" if case == "qkv_all_no_dropout_path" else case
+        source = _source(golden, case)
         state = {name: golden.tensor(f"{source}/param/{_published(name)}") for name, _ in made.trainable_parameters()}
         made.load_trained_state(state)
         grads = "grad" if source == case else "grad_as_run"
@@ -72,21 +76,31 @@ def check_clip_lora(golden: Any) -> Results:
             "clip_lora", golden.backbone, names, dropout=0.0, templates=options["templates"][:1], **settings
         )
         first.load_trained_state(state)
-        yield f"{case}/eval_cosines", _merged_cosines(first, images)
+        yield from ((f"{case}/eval_cosines", cosines) for cosines in _both_cosines(first, images))
+
+
+def _source(golden: Any, case: str) -> str:
+    """Return the case whose parameters a case uses: its own, or another's, as the archive's notes say."""
+    if any(name.startswith(f"{case}/param/") for name in golden.arrays):
+        return case
+    notes = (re.fullmatch(rf"case {re.escape(case)} uses the A and B of case (\S+)", n) for n in golden.meta["notes"])
+    sources = [note[1] for note in notes if note]
+    golden.expect(
+        len(sources) == 1, f"case {case} has no parameters, and no note names the case that it takes them from"
+    )
+    return sources[0]
 
 
 @torch.no_grad()
-def _merged_cosines(made: Any, images: torch.Tensor) -> torch.Tensor:
-    """Return the cosines of the published evaluation, with updates merged into the weights of both towers."""
+def _both_cosines(made: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cosines of the published evaluation, with updates merged into the weights of both towers, and ours."""
     backbone, low_rank = made.eval().backbone, made.base_model
     image = backbone.encode_image(images, overrides=made.image_overrides())
     text = made.text_features()
     if made.has_text_prompts():
         overrides = low_rank.merged("", backbone.text.parameters())
         text = F.normalize(backbone.text.encode(made.layout, overrides=overrides)[0], dim=-1)
-    merged = F.normalize(image, dim=-1) @ text.t()
-    torch.testing.assert_close(merged, made(images) / made.settings.logit_scale, rtol=1e-4, atol=1e-5)
-    return merged
+    return F.normalize(image, dim=-1) @ text.t(), made(images) / made.settings.logit_scale
 
 
 # -- R-AMT ------------------------------------------------------------------------------------------------------------
@@ -105,23 +119,28 @@ def check_ramt(golden: Any) -> Results:
         "ramt",
         golden.backbone,
         hyper["names"],
+        candidates="all" if hyper["mask_mlp"] else "attention",
+        gradient_dropout={"strength": hyper["lam"], "temperature": hyper["T"]},
+        penalty=hyper["loss_weight"],
         templates=[hyper["template"]],
-        gradient_dropout={"strength": hyper["lam"]},
+        threshold=hyper["thr"],
     )
     words = [name.replace("_", " ").lower() for name in hyper["names"]]
     yield "text_tokens", golden.tokens([hyper["template"].replace("{}", word) for word in words])
     yield "text_features", made.text_features()
     names = {_score_name(name): name for name in hyper["mask_names"]}
-    assert [name for name, _ in made.trainable_parameters()] == list(names)
+    scores = dict(made.trainable_parameters())
+    wrong = sorted(set(names) ^ set(scores))
+    golden.expect(not wrong, f"masks of the archive or of vlprompt alone: {', '.join(wrong)}")
     with torch.no_grad():
         yield "logits_original", made.score(made.unit_image(golden.backbone.encode_image(images)), made.text_features())
         yield "logits_all_ones", made(images)
-    draw = {
-        ours: torch.from_numpy(tiny_clip.draw("ramt." + name, p.shape, hyper["seed"], std=0.004, mean=0.01))
-        for (ours, name), (_, p) in zip(names.items(), made.trainable_parameters(), strict=True)
-    }
-    made.load_trained_state(draw)
-    scores = dict(made.trainable_parameters())
+    rule = golden.words(
+        r"^tiny_clip.draw\('(.*)' \+ name, shape, seed, std=(\S+), mean=(\S+)\)$", hyper["mask_init_rule"]
+    )
+    spread = {"seed": hyper["seed"], "std": float(rule[2]), "mean": float(rule[3])}
+    drawn = {ours: tiny_clip.draw(rule[1] + name, scores[ours].shape, **spread) for ours, name in names.items()}
+    made.load_trained_state({ours: torch.from_numpy(values) for ours, values in drawn.items()})
     total = sum(p.numel() for p in scores.values())
     below = sum(int((p < hyper["thr"]).sum()) for p in scores.values())
     yield "sparsity_percent", torch.tensor(100 * below / total)
@@ -142,14 +161,16 @@ def _ramt_step(golden: Any, made: Any, images: Any, labels: Any, names: dict[str
     yield "step_loss_total", task
     general = dropout.general_loss(step)
     yield "step_loss_kl", general.double()
-    both = [torch.autograd.grad(loss, list(scores.values()), retain_graph=True) for loss in (task, general)]
-    drawn, kept = torch.Generator().manual_seed(0), {}
+    ordered = [scores[ours] for ours in names]
+    both = [torch.autograd.grad(loss, ordered, retain_graph=True) for loss in (task, general)]
+    drawn, kept, fractions = torch.Generator().manual_seed(0), {}, {}
     for (ours, published), a, b in zip(names.items(), *both, strict=True):
         key, stored = f"mask[{published}]", _stored(golden, published, a)
         # The archive holds the draws of its stored entries; the others are drawn here and enter only into sums.
         uniform = torch.rand(a.numel(), generator=drawn)
         uniform[stored] = golden.tensor(f"{key}_uniform")
         kept[ours] = drop(a, b, uniform.reshape(a.shape), hyper["lam"])
+        fractions[ours] = (keep_probability(a, b) > uniform.reshape(a.shape)).double().mean()
         yield f"{key}_init", scores[ours].detach().flatten()[stored].clone()
         yield f"{key}_grad_task", a.flatten()[stored]
         yield f"{key}_grad_kl", b.flatten()[stored]
@@ -158,17 +179,27 @@ def _ramt_step(golden: Any, made: Any, images: Any, labels: Any, names: dict[str
     before = {ours: (values > hyper["thr"]).double().mean() for ours, values in scores.items()}
     recipe = RecipeConfig(lr=hyper["lr"], optimizer="adam", weight_decay=0)
     make_optimizer(made.parameter_groups(hyper["lr"]), recipe).step()
-    rows = []
+    rows, slack = [], []
     for (ours, published), a, b in zip(names.items(), *both, strict=True):
         stored, after, gradient = _stored(golden, published, a), scores[ours].detach(), kept[ours]
         yield f"mask[{published}]_after", after.flatten()[stored]
         norms = [float(value.norm()) for value in (a, b, gradient, after)]
-        rows.append([stored.step, *norms, float(before[ours]), float((gradient != 0).double().mean())])
-    # The columns have different scales, so each has its tolerance; columns that depend on draws have a larger one.
-    summary, reference = torch.tensor(rows, dtype=torch.float64), torch.from_numpy(golden.arrays["mask_summary"])
-    for column, tolerance in enumerate((0, 1e-4, 1e-4, 2e-3, 1e-4, 1e-4, 5e-3)):
-        torch.testing.assert_close(summary[:, column], reference[:, column], rtol=tolerance, atol=0)
-    yield "mask_summary", summary
+        rows.append([stored.step, *norms, float(before[ours]), float(fractions[ours])])
+        deviations = _deviations(a, b, hyper["lam"]) if stored.step > 1 else (0.0, 0.0)
+        slack.append([0.0, 0.0, 0.0, 7 * deviations[0], 0.0, 0.0, 7 * deviations[1]])
+    # The columns have different scales. Two of them depend on draws of which the archive has a part: their difference
+    # may be 7 deviations of one draw, which are 5 of the difference of two.
+    summary = torch.tensor(rows, dtype=torch.float64)
+    yield "mask_summary", summary, {"axis": 0, "slack": torch.tensor(slack, dtype=torch.float64)}
+
+
+def _deviations(a: torch.Tensor, b: torch.Tensor, strength: float) -> tuple[float, float]:
+    """Return the standard deviations, over draws, of the norm of what is left of ``a`` and of the fraction kept."""
+    a, keep = a.double(), keep_probability(a.double(), b.double())
+    chance = keep * (1 - keep)
+    squares = (a**2 * (keep + (1 - keep) * (1 - strength) ** 2)).sum()
+    deviation = (a**4 * (1 - (1 - strength) ** 2) ** 2 * chance).sum().sqrt()
+    return float(deviation / (2 * squares.sqrt())), float(chance.sum().sqrt() / chance.numel())
 
 
 def _stored(golden: Any, published: str, scores: torch.Tensor) -> slice:
@@ -189,7 +220,7 @@ def _masked_layers(golden: Any, threshold: float, sizes: dict[str, int]) -> Resu
     yield "lin_binary", masked(torch.ones_like(weight), scores, threshold)
     yield "lin_y_eval", F.linear(x, masked(tensor("lin_weight"), scores.detach(), threshold), tensor("lin_bias"))
     scores = tensor("conv_mask").requires_grad_()
-    y = F.conv2d(tensor("conv_x"), masked(tensor("conv_weight"), scores, threshold), stride=4)
+    y = F.conv2d(tensor("conv_x"), masked(tensor("conv_weight"), scores, threshold), stride=scores.shape[-1])
     y.backward(tensor("conv_gout"))
     yield "conv_y", y
     yield "conv_grad_mask", scores.grad

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 
 import vlprompt
+from vlprompt.config.run import RecipeConfig
+from vlprompt.engine.recipe import learning_rate, make_optimizer
 from vlprompt.objectives.aggregation import gaussian_weights
 from vlprompt.objectives.projection import project
 from vlprompt.objectives.shift import gram_norms
 from vlprompt.prompts import template_layout
 
-Results = Iterator[tuple[str, Any]]
+Results = Iterator[tuple[Any, ...]]
 Names = dict[str, str]
 
 
@@ -73,16 +75,17 @@ def check_kgcoop(golden: Any) -> Results:
     images, labels = golden.tensor("images"), golden.tensor("labels")
     names = {"prompt.ctx": "ctx"}
     for case, options in golden.meta["cases"].items():
+        # Any words mean these in the official code (KgCoOp/trainers/kgcoop.py 94-104), and no class-specific context.
+        words = "a photo of a" if options["ctx_init"] else ""
         settings = {
             "context_length": options["n_ctx"],
-            "context_init": options["ctx_init"],
+            "context_init": words,
+            "class_specific": options["class_specific"] and not words,
             "knowledge": {"weight": options["weight"], "templates": [options["frozen_template"]]},
         }
         made = make(golden, case, names, "kgcoop", **settings)
-        if options["ctx_init"]:
-            fresh = vlprompt.create_method(
-                "kgcoop", golden.backbone, golden.meta["class_names"], context_init=options["ctx_init"]
-            )
+        if words:
+            fresh = vlprompt.create_method("kgcoop", golden.backbone, golden.meta["class_names"], **settings)
             yield f"{case}/official_init/ctx", fresh.prompt.ctx.detach()
         yield from prompts(golden, case, made.prompt.placeholder)
         yield f"{case}/frozen_text_features", made.objectives[0].target
@@ -97,7 +100,8 @@ def check_prograd(golden: Any) -> Results:
     golden.inputs.add("labels")
     for case, options in golden.meta["cases"].items():
         labels = golden.tensor(f"{case}/labels")
-        base_settings = {"context_length": options["n_ctx"], "class_specific": options["class_specific"]}
+        base_settings = {"context_length": options["n_ctx"]}
+        base_settings["class_specific"] = options["class_specific"] and not options["ctx_init"]
         base_settings["projected_gradient"] = {
             "strength": options["lambda_"],
             "temperature": options["temperature"],
@@ -177,26 +181,27 @@ def check_ivlp(golden: Any) -> Results:
         yield from trained(made, case, images, labels, names)
 
 
+#: Published initial words (muzairkhattak/PromptSRC: configs/trainers/PromptSRC/), of cases that state none.
+_WORDS = "a photo of a"
+
+
 def check_promptsrc(golden: Any) -> Results:
     """Compare frozen features, the four terms, gradients, and the aggregation over epochs."""
     images, labels = golden.tensor("images"), golden.tensor("labels")
     templates = golden.meta["frozen_text_templates"]
     for case, options in golden.meta["cases"].items():
-        if case.startswith("gpa/"):
-            yield f"{case}_f64", gaussian_weights(options["epochs"], options["mean"], options["std"])
-            continue
-        if case == "gpa":
-            yield from _aggregation(golden, options, images)
+        if "epochs" in options:
+            weights = gaussian_weights(options["epochs"], options["mean"], options["std"])
+            trained_too = "depth_text" in options
+            yield f"{case}/weights_f64" if trained_too else f"{case}_f64", weights
+            if trained_too:
+                yield from _aggregation(golden, case, options, images)
             continue
         names = _text(options["depth_text"]) | _visual(options["depth_vision"])
-        weights = {"text": options["text_loss_weight"], "image": options["image_loss_weight"]}
-        made = make(
-            golden, case, names, "promptsrc", aggregation=None, self_regularisation=weights, **_ivlp(options)
-        )
-        assert tuple(made.objectives[0].settings.templates) == tuple(templates)
-        fresh = vlprompt.create_method(
-            "promptsrc", golden.backbone, golden.meta["class_names"], aggregation=None, **_ivlp(options)
-        )
+        terms = {"text": options["text_loss_weight"], "image": options["image_loss_weight"], "templates": templates}
+        settings = {"aggregation": None, "self_regularisation": terms, **_ivlp(options)}
+        made = make(golden, case, names, "promptsrc", **settings)
+        fresh = vlprompt.create_method("promptsrc", golden.backbone, golden.meta["class_names"], **settings)
         yield f"{case}/official_init/prompt_learner.ctx", fresh.context.ctx.detach()
         yield from _deep(golden, case, made, made.context)
         step, target = made.step(images, labels), made.objectives[0].target
@@ -216,25 +221,21 @@ def check_promptsrc(golden: Any) -> Results:
         yield from trained(made, case, images, labels, names)
 
 
-def _aggregation(golden: Any, options: Any, images: torch.Tensor) -> Results:
+def _aggregation(golden: Any, case: str, options: Any, images: torch.Tensor) -> Results:
     names = _text(options["depth_text"]) | _visual(options["depth_vision"])
-    mean, deviation = options["mean"], options["std"]
-    settings = {
-        "aggregation": {"mean": float(mean), "deviation": float(deviation)},
-        "context_init": "a photo of a",
-    }
-    settings |= {key: value for key, value in _ivlp({**options, "ctx_init": ""}).items() if key != "context_init"}
-    made = make(golden, "gpa", names, "promptsrc", **settings)
-    epochs = len(golden.arrays["gpa/weights_f64"])
-    yield "gpa/weights_f64", gaussian_weights(epochs, mean, deviation)
+    epochs = options["epochs"]
+    settings = {"aggregation": {"mean": float(options["mean"]), "deviation": float(options["std"])}}
+    # The words decide which tokens follow a context that is shorter than they are.
+    settings |= _ivlp({"ctx_init": _WORDS, **options})
+    made = make(golden, case, names, "promptsrc", **settings)
     for epoch in range(epochs):
         with torch.no_grad():
             for ours, parameter in made.trainable_parameters():
-                parameter.copy_(golden.tensor(f"gpa/epoch{epoch + 1}/{names[ours]}"))
+                parameter.copy_(golden.tensor(f"{case}/epoch{epoch + 1}/{names[ours]}"))
         made.epoch_end(epoch, epochs)
-    yield from ((f"gpa/final/{names[ours]}", parameter.detach()) for ours, parameter in made.trainable_parameters())
+    yield from ((f"{case}/final/{names[ours]}", parameter.detach()) for ours, parameter in made.trainable_parameters())
     made.eval()
-    yield "gpa/eval_logits", made(images)
+    yield f"{case}/eval_logits", made(images)
 
 
 def _coupled(depth: int) -> Names:
@@ -269,40 +270,48 @@ _ADAPTER = {"norm": "post_ln", "up": "FFN.0", "down": "FFN.2"}
 
 
 def check_restore(golden: Any) -> Results:
-    """Compare shifts, surgery, both terms, gradients, the change of the ratios, and five epochs of training."""
+    """Compare shifts, surgery, both terms, gradients, the change of the ratios, and some epochs of training."""
     images, labels = golden.tensor("images"), golden.tensor("labels")
-    options = golden.meta["cases"]["depth4"]
-    names = _coupled(options["prompt_depth"])
-    for side, published in (("text", "text_adapter"), ("image", "visual_adapter")):
-        for ours, theirs in _ADAPTER.items():
-            names |= {f"objectives.0.{side}.{ours}.{k}": f"{published}.{theirs}.{k}" for k in ("weight", "bias")}
-    settings = {
-        "context_length": options["n_ctx"],
-        "context_init": options["ctx_init"],
-        "depth": options["prompt_depth"],
-    }
-    ratios = {"text_ratio": options["text_ratio"], "image_ratio": options["vision_ratio"]}
-    fresh = vlprompt.create_method("restore", golden.backbone, golden.meta["class_names"], **settings)
-    yield "depth4/official_init/ctx", fresh.prompts.context.ctx.detach()
-    shift = {"weight": options["shift_weight"]}
-    made = make(golden, "depth4", names, "restore", shift_consistency=shift, surgery=ratios, **settings)
-    yield from _deep(golden, "depth4", made, made.prompts.context)
-    yield "depth4/vision_prompts", torch.stack(made.prompts.image_prompts())
-    yield from _restore_parts(golden, made, images, labels, names)
-    yield from _restore_run(golden, names, images, labels, settings)
+    for case, options in golden.meta["cases"].items():
+        names = _coupled(options["prompt_depth"])
+        for side, published in (("text", "text_adapter"), ("image", "visual_adapter")):
+            for ours, theirs in _ADAPTER.items():
+                names |= {f"objectives.0.{side}.{ours}.{k}": f"{published}.{theirs}.{k}" for k in ("weight", "bias")}
+        ratios = {"text_ratio": options["text_ratio"], "image_ratio": options["vision_ratio"]}
+        gains = {"text_gain": options["text_gain"], "image_gain": options["vision_gain"]}
+        start = options["starts_from"].rpartition("/")[0] if "starts_from" in options else case
+        hidden, dim = golden.meta["cases"][start]["surgery_hidden"], golden.backbone.embed_dim
+        golden.expect(hidden % dim == 0, f"surgery_hidden of {start} is {hidden}; expected: a multiple of {dim}")
+        settings = {
+            "context_length": options["n_ctx"],
+            "context_init": options["ctx_init"],
+            "depth": options["prompt_depth"],
+            "shift_consistency": {"weight": options["shift_weight"]},
+            "surgery": {**ratios, **gains, "expansion": hidden // dim},
+        }
+        made = make(golden, start, names, "restore", **settings)
+        if start != case:
+            yield from _restore_run(golden, case, options, made, images, labels, names)
+            continue
+        fresh = vlprompt.create_method("restore", golden.backbone, golden.meta["class_names"], **settings)
+        yield f"{case}/official_init/ctx", fresh.prompts.context.ctx.detach()
+        yield from _deep(golden, case, made, made.prompts.context)
+        yield f"{case}/vision_prompts", torch.stack(made.prompts.image_prompts())
+        yield from _restore_parts(golden, case, options, made, images, labels, names)
 
 
-def _restore_parts(golden: Any, made: Any, images: torch.Tensor, labels: torch.Tensor, names: Names) -> Results:
-    backbone, case = golden.backbone, "depth4"
+def _restore_parts(
+    golden: Any, case: str, options: Any, made: Any, images: torch.Tensor, labels: torch.Tensor, names: Names
+) -> Results:
+    backbone = golden.backbone
     surgery, shift = made.objectives
     deep = made.prompts.context.deep
     now = [vectors.detach().clone() for vectors in deep]
     with torch.no_grad():
         for index, vectors in enumerate(deep):
             vectors.copy_(golden.tensor(f"{case}/reference/compound_prompts_text.{index}"))
-    for name, value in trained(made, f"{case}/step0", images, labels, names):
-        # The shift term is zero by definition, so its error is absolute.
-        yield name, value
+    # The shift term is zero by definition, so its error is absolute.
+    yield from trained(made, f"{case}/step0", images, labels, names)
     yield f"{case}/reference_norm_text", shift.text_reference
     yield f"{case}/reference_norm_vision", shift.image_reference
     yield f"{case}/step0/shift_text", shift.shifts()[0]
@@ -331,14 +340,15 @@ def _restore_parts(golden: Any, made: Any, images: torch.Tensor, labels: torch.T
     yield f"{case}/frozen_image_features_raw", frozen_image
     scale = backbone.logit_scale
     yield f"{case}/frozen_logits", scale * F.normalize(frozen_image, dim=-1) @ F.normalize(frozen_text, dim=-1).t()
-    yield from trained(made, case, images, labels, names)
+    for name, value in trained(made, case, images, labels, names):
+        yield name, value / options["shift_weight"] if name.endswith("/loss/shift") else value
     before = surgery.text_strength.clone(), surgery.image_strength.clone()
     surgery.text_strength.zero_(), surgery.image_strength.zero_()
     made._remembered.clear()
     with torch.no_grad():
         yield f"{case}/eval_logits_no_surgery", made(images)
     surgery.text_strength.copy_(before[0]), surgery.image_strength.copy_(before[1])
-    surgery.epoch_end(1, 5)
+    surgery.epoch_end(0, 1)  # the first of one epoch is the one at which a third is over
     made._remembered.clear()
     yield f"{case}/r_text_f64", torch.stack([before[0], surgery.text_strength])
     yield f"{case}/r_vision_f64", torch.stack([before[1], surgery.image_strength])
@@ -347,27 +357,13 @@ def _restore_parts(golden: Any, made: Any, images: torch.Tensor, labels: torch.T
 
 
 def _restore_run(
-    golden: Any, names: Names, images: torch.Tensor, labels: torch.Tensor, settings: dict[str, Any]
+    golden: Any, case: str, run: Any, made: Any, images: torch.Tensor, labels: torch.Tensor, names: Names
 ) -> Results:
-    from vlprompt.config.run import RecipeConfig
-    from vlprompt.engine.recipe import learning_rate
-
-    run = golden.meta["cases"]["run"]
-    ratios = {"text_ratio": run["text_ratio"], "image_ratio": run["vision_ratio"]}
-    made = make(
-        golden,
-        run["starts_from"].split("/")[0],
-        names,
-        "restore",
-        shift_consistency={"weight": run["shift_weight"]},
-        surgery=ratios,
-        **settings,
-    )
     surgery, shift = made.objectives
-    recipe = RecipeConfig(
-        epochs=run["epochs"], lr=run["lr"], warmup_epochs=run["warmup_epochs"], warmup_lr=run["warmup_lr"]
-    )
-    optimizer = torch.optim.SGD(made.parameter_groups(run["lr"]), lr=run["lr"], momentum=0.9, weight_decay=5e-4)
+    schedule = {name: run[name] for name in ("epochs", "lr", "warmup_epochs", "warmup_lr")}
+    stated = golden.words(r"^SGD, momentum (\S+), weight decay (\S+) on every learnable$", run["optimizer"])
+    recipe = RecipeConfig(**schedule, momentum=float(stated[1]), weight_decay=float(stated[2]))
+    optimizer = make_optimizer(made.parameter_groups(run["lr"]), recipe)
     seen: dict[str, list[Any]] = {
         "lr_f64": [],
         "r_text_f64": [],
@@ -401,18 +397,18 @@ def _restore_run(
             optimizer.step()
         if epoch == run["update_epoch"]:
             norms = [gram_norms(side).detach() for side in made.deep_prompts()]
-            yield "run/update_norm_text", norms[0]
-            yield "run/update_norm_vision", norms[1]
+            yield f"{case}/update_norm_text", norms[0]
+            yield f"{case}/update_norm_vision", norms[1]
         made.epoch_end(epoch, run["epochs"])
     seen["r_text_f64"].append(float(surgery.text_strength))
     seen["r_vision_f64"].append(float(surgery.image_strength))
-    yield from ((f"run/{name}", np.array([np.asarray(v) for v in values])) for name, values in seen.items())
-    yield from ((f"run/loss/{name}", torch.stack(values)) for name, values in losses.items())
+    yield from ((f"{case}/{name}", np.array([np.asarray(v) for v in values])) for name, values in seen.items())
+    yield from ((f"{case}/loss/{name}", torch.stack(values)) for name, values in losses.items())
     parameters = dict(made.trainable_parameters())
-    yield from ((f"run/final/{theirs}", parameters[ours].detach()) for ours, theirs in names.items())
+    yield from ((f"{case}/final/{theirs}", parameters[ours].detach()) for ours, theirs in names.items())
     made.eval()
     with torch.no_grad():
-        yield "run/eval_logits", made(images)
+        yield f"{case}/eval_logits", made(images)
 
 
 CHECKS: dict[str, Callable[[Any], Results]] = {
