@@ -5,7 +5,7 @@ import random
 import re
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from vlprompt.config.keys import RUN_KEYS, SECTIONS, to_yaml
 from vlprompt.config.meta import MetaRunConfig
 from vlprompt.config.run import DataConfig, RecipeConfig, RunConfig, TrainerConfig
 from vlprompt.config.source import origin_of
-from vlprompt.config.types import OpenTemplates, validated
+from vlprompt.config.types import Fraction, NonNegative, OpenTemplates, validated
 from vlprompt.config.yaml import MAX_CONFIG_BYTES, find_config
 from vlprompt.errors import ConfigError, did_you_mean
 
@@ -55,12 +55,29 @@ class NeedySettings:
     templates: OpenTemplates = ()
 
 
+@validated("objectives.part")
+class PartSettings:
+    """Settings of a part."""
+
+    weight: NonNegative = 8.0
+    mode: Literal["code", "paper"] = "code"
+
+
+@validated()
+class NestedSettings:
+    """Settings with a part of their own and a mapping."""
+
+    part: PartSettings = PartSettings(weight=2.0)
+    shares: Mapping[str, Fraction] = dataclasses.field(default_factory=dict)
+
+
 @pytest.fixture
 def toys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Two methods, ``toy`` and ``needy``; a folder to work in."""
+    """Three methods, ``toy``, ``needy`` and ``nested``; a folder to work in."""
     methods = {
         "toy": types.SimpleNamespace(Settings=ToySettings, recipe=RecipeConfig()),
         "needy": types.SimpleNamespace(Settings=NeedySettings, recipe=RecipeConfig()),
+        "nested": types.SimpleNamespace(Settings=NestedSettings, recipe=RecipeConfig()),
     }
 
     def get_method_class(name: str) -> Any:
@@ -346,6 +363,48 @@ def test_an_unknown_method_is_named_with_the_nearest_and_its_settings_are_not_ju
 def test_a_setting_without_a_default_has_to_be_given(toys: Path) -> None:
     with pytest.raises(ConfigError, match=r"settings\.width is missing; .* give it: --settings\.width VALUE"):
         parse_run(["--method", "needy"])
+
+
+# -- settings in settings ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--settings.part.mode", "paper"],
+        ["--settings.part", "{mode: paper}"],
+        ["--config", "mine.yaml"],
+        ["--config", "mine.yaml", "--settings.part.mode", "paper"],
+    ],
+)
+def test_a_setting_of_a_part_leaves_the_others_of_that_part_as_they_are(toys: Path, words: list[str]) -> None:
+    (toys / "mine.yaml").write_text("settings:\n  part: {mode: paper}\n")
+    config = parse_run(["--method", "nested", *words])
+    assert config.settings == {"part": {"weight": 2.0, "mode": "paper"}, "shares": {}}
+
+
+def test_files_and_command_line_fill_one_part_and_one_mapping_together(toys: Path) -> None:
+    (toys / "one.yaml").write_text("settings: {part: {weight: 3}, shares: {a: 0.1, b: 0.2}}\n")
+    (toys / "two.yaml").write_text("settings: {shares: {b: 0.5}}\n")
+    config = parse_run(
+        ["--method", "nested", "--config", "one.yaml", "--config", "two.yaml", "--settings.part.mode", "paper"]
+    )
+    assert config.settings == {"part": {"weight": 3.0, "mode": "paper"}, "shares": {"a": 0.1, "b": 0.5}}
+
+
+def test_what_is_wrong_in_a_part_is_named_with_its_own_line(toys: Path) -> None:
+    content = "method: nested\nsettings:\n  part:\n    weight: -1\n    mod: code\n  shares: {a: 2}\n"
+    (toys / "bad.yaml").write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        parse_run(["--config", "bad.yaml", "--settings.part.mode", "papr"])
+    for expected in (
+        "bad.yaml, line 4: settings.part.weight is -1; accepted: a finite number of 0 or more",
+        "bad.yaml, line 5: there is no key 'settings.part.mod'. Did you mean 'settings.part.mode'",
+        "bad.yaml, line 6: settings.shares.a is 2; accepted: a finite number from 0 to 1",
+        "command line: --settings.part.mode is 'papr'; accepted: 'code' or 'paper'. Did you mean 'paper'?",
+    ):
+        assert str(caught.value).count(expected) == 1, caught.value
+    assert str(caught.value).startswith("4 problems")
+    with pytest.raises(ConfigError, match="--settings.part is '3'; accepted: its settings in braces"):
+        parse_run(["--method", "nested", "--settings.part", "3"])
 
 
 # -- malformed files ------------------------------------------------------------------------------------------------

@@ -423,7 +423,8 @@ class _ConfigBuilder:
         if not isinstance(value, Mapping):
             accepted = "its settings in braces, {} for the defaults"
             accepted += ", null for none" if key in self.optional else ""
-            self._fail(key, f"{given.source}: {key} is {shown(value)}; accepted: {accepted}")
+            dashes = "" if given.typed else "--"
+            self._fail(key, f"{given.source}: {dashes}{key} is {shown(value)}; accepted: {accepted}")
             return
         if self.values.get(key) is None:
             self.values[key] = {}
