@@ -18,6 +18,7 @@ class Configurable(Protocol):
 T = TypeVar("T", bound=Configurable)
 K = TypeVar("K", bound=type)
 
+
 class Registry(Generic[T]):
     """Classes of one kind by name.
 

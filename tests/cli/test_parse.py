@@ -573,6 +573,6 @@ def test_overrides_outside_of_what_a_command_takes_are_refused(toys: Path) -> No
         "command line: '--recipe.epochs' is not an option of `vlprompt eval`. "
         "Accepted: --data.name, --data.root, --data.shots, --data.classes, --data.transform, --data.template, "
         "--data.workers, --data.source, --data.target, --data.split, --data.sampler, --data.shots_file, "
-        "--data.on_bad_image, --data.cached_views, --data.bank, --data.order, --seed."
+        "--data.on_bad_image, --data.cached_views, --data.bank, --data.order, --data.statistics, --seed."
     ]
     assert config is not None and (config.recipe.epochs, config.data.shots) == (3, 2)

@@ -176,19 +176,22 @@ PER_TARGET = [name for name in list_methods() if get_method_class(name).per_targ
 @pytest.mark.parametrize("protocol", ["cross-dataset", "imagenet-domains"])
 @pytest.mark.parametrize("name", PER_TARGET)
 def test_a_target_has_its_own_values(name: str, protocol: str) -> None:
-    (one,) = planned(protocol, "--config", f"{name}/imagenet").trainings
+    start = ("--init_from", "somewhere") if get_method_class(name).starts_from else ()
+    (one,) = planned(protocol, "--config", f"{name}/imagenet", *start).trainings
     assert one.config.data.name == "imagenet" and len(one.targets) == (10 if protocol == "cross-dataset" else 4)
     for target in one.targets:
         data = target.config.data.name
-        alone = source("--config", f"{name}/{data}").resolve(protocol=protocol, dataset=data)
+        alone = source("--config", f"{name}/{data}", *start).resolve(protocol=protocol, dataset=data)
         assert target.config == alone.with_data(classes="all")
-        assert planned("test-time", "--config", name, datasets=[data]).trainings == [target]
+        assert planned("test-time", "--config", name, *start, datasets=[data]).trainings == [target]
 
 
 @pytest.mark.usefixtures("without_data")
 def test_published_values_of_targets_are_those_of_the_target(capsys: pytest.CaptureFixture[str]) -> None:
+    start = ("--init_from", "somewhere")
+
     def values(protocol: str, name: str, key: str) -> dict[str, Any]:
-        (one,) = planned(protocol, "--config", f"{name}/imagenet").trainings
+        (one,) = planned(protocol, "--config", f"{name}/imagenet", *start).trainings
         return {target.config.data.name: target.config.settings[key] for target in (one, *one.targets)}
 
     for name in ("tpt", "difftpt"):
@@ -202,7 +205,7 @@ def test_published_values_of_targets_are_those_of_the_target(capsys: pytest.Capt
         ("imagenet_a", "imagenet_r", "imagenet_sketch", "imagenetv2"), 63
     )
     for name in ("mta", "zero", "tpt", "promptalign"):
-        (one,) = planned("cross-dataset", "--config", f"{name}/imagenet").trainings
+        (one,) = planned("cross-dataset", "--config", f"{name}/imagenet", *start).trainings
         assert {target.config.data.template for target in (one, *one.targets)} == {"a photo of a {}."}
     text = printed(
         ["eval", "--protocol", "cross-dataset", "--config", "tda/imagenet", "--config", "coop/imagenet"], capsys

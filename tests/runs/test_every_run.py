@@ -37,14 +37,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "difftpt": {"crops": 9, "generated": 0},
     "mta": {"crops": 9},
     "zero": {"crops": 9},
-    "promptalign": {"crops": 9},
+    "promptalign": {"crops": 9, "depth": 9},
 }
 
 
 def configured(name: str, image_folder: Path, output: Path) -> RunConfig:
-    known = get_method_class(name).Settings.__dataclass_fields__
-    own = {key: value for key, value in SETTINGS.get(name, {}).items() if key in known}
-    return tiny_run(image_folder, output, name, settings=own, epochs=2, shots=2, lr=0.01)
+    kind = get_method_class(name)
+    own = {key: value for key, value in SETTINGS.get(name, {}).items() if key in kind.Settings.__dataclass_fields__}
+    start = None if kind.starts_from is None else run(configured(kind.starts_from, image_folder, output))
+    given = {} if start is None else {"init_from": str(start.folder)}
+    return tiny_run(image_folder, output, name, settings=own, epochs=2, shots=2, lr=0.01, **given)
 
 
 @pytest.fixture(scope="module")

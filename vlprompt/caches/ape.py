@@ -163,4 +163,3 @@ class APE(KeyValueCache):
         channels, width = state["channels"], self.text.shape[1]
         inside = bool(((channels >= 0) & (channels < width)).all())
         return super().misfits(state) + ([] if inside else [f"channels: not all of them are 0 to {width - 1}"])
-

@@ -147,4 +147,3 @@ def penalised_loss(weight: Tensor, bias: Tensor, rows: Tensor, labels: Tensor, c
         c: Inverse strength of the penalty.
     """
     return F.cross_entropy(F.linear(rows, weight, bias), labels) + weight.square().sum() / (2 * c * len(labels))
-

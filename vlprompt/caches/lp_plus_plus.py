@@ -153,4 +153,3 @@ def step_sizes(unit: Tensor, text: Tensor) -> tuple[float, float]:
     gram = wide.t() @ wide if len(wide) >= wide.shape[1] else wide @ wide.t()  # both have the same largest eigenvalue
     largest = (wide @ text.double().t()).square().sum(dim=0).max()
     return float(4 * len(unit) / torch.linalg.eigvalsh(gram)[-1]), float(len(unit) / (4 * largest))
-

@@ -86,4 +86,3 @@ class TaskResidual(RowClassifier):
             return self.get_buffer("logit_scale") * unit @ self._adapted(residual).t()
 
         return self._train("residual", self.settings.training, *self._checked(features, labels), order, scored)
-

@@ -140,4 +140,3 @@ def marginal_loss(logits: Tensor) -> Tensor:
     """
     mean = F.softmax(logits, dim=-1).mean(dim=0)
     return (mean * (mean + 1e-6).log()).sum()
-

@@ -123,4 +123,3 @@ class TipAdapterF(TipAdapter):
 
     def _scored_by(self, unit: Tensor, keys: Tensor) -> Tensor:
         return self.combine(self.zeroshot(unit), keys @ unit.t())
-

@@ -54,7 +54,8 @@ class DataConfig:
     with cached features, if the image side is frozen; 0 for none, None for one per epoch if that is exact and small.
     ``bank``: folder of generated images made by ``vlprompt bank``, for methods that use them.
     ``order``: order of the test images for methods whose scores depend on it (TDA): a random order of ``seed``, as the
-    official code draws one, or that of the data set's list, which is often sorted by class.
+    official code draws one, or that of the data set's list, which is often sorted by class. ``statistics``: files of
+    source statistics for methods that align with them (:func:`vlprompt.io.statistics.read_statistics`).
     """
 
     name: Name = "demo"
@@ -73,6 +74,7 @@ class DataConfig:
     cached_views: Annotated[Count | None, Words("0 or more views per image, or null to leave the choice")] = None
     bank: Name | None = None
     order: TestOrder = "shuffled"
+    statistics: tuple[Name, ...] = ()
 
     def __post_init__(self) -> None:
         if self.cached_views and self.transform == "center":

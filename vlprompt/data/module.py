@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -242,6 +242,22 @@ class FewShotData(pl.LightningDataModule):
         if count == 0:
             return self.features(split)[None]
         return self._view_rows(split, RandomViews(self.preprocess, kind, count, self.seed)).by_view()
+
+    def images(self, split: str) -> Iterator[Tensor]:
+        """Yield all images of a split in the order of the list, in normalised batches ``[b, 3, S, S]``.
+
+        The transform is that of the test images. Every process gets all images. Skipped images are omitted.
+
+        Raises:
+            DataError: If an image cannot be read, unless images are skipped.
+        """
+        images = self._images(split, "center", keep=False)
+        keys = [(0, index) for index in range(len(images))]
+        for batch in make_loader(images, keys, self.test_batch_size, self._workers(len(images))):
+            if skipped := batch.get("skipped", torch.empty(0)).tolist():
+                count_skipped(split, (self._samples(split)[int(position)].id for position in skipped))
+            if len(batch["index"]):
+                yield self._transforms["center"].finish(batch["images"])
 
     def unreadable(self, split: str) -> tuple[int, ...]:
         """Return the positions of skipped images, whose features are zeros."""

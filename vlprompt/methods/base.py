@@ -61,6 +61,8 @@ class PromptMethod(nn.Module):
     """Form of :meth:`training_text_features`: ``[C, D]``, ``[G, C, D]`` or ``[B, C, D]``."""
     no_objectives: ClassVar[str | None] = None
     """Reason why no further objective is supported; None if objectives are supported."""
+    starts_from: ClassVar[str | None] = None
+    """Method whose trained head has to initialise this one; None if there are other initial values."""
     per_target: ClassVar[bool] = False
     """Whether nothing is learned from labelled images, so that there is no source to transfer from: protocols with
     several data sets run the method on each of them, with the values for that data set."""
@@ -88,6 +90,7 @@ class PromptMethod(nn.Module):
             )
         texts = as_data_texts(data_template)
         self.settings = fill_templates(settings, texts, self.class_names)
+        self.initialised = False  # whether trained tensors were loaded
         self._remembered: dict[str, tuple[tuple[object, ...], Tensor]] = {}
         self._warn_of_untrained_words()
         self.objective_settings = objective_settings(self, objectives or {}, texts)
@@ -363,6 +366,7 @@ class PromptMethod(nn.Module):
         with torch.no_grad():
             for name, parameter in self._kept().items():
                 parameter.copy_(state[name])
+        self.initialised = True
 
     def start_from(self, state: Mapping[str, Tensor]) -> None:
         """Initialise from the trained tensors of another head.

@@ -23,8 +23,26 @@ class ViewsMethod(PromptMethod):
     def reset(self) -> None:
         """Clear the state of earlier test images, if scores depend on them."""
 
+    @property
+    def aligns(self) -> bool:
+        """Whether test images are aligned with statistics of source images."""
+        return False
+
+    @property
+    def wants_source(self) -> bool:
+        """Whether statistics of source images are needed and missing."""
+        return False
+
+    def source_shape(self) -> tuple[int, int, int]:
+        """Return L, T and W of the source statistics."""
+        raise NotImplementedError
+
+    def set_source(self, mean: Tensor, variance: Tensor) -> None:
+        """Set the source statistics ``[L, T, W]``."""
+        raise NotImplementedError
+
     def measure_source(self, batches: Iterable[Tensor]) -> None:
-        """Compute statistics of the training images, in batches ``[B, 3, H, W]``, if the method needs them."""
+        """Compute statistics of the source images, in batches ``[B, 3, H, W]``, if they are needed and missing."""
 
     def view_features(self, views: Tensor) -> Tensor:
         """Return raw features ``[B, V, D]`` of ``views``: features ``[B, V, D]`` or images ``[B, V, 3, H, W]``."""

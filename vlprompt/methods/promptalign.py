@@ -3,8 +3,10 @@
 The initial prompts are those of a MaPLe head. All of them are tuned for every image: the loss is TPT's entropy over the
 most confident views, plus the distance of their token statistics from those of the images used to train the prompts
 (arXiv 2311.01459; :mod:`vlprompt.testtime.alignment`). The published loop omits the last of the ``alignment_depth``
-layers but divides by all of them; this implementation does the same. The published statistics are a file computed from
-ImageNet's training images; here :meth:`PromptAlign.measure_source` computes them from images, and the head saves them.
+layers but divides by all of them; this implementation does the same. The published statistics are files computed from
+ImageNet's images (jameelhassan/PromptAlign, trainers/prompt_align.py 582-583), which ``data.statistics`` reads; without
+them, :meth:`PromptAlign.measure_source` computes the statistics from the images that the prompts were trained on, under
+the test transform. The head saves them.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ class PromptAlign(TunedMethod):
     """Coupled prompts of both towers, tuned for every test image."""
 
     checked = "equations"
+    starts_from = "maple"
     Settings = PromptAlignSettings
     settings: PromptAlignSettings
     source_mean: Tensor
@@ -94,9 +97,24 @@ class PromptAlign(TunedMethod):
         return self.once("start", lambda: self.unit_text(text.encode(self.layout, context.ctx, context.layers())[0]))
 
     @property
+    def aligns(self) -> bool:
+        """Whether tokens are aligned with the source statistics."""
+        return bool(self.settings.steps and self._layers())
+
+    @property
     def wants_source(self) -> bool:
         """Whether alignment is enabled and the source statistics are missing."""
-        return bool(self.settings.steps and self._layers()) and not self.source_mean.numel()
+        return self.aligns and not self.source_mean.numel()
+
+    def source_shape(self) -> tuple[int, int, int]:
+        """Return the number of aligned layers, of tokens (class, patches and prompts), and their width."""
+        positions, width = self.backbone.image.visual.positional_embedding.shape
+        return self._layers(), int(positions) + self.settings.context_length, int(width)
+
+    def set_source(self, mean: Tensor, variance: Tensor) -> None:
+        """Set the source statistics ``[L, T, W]``, which belong to the initial prompts."""
+        device = self.backbone.device
+        self.source_mean, self.source_variance = mean.to(device), variance.to(device)
 
     def measure_source(self, batches: Iterable[Tensor]) -> None:
         """Compute the source statistics from normalised images ``[B, 3, H, W]`` with the initial prompts.
@@ -108,7 +126,7 @@ class PromptAlign(TunedMethod):
         tower = self.backbone.image
         if layers := aligned_layers(tower, self.settings.alignment_depth):
             moved = (images.to(self.backbone.device) for images in batches)
-            self.source_mean, self.source_variance = token_statistics(tower, moved, self.prompts.tokens(), layers)
+            self.set_source(*token_statistics(tower, moved, self.prompts.tokens(), layers))
 
     def start_from(self, state: Mapping[str, Tensor]) -> None:
         """Set the initial prompts from a MaPLe head, or from a PromptAlign head with its statistics."""

@@ -126,6 +126,16 @@ def merge_parts(
     return merged, rest[0], rest[1]
 
 
+def check_start(name: str, init_from: str | None) -> None:
+    """Raise ConfigError if method ``name`` has to start from a trained head and ``init_from`` names none."""
+    start = get_method_class(name).starts_from
+    if start is not None and init_from is None:
+        raise ConfigError(
+            f"init_from is null, and {name} starts from trained prompts: give --init_from RUN, a run of {start} "
+            f"(vlprompt train --config {start}) or of {name}"
+        )
+
+
 def open_templates(
     name: str, settings: Mapping[str, Any], objectives: Mapping[str, Mapping[str, Any]], texts: DataTexts
 ) -> dict[str, Any]:

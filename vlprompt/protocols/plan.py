@@ -15,7 +15,7 @@ from vlprompt.config.yaml import yaml_text
 from vlprompt.datasets import find_card
 from vlprompt.datasets.domains import DomainProtocol, DomainRound, card_rounds, domain_rounds
 from vlprompt.errors import ConfigError, DataError
-from vlprompt.methods.registry import get_method_class, list_methods, open_templates
+from vlprompt.methods.registry import check_start, get_method_class, list_methods, open_templates
 from vlprompt.protocols.groups import dataset_names
 from vlprompt.protocols.protocol_files import CONFIG, Part, Protocol
 
@@ -190,6 +190,7 @@ def make_plan(
                     "protocol": name, "dataset": dataset, "shots": count, "default_shots": default_shots
                 }  # fmt: skip
                 training = _training(source, request, classes)
+                check_start(training.config.method, training.config.init_from)
                 if part == "test-time" and not training.per_target:
                     accepted = ", ".join(method for method in list_methods() if get_method_class(method).per_target)
                     raise ConfigError(

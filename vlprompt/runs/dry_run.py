@@ -15,6 +15,7 @@ from vlprompt.datasets.catalogue import card_class_names, find_card
 from vlprompt.engine.module import check_warmup
 from vlprompt.errors import BackboneError, DataError
 from vlprompt.methods import PromptMethod
+from vlprompt.methods.registry import check_start
 from vlprompt.runs.session import Session
 
 
@@ -38,6 +39,7 @@ def dry_run(config: RunConfig) -> str:
     Raises:
         VlpromptError: Values are not accepted, or the card of the data set has neither class names nor their number.
     """
+    check_start(config.method, config.init_from)
     session, notes = Session(config), list[str]()
     config = session.config
     facts = _facts(session, notes)

@@ -26,7 +26,6 @@ from vlprompt.engine.module import PromptModule, Selected, check_trainable
 from vlprompt.errors import ConfigError, HeadError, VlpromptError
 from vlprompt.io.head import Head, backbone_facts, load_head
 from vlprompt.methods import PromptMethod
-from vlprompt.methods.episodic import ViewsMethod
 from vlprompt.methods.fitted import FittedMethod
 from vlprompt.runs.folder import (
     HEAD,
@@ -40,6 +39,7 @@ from vlprompt.runs.folder import (
 )
 from vlprompt.runs.selection import is_oracle, own_selection, selection_of
 from vlprompt.runs.session import Session, complete, device_of, use_of_test_images
+from vlprompt.runs.source import check_initialised, source_statistics
 from vlprompt.runs.tables import harmonic_mean, results_table
 
 SCHEMA = 1
@@ -134,6 +134,7 @@ def train(
 def run_session(session: Session, *, force: bool = False) -> Run:
     """Train and evaluate the method of ``session`` and save the results in its folder; see :func:`run`."""
     config, method, task, folder = session.config, session.method, session.task, session.folder
+    check_initialised(method)
     session.check_order()
     session.check_selection()
     if session.trains:
@@ -145,6 +146,7 @@ def run_session(session: Session, *, force: bool = False) -> Run:
             return Run(folder, known, reused=True)
         started = time.monotonic()
         with peak_memory(method.backbone.device) as peak:
+            source = source_statistics(session)
             trainer, selected = _trained(session)
         trained: dict[str, Any] = {
             "epochs": len(read_metrics(folder / METRICS)),
@@ -169,6 +171,7 @@ def run_session(session: Session, *, force: bool = False) -> Run:
             "images": images.facts(),
             "feature_shift": shift_record(method, task),
             "train": {**trained, "peak_mb": peak.megabytes},
+            **source,
         }
         facts = {"run": folder.name, "data": task.describe()}
         if used := use_of_test_images(method):
@@ -197,8 +200,6 @@ def _trained(session: Session) -> tuple[pl.Trainer, Selected | None]:
     selected = None
     if isinstance(method, FittedMethod):
         method.fit(session.shots())
-    elif isinstance(method, ViewsMethod):
-        method.measure_source(session.training_images())
     elif session.trains:
         module = PromptModule(method, config.recipe, metric_of(session.task))
         fit(trainer, module, session.data(method, session.task), session.folder)
@@ -230,6 +231,7 @@ def validate(config: RunConfig, *, force: bool = False, after: Session | None = 
         known = None if force else read_json(folder / VALIDATION)
         if known is not None and known.get("val_sha256") == task.describe()["val_sha256"] and "val" in known:
             return dict(known["val"])
+        source_statistics(session)
         trainer, _ = _trained(session)
         scores, _ = tested(session, trainer, method, task)
         if is_main_process():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -29,10 +29,12 @@ from vlprompt.errors import ConfigError, VlpromptError
 from vlprompt.generation import open_bank
 from vlprompt.io.head import Head, learned_tensors
 from vlprompt.io.regulators import load_regulator
+from vlprompt.io.statistics import read_statistics
 from vlprompt.meta import Regulator
 from vlprompt.methods import PromptMethod, create_method, get_method_class
+from vlprompt.methods.episodic import ViewsMethod
 from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
-from vlprompt.methods.registry import merge_parts, texts_of_data
+from vlprompt.methods.registry import check_start, merge_parts, texts_of_data
 from vlprompt.objectives import get_objective_class
 from vlprompt.prompts.decomposed import get_decomposition_class
 from vlprompt.runs.folder import config_sha256, run_folder
@@ -225,6 +227,7 @@ class Session:
         Raises:
             VlpromptError: Settings or class names cannot be used, or ``init_from`` does not fit.
         """
+        check_start(self.config.method, self.config.init_from)
         self.load()
         pl.seed_everything(self.config.seed, verbose=False)
         return self._started(self.make_method(self.drawn, self.backbone))
@@ -279,6 +282,13 @@ class Session:
         if folder := self.config.initial_head:
             tensors, _ = learned_tensors(folder, method.backbone)
             method.start_from(tensors)
+        if files := self.config.data.statistics:
+            if not isinstance(method, ViewsMethod) or not method.aligns:
+                raise ConfigError(
+                    f"data.statistics is {list(files)}, but {method.name} with these settings aligns with no source; "
+                    "omit data.statistics"
+                )
+            method.set_source(*read_statistics(files, method.source_shape()))
         return method
 
     def zero_shot_on(self, task: FewShotTask) -> PromptMethod:
@@ -392,13 +402,6 @@ class Session:
             unlabelled_views=features(where, views, "random") if where and views else no_features[None][:0],
             seed=self.config.seed,
         )
-
-    def training_images(self) -> Iterator[Tensor]:
-        """Yield the training images once, in batches ``[B, 3, H, W]``, with the configured transform."""
-        data = self.data(self.method, self.task)
-        data.setup("fit")
-        for batch in data.train_dataloader():
-            yield batch["images"]
 
     def task_feature(self) -> Tensor:
         """Return the mean unit image feature ``[D]`` of the training images with the test transform."""
