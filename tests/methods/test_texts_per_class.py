@@ -280,3 +280,34 @@ def test_the_zero_shot_ensemble_has_7_templates_on_imagenet_and_8_elsewhere(tiny
     own = create_method("zeroshot", tiny_backbone, NAMES, ensemble=True, templates=["my {}."])
     assert len(own.settings.templates) == 8 and own.settings.templates[-1] == "my {}."
     assert dataclasses.asdict(own.settings)["ensemble"] is False
+
+
+# -- the zero-shot row ----------------------------------------------------------------------------------------------
+TEXT_SCORING = [*SCORING, ("vpt", {}), ("visual_prompt", {}), ("tpt", {}), ("difftpt", {}), ("tpt", {
+    "context_init": "a photo of a [CLS] there"}), ("ramt", {"side": "text"}), ("clip_lora", {"encoder": "text"}),
+    ("tpt", {"context_init": ""})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "own"), TEXT_SCORING, ids=[f"{name}-{own}" for name, own in TEXT_SCORING])
+@pytest.mark.filterwarnings("ignore")
+def test_the_zero_shot_row_has_the_classifier_of_the_method(
+    name: str, own: dict[str, Any], tiny_backbone: Backbone, file: Path
+) -> None:
+    torch.manual_seed(0)
+    given = {} if "templates" not in field_hints(get_method_class(name).Settings) else {"templates": [
+        "a photo of a {}.", "a drawing of the {}.", f"file:{file}"]}  # fmt: skip
+    method = create_method(name, tiny_backbone, NAMES, data_template="{} texture.", **given, **own)
+    zero_shot = create_method("zeroshot", tiny_backbone, NAMES, data_template="{} texture.",
+                              **method.zero_shot_settings())  # fmt: skip
+    weights = F.normalize(method.text_features(), dim=-1)
+    if name == "apt_approximated":
+        weights = F.normalize(tiny_backbone.text.encode(method.layout)[0], dim=-1)  # without its random tokens
+    if own == {"context_init": ""}:
+        weights = template_features(tiny_backbone, NAMES, ["{} texture."])  # random vectors have no words
+    torch.testing.assert_close(zero_shot.text_features(), weights, rtol=1e-4, atol=1e-5)
+
+
+def test_methods_that_learn_their_prompts_stand_beside_the_data_sets_template(tiny_backbone: Backbone) -> None:
+    own = {name for name, _ in TEXT_SCORING}
+    for name in set(list_methods()) - own:
+        assert create_method(name, tiny_backbone, NAMES).zero_shot_settings() == {}, name

@@ -71,8 +71,8 @@ from vlprompt.errors import ConfigError, nearest
 __all__ = [
     "Above0", "Below1", "Count", "Fraction", "Ge", "Gt", "Holds", "Le", "Lines", "Lt", "MaxLen", "MinLen",
     "Name", "NonNegative", "OpenTemplates", "Positive", "Problem", "Seed", "Template", "Templates", "Texts", "Words",
-    "accepted_values", "convert", "field_default", "field_hints", "fill_templates", "from_text", "literals", "make",
-    "over_defaults", "refusal", "validate", "validated",
+    "accepted_values", "convert", "expanded", "field_default", "field_hints", "fill_templates", "from_text", "literals",
+    "make", "over_defaults", "refusal", "validate", "validated",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -369,7 +369,7 @@ def fill_templates(
     Raises:
         ConfigError: A reference cannot be resolved, or the number of templates contradicts other fields.
     """
-    settings = getattr(settings, "with_derived_texts", lambda: settings)()
+    settings = expanded(settings)
     values: dict[str, Any] = {}
     hints = field_hints(type(settings))
     for name in (name for name, hint in hints.items() if is_texts(hint)):
@@ -386,6 +386,12 @@ def fill_templates(
             if filled is not nested:
                 values[name] = filled
     return dataclasses.replace(cast(Any, settings), **values) if values else settings
+
+
+def expanded(settings: T) -> T:
+    """Return ``settings`` with derived lists of texts written out, if they have any."""
+    derived: T = getattr(settings, "with_derived_texts", lambda: settings)()
+    return derived
 
 
 # -- single values ----------------------------------------------------------------------------------------------------

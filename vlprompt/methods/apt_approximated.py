@@ -24,7 +24,7 @@ from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
 from vlprompt.needs import Needs
 from vlprompt.prompts import CONTEXT_STD, Diffusion
-from vlprompt.prompts.zero_shot import first_layout, template_features
+from vlprompt.prompts.zero_shot import first_layout, first_texts, template_features
 
 
 @validated("settings")
@@ -112,6 +112,12 @@ class APT(PromptMethod):
         if self.settings.normaliser == "softmax-lambda":
             return Added(rows={layer: block.tokens for layer, block in enumerate(blocks) if isinstance(block, Tokens)})
         return Added(after_attention=dict(enumerate(blocks)))
+
+    def zero_shot_settings(self) -> dict[str, Any]:
+        """Return the texts of the classifier: all, or the first if the text tower is changed."""
+        templates = self.settings.templates
+        frozen = self.text is None
+        return {"templates": templates if frozen else first_texts(templates)}
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return raw image features ``[B, D]`` with the tokens."""

@@ -164,6 +164,13 @@ class PromptMethod(nn.Module):
         """Return the classifier ``[D, C]`` in the orientation of ``open_clip``: unit columns."""
         return self.text_features().t()
 
+    def zero_shot_settings(self) -> dict[str, Any]:
+        """Return the settings of ``zeroshot`` for the classifier that the method starts from.
+
+        The zero-shot row beside the method's results uses it. Empty: the template of the data set.
+        """
+        return {}
+
     def unit_image(self, features: Tensor) -> Tensor:
         """Return unit image features ``[B, D]`` of raw ``features`` ``[B, D]``, adapted by the objectives."""
         for objective in self.active:

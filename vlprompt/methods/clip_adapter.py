@@ -8,6 +8,8 @@ training uses features that are computed once; other classes need only their tex
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from vlprompt.config.run import RecipeConfig
@@ -47,6 +49,10 @@ class CLIPAdapter(PromptMethod):
         self.adapter = FeatureAdapter(self.backbone.embed_dim, self.settings.reduction)
         weights = template_features(self.backbone, self.class_names, self.settings.templates)
         self.register_buffer("weights", weights, persistent=False)
+
+    def zero_shot_settings(self) -> dict[str, Any]:
+        """Return the method's own texts."""
+        return {"templates": self.settings.templates}
 
     def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the frozen unit text features ``[C, D]``."""

@@ -8,7 +8,7 @@ constant 100 for OpenAI's weights. Trained by cross-entropy.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from vlprompt.methods.registry import register
 from vlprompt.needs import Needs
 from vlprompt.objectives.base import Step
 from vlprompt.prompts import LowRank
-from vlprompt.prompts.zero_shot import first_layout, template_features
+from vlprompt.prompts.zero_shot import first_layout, first_texts, template_features
 
 #: First block of each position, and the block after its last, of 12 (MaxZanella/CLIP-LoRA 358f0d7: loralib/utils.py).
 POSITIONS = {
@@ -121,6 +121,12 @@ class CLIPLoRA(PromptMethod):
             said = " or ".join(f"the {name} tower ({depths[name]} blocks)" for name in chosen)
             setting = f"layers is {list(settings.layers)}" if settings.layers else f"position is {settings.position!r}"
             raise ConfigError(f"settings.{setting}, which is no block of {said}; use position all")
+
+    def zero_shot_settings(self) -> dict[str, Any]:
+        """Return the texts of the classifier: all, or the first if the text tower is changed."""
+        templates = self.settings.templates
+        frozen = self.settings.encoder == "vision"
+        return {"templates": templates if frozen else first_texts(templates)}
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return raw image features ``[B, D]`` with the updates."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,6 +124,10 @@ class TemplateViewsMethod(ViewsMethod):
         """Encode the templates once; there are no trainable parameters."""
         weights = template_features(self.backbone, self.class_names, self.settings.templates)
         self.register_buffer("weights", weights, persistent=False)
+
+    def zero_shot_settings(self) -> dict[str, Any]:
+        """Return the method's own texts."""
+        return {"templates": self.settings.templates}
 
     def initial_text_features(self) -> Tensor:
         """Return the unit text features ``[C, D]``."""

@@ -67,6 +67,10 @@ class FittedMethod(PromptMethod):
         """Return the text classifier ``[C, D]``: the normalised mean of the templates' unit features."""
         return template_features(self.backbone, self.class_names, self.settings.templates)
 
+    def zero_shot_settings(self) -> dict[str, Any]:
+        """Return the method's own texts."""
+        return {"templates": self.settings.templates}
+
     def fit(self, shots: FewShotFeatures) -> None:
         """Fit the classifier on frozen features."""
         raise NotImplementedError

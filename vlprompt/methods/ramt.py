@@ -14,7 +14,7 @@ head with scores of 0.01 and 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from vlprompt.needs import Needs
 from vlprompt.objectives.base import Step
 from vlprompt.objectives.gradient_dropout import GradientDropoutSettings
 from vlprompt.prompts import Masks
-from vlprompt.prompts.zero_shot import first_layout, template_features
+from vlprompt.prompts.zero_shot import first_layout, first_texts, template_features
 
 _MLP = (".mlp.c_fc.weight", ".mlp.c_proj.weight")
 _ATTENTION = ("in_proj_weight", "out_proj.weight", *(f"attnpool.{part}_proj.weight" for part in "qkvc"))
@@ -105,6 +105,12 @@ class RAMT(PromptMethod):
         if not mlp and not rest:
             raise ConfigError(f"settings.candidates is {kind!r}, and {self.backbone.name} has no such weights; use all")
         return {**rest, **mlp}
+
+    def zero_shot_settings(self) -> dict[str, Any]:
+        """Return the texts of the classifier: all, or the first if the text tower is changed."""
+        templates = self.settings.templates
+        frozen = self.settings.side == "image"
+        return {"templates": templates if frozen else first_texts(templates), "average": "raw"}
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return raw image features ``[B, D]`` of the masked tower."""

@@ -149,7 +149,7 @@ def open_templates(
     """
     filled: dict[str, Any] = {}
     for prefix, section in _sections(name, settings, objectives).items():
-        before, after = (dict(_lists(prefix, part)) for part in (section, fill_templates(section, texts)))
+        before, after = (dict(text_lists(prefix, part)) for part in (section, fill_templates(section, texts)))
         filled |= {key: value for key, value in after.items() if not before.get(key)}
     return filled
 
@@ -161,7 +161,7 @@ def texts_of_data(name: str, settings: Mapping[str, Any], objectives: Mapping[st
         ConfigError: Unknown names, or values that are not accepted.
     """
     sections = _sections(name, settings, objectives).items()
-    return any(depends_on_data(entries) for prefix, section in sections for _, entries in _lists(prefix, section))
+    return any(depends_on_data(entries) for prefix, section in sections for _, entries in text_lists(prefix, section))
 
 
 def _sections(name: str, settings: Mapping[str, Any], objectives: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -174,11 +174,11 @@ def _sections(name: str, settings: Mapping[str, Any], objectives: Mapping[str, M
     return sections
 
 
-def _lists(prefix: str, section: Any) -> Iterator[tuple[str, tuple[Texts, ...]]]:
+def text_lists(prefix: str, section: Any) -> Iterator[tuple[str, tuple[Texts, ...]]]:
     """Yield the lists of templates in settings by dotted key."""
     for name, hint in field_hints(type(section)).items():
         value = getattr(section, name)
         if is_texts(hint):
             yield f"{prefix}.{name}", value
         elif is_dataclass(type(value)):
-            yield from _lists(f"{prefix}.{name}", value)
+            yield from text_lists(f"{prefix}.{name}", value)

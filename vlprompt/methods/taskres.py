@@ -9,7 +9,7 @@ names (trainers/taskres.py), which are spaces here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -57,6 +57,10 @@ class TaskRes(FittedMethod):
     def needs(self) -> Needs:
         """Features of random crops, as in the training of CoOp."""
         return Needs(fit_views=self.settings.views)
+
+    def zero_shot_settings(self) -> dict[str, Any]:
+        """Return the method's own texts, whose raw features are averaged."""
+        return {"templates": self.settings.templates, "average": "raw"}
 
     def text_weights(self) -> Tensor:
         """Return the mean of the templates' raw features ``[C, D]``."""

@@ -6,7 +6,7 @@ No labels and no training. Published results on Office-31, Office-Home and VisDA
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -44,6 +44,10 @@ class TFUPMethod(FittedMethod):
     Settings: ClassVar[type] = TFUPSettings
     settings: TFUPSettings
     Cache = TFUP
+
+    def zero_shot_settings(self) -> dict[str, Any]:
+        """Return the method's own texts, whose raw features are averaged."""
+        return {"templates": self.settings.templates, "average": "raw"}
 
     def text_weights(self) -> Tensor:
         """Return the mean of the templates' raw features ``[C, D]``."""

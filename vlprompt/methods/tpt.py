@@ -12,6 +12,7 @@ Its loss scaling in half precision, which can skip an image's step, is omitted.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +98,14 @@ class TPT(TunedMethod):
         self.layout = tuned_layout(self.backbone.text, self.class_names, self._words, length, before)
         self._remembered.clear()
         self._derivatives: Tensor | None = None
+
+    def zero_shot_settings(self) -> dict[str, Any]:
+        """Return the initial words as a template, ``"a photo of a {}."``; random vectors have none."""
+        words = self.settings.context_init.strip()
+        if not words:
+            return {}
+        template = words if self._name_at is None else words.replace(_NAME, "{}")
+        return {"templates": [f"{template} {{}}." if self._name_at is None else f"{template}."]}
 
     def initial_text_features(self) -> Tensor:
         """Return the unit text features ``[C, D]`` of the initial context."""

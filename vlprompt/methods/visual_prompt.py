@@ -7,6 +7,8 @@ Trained by cross-entropy, with SGD at a rate of 40 without weight decay. Works w
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from vlprompt.config.run import RecipeConfig
@@ -51,6 +53,10 @@ class VisualPrompt(PromptMethod):
         names = [name.replace("-", " ") for name in self.class_names]
         features = template_features(self.backbone, names, [settings.template])
         self.register_buffer("frozen_text", features, persistent=False)
+
+    def zero_shot_settings(self) -> dict[str, Any]:
+        """Return the fixed prompt."""
+        return {"templates": [self.settings.template]}
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return raw image features ``[B, D]`` with the prompt."""

@@ -6,7 +6,7 @@ text is "a photo of a NAME." for every data set in the official code; another te
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from torch import Tensor
 
@@ -49,6 +49,10 @@ class VPT(PromptMethod):
         self.visual = VisualPrompts(self.backbone.image, settings.image_tokens, settings.image_depth)
         features = template_features(self.backbone, self.class_names, [settings.template])
         self.register_buffer("frozen_text", features, persistent=False)
+
+    def zero_shot_settings(self) -> dict[str, Any]:
+        """Return the fixed prompt."""
+        return {"templates": [self.settings.template]}
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return raw image features ``[B, D]`` with the tokens."""

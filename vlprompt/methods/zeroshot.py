@@ -7,7 +7,7 @@ learned.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -53,6 +53,10 @@ class ZeroShot(PromptMethod):
         settings = self.settings
         weights = template_features(self.backbone, self.class_names, settings.templates, settings.average)
         self.register_buffer("weights", weights, persistent=False)
+
+    def zero_shot_settings(self) -> dict[str, Any]:
+        """Return the method's own settings."""
+        return {"templates": self.settings.templates, "average": self.settings.average}
 
     def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the ensembled unit text features ``[C, D]``."""

@@ -107,6 +107,12 @@ def _sums(backbone: Any, class_names: Sequence[str], body: Any, unit: bool) -> t
     return sums, torch.stack([chunk.sum(dim=0) for chunk in weights.split(sizes)])
 
 
+def first_texts(templates: Sequence[Texts]) -> list[Texts]:
+    """Return the first template, or the first sentence of each class, as a list of texts."""
+    body, _ = weighted(templates[0])
+    return [body if isinstance(body, str) else {name: sentences[:1] for name, sentences in body.items()}]
+
+
 def first_layout(tower: TextTower, class_names: Sequence[str], templates: Sequence[Texts]) -> TokenLayout:
     """Return the layout of one prompt per class: the first template, or the first sentence of each class.
 

@@ -19,7 +19,6 @@ from vlprompt.config.source import ConfigSource
 from vlprompt.engine.metrics import ERRORS, measured
 from vlprompt.protocols.plan import Plan, make_plan
 from vlprompt.protocols.protocol import (
-    ZERO_SHOT,
     by_metric,
     keep,
     marks,
@@ -33,7 +32,7 @@ from vlprompt.protocols.protocol import (
 )
 from vlprompt.protocols.running import Runner, check_data
 from vlprompt.runs.run import Run, harmonic_mean
-from vlprompt.runs.tables import data_words, metric_words, render
+from vlprompt.runs.tables import ZERO_SHOT, data_words, metric_words, render
 
 SCHEMA = 1
 AVERAGE = "average"

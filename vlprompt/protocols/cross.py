@@ -24,6 +24,7 @@ from vlprompt._dist import is_main_process
 from vlprompt._files import sha256_json, write_json
 from vlprompt.config.run import RunConfig
 from vlprompt.config.source import ConfigSource
+from vlprompt.config.texts import identified
 from vlprompt.datasets import FewShotTask
 from vlprompt.engine.fit import make_trainer
 from vlprompt.engine.metrics import METRICS, measured
@@ -32,8 +33,8 @@ from vlprompt.io.head import Head
 from vlprompt.io.head_files import CONFIG_FILE
 from vlprompt.protocols.plan import Plan, make_plan
 from vlprompt.protocols.protocol import (
-    ZERO_SHOT,
     by_metric,
+    classifier_mark,
     keep,
     marks,
     over_seeds,
@@ -47,7 +48,7 @@ from vlprompt.protocols.running import Runner, check_data, place
 from vlprompt.runs.folder import TARGETS, config_sha256, data_record, read_json
 from vlprompt.runs.run import Run, tested
 from vlprompt.runs.session import Session
-from vlprompt.runs.tables import data_words, render
+from vlprompt.runs.tables import ZERO_SHOT, classifier_of, data_words, render
 
 SCHEMA = 1
 _DRAWN = ("shots", "seed", "sampler", "train", "val", "shots_sha256", "val_sha256")
@@ -139,6 +140,7 @@ def _own_run(source: Run, runner: Runner, config: RunConfig) -> dict[str, Any]:
     results = runner.run(config).results
     return {
         "data": results["data"],
+        "zeroshot_classifier": results.get("zeroshot_classifier", {}),
         **{part: results[part]["all"] for part in ("results", "zeroshot")},
         "per_class": {part: counts["all"] for part, counts in results["per_class"].items()},
     }
@@ -156,6 +158,7 @@ def _target(done: Run, session: Session, task: FewShotTask, force: bool) -> dict
         "backbone": done.results["backbone"]["fingerprint"],
         "data": {name: data[name] for name in ("name", "class_names_sha256", "template", "split_sha256", "test")},
         "preprocess": head_facts.get("preprocess"),
+        "texts": sha256_json([identified(session.plain["settings"]), task.texts.ensembles]),
     }
     path = done.folder / TARGETS / f"{task.name}-{sha256_json(key)[:16]}.json"
     known = None if force else _kept(path, key)
@@ -173,7 +176,8 @@ def _kept(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
         scores = read_json(path)
     except ConfigError:
         return None  # testing again is cheap and repairs the file
-    complete = scores is not None and {"results", "zeroshot", "data"} <= scores.keys() and scores.get("key") == key
+    parts = {"results", "zeroshot", "zeroshot_classifier", "data"}
+    complete = scores is not None and parts <= scores.keys() and scores.get("key") == key
     return scores if complete else None
 
 
@@ -184,10 +188,10 @@ def _test(session: Session, head: Head, task: FewShotTask, folder: Path) -> dict
     # No shots were drawn from a target.
     scores: dict[str, Any] = {"data": {name: value for name, value in data.items() if name not in _DRAWN}}
     per_class = {}
-    for part, method in (
-        ("results", session.moved(head.method, task).eval()),
-        ("zeroshot", session.zero_shot_on(task)),
-    ):
+    moved = session.moved(head.method, task).eval()
+    zero_shot = session.zero_shot_on(task, moved)
+    scores["zeroshot_classifier"] = session.classifier_facts(zero_shot, task, moved)
+    for part, method in (("results", moved), ("zeroshot", zero_shot)):
         trainer = make_trainer(quiet, folder, 1, gradient=method.needs.gradient)
         scores[part], per_class[part] = tested(session, trainer, method, task)
     return scores | {"per_class": per_class}
@@ -237,13 +241,14 @@ def _cell(
                 "folder": str(run.folder),
                 "source": {part: run.results[part]["all"] for part in ("results", "zeroshot")},
                 "targets": {
-                    target: {part: found[part] for part in ("results", "zeroshot", "per_class")}
+                    target: {part: found[part] for part in ("results", "zeroshot", "zeroshot_classifier", "per_class")}
                     for target, found in of_seed.items()
                 },
             }
             for run, of_seed in zip(runs, scores, strict=True)
         ],
         **marks(runs, metric),
+        **classifier_mark([classifier_of(found) for found in (runs[0].results, *scores[0].values())]),
     }
 
 

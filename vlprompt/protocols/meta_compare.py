@@ -20,10 +20,10 @@ from vlprompt.config.run import GRAM, RunConfig
 from vlprompt.config.source import ConfigSource
 from vlprompt.engine.metrics import headline
 from vlprompt.protocols.plan import make_plan
-from vlprompt.protocols.protocol import ZERO_SHOT, keep, over_seeds
+from vlprompt.protocols.protocol import keep, over_seeds
 from vlprompt.protocols.running import Runner
 from vlprompt.runs.run import Run
-from vlprompt.runs.tables import render
+from vlprompt.runs.tables import ZERO_SHOT, render
 
 SCHEMA = 1
 STARTS = ("usual start", "learned start", "learned start, regulated")

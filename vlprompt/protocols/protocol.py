@@ -13,8 +13,7 @@ from vlprompt.config.run import RunConfig
 from vlprompt.runs.folder import config_sha256
 from vlprompt.runs.run import Run
 from vlprompt.runs.selection import is_oracle, stamped
-
-ZERO_SHOT = "zero-shot"
+from vlprompt.runs.tables import ZERO_SHOT, classifier_of, zero_shot_name
 
 
 def keep(stem: str, results: dict[str, Any], configs: Sequence[RunConfig], *more: Any) -> None:
@@ -58,36 +57,53 @@ def _averages(part: Any) -> Any:
 
 
 def marks(runs: Sequence[Run], metric: str | None = None) -> dict[str, Any]:
-    """Return the marks of a cell: its ``metric`` if it is not accuracy, and how its runs used test images."""
+    """Return the marks of a cell: a metric other than accuracy, its classifier, and how its runs used test images."""
     metric = metric or runs[0].results["data"].get("metric", "accuracy")
     cell_marks: dict[str, Any] = {} if metric == "accuracy" else {"metric": metric}
     if used := runs[0].results.get("test_images"):
         cell_marks["test_images"] = used
+    cell_marks |= classifier_mark([classifier_of(runs[0].results)])
     return cell_marks | ({"oracle": True} if is_oracle(run.results for run in runs) else {})
 
 
 def shared_marks(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the marks of the average of ``cells``: every use of test images in any of them."""
+    """Return the marks of the average of ``cells``: their classifiers, and every use of test images in any of them."""
     cell_marks: dict[str, Any] = {"oracle": True} if any(cell.get("oracle") for cell in cells) else {}
     used = [cell["test_images"] for cell in cells if cell.get("test_images")]
+    cell_marks |= classifier_mark([cell.get("zero_shot", "") for cell in cells])
     return cell_marks | ({"test_images": used[0]} if used else {})
 
 
-def table_rows(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield cell and label of each row: zero-shot once per data set, then its methods.
+def classifier_mark(names: Sequence[str]) -> dict[str, str]:
+    """Return the mark of a cell whose zero-shot classifiers have these names, empty for the data set's template."""
+    distinct = list(dict.fromkeys(names))
+    return {"zero_shot": ", ".join(name or "the data set's template" for name in distinct)} if any(distinct) else {}
 
-    Data sets are in the order of their first cell. Zero-shot with selected templates has a separate row.
+
+def table_rows(cells: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield cell and label of each row: zero-shot once per data set and classifier, then the methods with it.
+
+    Data sets and classifiers are in the order of their first cell. Zero-shot with templates that were selected on test
+    images has only the row of the method, which is marked.
     """
     for data in dict.fromkeys(cell["data"] for cell in cells):
-        data_cells = [cell for cell in cells if cell["data"] == data]
-        yield data_cells[0], ZERO_SHOT
-        yield from ((cell, cell["method"]) for cell in data_cells if cell["method"] != "zeroshot" or cell.get("oracle"))
+        of_data = [cell for cell in cells if cell["data"] == data]
+        for classifier in dict.fromkeys(cell.get("zero_shot") for cell in of_data):
+            group = [cell for cell in of_data if cell.get("zero_shot") == classifier]
+            others = [cell for cell in group if cell["method"] != "zeroshot" or cell.get("oracle")]
+            if unmarked := [cell for cell in group if cell["method"] != "zeroshot" or not cell.get("oracle")]:
+                yield unmarked[0], ZERO_SHOT
+            yield from ((cell, cell["method"]) for cell in others)
 
 
 def row_name(cell: dict[str, Any], label: str) -> str:
-    """Return the name of the row ``label`` of ``cell`` in a table, with marks for the use of test images."""
-    is_method = label != ZERO_SHOT
-    return stamped(label, is_method and bool(cell.get("oracle")), cell.get("test_images") if is_method else None)
+    """Return the name of the row ``label`` of ``cell`` in a table, with marks for the use of test images.
+
+    Zero-shot is named after its classifier, unless that is the template of the data set's card.
+    """
+    if label == ZERO_SHOT:
+        return zero_shot_name(cell.get("zero_shot", ""))
+    return stamped(label, bool(cell.get("oracle")), cell.get("test_images"))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

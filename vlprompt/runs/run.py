@@ -167,6 +167,7 @@ def run_session(session: Session, *, force: bool = False) -> Run:
             "versions": versions(),
             "results": scores,
             "zeroshot": zeroshot,
+            "zeroshot_classifier": session.classifier_facts(session.zero_shot, task, method),
             "per_class": {"results": per_class, "zeroshot": zeroshot_per_class},
             "images": images.facts(),
             "feature_shift": shift_record(method, task),

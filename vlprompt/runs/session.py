@@ -15,17 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt._dist import local_rank
-from vlprompt._files import sha256_lines, sha256_tensors
+from vlprompt._files import sha256_json, sha256_lines, sha256_tensors
 from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.config.keys import as_plain
 from vlprompt.config.run import BackboneConfig, DataConfig, RecipeConfig, RunConfig, TestOrder, TrainerConfig
-from vlprompt.config.texts import DataTexts
-from vlprompt.config.types import make, over_defaults
+from vlprompt.config.texts import DataTexts, described, unknown_classes, weighted
+from vlprompt.config.types import expanded, make, over_defaults
 from vlprompt.data import FewShotData
 from vlprompt.datasets import FewShotTask, load_dataset
 from vlprompt.engine.fit import check_devices
-from vlprompt.errors import ConfigError, VlpromptError
+from vlprompt.errors import ConfigError, VlpromptError, bulleted
 from vlprompt.generation import open_bank
 from vlprompt.io.head import Head, learned_tensors
 from vlprompt.io.regulators import load_regulator
@@ -34,7 +34,7 @@ from vlprompt.meta import Regulator
 from vlprompt.methods import PromptMethod, create_method, get_method_class
 from vlprompt.methods.episodic import ViewsMethod
 from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
-from vlprompt.methods.registry import check_start, merge_parts, texts_of_data
+from vlprompt.methods.registry import check_start, merge_parts, text_lists, texts_of_data
 from vlprompt.objectives import get_objective_class
 from vlprompt.prompts.decomposed import get_decomposition_class
 from vlprompt.runs.folder import config_sha256, run_folder
@@ -230,12 +230,14 @@ class Session:
         check_start(self.config.method, self.config.init_from)
         self.load()
         pl.seed_everything(self.config.seed, verbose=False)
-        return self._started(self.make_method(self.drawn, self.backbone))
+        method = self._started(self.make_method(self.drawn, self.backbone))
+        _report_unknown_classes(method, self.drawn)
+        return method
 
     @cached_property
     def zero_shot(self) -> PromptMethod:
-        """Zero-shot CLIP with the task's template, in evaluation mode."""
-        return self.zero_shot_on(self.task)
+        """The zero-shot classifier of the method, in evaluation mode."""
+        return self.zero_shot_on(self.task, self.method)
 
     @cached_property
     def regulator(self) -> Regulator | None:
@@ -291,10 +293,39 @@ class Session:
             method.set_source(*read_statistics(files, method.source_shape()))
         return method
 
-    def zero_shot_on(self, task: FewShotTask) -> PromptMethod:
-        """Return zero-shot CLIP with the template of ``task``, in evaluation mode."""
-        zero_shot = create_method("zeroshot", self.backbone, task.class_names, templates=[task.template])
+    def zero_shot_on(self, task: FewShotTask, method: PromptMethod) -> PromptMethod:
+        """Return zero-shot CLIP on ``task`` with the classifier of ``method``, in evaluation mode.
+
+        Methods without hand-written prompts have the template of ``task``.
+        """
+        settings = method.zero_shot_settings()
+        zero_shot = create_method("zeroshot", self.backbone, task.class_names, data_template=task.texts, **settings)
         return zero_shot.to(self.backbone.device).eval()
+
+    def classifier_facts(self, zero_shot: PromptMethod, task: FewShotTask, method: PromptMethod) -> dict[str, Any]:
+        """Return the name and the texts of a zero-shot classifier, for results.
+
+        Args:
+            zero_shot: The classifier from :meth:`zero_shot_on`.
+            task: Its task.
+            method: The method that it belongs to.
+
+        Returns:
+            ``name``: its template, its ensembles and files, or the number of its templates; ``templates``; their
+            ``average``; ``sha256`` of the texts; ``published``: whether it is the one template of the data set's card.
+            Sentences of classes are given by their number.
+        """
+        settings, config = zero_shot.settings, self.config
+        entries = settings.templates
+        own: Any = expanded(make(get_method_class(config.method).Settings, config.settings))
+        whole = getattr(method.settings, "templates", None) == entries
+        return {
+            "name": described((getattr(own, "templates", ()) if whole else ()) or entries),
+            "templates": [body if isinstance(body, str) else described([body]) for body, _ in map(weighted, entries)],
+            "average": settings.average,
+            "sha256": sha256_json(entries),
+            "published": list(entries) == [task.card.template],
+        }
 
     def moved(self, method: PromptMethod, task: FewShotTask) -> PromptMethod:
         """Return ``method`` with its trained parameters and new prompts for the classes of another data set.
@@ -558,6 +589,20 @@ def configured_backbone(config: BackboneConfig, trainer: TrainerConfig) -> Backb
         BackboneError: It cannot be loaded.
     """
     return load_backbone(config.name, config.pretrained, precision=config.precision, device=device_of(trainer))
+
+
+def _report_unknown_classes(method: PromptMethod, task: FewShotTask) -> None:
+    """Warn of sentences for classes that the data set does not have."""
+    settings = [method.settings, *(objective.settings for objective in method.active)]
+    lists = [entries for section in settings for _, entries in text_lists("", section)]
+    bodies = [body for entries in lists for body, _ in map(weighted, entries) if not isinstance(body, str)]
+    for lines in dict.fromkeys(tuple(unknown_classes(body, task.all_class_names)) for body in bodies):
+        if lines:
+            warnings.warn(
+                f"sentences of {len(lines)} classes are not used, because {task.name} has no such class:\n"
+                f"{bulleted(lines, limit=5)}",
+                stacklevel=2,
+            )
 
 
 def device_of(config: TrainerConfig) -> str:

@@ -12,6 +12,9 @@ from rich.table import Table
 from vlprompt.engine.metrics import ERRORS, METRICS, measured
 from vlprompt.runs.selection import is_oracle, stamped
 
+ZERO_SHOT = "zero-shot"
+"""Name of the row of the template on a data set's card; other classifiers are named after it."""
+
 
 def render(table: Table, title: str = "", caption: str = "") -> str:
     """Return a rich table as text of at most 120 columns.
@@ -25,6 +28,8 @@ def render(table: Table, title: str = "", caption: str = "") -> str:
 
 def results_table(runs: Sequence[dict[str, Any]], metrics: Sequence[str] = ()) -> str:
     """Return a table of one data set with a row for zero-shot and a row per run (its ``results.json`` content).
+
+    The zero-shot classifier is that of the first run.
 
     ``metrics`` are the metrics to show, a table each; empty for the headline metric of the data set.
     """
@@ -43,7 +48,7 @@ def _results_table(runs: Sequence[dict[str, Any]], columns: Sequence[str], metri
         table.add_column(f"{name} (correct/total)" if metric == "accuracy" else name, justify="right")
     if "new" in columns:
         table.add_column("harmonic mean", justify="right")
-    rows = [] if first["method"] == "zeroshot" else [("zero-shot", first["zeroshot"])]
+    rows = [] if first["method"] == "zeroshot" else [(zero_shot_name(classifier_of(first)), first["zeroshot"])]
     for label, scores in [
         *rows,
         *((stamped(run["method"], is_oracle([run]), run.get("test_images")), run["results"]) for run in runs),
@@ -54,6 +59,17 @@ def _results_table(runs: Sequence[dict[str, Any]], columns: Sequence[str], metri
             cells.append(f"{harmonic_mean(*halves):.2f}" if len(halves) == 2 and metric not in ERRORS else "-")
         table.add_row(label, *cells)
     return render(table, title)
+
+
+def classifier_of(results: Mapping[str, Any]) -> str:
+    """Return the name of a run's zero-shot classifier; empty for the template of the data set's card."""
+    facts = results.get("zeroshot_classifier", {})  # runs of older versions have that template
+    return "" if facts.get("published", True) else str(facts["name"])
+
+
+def zero_shot_name(classifier: str) -> str:
+    """Return the name of the row of a zero-shot classifier."""
+    return f"{ZERO_SHOT} ({classifier})" if classifier else ZERO_SHOT
 
 
 def score_text(score: Mapping[str, Any] | None, metric: str | None = None) -> str:
