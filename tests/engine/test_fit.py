@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from vlprompt.config.run import TrainerConfig
-from vlprompt.engine.fit import check_devices, make_trainer, quiet
+from vlprompt.config.run import BackboneConfig, TrainerConfig
+from vlprompt.engine.fit import check_devices, check_precision, make_trainer, quiet
 from vlprompt.errors import ConfigError
 
 
@@ -31,6 +31,21 @@ def test_missing_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"trainer.devices is 3 but torch sees 2 GPU\(s\); accepted: 1 to 2"):
         check_devices(TrainerConfig(devices=3))
     check_devices(TrainerConfig(devices=3, accelerator="cpu"))
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_towers_and_autocast_have_one_narrow_type(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them ended in a RuntimeError of torch (index_copy under autocast)."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    refused = set()
+    for towers in ("fp32", "fp16", "bf16"):
+        for precision in ("32-true", "16-mixed", "bf16-mixed"):
+            try:
+                check_precision(BackboneConfig(precision=towers), TrainerConfig(precision=precision))
+            except ConfigError as error:
+                assert "accepted: backbone.precision fp32 or" in str(error)
+                refused.add((towers, precision))
+    assert refused == {("fp16", "bf16-mixed"), ("bf16", "16-mixed") if gpu else ("fp16", "16-mixed")}
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

@@ -36,7 +36,7 @@ def _names_a_run(init_from: str) -> bool:
 
 @validated("backbone")
 class BackboneConfig:
-    """The frozen CLIP model: ``name`` and ``pretrained`` as in :func:`vlprompt.load_backbone`."""
+    """The frozen CLIP model: ``name``, ``pretrained`` and ``precision`` as in :func:`vlprompt.load_backbone`."""
 
     name: Name = "ViT-B-16"
     pretrained: Name | None = "openai"
@@ -196,7 +196,15 @@ def epochs_and_steps(recipe: RecipeConfig, per_epoch: int) -> tuple[int, int]:
 
 @validated("trainer")
 class TrainerConfig:
-    """Arguments of ``pytorch_lightning.Trainer``."""
+    """Arguments of ``pytorch_lightning.Trainer``.
+
+    ``precision``: prompts, their gradients and the optimiser's state are float32 in every case. Official code of
+    CoOp, CoCoOp, KgCoOp and ProGrad keeps them in float16 with the towers (CoOp's train.py 94), that of MaPLe, IVLP,
+    PromptSRC and PromptKD the text context at the input. Near 0.02, float16 numbers are 1.5e-5 apart: steps below
+    7.6e-6, such as most of a warm-up epoch at a rate of 1e-5, change nothing there. ``backbone.precision: fp16`` has
+    the same towers and does not round the prompts. MoCoOp's official autocast with scaled gradients is ``16-mixed``
+    on a GPU; on a CPU ``16-mixed`` computes in bfloat16. VPT and R-AMT are officially trained in float32.
+    """
 
     devices: Positive = 1
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"

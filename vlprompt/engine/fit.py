@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.strategies import DDPStrategy
 
-from vlprompt.config.run import RecipeConfig, TrainerConfig
+from vlprompt.config.run import BackboneConfig, RecipeConfig, TrainerConfig
 from vlprompt.engine.callbacks import LAST_CHECKPOINT, AtomicCheckpointIO, MetricsFile, last_checkpoint_callback
 from vlprompt.engine.metrics import plain_score, score
 from vlprompt.engine.module import PromptModule
@@ -78,6 +78,21 @@ def check_devices(config: TrainerConfig) -> None:
         raise ConfigError("trainer.accelerator is 'gpu' but torch sees no GPU here; use --trainer.accelerator cpu")
     if config.accelerator != "cpu" and 0 < gpus < config.devices:
         raise ConfigError(f"trainer.devices is {config.devices} but torch sees {gpus} GPU(s); accepted: 1 to {gpus}")
+
+
+def check_precision(backbone: BackboneConfig, trainer: TrainerConfig) -> None:
+    """Raise ConfigError if the towers have another narrow type than autocast, which cannot compute with it.
+
+    Lightning's ``16-mixed`` is float16 on a GPU and bfloat16 on a CPU.
+    """
+    on_cpu = trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    types = {"32-true": None, "16-mixed": "bf16" if on_cpu else "fp16", "bf16-mixed": "bf16"}
+    used = types[trainer.precision]
+    if used and backbone.precision not in ("fp32", used):
+        raise ConfigError(
+            f"backbone.precision is {backbone.precision!r} and trainer.precision {trainer.precision!r}, which computes "
+            f"in {used} on this machine; accepted: backbone.precision fp32 or {used}, or trainer.precision 32-true"
+        )
 
 
 def _loggers(config: TrainerConfig, folder: Path) -> list[Logger]:
@@ -144,4 +159,14 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-__all__ = ["METRICS", "RecipeConfig", "check_devices", "fit", "make_trainer", "quiet", "score", "test"]
+__all__ = [
+    "METRICS",
+    "RecipeConfig",
+    "check_devices",
+    "check_precision",
+    "fit",
+    "make_trainer",
+    "quiet",
+    "score",
+    "test",
+]

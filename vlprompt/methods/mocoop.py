@@ -4,6 +4,11 @@ Templates form semantic groups. Each group has an expert: context vectors initia
 A linear router on the image feature selects the top experts; an image's classifier is the gate-weighted sum of their
 unit text features. The loss is cross-entropy, plus text supervision of each expert by its group's hand-written
 prototypes, plus supervision of the router by the image's affinity to these prototypes.
+
+In base-to-new, the router's supervision follows the paper where the released code does not: there, prototypes are in
+the order of ``list(set(names))`` (datasets/food101.py 47; prompting/moe.py 214-215, 380-383) and are selected by base
+labels (moe.py 511). Each image is compared with the prototypes of some other class, which changes with each start of
+Python.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from vlprompt.config.keys import as_plain
 from vlprompt.config.meta import MetaRunConfig
 from vlprompt.datasets.records import Sample
 from vlprompt.engine.callbacks import read_metrics
-from vlprompt.engine.fit import METRICS, check_devices, fit, make_trainer
+from vlprompt.engine.fit import METRICS, check_devices, check_precision, fit, make_trainer
 from vlprompt.engine.memory import peak_memory
 from vlprompt.engine.meta_data import MetaData
 from vlprompt.engine.meta_module import MetaModule
@@ -60,6 +60,7 @@ class MetaSession:
             VlpromptError: Values, pairs, weights or the method cannot be used.
         """
         check_devices(self.config.trainer)
+        check_precision(self.config.backbone, self.config.trainer)
         load_parts(self, "pairs", "backbone")
         # Class-specific parameters, for example, cannot be learned across tasks.
         host(self.config, self.backbone, ["one", "two"]).with_classes(["three", "four", "five"])

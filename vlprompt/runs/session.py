@@ -24,7 +24,7 @@ from vlprompt.config.texts import DataTexts, described, unknown_classes, weighte
 from vlprompt.config.types import expanded, make, over_defaults
 from vlprompt.data import FewShotData
 from vlprompt.datasets import FewShotTask, load_dataset
-from vlprompt.engine.fit import check_devices
+from vlprompt.engine.fit import check_devices, check_precision
 from vlprompt.errors import ConfigError, VlpromptError, bulleted
 from vlprompt.generation import open_bank
 from vlprompt.io.head import Head, learned_tensors
@@ -130,9 +130,11 @@ class Session:
         """Load the data set and the backbone.
 
         Raises:
-            VlpromptError: One or both of them cannot be used (one error reports both), or devices are missing.
+            VlpromptError: One or both of them cannot be used (one error reports both), devices are missing, or types of
+                numbers contradict each other.
         """
         check_devices(self.config.trainer)
+        check_precision(self.config.backbone, self.config.trainer)
         load_parts(self, "drawn", "backbone")
 
     # -- loaded objects ---------------------------------------------------------------------------------------------
