@@ -98,6 +98,21 @@ def test_a_prompt_of_zeros_is_zero_shot(tiny_backbone: Backbone, images: Tensor)
 def test_hyphens_are_spaces_in_the_text(tiny_backbone: Backbone) -> None:
     one, other = (create_method("visual_prompt", tiny_backbone, [name]) for name in ("pickup-truck", "Pickup_truck"))
     assert torch.equal(one.text_features(), other.text_features())
+    kept = create_method("visual_prompt", tiny_backbone, ["pickup-truck"], split_hyphens=False)
+    assert not torch.equal(one.text_features(), kept.text_features())
+
+
+def test_an_empty_template_is_the_data_sets(tiny_backbone: Backbone) -> None:
+    """BlackVIP's runs of VP; a single template may be given without a list, as heads of earlier versions have it."""
+    own = create_method("visual_prompt", tiny_backbone, NAMES, data_template="{} texture.", template=[])
+    given = create_method("visual_prompt", tiny_backbone, NAMES, template="{} texture.")
+    assert own.settings_dict()["template"] == given.settings_dict()["template"] == ("{} texture.",)
+    assert torch.equal(own.text_features(), given.text_features())
+    assert not torch.equal(create_method("visual_prompt", tiny_backbone, NAMES).text_features(), own.text_features())
+    texts = {name: [f"a {name}"] for name in [*NAMES, "pickup-truck"]}
+    named = create_method("visual_prompt", tiny_backbone, ["pickup-truck"], template=texts)
+    plain = create_method("visual_prompt", tiny_backbone, ["pickup-truck"], template="a {}", split_hyphens=False)
+    assert torch.equal(named.text_features(), plain.text_features())
 
 
 @pytest.mark.parametrize("shape", SHAPES)

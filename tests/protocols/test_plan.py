@@ -65,7 +65,7 @@ def rows(plan: Plan, *keys: str) -> list[tuple[Any, ...]]:
         ("tip_adapter", ["settings.alpha", "settings.search_alpha", "settings.search_beta", "settings.templates"], 11),
         ("kgcoop", ["settings.knowledge.templates"], 8),  # ImageNet, Caltech, cars and SUN397 share one
         ("mocoop", ["settings.templates", "settings.groups"], 10),  # Caltech and DTD share theirs
-        ("clip_lora", ["recipe.epochs"], 8),
+        ("clip_lora", ["recipe.steps"], 5),  # 16 shots take those of the method
     ],
 )
 def test_each_data_set_has_its_own_values(method: str, keys: list[str], number: int) -> None:

@@ -122,9 +122,8 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataM
 def test(trainer: pl.Trainer, module: PromptModule, data: pl.LightningDataModule) -> dict[str, Any]:
     """Return the scores of the test images, each counted once.
 
-    The result is ``{"accuracy": percent, "correct": n, "total": n}``. For another headline metric of ``module`` it
-    holds the metric's name as ``"metric"`` and all measured values (:func:`vlprompt.engine.metrics.plain_score`).
-    ``module.per_class`` holds the counts per class.
+    The result holds all measured values, and the name of the headline metric of ``module`` as ``"metric"`` if that is
+    not accuracy (:func:`vlprompt.engine.metrics.plain_score`). ``module.per_class`` holds the counts per class.
     """
     with quiet(), _interruptible(trainer):
         (scores,) = trainer.test(module, datamodule=data, verbose=False)

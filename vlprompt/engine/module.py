@@ -247,7 +247,7 @@ class PromptModule(FrozenInside):
         self._finish("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log ``test/accuracy`` in percent, ``test/correct``, ``test/total`` and ``test/mean_per_class``.
+        """Log ``test/correct``, ``test/total`` and, in percent, ``accuracy``, ``mean_per_class``, ``top5`` and ``ece``.
 
         With several labels per image: ``test/map``, ``test/map_11point``, ``test/cf1``, ``test/of1``, ``test/total``.
         """

@@ -83,7 +83,8 @@ class CLIPLoRA(PromptMethod):
 
     Settings = CLIPLoRASettings
     recipe = RecipeConfig(
-        epochs=160,
+        steps=8000,
+        drop_last=False,
         lr=0.0002,
         optimizer="adamw",
         weight_decay=0.01,
