@@ -40,6 +40,7 @@ class Needs:
         towers: Image towers that the method works with; image tokens need ``transformers``.
         fit_views: Number of random views of each training image for fitting on features; 0: the test view.
         fit_view: Kind of these views (:mod:`vlprompt.data.transforms`).
+        fit_labelled: Whether fitting on features uses the labelled training images.
         test_views: Views of every evaluated image, ``[B, V, D]`` or ``[B, V, 3, H, W]``; None: the test view alone.
         unlabelled: Images learned from without labels: ``train``, those of the training split; ``all-classes``, these
             and the training images of the other half of the classes; ``test``, those of the test split.
@@ -54,6 +55,7 @@ class Needs:
     towers: Literal["any", "transformers"] = "any"
     fit_views: int = 0
     fit_view: Literal["random", "random-half"] = "random"
+    fit_labelled: bool = True
     test_views: TestViews | None = None
     unlabelled: Literal["none", "train", "all-classes", "test"] = "none"
     unlabelled_views: int = 0

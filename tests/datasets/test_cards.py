@@ -44,7 +44,8 @@ REPOSITORY = Path(__file__).parents[2]
 
 OTHERS = {
     "imagenetv2": 1000, "imagenet_sketch": 1000, "imagenet_a": 200, "imagenet_r": 200, "pacs": 7, "vlcs": 5,
-    "office_home": 65, "terra_incognita": 10, "domainnet": 345, "cifar10": 10, "cifar100": 100, "mnist": 10, "svhn": 10,
+    "office_home": 65, "office31": 31, "visda17": 12, "terra_incognita": 10, "domainnet": 345, "cifar10": 10,
+    "cifar100": 100, "mnist": 10, "svhn": 10,
     "stl10": 10, "resisc45": 45, "clevr_count": 8, "patch_camelyon": 2, "country211": 211, "gtsrb": 43, "fer2013": 7,
     "rendered_sst2": 2, "kitti_distance": 4, "hateful_memes": 2, "voc2007": 20, "coco2014": 80,
 }  # fmt: skip

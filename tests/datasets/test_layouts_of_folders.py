@@ -88,6 +88,8 @@ def test_domains_in_folders(tmp_path: Path, paint: Paint) -> None:
     assert [len(samples) for samples in (task.train, task.val, task.test)] == [260, 130, 195]
     tv = task.class_names.index("tv")
     assert all(s.label == tv for s in task.test if "/TV/" in s.id) and task.class_names[tv + 1] == "table"
+    alone = load_dataset("office_home", root=root, target=["product"])
+    assert not alone.train and not alone.val and alone.test == task.test  # without a source nothing is trained on
     with pytest.raises(ConfigError, match="195 images of office_home would be both training and test images"):
         load_dataset("office_home", root=root, source=["art"], target=["art"])
 

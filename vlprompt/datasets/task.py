@@ -256,7 +256,7 @@ def _selected(card: Card, whole: SplitLists, source: Sequence[str], target: Sequ
     lists = keep_domains(card, whole, source, target)
     if not card.same_images:
         return lists
-    if not source and not target:
+    if not source:
         return replace(lists, train=[], val=[])  # test images must not be trained on
     tested = {sample.id for sample in lists.test}
     if shared := sum(sample.id in tested for sample in [*lists.train, *lists.val]):

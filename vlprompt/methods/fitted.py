@@ -22,7 +22,7 @@ class FewShotFeatures:
     """Raw frozen image features, float32, on the method's device.
 
     Attributes:
-        train: ``[V, N, D]``: V random views of each training image, or only the test view (V = 1).
+        train: ``[V, N, D]``: V random views of each training image, or only the test view (V = 1); N may be 0.
         labels: ``[N]``, int64.
         val: ``[M, D]``, the test view of the images for the hyperparameter search; M may be 0.
         val_labels: ``[M]``.

@@ -56,7 +56,7 @@ class TFUPMethod(FittedMethod):
     @property
     def needs(self) -> Needs:
         """Features of unlabelled images; labelled ones are not used."""
-        return Needs(unlabelled=self.settings.unlabelled)
+        return Needs(unlabelled=self.settings.unlabelled, fit_labelled=False)
 
     def fit(self, shots: FewShotFeatures) -> None:
         """Select the images and fill the cache."""

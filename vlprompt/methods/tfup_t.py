@@ -6,6 +6,7 @@ Features are frozen, so training uses features of random views that are computed
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -61,7 +62,7 @@ class TFUPTMethod(TFUPMethod):
         """Features of random views of unlabelled images."""
         settings = self.settings
         chosen = None if settings.select_on == "last" else settings.select_on
-        return Needs(unlabelled=settings.unlabelled, unlabelled_views=settings.views, select_on=chosen)
+        return dataclasses.replace(super().needs, unlabelled_views=settings.views, select_on=chosen)
 
     def fit(self, shots: FewShotFeatures) -> None:
         """Fill the cache and train the adapters."""

@@ -192,6 +192,7 @@ def _trained(session: Session) -> tuple[pl.Trainer, Selected | None]:
     Returns:
         The Trainer, for testing, and the epoch whose parameters the method has, if one was selected.
     """
+    session.check_training_images()
     config, method = session.config, session.method
     regulator = session.regulator
     regulation = [] if regulator is None else [GradientRegulation(regulator, session.task_feature())]

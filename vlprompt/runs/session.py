@@ -262,6 +262,19 @@ class Session:
         """Whether the method takes gradient steps over images."""
         return bool(self.method.parameter_groups(self.config.recipe.lr))
 
+    def check_training_images(self) -> None:
+        """Raise ConfigError if the method learns from training images and the task has none; call before training."""
+        task, needs = self.task, self.method.needs
+        fits = isinstance(self.method, FittedMethod) and (needs.fit_labelled or needs.unlabelled == "train")
+        if task.train or not (fits or self.trains):
+            return
+        if not task.card.same_images:
+            raise ConfigError(f"{task.name} has no training images; {self.config.method} can be tested on it only")
+        raise ConfigError(
+            f"{task.name} has no training images apart from its test images: {self.config.method} needs data.source, "
+            f"the domains to train on. Domains: {', '.join(task.card.domains)}"
+        )
+
     def make_method(self, task: Named, backbone: Backbone) -> PromptMethod:
         """Return the configured method for the classes of ``task``, without ``init_from``.
 
@@ -424,13 +437,14 @@ class Session:
         if needs.unlabelled != "none":
             where = "test" if needs.unlabelled == "test" else "train"
         no_features = torch.empty(0, method.backbone.embed_dim, device=device)
+        no_labels = torch.empty(0, dtype=torch.int64, device=device)
         split = self._selection_split()
         views = needs.unlabelled_views
         return FewShotFeatures(
-            train=features("train", needs.fit_views, needs.fit_view),
-            labels=labels("train"),
+            train=features("train", needs.fit_views, needs.fit_view) if needs.fit_labelled else no_features[None],
+            labels=labels("train") if needs.fit_labelled else no_labels,
             val=no_features if split is None else features(split, 0, "center")[0],
-            val_labels=torch.empty(0, dtype=torch.int64, device=device) if split is None else labels(split),
+            val_labels=no_labels if split is None else labels(split),
             unlabelled=no_features if where is None else features(where, 0, "center")[0],
             unlabelled_views=features(where, views, "random") if where and views else no_features[None][:0],
             seed=self.config.seed,
