@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 import vlprompt
 from vlprompt.backbone import Backbone, VisualTokens
 from vlprompt.config.run import RecipeConfig
-from vlprompt.engine.recipe import make_optimizer
+from vlprompt.engine.recipe import learning_rate, make_optimizer
 from vlprompt.methods.teacher import Teacher
 from vlprompt.prompts.zero_shot import template_features
 
@@ -28,7 +27,9 @@ def check_visual_prompt(golden: Any) -> Results:
     hyper = golden.meta["hyper"]
     images, labels, size = golden.tensor("images").float(), golden.tensor("labels"), hyper["B"]
     steps = len(images) // size
-    recipe = RecipeConfig(lr=hyper["lr"], momentum=hyper["momentum"], weight_decay=hyper["wd"])
+    # hjbahng/visual_prompting's utils.py: the rate changes by the step, on a line to lr, then on a cosine to zero.
+    schedule = {"schedule": "step", "warmup_steps": hyper["warmup"], "final_lr": 0.0, "epochs": hyper["epochs"]}
+    recipe = RecipeConfig(lr=hyper["lr"], momentum=hyper["momentum"], weight_decay=hyper["wd"], **schedule)
     for case in ("padding", "fixed_patch", "random_patch"):
         shape = "border" if case == "padding" else case
         settings = {"shape": shape, "prompt_size": hyper["prompt_size"], "template": hyper["template"]}
@@ -46,7 +47,7 @@ def check_visual_prompt(golden: Any) -> Results:
                 made.prompt.corner = functools.partial(tuple, golden.tensor("random_patch_offsets")[step].tolist())
             if step == 0:
                 yield f"{case}_output_image0", images[0] + made.prompt.pixels()
-            rates.append(_published_rate(step, hyper["lr"], hyper["warmup"], steps * hyper["epochs"]))
+            rates.append(learning_rate(step, hyper["lr"], recipe, per_epoch=steps))
             optimizer.param_groups[0]["lr"] = rates[-1]
             result = made.step(images[rows], labels[rows])
             yield f"{case}_step{step}_logits", result.logits
@@ -63,13 +64,6 @@ def check_visual_prompt(golden: Any) -> Results:
             )
         yield f"{case}_loss", torch.stack(losses)
         yield f"{case}_lr", rates
-
-
-def _published_rate(step: int, lr: float, warmup: int, steps: int) -> float:
-    """Return the rate at ``step``: linear up to ``lr``, then a cosine to zero over the other steps."""
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) * lr
 
 
 # -- UPT --------------------------------------------------------------------------------------------------------------
