@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,36 @@ def test_an_archive_of_other_settings_agrees(
     status, lines = tool.main([archive.save(tmp_path)]), capsys.readouterr().out.splitlines()
     assert status == 0, "\n".join(line for line in lines if not line.endswith(("e-06", "e-07", "0.0e+00")))
     assert int(lines[-1].split(" ")[0]) >= 2
+
+
+def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the paths of all numbers and switches of metadata."""
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves(value, (*path, key))
+    elif isinstance(tree, bool | int | float):
+        yield path
+
+
+def changed(meta: dict[str, Any], path: tuple[Any, ...]) -> dict[str, Any]:
+    """Return a copy of metadata with another value at ``path``."""
+    copy = json.loads(json.dumps(meta))
+    place = copy
+    for key in path[:-1]:
+        place = place[key]
+    value = place[path[-1]]
+    place[path[-1]] = not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else 0.6 * value
+    return copy
+
+
+@pytest.mark.parametrize("method", sorted(MAKERS))
+def test_every_setting_of_an_archive_is_followed(tool: Any, made: Any, tmp_path: Path, method: str) -> None:
+    archive, without_effect = made(method), set()
+    for path in leaves({key: archive.meta[key] for key in ("cases", "hyper", "teacher") if key in archive.meta}):
+        try:
+            status = tool.main([archive.save(tmp_path, changed(archive.meta, path))])
+        except (Exception, SystemExit):
+            status = 1
+        if not status:
+            without_effect.add("/".join(map(str, path)))
+    assert without_effect == archive.ignored

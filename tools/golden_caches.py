@@ -60,7 +60,8 @@ def check_tip_adapter(golden: Any) -> Results:
 
 
 def _tip_adapter_f(golden: Any, text: Any, options: Any, raw: Any, truth: Any, axes: Any) -> Results:
-    hyper, labels = golden.meta["hyper"], golden.tensor("train_labels")
+    hyper, labels, order = golden.meta["hyper"], golden.tensor("train_labels"), golden.tensor("F_order")
+    golden.expect(len(order) == hyper["epochs"], f"F_order has {len(order)} rows; stated: {hyper['epochs']} epochs")
     stated = golden.words(r"^AdamW\(lr, eps=(\S+), betas 0.9/0.999, weight_decay (\S+)\)$", hyper["optimizer"])
     decay = {"eps": float(stated[1]), "weight_decay": float(stated[2])}
     recipe = CacheRecipe(hyper["epochs"], hyper["bsF"], hyper["lr"], **decay)
@@ -70,9 +71,7 @@ def _tip_adapter_f(golden: Any, text: Any, options: Any, raw: Any, truth: Any, a
     untrained = cache.get_buffer("keys")
     yield "F_step0_weight_before", untrained[back]
     losses, rates, tests, scores, kept = [], [], [], [], []
-    for number, step in enumerate(
-        cache.training_steps(golden.tensor("F_train_raw"), labels, list(golden.tensor("F_order")))
-    ):
+    for number, step in enumerate(cache.training_steps(golden.tensor("F_train_raw"), labels, list(order))):
         losses.append(step.loss)
         rates.append(step.lr)
         yield f"F_step{number}_logits", step.logits

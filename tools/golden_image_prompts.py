@@ -113,6 +113,7 @@ def check_upt(golden: Any) -> Results:
         logits, reference = step.logits, torch.from_numpy(golden.arrays[f"{case}_logits"])
         if options.get("pertask"):  # logits of other tasks are 0; the archive's zeros say which classes a task has
             own = torch.stack([(reference[tasks == task] != 0).any(dim=0) for task in tasks])
+            golden.expect(not bool(own.all()), f"{case}: pertask is true, but no logits of other tasks are 0")
             logits = logits * own
         yield from ((f"{case}_{name}", value) for name, value in _stepped(golden, case, made, names, logits, labels))
 

@@ -211,6 +211,8 @@ def _stored(golden: Any, published: str, scores: torch.Tensor) -> slice:
 def _masked_layers(golden: Any, threshold: float, sizes: dict[str, int]) -> Results:
     tensor = golden.tensor
     scores, x = tensor("lin_mask").requires_grad_(), tensor("lin_x").requires_grad_()
+    found, stated = [*tensor("lin_weight").shape], [sizes["o"], sizes["i"]]
+    golden.expect(found == stated, f"lin_weight has shape {found}; stated: {stated}")
     weight = masked(tensor("lin_weight"), scores, threshold)
     y = F.linear(x, weight, tensor("lin_bias"))
     y.backward(tensor("lin_gout"))

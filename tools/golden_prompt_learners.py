@@ -361,6 +361,9 @@ def _restore_run(
 ) -> Results:
     surgery, shift = made.objectives
     schedule = {name: run[name] for name in ("epochs", "lr", "warmup_epochs", "warmup_lr")}
+    used, third = sum(run["batches"]), run["epochs"] // 3
+    golden.expect(used == len(images), f"{case}: batches of {used} images in all; the archive has {len(images)}")
+    golden.expect(run["update_epoch"] == third, f"{case}: update_epoch is {run['update_epoch']}; ours is {third}")
     stated = golden.words(r"^SGD, momentum (\S+), weight decay (\S+) on every learnable$", run["optimizer"])
     recipe = RecipeConfig(**schedule, momentum=float(stated[1]), weight_decay=float(stated[2]))
     optimizer = make_optimizer(made.parameter_groups(run["lr"]), recipe)

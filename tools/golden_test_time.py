@@ -86,6 +86,9 @@ def check_difftpt_selection(golden: Any) -> Results:
     for number, options in enumerate(golden.meta["hyper"]["cases"]):
         case = f"c{number}"
         views, text = golden.tensor(f"{case}_views")[None], golden.tensor(f"{case}_text")
+        sizes = [1 + options["n_aug"] + options["n_diff"], options["D"], options["C"]]
+        found = [*views.shape[1:], len(text)]
+        golden.expect(found == sizes, f"{case}: views, dimensions and classes are {found}; stated: {sizes}")
         logits = (golden.meta["hyper"]["logit_scale"] * views @ text.t()).requires_grad_()
         filters = {"similarity": options["cos"], "confidence": options["ent"], "generated": options["n_diff"]}
         filtered = filter_views(logits.detach(), views, **filters)
