@@ -24,7 +24,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     """Stands in for what the commands call: notes name and arguments, returns small results."""
     noted: Calls = []
     found = SimpleNamespace(
-        folder=Path("runs/search-1"), run=SimpleNamespace(folder=Path("runs/toy")), table=lambda: "T"
+        folder=Path("runs/search-1"), run=SimpleNamespace(folder=Path("runs/toy")), table=lambda metrics: "T"
     )
     stub(monkeypatch, "vlprompt.protocols.protocols", "run_plan", ({}, "the table"), noted)
     stub(monkeypatch, "vlprompt.protocols.search", "search", found, noted)

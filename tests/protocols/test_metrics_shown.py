@@ -20,6 +20,7 @@ from vlprompt.protocols.base_to_new import base_to_new
 from vlprompt.protocols.cross import cross_dataset
 from vlprompt.protocols.domains import domain_generalisation
 from vlprompt.protocols.fewshot import few_shot
+from vlprompt.protocols.search import search
 from vlprompt.runs.folder import RESULTS
 from vlprompt.runs.run import Run, run
 from vlprompt.runs.tables import harmonic_mean
@@ -94,6 +95,12 @@ def test_domains(config: RunConfig) -> None:
         "toy-styles, leave-one-out: {} in % by",
         {m: statistics.mean(measured(score, m) for score in scores) for m in SHOWN},
     )
+
+
+def test_search(config: RunConfig) -> None:
+    found = search(config, {"recipe.epochs": [1, 2]})
+    candidates, *tables = found.table(SHOWN).split("\n\n")
+    assert "by candidate" in candidates and "\n\n".join(tables) == found.run.table(SHOWN)
 
 
 def test_a_run_has_a_table_of_each(config: RunConfig) -> None:

@@ -249,6 +249,10 @@ def test_meta_eval_prints_all_starts(
     base = cell["base"]
     assert base["mean"] == pytest.approx(sum(base["per_seed"]) / 2)
     assert base["standard_error"] == pytest.approx(abs(base["per_seed"][0] - base["per_seed"][1]) / 2)
+    assert main([*words, "--metrics", "ece,top5"]) == 0  # the runs are reused
+    calibration, top = capsys.readouterr().out.split("top-5 accuracy in %")
+    assert "expected calibration error in %" in calibration and calibration.count("│ -") and "│ -" not in top
+    assert main([*words, "--metrics", "map"]) == 2 and "no map" in capsys.readouterr().err
     assert main(["meta-eval", str(learned), "--shots", "1"]) == 2
 
 

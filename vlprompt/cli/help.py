@@ -87,7 +87,7 @@ Example: vlprompt eval --protocol cross-dataset --config coop/demo --targets dem
 """
 SEARCH_HELP = """\
 vlprompt search --config FILE --grid KEY=VALUE,VALUE [--grid KEY2=VALUE,VALUE ...] [--on val|test] [--oracle]
-                [--a.b VALUE ...] [--print-config] [--force]
+                [--metrics A,B] [--a.b VALUE ...] [--print-config] [--force]
 
 Trains every candidate of a grid, chooses the best on the validation images (the first of equal candidates), and tests
 only that one. The same command resumes where it stopped. Runs, selection (selection.json) and best configuration
@@ -97,6 +97,7 @@ only that one. The same command resumes where it stopped. Runs, selection (selec
   --grid KEY=A,B    values to try of recipe.*, settings.*, decomposition.NAME.*, data.transform or data.template; texts
                     with commas in quotes
   --on val|test     images to choose on (default val)
+  --metrics A,B     show these metrics of the best run, a table each; the choice is by the headline metric
   --oracle          allow a selection that uses test images, because of --on test or because validation and test images
                     are the same, as on ImageNet; results and tables are then marked (oracle)
   --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_config, key_table, read_command_line, refuse
-from vlprompt.cli.protocols import numbers, print_run, say, sources_of
+from vlprompt.cli.protocols import metrics_of, numbers, print_run, say, sources_of
 from vlprompt.config.keys import to_yaml
 
 FLAGS = ("print-config", "inspect", "force")
@@ -28,7 +28,7 @@ Example: vlprompt meta-train --config gram/coop-demo
 """
 META_EVAL_HELP = """\
 vlprompt meta-eval RUN [RUN2 ...] --config FILE [--config FILE2 ...] [--shots 1,2,4] [--seeds 1,2,3,4,5]
-                   [--a.b VALUE ...] [--force]
+                   [--metrics A,B] [--a.b VALUE ...] [--force]
 
 Compares initialisations: trains each configuration on a few images of the base classes from its default initialisation,
 from that of its RUN, and from that of its RUN with the regulator, and prints base and new accuracy and their harmonic
@@ -37,6 +37,7 @@ mean, together with zero-shot and with standard errors over the seeds.
   RUN               the folder of a meta-training, one for each --config, in the same order
   --config FILE     a training of the same method and settings, such as coop/demo
   --shots, --seeds  numbers of training images per class (default 1,2,4) and seeds (default 1,2,3,4,5)
+  --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
   --a.b VALUE       overrides a key in all configurations
   --force           train finished runs again
 
@@ -81,7 +82,7 @@ def meta_train_command(words: list[str]) -> int:
 
 def meta_eval_command(words: list[str]) -> int:
     """Run ``vlprompt meta-eval`` and return its exit status."""
-    line = read_command_line(words, "meta-eval", flags=("force",), options=("shots", "seeds"), operands=True)
+    line = read_command_line(words, "meta-eval", flags=("force",), options=("shots", "seeds", "metrics"), operands=True)
     shots, seeds = numbers(line, "shots") or [1, 2, 4], numbers(line, "seeds") or [1, 2, 3, 4, 5]
     if len(line.operands) != len(line.configs):
         line.problems.append(
@@ -98,7 +99,9 @@ def meta_eval_command(words: list[str]) -> int:
     from vlprompt.protocols.meta_compare import compare_starts
 
     runs = list(zip(configs, map(Path, line.operands), strict=True))
-    _, table = compare_starts(runs, shots, seeds, force="force" in line.flags, report=print_run)
+    _, table = compare_starts(
+        runs, shots, seeds, metrics=metrics_of(line), force="force" in line.flags, report=print_run
+    )
     say(table)
     return 0
 

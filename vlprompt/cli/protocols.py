@@ -175,6 +175,17 @@ def metrics_of(line: CommandLine) -> list[str]:
     return [name.strip() for name in line.options["metrics"].split(",")] if "metrics" in line.options else []
 
 
+def metrics_on(line: CommandLine, config: RunConfig) -> list[str]:
+    """Return the names of ``--metrics``; raise ConfigError if they do not fit the data set."""
+    if not (metrics := metrics_of(line)):
+        return []
+    from vlprompt.datasets import find_card
+    from vlprompt.engine.metrics import check_metrics
+
+    check_metrics(metrics, {config.data.name: find_card(config.data.name).multilabel})
+    return metrics
+
+
 def numbers(line: CommandLine, option: str) -> list[int] | None:
     """Return the numbers of ``--seeds`` or ``--shots``; None without the option."""
     if option not in line.options:
@@ -202,7 +213,7 @@ def numbers(line: CommandLine, option: str) -> list[int] | None:
 def search_command(words: list[str]) -> int:
     """Run ``vlprompt search`` and return its exit status."""
     words, grids = _taken(words, "grid")
-    line = read_command_line(words, "search", flags=("print-config", "force", "oracle"), options=("on",))
+    line = read_command_line(words, "search", flags=("print-config", "force", "oracle"), options=("on", "metrics"))
     grid = _grid(line, grids)
     need_config(line)
     for key in grid:
@@ -211,13 +222,14 @@ def search_command(words: list[str]) -> int:
     config, problems = check_run(line)
     if config is None or problems:
         refuse(problems, "search")
+    metrics = metrics_on(line, config)
     from vlprompt.protocols.search import candidates_of, search
 
     if "print-config" in line.flags:
         return _print_configs([candidate for _, candidate in candidates_of(config, grid)])
     on, oracle, force = line.options.get("on", "val"), "oracle" in line.flags, "force" in line.flags
     result = search(config, grid, on, oracle, force=force, report=print)
-    say(f"{result.table()}\nbest:       {result.folder / 'best.yaml'}\nrun folder: {result.run.folder}")
+    say(f"{result.table(metrics)}\nbest:       {result.folder / 'best.yaml'}\nrun folder: {result.run.folder}")
     return 0
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_run, key_table, read_command_line, refuse, source_of
-from vlprompt.cli.protocols import metrics_of, need_config, need_no_config, protocol_command, say
+from vlprompt.cli.protocols import metrics_on, need_config, need_no_config, protocol_command, say
 from vlprompt.config.keys import to_yaml
-from vlprompt.config.run import RunConfig
 from vlprompt.config.source import origin_of
 from vlprompt.config.yaml import shown
 from vlprompt.errors import HeadError
@@ -30,7 +29,7 @@ def train_command(words: list[str]) -> int:
     config, problems = check_run(line)
     if config is None or problems:
         refuse(problems, "train")
-    metrics = _metrics(line, config)
+    metrics = metrics_on(line, config)
     if "print-config" in line.flags:
         given = source_of(line).given()
         print(to_yaml(config, lambda key: origin_of(given, key)), end="")
@@ -105,24 +104,13 @@ def eval_command(words: list[str]) -> int:
     config, problems = check_run(line, files, within=("data.", "seed"))
     if config is None or problems or head is None:
         refuse(problems, "eval")
-    metrics = _metrics(line, config)
+    metrics = metrics_on(line, config)
     from vlprompt.runs.run import evaluate_head
 
     scores = evaluate_head(head, config.data, config.seed)
     oracle = " (oracle: its hyperparameters were chosen on test images)" if scores.get("oracle") else ""
     print(f"{config.data.name}, {config.data.classes} classes: {_in_words(scores, metrics)}{oracle}")
     return 0
-
-
-def _metrics(line: CommandLine, config: RunConfig) -> list[str]:
-    """Return the names of ``--metrics``; raise ConfigError if they do not fit the data set."""
-    if not (metrics := metrics_of(line)):
-        return []
-    from vlprompt.datasets import find_card
-    from vlprompt.engine.metrics import check_metrics
-
-    check_metrics(metrics, {config.data.name: find_card(config.data.name).multilabel})
-    return metrics
 
 
 def _in_words(scores: Mapping[str, Any], metrics: Sequence[str] = ()) -> str:

@@ -18,12 +18,13 @@ from rich.table import Table
 
 from vlprompt.config.run import GRAM, RunConfig
 from vlprompt.config.source import ConfigSource
-from vlprompt.engine.metrics import headline
+from vlprompt.engine.metrics import ERRORS, measured
 from vlprompt.protocols.plan import make_plan
-from vlprompt.protocols.protocol import keep, over_seeds
+from vlprompt.protocols.protocol import by_metric, keep, marks, over_seeds
+from vlprompt.protocols.protocols import check_plan_metrics
 from vlprompt.protocols.running import Runner
 from vlprompt.runs.run import Run
-from vlprompt.runs.tables import ZERO_SHOT, render
+from vlprompt.runs.tables import ZERO_SHOT, harmonic_mean, metric_words, render
 
 SCHEMA = 1
 STARTS = ("usual start", "learned start", "learned start, regulated")
@@ -35,6 +36,7 @@ def compare_starts(
     shots: Sequence[int],
     seeds: Sequence[int],
     *,
+    metrics: Sequence[str] = (),
     force: bool = False,
     report: Callable[[Run], None] | None = None,
 ) -> tuple[dict[str, Any], str]:
@@ -47,40 +49,48 @@ def compare_starts(
             ``init_from`` are set here.
         shots: Training images per class.
         seeds: Seeds of the shots and of the training.
+        metrics: The metrics to show, a table each; empty for the headline metric of each data set.
         force: Train again.
         report: Called after every run.
 
     Raises:
-        ConfigError: There are no configurations or seeds, or a seed occurs twice.
+        ConfigError: There are no configurations or seeds, a seed occurs twice, or metrics do not fit.
         VlpromptError: A single run fails.
     """
     plan = make_plan([config for config, _ in hosts], seeds, "meta-eval", "halves", classes="base", shots=shots)
+    check_plan_metrics(plan, metrics)
     runner = Runner(seeds, force=force, report=report)
-    cells: list[dict[str, Any]] = []
+    found: list[tuple[RunConfig, str, str, list[Run]]] = []
     for trainings, (_, folder) in zip(plan.groups, hosts, strict=True):
         for config in (training.config for training in trainings):
             starts = (config, replace(config, init_from=str(folder)), replace(config, init_from=f"{GRAM}{folder}"))
             for label, started in zip(STARTS, starts, strict=True):
                 runs = runner.runs(started)
                 if label == STARTS[0]:
-                    cells.append(_cell(config, ZERO_SHOT, [done.results["zeroshot"] for done in runs]))
-                cells.append(_cell(config, label, [done.results["results"] for done in runs]))
-    results = {"schema": SCHEMA, "protocol": "meta", "seeds": list(seeds), "cells": cells}
+                    found.append((config, ZERO_SHOT, "zeroshot", runs))
+                found.append((config, label, "results", runs))
+
+    def build(metric: str | None) -> tuple[dict[str, Any], str]:
+        cells = [_cell(*row, metric) for row in found]
+        return {"cells": cells}, _table(cells, seeds)
+
+    part, table = by_metric(build, metrics)
+    results = {"schema": SCHEMA, "protocol": "meta", "seeds": list(seeds), **part}
     keep("meta", results, plan.configs, [str(folder) for _, folder in hosts], list(seeds))
-    return results, _table(results)
+    return results, table
 
 
-def _cell(config: RunConfig, label: str, scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    values = {
-        "base": [headline(score["base"]) for score in scores],
-        "new": [headline(score["new"]) for score in scores],
-        "H": [float(score["harmonic_mean"]) for score in scores],
-    }
+def _cell(config: RunConfig, label: str, part: str, runs: Sequence[Run], metric: str | None) -> dict[str, Any]:
+    scores = [done.results[part] for done in runs]
+    values = {half: [measured(score[half], metric) for score in scores] for half in ("base", "new")}
+    if metric not in ERRORS:
+        values["H"] = [harmonic_mean(*halves) for halves in zip(values["base"], values["new"], strict=True)]
     return {
         "method": config.method,
         "data": config.data.name,
         "shots": config.data.shots,
         "start": label,
+        **marks(runs, metric),
         **{name: {**_mean(per_seed), "per_seed": per_seed} for name, per_seed in values.items()},
     }
 
@@ -90,22 +100,24 @@ def _mean(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": statistics.fmean(values), "standard_error": error}
 
 
-def _table(results: dict[str, Any]) -> str:
+def _table(cells: Sequence[dict[str, Any]], seeds: Sequence[int]) -> str:
     table = Table("method", "data", "shots", "start")
     for name in _COLUMNS:
         table.add_column(name, justify="right")
     before = None
-    for cell in results["cells"]:
+    for cell in cells:
         place = (cell["method"], cell["data"], str(cell["shots"]))
         if before is not None and place != before:
             table.add_section()
         shown = place if place != before else ("", "", "")
         before = place
-        table.add_row(*shown, cell["start"], *(_text(cell[name]) for name in _COLUMNS))
-    seeds = over_seeds(results["seeds"]).replace("deviation", "standard error")
-    return render(table, f"accuracy in %, {seeds}")
+        table.add_row(*shown, cell["start"], *(_text(cell.get(name)) for name in _COLUMNS))
+    words = metric_words(cell.get("metric", "accuracy") for cell in cells)
+    return render(table, f"{words} in %, {over_seeds(seeds).replace('deviation', 'standard error')}")
 
 
-def _text(value: dict[str, Any]) -> str:
+def _text(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "-"
     error = value["standard_error"]
     return f"{value['mean']:.2f}" if error is None else f"{value['mean']:.2f} ± {error:.2f}"

@@ -53,8 +53,8 @@ class Search:
     selection: dict[str, Any]
     run: Run
 
-    def table(self) -> str:
-        """Return the table of the candidates with their scores, and the table of the best run."""
+    def table(self, metrics: Sequence[str] = ()) -> str:
+        """Return the table of the candidates with their scores, and the best run's (:meth:`Run.table`)."""
         data, oracle = self.run.results["data"], self.selection["oracle"]
         metric = METRICS[data.get("metric", "accuracy")]
         images = "test" if self.selection["on"] == "test" else "validation"
@@ -67,7 +67,7 @@ class Search:
             chosen = "chosen" if entry["values"] == self.selection["chosen"] else ""
             table.add_row(*values, score_text(entry["score"]), chosen)
         reason = f"an oracle's choice: {self.selection['reason']}" if oracle else ""
-        return render(table, title, reason) + "\n\n" + self.run.table()
+        return render(table, title, reason) + "\n\n" + self.run.table(metrics)
 
 
 def search(
