@@ -29,7 +29,9 @@ from vlprompt.cli.parse import read_command_line, source_of
 from vlprompt.config.keys import as_plain
 from vlprompt.config.run import RecipeConfig
 from vlprompt.config.yaml import yaml_node, yaml_value
+from vlprompt.datasets import find_card
 from vlprompt.methods import get_method_class, list_methods
+from vlprompt.methods.registry import resolved_templates
 from vlprompt.protocols.groups import dataset_names
 from vlprompt.protocols.plan import Overrides, Training, plan_protocol
 from vlprompt.protocols.protocol_files import find_protocol, list_protocols
@@ -133,8 +135,11 @@ def expected(group: Group, training: Training) -> dict[str, tuple[Any, int]]:
 
 
 def resolved(training: Training) -> dict[str, Any]:
-    """Return the values of a run by dotted key, with the data set's template where the configuration sets none."""
-    return {**dict(flat(as_plain(training.config))), **training.values}
+    """Return the values of a run by dotted key, with all templates written out."""
+    config = training.config
+    texts = find_card(config.data.name).texts(config.data.template)
+    templates = resolved_templates(config.method, config.settings, config.objectives, texts)
+    return {**dict(flat(as_plain(config))), **training.values, **templates}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -185,6 +185,7 @@ def test_ensembles_are_the_cards_then_the_shared_ones() -> None:
 FORMATS: dict[str, tuple[str, Any, Any]] = {
     "templates": ("file", ["a {c}.", "the {}."], ("a {}.", "the {}.")),
     "classes": ("file", {"cat": ["a pet"], "dog": "a friend"}, ({"cat": ("a pet",), "dog": ("a friend",)},)),
+    "line breaks": ("file", {"cat": ["\n\nA pet\nat home."]}, ({"cat": ("A pet at home.",)},)),
     "weights": ("file", {"cat": [["a pet", 2], "a {c}"]}, ({"cat": (("a pet", 2.0), "a {}")},)),
     "templates by data set": ("file", {"cars": ["a {c}"], "vtab/dtd": ["{c} pattern"]}, ("{} pattern",)),
     "classes by data set": ("file", {"describable-textures": {}, "dtd": {"cat": ["a pet"]}}, ({"cat": ("a pet",)},)),
@@ -192,7 +193,7 @@ FORMATS: dict[str, tuple[str, Any, Any]] = {
         "descriptors",
         {"cat": ["a small pet", "often asleep", "used for company", "whiskers"], "dog": []},
         ({"cat": ("{}, which is a small pet", "{}, which often asleep", "{}, which is used for company",
-                  "{}, which has whiskers"), "dog": ("{}, which has ",)},),
+                  "{}, which has whiskers"), "dog": ("{}, which has",)},),
     ),
 }  # fmt: skip
 

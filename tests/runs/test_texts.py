@@ -12,6 +12,7 @@ import pytest
 
 from vlprompt import load_head
 from vlprompt.cli.parse import parse_run
+from vlprompt.config.ensembles import ENSEMBLES
 from vlprompt.config.run import RunConfig
 from vlprompt.datasets import find_card
 from vlprompt.errors import ConfigError
@@ -95,6 +96,14 @@ def test_texts_of_the_objectives_identify_a_run_too(tiny: Tiny, sentences: Path)
     before = config_sha256(config)
     sentences.write_text(json.dumps({**json.loads(sentences.read_text()), "more": ["a text"]}))
     assert config_sha256(config) != before
+
+
+def test_a_run_whose_ensemble_has_changed_is_not_continued(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny("zeroshot", {"templates": "ensemble:selected"})
+    run(config)
+    monkeypatch.setitem(ENSEMBLES, "selected", ("a {}.",))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="started from another templates"):
+        run(config)
 
 
 # -- files and data sets --------------------------------------------------------------------------------------------

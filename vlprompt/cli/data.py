@@ -143,7 +143,10 @@ def _show(words: list[str]) -> int:
         *(("split", f"{name}: {_sizes(split)}") for name, split in card.splits.items()),
         ("domains", ", ".join(card.domains)),
         ("template", card.template),
-        *((f"ensemble {name}", f"{len(group)} templates") for name, group in card.templates.ensembles.items()),
+        *(
+            (f"ensemble {name}", f"{len(card.texts().resolve([f'ensemble:{name}'], name))} templates")
+            for name in card.templates.ensembles
+        ),
         ("reader", f"{card.reader} {_options(card)}"),
         *(
             ("source", f"{source.what}: {source.page}" + (" (vlprompt data get)" if source.url else ""))

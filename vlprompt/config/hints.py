@@ -82,9 +82,10 @@ def _weighted(value: Any, check: Callable[[Any], Any]) -> Any:
 
 
 def _check_sentence(value: Any) -> str:
+    """Return a sentence with single spaces; published files have line breaks, which CLIP's tokenizer removes."""
     if not isinstance(value, str) or not value.strip() or value.count("{}") > 1:
         raise _refused(f"{value!r} is no sentence")
-    return _check_text(value)
+    return _check_text(" ".join(value.split()))
 
 
 def _check_class_texts(value: Mapping[Any, Any]) -> ClassTexts:

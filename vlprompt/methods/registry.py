@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from vlprompt.backbone import Backbone
 from vlprompt.config.hints import is_dataclass, is_texts
-from vlprompt.config.texts import TEMPLATE, DataTexts, depends_on_data
+from vlprompt.config.texts import TEMPLATE, DataTexts
 from vlprompt.config.types import Texts, field_hints, fill_templates, make
 from vlprompt.errors import ConfigError
 from vlprompt.methods.base import PromptMethod
@@ -147,21 +147,36 @@ def open_templates(
     Raises:
         ConfigError: Unknown names, values that are not accepted, or references that cannot be resolved.
     """
-    filled: dict[str, Any] = {}
-    for prefix, section in _sections(name, settings, objectives).items():
-        before, after = (dict(text_lists(prefix, part)) for part in (section, fill_templates(section, texts)))
-        filled |= {key: value for key, value in after.items() if not before.get(key)}
-    return filled
+    given = given_texts(name, settings, objectives)
+    resolved = resolved_templates(name, settings, objectives, texts)
+    return {key: entries for key, entries in resolved.items() if not given.get(key)}
 
 
-def texts_of_data(name: str, settings: Mapping[str, Any], objectives: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Return whether templates of method ``name`` or ``objectives`` differ by data set: undefined ones, or references.
+def resolved_templates(
+    name: str, settings: Mapping[str, Any], objectives: Mapping[str, Mapping[str, Any]], texts: DataTexts
+) -> dict[str, Any]:
+    """Return all templates of method ``name`` and ``objectives``, with ensembles and files of ``texts`` in their place.
+
+    Returns and raises are those of :func:`open_templates`.
+    """
+    sections = _sections(name, settings, objectives).items()
+    return {
+        key: entries
+        for prefix, section in sections
+        for key, entries in text_lists(prefix, fill_templates(section, texts))
+    }
+
+
+def given_texts(
+    name: str, settings: Mapping[str, Any], objectives: Mapping[str, Mapping[str, Any]]
+) -> dict[str, tuple[Texts, ...]]:
+    """Return the lists of templates of method ``name`` and ``objectives`` as given, by dotted key; empty if unset.
 
     Raises:
         ConfigError: Unknown names, or values that are not accepted.
     """
     sections = _sections(name, settings, objectives).items()
-    return any(depends_on_data(entries) for prefix, section in sections for _, entries in text_lists(prefix, section))
+    return {key: entries for prefix, section in sections for key, entries in text_lists(prefix, section)}
 
 
 def _sections(name: str, settings: Mapping[str, Any], objectives: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

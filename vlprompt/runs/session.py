@@ -20,7 +20,7 @@ from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.config.keys import as_plain
 from vlprompt.config.run import BackboneConfig, DataConfig, RecipeConfig, RunConfig, TestOrder, TrainerConfig
-from vlprompt.config.texts import DataTexts, described, unknown_classes, weighted
+from vlprompt.config.texts import DataTexts, depends_on_data, described, has_references, unknown_classes, weighted
 from vlprompt.config.types import expanded, make, over_defaults
 from vlprompt.data import FewShotData
 from vlprompt.datasets import FewShotTask, load_dataset
@@ -34,7 +34,7 @@ from vlprompt.meta import Regulator
 from vlprompt.methods import PromptMethod, create_method, get_method_class
 from vlprompt.methods.episodic import ViewsMethod
 from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
-from vlprompt.methods.registry import check_start, merge_parts, text_lists, texts_of_data
+from vlprompt.methods.registry import check_start, given_texts, merge_parts, resolved_templates, text_lists
 from vlprompt.objectives import get_objective_class
 from vlprompt.prompts.decomposed import get_decomposition_class
 from vlprompt.runs.folder import config_sha256, run_folder
@@ -158,7 +158,10 @@ class Session:
         state = {"initial prompts": self.method.trained_state()}
         if self.regulator is not None:
             state["gradient regulator"] = self.regulator.state_dict()
+        named = (self.config.method, self.config.settings, self.config.objectives)
+        refers = any(map(has_references, given_texts(*named).values()))  # to a card or list, which may change
         return {
+            **({"templates": sha256_json(resolved_templates(*named, self.drawn.texts))} if refers else {}),
             "split": self.task.split_sha256,
             "choice of shots": self.task.shots_sha256,
             "backbone": self.backbone.fingerprint,
@@ -352,7 +355,8 @@ class Session:
         """
         same = method.class_names == task.class_names
         config = self.config
-        of_data = texts_of_data(config.method, config.settings, config.objectives)
+        given = given_texts(config.method, config.settings, config.objectives)
+        of_data = any(depends_on_data(entries) for entries in given.values())
         if not of_data or isinstance(method, FittedMethod) and not same:
             return method.with_classes(task.class_names)
         moved = self._started(self.make_method(task, method.backbone))
