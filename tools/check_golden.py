@@ -76,6 +76,12 @@ class Golden:
         assert match is not None
         return match
 
+    def optimizer(self, text: str, kind: str, *names: str) -> dict[str, float]:
+        """Return the settings ``names`` of an optimiser of a ``kind``, such as SGD, that is described in words."""
+        self.words(rf"^{kind}\b", text)
+        numbers = [self.words(rf"\b{name.replace('_', '[ _]')}[ =]([\d.]+(e-?\d+)?)", text)[1] for name in names]
+        return {name: float(number) for name, number in zip(names, numbers, strict=True)}
+
     def tokens(self, texts: list[str], *, cut: bool = False) -> np.ndarray:
         """Return token ids padded with zeros to the tower's length ``[N, 77]``."""
         length = self.backbone.text.context_length

@@ -62,8 +62,7 @@ def check_tip_adapter(golden: Any) -> Results:
 def _tip_adapter_f(golden: Any, text: Any, options: Any, raw: Any, truth: Any, axes: Any) -> Results:
     hyper, labels, order = golden.meta["hyper"], golden.tensor("train_labels"), golden.tensor("F_order")
     golden.expect(len(order) == hyper["epochs"], f"F_order has {len(order)} rows; stated: {hyper['epochs']} epochs")
-    stated = golden.words(r"^AdamW\(lr, eps=(\S+), betas 0.9/0.999, weight_decay (\S+)\)$", hyper["optimizer"])
-    decay = {"eps": float(stated[1]), "weight_decay": float(stated[2])}
+    decay = golden.optimizer(hyper["optimizer"], "AdamW", "eps", "weight_decay")
     recipe = CacheRecipe(hyper["epochs"], hyper["bsF"], hyper["lr"], **decay)
     cache = TipAdapterF(text, hyper["logit_scale"], **options, training=recipe)
     TipAdapter.fit(cache, golden.tensor("train_raw"), labels)
@@ -105,8 +104,7 @@ def check_tfup(golden: Any) -> Results:
     """Compare selection, similarity and logits, then every step of both stages of training."""
     hyper = golden.meta["hyper"]
     text, images, truth = (golden.tensor(name) for name in ("text_raw", "image_raw", "labels"))
-    stated = golden.words(r"^AdamW\(lr, eps=(\S+), weight_decay=(\S+), betas 0.9/0.999\)", hyper["optimizer"])
-    decay = {"eps": float(stated[1]), "weight_decay": float(stated[2])}
+    decay = golden.optimizer(hyper["optimizer"], "AdamW", "eps", "weight_decay")
     recipe = CacheRecipe(hyper["max_epoch"], hyper["bs"], hyper["lr"], **decay)
     temperature = float(golden.words(r"^softmax\((\S+) \* cosine\)$", hyper["selection_temperature"])[1])
     adaptation = Adaptation(

@@ -154,8 +154,8 @@ def _stepped(golden: Any, case: str, made: Any, names: Any, logits: Any, labels:
 
 
 def _sgd(golden: Any, groups: Any, lr: float) -> torch.optim.Optimizer:
-    stated = golden.words(r"^SGD\(lr, momentum (\S+), weight_decay (\S+)\)", golden.meta["hyper"]["optimizer"])
-    return make_optimizer(groups, RecipeConfig(lr=lr, momentum=float(stated[1]), weight_decay=float(stated[2])))
+    stated = golden.optimizer(golden.meta["hyper"]["optimizer"], "SGD", "momentum", "weight_decay")
+    return make_optimizer(groups, RecipeConfig(lr=lr, **stated))
 
 
 def _image_tokens(golden: Any, case: str, options: Any, images: Any, labels: Any) -> Results:

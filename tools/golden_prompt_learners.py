@@ -364,8 +364,7 @@ def _restore_run(
     used, third = sum(run["batches"]), run["epochs"] // 3
     golden.expect(used == len(images), f"{case}: batches of {used} images in all; the archive has {len(images)}")
     golden.expect(run["update_epoch"] == third, f"{case}: update_epoch is {run['update_epoch']}; ours is {third}")
-    stated = golden.words(r"^SGD, momentum (\S+), weight decay (\S+) on every learnable$", run["optimizer"])
-    recipe = RecipeConfig(**schedule, momentum=float(stated[1]), weight_decay=float(stated[2]))
+    recipe = RecipeConfig(**schedule, **golden.optimizer(run["optimizer"], "SGD", "momentum", "weight_decay"))
     optimizer = make_optimizer(made.parameter_groups(run["lr"]), recipe)
     seen: dict[str, list[Any]] = {
         "lr_f64": [],
