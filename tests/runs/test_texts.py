@@ -17,6 +17,7 @@ from vlprompt.config.run import RunConfig
 from vlprompt.datasets import find_card
 from vlprompt.errors import ConfigError
 from vlprompt.protocols.base_to_new import base_to_new
+from vlprompt.protocols.cross import cross_dataset
 from vlprompt.protocols.fewshot import few_shot
 from vlprompt.protocols.plan import make_plan
 from vlprompt.runs.folder import config_sha256
@@ -152,10 +153,19 @@ def test_the_command_line_and_files_take_all_forms(text: str, expected: list[Any
 def test_a_plan_shows_references_and_refuses_unknown_ones(tiny: Tiny) -> None:
     (training,) = make_plan([tiny("tip_adapter")], (1,), "few-shot", "same").trainings
     assert training.values["settings.templates"] == (find_card("folder").template,)
-    with pytest.raises(
-        ConfigError, match="there is no ensemble 'clip' of folder.*Accepted|there is no ensemble 'clip'"
-    ):
+    with pytest.raises(ConfigError, match="there is no ensemble 'clip' of folder; accepted: coop, "):
         make_plan([tiny("tip_adapter", {"templates": "ensemble:clip"})], (1,), "few-shot", "same")
+
+
+def test_a_protocol_checks_its_texts_before_anything_is_trained(tiny: Tiny, sentences: Path, toy_sets: Path) -> None:
+    """A file without the classes of the second data set is told before the first one is run."""
+    config = tiny("zeroshot", {"templates": f"file:{sentences}"})
+    place = Path(config.output)
+    with pytest.raises(ConfigError, match=r"(?s)nothing was run, because of the texts for demo:.*have no sentences"):
+        few_shot([config.with_data(root=None)], (1,), (1,), datasets=["demo"])
+    with pytest.raises(ConfigError, match=r"(?s)nothing was run, because of the texts for demo:.*have no sentences"):
+        cross_dataset([config], ["demo"], (1,))
+    assert not place.exists()
 
 
 def test_an_ensemble_is_that_of_the_data_set_that_is_tested(tiny: Tiny) -> None:

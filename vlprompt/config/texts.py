@@ -93,7 +93,10 @@ class DataTexts:
         known = {**ENSEMBLES, **self.ensembles, "single": (self.single,)}
         if name not in known:
             data = f" of {self.names[0]}" if self.names else ""
-            raise ConfigError(f"{key}: there is no ensemble {name!r}{data}.{did_you_mean(name, sorted(known))}")
+            meant = did_you_mean(name, known) if nearest(name, known) else ""
+            raise ConfigError(
+                f"{key}: there is no ensemble {name!r}{data}; accepted: {', '.join(sorted(known))}.{meant}"
+            )
         for template in known[name]:
             if is_reference(template):
                 yield from self._ensemble(template.removeprefix(ENSEMBLE), key)

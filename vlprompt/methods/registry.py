@@ -153,17 +153,21 @@ def open_templates(
 
 
 def resolved_templates(
-    name: str, settings: Mapping[str, Any], objectives: Mapping[str, Mapping[str, Any]], texts: DataTexts
+    name: str,
+    settings: Mapping[str, Any],
+    objectives: Mapping[str, Mapping[str, Any]],
+    texts: DataTexts,
+    class_names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return all templates of method ``name`` and ``objectives``, with ensembles and files of ``texts`` in their place.
 
-    Returns and raises are those of :func:`open_templates`.
+    Files of sentences must have the classes ``class_names``. Returns and raises are those of :func:`open_templates`.
     """
     sections = _sections(name, settings, objectives).items()
     return {
         key: entries
         for prefix, section in sections
-        for key, entries in text_lists(prefix, fill_templates(section, texts))
+        for key, entries in text_lists(prefix, fill_templates(section, texts, class_names))
     }
 
 

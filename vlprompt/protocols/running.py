@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from vlprompt._dist import is_main_process
 from vlprompt.config.run import DataConfig, RunConfig
 from vlprompt.datasets import FewShotTask
-from vlprompt.errors import DataError
+from vlprompt.errors import ConfigError, DataError
+from vlprompt.methods.registry import resolved_templates
 from vlprompt.protocols.plan import Plan
 from vlprompt.runs.run import Run, run_session
 from vlprompt.runs.session import Session, load_task
@@ -59,7 +60,7 @@ def check_data(plan: Plan) -> dict[Place, FewShotTask]:
 
     Raises:
         DataError: Data sets are missing or cannot be used; the text lists all.
-        ConfigError: Values are not accepted.
+        ConfigError: Values are not accepted, or files of texts lack classes; the text lists all.
     """
     wanted: dict[Place, DataConfig] = {}
     for training in plan.trainings:
@@ -82,4 +83,19 @@ def check_data(plan: Plan) -> dict[Place, FewShotTask]:
             + "\n".join(f"  {number}. {text}" for number, text in enumerate(short, 1))
             + "\n`vlprompt data check NAME` tells what to fetch and where to put it. Others: --datasets, --targets."
         )
+    _check_texts([run.config for training in plan.trainings for run in (training, *training.targets)], tasks)
     return tasks
+
+
+def _check_texts(configs: Iterable[RunConfig], tasks: Mapping[Place, FewShotTask]) -> None:
+    """Raise ConfigError if templates or sentences of a configuration do not fit its data set."""
+    problems: dict[str, str] = {}
+    for config in configs:
+        task = tasks[place(config.data)]
+        try:
+            resolved_templates(config.method, config.settings, config.objectives, task.texts, task.class_names)
+        except ConfigError as error:
+            problems.setdefault(f"{task.name}: {error}", task.name)
+    if problems:
+        names = ", ".join(dict.fromkeys(problems.values()))
+        raise ConfigError("\n".join([f"nothing was run, because of the texts for {names}:", *problems]))
