@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,18 @@ def test_steps_are_resumed_exactly(point: tuple[str, str, int], tiny: Tiny, tmp_
     torch.testing.assert_close(done.head().method.trained_state(), whole.head().method.trained_state(), rtol=0, atol=0)
     assert (done.folder / "metrics.jsonl").read_text() == (whole.folder / "metrics.jsonl").read_text()
     assert train_facts(done.folder)["steps"] == 5
+
+
+@pytest.mark.filterwarnings("ignore:.*skipped")
+def test_skipped_images_do_not_shorten_the_training(image_folder: Path, tmp_path: Path) -> None:
+    """Without 8 of 20 images an epoch has 3 steps, and 10 steps take 4 epochs in place of 2."""
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    for path in sorted((folder / "train").glob("*/*.png"))[:8]:
+        path.write_bytes(b"no image")
+    values = {"transform": "random", "cached_views": 0, "shots": -1, "on_bad_image": "skip"}
+    done = run(tiny_run(folder, tmp_path / "runs", steps=10, batch_size=4, schedule="step", **values))
+    assert (done.results["train"]["steps"], done.results["train"]["epochs"]) == (10, 4)
 
 
 def test_a_warm_up_longer_than_the_training_is_refused(tiny: Tiny) -> None:

@@ -196,9 +196,10 @@ def _trained(session: Session) -> tuple[pl.Trainer, Selected | None]:
     config, method = session.config, session.method
     regulator = session.regulator
     regulation = [] if regulator is None else [GradientRegulation(regulator, session.task_feature())]
-    trainer = make_trainer(
-        config.trainer, session.folder, config.recipe.epochs or -1, gradient=method.needs.gradient, callbacks=regulation
-    )
+    epochs, _ = config.recipe.length(len(session.task.train), config.trainer.accumulate)
+    if config.recipe.steps is not None and config.data.on_bad_image == "skip":
+        epochs = -1  # fewer images take more epochs for the same steps, at whose end the module stops
+    trainer = make_trainer(config.trainer, session.folder, epochs, gradient=method.needs.gradient, callbacks=regulation)
     selected = None
     if isinstance(method, FittedMethod):
         method.fit(session.shots())
