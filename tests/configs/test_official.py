@@ -118,6 +118,7 @@ def trainings(group: Group) -> list[Training]:
     first, *more = group.block.split(" + ")
     words = [word for name in (first, *more) for word in ("--config", name)]
     words += [] if group.backbone is None else ["--backbone.name", group.backbone]
+    words += [] if get_method_class(first).starts_from is None else ["--init_from", "a run"]
     overrides = Overrides(datasets=group.published["datasets"], shots=group.published.get("shots"))
     plan = plan_protocol(find_protocol(group.protocol), [source_of(read_command_line(words))], overrides, dry=True)
     return [
