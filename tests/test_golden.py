@@ -73,6 +73,26 @@ def test_a_given_size_replaces_the_scale_of_a_reference_near_zero(tool: Any) -> 
     assert tool.relative_error(value, reference, 1e-9) == pytest.approx(2), "a smaller size has no effect"
 
 
+def test_slack_and_scales_by_column(tool: Any) -> None:
+    value, reference = np.array([[1.0, 200.0], [2.0, 100.0]]), np.array([[1.0, 200.0], [2.2, 101.0]])
+    assert tool.relative_error(value, reference) == pytest.approx(1 / 200)
+    assert tool.relative_error(value, reference, axis=0) == pytest.approx(0.2 / 2.2)
+    slack = np.array([[0.0, 0.0], [0.2, 0.5]])
+    assert tool.relative_error(value, reference, axis=0, slack=slack) == pytest.approx(0.5 / 200)
+    assert tool.relative_error(value, np.array([[1.0, np.nan], [2.0, 100.0]]), slack=9.0) == float("inf")
+
+
+@pytest.mark.parametrize("text", ["Adam(lr, eps=0.1)", "AdamW(lr, betas 0.9/0.999)", "SGD(lr, eps 1e-3)"])
+def test_an_optimiser_that_cannot_be_followed_ends_the_program(tool: Any, text: str) -> None:
+    golden = tool.Golden(GOLDEN / "tip_adapter.npz")
+    assert golden.optimizer("AdamW(lr, eps=1e-3, weight_decay 0.2)", "AdamW", "eps", "weight_decay") == {
+        "eps": 1e-3,
+        "weight_decay": 0.2,
+    }
+    with pytest.raises(SystemExit, match="the metadata says"):
+        golden.optimizer(text, "AdamW", "eps")
+
+
 def test_several_files_are_summed_up(tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert tool.main([str(GOLDEN / "zeroshot.npz"), str(GOLDEN / "zeroshot.npz")]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("20 arrays, ")
