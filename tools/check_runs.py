@@ -89,10 +89,16 @@ class Archive:
         data = dict(given.get("data", {}))
         if "view" in data:
             data["transform"] = data.pop("view")
+        recipe = dict(given.get("recipe", {}))
+        if "batch_size" in recipe:  # the order has an incomplete last batch, or not
+            recipe.setdefault("drop_last", self.order.shape[-1] % recipe["batch_size"] == 0)
         given["settings"] = present_settings(given["method"], given.get("settings", {}))
         trainer = {"accelerator": "cpu", "progress": False, **given.get("trainer", {})}
         file = Path(output) / "archive.json"  # JSON is YAML
-        file.write_text(json.dumps({**given, "data": data, "trainer": trainer, "output": output}), encoding="utf-8")
+        file.write_text(
+            json.dumps({**given, "data": data, "recipe": recipe, "trainer": trainer, "output": output}),
+            encoding="utf-8",
+        )
         return parse_run(["--config", str(file)])
 
 
