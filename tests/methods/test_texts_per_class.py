@@ -150,6 +150,16 @@ def test_sentences_and_templates_are_averaged_by_their_weights(tiny_backbone: Ba
     torch.testing.assert_close(raw_template_features(tiny_backbone, NAMES, entries), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_scores_may_be_averaged_over_the_texts_of_a_class(tiny_backbone: Backbone, tiny_clip: Any) -> None:
+    """DCLIP scores an image by the mean cosine of a class's descriptions."""
+    method = create_method("zeroshot", tiny_backbone, NAMES, templates=[SENTENCES], average="scores")
+    images = torch.from_numpy(tiny_clip.draw_images("scores", 3, 64))
+    unit = F.normalize(tiny_backbone.encode_image(images), dim=-1)
+    rows = [unit @ F.normalize(encoded(tiny_backbone, prompts), dim=-1).t() for prompts in PROMPTS]
+    expected = tiny_backbone.logit_scale * torch.stack([row.mean(dim=1) for row in rows], dim=1)
+    torch.testing.assert_close(method(images), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_texts_of_a_reference_share_its_weight(tiny_backbone: Backbone, file: Path) -> None:
     """``[file, 3]`` and ``[ensemble, 1]``: three quarters of the mean are the file's, for every class."""
     entries = DATA.resolve(((f"file:{file}", 3.0), ("ensemble:clip", 1.0)), "settings.templates")
@@ -256,6 +266,8 @@ def test_missing_files_and_classes_are_named_with_the_nearest(
         ([["{}", 0]], "the weight is 0"),
         ([["{}", "x"]], "templates[0]"),
         ([{}], "there are no classes"),
+        ({"cat": 1}, "class 'cat' has no list of sentences"),
+        ("ensemble:", "templates is 'ensemble:'"),
         ([{"cat": []}], "class 'cat' has no list of sentences"),
         ([{"cat": ["{} {}"]}], "'{} {}' is no sentence"),
         ("a photo of a {}.", "templates is 'a photo of a {}.'"),

@@ -239,7 +239,7 @@ class _Place:
                 self.hint, self.value = hints.get(step, MISSING), self.value.get(step, MISSING)
                 self.path = f"{self.path}.{step}".removeprefix(".")
                 self.names, self.key = (*self.names, str(step)), self.path
-            elif is_list(kind) and isinstance(step, int) and step < len(self.value):
+            elif is_list(kind) and isinstance(self.value, (list, tuple)) and step in range(len(self.value)):
                 items = [arg for arg in get_args(kind) if arg is not Ellipsis] or [Any]
                 self.hint, self.value = items[step if step < len(items) else 0], self.value[step]
                 self.path += f"[{step}]"

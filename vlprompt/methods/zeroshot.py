@@ -7,14 +7,14 @@ learned.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from vlprompt.config.types import OpenTemplates, validated
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
-from vlprompt.prompts.zero_shot import template_features
+from vlprompt.prompts.zero_shot import Average, template_features
 
 
 @validated("settings")
@@ -25,12 +25,14 @@ class ZeroShotSettings:
         templates: The hand-written templates and sentences.
         ensemble: Add seven selected templates in front. Without ``templates``, the ensemble ``coop`` of the data set:
             the seven templates and its own one, on ImageNet the seven alone.
-        average: ``unit`` averages unit features, ``raw`` raw ones; the mean is normalised.
+        average: ``unit`` averages unit features, ``raw`` raw ones; the mean is normalised. ``scores`` averages the
+            cosines of all texts of a class (DCLIP: sachit-menon/classify_by_description_release, main.py 51-66); the
+            classifier's rows are then shorter than 1.
     """
 
     templates: OpenTemplates = ()
     ensemble: bool = False
-    average: Literal["unit", "raw"] = "unit"
+    average: Average = "unit"
 
     def with_derived_texts(self) -> ZeroShotSettings:
         """Return the settings with the ensemble among the templates."""
@@ -59,5 +61,7 @@ class ZeroShot(PromptMethod):
         return {"templates": self.settings.templates, "average": self.settings.average}
 
     def text_features(self, features: Tensor | None = None) -> Tensor:
-        """Return the ensembled unit text features ``[C, D]``."""
-        return self.unit_text(self.get_buffer("weights"))
+        """Return the ensembled text features ``[C, D]``, unit rows except for averaged scores."""
+        weights = self.get_buffer("weights")
+        lengths = weights.norm(dim=-1, keepdim=True) if self.settings.average == "scores" else 1.0
+        return lengths * self.unit_text(weights)

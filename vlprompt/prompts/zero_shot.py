@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,15 +19,17 @@ from vlprompt.prompts.context import template_layout, text_layout
 from vlprompt.prompts.words import words_of
 
 _PROMPTS = 256  # encoded at once
+Average = Literal["unit", "raw", "scores"]
+"""What is averaged over the texts of a class."""
 
 
 def template_features(
     backbone: Any,
     class_names: Sequence[str],
     templates: Sequence[Texts],
-    average: Literal["unit", "raw"] = "unit",
+    average: Average = "unit",
 ) -> Tensor:
-    """Return unit features ``[C, D]`` of hand-written templates and sentences, without gradient.
+    """Return features ``[C, D]`` of hand-written templates and sentences, without gradient.
 
     Args:
         backbone: The frozen CLIP.
@@ -34,13 +37,16 @@ def template_features(
         templates: Templates with ``{}`` for the name, and sentences by class, both with their weights, if any
             (:mod:`vlprompt.config.texts`). Templates are encoded one at a time to limit memory.
         average: ``unit`` normalises every feature before averaging (CoOp's ensemble), ``raw`` averages raw features
-            (PromptSRC). Both normalise the average.
+            (PromptSRC). Both normalise the average. ``scores`` averages unit features and leaves their mean as it is:
+            its cosines with an image are the means of the texts' cosines (DCLIP).
 
     Raises:
         ConfigError: A class has no sentences.
         ClassNameError: A prompt is too long for the text tower.
     """
-    return F.normalize(_mean(backbone, class_names, templates, unit=average == "unit"), dim=-1)
+    with _without_gradient(backbone):
+        mean = _mean(backbone, class_names, templates, unit=average != "raw")
+        return mean if average == "scores" else F.normalize(mean, dim=-1)
 
 
 def group_features(
@@ -58,7 +64,8 @@ def group_features(
     for size in groups:
         parts.append(template_features(backbone, class_names, rest[:size]))
         rest = rest[size:]
-    return torch.stack(parts)
+    with _without_gradient(backbone):
+        return torch.stack(parts)
 
 
 def raw_template_features(backbone: Any, class_names: Sequence[str], templates: Sequence[Texts]) -> Tensor:
@@ -67,7 +74,16 @@ def raw_template_features(backbone: Any, class_names: Sequence[str], templates: 
     It is not normalised, and its length determines the relative weight of residuals added to it. Arguments and errors
     are those of :func:`template_features`.
     """
-    return _mean(backbone, class_names, templates, unit=False)
+    with _without_gradient(backbone):
+        return _mean(backbone, class_names, templates, unit=False)
+
+
+@contextlib.contextmanager
+def _without_gradient(backbone: Any) -> Iterator[None]:
+    """Compute in full precision and without gradient, but no inference tensors: training may use the result."""
+    autocast = torch.autocast(backbone.device.type, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), autocast:
+        yield
 
 
 def _mean(backbone: Any, class_names: Sequence[str], templates: Sequence[Texts], *, unit: bool) -> Tensor:
@@ -76,20 +92,18 @@ def _mean(backbone: Any, class_names: Sequence[str], templates: Sequence[Texts],
         return torch.empty(len(class_names), backbone.embed_dim, device="meta")
     total: Any = 0.0
     weights: Any = 0.0
-    autocast = torch.autocast(backbone.device.type, enabled=False)
-    with torch.inference_mode(False), torch.no_grad(), autocast:  # no inference tensors: training may use the result
-        for entry in templates:
-            body, weight = weighted(entry)
-            if isinstance(body, str):
-                features = backbone.text.encode(template_layout(backbone.text, class_names, [body]))[0]
-                features = F.normalize(features, dim=-1) if unit else features
-                counts: Tensor | float = 1.0
-            else:
-                features, counts = _sums(backbone, class_names, body, unit)
-            total = total + (features if weight is None else weight * features / counts)
-            weights = weights + (counts if weight is None else weight)
-        mean: Tensor = total / weights
-        return mean
+    for entry in templates:
+        body, weight = weighted(entry)
+        if isinstance(body, str):
+            features = backbone.text.encode(template_layout(backbone.text, class_names, [body]))[0]
+            features = F.normalize(features, dim=-1) if unit else features
+            counts: Tensor | float = 1.0
+        else:
+            features, counts = _sums(backbone, class_names, body, unit)
+        total = total + (features if weight is None else weight * features / counts)
+        weights = weights + (counts if weight is None else weight)
+    mean: Tensor = total / weights
+    return mean
 
 
 def _sums(backbone: Any, class_names: Sequence[str], body: Any, unit: bool) -> tuple[Tensor, Tensor]:
@@ -143,8 +157,7 @@ def plain_template(entry: Texts, key: str) -> str:
 
 def raw_features(backbone: Any, prompts: Sequence[str]) -> Tensor:
     """Return the raw text features ``[P, D]`` of whole prompts, without gradient."""
-    autocast = torch.autocast(backbone.device.type, enabled=False)
-    with torch.inference_mode(False), torch.no_grad(), autocast:
+    with _without_gradient(backbone):
         chunks = [list(prompts[start : start + _PROMPTS]) for start in range(0, len(prompts), _PROMPTS)]
         return torch.cat([backbone.text.encode(text_layout(backbone.text, chunk))[0] for chunk in chunks])
 

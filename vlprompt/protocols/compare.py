@@ -40,13 +40,15 @@ _OTHER: Mapping[str, str] = {
     "config.settings": "settings of the method",
     "config.decomposition": "decomposition",
     "config.recipe": "recipe",
+    "zeroshot_classifier.name": "zero-shot classifier",
+    "zeroshot_classifier.sha256": "texts of the zero-shot classifier",
     "selection.on": "images that hyperparameters were chosen on",
     "backbone.name": "backbone",
     "backbone.pretrained": "weights",
     "backbone.precision": "precision of the backbone",
     "backbone.fingerprint": "content of the weights",
 }
-_OPTIONAL = ("data.source", "data.target", "data.order", "selection.", "config.decomposition")
+_OPTIONAL = ("data.source", "data.target", "data.order", "selection.", "config.decomposition", "zeroshot_classifier.")
 
 
 @dataclass(frozen=True)
