@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vlprompt import create_method
+from vlprompt.backbone import Backbone
 from vlprompt.testtime.selection import entropy
 from vlprompt.testtime.zero import ranked_logits, vote
 
@@ -81,3 +84,28 @@ def test_the_most_confident_other_view_resolves_a_tie() -> None:
 
 def test_no_images_give_no_votes() -> None:
     assert ranked_logits(vote(torch.zeros(0, 4, 3)), torch.zeros(0, 3)).shape == (0, 3)
+
+
+def test_votes_with_a_temperature_are_marginal_probabilities() -> None:
+    """The official code sums the probabilities of the voting views, of cosines divided by a temperature."""
+    logits = torch.randn(3, 20, 5, generator=torch.Generator().manual_seed(1))
+    hard = vote(logits, 0.3)
+    for temperature in (2**-10, 0.5):
+        soft = vote(logits, 0.3, temperature)
+        assert torch.equal(soft.selected, hard.selected)
+        chosen = logits[torch.arange(3)[:, None], soft.selected]
+        marginal = torch.softmax(chosen / temperature, dim=-1).sum(dim=1)
+        torch.testing.assert_close(soft.counts, marginal)
+        assert torch.equal(soft.winners, marginal.argmax(dim=-1))
+        assert torch.equal(ranked_logits(soft, logits[:, 0]).argmax(dim=-1), soft.winners)
+    torch.testing.assert_close(vote(logits, 0.3, 1e-9).counts, hard.counts.float())
+
+
+def test_the_temperature_of_the_method_divides_cosines(tiny_backbone: Backbone) -> None:
+    views = torch.randn(4, 12, tiny_backbone.embed_dim, generator=torch.Generator().manual_seed(2))
+    method: Any = create_method("zero", tiny_backbone, ["cat", "dog", "bird"], temperature=2**-10)
+    cosines = method.unit_views(views) @ method.initial_text_features().t()
+    voting = method.votes(views).selected
+    chosen = cosines[torch.arange(4)[:, None], voting]
+    torch.testing.assert_close(method.votes(views).counts, (chosen / 2**-10).softmax(dim=-1).sum(dim=1))
+    assert torch.equal(method(views).argmax(dim=-1), method.votes(views).winners)

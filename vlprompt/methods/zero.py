@@ -1,15 +1,15 @@
 """ZERO: the confident views of a test image vote (Farina et al., NeurIPS 2024; arXiv 2405.18330).
 
-The marginal probability over confident views at temperature zero is the count of their arg-maxes. The official code
-uses the smallest step of half precision as zero, which gives slightly soft votes; here votes are hard, and ties are
-resolved as in the paper.
+The marginal probability over confident views at temperature zero is the count of their arg-maxes, with the paper's rule
+for ties. The official code divides cosines by the smallest step of half precision instead (FarinaMatteo/zero,
+ttas/zero.py 80-81), which gives slightly soft votes without ties: ``temperature: 0.0009765625``.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from vlprompt.config.types import Count, OpenTemplates, validated
+from vlprompt.config.types import Count, NonNegative, OpenTemplates, validated
 from vlprompt.methods.episodic import EpisodicMethod, TemplateViewsMethod
 from vlprompt.methods.registry import register
 from vlprompt.needs import Needs, TestViews
@@ -24,12 +24,14 @@ class ZEROSettings:
     Attributes:
         templates: The hand-written prompts, as in ``zeroshot``; default: the template of the data set.
         confidence: Fraction of the views that vote, those with the lowest entropy.
+        temperature: Temperature of the votes, a divisor of cosines; 0 for one vote per view.
         crops: Random crops of each image in addition to the test view; 0 is zero-shot.
         augmix: Mix the crops with AugMix; the published code never does.
     """
 
     templates: OpenTemplates = ()
     confidence: ViewFraction = 0.3
+    temperature: NonNegative = 0.0
     crops: Count = 63
     augmix: bool = False
 
@@ -53,11 +55,14 @@ class ZERO(TemplateViewsMethod, EpisodicMethod):
         The largest logit is at ZERO's prediction (:func:`vlprompt.testtime.zero.ranked_logits`).
         """
         logits = self.view_logits(views)
-        return ranked_logits(vote(logits, self.settings.confidence), logits[:, 0])
+        return ranked_logits(self._vote(logits), logits[:, 0])
 
     def votes(self, views: Tensor) -> Votes:
         """Return counts, voters and winners of B images from their views ``[B, V, D]``."""
-        return vote(self.view_logits(views), self.settings.confidence)
+        return self._vote(self.view_logits(views))
+
+    def _vote(self, logits: Tensor) -> Votes:
+        return vote(logits, self.settings.confidence, float(self.backbone.logit_scale) * self.settings.temperature)
 
     def view_logits(self, views: Tensor) -> Tensor:
         """Return the logits ``[B, V, C]`` of all views."""

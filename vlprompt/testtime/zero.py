@@ -15,7 +15,7 @@ class Votes:
     """Votes of the views of B images.
 
     Attributes:
-        counts: ``[B, C]`` int64, number of votes per class.
+        counts: ``[B, C]``, number of votes per class; with a temperature, the sum of the views' probabilities.
         selected: ``[B, n]``, views that voted, most confident first.
         winners: ``[B]``, the winning class.
     """
@@ -25,7 +25,7 @@ class Votes:
     winners: Tensor
 
 
-def vote(logits: Tensor, fraction: float = 0.3) -> Votes:
+def vote(logits: Tensor, fraction: float = 0.3, temperature: float = 0.0) -> Votes:
     """Return the votes of the most confident views.
 
     The class with the most votes wins. A tie is resolved by the most confident non-voting view that predicts one of the
@@ -35,6 +35,7 @@ def vote(logits: Tensor, fraction: float = 0.3) -> Votes:
     Args:
         logits: ``[B, V, C]``.
         fraction: Fraction of the V views that vote.
+        temperature: Divisor of the logits; 0 for one vote per view.
     """
     selected = most_confident(logits, 1.0)
     count = most_confident(logits, fraction).shape[1]
@@ -42,6 +43,8 @@ def vote(logits: Tensor, fraction: float = 0.3) -> Votes:
     votes = gather_views(choices, selected[:, :count])
     counts = torch.zeros(len(logits), logits.shape[-1], dtype=torch.int64, device=logits.device)
     counts.scatter_add_(1, votes, torch.ones_like(votes))
+    if temperature:
+        counts = (gather_views(logits, selected[:, :count]) / temperature).softmax(dim=-1).sum(dim=1)
     tied = counts == counts.max(dim=-1, keepdim=True).values  # [B, C]
     others = selected[:, count:]
     decider = others[:, :1] if others.shape[1] else torch.zeros_like(selected[:, :1])
@@ -62,7 +65,7 @@ def ranked_logits(votes: Votes, logits: Tensor) -> Tensor:
     ZERO's prediction, probabilities keep their sharpness, and logits that agree with the votes do not change.
     """
     by_logit = logits.argsort(dim=-1, descending=True, stable=True)
-    counts = votes.counts.scatter_add(1, votes.winners[:, None], torch.ones_like(votes.winners[:, None]))
+    counts = votes.counts.scatter_add(1, votes.winners[:, None], torch.ones_like(votes.counts[:, :1]))
     by_votes = counts.gather(1, by_logit).argsort(dim=-1, descending=True, stable=True)
     order = by_logit.gather(1, by_votes)
     return torch.empty_like(logits).scatter(1, order, logits.gather(1, by_logit))
