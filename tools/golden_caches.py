@@ -106,6 +106,8 @@ def check_tfup(golden: Any) -> Results:
     text, images, truth = (golden.tensor(name) for name in ("text_raw", "image_raw", "labels"))
     decay = golden.optimizer(hyper["optimizer"], "AdamW", "eps", "weight_decay")
     recipe = CacheRecipe(hyper["max_epoch"], hyper["bs"], hyper["lr"], **decay)
+    smoothing = hyper.get("smooth_alpha", 0)
+    golden.expect(not smoothing, f"smooth_alpha is {smoothing}; expected: 0, as TFUP-T's labels are not smoothed here")
     temperature = float(golden.words(r"^softmax\((\S+) \* cosine\)$", hyper["selection_temperature"])[1])
     adaptation = Adaptation(
         text_ratio=hyper["ratio_beta"],

@@ -160,6 +160,7 @@ def _sgd(golden: Any, groups: Any, lr: float) -> torch.optim.Optimizer:
 
 def _image_tokens(golden: Any, case: str, options: Any, images: Any, labels: Any) -> Results:
     """Compare deep image tokens at MVLPT's position, without projection and with frozen text."""
+    golden.expect(not options["coop"], f"{case}: {options['coop']} text vectors without a projection; expected: 0")
     suffixes = ("", "_deep") if options["deep"] else ("",)
     first, *deep = (golden.tensor(f"{case}_param[vpt_embeddings{suffix}]").float() for suffix in suffixes)
     trained = {"vpt_embeddings": first, **dict(zip(["vpt_embeddings_deep"], deep, strict=False))}
