@@ -217,6 +217,10 @@ def test_a_users_protocol_is_called_by_its_name(mine: Callable[..., Path], tiny:
     )  # fmt: skip
     results, table = run_protocol(find_protocol(str(path)), [config])
     assert results["protocol"] == "tpt" and table.startswith("tpt: ") and "mean with the source" in table
+    path = mine("few-shot", name="few-2", train=train, seeds=[1])
+    results, table = run_protocol(find_protocol(str(path)), [config])
+    assert results["protocol"] == "few-2" and table.startswith("few-2 accuracy")
+    assert len(list(Path(config.output).glob("few_2-*.json"))) == 1
 
 
 def test_configurations_of_a_protocol(tiny: Tiny) -> None:

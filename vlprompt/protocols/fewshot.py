@@ -99,11 +99,11 @@ def run_few_shot(
             if len(on_each) > 1:
                 average.append(_average(on_each))
         found = {"cells": cells, **({AVERAGE: average} if average else {})}
-        return found, few_shot_table(cells, shots, seeds, average)
+        return found, few_shot_table(cells, shots, seeds, average, plan.name)
 
     found, table = by_metric(build, metrics)
-    results = {"schema": SCHEMA, "protocol": "few-shot", "seeds": seeds, "shots": shots, **found}
-    keep("few_shot", results, plan.configs, seeds)
+    results = {"schema": SCHEMA, "protocol": plan.name, "seeds": seeds, "shots": shots, **found}
+    keep(plan.name.replace("-", "_"), results, plan.configs, seeds)
     return results, table
 
 
@@ -139,11 +139,23 @@ def _average(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def few_shot_table(
-    cells: Sequence[dict[str, Any]], shots: Sequence[int], seeds: Sequence[int], average: Sequence[dict[str, Any]] = ()
+    cells: Sequence[dict[str, Any]],
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    average: Sequence[dict[str, Any]] = (),
+    name: str = "few-shot",
 ) -> str:
-    """Return the table of all cells and averages by number of shots, with zero-shot once per data set."""
+    """Return the table of all cells and averages by number of shots, with zero-shot once per data set.
+
+    Args:
+        cells: The cells of the data sets.
+        shots: The numbers of training images per class.
+        seeds: The seeds.
+        average: The average of each configuration, if there are several data sets.
+        name: The protocol's name.
+    """
     words = metric_words(cell.get("metric", "accuracy") for cell in cells)
-    title = f"few-shot {words} in % by images per class, {over_seeds(seeds)}"
+    title = f"{name} {words} in % by images per class, {over_seeds(seeds)}"
     table = Table("data", "method")
     for count in shots:
         table.add_column("all" if count == -1 else f"{count} shot{'s' if count > 1 else ''}", justify="right")
