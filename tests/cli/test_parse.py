@@ -127,6 +127,11 @@ def test_later_files_win_over_earlier_ones_and_the_command_line_over_both(toys: 
     config = parse_run(["--recipe.epochs", "3", "--config", "one.yaml", "--config=two.yaml"])
     assert (config.data.shots, config.data.name, config.recipe.epochs, config.settings["length"]) == (2, "folder", 3, 9)
     assert config.recipe.lr == 1e-3
+    assert parse_run(["--recipe.epochs", "3", "--config", "one+two.yaml"]) == config
+    with pytest.raises(ConfigError, match="--config 'three': there is no such file"):
+        parse_run(["--config", "one+three"])
+    (toys / "one+two.yaml").write_text("method: toy\nseed: 5\n")  # a file of this name is read as one
+    assert (parse_run(["--config", "one+two.yaml"]).seed, parse_run(["--config", "one+two"]).seed) == (5, 5)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Every resolved run of a protocol has the values of the official code, which official.yaml lists with their sources.
 
-A block of ``methods`` is a method, with further ``--config`` names after ``+`` (``ivlp + compositions/ivlp_maple``). It
-holds
+A block of ``methods`` is a ``--config``: a method, with a layer after ``+`` for a variant. It holds
 
 - ``publishes``: the protocols of the official code, each with its ``datasets``, and ``shots`` and ``backbones`` where
   they are several (a backbone is set by ``--backbone.name``, on top of the runs with the book's own); or ``none``, the
@@ -65,7 +64,7 @@ class Group:
     backbone: str | None
 
     def __str__(self) -> str:
-        return "-".join(filter(None, (self.block.replace(" + ", "+"), self.protocol, self.backbone)))
+        return "-".join(filter(None, (self.block, self.protocol, self.backbone)))
 
     @property
     def published(self) -> Mapping[str, Any]:
@@ -91,7 +90,7 @@ GROUPS = [
 
 def entries(block: str) -> list[dict[str, Any]]:
     """Return the entries of a block, least important first."""
-    method = block.split(" + ")[0]
+    method = block.split("+")[0]
     shared = [entry for entry in OFFICIAL["shared"] if method in entry["methods"]]
     return [*shared, *OFFICIAL["methods"][block].get("entries", ())]
 
@@ -115,10 +114,8 @@ def applies(entry: Mapping[str, Any], group: Group, training: Training) -> bool:
 @functools.cache
 def trainings(group: Group) -> list[Training]:
     """Return the published runs; those on targets are separate runs of methods that learn from no labelled images."""
-    first, *more = group.block.split(" + ")
-    words = [word for name in (first, *more) for word in ("--config", name)]
-    words += [] if group.backbone is None else ["--backbone.name", group.backbone]
-    words += [] if get_method_class(first).starts_from is None else ["--init_from", "a run"]
+    words = ["--config", group.block, *([] if group.backbone is None else ["--backbone.name", group.backbone])]
+    words += [] if get_method_class(group.block.split("+")[0]).starts_from is None else ["--init_from", "a run"]
     overrides = Overrides(datasets=group.published["datasets"], shots=group.published.get("shots"))
     plan = plan_protocol(find_protocol(group.protocol), [source_of(read_command_line(words))], overrides, dry=True)
     return [
@@ -169,7 +166,7 @@ def test_every_resolved_run_has_the_official_values(group: Group) -> None:
 def test_every_method_has_a_block_with_its_protocols() -> None:
     """Each of the 11 data sets occurs in every protocol over data sets; the others train on a source."""
     blocks = OFFICIAL["methods"]
-    assert {block.split(" + ")[0] for block in blocks} == set(list_methods())
+    assert {block.split("+")[0] for block in blocks} == set(list_methods())
     assert [block for block, content in blocks.items() if ("none" in content) == ("publishes" in content)] == []
     for group in GROUPS:
         assert group.protocol in list_protocols(), group
@@ -180,7 +177,7 @@ def test_every_method_has_a_block_with_its_protocols() -> None:
 
 @pytest.mark.parametrize("group", GROUPS, ids=str)
 def test_the_values_that_decide_a_run_are_pinned(group: Group) -> None:
-    method = get_method_class(group.block.split(" + ")[0])
+    method = get_method_class(group.block.split("+")[0])
     needed = [f"recipe.{names}" for names in RECIPE] if method.recipe != RecipeConfig() else []
     fixed = {"backbone.name"} if "shots" in group.published else {"backbone.name", "data.shots"}
     for training in trainings(group):

@@ -95,6 +95,11 @@ def test_what_a_paper_fixes_is_kept_unless_the_command_line_says_otherwise() -> 
         assert {one.data.shots for one in planned("few-shot", *words, datasets=["dtd"]).configs} == {1, 2, 4, 8, 16}
 
 
+def test_a_variant_is_a_layer_over_a_book() -> None:
+    plan = planned("cross-dataset", "--config", "ivlp+compositions/ivlp_maple", datasets=["imagenet"])
+    assert [(one.method, one.settings["text_depth"], one.recipe.epochs) for one in plan.configs] == [("ivlp", 12, 5)]
+
+
 def test_the_command_line_wins_over_every_table() -> None:
     plan = planned("few-shot", "--config", "clip_lora", "--recipe.epochs", "3")
     assert {one.recipe.epochs for one in plan.configs} == {3} and rows(plan, "recipe.epochs") == [("3",)]

@@ -6,7 +6,7 @@ vlprompt train --config FILE [--a.b VALUE ...] [--metrics A,B] [--print-config] 
 Trains a method, evaluates it, and saves config, head and results in a run folder. The same command resumes an
 unfinished run and shows a finished one.
 
-  --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours; several: later files win
+  --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours; several, or A+B: later files win
   --a.b VALUE       overrides a key of the files, in any position; lists as '[1, 2]', no value as null
   --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
   --print-config    print every value with its source and stop
@@ -22,7 +22,7 @@ vlprompt base-to-new --config FILE [--config FILE2 ...] [--datasets NAME,NAME2] 
 Trains on the base classes with each seed, evaluates base and new classes, and prints accuracies, their harmonic mean
 and zero-shot. Several --config files are compared side by side; the overrides apply to all of them.
 
-  --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours
+  --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours; A+B: the values of B over those of A
   --datasets A,B    run every configuration on each of these data sets (group:NAME for a group of them), and add the
                     average: its H is the harmonic mean of the averages, as in published tables
   --seeds 1,2,3     the seeds (default 1,2,3)
@@ -70,7 +70,7 @@ Finished runs are reused; the same command resumes where it stopped. Several --c
   --protocol NAME   `vlprompt list protocols` shows them: few-shot, base-to-new, cross-dataset, imagenet-domains,
                     per-target, leave-one-out, single-source, test-time; or a file of yours, my.yaml, with the same
                     fields
-  --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours
+  --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours; A+B: the values of B over those of A
   --datasets A,B    data sets to train on, instead of the protocol's; group:NAME for all data sets of a group
   --targets C,D     other data sets to test on (cross-dataset, imagenet-domains); a method that learns from no labelled
                     images runs on each of them by itself, with the values for it
@@ -93,7 +93,7 @@ Trains every candidate of a grid, chooses the best on the validation images (the
 only that one. The same command resumes where it stopped. Runs, selection (selection.json) and best configuration
 (best.yaml) are saved in OUTPUT/search-...; use best.yaml for other seeds and protocols.
 
-  --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours
+  --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours; A+B: the values of B over those of A
   --grid KEY=A,B    values to try of recipe.*, settings.*, decomposition.NAME.*, data.transform or data.template; texts
                     with commas in quotes
   --on val|test     images to choose on (default val)

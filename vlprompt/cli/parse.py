@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any, NoReturn, TypeVar
@@ -209,7 +210,7 @@ def source_of(line: CommandLine, configs: Sequence[str] | None = None, within: S
 def _source(line: CommandLine, root: type[Any], configs: Sequence[str] | None, within: Sequence[str]) -> ConfigSource:
     problems: list[str] = []
     layers: list[NamedBook | dict[str, Given]] = []
-    for name in line.configs if configs is None else configs:
+    for name in _parts(line.configs if configs is None else configs):
         try:
             layers.append(_layer(name, root, line, problems))
         except ConfigError as error:
@@ -231,6 +232,12 @@ def _source(line: CommandLine, root: type[Any], configs: Sequence[str] | None, w
         return config if config is not None and not wrong else refuse(wrong, line.command)
 
     return ConfigSource([*layers, overrides], build, _dataset_name, problems)
+
+
+def _parts(names: Sequence[str]) -> list[str]:
+    """Return the names of all layers: ``A+B`` has two, unless a file has this name."""
+    files = [name for name in names if os.path.isfile(name) or os.path.isfile(f"{name}.yaml")]
+    return [part for name in names for part in ([name] if name in files else name.split("+"))]
 
 
 def _layer(name: str, root: type[Any], line: CommandLine, problems: list[str]) -> NamedBook | dict[str, Given]:
