@@ -168,6 +168,7 @@ def test_every_method_has_a_block_with_its_protocols() -> None:
     blocks = OFFICIAL["methods"]
     assert {block.split("+")[0] for block in blocks} == set(list_methods())
     assert [block for block, content in blocks.items() if ("none" in content) == ("publishes" in content)] == []
+    assert all(content.get("none", "a reconstruction").startswith("a reconstruction") for content in blocks.values())
     for group in GROUPS:
         assert group.protocol in list_protocols(), group
         missing = set(FEW_SHOT) - set(dataset_names(group.published["datasets"]))
