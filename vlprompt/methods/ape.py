@@ -1,7 +1,7 @@
 """APE: Tip-Adapter on chosen channels, with weighted values; training-free (Zhu et al., ICCV 2023; arXiv 2304.01195).
 
-The published text classifier also averages sentences of a language model for each class; here it averages only the
-templates.
+The published text classifier averages the templates and sentences of a language model for each class (CuPL), which
+``templates`` takes as a file; by default it averages the templates alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """TFUP: a cache of unlabelled images that zero-shot CLIP is sure of (Long et al., 2024; arXiv 2404.16339).
 
 No labels and no training. Published results on Office-31, Office-Home and VisDA select from the test images
-(``unlabelled: test``: the result is transductive, and marked), those on DomainNet from training images.
+(``unlabelled: test``: the result is transductive, and marked), those on DomainNet from training images. Their text
+classifiers, except on VisDA, average 30 sentences of a language model a class, which ``templates`` takes as a file.
 """
 
 from __future__ import annotations
