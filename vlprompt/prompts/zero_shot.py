@@ -81,7 +81,8 @@ def raw_template_features(backbone: Any, class_names: Sequence[str], templates: 
 @contextlib.contextmanager
 def _without_gradient(backbone: Any) -> Iterator[None]:
     """Compute in full precision and without gradient, but no inference tensors: training may use the result."""
-    autocast = torch.autocast(backbone.device.type, enabled=False)
+    kind = backbone.device.type
+    autocast = torch.autocast("cpu" if kind == "meta" else kind, enabled=False)  # meta tensors have no autocast
     with torch.inference_mode(False), torch.no_grad(), autocast:
         yield
 
