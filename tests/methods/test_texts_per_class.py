@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 
 from vlprompt import create_method, list_methods
 from vlprompt.backbone import Backbone
+from vlprompt.config.ensembles import ENSEMBLES
 from vlprompt.config.hints import is_dataclass, is_texts
 from vlprompt.config.texts import DataTexts
 from vlprompt.config.types import field_hints
@@ -324,3 +326,18 @@ def test_methods_that_learn_their_prompts_stand_beside_the_data_sets_template(ti
     own = {name for name, _ in TEXT_SCORING}
     for name in set(list_methods()) - own:
         assert create_method(name, tiny_backbone, NAMES).zero_shot_settings() == {}, name
+
+
+def test_no_configuration_writes_out_a_named_ensemble() -> None:
+    """Books name ensembles: a list of templates is written once."""
+    named = {tuple(entries) for entries in ENSEMBLES.values()}
+    books = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+    found = [path.name for path in books for entries in lists_in(yaml.safe_load(path.read_text())) if entries in named]
+    assert len(books) > 30 and not found
+
+
+def lists_in(value: Any) -> Iterator[tuple[Any, ...]]:
+    if isinstance(value, list):
+        yield tuple(map(str, value))
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from lists_in(inner)
