@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from vlprompt.backbone import Backbone
 from vlprompt.config.run import RunConfig
 from vlprompt.errors import ConfigError
 from vlprompt.protocols.compare import compare
+from vlprompt.runs.dry_run import dry_run
 from vlprompt.runs.run import evaluate_head, run
 from vlprompt.runs.session import Session
 
@@ -66,6 +68,14 @@ def test_results_and_comparisons_name_the_order(name: str, tiny: Tiny) -> None:
     assert "order" not in run(tiny("zeroshot")).results["data"]
 
 
-def test_an_order_without_a_stream_is_refused(tiny: Tiny) -> None:
+@pytest.mark.parametrize("command", [run, dry_run])
+def test_an_order_without_a_stream_is_refused(command: Callable[[RunConfig], object], tiny: Tiny) -> None:
     with pytest.raises(ConfigError, match="data.order is 'file', but the scores of coop do not depend on the order"):
-        run(tiny("coop", order="file"))
+        command(tiny("coop", order="file"))
+
+
+@pytest.mark.parametrize("command", [run, dry_run])
+def test_a_stream_is_not_shared_by_processes(command: Callable[[RunConfig], object], tiny: Tiny) -> None:
+    config = tiny("tda", SMALL["tda"], batch_size=2)
+    with pytest.raises(ConfigError, match="trainer.devices is 2, but tda sees its test images one after the other"):
+        command(replace(config, trainer=replace(config.trainer, devices=2)))

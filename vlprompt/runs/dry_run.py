@@ -52,6 +52,7 @@ def dry_run(config: RunConfig) -> str:
     trainable = method.trainable_parameters()
     count = sum(parameter.numel() for _, parameter in trainable)
     recipe, accumulate = config.recipe, config.trainer.accumulate
+    session.check_order()
     if "drawn" in vars(session):
         session.check_selection()
     if trainable and train_images:
