@@ -257,6 +257,18 @@ def test_a_dry_run_prints_a_line_per_training(
 
 
 @pytest.mark.usefixtures("without_data")
+@pytest.mark.parametrize("protocol", ["few-shot", "base-to-new", "leave-one-out", "cross-dataset"])
+@pytest.mark.parametrize("name", ["clip_lora", "tda", "zeroshot"])
+def test_values_of_a_plan_are_those_of_its_runs(name: str, protocol: str) -> None:
+    words = ["--config", name, "--data.classes", "base", "--data.source", "[a]", "--data.target", "[b]"]
+    datasets = {} if protocol == "cross-dataset" else {"datasets": ["pacs" if protocol == "leave-one-out" else "dtd"]}
+    trainings = planned(protocol, *words, **datasets).trainings
+    for one in (*trainings, *(target for training in trainings for target in training.targets)):
+        fields = {key: value for key, value in one.values.items() if key.startswith("data.")}
+        assert fields == {key: getattr(one.config.data, key.removeprefix("data.")) for key in fields}
+
+
+@pytest.mark.usefixtures("without_data")
 def test_values_of_a_plan_are_short_and_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(["eval", "--protocol", "few-shot", "--config", "mocoop", "--shots", "1"], capsys)
     assert len(lines) == 2 + 11 and max(map(len, lines)) < 350 and any("..." in line for line in lines)

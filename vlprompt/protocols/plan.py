@@ -5,7 +5,7 @@ A plan is created once, without data or weights; it is printed, checked or run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -210,7 +210,13 @@ def _training(source: ConfigSource, request: Selection, classes: Classes) -> Tra
     config = source.resolve(**request).with_data(classes=classes)
     texts = find_card(config.data.name).texts(config.data.template)
     filled = open_templates(config.method, config.settings, config.objectives, texts)
-    return Training(config, {**source.differences(**request), **filled})
+    return Training(config, {**_without(source.differences(**request), ["classes"]), **filled})
+
+
+def _without(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return ``values`` without fields of ``data`` that the protocol decides."""
+    decided = {f"data.{name}" for name in names}
+    return {key: value for key, value in values.items() if key not in decided}
 
 
 def _targets(
@@ -225,7 +231,7 @@ def _targets(
     values: dict[str, Any] = {"source": (), "target": (), **dict.fromkeys(("split", "sampler", "shots_file"))}
     if training.per_target:
         own = (_training(source, {**request, "dataset": name}, "all") for name in names)
-        return tuple(replace(target, config=target.config.with_data(**values)) for target in own)
+        return tuple(Training(target.config.with_data(**values), _without(target.values, values)) for target in own)
     values |= {"shots": 1, "classes": "all", "template": None}  # only test images are used
     return tuple(Training(config.with_data(name=name, **values), {}) for name in names)
 
@@ -242,6 +248,7 @@ def _over_domains(training: Training, protocol: DomainProtocol, *, dry: bool) ->
     return [
         replace(
             training,
+            values=_without(training.values, ["source", "target"]),
             domains=domain_round,
             config=training.config.with_data(source=domain_round.source, target=domain_round.target),
         )
