@@ -7,6 +7,7 @@ the golden tensors check, and makes archives of other methods, optimisers, setti
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import math
@@ -292,3 +293,26 @@ def test_archives_that_cannot_be_run_are_refused(
     np.savez(tmp_path / "run.npz", meta=json.dumps(meta), **arrays)
     with pytest.raises(SystemExit, match=message):
         tool.main([str(tmp_path / "run.npz")])
+
+
+@pytest.mark.parametrize("program", ["check_runs", "check_golden"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "damaged"),
+        (b"PK\x03\x04 cut", "damaged"),
+        ({"losses": np.zeros(3)}, "no meta"),
+        ({"meta": np.array("{")}, "damaged"),
+        ({"meta": np.array("[]")}, "not a JSON object"),
+        ({"meta": np.array({}, dtype=object)}, "damaged"),
+    ],
+)
+def test_a_damaged_archive_is_named(program: str, content: Any, words: str, tool: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run.npz"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.savez(path, **content)
+    main = tool.main if program == "check_runs" else importlib.import_module("check_golden").main
+    with pytest.raises(SystemExit, match=rf"run.npz: it .*{words}|run.npz: its meta .*{words}"):
+        main([str(path)])

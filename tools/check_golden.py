@@ -17,6 +17,8 @@ import importlib
 import json
 import re
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ import tiny_clip  # noqa: E402
 
 import vlprompt  # noqa: E402
 from vlprompt.backbone import Backbone, TokenLayout  # noqa: E402
-from vlprompt.errors import VlpromptError  # noqa: E402
+from vlprompt.errors import ConfigError, VlpromptError  # noqa: E402
 from vlprompt.methods.mocoop import routing_target  # noqa: E402
 from vlprompt.prompts import template_layout  # noqa: E402
 
@@ -41,13 +43,30 @@ Arrays = Mapping[str, np.ndarray]
 Results = Iterator[tuple[Any, ...]]
 
 
+def read_archive(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the metadata and the arrays of an archive.
+
+    Raises:
+        ConfigError: The file is damaged or has no metadata.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        meta = json.loads(arrays.pop("meta").item())
+    except KeyError:
+        raise ConfigError("it has no meta") from None
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ConfigError(f"it is no golden archive, or is damaged: {error}") from error
+    if not isinstance(meta, dict):
+        raise ConfigError(f"its meta is {meta!r}, not a JSON object")
+    return meta, arrays
+
+
 class Golden:
     """One archive: its metadata, its arrays and, if it has one, its backbone."""
 
     def __init__(self, path: Path) -> None:
-        with np.load(path, allow_pickle=False) as archive:
-            self.arrays = {name: archive[name] for name in archive.files}
-        self.meta = json.loads(self.arrays.pop("meta").item())
+        self.meta, self.arrays = read_archive(path)
         self.inputs = {"images", "labels"}
         self.path = path
 

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Sampler
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from check_golden import relative_error  # noqa: E402
+from check_golden import read_archive, relative_error  # noqa: E402
 
 from vlprompt.cli.parse import parse_run  # noqa: E402
 from vlprompt.config.hints import field_hints, options  # noqa: E402
@@ -60,12 +60,10 @@ class Archive:
     """One archive: its metadata, start and end tensors, losses, rates and orders."""
 
     def __init__(self, path: Path) -> None:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        missing = [name for name in ("meta", "losses", "rates", "order") if name not in arrays]
+        self.meta, arrays = read_archive(path)
+        missing = [name for name in ("losses", "rates", "order") if name not in arrays]
         if missing:
             raise ConfigError(f"it has no {', '.join(missing)}")
-        self.meta: dict[str, Any] = json.loads(arrays.pop("meta").item())
         self.losses, self.rates, self.order = (arrays.pop(name) for name in ("losses", "rates", "order"))
         self.start, self.end = (
             {
