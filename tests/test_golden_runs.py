@@ -316,3 +316,10 @@ def test_a_damaged_archive_is_named(program: str, content: Any, words: str, tool
     main = tool.main if program == "check_runs" else importlib.import_module("check_golden").main
     with pytest.raises(SystemExit, match=rf"run.npz: it .*{words}|run.npz: its meta .*{words}"):
         main([str(path)])
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_values_that_are_not_finite_differ(wrong: float, tool: Any) -> None:
+    good, bad = np.ones(2), np.array([1.0, wrong])
+    assert tool.step_error(good, good) == 0
+    assert tool.step_error(good, bad) == tool.step_error(bad, good) == tool.step_error(bad, bad) == math.inf

@@ -275,11 +275,11 @@ def check_archive(path: Path, limit: int | None = None) -> tuple[int, float, lis
 
 
 def step_error(values: np.ndarray, reference: np.ndarray, floor: float = 0.0) -> float:
-    """Return the largest error of a step relative to its size; infinity if the shapes differ.
+    """Return the largest error of a step relative to its size; infinity if shapes differ or a value is not finite.
 
     A size below the share ``floor`` of the largest one counts as that share of it.
     """
-    if values.shape != reference.shape or not np.isfinite(values).all() or not values.size:
+    if values.shape != reference.shape or not np.isfinite([values, reference]).all() or not values.size:
         return float("inf")
     size = np.maximum(np.abs(reference), floor * np.abs(reference).max())
     return float((np.abs(values - reference) / np.where(size > 0, size, 1.0)).max())
