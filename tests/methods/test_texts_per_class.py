@@ -260,6 +260,15 @@ def test_missing_files_and_classes_are_named_with_the_nearest(
         method.with_classes(["cat"])
 
 
+def test_two_spellings_of_a_class_are_refused(tiny_backbone: Backbone) -> None:
+    texts = {"red panda": ["a panda"], "red_panda": ["a bear"]}
+    exact = create_method("zeroshot", tiny_backbone, ["red_panda"], templates=texts)
+    other = create_method("zeroshot", tiny_backbone, ["red_panda"], templates={"Red Panda": ["a bear"]})
+    torch.testing.assert_close(exact.text_features(), other.text_features())
+    with pytest.raises(ConfigError, match="'red panda' and 'red_panda' both fit the class 'Red Panda'"):
+        create_method("zeroshot", tiny_backbone, ["Red Panda"], templates=texts)
+
+
 @pytest.mark.parametrize(
     ("given", "why"),
     [

@@ -181,6 +181,13 @@ def test_learnables_of_the_sources_classes_are_refused_before_training(source: T
     assert not (tmp_path / "runs").exists()
 
 
+def test_methods_fitted_on_the_sources_images_are_refused_before_training(source: Tiny, tmp_path: Path) -> None:
+    message = "tip_adapter cannot be moved .*classes of toy-styles and cannot classify those of demo-kinds"
+    with pytest.raises(ConfigError, match=message):
+        cross_dataset([source("tip_adapter", {"views": 0})], TARGETS, (1,))
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [

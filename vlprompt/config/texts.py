@@ -144,9 +144,18 @@ def sentences_of(texts: ClassTexts, class_names: Sequence[str], what: str = "tex
     Names are compared without case, and ``_`` and ``-`` are spaces.
 
     Raises:
-        ConfigError: A class has no sentences; the text lists such classes with the nearest names.
+        ConfigError: A class has no sentences, or two names fit it; the text lists classes without sentences with the
+            nearest names.
     """
-    by_plain = {plain_name(name): sentences for name, sentences in texts.items()}
+    by_plain: dict[str, Any] = {}
+    twins: dict[str, list[str]] = {}
+    for name, sentences in texts.items():
+        by_plain[plain_name(name)] = sentences
+        twins.setdefault(plain_name(name), []).append(name)
+    unclear = [name for name in class_names if name not in texts and len(twins.get(plain_name(name), ())) > 1]
+    if unclear:
+        spellings = " and ".join(map(repr, twins[plain_name(unclear[0])]))
+        raise ConfigError(f"{what}: {spellings} both fit the class {unclear[0]!r}; accepted: one of them")
     missing = [name for name in class_names if name not in texts and plain_name(name) not in by_plain]
     if missing:
         wanted = {plain_name(name) for name in class_names}

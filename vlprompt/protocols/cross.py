@@ -102,8 +102,9 @@ def run_cross(
     runner, seeds = Runner(plan.seeds, force=force, report=report), list(plan.seeds)
     for training in plan.trainings:
         if not training.per_target:
-            source, target = training.config.data, training.targets[0].config.data
-            runner.session(training.config).check_moves(tasks[place(source)], tasks[place(target)])
+            configs = [training.config, *(target.config for target in training.targets)]
+            source, *others = (tasks[place(config.data)] for config in configs)
+            runner.session(training.config).check_moves(source, others)
     tested_runs = []
     for training in plan.trainings:
         runs = runner.runs(training.config)

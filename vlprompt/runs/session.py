@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -363,11 +363,19 @@ class Session:
         moved.load_trained_state(method.trained_state())
         return moved.train(method.training)
 
-    def check_moves(self, source: FewShotTask, target: FewShotTask) -> None:
+    def check_moves(self, source: FewShotTask, targets: Sequence[FewShotTask]) -> None:
         """Raise ConfigError if trained parameters would be specific to the source's classes; call before training."""
+        if issubclass(get_method_class(self.config.method), FittedMethod):
+            known = set(source.class_names)
+            for target in targets:
+                if new := [name for name in target.class_names if name not in known]:
+                    raise ConfigError(
+                        f"{self.config.method} cannot be moved to other data sets: it is fitted on images of the "
+                        f"classes of {source.name} and cannot classify those of {target.name} ({new[0]!r}, ...)"
+                    )
         first, second = (
             dataclasses.replace(task, class_names=task.class_names[:2], all_class_names=task.class_names[:2])
-            for task in (source, target)
+            for task in (source, targets[0])
         )  # two class names are enough for the check
         with restored_random():
             method = self._started(self.make_method(first, self.backbone))
