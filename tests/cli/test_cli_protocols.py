@@ -97,7 +97,7 @@ BAD_COMMANDS = {
         PROTOCOL + "single-source --data.source [a] --seed 1 --data.classes base",
         ["--data.source has no meaning", "--seed has no meaning", "--data.classes has no meaning"],
     ),
-    "a run beside a protocol": (PROTOCOL + "few-shot runs/one", ["'runs/one' has no key"]),
+    "a run and a protocol": (PROTOCOL + "few-shot runs/one", ["'runs/one' has no key"]),
     "search without a grid": ("search --config coop/demo", ["no --grid KEY=VALUE,VALUE"]),
     "a grid without values": ("search --config coop/demo --grid recipe.lr", ["--grid is 'recipe.lr'; accepted: KEY="]),
     "a grid that is not there": ("search --config coop/demo --grid", ["--grid is ''; accepted: KEY=VALUE,VALUE"]),

@@ -170,7 +170,7 @@ def test_two_rates_follow_one_schedule(tiny_backbone: Backbone) -> None:
         schedule.step()
 
 
-def test_rates_stand_beside_those_of_layer_norms(tiny_backbone: Backbone) -> None:
+def test_rates_are_separate_from_those_of_layer_norms(tiny_backbone: Backbone) -> None:
     method = create_method(
         "mocoop", tiny_backbone, NAMES, layer_norm_lr_factor=0.5, decomposition={"dept_lowrank": {"lr_ratio": 0.01}}
     )

@@ -331,7 +331,7 @@ def test_the_zero_shot_row_has_the_classifier_of_the_method(
     torch.testing.assert_close(zero_shot.text_features(), weights, rtol=1e-4, atol=1e-5)
 
 
-def test_methods_that_learn_their_prompts_stand_beside_the_data_sets_template(tiny_backbone: Backbone) -> None:
+def test_methods_that_learn_their_prompts_are_compared_with_the_data_sets_template(tiny_backbone: Backbone) -> None:
     own = {name for name, _ in TEXT_SCORING}
     for name in set(list_methods()) - own:
         assert create_method(name, tiny_backbone, NAMES).zero_shot_settings() == {}, name

@@ -95,7 +95,7 @@ def test_two_methods_on_two_data_sets(tiny: Tiny, toy_sets: Path, tmp_path: Path
             assert row["harmonic_mean"] == harmonic_mean(row["base"]["mean"], row["new"]["mean"])
     (file,) = (tmp_path / "runs").glob("base_to_new-*.json")
     assert json.loads(file.read_text()) == results
-    # Zero-shot has the template of the method that it stands beside; that of the card is not named.
+    # Zero-shot has the template of the method that it is compared with; that of the card is not named.
     rows = ("zero-shot", "coop", "zero-shot (a drawing of a {}.)", "mocoop")
     assert [row[:2] for row in rows_of(table)] == [
         [name, method] for name in ("toy-plain", "toy-styles", "average") for method in rows

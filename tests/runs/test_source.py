@@ -90,7 +90,7 @@ def test_the_source_is_what_the_prompts_were_trained_on(on_other_data: RunConfig
         "shots_sha256": maple.results["data"]["shots_sha256"],
     }  # fmt: skip
     torch.testing.assert_close(statistics(own), expected(maple, tiny("maple", {"depth": 3})), rtol=1e-4, atol=1e-5)
-    # The folder is not at the root of the other data set, so its images cannot be loaded: nothing else stands in.
+    # The folder is not at the root of the other data set, so its images cannot be loaded: the run is refused.
     with pytest.raises(ConfigError, match="(?s)'folder', which its prompts were trained on.* --data.statistics FILES"):
         run(on_other_data)
     kept = run(replace(on_other_data, init_from=str(own.folder)))

@@ -158,7 +158,7 @@ def test_a_plan_shows_references_and_refuses_unknown_ones(tiny: Tiny) -> None:
 
 
 def test_a_protocol_checks_its_texts_before_anything_is_trained(tiny: Tiny, sentences: Path, toy_sets: Path) -> None:
-    """A file without the classes of the second data set is told before the first one is run."""
+    """A file without the classes of the second data set is reported before the first one is run."""
     config = tiny("zeroshot", {"templates": f"file:{sentences}"})
     place = Path(config.output)
     with pytest.raises(ConfigError, match=r"(?s)nothing was run, because of the texts for demo:.*have no sentences"):

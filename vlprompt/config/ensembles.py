@@ -42,4 +42,4 @@ ENSEMBLES: Mapping[str, tuple[str, ...]] = {
     # muzairkhattak/PromptSRC: trainers/imagenet_templates.py; the first 60, with the plain one in front.
     "promptsrc": (_PHOTO, *(template for template in _IMAGENET[:60] if template != _PHOTO)),
 }
-"""Ensembles that ``ensemble:NAME`` finds for every data set; those of the card come first."""
+"""Ensembles that ``ensemble:NAME`` finds for every data set; those of the card take precedence."""

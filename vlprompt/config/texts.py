@@ -318,10 +318,10 @@ def _content(name: str, what: str) -> Any:
             raise ConfigError(f"{what}: the file holds {status.st_size:,} bytes; accepted: at most {_LARGEST:,}")
         return _parsed(path, status.st_mtime_ns, status.st_size)
     except OSError as error:
-        beside = [other.name for other in path.parent.glob("*.json")] if path.parent.is_dir() else []
+        others = [other.name for other in path.parent.glob("*.json")] if path.parent.is_dir() else []
         raise ConfigError(
             f"{what}: the file cannot be read ({error.strerror or error}). A path is relative to the configuration "
-            f"file or to the current folder.{did_you_mean(path.name, beside) if nearest(path.name, beside) else ''}"
+            f"file or to the current folder.{did_you_mean(path.name, others) if nearest(path.name, others) else ''}"
         ) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{what}: the file is not usable JSON: {str(error)[:200]}") from None

@@ -167,7 +167,7 @@ class PromptMethod(nn.Module):
     def zero_shot_settings(self) -> dict[str, Any]:
         """Return the settings of ``zeroshot`` for the classifier that the method starts from.
 
-        The zero-shot row beside the method's results uses it. Empty: the template of the data set.
+        The zero-shot row of the method's results uses it. Empty: the template of the data set.
         """
         return {}
 
