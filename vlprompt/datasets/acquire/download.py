@@ -5,19 +5,16 @@ Downloads use https with resume, compare checksums, and never replace files of t
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from vlprompt._files import file_checksum, replacing, write_json
+from vlprompt._files import file_checksum, locked, parse_json, read_bytes, replacing, write_json
 from vlprompt.datasets.acquire.transfer import Log, Network, Unreachable, download
 from vlprompt.datasets.acquire.unpack import gunzip, unpack
 from vlprompt.datasets.card import Card, Source
@@ -27,6 +24,7 @@ from vlprompt.errors import DataError, VlpromptError
 
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
 _RECORD = ".vlprompt-get.json"
+_LARGEST_RECORD = 2**28
 
 
 def get(
@@ -97,18 +95,16 @@ def _is_complete(card: Card, root: str | Path | None) -> bool:
 
 @contextmanager
 def _locked(base: Path, name: str) -> Iterator[None]:
+    lock = ExitStack()
     try:
         base.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(base / ".vlprompt-get.lock")
-        lock.acquire(timeout=0)
-    except Timeout as error:
+        lock.enter_context(locked(base / ".vlprompt-get.lock", timeout=0))
+    except TimeoutError as error:
         raise DataError(f"Another `vlprompt data get {name}` is running in {base}. Wait for it to finish.") from error
-    except (OSError, NotImplementedError) as error:
+    except OSError as error:
         raise DataError(f"Folder {base} cannot be written to: {error}. Give another data root: --root DIR") from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 @dataclass(frozen=True)
@@ -166,8 +162,8 @@ class _Job:
 
     def record(self) -> dict[str, Any]:
         try:
-            content = json.loads((self.base / _RECORD).read_bytes())
-        except (OSError, ValueError, RecursionError):
+            content = parse_json(read_bytes(self.base / _RECORD, _LARGEST_RECORD))
+        except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
 

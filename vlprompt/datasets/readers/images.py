@@ -7,8 +7,9 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from vlprompt._files import open_regular
 from vlprompt.datasets.card import Card
-from vlprompt.datasets.images import FileSource, ImageSource, ZipSource
+from vlprompt.datasets.images import ZIP_ERRORS, FileSource, ImageSource, ZipSource
 from vlprompt.datasets.options import SplitJsonOptions
 from vlprompt.datasets.paths import check_files
 from vlprompt.datasets.readers.missing import missing_text
@@ -121,9 +122,9 @@ def _archived(archive: str, base: Path, paths: list[str], report: Report) -> dic
 
 def _archive_names(path: Path, report: Report) -> set[str]:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             return set(archive.namelist())
-    except (OSError, zipfile.BadZipFile) as error:
+    except ZIP_ERRORS as error:
         report.error("S15", f"archive {path} cannot be read: {error}")
         return set()
 
@@ -149,7 +150,7 @@ def truncated_files(sources: Iterable[tuple[str, ImageSource]]) -> list[tuple[st
 
 def _looks_truncated(path: str) -> bool:
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             head = stream.read(8)
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, size - 64))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlprompt._files import parse_json
 from vlprompt.datasets.card import Card
 from vlprompt.datasets.images import decode_rgb
 from vlprompt.datasets.options import ShardOptions
@@ -132,7 +132,7 @@ def _column_problem(schema: Any, options: ShardOptions) -> str:
 def _names(metadata: dict[bytes, bytes], column: str) -> list[str]:
     """Return the class names of the ClassLabel feature, or list of it, that Hugging Face's ``datasets`` writes."""
     try:
-        feature = json.loads(metadata[b"huggingface"])["info"]["features"][column]
+        feature = parse_json(metadata[b"huggingface"])["info"]["features"][column]
         if isinstance(feature, list):
             feature = feature[0]
         names = feature["names"] if "names" in feature else feature["feature"]["names"]
