@@ -9,7 +9,7 @@ from typing import Any
 from vlprompt._files import read_text
 from vlprompt.config.types import field_hints, refusal, validate
 from vlprompt.config.yaml import yaml_node, yaml_value
-from vlprompt.datasets.card import Card, Word, is_word
+from vlprompt.datasets.card import Card
 from vlprompt.datasets.options import OPTIONS, FolderOptions
 from vlprompt.errors import ConfigError, DataError, bulleted, did_you_mean
 
@@ -62,8 +62,6 @@ def _card(content: dict[Any, Any], path: Path, of_user: bool, problems: list[str
     if isinstance(splits, Mapping):
         values["splits"] = {name: _split(name, split, reader, problems) for name, split in splits.items()}
         values["split"] = next(iter(splits), "")
-    if isinstance(name := values.get("name"), str) and not is_word(name):
-        problems.append(refusal("name", name, Word))
     card, wrong = validate(Card, {**values, "options": options or FolderOptions(), "file": str(path)})
     problems += [problem.text for problem in wrong if not (problem.missing and problem.key in _REQUIRED)]
     return card

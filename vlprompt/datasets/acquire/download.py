@@ -18,7 +18,7 @@ from vlprompt._files import file_checksum, locked, parse_json, read_bytes, repla
 from vlprompt.datasets.acquire.transfer import Log, Network, Unreachable, download
 from vlprompt.datasets.acquire.unpack import gunzip, unpack
 from vlprompt.datasets.card import Card, Source
-from vlprompt.datasets.paths import path_problem
+from vlprompt.datasets.paths import path_problem, resolve
 from vlprompt.datasets.readers import new_report, read_into
 from vlprompt.errors import DataError, VlpromptError
 
@@ -129,11 +129,11 @@ class _Job:
     def target(self, source: Source) -> Path | None:
         """Return the folder to unpack an archive into, or the path of a file; None if the card states neither."""
         if source.unpack is not None:
-            return self.base / source.unpack
+            return resolve(self.base, source.unpack, folder=True)
         if source.to is not None:
-            return self.base / source.to
+            return resolve(self.base, source.to)
         name = self.name(source)
-        return None if not name or path_problem(name) or name.lower().endswith(_ARCHIVES) else self.base / name
+        return None if not name or path_problem(name) or name.lower().endswith(_ARCHIVES) else resolve(self.base, name)
 
     def is_present(self, source: Source) -> bool:
         target = self.target(source)

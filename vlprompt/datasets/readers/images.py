@@ -11,7 +11,7 @@ from vlprompt._files import open_regular
 from vlprompt.datasets.card import Card
 from vlprompt.datasets.images import ZIP_ERRORS, FileSource, ImageSource, ZipSource
 from vlprompt.datasets.options import SplitJsonOptions
-from vlprompt.datasets.paths import check_files
+from vlprompt.datasets.paths import check_files, resolve
 from vlprompt.datasets.readers.missing import missing_text
 from vlprompt.datasets.report import Report
 from vlprompt.datasets.variants import VariantSource, split_variant
@@ -39,10 +39,10 @@ def find_images(card: Card, base: Path, entries: list[str], report: Report) -> d
     stored_sources: dict[str, ImageSource]
     outside: set[str] = set()
     if archive:
-        where = base / archive
+        where = base / archive  # for texts; the archives are resolved one by one
         stored_sources = _archived(archive, base, paths, report)
     else:
-        where = base / getattr(options, "image_dir", ".")
+        where = resolve(base, getattr(options, "image_dir", "."), folder=True)
         if not where.is_dir():
             raise DataError(missing_text(card, base, f"{where} (the image folder is missing)"))
         by_name = isinstance(options, SplitJsonOptions) and options.index_by == "basename"
@@ -108,15 +108,16 @@ def _by_basename(folder: Path, paths: list[str], report: Report) -> dict[str, st
 def _archived(archive: str, base: Path, paths: list[str], report: Report) -> dict[str, ImageSource]:
     """Return the archive members that ``paths`` name; with one archive per folder, members omit the folder."""
     sources: dict[str, ImageSource] = {}
+    files: dict[str, str] = {}
     present: dict[str, set[str]] = {}
     for path in paths:
         folder, _, rest = path.partition("/")
-        file = str(base / archive.format(folder))
-        if file not in present:
+        folder, member = (folder, rest) if "{}" in archive else ("", path)
+        if folder not in files:
+            file = files[folder] = str(resolve(base, archive.replace("{}", folder)))
             present[file] = _archive_names(Path(file), report)
-        member = rest if "{}" in archive else path
-        if member in present[file]:
-            sources[path] = ZipSource(file, member)
+        if member in present[files[folder]]:
+            sources[path] = ZipSource(files[folder], member)
     return sources
 
 

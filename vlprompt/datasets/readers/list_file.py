@@ -10,7 +10,7 @@ from typing import Any
 from vlprompt._files import parse_json, read_text
 from vlprompt.datasets.card import Card, stated_class_names
 from vlprompt.datasets.options import ListFileOptions
-from vlprompt.datasets.paths import path_problem
+from vlprompt.datasets.paths import path_problem, resolve
 from vlprompt.datasets.readers.checks import check_duplicates, check_names
 from vlprompt.datasets.readers.images import find_images
 from vlprompt.datasets.readers.missing import missing_text
@@ -101,7 +101,7 @@ def _classes(card: Card, options: ListFileOptions, base: Path, report: Report) -
 
 # -- files ------------------------------------------------------------------------------------------------------------
 def _open(card: Card, base: Path, name: str, report: Report) -> str:
-    path = base / name
+    path = resolve(base, name)
     if not path.is_file():
         raise DataError(missing_text(card, base, f"{path} (does not exist)"))
     try:

@@ -13,6 +13,7 @@ from vlprompt._files import parse_json
 from vlprompt.datasets.card import Card
 from vlprompt.datasets.images import decode_rgb
 from vlprompt.datasets.options import ShardOptions
+from vlprompt.datasets.paths import resolve
 from vlprompt.datasets.readers.missing import missing_text
 from vlprompt.datasets.readers.rows import Row, Rows
 from vlprompt.datasets.report import Report
@@ -80,7 +81,8 @@ def read_parquet(card: Card, options: ShardOptions, split: str, base: Path, repo
         raise DataError(f"Reading {card.name} needs pyarrow, which is not installed: pip install pyarrow") from error
     files: list[Path] = []
     for pattern in options.splits[split]:
-        matches = sorted(base.glob(pattern), key=os.fsencode)
+        found = sorted(base.glob(pattern), key=os.fsencode)
+        matches = [path for match in found if (path := resolve(base, match.relative_to(base).as_posix())).is_file()]
         if not matches:
             raise DataError(missing_text(card, base, f"{base / pattern} (does not exist)"))
         files += matches

@@ -14,7 +14,7 @@ from typing import Any
 from vlprompt._files import parse_json, read_bytes, sha256_bytes
 from vlprompt.datasets.card import Card
 from vlprompt.datasets.options import SplitJsonOptions
-from vlprompt.datasets.paths import path_problem
+from vlprompt.datasets.paths import path_problem, resolve
 from vlprompt.datasets.readers.checks import check_duplicates, check_names, label_problem
 from vlprompt.datasets.readers.images import find_images
 from vlprompt.datasets.readers.missing import missing_text
@@ -51,7 +51,7 @@ def read_split_json(card: Card, base: Path, report: Report) -> SplitLists:
     """
     options = card.options
     assert isinstance(options, SplitJsonOptions)
-    path = base / options.split_file
+    path = resolve(base, options.split_file)
     if not path.is_file():
         note = "the split file is missing; it is not generated, because another split gives other results"
         raise DataError(missing_text(card, base, f"{path} ({note})"))
