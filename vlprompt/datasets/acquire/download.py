@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlprompt._files import file_checksum, locked, parse_json, read_bytes, replacing, write_json
+from vlprompt._terminal import show
 from vlprompt.datasets.acquire.transfer import Log, Network, Unreachable, download
 from vlprompt.datasets.acquire.unpack import gunzip, unpack
 from vlprompt.datasets.card import Card, Source
@@ -32,7 +33,7 @@ def get(
     root: str | Path | None = None,
     *,
     source_file: str | Path | None = None,
-    report: Log = print,
+    report: Log = show,
     network: Network = Network(),  # noqa: B008  (frozen)
 ) -> list[str]:
     """Fetch the files of a data set that may be fetched, after reporting page and licence.
@@ -73,7 +74,7 @@ def get(
 
 def steps(card: Card, root: str | Path | None = None, *, network: Network = Network()) -> list[str]:  # noqa: B008
     """Return lines that name the files to fetch by hand and their places; empty if there are none."""
-    job = _Job(card, card.base(root), "" if root is None else f" --root {root}", print, network)
+    job = _Job(card, card.base(root), "" if root is None else f" --root {root}", show, network)
     remaining = [
         source for source in card.sources if not (card.packaged or job.fetchable(source) or job.is_present(source))
     ]
