@@ -1,4 +1,4 @@
-"""Atomic file writes, file locks and SHA-256 checksums.
+"""Bounded reads, atomic file writes, file locks and SHA-256 checksums.
 
 Nothing here imports torch before it is called with tensors: the modules of ``vlprompt.datasets`` use it.
 """
@@ -6,15 +6,18 @@ Nothing here imports torch before it is called with tensors: the modules of ``vl
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
+import stat
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if sys.platform == "win32":
     import msvcrt
@@ -35,16 +38,20 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give the name of a temporary file in the folder of ``path``; afterwards the file is synced and renamed to it.
 
     A reader never sees half a file. If the body raises, or the process is killed, an older ``path`` is unchanged. The
-    body creates the file, so its permissions follow the umask, unlike those of :mod:`tempfile`.
+    permissions follow the umask, also if the body writes with a library that makes private files (safetensors).
 
     Raises:
         OSError: The file cannot be written.
     """
     temporary = path.with_name(f"{_PREFIX}{path.stem}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
+        created = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        mode = stat.S_IMODE(os.fstat(created).st_mode)
+        os.close(created)
         yield temporary
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
@@ -73,18 +80,164 @@ def leftovers(folder: Path, stem: str = "*") -> Iterator[Path]:
     return folder.glob(f"{_PREFIX}{stem}-*.tmp")
 
 
-def lock(file: IO[str]) -> None:
-    """Lock an open file for this process until it is closed or the process ends.
+def open_lock(path: Path, *, shared: bool = False) -> int:
+    """Open a lock file and return its descriptor; the file is created if it is missing and never changed.
+
+    A link, a pipe or a device in its place is refused: in a shared folder, others may have put it there.
+
+    Args:
+        path: The lock file.
+        shared: Whether a file that this user may read but not write is accepted, as for :func:`locked`.
+
+    Raises:
+        OSError: The file cannot be opened or is not a regular file.
+    """
+    # O_NONBLOCK: opening a pipe would wait for its other end.
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+        except PermissionError:
+            if not shared:
+                raise
+            descriptor = os.open(path, os.O_RDONLY | flags)
+    except OSError as error:
+        if path.is_symlink():
+            raise _not_regular(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_regular(path)
+    return descriptor
+
+
+def _not_regular(path: Path) -> OSError:
+    text = "the lock file is a link, a folder, a pipe or a device; a regular file is expected"
+    return OSError(errno.EINVAL, text, str(path))
+
+
+def lock(descriptor: int) -> None:
+    """Lock the file of :func:`open_lock` for this process until it is closed or the process ends.
 
     Raises:
         OSError: Another process holds the lock.
     """
     if sys.platform == "win32":
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
     else:
         # A record lock belongs to one process. A lock of flock would pass to forked data loader processes, which live
         # some seconds longer than a killed run and would prevent its resumption.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextlib.contextmanager
+def locked(path: Path, timeout: float | None = None) -> Iterator[None]:
+    """Hold the lock file ``path`` against other processes and threads; the folder of ``path`` exists.
+
+    Args:
+        path: The lock file; see :func:`open_lock`.
+        timeout: Seconds to wait for the lock; ``None`` waits until it is free.
+
+    Raises:
+        TimeoutError: The lock is held elsewhere.
+        OSError: The file cannot be opened or locked.
+    """
+    until = None if timeout is None else time.monotonic() + timeout
+    descriptor = open_lock(path, shared=True)
+    try:
+        while not _is_locked(descriptor):
+            if until is not None and time.monotonic() >= until:
+                raise TimeoutError(errno.ETIMEDOUT, "another process holds the lock", str(path))
+            time.sleep(0.05)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Lock an open file against all other open files, also those of this process; return whether it was free."""
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        raise
+    return True
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file to read its bytes; links are followed.
+
+    Raises:
+        OSError: The file cannot be opened, or is a pipe, a device or a folder. Nothing waits for the end of a pipe.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is a pipe, a device or a folder; a regular file is expected", str(path))
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: str | Path, most: int) -> bytes:
+    """Return the content of a regular file of at most ``most`` bytes.
+
+    Pipes and devices are refused before they are read. A file is never read further than ``most``.
+
+    Raises:
+        OSError: The file cannot be read, is not a regular file, or is larger (``EFBIG``).
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(most + 1) if size <= most else b""
+    if max(size, len(data)) > most:
+        raise OSError(errno.EFBIG, f"it has {max(size, len(data)):,} bytes; at most {most:,} are read", str(path))
+    return data
+
+
+def read_text(path: str | Path, most: int, encoding: str = "utf-8") -> str:
+    """Return the text of a file; see :func:`read_bytes`.
+
+    Raises:
+        OSError: As in :func:`read_bytes`.
+        UnicodeDecodeError: The file is not text in this encoding.
+    """
+    return read_bytes(path, most).decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def parse_json(text: str | bytes, *, constants: bool = True) -> Any:
+    """Return the value of a JSON text without repeated keys.
+
+    Args:
+        text: The text.
+        constants: Whether ``NaN`` and ``Infinity``, which Python writes and JSON does not have, are accepted.
+
+    Raises:
+        ValueError: The text is not JSON, repeats a key of an object, or is nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_distinct, parse_constant=None if constants else _no_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _no_constant(word: str) -> Any:
+    raise ValueError(f"{word} is not JSON")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for at, key in enumerate(names) if key in names[:at])
+        raise ValueError(f"the key {twice[:80]!r} is given twice")
+    return values
 
 
 # -- checksums --------------------------------------------------------------------------------------------------------
@@ -124,7 +277,7 @@ def canonical_json(value: Any) -> str:
 def file_checksum(path: str | Path, kind: str = "sha256") -> str:
     """Return the checksum of a file, ``sha256`` or ``md5``."""
     digest = hashlib.new(kind, usedforsecurity=kind != "md5")
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

@@ -8,7 +8,13 @@ status 2. Only a bug ends in a traceback.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+#: Characters that a terminal obeys instead of showing them: C0 and C1 controls, line and paragraph separators, marks
+#: that change the direction of text; and lone surrogates, which stand for bytes of file names that are not UTF-8.
+_HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class VlpromptError(Exception):
@@ -33,6 +39,33 @@ class ClassNameError(VlpromptError):
 
 class HeadError(VlpromptError):
     """A saved head that cannot be read or does not match the run."""
+
+
+class OutputError(VlpromptError):
+    """Output that cannot be written; ``closed`` says whether its reader has ended, as ``head`` does."""
+
+    def __init__(self, text: str, *, closed: bool) -> None:
+        """Keep the text and whether the reader has ended."""
+        super().__init__(text)
+        self.closed = closed
+
+
+def has_controls(text: str) -> bool:
+    """Return whether ``text`` has C0 or C1 controls, such as a line feed or an escape."""
+    return _CONTROLS.search(text) is not None
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with escape sequences in place of what a terminal would obey; line feeds and tabs remain.
+
+    What is read from files, such as names and notes, is shown with this function.
+    """
+    return _HIDDEN.sub(lambda found: found[0] if found[0] in "\n\t" else ascii(found[0])[1:-1], text)
+
+
+def escaped(text: str, form: str) -> str:
+    """Return ``text`` with ``form``, which has a slot for the code, in place of what a terminal would obey."""
+    return _HIDDEN.sub(lambda found: form.format(ord(found[0])), text)
 
 
 def nearest(value: str, accepted: Iterable[str], count: int = 3) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlprompt._files import parse_json, read_text
 from vlprompt.backbone.architecture import (
     ARCHIVE_FIELDS,
     Config,
@@ -266,14 +266,17 @@ def _weights_in(folder: Path) -> Path:
     return candidates[0]
 
 
+_LARGEST_CONFIG = 2**20
+
+
 def _folder_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = parse_json(read_text(path, _LARGEST_CONFIG))
     except FileNotFoundError:
         raise BackboneError(f"{folder} has no {CONFIG_FILE}, which describes the architecture (model_cfg)") from None
     except (OSError, ValueError) as error:
-        raise BackboneError(f"{path} is not JSON: {error}") from None
+        raise BackboneError(f"{path} cannot be read as JSON: {error}") from None
     return _checked_settings(settings, path)
 
 

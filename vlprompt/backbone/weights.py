@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlprompt._files import file_checksum
+from vlprompt._files import file_checksum, open_regular
 from vlprompt.backbone.architecture import ARCHIVE_FIELDS, same_shapes_as
 from vlprompt.errors import BackboneError, bulleted
 
@@ -49,7 +49,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _kind(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         head = file.read(64)
     size = path.stat().st_size
     if head.startswith(b"version https://git-lfs"):

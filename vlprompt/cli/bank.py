@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+from vlprompt._terminal import show
 from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_run, read_command_line
 from vlprompt.config.keys import keys_in
 from vlprompt.config.types import Name, Positive, Words, field_hints, from_text, refusal, validate, validated
@@ -91,12 +92,12 @@ def bank(words: list[str]) -> int:
     generator = load_generator(settings, _device(options.device), offline="offline" in line.flags)
     image_bank = create_bank(Path(options.bank), generator.recipe)
     images = f"{len(samples):,} {options.split} images of {config.data.name}"
-    print(f"{images}, {options.count} pictures each; {image_bank.folder}")
+    show(f"{images}, {options.count} pictures each; {image_bank.folder}")
     skip = config.data.on_bad_image == "skip"
     with _progress() as report:
         filled = fill(image_bank, generator, samples, options.count, options.batch_size, report, skip=skip)
-    print(_summary(filled))
-    print(f"runs take them with: --data.bank {image_bank.folder}")
+    show(_summary(filled))
+    show(f"runs take them with: --data.bank {image_bank.folder}")
     return 0
 
 
@@ -146,7 +147,7 @@ def _progress() -> Iterator[Any]:
         finished = progress.stage == "making" and progress.done == progress.total
         if not console.is_terminal and (finished or time.monotonic() - last_line["at"] >= 60):
             last_line["at"] = time.monotonic()
-            print(f"{progress.stage}: {progress.done:,} of {progress.total:,}, {left or 'begun'}", flush=True)
+            show(f"{progress.stage}: {progress.done:,} of {progress.total:,}, {left or 'begun'}", flush=True)
 
     with bars:
         yield report

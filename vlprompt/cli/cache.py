@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import time
 from typing import Any
 
+from vlprompt._terminal import show, text_of
 from vlprompt.cli.parse import COMMAND_LINE, CommandLine, read_command_line, refuse
 from vlprompt.errors import did_you_mean
 
@@ -85,7 +87,6 @@ def _size(line: CommandLine) -> int | None:
 
 
 def _list() -> int:
-    from rich.console import Console
     from rich.table import Table
 
     from vlprompt.data.eviction import entries
@@ -109,10 +110,8 @@ def _list() -> int:
                 size_text(entry.size),
                 time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used)),
             )
-        # No markup: names may contain brackets and colons.
-        console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 1_000)
-        console.print(table)
-    print(_total(stored, f"in {default_folder()}"))
+        show(text_of(table, shutil.get_terminal_size().columns if sys.stdout.isatty() else 1_000))
+    show(_total(stored, f"in {default_folder()}"))
     return 0
 
 
@@ -127,8 +126,8 @@ def _prune(everything: bool, days: float | None, size: int | None, dry_run: bool
     for entry in removed:
         name = entry.path.name if entry.path.suffix == ".tmp" else entry.path.stem[:12]
         about = f" {entry.key['dataset']}" if "dataset" in entry.key else ""
-        print(f"{name}{about} ({size_text(entry.size)}): {entry.why}")
-    print(f"{_total(removed, 'would be removed' if dry_run else 'removed')}; {_total(kept, 'left')}")
+        show(f"{name}{about} ({size_text(entry.size)}): {entry.why}")
+    show(f"{_total(removed, 'would be removed' if dry_run else 'removed')}; {_total(kept, 'left')}")
     return 0
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vlprompt._terminal import show, show_json, text_of
 from vlprompt.cli.parse import COMMAND_LINE, CommandLine, read_command_line, refuse
 from vlprompt.datasets.card import Card, data_roots, describe
 from vlprompt.datasets.catalogue import (
@@ -53,14 +53,14 @@ DIR is the folder of the data sets (default: VLPROMPT_DATA, else data). Status: 
 def data(words: list[str]) -> int:
     """Run ``vlprompt data WORDS`` and return its status."""
     if not words:
-        print(DATA_HELP, end="")
+        show(DATA_HELP, end="")
         return 3
     try:
         if words[0] not in ACTIONS:
             raise ConfigError(f"there is no `vlprompt data {words[0]}`.{did_you_mean(words[0], ACTIONS)}")
         return ACTIONS[words[0]](words[1:])
     except ConfigError as error:
-        print(f"vlprompt: error: {error}", file=sys.stderr)
+        show(f"vlprompt: error: {error}", error=True)
         return 3
 
 
@@ -103,16 +103,15 @@ def _list(words: list[str]) -> int:
         raise ConfigError(f"no data set matches {pattern!r}.{did_you_mean(pattern.strip('*'), list_datasets())}")
     rows = [_row(find_card(name), _root(line)) for name in names]
     if "json" in line.flags:
-        print(json.dumps(rows, indent=1))
+        show_json(rows)
         return 0
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("name", "classes", "train", "val", "test", "groups", "here", box=None, pad_edge=False)
     for row in rows:
         numbers = [f"{row[key]:,}" if row[key] is not None else "-" for key in ("classes", "train", "val", "test")]
         table.add_row(row["name"], *numbers, ", ".join(row["group"]), "yes" if row["here"] else "")
-    Console(width=120, markup=False, highlight=False).print(table)
+    show(text_of(table))
     return 0
 
 
@@ -127,7 +126,7 @@ def _show(words: list[str]) -> int:
     line = _read(words, "show", flags=("json",))
     card = find_card(line.operands[0])
     if "json" in line.flags:
-        print(json.dumps(describe(card), indent=1, ensure_ascii=False))
+        show_json(describe(card))
         return 0
     names = card_class_names(card) or []
     some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
@@ -178,16 +177,16 @@ def _print_rows(rows: list[tuple[str, str]]) -> None:
     for key, text in rows:
         if text.strip():
             lines = textwrap.wrap(text.strip(), 118 - width, break_long_words=False, break_on_hyphens=False)
-            print("\n".join(f"{key if not at else '':<{width}}{part}" for at, part in enumerate(lines)))
+            show("\n".join(f"{key if not at else '':<{width}}{part}" for at, part in enumerate(lines)))
 
 
 def _where(words: list[str]) -> int:
     line = _read(words, "where", options=("root",))
     card = find_card(line.operands[0])
     for place in card.places(_root(line)):
-        print(f"{place}  ({'here' if place.is_dir() else 'not there'})")
-    print(f"card: {card.file}")
-    print(f"your own cards: {user_card_folder()}")
+        show(f"{place}  ({'here' if place.is_dir() else 'not there'})")
+    show(f"card: {card.file}")
+    show(f"your own cards: {user_card_folder()}")
     return 0
 
 
@@ -208,20 +207,20 @@ def _check(words: list[str]) -> int:
         for card in cards
     ]  # fmt: skip
     if "json" in line.flags:
-        print(json.dumps([report.as_json() for report in reports], indent=1, ensure_ascii=False))
+        show_json([report.as_json() for report in reports])
     for report in reports if "json" not in line.flags else ():
         counts = ", ".join(
             f"{report.facts[split]:,} {split}" for split in ("train", "val", "test") if split in report.facts
         )
         status = "cannot be used" if report.failed else "good" if not report.problems else "usable"
-        print(
+        show(
             f"{report.name}: {status}. {report.base}"
             + (f": {counts}, {report.facts['classes']} classes" if counts else "")
         )
         for text in problem_lines(report.problems, _SHOWN):
-            print("  - " + text.replace("\n", "\n    "))
+            show("  - " + text.replace("\n", "\n    "))
         if report.failed:
-            print("  " + report.remedy)
+            show("  " + report.remedy)
     if any(report.failed for report in reports):
         return 2
     return 1 if strict and any(report.problems for report in reports) else 0
@@ -264,15 +263,15 @@ def _shots(words: list[str]) -> int:
         header = {"dataset": task.name, "split_sha256": task.split_sha256, "sampler": task.sampler}
         write_file(Path(export), shot_list_text(task.train, task.val, shots=task.shots, seed=task.seed, **header))
     if "paths" in line.flags:
-        print("\n".join(sample.id for sample in chosen[part]))
+        show("\n".join(sample.id for sample in chosen[part]))
     elif "print-hash" in line.flags:
-        print(sha256_lines(sample.id for sample in chosen[part]))
+        show(sha256_lines(sample.id for sample in chosen[part]))
     else:
-        print(f"{task.name}, {task.classes} classes, {task.shots} shots, seed {task.seed}, {task.sampler}")
+        show(f"{task.name}, {task.classes} classes, {task.shots} shots, seed {task.seed}, {task.sampler}")
         for name, samples in chosen.items():
-            print(f"  {name:<5} {len(samples):>7,} images  SHA-256 {sha256_lines(sample.id for sample in samples)}")
+            show(f"  {name:<5} {len(samples):>7,} images  SHA-256 {sha256_lines(sample.id for sample in samples)}")
         if export:
-            print(f"written: {export}; use it with --data.shots_file {export}")
+            show(f"written: {export}; use it with --data.shots_file {export}")
     return 0
 
 
@@ -289,7 +288,7 @@ def _import_shots(words: list[str]) -> int:
     text = import_published(file, find_card(name).with_split(line.options.get("split")), _root(line))
     target = Path(line.options.get("export") or f"{file.stem}.jsonl")
     write_file(target, text)
-    print(f"written: {target}; use it with --data.shots_file {target}")
+    show(f"written: {target}; use it with --data.shots_file {target}")
     return 0
 
 
@@ -301,15 +300,15 @@ def _split(words: list[str]) -> int:
         from vlprompt.datasets.acquire.user_data import local_split
 
         path = local_split(card, _root(line))
-        print(f"written: {path}\nuse it with --data.split {path.name}; results on it are marked as not published")
+        show(f"written: {path}\nuse it with --data.split {path.name}; results on it are marked as not published")
         return 0
     if protocol is not None and protocol not in card.splits:
         raise ConfigError(f"--protocol is {protocol!r}; {card.name} has: {', '.join([*card.splits, 'custom'])}")
     for name in [protocol] if protocol else card.splits:
         chosen = card.with_split(name)
         used = "" if name == card.split else f"  (--data.split {name})"
-        print(f"{name}: {_sizes(chosen.facts)}, read by {chosen.reader}{used}")
-    print("custom: cut 50/20/30 from class folders by --protocol custom; never the published split")
+        show(f"{name}: {_sizes(chosen.facts)}, read by {chosen.reader}{used}")
+    show("custom: cut 50/20/30 from class folders by --protocol custom; never the published split")
     return 0
 
 
@@ -322,10 +321,10 @@ def _new(words: list[str]) -> int:
 
     template = line.options.get("template", "a photo of a {}.")
     card_file, split_file, lists = new_card(line.options["name"], line.options["from-folder"], template)
-    print(f"card:   {card_file}\nsplit:  {split_file}")
+    show(f"card:   {card_file}\nsplit:  {split_file}")
     counts = ", ".join(f"{len(getattr(lists, part))} {part}" for part in ("train", "val", "test"))
-    print(f"{len(lists.class_names)} classes; images: {counts}")
-    print(f"train:  vlprompt train --config mocoop/folder --data.name {line.options['name']} --data.root null")
+    show(f"{len(lists.class_names)} classes; images: {counts}")
+    show(f"train:  vlprompt train --config mocoop/folder --data.name {line.options['name']} --data.root null")
     return 0
 
 
@@ -339,9 +338,9 @@ def _get(words: list[str]) -> int:
     try:
         left = get(card, _root(line), source_file=file, report=print)
     except DataError:
-        print("\n".join(steps(card, _root(line))))
+        show("\n".join(steps(card, _root(line))))
         raise
-    print("\n".join(left))
+    show("\n".join(left))
     return 0
 
 

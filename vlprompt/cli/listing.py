@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from vlprompt._terminal import show, text_of
 from vlprompt.cli.parse import COMMAND_LINE, read_command_line, refuse
 from vlprompt.cli.protocols import need_no_config
 from vlprompt.errors import ConfigError, did_you_mean
@@ -36,9 +37,9 @@ def list_command(words: list[str]) -> int:
 
         class_of: Callable[[str], type] = get_objective_class if kind == "objectives" else get_decomposition_class
         rows = [(name, (class_of(name).__doc__ or "").splitlines()[0]) for name in matching]
-        print("\n".join(name if "names" in line.flags else f"{name:<20} {about}" for name, about in rows))
+        show("\n".join(name if "names" in line.flags else f"{name:<20} {about}" for name, about in rows))
     else:
-        print("\n".join(matching))
+        show("\n".join(matching))
     return 0
 
 
@@ -47,9 +48,8 @@ def _print_methods(names: list[str], as_markdown: bool) -> None:
 
     rows = capabilities(names)
     if as_markdown:
-        print(markdown(rows))
+        show(markdown(rows))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(*HEADINGS[:-2], box=None, pad_edge=False)
@@ -57,7 +57,7 @@ def _print_methods(names: list[str], as_markdown: bool) -> None:
     table.add_column(HEADINGS[-1])
     for row in rows:
         table.add_row(*cells(row))
-    Console(width=140, markup=False, highlight=False).print(table)
+    show(text_of(table, 140))
 
 
 def _names(kind: str) -> Callable[[str], list[str]]:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlprompt._dist import local_rank
-from vlprompt.errors import ConfigError, VlpromptError, did_you_mean
+from vlprompt._terminal import flush, show
+from vlprompt.errors import ConfigError, OutputError, VlpromptError, did_you_mean
 from vlprompt.version import __version__
 
 
@@ -24,16 +25,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         with _notes():
-            return _dispatch(words)
+            status = _dispatch(words)
+            flush()
+            return status
+    except OutputError as error:
+        if not error.closed:
+            show(f"vlprompt: error: {error}", error=True)
+        return 1
     except VlpromptError as error:
         rank = local_rank()
         program = f"vlprompt (process {rank})" if rank else "vlprompt"
-        print(f"{program}: error: {error}", file=sys.stderr)
+        show(f"{program}: error: {error}", error=True)
         return 2
     except KeyboardInterrupt:
         resumes = words and words[0] in COMMANDS and COMMANDS[words[0]].resumes
         if local_rank() == 0:
-            print("vlprompt: stopped" + ("; the same command resumes it" if resumes else ""), file=sys.stderr)
+            show("vlprompt: stopped" + ("; the same command resumes it" if resumes else ""), error=True)
         return 130
 
 
@@ -43,24 +50,24 @@ def _notes() -> Iterator[None]:
     shown: set[str] = set()
     usual, package = warnings.showwarning, str(Path(__file__).parent.parent)
 
-    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
+    def note(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
         if not filename.startswith(package):
             usual(message, category, filename, *rest, **more)
         elif (text := str(message)) not in shown:
             shown.add(text)
-            print(f"vlprompt: note: {text}", file=sys.stderr)
+            show(f"vlprompt: note: {text}", error=True)
 
     with warnings.catch_warnings():
-        warnings.showwarning = show
+        warnings.showwarning = note
         yield
 
 
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview())
+        show(_overview())
         return 0 if words else 2
     if words[0] == "--version":
-        print(f"vlprompt {__version__}")
+        show(f"vlprompt {__version__}")
         return 0
     if words[0] not in COMMANDS:
         raise ConfigError(
@@ -70,7 +77,7 @@ def _dispatch(words: list[str]) -> int:
         )
     command = COMMANDS[words[0]]
     if "-h" in words[1:] or "--help" in words[1:]:
-        print(_load(command.help) + (_load(command.keys)(words[1:]) if command.keys else ""), end="")
+        show(_load(command.help) + (_load(command.keys)(words[1:]) if command.keys else ""), end="")
         return 0
     status: int = _load(command.call)(words[1:])
     return status

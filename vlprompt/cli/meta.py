@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vlprompt._terminal import show
 from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_config, key_table, read_command_line, refuse
 from vlprompt.cli.protocols import metrics_of, numbers, print_run, say, sources_of
 from vlprompt.config.keys import to_yaml
@@ -62,12 +63,12 @@ def meta_train_command(words: list[str]) -> int:
     if config is None or problems:
         refuse(problems, "meta-train")
     if "print-config" in line.flags:
-        print(to_yaml(config), end="")
+        show(to_yaml(config), end="")
         return 0
     from vlprompt.runs.meta_run import inspect, meta_train
 
     if "inspect" in line.flags:
-        print(inspect(config))
+        show(inspect(config))
         return 0
     folder, results = meta_train(config, force="force" in line.flags)
     last, train = results["last"], results["train"]

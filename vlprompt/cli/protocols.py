@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vlprompt._terminal import show
 from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_run, read_command_line, refuse, source_of
 from vlprompt.config.keys import to_yaml
 from vlprompt.config.run import RunConfig
@@ -25,7 +26,7 @@ def say(text: str) -> None:
     from vlprompt._dist import is_main_process
 
     if is_main_process():
-        print(text)
+        show(text)
 
 
 def need_config(line: CommandLine) -> None:
@@ -116,7 +117,7 @@ def _planned(line: CommandLine, plan: Callable[[bool], Plan]) -> int:
 
         check_plan_metrics(planned, metrics)
     if "dry-run" in line.flags:
-        print(planned.text())
+        show(planned.text())
         return 0
     if dry:
         return _print_configs(planned.configs)
@@ -148,13 +149,13 @@ def sources_of(line: CommandLine, fixed: Mapping[str, str]) -> list[ConfigSource
 
 
 def _print_configs(configs: Sequence[RunConfig]) -> int:
-    print("---\n".join(to_yaml(config) for config in configs), end="")
+    show("---\n".join(to_yaml(config) for config in configs), end="")
     return 0
 
 
 def print_run(run: Any) -> None:
     """Print the folder of a finished run."""
-    print(f"run folder: {run.folder}")
+    show(f"run folder: {run.folder}")
 
 
 def _names(line: CommandLine, option: str) -> list[str] | None:
@@ -280,5 +281,5 @@ def compare_command(words: list[str]) -> int:
     from vlprompt.protocols.compare import compare
 
     comparison = compare(*line.operands)
-    print(comparison.text())
+    show(comparison.text())
     return 0 if comparison.same_data else 1

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlprompt._terminal import show, show_json, text_of
 from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_run, key_table, read_command_line, refuse, source_of
 from vlprompt.cli.protocols import metrics_on, need_config, need_no_config, protocol_command, say
 from vlprompt.config.keys import to_yaml
@@ -32,12 +34,12 @@ def train_command(words: list[str]) -> int:
     metrics = metrics_on(line, config)
     if "print-config" in line.flags:
         given = source_of(line).given()
-        print(to_yaml(config, lambda key: origin_of(given, key)), end="")
+        show(to_yaml(config, lambda key: origin_of(given, key)), end="")
         return 0
     if "dry-run" in line.flags:
         from vlprompt.runs.dry_run import dry_run
 
-        print(dry_run(config))
+        show(dry_run(config))
         return 0
     from vlprompt.runs.run import run
 
@@ -109,7 +111,7 @@ def eval_command(words: list[str]) -> int:
 
     scores = evaluate_head(head, config.data, config.seed)
     oracle = " (oracle: its hyperparameters were chosen on test images)" if scores.get("oracle") else ""
-    print(f"{config.data.name}, {config.data.classes} classes: {_in_words(scores, metrics)}{oracle}")
+    show(f"{config.data.name}, {config.data.classes} classes: {_in_words(scores, metrics)}{oracle}")
     return 0
 
 
@@ -160,14 +162,13 @@ def predict_command(words: list[str]) -> int:
 
     predictions = predict(head, [Path(name) for name in line.operands[1:]], int(top))
     if "json" in line.flags:
-        print(json.dumps(predictions, indent=2, ensure_ascii=False, default=str))
+        show_json(predictions, indent=2)
     else:
         _print_predictions(predictions)
     return 0
 
 
 def _print_predictions(predictions: Sequence[Mapping[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("image", "class", box=None, pad_edge=False)
@@ -175,6 +176,4 @@ def _print_predictions(predictions: Sequence[Mapping[str, Any]]) -> None:
     for entry in predictions:
         for rank, guess in enumerate(entry["classes"]):
             table.add_row("" if rank else str(entry["path"]), guess["name"], f"{100 * guess['probability']:.1f} %")
-    # No markup: file and class names may contain brackets and colons.
-    console = Console(markup=False, emoji=False, highlight=False)
-    console.print(table, width=None if console.is_terminal else 10_000)
+    show(text_of(table, shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000))

@@ -19,14 +19,13 @@ by methods with groups, for which a template or the sentences of a file are one 
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
-from vlprompt._files import sha256_json
+from vlprompt._files import parse_json, read_text, sha256_json
 from vlprompt.config.ensembles import ENSEMBLES
 from vlprompt.config.hints import REFERENCES, ClassTexts, Sentence, Texts, checked_texts
 from vlprompt.errors import ConfigError, bulleted, did_you_mean, nearest
@@ -314,8 +313,6 @@ def _content(name: str, what: str) -> Any:
     path = Path(name).expanduser()
     try:
         status = path.stat()
-        if status.st_size > _LARGEST:
-            raise ConfigError(f"{what}: the file holds {status.st_size:,} bytes; accepted: at most {_LARGEST:,}")
         return _parsed(path, status.st_mtime_ns, status.st_size)
     except OSError as error:
         others = [other.name for other in path.parent.glob("*.json")] if path.parent.is_dir() else []
@@ -330,13 +327,4 @@ def _content(name: str, what: str) -> Any:
 @functools.lru_cache(maxsize=16)
 def _parsed(path: Path, changed: int, size: int) -> Any:
     """Return the value in ``path``; a changed file is read again."""
-    return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_distinct)
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} is given twice")
-    return values
+    return parse_json(read_text(path, _LARGEST, "utf-8-sig"))

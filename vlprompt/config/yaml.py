@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from vlprompt._files import read_bytes
 from vlprompt.config.texts import located
 from vlprompt.errors import ConfigError, nearest
 
@@ -140,10 +141,7 @@ def read_mapping(path: Path) -> tuple[_Loader, yaml.MappingNode]:
     """
     name = shown_path(path)
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            size = f"{path.stat().st_size:,} bytes"
-            raise ConfigError(f"{name} holds {size}; a configuration has at most {MAX_CONFIG_BYTES:,}")
-        raw = path.read_bytes()
+        raw = read_bytes(path, MAX_CONFIG_BYTES)
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror}") from None
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import time
@@ -12,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from vlprompt._files import LEFTOVER
+from vlprompt._files import LEFTOVER, locked, parse_json
 from vlprompt.data.features import LOCKS, SCHEMA, lock_of, read_entry
 from vlprompt.errors import DataError
 
@@ -146,7 +144,7 @@ def _header(path: Path) -> tuple[dict[str, str], tuple[int, ...]] | None:
 
 def _key(text: str) -> dict[str, Any]:
     try:
-        key = json.loads(text)
+        key = parse_json(text)
     except ValueError:
         return {}
     return key if isinstance(key, dict) else {}
@@ -157,7 +155,7 @@ def _unlocked(entry: Path) -> bool:
     if not lock_of(entry).is_file():
         return True
     try:
-        with FileLock(lock_of(entry), timeout=0):
+        with locked(lock_of(entry), timeout=0):
             return True
-    except (Timeout, OSError):
+    except OSError:
         return False

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlprompt._files import canonical_json, leftovers, replacing, sha256_tensors, sha256_text
+from vlprompt._files import canonical_json, leftovers, locked, open_regular, replacing, sha256_tensors, sha256_text
 from vlprompt.data.batches import ImageBatches, make_loader
 from vlprompt.data.pixel_cache import PixelCache
 from vlprompt.data.samplers import Key
@@ -111,16 +110,14 @@ class FeatureStore:
 
     @contextlib.contextmanager
     def _locked(self, path: Path) -> Iterator[None]:
+        lock = contextlib.ExitStack()
         try:
             (self.folder / LOCKS).mkdir(parents=True, exist_ok=True)
-            lock = FileLock(lock_of(path))
-            lock.acquire()
-        except (OSError, NotImplementedError) as error:
+            lock.enter_context(locked(lock_of(path)))
+        except OSError as error:
             raise self._unwritable(error) from error
-        try:
+        with lock:
             yield
-        finally:
-            lock.release()
 
     def _write(self, path: Path, key: str, rows: Rows) -> None:
         """Write an entry. The caller holds its lock: temporary files of this name are left by killed writers."""
@@ -151,7 +148,19 @@ def read_entry(path: Path, key: str | None = None) -> Rows | None:
 
     The checksum is compared when this process first reads the file, and again after the file has changed. With a
     ``key``, the access time is set to the current time, for :func:`~vlprompt.data.eviction.prune`.
+
+    Raises:
+        DataError: This user may not read the file, or it is not a regular file.
     """
+    try:
+        open_regular(path).close()  # safetensors would wait for the end of a pipe
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(
+            f"The stored features {path} cannot be read: {error.strerror}. Make the file readable for this user, or "
+            "give another folder: export VLPROMPT_CACHE=FOLDER"
+        ) from error
     try:
         status = path.stat()
         with safe_open(str(path), framework="pt") as file:

@@ -15,7 +15,7 @@ from vlprompt.config.ensembles import ENSEMBLES
 from vlprompt.config.texts import ENSEMBLE, DataTexts
 from vlprompt.config.types import Count, Holds, Lines, MinLen, Name, Positive, validated
 from vlprompt.datasets.options import Inside, Named, OneOrMore, ReaderOptions, SplitJsonOptions
-from vlprompt.datasets.paths import path_problem
+from vlprompt.datasets.paths import is_file_name, path_problem, resolve
 from vlprompt.datasets.records import class_name_problem
 from vlprompt.errors import ConfigError, did_you_mean
 
@@ -27,8 +27,8 @@ NamesFrom = Literal["split", "folders", "file", "list", "wnids"]
 
 
 def is_word(word: str) -> bool:
-    """Return whether a name can stand in lists of names with commas."""
-    return bool(word) and word.isprintable() and "," not in word and word == word.strip()
+    """Return whether a name can stand in lists of names with commas, and in names of files."""
+    return is_file_name(word) and word.isprintable() and "," not in word and word == word.strip()
 
 
 def _has_one_slot(template: str) -> bool:
@@ -207,7 +207,7 @@ class Card:
         file: Path of the card.
     """
 
-    name: Name
+    name: Word
     reader: Name
     options: ReaderOptions
     classes: Classes
@@ -275,9 +275,9 @@ class Card:
     def places(self, root: str | Path | None = None) -> list[Path]:
         """Return the absolute folders to search, in order."""
         if self.packaged:
-            return [ASSETS / folder for folder in self.folders]
+            return [resolve(ASSETS, folder, folder=True) for folder in self.folders]
         roots = [data_root(self.root)] if self.root is not None and root is None else data_roots(root)
-        return [place / folder for place in roots for folder in self.folders]
+        return [resolve(place, folder, folder=True) for place in roots for folder in self.folders]
 
     def with_split(self, name: str | None) -> Card:
         """Return this card with another split, or with a split file of the user in the data set's folder.

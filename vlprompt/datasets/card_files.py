@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlprompt._files import read_text
 from vlprompt.config.types import field_hints, refusal, validate
 from vlprompt.config.yaml import yaml_node, yaml_value
-from vlprompt.datasets.card import Card, Word, is_word
+from vlprompt.datasets.card import Card
 from vlprompt.datasets.options import OPTIONS, FolderOptions
 from vlprompt.errors import ConfigError, DataError, bulleted, did_you_mean
 
@@ -29,9 +30,7 @@ def read_card(path: Path, *, of_user: bool = False) -> Card:
         DataError: If the file is not YAML, or has missing, unknown or ill-typed fields; all are listed.
     """
     try:
-        if path.stat().st_size > _LARGEST_CARD:
-            raise DataError(f"Data set card {path} is larger than {_LARGEST_CARD:,} bytes.")
-        loader, node = yaml_node(path.read_text(encoding="utf-8"))
+        loader, node = yaml_node(read_text(path, _LARGEST_CARD))
         content = None if node is None else yaml_value(loader, node)
     except (OSError, ValueError, RecursionError, ConfigError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -63,8 +62,6 @@ def _card(content: dict[Any, Any], path: Path, of_user: bool, problems: list[str
     if isinstance(splits, Mapping):
         values["splits"] = {name: _split(name, split, reader, problems) for name, split in splits.items()}
         values["split"] = next(iter(splits), "")
-    if isinstance(name := values.get("name"), str) and not is_word(name):
-        problems.append(refusal("name", name, Word))
     card, wrong = validate(Card, {**values, "options": options or FolderOptions(), "file": str(path)})
     problems += [problem.text for problem in wrong if not (problem.missing and problem.key in _REQUIRED)]
     return card

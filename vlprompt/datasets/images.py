@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import io
+import lzma
 import os
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from vlprompt._files import open_regular, read_bytes
 from vlprompt.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,6 +26,11 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 #: Largest image that is decoded, in pixels: Pillow's bound, about 89 million.
 MAX_PIXELS = 89_478_485
+#: Largest image file that is read, in bytes: four bytes for each pixel, uncompressed.
+MAX_BYTES = 4 * MAX_PIXELS + 2**20
+#: Exceptions of :mod:`zipfile` on damaged, encrypted and unsupported archives and members.
+ZIP_ERRORS = (OSError, KeyError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile,
+              zlib.error, lzma.LZMAError)  # fmt: skip
 
 
 class ImageSource(Protocol):
@@ -44,10 +52,10 @@ class FileSource:
     def open(self) -> Image:
         """Decode the file. Raises :class:`~vlprompt.errors.DataError` that names it."""
         try:
-            with open(self.path, "rb") as stream:
-                return decode_rgb(stream.read(), self.path)
+            data = read_bytes(self.path, MAX_BYTES)
         except OSError as error:
             raise DataError(f"Image {self.path} cannot be read: {error.strerror or error}.") from error
+        return decode_rgb(data, self.path)
 
     def stamp(self) -> str:
         """Return size and modification time."""
@@ -69,8 +77,12 @@ class ZipSource:
         """Decode the member. Raises :class:`~vlprompt.errors.DataError` that names it."""
         name = f"{self.archive}:{self.member}"
         try:
-            data = _archive(self.archive, os.getpid()).read(self.member)
-        except (OSError, KeyError, zipfile.BadZipFile, ValueError) as error:
+            archive = _archive(self.archive, os.getpid())
+            info = archive.getinfo(self.member)
+            if info.file_size > MAX_BYTES:  # zipfile reads no more than this size
+                raise ValueError(f"it has {info.file_size:,} bytes; at most {MAX_BYTES:,} are read")
+            data = archive.read(info)
+        except ZIP_ERRORS as error:
             raise DataError(f"Image {name} cannot be read: {error}.") from error
         return decode_rgb(data, name)
 
@@ -78,7 +90,7 @@ class ZipSource:
         """Return size and checksum from the archive's table of contents."""
         try:
             info = _archive(self.archive, os.getpid()).getinfo(self.member)
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
+        except ZIP_ERRORS as error:
             raise DataError(f"Image {self.archive}:{self.member} cannot be read: {error}.") from error
         return f"{info.file_size}-{info.CRC:08x}"
 
@@ -86,7 +98,7 @@ class ZipSource:
 @functools.lru_cache(maxsize=16)
 def _archive(path: str, process: int) -> zipfile.ZipFile:
     # Keyed by process: a forked worker shares the file position of an archive opened before the fork.
-    return zipfile.ZipFile(path)
+    return zipfile.ZipFile(open_regular(path))
 
 
 @contextmanager

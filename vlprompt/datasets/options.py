@@ -22,8 +22,14 @@ def _named(value: Any) -> Any:
     )
 
 
+def _is_archive(name: str) -> bool:
+    return stays_inside(name) and not set("{}") & set(name.replace("{}", ""))
+
+
 Inside = Annotated[str, Holds(stays_inside, "a path inside the data root")]
 """A path that stays inside the folder that it is relative to."""
+Archive = Annotated[str, Holds(_is_archive, "a path inside the data root, with {} or no braces")]
+"""An archive's path; ``{}`` stands for a folder."""
 OneOrMore = BeforeValidator(_listed)
 """Metadata of a list of texts: a single text is accepted."""
 Named = BeforeValidator(_named)
@@ -52,7 +58,7 @@ class SplitJsonOptions:
     split_file: Inside
     image_dir: Inside = "."
     index_by: Literal["relative_path", "basename"] = "relative_path"
-    archive: Inside | None = None
+    archive: Archive | None = None
     variants: bool = False
 
 
@@ -153,7 +159,7 @@ class PairsOptions:
 
     split_file: Inside
     image_dir: Inside = "."
-    archive: Inside | None = None
+    archive: Archive | None = None
     variants: bool = False
 
 

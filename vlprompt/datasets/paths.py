@@ -1,4 +1,4 @@
-"""Checks of the image paths that files name: they must stay inside the image folder."""
+"""Checks of the paths that cards and lists name: they must stay inside the folder that they are relative to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+
+from vlprompt.errors import DataError, has_controls
 
 _DRIVE = re.compile(r"^[A-Za-z]:")
 
@@ -23,7 +25,7 @@ def path_problem(path: object) -> str | None:
         return f"path {_short(path)} is not valid Unicode"
     if len(encoded) > 1024:
         return f"path {_short(path)} has {len(encoded)} bytes; at most 1,024 are accepted"
-    if any(character in path for character in "\0\r\n\t"):
+    if has_controls(path):
         return f"path {_short(path)} has control characters"
     if "\\" in path:
         return f"path {_short(path)} has a backslash; write / between folders"
@@ -39,7 +41,35 @@ def path_problem(path: object) -> str | None:
 def stays_inside(path: str) -> bool:
     """Return whether a path of a card stays inside the folder that it is relative to."""
     outside = path.startswith(("/", "~")) or ".." in path.split("/") or _DRIVE.match(path)
-    return not outside and "\\" not in path and "\0" not in path
+    return not outside and "\\" not in path and not has_controls(path)
+
+
+def is_file_name(name: str) -> bool:
+    """Return whether a name is one step of a path: a file or folder with this name is inside its folder."""
+    return name not in ("", ".", "..") and "/" not in name and stays_inside(name)
+
+
+def resolve(root: Path, path: str, *, folder: bool = False) -> Path:
+    """Return the place of a card's ``path`` under ``root``; every path that is composed of card fields passes here.
+
+    Args:
+        root: The folder that the path is relative to.
+        path: A path of a card, after everything in braces was replaced.
+        folder: Whether it is a folder of images. The user may have made it a link; files and their folders must not
+            leave ``root`` through a link unless such links are allowed (:func:`links_allowed`).
+
+    Raises:
+        DataError: The path leaves ``root``.
+    """
+    full = root / path
+    if not stays_inside(path):
+        raise DataError(f"Path {_short(path)} of the data set's card is refused: it leaves {root}.")
+    if not folder and not links_allowed() and not is_inside(full, os.path.realpath(root)):
+        raise DataError(
+            f"{full} is refused: it leaves {root} through a link, to {os.path.realpath(full)}. Copy the file there, or "
+            "accept such links: export VLPROMPT_ALLOW_LINKS=1"
+        )
+    return full
 
 
 def check_files(root: Path, paths: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlprompt._files import sha256_lines
+from vlprompt._files import parse_json, read_text, sha256_lines
 from vlprompt.datasets.card import Card
 from vlprompt.datasets.paths import path_problem
 from vlprompt.datasets.readers import read_dataset
@@ -75,10 +75,7 @@ def read_shot_list(path: Path) -> ShotList:
     """
     report = Report(f"Few-shot list {path}", "Make it again: vlprompt data shots NAME --shots N --seed K --export FILE")
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            report.error("S01", f"it is larger than {_LARGEST_FILE:,} bytes")
-            report.stop()
-        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        lines = read_text(path, _LARGEST_FILE).rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         report.error("S01", f"it cannot be read: {error}")
         report.stop()
@@ -153,7 +150,7 @@ def import_published(path: Path, card: Card, root: str | Path | None = None) -> 
         f"Index file {path}", "Expected: an index file of github.com/linzhiqiu/cross_modal_adaptation, indices/."
     )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_text(path, _LARGEST_FILE))
         rows = {
             split: [(item["impath"], item["label"], item["classname"]) for item in content[split]["data"]]
             for split in PARTS
@@ -191,8 +188,8 @@ def _number(stem: str, key: str) -> int:
 
 def _object(line: str) -> dict[str, Any] | None:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
+        value = parse_json(line)
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 

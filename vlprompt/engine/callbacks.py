@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
-from vlprompt._files import replacing, write_text
+from vlprompt._files import parse_json, read_bytes, replacing, write_text
 from vlprompt.errors import ConfigError, HeadError
 
 LAST_CHECKPOINT = "last.ckpt"
@@ -86,6 +86,9 @@ class MetricsFile(Checkpoint):
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
 
+_LARGEST_METRICS = 2**28
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a ``metrics.jsonl``; an empty list if there is no file.
 
@@ -95,9 +98,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    try:
+        content = read_bytes(path, _LARGEST_METRICS).decode(errors="replace")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}. Restart with --force.") from error
+    for number, text in enumerate(content.splitlines(), 1):
         try:
-            line = json.loads(text)
+            line = parse_json(text)
         except ValueError:
             line = None
         if not isinstance(line, dict) or not isinstance(line.get("epoch"), int):

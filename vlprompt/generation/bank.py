@@ -11,15 +11,23 @@ Several processes may read and fill a bank at once.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
-from vlprompt._files import file_checksum, leftovers, sha256_bytes, write_bytes, write_json, write_text
-from vlprompt.datasets.images import FileSource, ImageSource, decode_rgb
+from vlprompt._files import (
+    file_checksum,
+    leftovers,
+    locked,
+    parse_json,
+    read_bytes,
+    read_text,
+    sha256_bytes,
+    write_bytes,
+    write_json,
+    write_text,
+)
+from vlprompt.datasets.images import MAX_BYTES, FileSource, ImageSource, decode_rgb
 from vlprompt.errors import ConfigError, DataError, bulleted
 from vlprompt.generation.recipe import TOOL, Format, Recipe, read_recipe
 
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 RECIPE, RECORD = "recipe.json", "pictures.json"
+_LARGEST_RECORD = 2**24
 _ENCODERS: Mapping[Format, Mapping[str, object]] = {
     "png": {"compress_level": 6},
     "webp": {"lossless": True, "quality": 50},
@@ -109,7 +118,7 @@ class DiffusionBank:
     def record(self, source: str) -> dict[int, str]:
         """Return the SHA-256 of every generated image of a source image by number; empty if the record is damaged."""
         try:
-            content = json.loads((self._home(source) / RECORD).read_text(encoding="utf-8"))
+            content = parse_json(read_text(self._home(source) / RECORD, _LARGEST_RECORD))
             return {int(number): str(digest) for number, digest in content["pictures"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
@@ -128,7 +137,7 @@ class DiffusionBank:
         home = self._home(source)
         try:
             home.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / ".lock"):
+            with locked(self.folder / ".lock"):
                 for stale in leftovers(home):  # the lock is held: a killed process left them
                     stale.unlink(missing_ok=True)
                 record = self.record(source)
@@ -148,7 +157,7 @@ class DiffusionBank:
         if number not in record:
             return None
         try:
-            data = self.path(source, number).read_bytes()
+            data = read_bytes(self.path(source, number), MAX_BYTES)
         except OSError:
             return None
         return data if sha256_bytes(data) == record[number] else None
@@ -185,7 +194,7 @@ def create_bank(root: Path, recipe: Recipe) -> DiffusionBank:
     folder = root.expanduser() / recipe.id[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
+        with locked(folder / ".lock"):
             if not (folder / RECIPE).is_file():
                 write_text(folder / RECIPE, recipe.text())
     except OSError as error:
@@ -205,7 +214,7 @@ def encoded(image: Image, kind: Format) -> bytes:
 
 def _read(folder: Path) -> Recipe:
     try:
-        return read_recipe((folder / RECIPE).read_text(encoding="utf-8"), str(folder / RECIPE))
+        return read_recipe(read_text(folder / RECIPE, _LARGEST_RECORD), str(folder / RECIPE))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{folder / RECIPE} cannot be read: {error}.") from error
 

@@ -7,6 +7,7 @@ import inspect
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlprompt._files import file_checksum, sha256_text
-from vlprompt.errors import ConfigError, DataError, did_you_mean
+from vlprompt._files import file_checksum, parse_json, read_text, sha256_text
+from vlprompt.errors import ConfigError, DataError, bulleted, did_you_mean
 from vlprompt.generation.libraries import import_diffusers, quiet
 from vlprompt.generation.recipe import OFFICIAL, GenerationSettings, Recipe
 from vlprompt.generation.tiny import TINY, save_tiny
@@ -27,6 +28,7 @@ VARIATION = "StableDiffusionImageVariationPipeline"
 #: Constants of CLIP's preprocessing, which the image-variation weights were trained with.
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_LARGEST_INDEX = 2**24
 _WEIGHTS = (".safetensors", ".bin", ".json", ".txt", ".model")
 
 
@@ -232,18 +234,67 @@ def _fetched(settings: GenerationSettings, offline: bool) -> Path:
 
 
 def _index(folder: Path, name: str) -> dict[str, Any]:
+    """Return the checked index of a pipeline's folder.
+
+    Diffusers imports the modules that an index and the files beside it name. Only diffusers and transformers are
+    accepted, whatever version is installed, and folders with code are refused.
+
+    Raises:
+        ConfigError: There is no index.
+        DataError: The index is damaged, or loading the folder would run its code.
+    """
+    path = folder / "model_index.json"
     try:
-        index: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        if isinstance(index["_class_name"], str):
-            return index
-    except OSError:
+        index = parse_json(read_text(path, _LARGEST_INDEX))
+    except FileNotFoundError:
         raise ConfigError(
             f"--pipeline {name}: the folder has no model_index.json, which diffusers' save_pretrained writes; "
             "accepted: a folder with this file"
         ) from None
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise DataError(f"{folder / 'model_index.json'} does not name the pipeline's class. Fetch the pipeline again.")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}. Fetch the pipeline again.") from error
+    if not isinstance(index, dict) or not _is_identifier(index.get("_class_name")):
+        raise DataError(f"{path} does not name the pipeline's class. Fetch the pipeline again.")
+    problems = [problem for key, value in index.items() if (problem := _component_problem(key, value))]
+    code = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.py"))
+    problems += [f"the folder holds code, {file}, which is never run" for file in code]
+    problems += [f"{file} maps classes to code (auto_map)" for file in _configs_with_code(folder, index)]
+    if problems:
+        raise DataError(
+            f"Pipeline {name} is refused:\n{bulleted(problems)}\nUse a pipeline that consists of classes of diffusers "
+            f"and transformers, such as {OFFICIAL[0]}."
+        )
+    return index
+
+
+def _component_problem(key: str, value: Any) -> str:
+    """Return why an entry of an index is not accepted; empty if it is."""
+    if not (key.isidentifier() and key.isascii()):
+        return f"model_index.json has the key {key[:80]!r}, which is not a name"
+    if key.startswith("_") or value == [None, None] or isinstance(value, str | int | float | None):
+        return ""
+    if not (isinstance(value, list) and len(value) == 2 and all(map(_is_identifier, value))):
+        return f"model_index.json: {key} is {str(value)[:80]!r}; expected a library and a class"
+    libraries = import_module("diffusers").pipelines
+    if value[0] in ("diffusers", "transformers") or hasattr(libraries, value[0]):
+        return ""
+    return f"model_index.json: {key} is of the library {value[0]!r}; accepted: diffusers, transformers"
+
+
+def _is_identifier(value: Any) -> bool:
+    return isinstance(value, str) and value.isidentifier() and value.isascii() and not value.startswith("_")
+
+
+def _configs_with_code(folder: Path, index: dict[str, Any]) -> Iterator[str]:
+    """Yield the JSON files of components that map classes to code, or that cannot be read."""
+    for key, value in index.items():
+        for path in sorted((folder / key).glob("*config*.json")) if isinstance(value, list) else ():
+            try:
+                config = parse_json(read_text(path, _LARGEST_INDEX))
+            except (OSError, ValueError):
+                continue  # diffusers reports it
+            if isinstance(config, dict) and "auto_map" in config:
+                yield path.relative_to(folder).as_posix()
 
 
 def _weights_sha256(folder: Path, index: dict[str, Any], unchecked: bool) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from vlprompt._files import canonical_json, sha256_text
+from vlprompt._files import canonical_json, parse_json, sha256_text
 from vlprompt._random import hashed_number
 from vlprompt.config.types import Count, Fraction, Ge, Gt, Holds, Le, Name, Positive, Words, validated
 from vlprompt.errors import ConfigError, DataError
@@ -112,7 +112,7 @@ def read_recipe(text: str, name: str) -> Recipe:
         DataError: If the text is not a recipe, or was edited, so that it does not describe the images.
     """
     try:
-        content = json.loads(text)
+        content = parse_json(text)
         recipe = Recipe(content["facts"], content["about"])
         if content["schema"] != SCHEMA:
             raise DataError(f"{name} has schema {content['schema']!r}; this version of vlprompt reads {SCHEMA!r}.")

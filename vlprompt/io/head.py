@@ -13,6 +13,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import warnings
@@ -25,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlprompt._files import file_checksum
+from vlprompt._files import file_checksum, replacing
 from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.config.keys import as_plain
@@ -154,13 +155,14 @@ class Head(nn.Module):
         tensors["class_weights"] = weights.detach().float().cpu().contiguous()
         with _writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=f".{folder.name[:100]}.", dir=folder.parent))
+            staging = folder.parent / f".{folder.name[:100]}.{secrets.token_hex(8)}"
+            staging.mkdir()  # its permissions follow the umask, unlike those of tempfile
             try:
-                save_file(tensors, staging / TENSOR_FILE)
+                with replacing(staging / TENSOR_FILE) as temporary:
+                    save_file(tensors, temporary)
                 config = as_plain(self._config(file_checksum(staging / TENSOR_FILE)))
                 text = json.dumps(config, indent=1, ensure_ascii=False)
                 (staging / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-                os.chmod(staging, 0o755)
                 _replace_folder(staging, folder)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)

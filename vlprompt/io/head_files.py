@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from dataclasses import field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlprompt._files import file_checksum
+from vlprompt._files import file_checksum, parse_json, read_text
 from vlprompt.config.types import MaxLen, Name, Positive, validate, validated
 from vlprompt.errors import HeadError
 
@@ -100,10 +99,8 @@ def read_config(folder: Path) -> HeadConfig:
     """
     path = folder / CONFIG_FILE
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise HeadError(f"{path} is larger than {_MAX_CONFIG_BYTES >> 20} MB, so it is not a head's configuration")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = parse_json(read_text(path, _MAX_CONFIG_BYTES))
+    except (OSError, ValueError) as error:
         raise HeadError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(config, dict):
         raise HeadError(f"{path} holds a {type(config).__name__}; expected an object")

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlprompt._files import replacing, sha256_tensors
+from vlprompt._files import parse_json, replacing, sha256_tensors
 from vlprompt._random import restored_random
 from vlprompt.errors import HeadError, VlpromptError, bulleted
 from vlprompt.meta import Regulator, RegulatorSettings
@@ -56,7 +56,7 @@ def load_regulator(folder: str | Path, method: PromptMethod) -> Regulator:
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}
         if metadata.get("schema") != SCHEMA or metadata.get("sha256") != _sha256(tensors):
             raise HeadError(f"{path} is damaged, or not a regulator of vlprompt; meta-train again")
-        settings, shapes = json.loads(metadata["settings"]), json.loads(metadata["shapes"])
+        settings, shapes = parse_json(metadata["settings"]), parse_json(metadata["shapes"])
         settings["gate_bias"] = float(settings["gate_bias"])  # may be infinite
         _check_shapes(shapes, method, path)
         with restored_random():

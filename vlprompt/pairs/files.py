@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vlprompt._files import parse_json, read_bytes
 from vlprompt.datasets.images import IMAGE_SUFFIXES, FileSource, ImageSource
 from vlprompt.datasets.paths import check_files, path_problem
 from vlprompt.datasets.readers.folder import is_image
@@ -72,13 +72,9 @@ def read_list(path: Path, report: Report) -> list[tuple[str, str]]:
 
 def _list_text(path: Path, report: Report) -> str:
     try:
-        with path.open("rb") as stream:
-            data = stream.read(_LARGEST_LIST + 1)
+        data = read_bytes(path, _LARGEST_LIST)
     except OSError as error:
         report.error("S01", f"the file cannot be read: {error.strerror or error}")
-        report.stop()
-    if len(data) > _LARGEST_LIST:
-        report.error("S01", f"the file has more than {_LARGEST_LIST:,} bytes")
         report.stop()
     try:
         return data.decode("utf-8-sig")
@@ -95,8 +91,8 @@ def _objects(text: str, report: Report) -> Iterator[tuple[int, Any, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = parse_json(line)
+        except ValueError:
             row = None
         columns = _columns(list(row)) if isinstance(row, dict) else None
         if columns is None:
@@ -188,11 +184,9 @@ def read_sidecars(base: Path, report: Report) -> list[CaptionedImage]:
 
 def _text_of(path: Path) -> bytes | None:
     try:
-        with path.open("rb") as stream:
-            data = stream.read(LARGEST_TEXT + 1)
+        return read_bytes(path, LARGEST_TEXT)
     except OSError:
         return None
-    return data if len(data) <= LARGEST_TEXT else None
 
 
 def captions_of(data: bytes | None, name: str, report: Report) -> list[str]:

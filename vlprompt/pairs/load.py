@@ -10,6 +10,7 @@ from vlprompt.datasets.card import Card, Classes, Templates
 from vlprompt.datasets.catalogue import find_card, list_datasets
 from vlprompt.datasets.images import ImageSource
 from vlprompt.datasets.options import PairsOptions
+from vlprompt.datasets.paths import resolve
 from vlprompt.datasets.readers.images import find_images
 from vlprompt.datasets.readers.missing import missing_text
 from vlprompt.datasets.report import Report
@@ -69,7 +70,7 @@ def load_pairs(source: str | Path = "demo-pairs", *, root: str | Path | None = N
     if card is not None:
         assert isinstance(card.options, PairsOptions)
         base = card.base(root)
-        path = base / card.options.split_file
+        path = resolve(base, card.options.split_file)
         if not path.is_file():
             raise DataError(missing_text(card, base, f"{path} (does not exist)"))
         return _listed(card, path, base)

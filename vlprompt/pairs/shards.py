@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlprompt._files import parse_json
 from vlprompt.datasets.readers.tar_files import (
     IMAGES,
     LARGEST_TEXT,
@@ -131,8 +131,8 @@ def _scan(shard: Path, number: int, name: str, report: Report) -> list[tuple[int
 
 def _json_caption(data: bytes | None, name: str, report: Report) -> list[str]:
     try:
-        content = json.loads(data or b"")
-    except (ValueError, RecursionError):
+        content = parse_json(data or b"")
+    except ValueError:
         content = None
     if not isinstance(content, dict) or "caption" not in content:
         report.error("S03", f'{name}: an object with "caption" is expected, of at most {LARGEST_TEXT:,} bytes')

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from vlprompt._dist import first_process_says, is_main_process
-from vlprompt._files import lock, sha256_json, write_json, write_text
+from vlprompt._files import lock, open_lock, parse_json, read_text, sha256_json, write_json, write_text
 from vlprompt.backbone import Backbone
 from vlprompt.config.keys import as_plain
 from vlprompt.config.run import RecipeConfig, RunConfig
@@ -35,6 +35,8 @@ from vlprompt.version import __version__
 CONFIG, ENVIRONMENT, RESULTS, HEAD = "config.yaml", "env.json", "results.json", "head"
 VALIDATION, TARGETS = "validation.json", "targets"
 SHIFT_IMAGES = 64
+#: Largest JSON file of a run that is read.
+MOST_BYTES = 2**28
 PROTOCOLS = {"all": "all classes", "base": "base to new", "new": "new classes"}
 _PACKAGES = (
     *("torch", "torchvision", "open_clip_torch", "timm"),
@@ -98,7 +100,7 @@ def opened(folder: Path, config: Mapping[str, Any], inputs: dict[str, str], *, f
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock_file = (folder.parent / f".{folder.name}.lock").open("w")
+        lock_file = open_lock(folder.parent / f".{folder.name}.lock")
     except OSError as error:
         _agree(refused=True)
         raise ConfigError(
@@ -120,10 +122,10 @@ def opened(folder: Path, config: Mapping[str, Any], inputs: dict[str, str], *, f
     finally:
         if not ready:
             _agree(refused=True)
-        lock_file.close()
+        os.close(lock_file)
 
 
-def _hold(file: IO[str], folder: Path) -> None:
+def _hold(file: int, folder: Path) -> None:
     try:
         lock(file)
     except OSError:
@@ -186,7 +188,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_text(path, MOST_BYTES))
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); start the run again with --force") from error
     if not isinstance(value, dict):

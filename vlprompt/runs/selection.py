@@ -7,12 +7,12 @@ search inside a method) calls :func:`judge` first and saves the result of :func:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from vlprompt._files import parse_json, read_text
 from vlprompt.errors import ConfigError, did_you_mean
 from vlprompt.methods import PromptMethod
 
@@ -93,6 +93,9 @@ def record(
     }
 
 
+_LARGEST = 2**28
+
+
 def selection_of(output: str | Path) -> dict[str, Any] | None:
     """Return the record of the search that keeps its runs in ``output``, or None if there is no such search.
 
@@ -105,7 +108,7 @@ def selection_of(output: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        selection = json.loads(path.read_text(encoding="utf-8"))
+        selection = parse_json(read_text(path, _LARGEST))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); search again with --force") from error
     if not isinstance(selection, dict) or not isinstance(selection.get("oracle"), bool):

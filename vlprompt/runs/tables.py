@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from vlprompt._terminal import text_of
 from vlprompt.engine.metrics import ERRORS, METRICS, measured
 from vlprompt.runs.selection import is_oracle, stamped
 
@@ -21,9 +20,7 @@ def render(table: Table, title: str = "", caption: str = "") -> str:
 
     ``title`` and ``caption`` are separate lines, unlike a title inside the table, which is wrapped at its width.
     """
-    out = io.StringIO()
-    Console(file=out, width=120, force_terminal=False, color_system=None).print(table)
-    return "\n".join(text for text in (title, out.getvalue().rstrip(), caption) if text)
+    return "\n".join(text for text in (title, text_of(table).rstrip(), caption) if text)
 
 
 def results_table(runs: Sequence[dict[str, Any]], metrics: Sequence[str] = ()) -> str:

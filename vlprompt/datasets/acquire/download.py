@@ -5,28 +5,27 @@ Downloads use https with resume, compare checksums, and never replace files of t
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from vlprompt._files import file_checksum, replacing, write_json
+from vlprompt._files import file_checksum, locked, parse_json, read_bytes, replacing, write_json
+from vlprompt._terminal import show
 from vlprompt.datasets.acquire.transfer import Log, Network, Unreachable, download
 from vlprompt.datasets.acquire.unpack import gunzip, unpack
 from vlprompt.datasets.card import Card, Source
-from vlprompt.datasets.paths import path_problem
+from vlprompt.datasets.paths import path_problem, resolve
 from vlprompt.datasets.readers import new_report, read_into
 from vlprompt.errors import DataError, VlpromptError
 
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
 _RECORD = ".vlprompt-get.json"
+_LARGEST_RECORD = 2**28
 
 
 def get(
@@ -34,7 +33,7 @@ def get(
     root: str | Path | None = None,
     *,
     source_file: str | Path | None = None,
-    report: Log = print,
+    report: Log = show,
     network: Network = Network(),  # noqa: B008  (frozen)
 ) -> list[str]:
     """Fetch the files of a data set that may be fetched, after reporting page and licence.
@@ -75,7 +74,7 @@ def get(
 
 def steps(card: Card, root: str | Path | None = None, *, network: Network = Network()) -> list[str]:  # noqa: B008
     """Return lines that name the files to fetch by hand and their places; empty if there are none."""
-    job = _Job(card, card.base(root), "" if root is None else f" --root {root}", print, network)
+    job = _Job(card, card.base(root), "" if root is None else f" --root {root}", show, network)
     remaining = [
         source for source in card.sources if not (card.packaged or job.fetchable(source) or job.is_present(source))
     ]
@@ -97,18 +96,16 @@ def _is_complete(card: Card, root: str | Path | None) -> bool:
 
 @contextmanager
 def _locked(base: Path, name: str) -> Iterator[None]:
+    lock = ExitStack()
     try:
         base.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(base / ".vlprompt-get.lock")
-        lock.acquire(timeout=0)
-    except Timeout as error:
+        lock.enter_context(locked(base / ".vlprompt-get.lock", timeout=0))
+    except TimeoutError as error:
         raise DataError(f"Another `vlprompt data get {name}` is running in {base}. Wait for it to finish.") from error
-    except (OSError, NotImplementedError) as error:
+    except OSError as error:
         raise DataError(f"Folder {base} cannot be written to: {error}. Give another data root: --root DIR") from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 @dataclass(frozen=True)
@@ -133,11 +130,11 @@ class _Job:
     def target(self, source: Source) -> Path | None:
         """Return the folder to unpack an archive into, or the path of a file; None if the card states neither."""
         if source.unpack is not None:
-            return self.base / source.unpack
+            return resolve(self.base, source.unpack, folder=True)
         if source.to is not None:
-            return self.base / source.to
+            return resolve(self.base, source.to)
         name = self.name(source)
-        return None if not name or path_problem(name) or name.lower().endswith(_ARCHIVES) else self.base / name
+        return None if not name or path_problem(name) or name.lower().endswith(_ARCHIVES) else resolve(self.base, name)
 
     def is_present(self, source: Source) -> bool:
         target = self.target(source)
@@ -166,8 +163,8 @@ class _Job:
 
     def record(self) -> dict[str, Any]:
         try:
-            content = json.loads((self.base / _RECORD).read_bytes())
-        except (OSError, ValueError, RecursionError):
+            content = parse_json(read_bytes(self.base / _RECORD, _LARGEST_RECORD))
+        except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
 

@@ -13,6 +13,7 @@ from vlprompt.config.yaml import yaml_text
 from vlprompt.datasets.card import Card, Classes, Templates
 from vlprompt.datasets.catalogue import find_card, list_datasets, user_card_folder
 from vlprompt.datasets.options import FolderOptions
+from vlprompt.datasets.paths import resolve
 from vlprompt.datasets.readers import new_report
 from vlprompt.datasets.readers.folder import cut_class, list_classes, list_folders, read_folder
 from vlprompt.datasets.records import SPLITS, SplitLists, labels_of
@@ -98,7 +99,7 @@ def local_split(card: Card, root: str | Path | None = None) -> Path:
     if card.multilabel or card.domains or card.packaged:
         raise ConfigError(f"a local split is made from class folders, which {card.name} does not have")
     base = card.base(root)
-    images = base / getattr(card.options, "image_dir", ".")
+    images = resolve(base, getattr(card.options, "image_dir", "."), folder=True)
     if not images.is_dir():
         raise DataError(f"The image folder {images} does not exist.\nSee: vlprompt data show {card.name}")
     report = new_report(card, base)

@@ -10,7 +10,7 @@ from pathlib import Path
 from vlprompt.datasets.card import Card, Classes, imagenet_names, stated_class_names
 from vlprompt.datasets.images import IMAGE_SUFFIXES, FileSource
 from vlprompt.datasets.options import FolderOptions
-from vlprompt.datasets.paths import is_inside, links_allowed
+from vlprompt.datasets.paths import is_inside, links_allowed, resolve
 from vlprompt.datasets.readers.missing import missing_text
 from vlprompt.datasets.readers.published import compare_with_card
 from vlprompt.datasets.records import SPLITS, Sample, SplitLists, class_name_problem, counted
@@ -106,7 +106,7 @@ def _read_cut(base: Path, folders: list[str], report: Report) -> SplitLists:
 
 # -- layouts of cards -------------------------------------------------------------------------------------------------
 def _read_splits(card: Card, options: FolderOptions, base: Path, report: Report) -> SplitLists:
-    images = base / options.image_dir
+    images = resolve(base, options.image_dir, folder=True)
     listed: dict[str, tuple[str, Listing]] = {}  # by folder: its domain and its classes
     of_split: dict[str, list[str]] = {split: [] for split in SPLITS}
     for split, patterns in options.splits.items():
@@ -147,7 +147,7 @@ def _folders(card: Card, pattern: str) -> list[tuple[str, str]]:
 def _list_split(card: Card, base: Path, images: Path, folder: str, report: Report) -> Listing:
     options = card.options
     assert isinstance(options, FolderOptions)
-    path = images / folder
+    path = resolve(images, folder, folder=True)
     if not path.is_dir():
         if not images.is_dir() or not card.domains:
             raise DataError(missing_text(card, base, f"{path} (does not exist)"))

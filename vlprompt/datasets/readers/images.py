@@ -7,10 +7,11 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from vlprompt._files import open_regular
 from vlprompt.datasets.card import Card
-from vlprompt.datasets.images import FileSource, ImageSource, ZipSource
+from vlprompt.datasets.images import ZIP_ERRORS, FileSource, ImageSource, ZipSource
 from vlprompt.datasets.options import SplitJsonOptions
-from vlprompt.datasets.paths import check_files
+from vlprompt.datasets.paths import check_files, resolve
 from vlprompt.datasets.readers.missing import missing_text
 from vlprompt.datasets.report import Report
 from vlprompt.datasets.variants import VariantSource, split_variant
@@ -38,10 +39,10 @@ def find_images(card: Card, base: Path, entries: list[str], report: Report) -> d
     stored_sources: dict[str, ImageSource]
     outside: set[str] = set()
     if archive:
-        where = base / archive
+        where = base / archive  # for texts; the archives are resolved one by one
         stored_sources = _archived(archive, base, paths, report)
     else:
-        where = base / getattr(options, "image_dir", ".")
+        where = resolve(base, getattr(options, "image_dir", "."), folder=True)
         if not where.is_dir():
             raise DataError(missing_text(card, base, f"{where} (the image folder is missing)"))
         by_name = isinstance(options, SplitJsonOptions) and options.index_by == "basename"
@@ -107,23 +108,24 @@ def _by_basename(folder: Path, paths: list[str], report: Report) -> dict[str, st
 def _archived(archive: str, base: Path, paths: list[str], report: Report) -> dict[str, ImageSource]:
     """Return the archive members that ``paths`` name; with one archive per folder, members omit the folder."""
     sources: dict[str, ImageSource] = {}
+    files: dict[str, str] = {}
     present: dict[str, set[str]] = {}
     for path in paths:
         folder, _, rest = path.partition("/")
-        file = str(base / archive.format(folder))
-        if file not in present:
+        folder, member = (folder, rest) if "{}" in archive else ("", path)
+        if folder not in files:
+            file = files[folder] = str(resolve(base, archive.replace("{}", folder)))
             present[file] = _archive_names(Path(file), report)
-        member = rest if "{}" in archive else path
-        if member in present[file]:
-            sources[path] = ZipSource(file, member)
+        if member in present[files[folder]]:
+            sources[path] = ZipSource(files[folder], member)
     return sources
 
 
 def _archive_names(path: Path, report: Report) -> set[str]:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             return set(archive.namelist())
-    except (OSError, zipfile.BadZipFile) as error:
+    except ZIP_ERRORS as error:
         report.error("S15", f"archive {path} cannot be read: {error}")
         return set()
 
@@ -149,7 +151,7 @@ def truncated_files(sources: Iterable[tuple[str, ImageSource]]) -> list[tuple[st
 
 def _looks_truncated(path: str) -> bool:
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             head = stream.read(8)
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, size - 64))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlprompt._files import parse_json, read_text
 from vlprompt.datasets.card import Card, stated_class_names
 from vlprompt.datasets.options import ListFileOptions
-from vlprompt.datasets.paths import path_problem
+from vlprompt.datasets.paths import path_problem, resolve
 from vlprompt.datasets.readers.checks import check_duplicates, check_names
 from vlprompt.datasets.readers.images import find_images
 from vlprompt.datasets.readers.missing import missing_text
@@ -101,14 +101,11 @@ def _classes(card: Card, options: ListFileOptions, base: Path, report: Report) -
 
 # -- files ------------------------------------------------------------------------------------------------------------
 def _open(card: Card, base: Path, name: str, report: Report) -> str:
-    path = base / name
+    path = resolve(base, name)
     if not path.is_file():
         raise DataError(missing_text(card, base, f"{path} (does not exist)"))
     try:
-        if path.stat().st_size > _LARGEST_FILE:
-            report.error("S01", f"{name} is larger than {_LARGEST_FILE:,} bytes")
-            report.stop()
-        return path.read_text(encoding="utf-8")
+        return read_text(path, _LARGEST_FILE)
     except (OSError, UnicodeDecodeError) as error:
         report.error("S01", f"list {path} cannot be read: {error}")
         report.stop()
@@ -176,8 +173,8 @@ def _words(line: str, options: ListFileOptions) -> tuple[str, str] | str:
 
 def _object(line: str, options: ListFileOptions) -> tuple[str, Any] | str:
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        entry = parse_json(line)
+    except ValueError as error:
         return f"not valid JSON: {str(error)[:80]}"
     if (
         not isinstance(entry, dict)
@@ -225,7 +222,7 @@ def _per_class(card: Card, base: Path, pattern: str, keys: dict[str, int], repor
 def _coco(card: Card, base: Path, name: str, keys: dict[str, int], report: Report) -> list[Row]:
     """Read instance annotations: an image has the labels of all its boxes, including crowds, in file order."""
     try:
-        content = json.loads(_open(card, base, name, report))
+        content = parse_json(_open(card, base, name, report))
         categories = {entry["id"]: entry["name"] for entry in content["categories"]}
         files = {entry["id"]: entry["file_name"] for entry in content["images"]}
         boxes = [(entry["image_id"], entry["category_id"]) for entry in content["annotations"]]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlprompt._files import parse_json
 from vlprompt.datasets.card import Card
 from vlprompt.datasets.images import decode_rgb
 from vlprompt.datasets.options import ShardOptions
+from vlprompt.datasets.paths import resolve
 from vlprompt.datasets.readers.missing import missing_text
 from vlprompt.datasets.readers.rows import Row, Rows
 from vlprompt.datasets.report import Report
@@ -80,7 +81,8 @@ def read_parquet(card: Card, options: ShardOptions, split: str, base: Path, repo
         raise DataError(f"Reading {card.name} needs pyarrow, which is not installed: pip install pyarrow") from error
     files: list[Path] = []
     for pattern in options.splits[split]:
-        matches = sorted(base.glob(pattern), key=os.fsencode)
+        found = sorted(base.glob(pattern), key=os.fsencode)
+        matches = [path for match in found if (path := resolve(base, match.relative_to(base).as_posix())).is_file()]
         if not matches:
             raise DataError(missing_text(card, base, f"{base / pattern} (does not exist)"))
         files += matches
@@ -132,7 +134,7 @@ def _column_problem(schema: Any, options: ShardOptions) -> str:
 def _names(metadata: dict[bytes, bytes], column: str) -> list[str]:
     """Return the class names of the ClassLabel feature, or list of it, that Hugging Face's ``datasets`` writes."""
     try:
-        feature = json.loads(metadata[b"huggingface"])["info"]["features"][column]
+        feature = parse_json(metadata[b"huggingface"])["info"]["features"][column]
         if isinstance(feature, list):
             feature = feature[0]
         names = feature["names"] if "names" in feature else feature["feature"]["names"]

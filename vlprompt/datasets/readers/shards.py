@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from vlprompt._files import read_bytes, read_text
 from vlprompt.datasets.card import Card, stated_class_names
 from vlprompt.datasets.options import ShardOptions
+from vlprompt.datasets.paths import resolve
 from vlprompt.datasets.readers.checks import check_duplicates, check_names
 from vlprompt.datasets.readers.missing import missing_text
 from vlprompt.datasets.readers.parquet import read_parquet
@@ -35,6 +37,7 @@ from vlprompt.datasets.report import Report
 from vlprompt.errors import DataError
 
 _SCHEMA = 1
+_LARGEST_NAMES = 2**24
 
 
 def read_shards(card: Card, base: Path, report: Report) -> SplitLists:
@@ -106,7 +109,7 @@ def _check_labels(split: str, rows: Rows, count: int, report: Report) -> None:
 
 def _class_names(base: Path) -> list[str]:
     try:
-        text = (base / "classnames.txt").read_text(encoding="utf-8")
+        text = read_text(resolve(base, "classnames.txt"), _LARGEST_NAMES)
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:
@@ -121,15 +124,15 @@ Entry = tuple[int, int, int, str, int | list[int]]
 
 
 def _webdataset(card: Card, base: Path, folder: str, report: Report) -> Rows:
-    place = base / folder
-    count_file = place / "nshards.txt"
+    place = resolve(base, folder, folder=True)
+    count_file = resolve(place, "nshards.txt")
     if not count_file.is_file():
         raise DataError(missing_text(card, base, f"{count_file} (does not exist; it states the number of shards)"))
-    text = count_file.read_bytes()[:100].decode("ascii", "replace").strip()
+    text = read_bytes(count_file, 100).decode("ascii", "replace").strip()
     if not (text.isdigit() and 0 < int(text) <= MOST_SHARDS):
         report.error("S03", f"{folder}/nshards.txt holds {text[:40]!r}; the number of shards is expected")
         report.stop()
-    shards = [place / f"{number}.tar" for number in range(int(text))]
+    shards = [resolve(place, f"{number}.tar") for number in range(int(text))]
     report.errors("S15", [f"shard {folder}/{path.name} is missing" for path in shards if not path.is_file()])
     shards = [path for path in shards if path.is_file()]
     if not shards:

@@ -7,15 +7,14 @@ four values, as in the files of Soft-Prompt-Generation: path, label, domain numb
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlprompt._files import sha256_bytes
+from vlprompt._files import parse_json, read_bytes, sha256_bytes
 from vlprompt.datasets.card import Card
 from vlprompt.datasets.options import SplitJsonOptions
-from vlprompt.datasets.paths import path_problem
+from vlprompt.datasets.paths import path_problem, resolve
 from vlprompt.datasets.readers.checks import check_duplicates, check_names, label_problem
 from vlprompt.datasets.readers.images import find_images
 from vlprompt.datasets.readers.missing import missing_text
@@ -26,7 +25,6 @@ from vlprompt.datasets.variants import CORRUPTIONS, split_variant, variant_probl
 from vlprompt.errors import DataError, did_you_mean
 
 _LARGEST_FILE = 64 * 2**20
-_DEEPEST = 4
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def read_split_json(card: Card, base: Path, report: Report) -> SplitLists:
     """
     options = card.options
     assert isinstance(options, SplitJsonOptions)
-    path = base / options.split_file
+    path = resolve(base, options.split_file)
     if not path.is_file():
         note = "the split file is missing; it is not generated, because another split gives other results"
         raise DataError(missing_text(card, base, f"{path} ({note})"))
@@ -80,11 +78,7 @@ def read_split_json(card: Card, base: Path, report: Report) -> SplitLists:
 
 def _read_bytes(path: Path, report: Report) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > _LARGEST_FILE:
-            report.error("S01", f"{path} has {size:,} bytes; at most {_LARGEST_FILE:,} are read")
-            report.stop()
-        return path.read_bytes()
+        return read_bytes(path, _LARGEST_FILE)
     except OSError as error:
         report.error("S01", f"{path} cannot be read: {error.strerror or error}")
         report.stop()
@@ -92,23 +86,9 @@ def _read_bytes(path: Path, report: Report) -> bytes:
 
 def _parse(raw: bytes, path: Path, report: Report) -> dict[str, list[Any]]:
     """Rules S01 and S02: JSON without repeated keys, an object of exactly three lists."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in table:
-                raise ValueError(f"key {key!r} appears twice")
-            table[key] = value
-        return table
-
-    def no_constant(word: str) -> Any:
-        raise ValueError(f"{word} is not JSON")
-
     content: Any = None
     try:
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_constant)
-    except RecursionError:
-        report.error("S01", f"{path} is nested too deeply; at most {_DEEPEST} levels are read")
+        content = parse_json(raw.decode("utf-8"), constants=False)
     except ValueError as error:  # JSON and UTF-8 errors are subclasses
         report.error("S01", f"{path} is not valid JSON: {str(error)[:200]}")
     if report.failed:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlprompt._files import sha256_text, write_text
-from vlprompt.datasets.images import decode_rgb
+from vlprompt._files import open_regular, parse_json, read_bytes, sha256_text, write_text
+from vlprompt.datasets.images import MAX_BYTES, decode_rgb
 from vlprompt.datasets.paths import path_problem
 from vlprompt.datasets.report import Report
 from vlprompt.errors import DataError
@@ -30,6 +30,7 @@ IMAGES = ("webp", "png", "jpg", "jpeg")
 MOST_SHARDS = 100_000
 #: Largest member that is read as a label or a text, in bytes.
 LARGEST_TEXT = 2**20
+_LARGEST_INDEX = 2**30
 #: webdataset's rule: the key is the path up to the first dot of the file name.
 _MEMBER = re.compile(r"^((?:.*/)?[^./][^/.]*)\.([^/]+)$")
 #: Index of shards, as JSON values.
@@ -57,11 +58,13 @@ class ShardSource:
         name = f"{self.path}:{self.key}"
         try:
             # Opened for every image: an open file would share its position with forked workers and threads.
-            with open(self.path, "rb") as stream:
+            with open_regular(self.path) as stream:
                 stream.seek(self.offset)
-                data = stream.read(self.size)
+                data = stream.read(min(self.size, MAX_BYTES + 1))
         except OSError as error:
             raise DataError(f"Image {name} cannot be read: {error.strerror or error}.") from error
+        if self.size > MAX_BYTES:
+            raise DataError(f"Image {name} has {self.size:,} bytes; at most {MAX_BYTES:,} are read.")
         if len(data) < self.size:
             raise DataError(f"Image {name} cannot be read: the shard is truncated. Fetch the shard again.")
         return decode_rgb(data, name)
@@ -145,7 +148,7 @@ def kept_index(
     cache = os.environ.get("VLPROMPT_CACHE") or "~/.cache/vlprompt"
     file = Path(cache).expanduser() / "shards" / f"{key}.json"
     try:
-        return check(json.loads(file.read_bytes()))
+        return check(parse_json(read_bytes(file, _LARGEST_INDEX)))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # missing or damaged: the shards are read again
     before = len(report.problems)
