@@ -11,7 +11,7 @@ unfinished run and shows a finished one.
   --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
   --print-config    print every value with its source and stop
   --dry-run         print shapes, parameters, memory and steps and stop
-  --force           train again even if the run is finished
+  --force           train again even if the run is finished; the earlier run is moved to FOLDER.old-1
 
 Example: vlprompt train --config mocoop/demo --data.shots 4 --recipe.epochs 5
 """
@@ -30,7 +30,7 @@ and zero-shot. Several --config files are compared side by side; the overrides a
   --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
   --dry-run         print the plan, a line per training with the values that differ, and stop; needs no data
   --print-config    print the resolved configurations and stop
-  --force           run finished runs again
+  --force           run finished runs again; the earlier ones are moved to FOLDER.old-1
 
 Example: vlprompt base-to-new --config coop/demo --config mocoop/demo --seeds 1
 """
@@ -51,7 +51,7 @@ side by side; the overrides apply to all of them. Chosen domains for one run: vl
   --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
   --dry-run         print the plan, a line per training with the values that differ, and stop; needs no data
   --print-config    print the resolved configurations and stop
-  --force           run finished runs again
+  --force           run finished runs again; the earlier ones are moved to FOLDER.old-1
 """
 EVAL_HELP = """\
 vlprompt eval RUN [--data.name NAME] [--data.root DIR] [--data.classes all|base|new] [--data.* VALUE] [--seed N]
@@ -80,7 +80,7 @@ Finished runs are reused; the same command resumes where it stopped. Several --c
   --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
   --dry-run         print the plan, a line per training with the values that differ, and stop; needs no data
   --print-config    print the resolved configurations and stop
-  --force           run finished runs again
+  --force           run finished runs again; the earlier ones are moved to FOLDER.old-1
 
 Example: vlprompt eval RUN --data.classes new
 Example: vlprompt eval --protocol cross-dataset --config coop/demo --targets demo-2,demo-3 --seeds 1
@@ -102,7 +102,7 @@ only that one. The same command resumes where it stopped. Runs, selection (selec
                     are the same, as on ImageNet; results and tables are then marked (oracle)
   --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
   --print-config    print the candidates' configurations and stop
-  --force           train finished runs again
+  --force           train finished runs again; the earlier ones are moved to FOLDER.old-1
 
 Example: vlprompt search --config coop/demo --grid recipe.lr=0.002,0.02 --grid recipe.epochs=5,20
 """

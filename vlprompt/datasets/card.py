@@ -279,6 +279,15 @@ class Card:
         roots = [data_root(self.root)] if self.root is not None and root is None else data_roots(root)
         return [place / folder for place in roots for folder in self.folders]
 
+    def own_place(self, root: str | Path | None = None) -> str | None:
+        """Return the resolved folder of images of the user if the data root itself is the data set, else ``None``.
+
+        Such a card (``folder``) names no data set, so the folder identifies it.
+        """
+        if self.packaged or self.root is not None or self.folders != (".",):
+            return None
+        return os.path.realpath(self.base(root))
+
     def with_split(self, name: str | None) -> Card:
         """Return this card with another split, or with a split file of the user in the data set's folder.
 

@@ -42,7 +42,7 @@ def new_card(name: str, folder: str | Path, template: str = "a photo of a {}.") 
     if not _NAME.fullmatch(name):
         raise ConfigError(f"the name {name!r} is not valid; accepted: up to 64 letters, digits, - and _")
     if name.lower() in map(str.lower, list_datasets()) or _is_known(name):
-        raise ConfigError(f"a data set {name!r} exists already; choose another name, or remove its card")
+        raise ConfigError(f"a data set {name!r} exists already; choose another name")
     if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
         raise ConfigError(f"--template is {template!r}; it must contain {{}} exactly once, for the class name")
     base = Path(os.path.abspath(Path(folder).expanduser()))
@@ -50,7 +50,7 @@ def new_card(name: str, folder: str | Path, template: str = "a photo of a {}.") 
     split_file, card_file = base / f"split_{name}.json", user_card_folder() / f"{name}.yaml"
     for path in (split_file, card_file):
         if path.exists():
-            raise ConfigError(f"{path} exists; remove it or choose another name")
+            raise ConfigError(f"{path} exists; choose another name, or move the file away")
     write_file(split_file, _split_text(lists))
     sizes = {split: len(getattr(lists, split)) for split in SPLITS}
     write_file(card_file, yaml_text({
