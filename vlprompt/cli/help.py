@@ -55,13 +55,19 @@ side by side; the overrides apply to all of them. Chosen domains for one run: vl
 """
 EVAL_HELP = """\
 vlprompt eval RUN [--data.name NAME] [--data.root DIR] [--data.classes all|base|new] [--data.* VALUE] [--seed N]
-              [--metrics A,B]
+              [--backbone.KEY VALUE ...] [--device cpu] [--workers 4] [--metrics A,B]
 vlprompt eval --protocol NAME --config FILE [--config FILE2 ...] [--seeds 1,2,3] [--datasets A,B] [--targets C,D]
               [--shots 1,2,4] [--metrics A,B] [--a.b VALUE ...] [--dry-run] [--print-config] [--force]
 
 The first form evaluates a saved head on the test images of the run's data set, or of the one in --data.*.
 
-  RUN               a run folder, or a head folder (then --data.name is needed)
+  RUN               a run folder, or a head folder (then --data.name is needed); a folder of images has the split that
+                    the run kept in split.json: later images join it, and no test image has been trained on
+  --backbone.KEY VALUE
+                    name, pretrained or precision of the backbone, if its weights are in another place than the head
+                    says; their content must be that of the training
+  --device D        auto (a GPU if there is one, the default), cpu or cuda
+  --workers N       loader processes, as --data.workers
   --metrics A,B     print these metrics, named as in the second form
 
 The second form trains and tests under a protocol of the papers, prints a table and writes a JSON file next to the runs.
@@ -117,13 +123,18 @@ recipe, backbone and versions. The status is 0 if the data protocol is the same 
 Example: vlprompt compare runs/coop/demo/RUN runs/mocoop/demo/RUN
 """
 PREDICT_HELP = """\
-vlprompt predict RUN IMAGE... [--top 5] [--json]
+vlprompt predict RUN IMAGE... [--top 5] [--backbone.KEY VALUE ...] [--device cpu] [--workers 4] [--json]
 
 Prints the most probable classes of image files, or of all images in folders.
 
   RUN               a run folder or a head folder
   IMAGE...          image files or folders
   --top K           classes to show per image (default 5)
+  --backbone.KEY VALUE
+                    name, pretrained or precision of the backbone, if its weights are in another place than the head
+                    says: --backbone.name local-dir:/models/mine; their content must be that of the training
+  --device D        auto (a GPU if there is one, the default), cpu or cuda
+  --workers N       threads that read images (default 0: none besides the program)
   --json            print [{"path": ..., "classes": [{"name": ..., "probability": ...}]}]
 """
 LIST_HELP = """\

@@ -14,7 +14,8 @@ from pydantic import BeforeValidator
 from vlprompt.config.ensembles import ENSEMBLES
 from vlprompt.config.texts import ENSEMBLE, DataTexts
 from vlprompt.config.types import Count, Holds, Lines, MinLen, Name, Positive, validated
-from vlprompt.datasets.options import Inside, Named, OneOrMore, ReaderOptions, SplitJsonOptions
+from vlprompt.datasets.kept_split import KEPT_SPLIT
+from vlprompt.datasets.options import FolderOptions, Inside, Named, OneOrMore, ReaderOptions, SplitJsonOptions
 from vlprompt.datasets.paths import path_problem
 from vlprompt.datasets.records import class_name_problem
 from vlprompt.errors import ConfigError, did_you_mean
@@ -205,6 +206,7 @@ class Card:
         packaged: Whether the data are part of the package, so that no data root is needed.
         same_images: Whether train and test share images by design; the protocol then separates them by domain.
         file: Path of the card.
+        kept: Path of the kept split that the images follow, set by :meth:`with_split`.
     """
 
     name: Name
@@ -228,6 +230,7 @@ class Card:
     packaged: bool = False
     same_images: bool = False
     file: str = ""
+    kept: str = ""
 
     def __post_init__(self) -> None:
         if self.multilabel != self.metric.startswith("map"):
@@ -292,7 +295,8 @@ class Card:
         """Return this card with another split, or with a split file of the user in the data set's folder.
 
         Args:
-            name: Name of a split, or of a file that ends in ``.json``; ``None`` for the split in use.
+            name: Name of a split, or of a file that ends in ``.json``; ``None`` for the split in use. For a folder of
+                images (:meth:`own_place`) also the folder of a run on it, whose split is kept and later images join.
 
         Raises:
             ConfigError: If the card has no such split, or the path is not valid.
@@ -307,6 +311,13 @@ class Card:
             else:
                 options = replace(self.options, split_file=name)
             return replace(self, reader="split_json", options=options, split=name, classes=Classes())
+        if self.own_place() is not None and isinstance(self.options, FolderOptions):
+            if os.path.isfile(kept := os.path.join(Path(name).expanduser(), KEPT_SPLIT)):
+                return replace(self, kept=kept)
+            raise ConfigError(
+                f"data.split is {name!r}; {self.name} has no splits. Accepted: the folder of a run on it, which holds "
+                f"{KEPT_SPLIT}, or a split file of your own that ends in .json."
+            )
         if name not in self.splits:
             known = ", ".join(self.splits) or "none"
             raise ConfigError(
@@ -339,7 +350,8 @@ def imagenet_names() -> dict[str, str]:
 
 def describe(card: Card) -> dict[str, Any]:
     """Return the card's facts as plain JSON values, without empty values."""
-    facts: dict[str, Any] = _without_empty({key: value for key, value in asdict(card).items() if key != "file"})
+    own = ("file", "kept")  # places on this machine
+    facts: dict[str, Any] = _without_empty({key: value for key, value in asdict(card).items() if key not in own})
     return facts
 
 

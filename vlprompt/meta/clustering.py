@@ -106,7 +106,8 @@ class Clusters:
         if metadata.get("schema") != SCHEMA or set(tensors) != {field.name for field in fields(cls)}:
             schema = metadata.get("schema", "no schema")
             raise DataError(
-                f"{path} holds no clusters: its schema is {schema!r}; expected {SCHEMA!r}. Move it away to cluster the pairs again."
+                f"{path} holds no clusters: its schema is {schema!r}; expected {SCHEMA!r}. "
+                "Move it away to cluster the pairs again."
             )
         if metadata.get("sha256") != _sha256(tensors):
             raise DataError(f"{path} is damaged (its checksum differs); move it away to cluster the pairs again.")

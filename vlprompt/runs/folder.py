@@ -29,6 +29,7 @@ from vlprompt.config.types import field_default
 from vlprompt.config.yaml import yaml_text
 from vlprompt.data import describe_transform, test_transform
 from vlprompt.datasets import FewShotTask, find_card
+from vlprompt.datasets.kept_split import KEPT_SPLIT, split_text
 from vlprompt.engine.callbacks import LAST_CHECKPOINT
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.methods import PromptMethod
@@ -65,8 +66,9 @@ def config_sha256(config: RunConfig) -> str:
             del plain[section][name]
         if names is None:
             del plain[section]
-    if place := find_card(config.data.name).own_place(config.data.root):
-        plain["data"]["place"] = place
+    with contextlib.suppress(ConfigError):  # a task made in Python may have no card in the catalogue
+        if place := find_card(config.data.name).own_place(config.data.root):
+            plain["data"]["place"] = place
     for section in ("settings", "objectives"):
         plain[section] = identified(plain[section])
     for name in ("init_from", "decomposition"):  # keys that older runs do not have
@@ -256,6 +258,16 @@ def _git() -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def keep_split(folder: Path, task: FewShotTask) -> None:
+    """Write the split of a folder of images of the user into the run folder, if it is not there yet.
+
+    ``eval`` takes it from there, and ``data.split`` for other runs: images that come later join it.
+    """
+    lists, path = task.lists, folder / KEPT_SPLIT
+    if is_main_process() and lists is not None and task.card.own_place(task.root) and not path.is_file():
+        write_text(path, split_text(lists))
 
 
 # -- the record of data in a results file ------------------------------------------------------------------------

@@ -12,10 +12,11 @@ from vlprompt._files import sha256_text, write_text
 from vlprompt.config.yaml import yaml_text
 from vlprompt.datasets.card import Card, Classes, Templates
 from vlprompt.datasets.catalogue import find_card, list_datasets, user_card_folder
+from vlprompt.datasets.kept_split import split_text
 from vlprompt.datasets.options import FolderOptions
 from vlprompt.datasets.readers import new_report
 from vlprompt.datasets.readers.folder import cut_class, list_classes, list_folders, read_folder
-from vlprompt.datasets.records import SPLITS, SplitLists, labels_of
+from vlprompt.datasets.records import SPLITS, SplitLists
 from vlprompt.errors import ConfigError, DataError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -51,7 +52,7 @@ def new_card(name: str, folder: str | Path, template: str = "a photo of a {}.") 
     for path in (split_file, card_file):
         if path.exists():
             raise ConfigError(f"{path} exists; choose another name, or move the file away")
-    write_file(split_file, _split_text(lists))
+    write_file(split_file, split_text(lists))
     sizes = {split: len(getattr(lists, split)) for split in SPLITS}
     write_file(card_file, yaml_text({
         "schema": 1, "name": name, "task": "multiclass", "group": ["own"], "folders": ["."], "root": str(base),
@@ -116,14 +117,6 @@ def local_split(card: Card, root: str | Path | None = None) -> Path:
     path = base / f"split_local_{sha256_text(text)[:8]}.json"
     write_file(path, text)
     return path
-
-
-def _split_text(lists: SplitLists) -> str:
-    content = {
-        split: [[sample.id, sample.label, lists.class_names[labels_of(sample)[0]]] for sample in getattr(lists, split)]
-        for split in SPLITS
-    }
-    return json.dumps(content, indent=4) + "\n"
 
 
 def write_file(path: Path, text: str) -> None:
