@@ -119,9 +119,8 @@ def test_a_split_that_trains_on_test_images_is_refused(done: Run, tiny: Tiny, pi
     kept["train"], kept["test"] = kept["test"], kept["train"]
     (pictures / "swapped.json").write_text(json.dumps(kept), encoding="utf-8")
     data = done_config(done).with_data(split="swapped.json").data
-    with pytest.raises(
-        ConfigError, match=r"(\d+) of the \1 test images of folder are images that the head was trained"
-    ):
+    match = r"(\d+) of the \1 test images of folder are images that the head was trained on"
+    with pytest.raises(ConfigError, match=match):
         evaluate_head(done.folder, data)
     plain = run(tiny("zeroshot").with_data(root=str(pictures)))
     assert evaluate_head(plain.folder, data)["total"]  # it was trained on nothing
