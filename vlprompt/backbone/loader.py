@@ -365,7 +365,13 @@ def _assemble(
     preprocess = Preprocess.from_config(constants, model.visual.image_size)
     tokenizer = clip_tokenizer(config)
     return Backbone(
-        model, tokenizer, name=name, pretrained=pretrained, preprocess=preprocess, trained_tokens=trained_tokens
+        model,
+        tokenizer,
+        name=name,
+        pretrained=pretrained,
+        preprocess=preprocess,
+        trained_tokens=trained_tokens,
+        config={**config, "quick_gelu": quick_gelu},
     )
 
 
