@@ -162,6 +162,24 @@ def test_compare_tells_folders_apart(done: Run, tiny: Tiny, pictures: Path, tmp_
     assert any(line.startswith("folder of the images") for line in compare(done.folder, other.folder).data)
 
 
+@pytest.mark.parametrize("name", ["split", "choice of shots", "backbone", "class names", "preprocessing"])
+def test_runs_are_not_resumed_from_other_inputs(name: str, done: Run) -> None:
+    path = done.folder / "env.json"
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    recorded["inputs"][name] = "0" * 64
+    path.write_text(json.dumps(recorded), encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"was started from another {name};.*another --output.*--force"):
+        run(done_config(done))
+
+
+def test_runs_of_older_versions_are_reused(done: Run) -> None:
+    path = done.folder / "env.json"
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    del recorded["inputs"]["class names"], recorded["inputs"]["preprocessing"]
+    path.write_text(json.dumps(recorded), encoding="utf-8")
+    assert run(done_config(done)).reused
+
+
 # -- the place of the weights -------------------------------------------------------------------------------------
 def moved_weights(folder: Path) -> Path:
     """A folder with the demo's weights in open_clip's form."""

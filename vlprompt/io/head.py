@@ -404,4 +404,4 @@ def _version(package: str) -> str | None:
         return None
 
 
-__all__ = ["Head", "backbone_facts", "find_head", "learned_tensors", "load_head", "read_config"]
+__all__ = ["Head", "backbone_facts", "find_head", "learned_tensors", "load_head", "preprocess_facts", "read_config"]

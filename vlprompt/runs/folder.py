@@ -44,6 +44,8 @@ _PACKAGES = (
     *("torch", "torchvision", "open_clip_torch", "timm"),
     *("pytorch-lightning", "torchmetrics", "numpy", "pillow"),
 )
+#: Inputs that older runs do not record.
+_LATER_INPUTS = ("class names", "preprocessing", "bank")
 # Sections and keys that cannot change a result: locations, numbers of processes, progress output.
 _INDIFFERENT: dict[str, tuple[str, ...] | None] = {
     "output": None,
@@ -175,7 +177,8 @@ def _check_inputs(folder: Path, inputs: dict[str, str]) -> None:
     recorded = known.get("inputs")
     if not isinstance(recorded, dict):
         raise ConfigError(f"{folder / ENVIRONMENT} is damaged: it lacks 'inputs'; start the run again with --force")
-    changed = [name for name, value in inputs.items() if recorded.get(name) != value]
+    missing = {name: inputs[name] for name in _LATER_INPUTS if name in inputs and name not in recorded}
+    changed = [name for name, value in inputs.items() if (missing | recorded).get(name) != value]
     if changed:
         raise ConfigError(
             f"{folder} was started from another {', '.join(changed)}; its results would not be this run's. "
