@@ -291,12 +291,17 @@ class Card:
             return None
         return os.path.realpath(self.base(root))
 
+    @property
+    def keeps_split(self) -> bool:
+        """Whether the images are a folder of the user without a split of its card, so that runs keep theirs."""
+        return self.own_place() is not None and isinstance(self.options, FolderOptions) and not self.options.splits
+
     def with_split(self, name: str | None) -> Card:
         """Return this card with another split, or with a split file of the user in the data set's folder.
 
         Args:
             name: Name of a split, or of a file that ends in ``.json``; ``None`` for the split in use. For a folder of
-                images (:meth:`own_place`) also the folder of a run on it, whose split is kept and later images join.
+                images (:attr:`keeps_split`) also the folder of a run on it, whose split is kept and later images join.
 
         Raises:
             ConfigError: If the card has no such split, or the path is not valid.
@@ -311,7 +316,7 @@ class Card:
             else:
                 options = replace(self.options, split_file=name)
             return replace(self, reader="split_json", options=options, split=name, classes=Classes())
-        if self.own_place() is not None and isinstance(self.options, FolderOptions):
+        if name not in self.splits and self.keeps_split:
             if os.path.isfile(kept := os.path.join(Path(name).expanduser(), KEPT_SPLIT)):
                 return replace(self, kept=kept)
             raise ConfigError(

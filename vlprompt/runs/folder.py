@@ -269,7 +269,7 @@ def keep_split(folder: Path, task: FewShotTask) -> None:
     ``eval`` takes it from there, and ``data.split`` for other runs: images that come later join it.
     """
     lists, path = task.lists, folder / KEPT_SPLIT
-    if is_main_process() and lists is not None and task.card.own_place(task.root) and not path.is_file():
+    if is_main_process() and lists is not None and task.card.keeps_split and not path.is_file():
         write_text(path, split_text(lists))
 
 

@@ -61,6 +61,8 @@ def with_kept_split(folder: str | Path, data: DataConfig, head: Head) -> DataCon
     run, facts = run_of(folder), _data_facts(head)
     if data.split is not None or not (run / KEPT_SPLIT).is_file() or facts.get("name") != data.name:
         return data
+    if not find_card(data.name).keeps_split:
+        return data
     if facts.get("place_sha256") != load_place(data):
         return data
     return dataclasses.replace(data, split=str(run))
