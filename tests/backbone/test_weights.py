@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import fractions
 import os
+import pathlib
 import pickle  # noqa: TID251 - to build the files that must be refused
+import shlex
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -141,6 +147,66 @@ def test_files_with_code_are_refused_and_not_run(tmp_path, state, kind):
 def test_contents_other_than_a_state_dict_are_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "w.pt")
     assert message in refusal(tmp_path / "w.pt")
+
+
+# -- checkpoints of training scripts -----------------------------------------------------------------------------------
+def prefixed(state, prefix):
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "model.", "clip.", "module._orig_mod.", "model.clip."])
+@pytest.mark.parametrize("wrapper", ["", "state_dict", "model", "ema", "net.weights"])
+def test_wrappers_and_prefixes_of_training_scripts_are_removed(tmp_path, state, wrapper, prefix):
+    content = prefixed(state, prefix)
+    for name in reversed(wrapper.split(".") if wrapper else []):
+        content = {
+            name: content,
+            "epoch": 3,
+            "optimizer": {"state": {0: {"step": torch.ones(())}}, "a": {"b.c": torch.ones(1)}},
+        }
+        content["args"] = argparse.Namespace(lr=0.1, output=pathlib.PosixPath("x"))
+    torch.save(content, tmp_path / "w.pt")
+    found = read_weights(tmp_path / "w.pt")
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_of_several_state_dicts_one_is_named(tmp_path, state):
+    path = tmp_path / "w.pt"
+    torch.save({"model": state, "ema": {name: value + 1 for name, value in state.items()}}, path)
+    text = refusal(path)
+    assert "several state dicts" in text and f"--backbone.pretrained {path}::model" in text
+    found = read_weights(path.with_name("w.pt::ema"))
+    assert torch.equal(found["visual.proj"], state["visual.proj"] + 1)
+    assert load_backbone("from-file", f"{path}::model").pretrained == f"{path}::model"
+    with pytest.raises(BackboneError, match="no state dict 'emma'; it has: model, ema.*'ema'"):
+        read_weights(path.with_name("w.pt::emma"))
+
+
+@pytest.mark.parametrize("kind", ["module", "wrapped module", "object"])
+def test_the_conversion_that_is_advised_works(tmp_path, state, kind):
+    model = load_backbone("demo").model
+    hook = {"model": model.state_dict(), "hook": fractions.Fraction(1, 3)}
+    torch.save(
+        {"module": model, "wrapped module": {"epoch": 1, "model": model}, "object": hook}[kind], tmp_path / "w.pt"
+    )
+    line = next(line for line in refusal(tmp_path / "w.pt").splitlines() if "python -c " in line)
+    command = shlex.split(line.partition("convert it once: ")[2])
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True)
+    found = read_weights(tmp_path / "weights.safetensors")
+    assert found.keys() == model.state_dict().keys()
+
+
+def test_a_clip_among_other_tensors_is_named_with_the_command_that_keeps_it(tmp_path, state):
+    path = tmp_path / "w.safetensors"
+    save_file({**prefixed(state, "encoder."), "classifier.weight": torch.ones(2, 2)}, path)
+    said = "begin with 'encoder.', and others do not .first 'classifier.weight'"
+    with pytest.raises(BackboneError, match=said) as caught:
+        load_backbone("from-file", path)
+    with pytest.raises(BackboneError, match=said):
+        load_backbone("ViT-B-32", f"openai={path}")
+    command = shlex.split(str(caught.value).splitlines()[-1])
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True)
+    assert read_weights(tmp_path / "weights.safetensors").keys() == state.keys()
 
 
 # -- OpenAI's archives -------------------------------------------------------------------------------------------------

@@ -184,8 +184,11 @@ def test_eval_uses_the_runs_own_data_with_overrides(
 ) -> None:
     make_run(tmp_path / "run", shots="2")
     for place in ("run", "run/head"):
-        assert main(["eval", place, "--data.classes", "new", "--seed", "3"]) == 0
-        name, (head, data, seed, _) = calls.pop()
+        words = ["eval", place, "--data.classes", "new", "--seed", "3", "--device", "cpu", "--workers", "2"]
+        assert main([*words, "--backbone.precision", "bf16"]) == 0
+        name, (head, data, seed, options) = calls.pop()
+        assert options["trainer"].accelerator == "cpu" and options["backbone"] == {"precision": "bf16"}
+        assert data.workers == 2
         assert name == "evaluate_head" and head == Path("run/head") and seed == 3
         assert (data.name, data.shots, data.classes) == ("demo", 2, "new")
         assert capsys.readouterr().out == "demo, new classes: 87.50 % (7/8 images)\n"
@@ -206,8 +209,10 @@ def test_predict_prints_a_table_that_keeps_brackets_and_colons(
     calls: Calls, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     make_run(tmp_path / "run")
-    assert main(["predict", "run", "--top", "2", "a.png", "folder"]) == 0
-    assert calls == [("predict", (Path("run/head"), [Path("a.png"), Path("folder")], 2, {}))]
+    words = ["predict", "run", "--top", "2", "a.png", "folder", "--device", "cpu", "--workers", "3"]
+    assert main([*words, "--backbone.name", "local-dir:/models/mine"]) == 0
+    options = {"device": "cpu", "workers": 3, "backbone": {"name": "local-dir:/models/mine"}}
+    assert calls == [("predict", (Path("run/head"), [Path("a.png"), Path("folder")], 2, options))]
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[1:] == [["a", "[b]", ":cat:.png", "fox", "75.0", "%"], ["owl", "20.0", "%"]]
 

@@ -308,7 +308,7 @@ def test_the_users_files_are_never_replaced(tmp_path: Path, server: Server) -> N
     # An archive that the user put there is used if its checksum is right, and kept.
     (tmp_path / "toy" / "toy.tgz").write_bytes(b"mine")
     card = a_card(Source("images", "", f"{server.url}/toy.tgz", md5(data), unpack="again"), **sizes)
-    refused(card, tmp_path, "toy.tgz is not the published file; remove it")
+    refused(card, tmp_path, "toy.tgz is not the published file; move it away")
     (tmp_path / "toy" / "toy.tgz").write_bytes(data)
     asked = len(server.asked)
     run(card, tmp_path)

@@ -102,6 +102,61 @@ def test_attach_refuses_other_weights_and_other_models(demo: Backbone, plain_mod
         made(demo, "clip_adapter").attach(plain_model)
 
 
+@pytest.mark.parametrize(
+    "method", ["clip_lora", "clip_lora text", "clip_lora vision", "ramt", "ramt text", "visual_prompt", "zeroshot"]
+)
+@torch.no_grad()
+def test_a_saved_model_is_the_head_in_both_towers(
+    method: str, demo: Backbone, plain_model: Any, tmp_path: Path
+) -> None:
+    import open_clip
+
+    name, _, side = method.partition(" ")
+    key = {"clip_lora": "encoder", "ramt": "side"}.get(name)
+    head = made(demo, name, **({key: side} if side and key else {}))
+    images = pixels(demo)
+    given = head.method.settings
+    template = getattr(given, "templates", None) or getattr(given, "template", None) or ("a photo of a {}.",)
+    folder = head.save_open_clip(tmp_path / "merged")
+    loaded = open_clip.create_model_and_transforms(f"local-dir:{folder}")[0].eval()
+    for model in (loaded, head.attach(plain_model)):
+        tokens = demo.text.tokenizer([str(template[0]).format(text.replace("_", " ")) for text in NAMES])
+        text = F.normalize(model.encode_text(tokens), dim=-1)
+        found = F.normalize(model.encode_image(images), dim=-1) @ text.t()
+        expected = F.normalize(head.method.image_features(images), dim=-1) @ head.text_features().t()
+        assert float((found - expected).abs().max()) <= 1e-5
+    again = vlprompt.load_backbone(f"local-dir:{folder}")
+    torch.testing.assert_close(again.encode_image(images), loaded.encode_image(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", sorted(vlprompt.list_methods()))
+def test_no_export_is_half_without_a_word(method: str, demo: Backbone, plain_model: Any, tmp_path: Path) -> None:
+    head = made(demo, method)
+    if head.method.in_towers:
+        head.save_open_clip(tmp_path / "merged")
+        return
+    with pytest.raises(HeadError, match="learns prompts or caches, which an open_clip model cannot hold"):
+        head.save_open_clip(tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            head.attach(plain_model)
+        except HeadError:
+            return
+    assert any("its own encode_text is that of the frozen model" in str(warning.message) for warning in caught)
+
+
+def test_models_are_saved_into_new_folders(demo: Backbone, plain_model: Any, tmp_path: Path) -> None:
+    head = made(demo, "clip_lora")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(HeadError, match="there exists; choose a new folder"):
+        head.save_open_clip(tmp_path / "there")
+    other = Backbone.from_open_clip(plain_model, name="mine")
+    with pytest.raises(HeadError, match="made from a model in memory, whose architecture is not recorded"):
+        made(other, "clip_lora").save_open_clip(tmp_path / "new")
+
+
 # -- atomic replacement -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("step", ["os.replace", "os.rename", "os.chmod", "json.dumps"])
 def test_a_save_that_fails_at_any_step_keeps_the_older_head(

@@ -26,12 +26,13 @@ from vlprompt.engine.callbacks import read_metrics
 from vlprompt.engine.metrics import OF_ONE_LABEL
 from vlprompt.engine.recipe import learning_rate
 from vlprompt.errors import BackboneError, ConfigError, DataError, HeadError, VlpromptError
+from vlprompt.io.head import load_head
 from vlprompt.methods.mocoop import MoCoOpSettings
 from vlprompt.runs.folder import config_sha256
 from vlprompt.runs.run import Run, complete, evaluate_head, harmonic_mean, run
 
 Tiny = Callable[..., RunConfig]
-FILES = {"config.yaml", "env.json", "metrics.jsonl", "last.ckpt", "head", "results.json"}
+FILES = {"config.yaml", "env.json", "split.json", "metrics.jsonl", "last.ckpt", "head", "results.json"}
 
 
 def one_screen(error: BaseException) -> str:
@@ -168,22 +169,24 @@ def test_settings_left_out_are_the_defaults(tiny: Tiny) -> None:
 
 
 def test_other_images_are_refused(tiny: Tiny, image_folder: Path, tmp_path: Path) -> None:
-    config = tiny("coop")
+    other = tmp_path / "others"
+    shutil.copytree(image_folder, other)
+    config = tiny("coop").with_data(root=str(other))
+    assert config_sha256(config) != config_sha256(tiny("coop"))  # a folder of images is named by its place
     done = run(config)
     before = stamps(done.folder)
-    other = tmp_path / "others"
-    for path in sorted(image_folder.rglob("*.png")):
-        place = other / path.relative_to(image_folder)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(path.read_bytes())
-    moved = replace(config, data=replace(config.data, root=str(other)))
-    assert run(moved).reused  # the same images in another place
+    link = tmp_path / "link"
+    link.symlink_to(other)
+    assert run(config.with_data(root=str(link))).reused  # the same folder by another name
     next((other / "train").rglob("*.png")).rename(next((other / "train").iterdir()) / "another name.png")
-    with pytest.raises(ConfigError, match="was started from another split.*--force.*another --output") as caught:
-        run(moved)
+    with pytest.raises(ConfigError, match="was started from another split.*another --output.*--force") as caught:
+        run(config)
     assert str(done.folder) in one_screen(caught.value)
     assert stamps(done.folder) == before
-    assert not run(moved, force=True).reused
+    with pytest.warns(UserWarning, match="the earlier run was moved to .*old-1"):
+        assert not run(config, force=True).reused
+    aside = done.folder.with_name(f"{done.folder.name}.old-1")
+    assert stamps(aside).keys() == before.keys() and load_head(aside).class_names
 
 
 def test_locked_by_another_process(finished: tuple[RunConfig, Run]) -> None:

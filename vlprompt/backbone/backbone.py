@@ -118,6 +118,7 @@ class Backbone(nn.Module):
         pretrained: The weights: a tag, ``random``, ``demo`` or a file.
         preprocess: The preprocessing constants of its images.
         trained_tokens: Token ids whose embeddings were trained; None for all.
+        config: The architecture in open_clip's form (``model_cfg``), if it is known.
 
     Raises:
         BackboneError: The pooling of the text tower is not supported exactly.
@@ -132,6 +133,7 @@ class Backbone(nn.Module):
         pretrained: str,
         preprocess: Preprocess,
         trained_tokens: frozenset[int] | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         text = getattr(model, "text", model)
@@ -139,6 +141,7 @@ class Backbone(nn.Module):
         self.name = name
         self.pretrained = pretrained
         self.preprocess = preprocess
+        self.config = config
         self.model: Any = model
         self.model.requires_grad_(False)
         self.text = TextTower(text, tokenizer)
@@ -177,7 +180,9 @@ class Backbone(nn.Module):
         model = build_model(config, quick_gelu=quick_gelu, precision=precision)
         load_weights(model, state_dict, name=name, source=pretrained)
         preprocess = Preprocess(config["vision_cfg"]["image_size"])
-        backbone = cls(model, clip_tokenizer(config), name=name, pretrained=pretrained, preprocess=preprocess)
+        known = {**config, "quick_gelu": quick_gelu}
+        tokenizer = clip_tokenizer(config)
+        backbone = cls(model, tokenizer, name=name, pretrained=pretrained, preprocess=preprocess, config=known)
         return backbone.to(checked_device(device))
 
     @classmethod

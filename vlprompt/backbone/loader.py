@@ -26,7 +26,7 @@ from vlprompt.backbone.architecture import (
 from vlprompt.backbone.backbone import Backbone, Preprocess, checked_device, clip_tokenizer
 from vlprompt.backbone.demo import DEMOS, read_demo
 from vlprompt.backbone.fetch import CONFIG_FILE, WEIGHT_FILES, find_or_fetch, find_or_fetch_repo, published
-from vlprompt.backbone.weights import load_weights, read_weights
+from vlprompt.backbone.weights import load_weights, prefix_advice, read_weights, split_part
 from vlprompt.errors import BackboneError, bulleted, did_you_mean, nearest
 
 FROM_FILE = "from-file"
@@ -167,7 +167,7 @@ def _tag_and_path(name: str, pretrained: str) -> tuple[str | None, Path | None]:
     tag = pair[1] if pair and not Path(pretrained).exists() else pretrained
     if _entry(name, pretrained):
         return _tag_spelling(pretrained), None
-    path = Path(pretrained).expanduser()
+    path, _ = split_part(Path(pretrained).expanduser())
     if tag == pretrained and (path.exists() or os.sep in pretrained or path.suffix in _WEIGHT_ENDINGS):
         return None, None
     from open_clip.pretrained import list_pretrained_tags_by_model
@@ -302,6 +302,8 @@ def _from_shapes(pretrained: str | None, precision: str, quick_gelu: bool | None
         )
     path = Path(pretrained).expanduser()
     state = read_weights(path)
+    if advice := prefix_advice(state, str(path)):
+        raise BackboneError(f"{path} is not an OpenAI-format CLIP state dict: {advice}")
     _check_archive_activation(state, quick_gelu is not False, path)
     config = config_from_shapes(state, str(path))
     # The layout is OpenAI's; so is the activation unless the caller overrides it.
@@ -368,7 +370,13 @@ def _assemble(
     preprocess = Preprocess.from_config(constants, model.visual.image_size)
     tokenizer = clip_tokenizer(config)
     return Backbone(
-        model, tokenizer, name=name, pretrained=pretrained, preprocess=preprocess, trained_tokens=trained_tokens
+        model,
+        tokenizer,
+        name=name,
+        pretrained=pretrained,
+        preprocess=preprocess,
+        trained_tokens=trained_tokens,
+        config={**config, "quick_gelu": quick_gelu},
     )
 
 

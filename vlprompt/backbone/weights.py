@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import pathlib
+import shlex
 import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +17,52 @@ from torch import Tensor, nn
 
 from vlprompt._files import file_checksum, open_regular
 from vlprompt.backbone.architecture import ARCHIVE_FIELDS, same_shapes_as
-from vlprompt.errors import BackboneError, bulleted
+from vlprompt.errors import BackboneError, bulleted, did_you_mean
 
-_CONVERT = (
-    'If you trust the file, convert it once: python -c "import torch, safetensors.torch as s; '
-    "s.save_file({{k: v.contiguous() for k, v in {load}.items()}}, 'weights.safetensors')\""
-)
+#: Classes of plain values that training scripts save beside the weights. They hold attributes and run no code.
+_PLAIN = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
+#: Separates a file from one of its state dicts: ``last.pt::ema``.
+PART = "::"
+_PREFIXES = ("module", "_orig_mod", "model", "clip", "clip_model", "net", "network")
+_WRAPPERS = ("state_dict", "model", "ema", "model_ema", "module")
+_OPTIMISERS = ("optim", "sched", "lr_sched", "scaler")
+_DEEPEST = 3
+
+
+def _convert(load: str) -> str:
+    """Return the command that converts a file of Python objects, read by the expression ``load``, to safetensors.
+
+    It accepts a whole module, a state dict, and a checkpoint that holds either under one of the usual names.
+    """
+    code = (
+        f"import torch, safetensors.torch as s; x = {load}; "
+        f"n = [k for k in {_WRAPPERS} if isinstance(x, dict) and k in x]; "
+        "assert len(n) < 2, 'choose one of them: x = x[NAME]: ' + str(n); x = x[n[0]] if n else x; "
+        "x = x.state_dict() if hasattr(x, 'state_dict') else x; "
+        "s.save_file({k: v.clone().contiguous() for k, v in x.items() if torch.is_tensor(v)}, 'weights.safetensors')"
+    )
+    return f"If you trust the file, convert it once: {_python(code)}"
+
+
+def _python(code: str) -> str:
+    """Return the command that runs ``code``, quoted for a shell."""
+    plain = not set(code) & set('"$`!\\')
+    return f'python -c "{code}"' if plain else f"python -c {shlex.quote(code)}"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors or torch file by name, on the CPU; the file's bytes determine its kind.
 
-    Wrappers of training checkpoints (``state_dict``, ``model``, a ``module.`` prefix) are removed. Torch files are read
-    with ``weights_only=True``, TorchScript archives only if their SHA-256 is that of an OpenAI release.
+    Wrappers of training checkpoints (a state dict among other entries, prefixes such as ``module.`` and ``_orig_mod.``)
+    are removed. Of several state dicts, such as ``model`` and ``ema``, one is named after the path: ``last.pt::ema``.
+    Torch files are read with ``weights_only=True``, TorchScript archives only if their SHA-256 is that of an OpenAI
+    release.
 
     Raises:
-        BackboneError: The file is missing, a folder, cut short or of another kind, or holds objects that are not
-            tensors or values that are not finite.
+        BackboneError: The file is missing, a folder, cut short or of another kind, holds objects that are not tensors,
+            values that are not finite, or several state dicts of which none is named.
     """
+    path, part = split_part(path)
     if path.is_dir():
         raise BackboneError(
             f"{path} is a folder, not a weight file. For a folder with open_clip_config.json and weights use "
@@ -45,7 +77,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = _read_openai_archive(path)
     else:
         state = _read_torch(path)
-    return _checked(_unwrapped(state), path)
+    return _checked(_unwrapped(state, path, part), path)
 
 
 def _kind(path: Path) -> str:
@@ -93,7 +125,8 @@ def _read_torch(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with _accepting_plain_values():
+                return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds of errors
         # operand 149 is the frame opcode that opens every pickle since Python 3.4
         message = str(error).replace("operand 149", "object")
@@ -104,8 +137,13 @@ def _read_torch(path: Path) -> Any:
             raise BackboneError(_cut(path, reason[:200])) from None
         raise BackboneError(
             f"{path} holds Python objects, not only tensors; loading them could run code, so it is refused.\n"
-            + _CONVERT.format(load=f"torch.load('{path}', map_location='cpu', weights_only=False)")
+            + _convert(f"torch.load({str(path)!r}, map_location='cpu', weights_only=False)")
         ) from None
+
+
+def _accepting_plain_values() -> AbstractContextManager[Any]:
+    accept: Any = getattr(torch.serialization, "safe_globals", None)  # torch 2.5 and later
+    return nullcontext() if accept is None else accept(_PLAIN)
 
 
 def openai_archives() -> dict[str, str]:
@@ -123,7 +161,7 @@ def _read_openai_archive(path: Path) -> dict[str, Tensor]:
             f"{path} is a TorchScript archive, which holds a program as well as weights. Only OpenAI's releases are "
             f"accepted, and its SHA-256 ({checksum[:12]}...) is not one of theirs.\n"
             "For OpenAI's weights use --backbone.pretrained openai, which loads the safetensors release.\n"
-            + _CONVERT.format(load=f"torch.jit.load('{path}', map_location='cpu').state_dict()")
+            + _convert(f"torch.jit.load({str(path)!r}, map_location='cpu')")
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -133,13 +171,45 @@ def _read_openai_archive(path: Path) -> dict[str, Tensor]:
     return {name: torch.zeros(()) for name in ARCHIVE_FIELDS} | state
 
 
-def _unwrapped(state: Any) -> Any:
-    for key in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if isinstance(state, Mapping) and state and all(str(name).startswith("module.") for name in state):
-        state = {name[len("module.") :]: value for name, value in state.items()}
+def split_part(path: Path) -> tuple[Path, str]:
+    """Split ``FILE::NAME`` into the file and the name of one of its state dicts; without one the name is empty."""
+    file, mark, part = str(path).rpartition(PART)
+    return (Path(file), part) if mark and file and not path.exists() else (path, "")
+
+
+def _unwrapped(state: Any, path: Path, part: str) -> Any:
+    """Return the state dict in a checkpoint, without prefixes that all of its names share."""
+    found = _state_dicts(state)
+    if part and part not in found:
+        names = ", ".join(name for name in found if name) or "none"
+        raise BackboneError(f"{path} has no state dict {part!r}; it has: {names}.{did_you_mean(part, list(found))}")
+    if len(found) > 1 and not part:
+        lines = [f"{name}: {len(tensors)} tensors" for name, tensors in found.items()]
+        raise BackboneError(
+            f"{path} holds several state dicts:\n{bulleted(lines, limit=8)}\n"
+            f"Name one of them: --backbone.pretrained {path}{PART}{next(iter(found))}"
+        )
+    if found:
+        state = found[part] if part else next(iter(found.values()))
+    while isinstance(state, Mapping) and state:
+        prefixes = {str(name).partition(".")[0] for name in state}
+        if len(prefixes) > 1 or prefixes.isdisjoint(_PREFIXES) or not all("." in str(name) for name in state):
+            break
+        state = {str(name).partition(".")[2]: value for name, value in state.items()}
     return state
+
+
+def _state_dicts(value: Any, name: str = "", depth: int = 0) -> dict[str, Mapping[str, Any]]:
+    """Return the state dicts in a checkpoint by their dotted names; those of optimisers are none."""
+    if not isinstance(value, Mapping) or depth > _DEEPEST or not all(isinstance(key, str) for key in value):
+        return {}
+    if any(isinstance(entry, Tensor) and "." in key for key, entry in value.items()):
+        return {name: value}
+    found: dict[str, Mapping[str, Any]] = {}
+    for key, entry in value.items():
+        if not key.lower().startswith(_OPTIMISERS):
+            found |= _state_dicts(entry, f"{name}.{key}" if name else key, depth + 1)
+    return found
 
 
 def _checked(state: Any, path: Path) -> dict[str, Tensor]:
@@ -187,6 +257,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, name: str, so
 
 
 def _remedy(state: Mapping[str, Tensor], name: str, source: str) -> str:
+    if advice := prefix_advice(state, source):
+        return advice
     architecture = same_shapes_as(state, source)
     if architecture and architecture != name.removesuffix("-quickgelu"):
         return f"Its sizes match {architecture}: use --backbone.name {architecture}"
@@ -196,3 +268,26 @@ def _remedy(state: Mapping[str, Tensor], name: str, source: str) -> str:
         "Use --backbone.name with the architecture of the file (`vlprompt list backbones`), or from-file, which "
         "determines the architecture from the shapes of an OpenAI-format file."
     )
+
+
+def prefix_advice(state: Mapping[str, Tensor], source: str) -> str:
+    """Return what to do about a prefix in front of the names of a CLIP in ``state``; empty if there is none."""
+    found = (name.partition("visual.") for name in state if "visual." in name)
+    prefix = next((before for before, _, _ in found), "")
+    if not prefix:
+        return ""
+    others = [name for name in state if not name.startswith(prefix)]
+    more = f", and others do not (first {others[0]!r})" if others else ""
+    return (
+        f"{len(state) - len(others)} of its names begin with {prefix!r}{more}. Keep the CLIP alone, without the "
+        f"prefix:\n{_without_prefix(source, prefix)}"
+    )
+
+
+def _without_prefix(source: str, prefix: str) -> str:
+    code = (
+        "import safetensors.torch as s; from pathlib import Path; from vlprompt.backbone.weights import read_weights; "
+        f"x = read_weights(Path({source!r})); p = {prefix!r}; "
+        "s.save_file({k[len(p):]: v.clone() for k, v in x.items() if k.startswith(p)}, 'weights.safetensors')"
+    )
+    return _python(code)

@@ -11,7 +11,7 @@ unfinished run and shows a finished one.
   --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
   --print-config    print every value with its source and stop
   --dry-run         print shapes, parameters, memory and steps and stop
-  --force           train again even if the run is finished
+  --force           train again even if the run is finished; the earlier run is moved to FOLDER.old-1
 
 Example: vlprompt train --config mocoop/demo --data.shots 4 --recipe.epochs 5
 """
@@ -30,7 +30,7 @@ and zero-shot. Several --config files are compared side by side; the overrides a
   --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
   --dry-run         print the plan, a line per training with the values that differ, and stop; needs no data
   --print-config    print the resolved configurations and stop
-  --force           run finished runs again
+  --force           run finished runs again; the earlier ones are moved to FOLDER.old-1
 
 Example: vlprompt base-to-new --config coop/demo --config mocoop/demo --seeds 1
 """
@@ -51,17 +51,23 @@ side by side; the overrides apply to all of them. Chosen domains for one run: vl
   --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
   --dry-run         print the plan, a line per training with the values that differ, and stop; needs no data
   --print-config    print the resolved configurations and stop
-  --force           run finished runs again
+  --force           run finished runs again; the earlier ones are moved to FOLDER.old-1
 """
 EVAL_HELP = """\
 vlprompt eval RUN [--data.name NAME] [--data.root DIR] [--data.classes all|base|new] [--data.* VALUE] [--seed N]
-              [--metrics A,B]
+              [--backbone.KEY VALUE ...] [--device cpu] [--workers 4] [--metrics A,B]
 vlprompt eval --protocol NAME --config FILE [--config FILE2 ...] [--seeds 1,2,3] [--datasets A,B] [--targets C,D]
               [--shots 1,2,4] [--metrics A,B] [--a.b VALUE ...] [--dry-run] [--print-config] [--force]
 
 The first form evaluates a saved head on the test images of the run's data set, or of the one in --data.*.
 
-  RUN               a run folder, or a head folder (then --data.name is needed)
+  RUN               a run folder, or a head folder (then --data.name is needed); a folder of images has the split that
+                    the run kept in split.json: later images join it, and no test image has been trained on
+  --backbone.KEY VALUE
+                    name, pretrained or precision of the backbone, if its weights are in another place than the head
+                    says; their content must be that of the training
+  --device D        auto (a GPU if there is one, the default), cpu or cuda
+  --workers N       loader processes, as --data.workers
   --metrics A,B     print these metrics, named as in the second form
 
 The second form trains and tests under a protocol of the papers, prints a table and writes a JSON file next to the runs.
@@ -80,7 +86,7 @@ Finished runs are reused; the same command resumes where it stopped. Several --c
   --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
   --dry-run         print the plan, a line per training with the values that differ, and stop; needs no data
   --print-config    print the resolved configurations and stop
-  --force           run finished runs again
+  --force           run finished runs again; the earlier ones are moved to FOLDER.old-1
 
 Example: vlprompt eval RUN --data.classes new
 Example: vlprompt eval --protocol cross-dataset --config coop/demo --targets demo-2,demo-3 --seeds 1
@@ -102,7 +108,7 @@ only that one. The same command resumes where it stopped. Runs, selection (selec
                     are the same, as on ImageNet; results and tables are then marked (oracle)
   --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
   --print-config    print the candidates' configurations and stop
-  --force           train finished runs again
+  --force           train finished runs again; the earlier ones are moved to FOLDER.old-1
 
 Example: vlprompt search --config coop/demo --grid recipe.lr=0.002,0.02 --grid recipe.epochs=5,20
 """
@@ -117,13 +123,18 @@ recipe, backbone and versions. The status is 0 if the data protocol is the same 
 Example: vlprompt compare runs/coop/demo/RUN runs/mocoop/demo/RUN
 """
 PREDICT_HELP = """\
-vlprompt predict RUN IMAGE... [--top 5] [--json]
+vlprompt predict RUN IMAGE... [--top 5] [--backbone.KEY VALUE ...] [--device cpu] [--workers 4] [--json]
 
 Prints the most probable classes of image files, or of all images in folders.
 
   RUN               a run folder or a head folder
   IMAGE...          image files or folders
   --top K           classes to show per image (default 5)
+  --backbone.KEY VALUE
+                    name, pretrained or precision of the backbone, if its weights are in another place than the head
+                    says: --backbone.name local-dir:/models/mine; their content must be that of the training
+  --device D        auto (a GPU if there is one, the default), cpu or cuda
+  --workers N       threads that read images (default 0: none besides the program)
   --json            print [{"path": ..., "classes": [{"name": ..., "probability": ...}]}]
 """
 LIST_HELP = """\

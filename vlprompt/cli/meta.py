@@ -23,7 +23,7 @@ gradients. The same command resumes an unfinished training. Any training can use
   --a.b VALUE       overrides a key of the files, in any position
   --inspect         write an HTML page of topics, domains and tasks with thumbnails, print its path and stop
   --print-config    print the resolved configuration and stop
-  --force           train again even if the run is finished
+  --force           train again even if the run is finished; the earlier run is moved to FOLDER.old-1
 
 Example: vlprompt meta-train --config gram/coop-demo
 """
@@ -40,7 +40,7 @@ mean, together with zero-shot and with standard errors over the seeds.
   --shots, --seeds  numbers of training images per class (default 1,2,4) and seeds (default 1,2,3,4,5)
   --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
   --a.b VALUE       overrides a key in all configurations
-  --force           train finished runs again
+  --force           train finished runs again; the earlier ones are moved to FOLDER.old-1
 
 Example: vlprompt meta-eval runs/gram/coop-demo-pairs-unseen --config coop/demo --shots 1 --seeds 1,2
 """

@@ -8,12 +8,13 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vlprompt._terminal import show, show_json, text_of
 from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_run, key_table, read_command_line, refuse, source_of
-from vlprompt.cli.protocols import metrics_on, need_config, need_no_config, protocol_command, say
+from vlprompt.cli.protocols import metrics_on, need_config, protocol_command, say
 from vlprompt.config.keys import to_yaml
+from vlprompt.config.run import BackboneConfig, TrainerConfig
 from vlprompt.config.source import origin_of
 from vlprompt.config.yaml import shown
 from vlprompt.errors import HeadError
@@ -64,6 +65,32 @@ def train_keys_help(words: list[str]) -> str:
     return f"{text}\nSettings of {config.method}:\n{key_table(settings)}\n"
 
 
+# -- saved heads: machine and backbone ---------------------------------------------------------------------------------
+MACHINE_OPTIONS = ("device", "workers")
+DEVICES: Mapping[str, Literal["auto", "cpu", "gpu"]] = {"auto": "auto", "cpu": "cpu", "cuda": "gpu"}
+
+
+def _device(line: CommandLine) -> str:
+    """Return ``--device``; what is not accepted becomes a problem of ``line``."""
+    device = line.options.get("device", "auto")
+    if device not in DEVICES:
+        card = " A card is chosen by CUDA_VISIBLE_DEVICES." if device.startswith(("cuda", "gpu")) else ""
+        line.problems.append(f"{COMMAND_LINE}: --device is {shown(device)}; accepted: {', '.join(DEVICES)}.{card}")
+        return "auto"
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            line.problems.append(f"{COMMAND_LINE}: --device is cuda, and no GPU is available; accepted: auto, cpu")
+    return device
+
+
+def given_backbone(line: CommandLine, backbone: BackboneConfig) -> dict[str, Any]:
+    """Return the fields of ``backbone`` that the command line gives."""
+    names = [key.removeprefix("backbone.") for key in line.overrides if key.startswith("backbone.")]
+    return {name: getattr(backbone, name) for name in names}
+
+
 # -- saved heads --------------------------------------------------------------------------------------------------
 def head_folder(text: str) -> Path:
     """Return the head folder of RUN: ``head`` in a run folder, or the folder itself.
@@ -92,7 +119,10 @@ def eval_command(words: list[str]) -> int:
     """Run ``vlprompt eval`` and return its exit status."""
     if any(word.partition("=")[0] == "--protocol" for word in words):
         return protocol_command(words)
-    line = read_command_line(words, "eval", options=("metrics",), operands=True)
+    line = read_command_line(words, "eval", options=("metrics", *MACHINE_OPTIONS), operands=True)
+    if "workers" in line.options:
+        line.overrides.setdefault("data.workers", line.options["workers"])
+    device = _device(line)
     head, files = None, []
     if len(line.operands) != 1:
         line.problems.append(f"{COMMAND_LINE}: eval takes one RUN folder, got {len(line.operands)}")
@@ -103,13 +133,16 @@ def eval_command(words: list[str]) -> int:
         line.problems.append(f"{COMMAND_LINE}: --config has no meaning for `vlprompt eval`: the head says what it is")
     if head is not None and not files and "data.name" not in line.overrides:
         line.problems.append(f"{COMMAND_LINE}: {str(head)!r} is a head without its run; say --data.name NAME")
-    config, problems = check_run(line, files, within=("data.", "seed"))
+    config, problems = check_run(line, files, within=("data.", "backbone.", "seed"))
     if config is None or problems or head is None:
         refuse(problems, "eval")
     metrics = metrics_on(line, config)
     from vlprompt.runs.run import evaluate_head
 
-    scores = evaluate_head(head, config.data, config.seed)
+    trainer = TrainerConfig(progress=False, accelerator=DEVICES[device])
+    scores = evaluate_head(
+        head, config.data, config.seed, trainer=trainer, backbone=given_backbone(line, config.backbone)
+    )
     oracle = " (oracle: its hyperparameters were chosen on test images)" if scores.get("oracle") else ""
     show(f"{config.data.name}, {config.data.classes} classes: {_in_words(scores, metrics)}{oracle}")
     return 0
@@ -147,8 +180,14 @@ def _run_config(folder: Path) -> list[Path]:
 
 def predict_command(words: list[str]) -> int:
     """Run ``vlprompt predict`` and return its exit status."""
-    line = read_command_line(words, "predict", flags=("json",), options=("top",), operands=True)
-    need_no_config(line)
+    line = read_command_line(words, "predict", flags=("json",), options=("top", *MACHINE_OPTIONS), operands=True)
+    backbone, problems = check_run(line, [], within=("backbone.",))
+    line.problems += [text for text in problems if text not in line.problems]
+    if line.configs:
+        line.refuse("config", ())
+    device, workers = _device(line), line.options.get("workers", "0")
+    if not re.fullmatch(r"[0-9]{1,3}", workers):
+        line.problems.append(f"{COMMAND_LINE}: --workers is {shown(workers)}; accepted: 0 to 999 threads")
     top = line.options.get("top", "5")
     if not re.fullmatch(r"[1-9][0-9]{0,5}", top):
         line.problems.append(f"{COMMAND_LINE}: --top is {top!r}; accepted: a whole number of classes, 1 or more")
@@ -156,11 +195,19 @@ def predict_command(words: list[str]) -> int:
     if len(line.operands) < 2:
         missing = "IMAGE, at least one file or folder" if line.operands else "RUN and IMAGE"
         line.problems.append(f"{COMMAND_LINE}: missing {missing}: vlprompt predict RUN IMAGE...")
-    if line.problems or head is None:
+    if line.problems or head is None or backbone is None:
         refuse(line.problems, "predict")
     from vlprompt.runs.predict import predict
+    from vlprompt.runs.session import device_of
 
-    predictions = predict(head, [Path(name) for name in line.operands[1:]], int(top))
+    predictions = predict(
+        head,
+        [Path(name) for name in line.operands[1:]],
+        int(top),
+        device=device_of(TrainerConfig(accelerator=DEVICES[device])),
+        workers=int(workers),
+        backbone=given_backbone(line, backbone.backbone),
+    )
     if "json" in line.flags:
         show_json(predictions, indent=2)
     else:

@@ -14,7 +14,8 @@ from pydantic import BeforeValidator
 from vlprompt.config.ensembles import ENSEMBLES
 from vlprompt.config.texts import ENSEMBLE, DataTexts
 from vlprompt.config.types import Count, Holds, Lines, MinLen, Name, Positive, validated
-from vlprompt.datasets.options import Inside, Named, OneOrMore, ReaderOptions, SplitJsonOptions
+from vlprompt.datasets.kept_split import KEPT_SPLIT
+from vlprompt.datasets.options import FolderOptions, Inside, Named, OneOrMore, ReaderOptions, SplitJsonOptions
 from vlprompt.datasets.paths import is_file_name, path_problem, resolve
 from vlprompt.datasets.records import class_name_problem
 from vlprompt.errors import ConfigError, did_you_mean
@@ -205,6 +206,7 @@ class Card:
         packaged: Whether the data are part of the package, so that no data root is needed.
         same_images: Whether train and test share images by design; the protocol then separates them by domain.
         file: Path of the card.
+        kept: Path of the kept split that the images follow, set by :meth:`with_split`.
     """
 
     name: Word
@@ -228,6 +230,7 @@ class Card:
     packaged: bool = False
     same_images: bool = False
     file: str = ""
+    kept: str = ""
 
     def __post_init__(self) -> None:
         if self.multilabel != self.metric.startswith("map"):
@@ -279,11 +282,26 @@ class Card:
         roots = [data_root(self.root)] if self.root is not None and root is None else data_roots(root)
         return [resolve(place, folder, folder=True) for place in roots for folder in self.folders]
 
+    def own_place(self, root: str | Path | None = None) -> str | None:
+        """Return the resolved folder of images of the user if the data root itself is the data set, else ``None``.
+
+        Such a card (``folder``) names no data set, so the folder identifies it.
+        """
+        if self.packaged or self.root is not None or self.folders != (".",):
+            return None
+        return os.path.realpath(self.base(root))
+
+    @property
+    def keeps_split(self) -> bool:
+        """Whether the images are a folder of the user without a split of its card, so that runs keep theirs."""
+        return self.own_place() is not None and isinstance(self.options, FolderOptions) and not self.options.splits
+
     def with_split(self, name: str | None) -> Card:
         """Return this card with another split, or with a split file of the user in the data set's folder.
 
         Args:
-            name: Name of a split, or of a file that ends in ``.json``; ``None`` for the split in use.
+            name: Name of a split, or of a file that ends in ``.json``; ``None`` for the split in use. For a folder of
+                images (:attr:`keeps_split`) also the folder of a run on it, whose split is kept and later images join.
 
         Raises:
             ConfigError: If the card has no such split, or the path is not valid.
@@ -298,6 +316,13 @@ class Card:
             else:
                 options = replace(self.options, split_file=name)
             return replace(self, reader="split_json", options=options, split=name, classes=Classes())
+        if name not in self.splits and self.keeps_split:
+            if os.path.isfile(kept := os.path.join(Path(name).expanduser(), KEPT_SPLIT)):
+                return replace(self, kept=kept)
+            raise ConfigError(
+                f"data.split is {name!r}; {self.name} has no splits. Accepted: the folder of a run on it, which holds "
+                f"{KEPT_SPLIT}, or a split file of your own that ends in .json."
+            )
         if name not in self.splits:
             known = ", ".join(self.splits) or "none"
             raise ConfigError(
@@ -330,7 +355,8 @@ def imagenet_names() -> dict[str, str]:
 
 def describe(card: Card) -> dict[str, Any]:
     """Return the card's facts as plain JSON values, without empty values."""
-    facts: dict[str, Any] = _without_empty({key: value for key, value in asdict(card).items() if key != "file"})
+    own = ("file", "kept")  # places on this machine
+    facts: dict[str, Any] = _without_empty({key: value for key, value in asdict(card).items() if key not in own})
     return facts
 
 

@@ -16,7 +16,7 @@ from vlprompt.errors import ConfigError, DataError, bulleted, did_you_mean
 _LARGEST_CARD = 1_000_000
 _REQUIRED = ("schema", "name", "task", "reader", "reader_options", "classes", "templates", "metric")
 #: Fields of a card that are not in its file.
-_NOT_IN_FILE = ("split", "options", "file")
+_NOT_IN_FILE = ("split", "options", "file", "kept")
 
 
 def read_card(path: Path, *, of_user: bool = False) -> Card:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from vlprompt._files import sha256_json, sha256_lines
+from vlprompt._files import sha256_json, sha256_lines, sha256_text
 from vlprompt.config.texts import DataTexts
 from vlprompt.datasets.card import Card, Metric, describe
 from vlprompt.datasets.catalogue import find_card
@@ -52,6 +52,7 @@ class FewShotTask:
         request: Arguments of :func:`load_dataset` besides the name.
         whole: The task over all classes, from the same draw; None for that task itself.
         validation: Which samples of the validation list ``val`` holds, in words.
+        lists: The complete data set, before any draw.
     """
 
     name: str
@@ -74,6 +75,7 @@ class FewShotTask:
     request: Mapping[str, Any] = field(default_factory=dict, repr=False)
     whole: FewShotTask | None = field(default=None, repr=False, compare=False)
     validation: str = WHOLE
+    lists: SplitLists | None = field(default=None, repr=False, compare=False)
 
     @property
     def texts(self) -> DataTexts:
@@ -138,6 +140,7 @@ class FewShotTask:
         if self.card.split.endswith(".json"):
             published = False  # a split file of the user
         domains = {"source": list(self.source), "target": list(self.target)} if self.card.domains else {}
+        place = self.card.own_place(self.root)
         return {
             "name": self.name,
             "card_sha256": sha256_json(describe(self.card)),
@@ -159,6 +162,7 @@ class FewShotTask:
             "split_published": published,
             "shots_sha256": self.shots_sha256,
             "val_sha256": sha256_lines(sample.id for sample in self.val),
+            **({"place_sha256": sha256_text(place)} if place else {}),
             **domains,
         }
 
@@ -192,7 +196,8 @@ def load_dataset(
         template: Prompt that replaces the card's; contains ``{}`` once.
         source: Domains to train on, if the data set has domains; empty for all.
         target: Domains to test on, if the data set has domains; empty for all.
-        split: A split of the card, or a split file of your own in the data set's folder; ``None`` for the first split.
+        split: A split of the card, or a split file of your own in the data set's folder; for ``folder`` also the folder
+            of a run on it, whose split is kept and which later images join. ``None`` for the first split.
         sampler: Name of the sampler (:data:`vlprompt.datasets.shots.SAMPLERS`); ``None`` for the data set's default.
         shots_file: A few-shot list (:mod:`vlprompt.datasets.shot_lists`) instead of a draw; it also sets ``shots`` and
             ``seed``.
@@ -247,6 +252,7 @@ def load_dataset(
         target=tuple(target),
         request=request,
         validation=validation,
+        lists=whole,
     )
     return task if classes == "all" else task.half(cast(Literal["base", "new"], classes))
 

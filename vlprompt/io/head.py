@@ -17,7 +17,7 @@ import secrets
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlprompt._files import file_checksum, replacing
+from vlprompt._files import file_checksum, replacing, write_json
 from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.config.keys import as_plain
@@ -36,6 +36,7 @@ from vlprompt.io.head_files import CONFIG_FILE, SCHEMA, TENSOR_FILE, HeadConfig,
 from vlprompt.methods import PromptMethod, create_method
 
 _LEARNABLE = "learnable."
+_SAME_MODEL = "pass the open_clip model that the head was trained on"
 
 
 class Head(nn.Module):
@@ -100,39 +101,95 @@ class Head(nn.Module):
         return Head(self.method.with_classes(class_names), self.training_facts)
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Return a copy of an open_clip ``model`` with the head's tuned image-tower weights.
+        """Return a copy of an open_clip ``model`` with the head's tuned weights in both towers.
+
+        Prompts and caches are no weights of a tower. If the head has learned any besides the image tower, a warning
+        says so, and the copy is scored with :meth:`zero_shot_classifier` or :meth:`text_features`.
 
         Raises:
-            HeadError: The model's image tower differs from the head's, the head changes image features after the
-                tower, or its learned tensors on the image side are not weights of the tower (e.g. image tokens).
+            HeadError: A tower of the model differs from the head's, the head changes image features after the tower,
+                or its learned tensors on the image side are not weights of the tower (e.g. image tokens).
         """
-        if self.method.adapts_features:
+        method = self.method
+        if method.adapts_features:
             raise HeadError(
-                f"{self.method.name} changes image features after the tower, which an open_clip model cannot hold; "
+                f"{method.name} changes image features after the tower, which an open_clip model cannot hold; "
                 "use the head itself: head(images)"
             )
-        overrides = self.method.image_overrides()
-        if self.method.needs.images and not overrides:
+        image, text = method.image_overrides(), method.text_overrides()
+        if method.needs.images and not image and not text:
             raise HeadError(
-                f"the image-side parameters of {self.method.name} are not weights of the tower, so an open_clip "
+                f"the image-side parameters of {method.name} are not weights of the tower, so an open_clip "
                 "model cannot hold them; use the head itself: head(images)"
             )
         other: Any = copy.deepcopy(model)
-        ours = self.backbone.model.visual.state_dict()
-        theirs = other.visual.state_dict() if isinstance(getattr(other, "visual", None), nn.Module) else {}
-        fix = "pass the open_clip model that the head was trained on"
-        if ours.keys() != theirs.keys() or any(ours[name].shape != theirs[name].shape for name in ours):
-            raise HeadError(f"the model is not {self.backbone.name}; {fix}")
-        if changed := [name for name in ours if not _same_weights(ours[name], theirs[name])]:
-            raise HeadError(
-                f"the model is {self.backbone.name} with other weights ({len(changed)} of {len(ours)} tensors differ, "
-                f"first {changed[0]}); {fix}"
-            )
+        visual = getattr(other, "visual", None)
+        if not isinstance(visual, nn.Module):
+            raise HeadError(f"the model is not {self.backbone.name}; {_SAME_MODEL}")
+        towers = [(self.backbone.model.visual, visual, image)]
+        if text:
+            towers.append((self.backbone.text.model, getattr(other, "text", other), text))
+        for ours, theirs, _ in towers:
+            self._check_same(ours.state_dict(), theirs.state_dict())
         with torch.no_grad():
-            for name, value in overrides.items():
-                other.visual.get_parameter(name).copy_(value)
+            for _, theirs, overrides in towers:
+                for name, value in overrides.items():
+                    theirs.get_parameter(name).copy_(value)
+        if not method.in_towers:
+            warnings.warn(
+                f"an open_clip model holds no prompts or caches: what {method.name} learned besides weights of the "
+                "image tower is not in it, and its own encode_text is that of the frozen model. Classify with "
+                "head.zero_shot_classifier() or head(images)",
+                stacklevel=2,
+            )
         attached: nn.Module = other
         return attached
+
+    def _check_same(self, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+        """Raise HeadError unless two towers have the same weights."""
+        name = self.backbone.name
+        if ours.keys() != theirs.keys() or any(ours[key].shape != theirs[key].shape for key in ours):
+            raise HeadError(f"the model is not {name}; {_SAME_MODEL}")
+        if changed := [key for key in ours if not _same_weights(ours[key], theirs[key])]:
+            raise HeadError(
+                f"the model is {name} with other weights ({len(changed)} of {len(ours)} tensors differ, first "
+                f"{changed[0]}); {_SAME_MODEL}"
+            )
+
+    def save_open_clip(self, folder: str | Path) -> Path:
+        """Write a whole CLIP with the head's weights merged into a new ``folder``, and return the folder.
+
+        It holds ``open_clip_config.json`` and ``open_clip_model.safetensors``, so that open_clip and vlprompt load it
+        as ``local-dir:FOLDER``. Its cosines with the head's template are those of the head.
+
+        Raises:
+            HeadError: What the head learned is not all in the weights of the towers, the architecture of the backbone
+                is not known, or the folder exists or cannot be written.
+        """
+        method, backbone, folder = self.method, self.backbone, Path(os.path.realpath(folder))
+        if not method.in_towers:
+            raise HeadError(
+                f"{method.name} learns prompts or caches, which an open_clip model cannot hold; accepted: heads whose "
+                "towers were changed, such as clip_lora, ramt and visual_prompt. Save the head itself: "
+                "head.save_pretrained(FOLDER)"
+            )
+        if backbone.config is None:
+            raise HeadError(
+                f"{backbone.name} was made from a model in memory, whose architecture is not recorded; load it by "
+                "name: load_head(RUN), or load_backbone(NAME)"
+            )
+        if folder.exists():
+            raise HeadError(f"{folder} exists; choose a new folder")
+        model = self.attach(backbone.model)
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+        constants = {name: value for name, value in preprocess_facts(backbone).items() if name != "size"}
+        config = {"model_cfg": backbone.config, "preprocess_cfg": constants}
+        with _writing(folder):
+            folder.mkdir(parents=True)
+            with replacing(folder / "open_clip_model.safetensors") as temporary:
+                save_file(tensors, temporary)
+            write_json(folder / "open_clip_config.json", config)
+        return folder
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the head into ``folder``, replacing an older head atomically, and return the folder.
@@ -349,4 +406,4 @@ def _version(package: str) -> str | None:
         return None
 
 
-__all__ = ["Head", "backbone_facts", "find_head", "learned_tensors", "load_head", "read_config"]
+__all__ = ["Head", "backbone_facts", "find_head", "learned_tensors", "load_head", "preprocess_facts", "read_config"]

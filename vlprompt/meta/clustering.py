@@ -102,14 +102,15 @@ class Clusters:
                 metadata = file.metadata() or {}
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise DataError(f"{path} is damaged ({error}); delete it to cluster the pairs again.") from error
+            raise DataError(f"{path} is damaged ({error}); move it away to cluster the pairs again.") from error
         if metadata.get("schema") != SCHEMA or set(tensors) != {field.name for field in fields(cls)}:
             schema = metadata.get("schema", "no schema")
             raise DataError(
-                f"{path} holds no clusters: its schema is {schema!r}; expected {SCHEMA!r}. Delete it to continue."
+                f"{path} holds no clusters: its schema is {schema!r}; expected {SCHEMA!r}. "
+                "Move it away to cluster the pairs again."
             )
         if metadata.get("sha256") != _sha256(tensors):
-            raise DataError(f"{path} is damaged (its checksum differs); delete it to cluster the pairs again.")
+            raise DataError(f"{path} is damaged (its checksum differs); move it away to cluster the pairs again.")
         return cls(**tensors)
 
 

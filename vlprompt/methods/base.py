@@ -140,6 +140,15 @@ class PromptMethod(nn.Module):
         """Return trained values of parameters of the image tower, by their open_clip names; usually none."""
         return {}
 
+    def text_overrides(self) -> dict[str, Tensor]:
+        """Return trained values of parameters of the text tower, by their names in it; usually none."""
+        return {}
+
+    @property
+    def in_towers(self) -> bool:
+        """Whether all that the method learned is weights of the towers, so that a CLIP model can hold it."""
+        return False
+
     def encode_text(self, layout: TokenLayout, context: Tensor, deep: Mapping[int, Tensor] | None = None) -> Tensor:
         """Return raw text features ``[G, C, D]`` of learned prompts, with the decomposition applied, if any.
 

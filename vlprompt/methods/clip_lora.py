@@ -158,6 +158,15 @@ class CLIPLoRA(PromptMethod):
         """Return the layout of the class prompts, if the text tower has updates."""
         return [] if self.settings.encoder == "vision" else [self.layout]
 
+    @property
+    def in_towers(self) -> bool:
+        """Return True: updates are added to weights."""
+        return True
+
     def image_overrides(self) -> dict[str, Tensor]:
         """Return the image tower's attention weights with the updates merged in."""
         return self.base_model.merged("visual.", self.backbone.image.parameters())
+
+    def text_overrides(self) -> dict[str, Tensor]:
+        """Return the text tower's attention weights with the updates merged in."""
+        return self.base_model.merged("", self.backbone.text.parameters())

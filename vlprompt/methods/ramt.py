@@ -117,17 +117,27 @@ class RAMT(PromptMethod):
         added = Added() if self.needs.images and self.backbone.image.takes_tokens else None
         return self.backbone.encode_image(images, overrides=self.image_overrides(), added=added)
 
+    @property
+    def in_towers(self) -> bool:
+        """Return True: masks are multiplied with weights."""
+        return True
+
     def image_overrides(self) -> dict[str, Tensor]:
         """Return the masked weights of the image tower."""
         return self.masks.overrides("visual.", self.backbone.image.parameters())
+
+    def text_overrides(self) -> dict[str, Tensor]:
+        """Return the masked weights of the text tower."""
+        return self.masks.overrides("", self.backbone.text.parameters())
 
     def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the unit text features ``[C, D]``."""
         if self.settings.side == "image":
             return self.unit_text(self.get_buffer("frozen_text"))
         text = self.backbone.text
-        overrides = self.masks.overrides("", text.parameters())
-        return self.once("classes", lambda: self.unit_text(text.encode(self.layout, overrides=overrides)[0]))
+        return self.once(
+            "classes", lambda: self.unit_text(text.encode(self.layout, overrides=self.text_overrides())[0])
+        )
 
     def terms(self, step: Step) -> dict[str, Tensor]:
         """Return cross-entropy and the penalty of the scores' norms."""

@@ -79,6 +79,11 @@ class VisualPrompt(PromptMethod):
         """Return raw image features ``[B, D]`` with the prompt."""
         return self.prompt.encode(self.backbone.image, images)
 
+    @property
+    def in_towers(self) -> bool:
+        """Return True: the pixels are folded into the position embedding."""
+        return True
+
     def image_overrides(self) -> dict[str, Tensor]:
         """Return a vision transformer's position embedding with the prompt folded in."""
         return self.backbone.image.folded(self.prompt.pixels()) or {}

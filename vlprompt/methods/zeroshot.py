@@ -60,6 +60,11 @@ class ZeroShot(PromptMethod):
         """Return the method's own settings."""
         return {"templates": self.settings.templates, "average": self.settings.average}
 
+    @property
+    def in_towers(self) -> bool:
+        """Return True: nothing is learned."""
+        return True
+
     def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the ensembled text features ``[C, D]``, unit rows except for averaged scores."""
         weights = self.get_buffer("weights")

@@ -15,6 +15,7 @@ from vlprompt.runs.selection import is_oracle
 # Keys in results.json and their names. They define the data protocol: results that differ here are not comparable.
 _PROTOCOL: Mapping[str, str] = {
     "data.name": "data set",
+    "data.place_sha256": "folder of the images",
     "data.card_sha256": "the data set's card",
     "data.reader": "reader",
     "data.split": "split",
@@ -48,7 +49,10 @@ _OTHER: Mapping[str, str] = {
     "backbone.precision": "precision of the backbone",
     "backbone.fingerprint": "content of the weights",
 }
-_OPTIONAL = ("data.source", "data.target", "data.order", "selection.", "config.decomposition", "zeroshot_classifier.")
+_OPTIONAL = (
+    *("data.place_sha256", "data.source", "data.target", "data.order"),
+    *("selection.", "config.decomposition", "zeroshot_classifier."),
+)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib.metadata
+import itertools
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +27,10 @@ from vlprompt.config.texts import identified
 from vlprompt.config.types import field_default
 from vlprompt.config.yaml import yaml_text
 from vlprompt.data import describe_transform, test_transform
-from vlprompt.datasets import FewShotTask
+from vlprompt.datasets import FewShotTask, find_card
+from vlprompt.datasets.kept_split import KEPT_SPLIT, split_text
 from vlprompt.engine.callbacks import LAST_CHECKPOINT
 from vlprompt.errors import ConfigError, DataError
-from vlprompt.io.regulators import REGULATOR_FILE
 from vlprompt.methods import PromptMethod
 from vlprompt.objectives.shift import feature_shift
 from vlprompt.version import __version__
@@ -42,6 +45,8 @@ _PACKAGES = (
     *("torch", "torchvision", "open_clip_torch", "timm"),
     *("pytorch-lightning", "torchmetrics", "numpy", "pillow"),
 )
+#: Inputs that older runs do not record.
+_LATER_INPUTS = ("class names", "preprocessing", "bank")
 # Sections and keys that cannot change a result: locations, numbers of processes, progress output.
 _INDIFFERENT: dict[str, tuple[str, ...] | None] = {
     "output": None,
@@ -53,6 +58,8 @@ _INDIFFERENT: dict[str, tuple[str, ...] | None] = {
 def config_sha256(config: RunConfig) -> str:
     """Return the SHA-256 of all values in ``config`` that can change a result; files of texts count by their content.
 
+    A data root counts only if it is itself the data set (:meth:`vlprompt.datasets.Card.own_place`).
+
     Raises:
         ConfigError: A file of texts cannot be read.
     """
@@ -62,6 +69,9 @@ def config_sha256(config: RunConfig) -> str:
             del plain[section][name]
         if names is None:
             del plain[section]
+    with contextlib.suppress(ConfigError):  # a task made in Python may have no card in the catalogue
+        if place := find_card(config.data.name).own_place(config.data.root):
+            plain["data"]["place"] = place
     for section in ("settings", "objectives"):
         plain[section] = identified(plain[section])
     for name in ("init_from", "decomposition"):  # keys that older runs do not have
@@ -89,7 +99,7 @@ def opened(folder: Path, config: Mapping[str, Any], inputs: dict[str, str], *, f
         folder: The run's folder.
         config: The resolved configuration, in plain values.
         inputs: Checksums of the inputs (split, weights, initial prompts).
-        force: Remove the files of an earlier run.
+        force: Move the folder of an earlier run aside, to ``<folder>.old-1`` or the next free number.
 
     Raises:
         ConfigError: Another process uses the folder, it was made from other inputs, or it cannot be created.
@@ -110,7 +120,7 @@ def opened(folder: Path, config: Mapping[str, Any], inputs: dict[str, str], *, f
     try:
         _hold(lock_file, folder)
         if force:
-            _clear(folder)
+            _set_aside(folder)
         _check_inputs(folder, inputs)
         _sweep(folder)
         write_text(folder / CONFIG, yaml_text(config))
@@ -149,34 +159,55 @@ def _sweep(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _start_again(folder: Path) -> str:
+    return (
+        "To keep it in its place, choose another --output. "
+        f"To start again here, add --force: it moves what is there to {aside(folder).name}."
+    )
+
+
 def _check_inputs(folder: Path, inputs: dict[str, str]) -> None:
     known = read_json(folder / ENVIRONMENT)
     if known is None:
         if outputs := [name for name in (RESULTS, LAST_CHECKPOINT) if (folder / name).exists()]:
             raise ConfigError(
                 f"{folder} holds {' and '.join(outputs)} but no {ENVIRONMENT}, which says what they were made from. "
-                "Add --force to remove them and start again, or choose another --output."
+                f"{_start_again(folder)}"
             )
         return
     recorded = known.get("inputs")
     if not isinstance(recorded, dict):
         raise ConfigError(f"{folder / ENVIRONMENT} is damaged: it lacks 'inputs'; start the run again with --force")
-    changed = [name for name, value in inputs.items() if recorded.get(name) != value]
+    missing = {name: inputs[name] for name in _LATER_INPUTS if name in inputs and name not in recorded}
+    changed = [name for name, value in inputs.items() if (missing | recorded).get(name) != value]
     if changed:
         raise ConfigError(
             f"{folder} was started from another {', '.join(changed)}; its results would not be this run's. "
-            "Add --force to remove it and start again, or choose another --output."
+            f"{_start_again(folder)}"
         )
 
 
-def _clear(folder: Path) -> None:
-    # The results go first and the record of the inputs last, in case this is interrupted.
-    for name in (RESULTS, LAST_CHECKPOINT, "metrics.jsonl", VALIDATION, REGULATOR_FILE):
-        (folder / name).unlink(missing_ok=True)
-    for name in (HEAD, TARGETS, "tensorboard", "wandb"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (CONFIG, ENVIRONMENT):
-        (folder / name).unlink(missing_ok=True)
+def aside(folder: Path) -> Path:
+    """Return the place that ``--force`` moves the run in ``folder`` to: ``<folder>.old-1`` or the next free number."""
+    taken = {path.name for path in folder.parent.glob(f"{glob.escape(folder.name)}.old-*")}
+    numbered = (f"{folder.name}.old-{number}" for number in itertools.count(1))
+    return folder.with_name(next(name for name in numbered if name not in taken))
+
+
+def _set_aside(folder: Path) -> None:
+    """Move ``folder`` and all that is in it aside, and make it anew."""
+    if not any(folder.iterdir()):
+        return
+    place = aside(folder)
+    try:
+        os.rename(folder, place)
+        folder.mkdir()
+    except OSError as error:
+        raise ConfigError(
+            f"the earlier run in {folder} cannot be moved aside to {place}: {error.strerror or error}. "
+            "Choose another place: --output FOLDER"
+        ) from error
+    warnings.warn(f"the earlier run was moved to {place}", stacklevel=2)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -231,6 +262,16 @@ def _git() -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def keep_split(folder: Path, task: FewShotTask) -> None:
+    """Write the split of a folder of images of the user into the run folder, if it is not there yet.
+
+    ``eval`` takes it from there, and ``data.split`` for other runs: images that come later join it.
+    """
+    lists, path = task.lists, folder / KEPT_SPLIT
+    if is_main_process() and lists is not None and task.card.keeps_split and not path.is_file():
+        write_text(path, split_text(lists))
 
 
 # -- the record of data in a results file ------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,18 @@ from vlprompt.data.transforms import Transform, test_transform
 from vlprompt.datasets.images import IMAGE_SUFFIXES, FileSource
 from vlprompt.errors import ConfigError, DataError, bulleted
 from vlprompt.io.head import load_head
+from vlprompt.runs.provenance import backbone_of
 
 
 def predict(
-    folder: str | Path, paths: Sequence[str | Path], top: int = 5, *, batch_size: int = 64, device: str = "cpu"
+    folder: str | Path,
+    paths: Sequence[str | Path],
+    top: int = 5,
+    *,
+    batch_size: int = 64,
+    device: str = "cpu",
+    workers: int = 0,
+    backbone: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Return the ``top`` classes of every image with their probabilities, best first.
 
@@ -26,6 +35,9 @@ def predict(
         top: Classes per image; at most all of them.
         batch_size: Images per forward pass.
         device: Device of the computation.
+        workers: Threads that read images; 0 reads them in this one.
+        backbone: Fields of the backbone's configuration that differ from those that the head records, such as the
+            place of its weights (:func:`vlprompt.runs.provenance.backbone_of`).
 
     Returns:
         ``[{"path": str, "classes": [{"name": str, "probability": float}, ...]}, ...]`` in the order of the images.
@@ -38,33 +50,40 @@ def predict(
     if top < 1:
         raise ConfigError(f"--top is {top}; accepted: 1 or more")
     files = image_files(paths)
-    head = load_head(folder, device=device)
+    head = load_head(folder, backbone_of(folder, backbone or {}, device), device=device)
     transform = test_transform(head.backbone.preprocess)
     predictions: list[dict[str, Any]] = []
     wrong: list[str] = []
-    for start in range(0, len(files), batch_size):
-        batch = files[start : start + batch_size]
-        loaded = [_view_of(path, transform, wrong) for path in batch]
-        if wrong:
-            continue  # nothing is predicted; only collect further unreadable images
-        images = torch.stack([image for image in loaded if image is not None])
-        probabilities = head(images.to(head.backbone.device)).softmax(dim=-1).cpu()
-        best = probabilities.topk(min(top, len(head.class_names)), dim=-1)
-        for path, values, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
-            classes = [{"name": head.class_names[i], "probability": p} for p, i in zip(values, indices, strict=True)]
-            predictions.append({"path": str(path), "classes": classes})
+
+    def view(path: Path) -> torch.Tensor | DataError:
+        return _view_of(path, transform)
+
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        for start in range(0, len(files), batch_size):
+            batch = files[start : start + batch_size]
+            loaded = list(pool.map(view, batch) if workers else map(view, batch))
+            wrong += [str(error) for error in loaded if isinstance(error, DataError)]
+            if wrong:
+                continue  # nothing is predicted; only collect further unreadable images
+            images = torch.stack([image for image in loaded if isinstance(image, torch.Tensor)])
+            probabilities = head(images.to(head.backbone.device)).softmax(dim=-1).cpu()
+            best = probabilities.topk(min(top, len(head.class_names)), dim=-1)
+            for path, values, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
+                classes = [
+                    {"name": head.class_names[i], "probability": p} for p, i in zip(values, indices, strict=True)
+                ]
+                predictions.append({"path": str(path), "classes": classes})
     if wrong:
         raise DataError(wrong[0] if len(wrong) == 1 else "images that cannot be used:\n" + bulleted(wrong, limit=8))
     return predictions
 
 
-def _view_of(path: Path, transform: Transform, wrong: list[str]) -> torch.Tensor | None:
-    """Return the preprocessed image ``[3, H, W]``, or None and a new entry in ``wrong`` if it cannot be read."""
+def _view_of(path: Path, transform: Transform) -> torch.Tensor | DataError:
+    """Return the preprocessed image ``[3, H, W]``, or the error if it cannot be read."""
     try:
         image: torch.Tensor = transform(FileSource(str(path)).open())
     except DataError as error:
-        wrong.append(str(error))
-        return None
+        return error
     return image
 
 

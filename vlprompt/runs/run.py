@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,13 @@ from vlprompt.runs.folder import (
     RESULTS,
     VALIDATION,
     data_record,
+    keep_split,
     opened,
     read_json,
     shift_record,
     versions,
 )
+from vlprompt.runs.provenance import backbone_of, check_images, with_kept_split
 from vlprompt.runs.selection import is_oracle, own_selection, selection_of
 from vlprompt.runs.session import Session, complete, device_of, use_of_test_images
 from vlprompt.runs.source import check_initialised, source_statistics
@@ -140,6 +142,7 @@ def run_session(session: Session, *, force: bool = False) -> Run:
     if session.trains:
         check_trainable(method, metric_of(task))
     with opened(folder, session.plain, session.inputs(), force=force), tally() as images:
+        keep_split(folder, session.drawn)
         known = None if force else _finished(folder)
         if known is not None:
             _load_trained(method, folder)
@@ -231,6 +234,7 @@ def validate(config: RunConfig, *, force: bool = False, after: Session | None = 
     if session.trains:
         check_trainable(method, metric_of(task))
     with opened(folder, session.plain, session.inputs(), force=force), tally():
+        keep_split(folder, session.drawn)
         known = None if force else read_json(folder / VALIDATION)
         if known is not None and known.get("val_sha256") == task.describe()["val_sha256"] and "val" in known:
             return dict(known["val"])
@@ -305,19 +309,34 @@ def _evaluate(session: Session, trainer: pl.Trainer, method: PromptMethod) -> tu
 
 
 def evaluate_head(
-    folder: str | Path, data: DataConfig, seed: int = 1, trainer: TrainerConfig | None = None
+    folder: str | Path,
+    data: DataConfig,
+    seed: int = 1,
+    trainer: TrainerConfig | None = None,
+    backbone: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the score of a saved head on the test images of ``data``, with the classes it names.
 
-    ``oracle`` says whether its hyperparameters were chosen on test images.
+    A folder of images of the user has the split that the head's run kept. ``oracle`` says whether the head's
+    hyperparameters were chosen on test images.
+
+    Args:
+        folder: A run folder or head folder.
+        data: The images.
+        seed: Seed of the order of test images, for methods that depend on it.
+        trainer: Devices and precision.
+        backbone: Fields of the backbone's configuration that differ from those that the head records, such as the
+            place of its weights (:func:`vlprompt.runs.provenance.backbone_of`).
 
     Raises:
-        VlpromptError: The head or the data cannot be used.
+        VlpromptError: The head or the data cannot be used, or test images are training images of the head.
     """
     trainer = trainer or TrainerConfig(progress=False)
-    head = load_head(folder, device=device_of(trainer))
-    session = Session.of_head(head, data, seed=seed, trainer=trainer)
+    device = device_of(trainer)
+    head = load_head(folder, backbone_of(folder, backbone or {}, device), device=device)
+    session = Session.of_head(head, with_kept_split(folder, data, head), seed=seed, trainer=trainer)
     session.check_order()
+    check_images(folder, head, session.drawn, trains=session.trains)
     method, task = session.method, session.task
     quiet = make_trainer(trainer, Path(folder), 1, gradient=method.needs.gradient)
     with tally():  # reports skipped images

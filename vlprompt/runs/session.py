@@ -27,7 +27,7 @@ from vlprompt.datasets import FewShotTask, load_dataset
 from vlprompt.engine.fit import check_devices, check_precision
 from vlprompt.errors import ConfigError, VlpromptError, bulleted
 from vlprompt.generation import open_bank
-from vlprompt.io.head import Head, learned_tensors
+from vlprompt.io.head import Head, learned_tensors, preprocess_facts
 from vlprompt.io.regulators import load_regulator
 from vlprompt.io.statistics import read_statistics
 from vlprompt.meta import Regulator
@@ -165,6 +165,9 @@ class Session:
             "split": self.task.split_sha256,
             "choice of shots": self.task.shots_sha256,
             "backbone": self.backbone.fingerprint,
+            "class names": sha256_lines(self.task.class_names),
+            "preprocessing": sha256_json(preprocess_facts(self.backbone)),
+            **({"bank": self._bank(self.method).recipe_id} if self.config.data.bank and self._generates() else {}),
             **{name: sha256_tensors(tensors, lambda name, tensor: name) for name, tensors in state.items()},
         }
 
@@ -525,6 +528,11 @@ class Session:
             warnings.warn(f"{task.name} has {why}: {method.name} keeps the values of its settings", stacklevel=2)
             return None
         return "val"
+
+    def _generates(self) -> bool:
+        """Return whether the method looks at generated images."""
+        views = self.method.needs.test_views
+        return views is not None and bool(views.generated)
 
     def _bank(self, method: PromptMethod) -> Any:
         if self.config.data.bank is None:

@@ -199,7 +199,7 @@ class _Job:
             os.replace(partial, file)
         else:
             self.log(f"{source.what}: {file} exists")
-            _check_sums(file, source, f"{file} is not the published file; remove it")
+            _check_sums(file, source, f"{file} is not the published file; move it away")
         self.put(source, file, target)
         # A downloaded archive is removed after unpacking; a file that existed before belongs to the user.
         if downloaded and file != target:

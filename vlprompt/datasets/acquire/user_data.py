@@ -12,11 +12,12 @@ from vlprompt._files import sha256_text, write_text
 from vlprompt.config.yaml import yaml_text
 from vlprompt.datasets.card import Card, Classes, Templates
 from vlprompt.datasets.catalogue import find_card, list_datasets, user_card_folder
+from vlprompt.datasets.kept_split import split_text
 from vlprompt.datasets.options import FolderOptions
 from vlprompt.datasets.paths import resolve
 from vlprompt.datasets.readers import new_report
 from vlprompt.datasets.readers.folder import cut_class, list_classes, list_folders, read_folder
-from vlprompt.datasets.records import SPLITS, SplitLists, labels_of
+from vlprompt.datasets.records import SPLITS, SplitLists
 from vlprompt.errors import ConfigError, DataError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -43,7 +44,7 @@ def new_card(name: str, folder: str | Path, template: str = "a photo of a {}.") 
     if not _NAME.fullmatch(name):
         raise ConfigError(f"the name {name!r} is not valid; accepted: up to 64 letters, digits, - and _")
     if name.lower() in map(str.lower, list_datasets()) or _is_known(name):
-        raise ConfigError(f"a data set {name!r} exists already; choose another name, or remove its card")
+        raise ConfigError(f"a data set {name!r} exists already; choose another name")
     if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
         raise ConfigError(f"--template is {template!r}; it must contain {{}} exactly once, for the class name")
     base = Path(os.path.abspath(Path(folder).expanduser()))
@@ -51,8 +52,8 @@ def new_card(name: str, folder: str | Path, template: str = "a photo of a {}.") 
     split_file, card_file = base / f"split_{name}.json", user_card_folder() / f"{name}.yaml"
     for path in (split_file, card_file):
         if path.exists():
-            raise ConfigError(f"{path} exists; remove it or choose another name")
-    write_file(split_file, _split_text(lists))
+            raise ConfigError(f"{path} exists; choose another name, or move the file away")
+    write_file(split_file, split_text(lists))
     sizes = {split: len(getattr(lists, split)) for split in SPLITS}
     write_file(card_file, yaml_text({
         "schema": 1, "name": name, "task": "multiclass", "group": ["own"], "folders": ["."], "root": str(base),
@@ -117,14 +118,6 @@ def local_split(card: Card, root: str | Path | None = None) -> Path:
     path = base / f"split_local_{sha256_text(text)[:8]}.json"
     write_file(path, text)
     return path
-
-
-def _split_text(lists: SplitLists) -> str:
-    content = {
-        split: [[sample.id, sample.label, lists.class_names[labels_of(sample)[0]]] for sample in getattr(lists, split)]
-        for split in SPLITS
-    }
-    return json.dumps(content, indent=4) + "\n"
 
 
 def write_file(path: Path, text: str) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vlprompt.datasets.card import Card, Classes, imagenet_names, stated_class_names
 from vlprompt.datasets.images import IMAGE_SUFFIXES, FileSource
+from vlprompt.datasets.kept_split import read_kept
 from vlprompt.datasets.options import FolderOptions
 from vlprompt.datasets.paths import is_inside, links_allowed, resolve
 from vlprompt.datasets.readers.missing import missing_text
@@ -58,22 +59,51 @@ def read_folder(card: Card, base: Path, report: Report) -> SplitLists:
     for name, files in images.items():
         if len(files) == 1:
             report.error("S17", f"class {name!r} has 1 image; at least 2 are needed, one to train and one to test")
+    kept = read_kept(Path(card.kept)) if card.kept else {}
     lists: dict[str, list[Sample]] = {split: [] for split in SPLITS}
     for label, (name, files) in enumerate(images.items()):
         if len(files) > 1:
-            for split, members in cut_class(name, files).items():
+            known = {file: kept[f"{name}/{file}"] for file in files if f"{name}/{file}" in kept}
+            for split, members in cut_class(name, files, known).items():
                 lists[split] += samples(base, name, members, label)
+                if not members and split != "val":
+                    report.error("S17", f"class {name!r} has no {split} images left of the split in {card.kept}")
+    if card.kept:
+        _report_changes(card, kept, [f"{name}/{file}" for name, files in images.items() for file in files], report)
     return SplitLists(list(images), lists["train"], lists["val"], lists["test"], sampler="sorted-v1")
 
 
-def cut_class(name: str, files: list[str]) -> dict[str, list[str]]:
-    """Cut the files of class ``name`` into train, val and test as in :func:`read_folder`; each list is sorted."""
+def cut_class(name: str, files: list[str], kept: Mapping[str, str] | None = None) -> dict[str, list[str]]:
+    """Cut the files of class ``name`` into train, val and test as in :func:`read_folder`; each list is sorted.
+
+    Args:
+        name: The class.
+        files: Its file names.
+        kept: The splits that files already have. Each other file joins the split that lacks most files.
+    """
     order = sorted(files, key=os.fsencode)
     random.Random(f"vlprompt folder cut 1: {name}").shuffle(order)
     train = max(1, min(round(0.5 * len(order)), len(order) - 1))
     val = max(0, min(round(0.2 * len(order)), len(order) - train - 1))
-    splits = {"train": order[:train], "val": order[train : train + val], "test": order[train + val :]}
+    sizes = {"train": train, "val": val, "test": len(order) - train - val}
+    splits = {split: [file for file in order if (kept or {}).get(file) == split] for split in SPLITS}
+    for file in order:
+        if file not in (kept or {}):
+            if kept:
+                joined = max(SPLITS, key=lambda split: sizes[split] - len(splits[split]))
+            else:
+                joined = next(split for split in SPLITS if len(splits[split]) < sizes[split])
+            splits[joined].append(file)
     return {split: sorted(members, key=os.fsencode) for split, members in splits.items()}
+
+
+def _report_changes(card: Card, kept: Mapping[str, str], present: list[str], report: Report) -> None:
+    """Warn of images that were added to the folder, or removed from it, since its split was kept."""
+    added, gone = len(set(present) - set(kept)), len(set(kept) - set(present))
+    if added:
+        report.warn("S14", f"{counted(added, 'image')} more than the split in {card.kept} has; they join it")
+    if gone:
+        report.warn("S14", f"{counted(gone, 'image')} of the split in {card.kept} are not there any more")
 
 
 def _read_cut(base: Path, folders: list[str], report: Report) -> SplitLists:

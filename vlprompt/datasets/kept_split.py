@@ -1,0 +1,50 @@
+"""Kept splits: the split of a folder of images, as the run that used it recorded it.
+
+The file has the form of CoOp's split files. Images that are added to the folder later join the kept split
+(:func:`vlprompt.datasets.readers.folder.cut_class`), and none of its images moves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from vlprompt.datasets.records import SPLITS, SplitLists, labels_of
+from vlprompt.errors import DataError
+
+#: Name of the file in a run folder.
+KEPT_SPLIT = "split.json"
+_LARGEST_FILE = 256 * 2**20
+
+
+def split_text(lists: SplitLists) -> str:
+    """Return ``lists`` as the JSON text of a split file; an image has one label."""
+    content = {
+        split: [[sample.id, sample.label, lists.class_names[labels_of(sample)[0]]] for sample in getattr(lists, split)]
+        for split in SPLITS
+    }
+    return json.dumps(content, indent=4) + "\n"
+
+
+def read_kept(path: Path) -> dict[str, str]:
+    """Return the part (``train``, ``val`` or ``test``) of every image id in the kept split ``path``.
+
+    Raises:
+        DataError: It cannot be read, or is not a split file.
+    """
+    try:
+        if os.path.getsize(path) > _LARGEST_FILE:
+            raise DataError(f"The kept split {path} is larger than {_LARGEST_FILE >> 20} MB, so it is none.")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"The kept split {path} cannot be read: {str(error)[:200]}.") from error
+    parts = [content.get(split) if isinstance(content, dict) else None for split in SPLITS]
+    kept: dict[str, str] = {}
+    for split, items in zip(SPLITS, parts, strict=True):
+        for item in items if isinstance(items, list) else [None]:
+            if not isinstance(item, list) or len(item) != 3 or not isinstance(item[0], str):
+                raise DataError(f"The kept split {path} is damaged: {split} is not a list of [path, label, name].")
+            if (other := kept.setdefault(item[0], split)) != split:
+                raise DataError(f"The kept split {path} is damaged: {item[0][:100]!r} is in {other} and in {split}.")
+    return kept
