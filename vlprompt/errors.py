@@ -35,6 +35,10 @@ class HeadError(VlpromptError):
     """A saved head that cannot be read or does not match the run."""
 
 
+class NotFiniteError(VlpromptError):
+    """A loss, a score or a learned tensor that is NaN or infinite; nothing made from it is saved."""
+
+
 def nearest(value: str, accepted: Iterable[str], count: int = 3) -> list[str]:
     """Return the ``count`` accepted spellings nearest to ``value``, best first. Case and ``-``/``_`` are ignored."""
 
