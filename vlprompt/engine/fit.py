@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import shlex
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +21,8 @@ from pytorch_lightning.strategies import DDPStrategy
 from vlprompt.config.run import BackboneConfig, RecipeConfig, TrainerConfig
 from vlprompt.engine.callbacks import LAST_CHECKPOINT, AtomicCheckpointIO, MetricsFile, last_checkpoint_callback
 from vlprompt.engine.metrics import plain_score, score
-from vlprompt.engine.module import PromptModule
-from vlprompt.errors import ConfigError
+from vlprompt.engine.module import FrozenInside, PromptModule
+from vlprompt.errors import ConfigError, HeadError
 
 METRICS = "metrics.jsonl"
 
@@ -112,11 +114,51 @@ def _loggers(config: TrainerConfig, folder: Path) -> list[Logger]:
     return loggers
 
 
-def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, folder: Path) -> None:
-    """Fit ``module``, resuming from the last checkpoint in ``folder`` if there is one."""
+def fit(
+    trainer: pl.Trainer,
+    module: FrozenInside,
+    data: pl.LightningDataModule,
+    folder: Path,
+    inputs_sha256: str | None = None,
+) -> None:
+    """Fit ``module``, resuming from the last checkpoint in ``folder`` if there is one.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        data: Its data.
+        folder: The run folder.
+        inputs_sha256: SHA-256 of the inputs of the training; a checkpoint of other inputs is refused.
+
+    Raises:
+        HeadError: The checkpoint is damaged, not finite, or that of another training.
+    """
     last = folder / LAST_CHECKPOINT
-    with quiet(), _interruptible(trainer):
+    module.inputs_sha256 = inputs_sha256
+    with quiet(), _interruptible(trainer), _restoring(last):
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+
+
+@contextmanager
+def _restoring(checkpoint: Path) -> Iterator[None]:
+    """Raise HeadError, with the command that moves ``checkpoint`` aside, if the Trainer cannot continue from it."""
+    try:
+        yield
+    except Exception as error:
+        if not _while_restoring(error):
+            raise
+        reason = str(error) if isinstance(error, HeadError) else f"{type(error).__name__}: {str(error)[:200]}"
+        raise HeadError(
+            f"the training cannot continue from {checkpoint}: {reason}\n"
+            f"To train from the beginning, move it aside: mv {shlex.quote(str(checkpoint))} "
+            f"{shlex.quote(f'{checkpoint}.old')}"
+        ) from error
+
+
+def _while_restoring(error: BaseException) -> bool:
+    """Return whether ``error`` was raised while the Trainer restored a checkpoint: a frame of its restoring code."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(Path(frame.f_code.co_filename).stem == "checkpoint_connector" for frame in frames)
 
 
 def test(trainer: pl.Trainer, module: PromptModule, data: pl.LightningDataModule) -> dict[str, Any]:

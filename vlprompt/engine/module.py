@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from vlprompt._finite import check_finite, not_finite
 from vlprompt._random import restored_random
 from vlprompt.config.run import RecipeConfig, epochs_and_steps
-from vlprompt.engine.metrics import MULTILABEL, headline, make_scores, plain_score
+from vlprompt.engine.metrics import MULTILABEL, checked_logits, headline, make_scores, plain_score
 from vlprompt.engine.recipe import learning_rate, make_optimizer
 from vlprompt.errors import ConfigError, HeadError, NotFiniteError, bulleted
 from vlprompt.methods import PromptMethod
@@ -374,16 +374,6 @@ class PromptModule(FrozenInside):
         self.scores.reset()
         # The values are already those of all processes, because torchmetrics gathers its states.
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()}, rank_zero_only=False)
-
-
-def checked_logits(logits: Tensor, method: str) -> Tensor:
-    """Return ``logits`` ``[B, C]``; raises NotFiniteError if one of them is not finite."""
-    if wrong := int((~logits.isfinite()).any(dim=-1).sum()):
-        raise NotFiniteError(
-            f"the scores of {wrong} of {len(logits)} images by {method} are not finite, so there is no accuracy. "
-            "Compute in full precision: --backbone.precision fp32 --trainer.precision 32-true"
-        )
-    return logits
 
 
 def check_warmup(recipe: RecipeConfig, per_epoch: int) -> None:
