@@ -39,6 +39,10 @@ class NotFiniteError(VlpromptError):
     """A loss, a score or a learned tensor that is NaN or infinite; nothing made from it is saved."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised like Ctrl-C, so that everything that cleans up after Ctrl-C does so here."""
+
+
 def nearest(value: str, accepted: Iterable[str], count: int = 3) -> list[str]:
     """Return the ``count`` accepted spellings nearest to ``value``, best first. Case and ``-``/``_`` are ignored."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import shlex
 import traceback
 import warnings
@@ -16,8 +17,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
+from vlprompt._dist import check_launcher
 from vlprompt.config.run import BackboneConfig, RecipeConfig, TrainerConfig
 from vlprompt.engine.callbacks import LAST_CHECKPOINT, AtomicCheckpointIO, MetricsFile, last_checkpoint_callback
 from vlprompt.engine.metrics import plain_score, score
@@ -44,6 +47,8 @@ def make_trainer(
         ConfigError: A logger is not installed, or there are fewer devices than requested.
     """
     check_devices(config)
+    # Chosen here: Lightning would take Slurm's variables, which every job has, for those of processes that it started.
+    environment = TorchElasticEnvironment() if TorchElasticEnvironment.detect() else LightningEnvironment()
     strategy: Any = "auto"
     if config.devices > 1:
         # Every step uses all trainable parameters, and the frozen backbone has no buffers to broadcast.
@@ -61,7 +66,7 @@ def make_trainer(
             max_epochs=epochs,
             logger=_loggers(config, folder) or False,
             callbacks=[*standard, *callbacks],
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(), environment],
             enable_progress_bar=config.progress,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -74,7 +79,17 @@ def make_trainer(
 
 
 def check_devices(config: TrainerConfig) -> None:
-    """Raise ConfigError if this machine lacks the accelerator or the number of GPUs that ``config`` requests."""
+    """Raise ConfigError if this machine lacks the accelerator or the number of GPUs that ``config`` requests.
+
+    Variables that a launcher left in the environment are refused, too (:func:`vlprompt._dist.check_launcher`).
+    """
+    check_launcher(config.devices)
+    if (tasks := os.environ.get("SLURM_NTASKS", "1")) != "1":
+        warnings.warn(
+            f"SLURM_NTASKS is {tasks}, and this command is one task with {config.devices} process(es); the number of "
+            "processes is --trainer.devices",
+            stacklevel=2,
+        )
     gpus = torch.cuda.device_count()
     if config.accelerator == "gpu" and not gpus:
         raise ConfigError("trainer.accelerator is 'gpu' but torch sees no GPU here; use --trainer.accelerator cpu")
@@ -174,12 +189,13 @@ def test(trainer: pl.Trainer, module: PromptModule, data: pl.LightningDataModule
 
 @contextmanager
 def _interruptible(trainer: pl.Trainer) -> Iterator[None]:
-    """Raise KeyboardInterrupt on Ctrl-C, which the Trainer turns into an exit with status 1."""
+    """Raise KeyboardInterrupt on Ctrl-C, or the subclass that was raised: the Trainer exits with status 1 instead."""
     try:
         yield
-    except SystemExit:
+    except SystemExit as error:
         if trainer.interrupted:
-            raise KeyboardInterrupt from None
+            cause = error.__context__
+            raise (cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt()) from None
         raise
 
 

@@ -36,6 +36,7 @@ from vlprompt.runs.folder import (
     data_record,
     opened,
     read_json,
+    record_inputs,
     shift_record,
     versions,
 )
@@ -141,8 +142,8 @@ def run_session(session: Session, *, force: bool = False) -> Run:
     session.check_selection()
     if session.trains:
         check_trainable(method, metric_of(task))
-    inputs_sha256 = session.inputs_sha256()
-    with opened(folder, session.plain, session.inputs(), force=force), tally() as images:
+    inputs, inputs_sha256 = session.inputs(), session.inputs_sha256()
+    with opened(folder, session.plain, inputs, force=force), tally() as images:
         known = None if force else _finished(session, inputs_sha256)
         if known is not None:
             _load_trained(method, folder, inputs_sha256)
@@ -185,6 +186,7 @@ def run_session(session: Session, *, force: bool = False) -> Run:
             results["selection"] = chosen
             facts["selection"] = {"on": chosen["on"], "oracle": chosen["oracle"]}  # a head may be used without its run
         if is_main_process():
+            record_inputs(folder, session.plain, inputs)  # again, in case the folder was removed in the meantime
             Head(method, facts).save_pretrained(folder / HEAD)
             write_json(folder / RESULTS, results)  # last, because it marks the run as finished
         return Run(folder, results)
