@@ -28,14 +28,14 @@ from vlprompt.version import __version__
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in ``argv`` (default: ``sys.argv[1:]``) and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    resumes = words and words[0] in COMMANDS and COMMANDS[words[0]].resumes
+    resumes = bool(words) and words[0] in COMMANDS and COMMANDS[words[0]].resumes
     try:
         check_launcher()
     except VlpromptError as error:
         print(f"vlprompt: error: {error}", file=sys.stderr)
         return 2
     try:
-        with _notes(), _terminable():
+        with _notes(), _terminable(resumes):
             status = _dispatch(words)
             sys.stdout.flush()  # a full disk is reported here, not after the end
             return status
@@ -48,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         terminated = isinstance(stop, Terminated)
         if local_rank() == 0:
-            word = "terminated" if terminated else "stopped"
-            print(f"vlprompt: {word}" + ("; the same command resumes it" if resumes else ""), file=sys.stderr)
+            print(_stopped("terminated" if terminated else "stopped", resumes), file=sys.stderr)
         return 143 if terminated else 130
     except Exception as error:
         problem = machine_problem(error)
@@ -103,14 +102,29 @@ _REMEDIES: dict[int | None, str] = {
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "annot allocate memory", "failed to map segment")
 
 
+def _stopped(word: str, resumes: bool) -> str:
+    return f"vlprompt: {word}" + ("; the same command resumes it" if resumes else "")
+
+
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Raise Terminated on SIGTERM, which otherwise ends the process without a word; the old handler comes back."""
+def _terminable(resumes: bool) -> Iterator[None]:
+    """Raise Terminated on SIGTERM, which otherwise ends the process without a word; the old handler comes back.
+
+    Modules that are being imported may catch it (numpy's lazy submodules do). Nothing is being written then, so the
+    process ends at once; it also does at a second SIGTERM.
+    """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
         yield
         return
 
+    asked: list[int] = []
+
     def terminate(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if len(asked) > 1 or _importing(frame):
+            if local_rank() == 0:
+                os.write(2, f"{_stopped('terminated', resumes)}\n".encode())
+            os._exit(143)
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, terminate)
@@ -118,6 +132,15 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Return whether a module is being imported in ``frame`` or in one that called it."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager
