@@ -1,6 +1,6 @@
 """Kill commands at random times and run them again: the outcome must have the bits of a run that nothing stops.
 
-    python tools/check_kills.py --kills 30 --seed 1 --folder /tmp/kills
+    python tools/check_kills.py --kills 30 --seed 1 --folder /tmp/kills [--also "meta-train" "meta-train --config ..."]
 
 Each kind of command runs once as a whole. It is then started, sent SIGKILL, SIGTERM or SIGINT after a random part of
 that time, and started again until it ends with 0. Tensors, metrics and stored features are compared byte by byte.
@@ -25,7 +25,6 @@ KINDS = {
     "base-to-new": ["base-to-new", "--config", "coop/demo", "--seeds", "1,2", *FAST],
     "feature store": ["train", "--config", "tip_adapter_f/demo", *FAST[:6]],
 }
-#: Commands that need an argument of this machine: ``--also NAME "WORDS"``.
 SIGNALS = {signal.SIGKILL: {-signal.SIGKILL}, signal.SIGTERM: {143}, signal.SIGINT: {130}}
 COMPARED = ("*.safetensors", "metrics.jsonl", "*.png")
 
