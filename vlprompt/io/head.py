@@ -37,8 +37,8 @@ from vlprompt.io.head_files import CONFIG_FILE, SCHEMA, TENSOR_FILE, HeadConfig,
 from vlprompt.methods import PromptMethod, create_method
 
 _LEARNABLE = "learnable."
-_SAME_COSINE = 0.98
-"""Least cosine of a class weight with that of the learned tensors, in another precision or on another device."""
+_SAME_COSINE = 0.999
+"""Least cosine of a class weight with that of the learned tensors on another device; precisions are equal."""
 
 
 class Head(nn.Module):
@@ -291,7 +291,7 @@ def _check_backbone(backbone: Backbone, config: HeadConfig, folder: Path) -> Non
 def _check_weights(tensors: dict[str, Tensor], method: PromptMethod) -> None:
     """Raise HeadError unless ``tensors`` are exactly the state of ``method``, and the class weights that it gives.
 
-    Tensors are float32, except those that a method packs. Class weights may be computed in another precision here.
+    Tensors are float32, except those that a method packs. Class weights may be computed on another device here.
     """
     expected = [len(method.class_names), method.class_dim]
     wrong = [f"{name}: unknown" for name in tensors if name != "class_weights" and not name.startswith(_LEARNABLE)]
