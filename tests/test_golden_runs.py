@@ -154,6 +154,7 @@ def archive_of(case: str, root: Path, path: Path, **data: Any) -> Path:
             step_of.step()
             losses.append(loss.item())
         method.epoch_end(epoch, recipe["epochs"])
+    method.train_end()
     method.eval()
     correct = {}
     halves = {"base": task, "new": task.counterpart()} if task.classes == "base" else {task.classes: task}

@@ -233,6 +233,7 @@ def _aggregation(golden: Any, case: str, options: Any, images: torch.Tensor) -> 
             for ours, parameter in made.trainable_parameters():
                 parameter.copy_(golden.tensor(f"{case}/epoch{epoch + 1}/{names[ours]}"))
         made.epoch_end(epoch, epochs)
+    made.train_end()
     yield from ((f"{case}/final/{names[ours]}", parameter.detach()) for ours, parameter in made.trainable_parameters())
     made.eval()
     yield f"{case}/eval_logits", made(images)

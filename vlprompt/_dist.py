@@ -8,15 +8,45 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vlprompt.errors import ConfigError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 _T = TypeVar("_T")
+_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 
 
 def local_rank() -> int:
     """Return the number of this process on its machine, as the launcher set it; 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def check_launcher(devices: int = 1) -> None:
+    """Raise ConfigError if the environment has the variables of a launcher that did not start this process.
+
+    A process with a rank above 0 writes and prints nothing, because it leaves that to the first one. A launcher also
+    sets MASTER_ADDR. Slurm's variables are set in every job; they matter if Slurm started several copies.
+
+    Args:
+        devices: Number of processes of the run.
+    """
+    given = {name: os.environ[name] for name in _RANKS if name in os.environ}
+    if wrong := [f"{name} is {value!r}" for name, value in given.items() if not value.strip().isdecimal()]:
+        raise ConfigError(f"{wrong[0]} in the environment; accepted: the number of a process. Remove it with unset")
+    slurm, ours = given.pop("SLURM_PROCID", "0"), "MASTER_ADDR" in os.environ
+    least = 0 if devices > 1 else 1  # several processes are not started if there is a rank
+    if not ours and (stray := [f"{name}={value}" for name, value in given.items() if int(value) >= least]):
+        names = " ".join(text.partition("=")[0] for text in stray)
+        raise ConfigError(
+            f"the environment has {', '.join(stray)}, as in a process of a launcher, but not MASTER_ADDR, so no "
+            f"launcher started this one. Remove what is left over: unset {names}"
+        )
+    if not ours and int(slurm):
+        raise ConfigError(
+            f"SLURM_PROCID is {slurm}: Slurm started this command {os.environ.get('SLURM_NTASKS', 'several')} times. "
+            "Start it once (srun --ntasks 1) and give the number of processes: --trainer.devices N"
+        )
 
 
 def is_main_process() -> bool:

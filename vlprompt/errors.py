@@ -68,6 +68,14 @@ def escaped(text: str, form: str) -> str:
     return _HIDDEN.sub(lambda found: form.format(ord(found[0])), text)
 
 
+class NotFiniteError(VlpromptError):
+    """A loss, a score or a learned tensor that is NaN or infinite; nothing made from it is saved."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised like Ctrl-C, so that everything that cleans up after Ctrl-C does so here."""
+
+
 def nearest(value: str, accepted: Iterable[str], count: int = 3) -> list[str]:
     """Return the ``count`` accepted spellings nearest to ``value``, best first. Case and ``-``/``_`` are ignored."""
 

@@ -1,7 +1,10 @@
 """The command line: what each command calls and prints, exit codes, and one-screen errors without tracebacks."""
 
+import errno
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import types
@@ -91,7 +94,8 @@ def test_train_dry_run_prints_its_text_and_trains_nothing(calls: Calls, capsys: 
 def test_only_the_first_process_prints(
     calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in (("LOCAL_RANK", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
     assert main(["train", "--config", "coop/demo"]) == 0
     assert capsys.readouterr().out == "" and len(calls) == 1
 
@@ -102,6 +106,53 @@ def test_an_interrupted_training_ends_with_130_and_says_how_to_go_on(
     stub(monkeypatch, "vlprompt.runs.run", "run", KeyboardInterrupt())
     assert main(["train", "--config", "coop/demo"]) == 130
     assert capsys.readouterr().err == "vlprompt: stopped; the same command resumes it\n"
+
+
+def test_a_terminated_training_ends_with_143(
+    calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("vlprompt.cli.run.train_command", lambda words: os.kill(os.getpid(), signal.SIGTERM) or 0)
+    assert main(["train", "--config", "coop/demo"]) == 143
+    assert capsys.readouterr().err == "vlprompt: terminated; the same command resumes it\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"LOCAL_RANK": "1"}, "has LOCAL_RANK=1, .*unset LOCAL_RANK$"),
+        ({"RANK": "3", "NODE_RANK": "1"}, "has RANK=3, NODE_RANK=1, .*unset RANK NODE_RANK$"),
+        ({"LOCAL_RANK": "abc"}, "LOCAL_RANK is 'abc' in the environment"),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4"}, "Slurm started this command 4 times"),
+    ],
+)
+def test_what_a_launcher_left_behind_is_named(
+    given: dict[str, str], text: str, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert re.search(text, fails("train", "--config", "coop/demo").strip())
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "here"), "here: No space left on device. Free some space"),
+        (PermissionError(errno.EACCES, "Permission denied", "here"), "here: Permission denied. Change the permissions"),
+        (OSError(errno.EFBIG, "File too large", "here"), "ulimit -f"),
+        (MemoryError(), "out of memory (an allocation failed). Use smaller batches"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory ("),
+    ],
+)
+def test_problems_of_the_machine_end_in_one_screen(
+    error: Exception, text: str, calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub(monkeypatch, "vlprompt.runs.run", "run", error)
+    assert main(["train", "--config", "coop/demo"]) == 2
+    printed = capsys.readouterr().err
+    assert text in printed and "The same command resumes" in printed and len(printed.splitlines()) == 1
 
 
 def test_an_error_on_purpose_is_printed_as_it_is_and_a_bug_shows_itself(

@@ -17,7 +17,7 @@ from vlprompt.data import FewShotData
 from vlprompt.datasets import FewShotTask
 from vlprompt.engine.metrics import MultilabelScores
 from vlprompt.engine.recipe import learning_rate
-from vlprompt.errors import ConfigError, HeadError
+from vlprompt.errors import ConfigError, HeadError, NotFiniteError
 from vlprompt.methods import PromptMethod
 
 Make = Callable[..., PromptMethod]
@@ -147,7 +147,7 @@ def test_loss_that_is_not_finite_names_the_fix(make_method: Make, user_trainer: 
     method = make_method("coop")
     method.load_trained_state({name: value * float("nan") for name, value in method.trained_state().items()})
     with pytest.raises(
-        ConfigError, match=r"not finite in epoch 0 \(ce nan\).*--recipe.lr.*--trainer.precision 32-true"
+        NotFiniteError, match=r"not finite in epoch 0 \(ce nan\).*--recipe.lr.*--trainer.precision 32-true"
     ):
         user_trainer().fit(vlprompt.PromptModule(method), plain_loader(method, task))
 

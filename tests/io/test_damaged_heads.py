@@ -121,6 +121,14 @@ HEADS: dict[str, tuple[Damage, str]] = {
     "header of impossible length": (
         retensored(lambda p, t: p.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")), "is not a safetensors file"
     ),
+    "class weights of zeros": (
+        saved(lambda t: {**t, "class_weights": torch.zeros_like(t["class_weights"])}),
+        "class_weights: 3 of 3 rows are not those of the learned tensors",
+    ),
+    "class weights in another order": (
+        saved(lambda t: {**t, "class_weights": t["class_weights"].flip(0)}),
+        "rows are not those of the learned tensors",
+    ),
     "tensors that are not finite": (
         saved(lambda t: {**t, "learnable.prompt.ctx": t["learnable.prompt.ctx"] * torch.nan}), "not finite"
     ),

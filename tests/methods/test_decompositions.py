@@ -138,6 +138,7 @@ def test_it_stands_beside_objectives(tiny_backbone: Backbone, images: Tensor) ->
     kept = method.trained_state()
     method.epoch_end(0, 2)
     method.epoch_end(1, 2)
+    method.train_end()
     averaged = method.trained_state()
     # Both epochs ended alike, so their average is what they were; the pair is averaged with the rest.
     torch.testing.assert_close(averaged["decomposition.B"], kept["decomposition.B"])

@@ -99,6 +99,7 @@ def test_every_other_pair_trains(name: str, objective: str, tiny_backbone: Backb
     assert len(train(method, images)) == 2
     method.epoch_end(0, 2)
     method.epoch_end(1, 2)
+    method.train_end()
     other = method.with_classes(["cat", "dog"])
     with torch.no_grad():
         torch.testing.assert_close(other(images)[:, 0], method(images)[:, 0], rtol=1e-4, atol=1e-4)
@@ -209,8 +210,26 @@ def test_aggregation_is_the_average_under_the_curve(tiny_backbone: Backbone) -> 
         restored.load_state_dict(method.state_dict())
         method = restored
         method.epoch_end(epoch, 3)
+    method.train_end()
+    method.train_end()  # a second call changes nothing
     expected = sum(w * s for w, s in zip(gaussian_weights(3, 2, 1).float(), seen, strict=True))
     torch.testing.assert_close(method.trained_state()["prompt.ctx"], expected)
+
+
+@pytest.mark.parametrize("mean", [-1e4, 15.0, 1e4])
+def test_aggregation_far_from_every_epoch_is_finite(tiny_backbone: Backbone, mean: float) -> None:
+    """Weights that underflow gave 0/0. The epoch nearest to the peak has nearly all the weight."""
+    bell = {"mean": mean, "deviation": 0.3}
+    assert float(gaussian_weights(3, mean, 0.3).sum()) == pytest.approx(1)
+    method = make(tiny_backbone, "coop", context_length=2, objectives={"aggregation": bell})
+    seen = []
+    for epoch in range(3):
+        with torch.no_grad():
+            method.prompt.ctx.add_(1.0)  # type: ignore[union-attr, operator]
+        seen.append(method.trained_state()["prompt.ctx"])
+        method.epoch_end(epoch, 3)
+    method.train_end()
+    torch.testing.assert_close(method.trained_state()["prompt.ctx"], seen[0 if mean < 0 else -1], rtol=1e-4, atol=1e-4)
 
 
 def test_projection() -> None:

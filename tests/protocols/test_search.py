@@ -14,7 +14,7 @@ from vlprompt.cli.parse import parse_run
 from vlprompt.config.run import RunConfig
 from vlprompt.datasets import FewShotTask, images, load_dataset
 from vlprompt.engine.fit import score
-from vlprompt.errors import ConfigError
+from vlprompt.errors import ConfigError, NotFiniteError
 from vlprompt.protocols import search as searching
 from vlprompt.protocols.base_to_new import base_to_new
 from vlprompt.protocols.cross import cross_dataset
@@ -102,6 +102,18 @@ def test_of_equals_the_first_is_chosen(toy: Tiny) -> None:
     found = search(toy("coop"), {"recipe.test_batch_size": [7, 5, 9]})
     assert len({one["score"]["correct"] for one in found.selection["scores"]}) == 1
     assert found.selection["chosen"] == {"recipe.test_batch_size": 7}
+
+
+def test_a_candidate_that_is_not_finite_has_failed(toy: Tiny) -> None:
+    """It was ranked as 0 %, or ended the search."""
+    told: list[str] = []
+    found = search(toy("coop", epochs=3, warmup_epochs=0), {"recipe.lr": [1e38, 0.1]}, report=told.append)
+    failed, scored = found.selection["scores"]
+    assert failed["score"] is None and "not finite" in failed["failed"] and scored["score"] is not None
+    assert found.selection["chosen"] == {"recipe.lr": 0.1}
+    assert "failed" in told[0] and "failed" in found.table()
+    with pytest.raises(NotFiniteError, match="all 1 candidates failed"):
+        search(toy("coop", epochs=3, warmup_epochs=0), {"recipe.lr": [1e38]})
 
 
 def test_an_unfinished_search_goes_on(toy: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

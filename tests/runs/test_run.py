@@ -218,14 +218,18 @@ def test_locked_by_another_process(finished: tuple[RunConfig, Run]) -> None:
     [
         ("results.json", b'{"schema": 1, "resu', "results.json cannot be read .*--force"),
         ("results.json", b"[]", "results.json holds no JSON object.*--force"),
-        ("results.json", b"{}", "results.json is damaged or of another version.*--force"),
-        ("results.json", b'{"schema": 99}', "results.json is damaged or of another version.*--force"),
+        (
+            "results.json",
+            b"{}",
+            "results.json cannot be used: another version.\nTo score the run again, move it aside: mv ",
+        ),
+        ("results.json", b'{"schema": 99}', "results.json cannot be used: another version."),
         ("env.json", b"\xff\xfe", "env.json cannot be read .*--force"),
         ("env.json", b"{}", "env.json is damaged: it lacks 'inputs'.*--force"),
         ("env.json", b'{"inputs": [1]}', "env.json is damaged: it lacks 'inputs'.*--force"),
         ("env.json", None, "holds results.json and last.ckpt but no env.json.*--force"),
-        ("head/head.safetensors", b"junk", "(?s)finished but its head cannot be used; redo it with --force.*damaged"),
-        ("head/config.json", None, "(?s)finished but its head cannot be used; redo it with --force.*holds no head"),
+        ("head/head.safetensors", b"junk", "(?s)finished but its head cannot be used.*damaged.*mv "),
+        ("head/config.json", None, "(?s)finished but its head cannot be used.*holds no head.*mv "),
     ],
 )
 def test_damaged_finished_run(
@@ -248,8 +252,8 @@ def test_damaged_finished_run(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("last.ckpt", b"", r"last.ckpt cannot be read .*--force"),
-        ("last.ckpt", b"PK\x03\x04 cut short", r"last.ckpt cannot be read .*--force"),
+        ("last.ckpt", b"", r"(?s)last.ckpt cannot be read .*move it aside: mv "),
+        ("last.ckpt", b"PK\x03\x04 cut short", r"(?s)last.ckpt cannot be read .*move it aside: mv "),
         ("metrics.jsonl", b'{"epoch": 0, "l', "metrics.jsonl, line 1, is not the metrics of an epoch.*--force"),
     ],
 )

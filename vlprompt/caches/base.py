@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlprompt._finite import check_finite
 from vlprompt.caches.search import SearchResult, search_grid
 from vlprompt.caches.training import CacheRecipe, TrainingStep
 from vlprompt.config.types import NonNegative, validated
@@ -61,10 +62,16 @@ class FeatureClassifier(nn.Module):
             self.register_buffer(name, value.detach().clone(), persistent=False)
 
     def _set(self, **values: Tensor | float) -> None:
-        """Replace fitted buffers; they stay ordinary tensors in inference mode, too."""
+        """Replace fitted buffers; they stay ordinary tensors in inference mode, too.
+
+        Raises:
+            NotFiniteError: A value is not finite. No buffer is changed.
+        """
         with torch.inference_mode(False), torch.no_grad():
-            for name, value in values.items():
-                setattr(self, name, torch.as_tensor(value).detach().to(self.text).clone())
+            buffers = {name: torch.as_tensor(value).detach().to(self.text).clone() for name, value in values.items()}
+            check_finite(buffers, f"fitting {type(self).__name__}", "Lower its learning rate or its other settings.")
+            for name, value in buffers.items():
+                setattr(self, name, value)
 
     @property
     def text(self) -> Tensor:
@@ -119,7 +126,7 @@ class FeatureClassifier(nn.Module):
         """Return views ``[V, N, D]`` and labels ``[N]``.
 
         Raises:
-            DataError: Shapes that do not match, or labels out of range.
+            DataError: Shapes that do not match, labels out of range, or features that are not finite.
         """
         views = features[None] if features.ndim == 2 else features
         if views.ndim != 3 or views.shape[1:] != (len(labels), self.text.shape[1]) or not len(views):
@@ -132,7 +139,14 @@ class FeatureClassifier(nn.Module):
             raise DataError(
                 f"labels run from {int(labels.min())} to {int(labels.max())}; accepted: 0 to {self.classes - 1}"
             )
-        return views.to(self.text), labels
+        views = views.to(self.text)
+        if not bool((finite := views.isfinite().all(dim=-1).all(dim=0)).all()):
+            rows = (~finite).nonzero().flatten().tolist()
+            raise DataError(
+                f"features of {len(rows)} of {len(labels)} images are not finite, the first in row {rows[0]}; leave "
+                "these images out, or compute features in full precision (--backbone.precision fp32)"
+            )
+        return views, labels
 
     def _train(
         self,

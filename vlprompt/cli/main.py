@@ -1,47 +1,145 @@
 """The command line: ``vlprompt train | eval | search | predict | list | ...``.
 
-Errors that a user can fix are printed as plain text with status 2. Interrupted commands end with status 130. Any other
+Errors that a user can fix are printed as plain text with status 2; so are a full disk, a missing permission and a lack
+of memory. Commands end with status 130 on Ctrl-C, 143 on SIGTERM, and 141 if nobody reads their output. Any other
 exception is a bug and keeps its traceback. Heavy imports (torch, lightning, open_clip) stay inside the commands.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
-from vlprompt._dist import local_rank
+from vlprompt._dist import check_launcher, local_rank
 from vlprompt._terminal import flush, show
-from vlprompt.errors import ConfigError, OutputError, VlpromptError, did_you_mean
+from vlprompt.errors import ConfigError, OutputError, Terminated, VlpromptError, did_you_mean
 from vlprompt.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in ``argv`` (default: ``sys.argv[1:]``) and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    resumes = bool(words) and words[0] in COMMANDS and COMMANDS[words[0]].resumes
     try:
-        with _notes():
+        check_launcher()
+    except VlpromptError as error:
+        show(f"vlprompt: error: {error}", error=True)
+        return 2
+    try:
+        with _notes(), _terminable(resumes):
             status = _dispatch(words)
-            flush()
+            flush()  # a full disk is reported here, not after the end
             return status
     except OutputError as error:
-        if not error.closed:
-            show(f"vlprompt: error: {error}", error=True)
-        return 1
+        return 141 if error.closed else _failed(str(error))
     except VlpromptError as error:
-        rank = local_rank()
-        program = f"vlprompt (process {rank})" if rank else "vlprompt"
-        show(f"{program}: error: {error}", error=True)
-        return 2
-    except KeyboardInterrupt:
-        resumes = words and words[0] in COMMANDS and COMMANDS[words[0]].resumes
+        return _failed(str(error))
+    except KeyboardInterrupt as stop:
+        terminated = isinstance(stop, Terminated)
         if local_rank() == 0:
-            show("vlprompt: stopped" + ("; the same command resumes it" if resumes else ""), error=True)
-        return 130
+            show(_stopped("terminated" if terminated else "stopped", resumes), error=True)
+        return 143 if terminated else 130
+    except Exception as error:
+        problem = machine_problem(error)
+        if problem is None:
+            raise
+        return _failed(problem + (" The same command resumes." if resumes else ""))
+
+
+def _failed(text: str) -> int:
+    """Print an error and return the exit status."""
+    rank = local_rank()
+    program = f"vlprompt (process {rank})" if rank else "vlprompt"
+    show(f"{program}: error: {text}", error=True)
+    return 2
+
+
+def machine_problem(error: BaseException) -> str | None:
+    """Return the description and the remedy if ``error`` is a problem of the machine, else None.
+
+    These are errors of the file system, and a lack of memory, which torch reports as a RuntimeError and the loader of
+    shared libraries as an ImportError.
+    """
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        place = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        reason = f"{place or 'a file, or standard output'}: {error.strerror}"
+        return f"{reason}. {_REMEDIES[error.errno]} Finished files are unchanged."
+    text = str(error)
+    memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if memory or isinstance(error, RuntimeError | ImportError) and any(part in text for part in _OUT_OF_MEMORY):
+        line = text.strip().splitlines()[0][:300] if text.strip() else "an allocation failed"
+        return (
+            f"out of memory ({line}). Use smaller batches (--recipe.batch_size, --recipe.test_batch_size), fewer "
+            "loader processes (--data.workers 0) or a machine with more memory. Finished files are unchanged."
+        )
+    return None
+
+
+_SPACE = "Free some space, or choose another place: --output FOLDER, VLPROMPT_CACHE=FOLDER."
+_ACCESS = "Change the permissions, or choose another place: --output FOLDER, VLPROMPT_CACHE=FOLDER."
+_KIND = "Move it aside."
+_REMEDIES: dict[int | None, str] = {
+    **{errno.ENOSPC: _SPACE, errno.EDQUOT: _SPACE, errno.EFBIG: "The limit is that of `ulimit -f` or the file system."},
+    **{errno.EACCES: _ACCESS, errno.EPERM: _ACCESS, errno.EROFS: _ACCESS},
+    **{errno.EISDIR: _KIND, errno.ENOTDIR: _KIND, errno.ENOTEMPTY: _KIND, errno.EEXIST: _KIND, errno.ELOOP: _KIND},
+    **{errno.ENOENT: "Was it moved or removed while the command ran?"},
+    **{errno.EMFILE: "Raise `ulimit -n`, or use --data.workers 0.", errno.ENFILE: "Close other programs."},
+    **{errno.EIO: "Check the disk.", errno.ESTALE: "Check the network drive.", errno.ENAMETOOLONG: "Shorten the name."},
+    **{errno.ENOMEM: "Use --data.workers 0 or a machine with more memory.", errno.EAGAIN: "Raise `ulimit -u`."},
+}
+"""Errors of the file system and the operating system that are not bugs, and what to do about them."""
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "annot allocate memory", "failed to map segment")
+
+
+def _stopped(word: str, resumes: bool) -> str:
+    return f"vlprompt: {word}" + ("; the same command resumes it" if resumes else "")
+
+
+@contextlib.contextmanager
+def _terminable(resumes: bool) -> Iterator[None]:
+    """Raise Terminated on SIGTERM, which otherwise ends the process without a word; the old handler comes back.
+
+    Modules that are being imported may catch it (numpy's lazy submodules do). Nothing is being written then, so the
+    process ends at once; it also does at a second SIGTERM.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        yield
+        return
+
+    asked: list[int] = []
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if len(asked) > 1 or _importing(frame):
+            if local_rank() == 0:
+                os.write(2, f"{_stopped('terminated', resumes)}\n".encode())
+            os._exit(143)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Return whether a module is being imported in ``frame`` or in one that called it."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextlib.contextmanager

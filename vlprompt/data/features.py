@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlprompt._files import canonical_json, leftovers, locked, open_regular, replacing, sha256_tensors, sha256_text
+from vlprompt._finite import check_finite
 from vlprompt.data.batches import ImageBatches, make_loader
 from vlprompt.data.pixel_cache import PixelCache
 from vlprompt.data.samplers import Key
 from vlprompt.data.tally import count_encoded
 from vlprompt.data.transforms import Transform
 from vlprompt.datasets.records import Sample
-from vlprompt.errors import ConfigError, DataError
+from vlprompt.errors import ConfigError, DataError, NotFiniteError
 
 SCHEMA = "vlprompt features 2"
 LOCKS = ".locks"
@@ -75,6 +76,7 @@ class FeatureStore:
 
         Raises:
             DataError: If the folder cannot be written.
+            NotFiniteError: A feature is not finite; nothing is stored.
         """
         return self.rows(key, lambda: Rows(compute())).features
 
@@ -105,6 +107,9 @@ class FeatureStore:
             self.encoded += number
             count_encoded(number)
             computed = computed._replace(features=computed.features.detach().cpu().contiguous())
+            check_finite(
+                {"features": computed.features}, "encoding", "Compute in full precision: --backbone.precision fp32"
+            )
             self._write(path, text, computed)
             return read_entry(path, text) or computed
 
@@ -224,6 +229,7 @@ def encode_all(
 
     Raises:
         DataError: If an image cannot be decoded, unless ``images.skip``, or no image can be decoded.
+        NotFiniteError: A feature is not finite.
     """
     keys: list[Key] = [(epoch, index) for index in range(len(images))]
     blocks, read = [], []
@@ -231,7 +237,14 @@ def encode_all(
         for batch in make_loader(images, keys, batch_size, workers):
             if len(batch["images"]):
                 normalised = images.cache.transform.finish(batch["images"].to(device))
-                blocks.append(encode(normalised).float().cpu())
+                features = encode(normalised).float().cpu()
+                if wrong := (~features.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist():
+                    first = images.cache.samples[batch["index"].tolist()[wrong[0]]].id
+                    raise NotFiniteError(
+                        f"features of {len(wrong)} of {len(features)} images of a batch are not finite, the first of "
+                        f"{first!r}. Compute in full precision: --backbone.precision fp32"
+                    )
+                blocks.append(features)
                 read += batch["index"].tolist()
     if not blocks:
         raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from vlprompt._files import parse_json, read_bytes, replacing, write_text
 from vlprompt.errors import ConfigError, HeadError
 
 LAST_CHECKPOINT = "last.ckpt"
+_PARTS: dict[str, type] = {
+    **{"state_dict": dict, "loops": dict, "epoch": int, "global_step": int},
+    **{"optimizer_states": list, "lr_schedulers": list, "callbacks": dict, "pytorch-lightning_version": str},
+}
+"""What a checkpoint of a training holds, as written by Lightning."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -24,8 +30,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write ``checkpoint`` atomically: if the process is killed, the previous file remains."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            torch.save(checkpoint, file)
+        data = io.BytesIO()  # torch reports a full disk as a RuntimeError
+        torch.save(checkpoint, data)
+        with replacing(path) as temporary:
+            temporary.write_bytes(data.getbuffer())
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint; only tensors and plain values are unpickled.
@@ -37,11 +45,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise HeadError(
-                f"the checkpoint {path} cannot be read ({type(error).__name__}); it is damaged or not vlprompt's. "
-                "Restart this run with --force."
+                f"the checkpoint {path} cannot be read ({type(error).__name__}); it is damaged or not vlprompt's"
             ) from error
-        if not isinstance(checkpoint, dict) or not {"state_dict", "epoch", "loops"} <= checkpoint.keys():
-            raise HeadError(f"the checkpoint {path} is not one of a training run. Restart this run with --force.")
+        if not isinstance(checkpoint, dict):
+            raise HeadError(f"the checkpoint {path} is not one of a training: it is a {type(checkpoint).__name__}")
+        wrong = [name for name, kind in _PARTS.items() if not isinstance(checkpoint.get(name), kind)]
+        if wrong:
+            raise HeadError(f"the checkpoint {path} is not one of a training: {', '.join(wrong)} missing or damaged")
+        if not all(isinstance(value, torch.Tensor) for value in checkpoint["state_dict"].values()):
+            raise HeadError(f"the checkpoint {path} is not one of a training: state_dict holds more than tensors")
         return checkpoint
 
 

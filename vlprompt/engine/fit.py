@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import shlex
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,13 +17,15 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
+from vlprompt._dist import check_launcher
 from vlprompt.config.run import BackboneConfig, RecipeConfig, TrainerConfig
 from vlprompt.engine.callbacks import LAST_CHECKPOINT, AtomicCheckpointIO, MetricsFile, last_checkpoint_callback
 from vlprompt.engine.metrics import plain_score, score
-from vlprompt.engine.module import PromptModule
-from vlprompt.errors import ConfigError
+from vlprompt.engine.module import FrozenInside, PromptModule
+from vlprompt.errors import ConfigError, HeadError
 
 METRICS = "metrics.jsonl"
 
@@ -42,6 +47,8 @@ def make_trainer(
         ConfigError: A logger is not installed, or there are fewer devices than requested.
     """
     check_devices(config)
+    # Chosen here: Lightning would take Slurm's variables, which every job has, for those of processes that it started.
+    environment = TorchElasticEnvironment() if TorchElasticEnvironment.detect() else LightningEnvironment()
     strategy: Any = "auto"
     if config.devices > 1:
         # Every step uses all trainable parameters, and the frozen backbone has no buffers to broadcast.
@@ -59,7 +66,7 @@ def make_trainer(
             max_epochs=epochs,
             logger=_loggers(config, folder) or False,
             callbacks=[*standard, *callbacks],
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(), environment],
             enable_progress_bar=config.progress,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -72,7 +79,17 @@ def make_trainer(
 
 
 def check_devices(config: TrainerConfig) -> None:
-    """Raise ConfigError if this machine lacks the accelerator or the number of GPUs that ``config`` requests."""
+    """Raise ConfigError if this machine lacks the accelerator or the number of GPUs that ``config`` requests.
+
+    Variables that a launcher left in the environment are refused, too (:func:`vlprompt._dist.check_launcher`).
+    """
+    check_launcher(config.devices)
+    if (tasks := os.environ.get("SLURM_NTASKS", "1")) != "1":
+        warnings.warn(
+            f"SLURM_NTASKS is {tasks}, and this command is one task with {config.devices} process(es); the number of "
+            "processes is --trainer.devices",
+            stacklevel=2,
+        )
     gpus = torch.cuda.device_count()
     if config.accelerator == "gpu" and not gpus:
         raise ConfigError("trainer.accelerator is 'gpu' but torch sees no GPU here; use --trainer.accelerator cpu")
@@ -112,11 +129,53 @@ def _loggers(config: TrainerConfig, folder: Path) -> list[Logger]:
     return loggers
 
 
-def fit(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, folder: Path) -> None:
-    """Fit ``module``, resuming from the last checkpoint in ``folder`` if there is one."""
+def fit(
+    trainer: pl.Trainer,
+    module: FrozenInside,
+    data: pl.LightningDataModule,
+    folder: Path,
+    inputs_sha256: str | None = None,
+) -> None:
+    """Fit ``module``, resuming from the last checkpoint in ``folder`` if there is one.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        data: Its data.
+        folder: The run folder.
+        inputs_sha256: SHA-256 of the inputs of the training; a checkpoint of other inputs is refused.
+
+    Raises:
+        HeadError: The checkpoint is damaged, not finite, or that of another training.
+    """
     last = folder / LAST_CHECKPOINT
-    with quiet(), _interruptible(trainer):
+    if last.exists() and not last.is_file():
+        raise HeadError(f"{last} is no file; move it aside: mv {shlex.quote(str(last))} {shlex.quote(f'{last}.old')}")
+    module.inputs_sha256 = inputs_sha256
+    with quiet(), _interruptible(trainer), _restoring(last):
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+
+
+@contextmanager
+def _restoring(checkpoint: Path) -> Iterator[None]:
+    """Raise HeadError, with the command that moves ``checkpoint`` aside, if the Trainer cannot continue from it."""
+    try:
+        yield
+    except Exception as error:
+        if not _while_restoring(error):
+            raise
+        reason = str(error) if isinstance(error, HeadError) else f"{type(error).__name__}: {str(error)[:200]}"
+        raise HeadError(
+            f"the training cannot continue from {checkpoint}: {reason}\n"
+            f"To train from the beginning, move it aside: mv {shlex.quote(str(checkpoint))} "
+            f"{shlex.quote(f'{checkpoint}.old')}"
+        ) from error
+
+
+def _while_restoring(error: BaseException) -> bool:
+    """Return whether ``error`` was raised while the Trainer restored a checkpoint: a frame of its restoring code."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(Path(frame.f_code.co_filename).stem == "checkpoint_connector" for frame in frames)
 
 
 def test(trainer: pl.Trainer, module: PromptModule, data: pl.LightningDataModule) -> dict[str, Any]:
@@ -132,12 +191,13 @@ def test(trainer: pl.Trainer, module: PromptModule, data: pl.LightningDataModule
 
 @contextmanager
 def _interruptible(trainer: pl.Trainer) -> Iterator[None]:
-    """Raise KeyboardInterrupt on Ctrl-C, which the Trainer turns into an exit with status 1."""
+    """Raise KeyboardInterrupt on Ctrl-C, or the subclass that was raised: the Trainer exits with status 1 instead."""
     try:
         yield
-    except SystemExit:
+    except SystemExit as error:
         if trainer.interrupted:
-            raise KeyboardInterrupt from None
+            cause = error.__context__
+            raise (cause if isinstance(cause, KeyboardInterrupt) else KeyboardInterrupt()) from None
         raise
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlprompt.config.meta import MetaConfig
 from vlprompt.engine.module import FrozenInside
-from vlprompt.errors import ConfigError
+from vlprompt.errors import NotFiniteError
 from vlprompt.meta import Regulator, adapted, differentiable, inner_rates, task_loss
 from vlprompt.methods import PromptMethod
 
@@ -28,18 +28,33 @@ class MetaModule(FrozenInside):
         config: Settings of inner and outer training.
     """
 
+    advice = "Lower the rates: --meta.inner_lr, --meta.lr"
+
     def __init__(self, method: PromptMethod, regulator: Regulator | None, config: MetaConfig) -> None:
         super().__init__(method)
         self.regulator, self.config = regulator, config
+
+    def learned(self) -> dict[str, Tensor]:
+        """Return the learned tensors of method and regulator by name."""
+        state = {} if self.regulator is None else self.regulator.state_dict()
+        return super().learned() | {f"regulator.{name}": value for name, value in state.items()}
+
+    def may_be_infinite(self, name: str) -> bool:
+        """Return whether ``name`` is the bias of a gate, which is infinite in a regulator that starts open."""
+        return name.startswith("regulator.") and name.endswith("gate.bias")
+
+    def on_train_epoch_end(self) -> None:
+        """Check what is learned; the checkpoint is written afterwards."""
+        self.check_learned()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the query loss after the inner steps; log it and the support loss before them."""
         with differentiable(self.config.order):
             support, query = self.losses(batch)
         if not torch.isfinite(query):
-            raise ConfigError(
+            raise NotFiniteError(
                 f"the query loss is not finite at outer step {self.global_step} (support loss {float(support):g}). "
-                "Lower the rates: --meta.inner_lr, --meta.lr"
+                f"{self.advice}"
             )
         self.log_dict({"train/support": support, "train/query": query.detach()}, **_EVERY_EPOCH)
         self.log("loss", query.detach(), prog_bar=True, logger=False)
@@ -81,7 +96,7 @@ class MetaModule(FrozenInside):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _factor(self, step: int) -> float:
-        return 1 - step / self.config.steps if self.config.schedule == "linear" else 1.0
+        return max(1 - step / self.config.steps, 0.0) if self.config.schedule == "linear" else 1.0
 
 
 _EVERY_EPOCH: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": 1}

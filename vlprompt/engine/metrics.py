@@ -22,7 +22,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassStatScores
 from torchmetrics.functional.classification import binary_average_precision, multilabel_f1_score
 
-from vlprompt.errors import ConfigError, did_you_mean
+from vlprompt.errors import ConfigError, NotFiniteError, did_you_mean
 
 MULTICLASS: Mapping[str, str] = {"accuracy": "accuracy", "mean_per_class": "mean per-class accuracy"}
 MULTILABEL: Mapping[str, str] = {"map": "mAP", "map_11point": "11-point mAP"}
@@ -278,3 +278,13 @@ def plain_score(metric: str, values: Mapping[str, float]) -> dict[str, Any]:
 def score(correct: int, total: int) -> dict[str, float | int]:
     """Return ``{"accuracy": percent, "correct": n, "total": n}``."""
     return {"accuracy": 100 * correct / total, "correct": correct, "total": total}
+
+
+def checked_logits(logits: Tensor, method: str) -> Tensor:
+    """Return ``logits`` ``[B, C]``; raises NotFiniteError if one of them is not finite."""
+    if wrong := int((~logits.isfinite()).any(dim=-1).sum()):
+        raise NotFiniteError(
+            f"the scores of {wrong} of {len(logits)} images by {method} are not finite, so there is no accuracy. "
+            "Compute in full precision: --backbone.precision fp32 --trainer.precision 32-true"
+        )
+    return logits

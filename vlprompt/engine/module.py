@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vlprompt._finite import check_finite, not_finite
 from vlprompt._random import restored_random
 from vlprompt.config.run import RecipeConfig, epochs_and_steps
-from vlprompt.engine.metrics import MULTILABEL, headline, make_scores, plain_score
+from vlprompt.engine.metrics import MULTILABEL, checked_logits, headline, make_scores, plain_score
 from vlprompt.engine.recipe import learning_rate, make_optimizer
-from vlprompt.errors import ConfigError, HeadError
+from vlprompt.errors import ConfigError, HeadError, NotFiniteError, bulleted
 from vlprompt.methods import PromptMethod
 from vlprompt.methods.episodic import ViewsMethod
 
@@ -28,11 +30,55 @@ class FrozenInside(pl.LightningModule):
 
     Args:
         method: Any method.
+
+    Attributes:
+        inputs_sha256: SHA-256 of the inputs of the training, written into checkpoints; a checkpoint of other inputs is
+            refused. None: any checkpoint that fits is accepted.
     """
+
+    advice: ClassVar[str] = ""
+    """What to change if a tensor is no longer finite."""
 
     def __init__(self, method: PromptMethod) -> None:
         super().__init__()
         self.method = method
+        self.inputs_sha256: str | None = None
+
+    def learned(self) -> dict[str, Tensor]:
+        """Return the learned tensors by name."""
+        return self.method.trained_state()
+
+    def may_be_infinite(self, name: str) -> bool:
+        """Return whether infinity is a proper value of a learned tensor, here of none."""
+        return False
+
+    def check_learned(self) -> None:
+        """Raise NotFiniteError if a learned tensor or the state of an optimiser is not finite.
+
+        It is called at the end of an epoch, before the checkpoint is written, so the last one is finite.
+        """
+        tensors = {name: value for name, value in self.learned().items() if not self.may_be_infinite(name)}
+        for optimizer in self.trainer.optimizers:
+            for number, state in enumerate(optimizer.state.values()):
+                named = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+                tensors |= {f"optimiser, tensor {number}, {name}": value for name, value in named.items()}
+        check_finite(tensors, f"epoch {self.current_epoch} of {self.method.name}", self.advice)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the inputs of the training."""
+        checkpoint["inputs_sha256"] = self.inputs_sha256
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another training, and one with values that are not finite.
+
+        Raises:
+            HeadError: It is one of these.
+        """
+        if self.inputs_sha256 not in (None, checkpoint.get("inputs_sha256")):
+            raise HeadError("it was written by a training with other data, settings or weights")
+        state = checkpoint["state_dict"].items()
+        if lines := not_finite({name: value for name, value in state if not self.may_be_infinite(name)}):
+            raise HeadError(f"it holds values that are not finite:\n{bulleted(lines, limit=6)}")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the state without the frozen backbone."""
@@ -73,8 +119,9 @@ class PromptModule(FrozenInside):
 
     Args:
         method: Any method.
-        recipe: Optimiser, schedule and selected epoch. ``recipe.epochs`` is the length of the cosine and should equal
-            the trainer's. ``recipe.steps`` stops any trainer, which should have no limit of epochs (``max_epochs=-1``).
+        recipe: Optimiser, schedule and selected epoch. The training, and the cosine, are as long as the trainer's
+            ``max_epochs`` and ``max_steps`` say; ``recipe.epochs`` does not matter. ``recipe.steps`` stops any trainer
+            that does not stop earlier, also one without a limit (``max_epochs=-1``).
         metric: Metric of validation and test (:data:`vlprompt.engine.metrics.METRICS`): ``accuracy`` or
             ``mean_per_class`` for labels ``[B]``, ``map`` or ``map_11point`` for multi-hot labels ``[B, C]``.
 
@@ -82,13 +129,17 @@ class PromptModule(FrozenInside):
         ConfigError: A value of the recipe is not accepted, or the metric is unknown.
     """
 
+    advice = "Lower the learning rate (--recipe.lr) or train in full precision (--trainer.precision 32-true)."
+
     def __init__(self, method: PromptMethod, recipe: RecipeConfig | None = None, metric: str = "accuracy") -> None:
         super().__init__(method)
         self.metric = metric
+        self._given = recipe is not None
         self.recipe = recipe or RecipeConfig()
         self.scores = make_scores(metric, len(method.class_names))
         self.per_class: dict[str, list[int]] = {}  # of the last evaluation: correct and total, [C] each
         self.selected: Selected | None = None
+        self._ended = False
         self._validation: Any = None
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -104,10 +155,7 @@ class PromptModule(FrozenInside):
         loss = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(loss):
             values = ", ".join(f"{name} {float(term):g}" for name, term in terms.items())
-            raise ConfigError(
-                f"the loss is not finite in epoch {self.current_epoch} ({values}). "
-                "Lower the learning rate (--recipe.lr) or train in full precision (--trainer.precision 32-true)."
-            )
+            raise NotFiniteError(f"the loss is not finite in epoch {self.current_epoch} ({values}). {self.advice}")
         shown = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
         # ``scale`` turns the mean over processes into the mean over the global batch, for the gradient and the log.
         shown = {name: value.detach() * scale for name, value in shown.items()}
@@ -119,6 +167,10 @@ class PromptModule(FrozenInside):
         """End a resumed training that has made all its steps."""
         self._stop_after_steps()
 
+    def on_train_epoch_start(self) -> None:
+        """Note that the training goes on."""
+        self._ended = False
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """End the training after ``recipe.steps`` optimiser steps."""
         self._stop_after_steps()
@@ -127,43 +179,94 @@ class PromptModule(FrozenInside):
         if self.recipe.steps is not None and self.trainer.global_step >= self.recipe.steps:
             self.trainer.should_stop = True
 
+    def length(self) -> RecipeConfig:
+        """Return the recipe with the length of the training in the present trainer, in epochs or in steps.
+
+        Raises:
+            ConfigError: Neither the trainer nor the recipe limits the training.
+        """
+        recipe = self.recipe
+        try:
+            trainer = self.trainer
+        except RuntimeError:  # there is none yet
+            return recipe
+        epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None
+        limits = [steps for steps in (recipe.steps, trainer.max_steps) if steps is not None and steps >= 0]
+        if limits:
+            per_epoch = self._steps_per_epoch()
+            steps = min([*limits, *([] if epochs is None else [epochs * per_epoch])])
+            return replace(recipe, epochs=None, steps=max(steps, 1))
+        if epochs is None:
+            raise ConfigError(
+                "the Trainer has no limit of epochs (max_epochs is -1), so the schedule has no length; accepted: "
+                "max_epochs or max_steps of the Trainer, or recipe.steps"
+            )
+        return replace(recipe, epochs=max(epochs, 1))
+
     def on_train_epoch_end(self) -> None:
         """Call the method's objectives between epochs, then score the validation images if an epoch is selected.
 
         The checkpoint of the epoch is written afterwards.
         """
-        epochs = self.trainer.max_epochs
-        if self.recipe.steps is not None:
-            epochs, _ = epochs_and_steps(self.recipe, self._steps_per_epoch())
-        self.method.epoch_end(self.current_epoch, epochs or self.recipe.epochs or 1)
+        self.check_learned()
+        length = self.length()
+        epochs = length.epochs or epochs_and_steps(length, self._steps_per_epoch())[0]
+        self.method.epoch_end(self.current_epoch, epochs)
+        if self.current_epoch == epochs - 1:
+            self._end()
         if self.recipe.select == "best_val":
-            self._select()
+            scores = self._validated()
+            self.log(f"val/{self.metric}", headline(scores), rank_zero_only=False)
+            self._select(self.current_epoch, scores)
 
     def on_fit_end(self) -> None:
-        """Restore the parameters of the selected epoch."""
+        """Finish a training that was stopped early, and restore the parameters of the selected epoch."""
+        if not self._ended:
+            before = self.method.trained_state()
+            self._end()
+            after = self.method.trained_state()
+            if self.selected is not None and any(not torch.equal(before[name], after[name]) for name in after):
+                self._select(self.current_epoch - 1, self._validated())
         if self.selected is not None:
             self.method.load_trained_state(self.selected.state)
 
+    def _end(self) -> None:
+        """Call the method's objectives at the end of the training."""
+        self.method.train_end()
+        check_finite(self.learned(), f"the end of the training of {self.method.name}", self.advice)
+        self._ended = True
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the selected epoch so far."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["ended"] = self._ended
         if self.selected is not None:
             checkpoint["selected"] = vars(self.selected)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the selected epoch so far."""
-        selected = checkpoint.get("selected")
-        self.selected = None if selected is None else Selected(**selected)
+        """Restore the selected epoch so far.
 
-    def _select(self) -> None:
-        """Score the validation images; keep the parameters if they are better than those of all earlier epochs.
+        Raises:
+            HeadError: The checkpoint is that of another training, damaged, or not finite.
+        """
+        super().on_load_checkpoint(checkpoint)
+        selected = checkpoint.get("selected")
+        try:
+            self.selected = None if selected is None else Selected(**selected)
+            lines = [] if self.selected is None else not_finite(self.selected.state)
+        except (TypeError, AttributeError) as error:
+            raise HeadError("its selected epoch is damaged") from error
+        if lines:
+            raise HeadError(f"its selected epoch holds values that are not finite:\n{bulleted(lines, limit=6)}")
+        self._ended = bool(checkpoint.get("ended", False))
+
+    def _select(self, epoch: int, scores: dict[str, Any]) -> None:
+        """Keep the parameters after ``epoch`` if their validation ``scores`` are better than those of earlier epochs.
 
         Dassl does the same after every epoch (dassl/engine/trainer.py, after_epoch).
         """
-        scores = self._validated()
-        value = headline(scores)
-        self.log(f"val/{self.metric}", value, rank_zero_only=False)
-        if self.selected is None or value > headline(self.selected.scores):
-            self.selected = Selected(self.current_epoch, scores, self.method.trained_state())
+        if self.selected is None or headline(scores) > headline(self.selected.scores):
+            self.selected = Selected(epoch, scores, self.method.trained_state())
 
     def _validated(self) -> dict[str, Any]:
         """Return the scores of the validation images with the present parameters; nothing random is drawn."""
@@ -182,14 +285,20 @@ class PromptModule(FrozenInside):
             for batch in self._validation:
                 on_device = data.transfer_batch_to_device(batch, self.device, 0)
                 inputs, labels, _ = _unpack(data.on_after_batch_transfer(on_device, 0))
-                scores.update(self(inputs), labels)
+                scores.update(checked_logits(self(inputs), self.method.name), labels)
         self.method.train(training)
         values, _ = scores.score()
         return plain_score(self.metric, {name: float(value) for name, value in values.items()})
 
     def _steps_per_epoch(self) -> int:
         self.trainer.fit_loop.setup_data()
-        return -(-int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
+        batches = self.trainer.num_training_batches
+        if batches == float("inf"):
+            raise ConfigError(
+                "the loader does not say how many batches an epoch has, which a length in steps and a schedule by step "
+                "need; accepted: limit_train_batches of the Trainer"
+            )
+        return -(-int(batches) // self.trainer.accumulate_grad_batches)
 
     def configure_optimizers(self) -> Any:
         """Return the recipe's optimiser over the method's parameter groups, and its schedule.
@@ -202,7 +311,14 @@ class PromptModule(FrozenInside):
         groups = self.method.parameter_groups(self.recipe.lr)
         if not groups:
             raise ConfigError(f"method {self.method.name!r} has nothing to train; evaluate it without fit")
-        recipe, per_epoch = self.recipe, 1
+        recipe, per_epoch = self.length(), 1
+        if self._given and self.recipe.epochs is not None and recipe.epochs != self.recipe.epochs:
+            own = f"{recipe.steps} steps" if recipe.epochs is None else f"{recipe.epochs} epochs"
+            warnings.warn(
+                f"recipe.epochs is {self.recipe.epochs}, and the Trainer trains for {own}; the schedule follows the "
+                "Trainer",
+                stacklevel=2,
+            )
         if recipe.schedule == "step" or recipe.steps is not None:
             per_epoch = self._steps_per_epoch()
             check_warmup(recipe, per_epoch)
@@ -240,7 +356,7 @@ class PromptModule(FrozenInside):
         inputs, labels, _ = _unpack(batch)
         with torch.set_grad_enabled(self.method.needs.gradient):
             logits = self(inputs)
-        self.scores.update(logits.detach(), labels)
+        self.scores.update(checked_logits(logits.detach(), self.method.name), labels)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/accuracy`` in percent and the other measured values."""

@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlprompt._files import file_checksum, replacing, write_json
+from vlprompt._finite import check_finite
 from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.config.keys import as_plain
@@ -37,6 +39,8 @@ from vlprompt.methods import PromptMethod, create_method
 
 _LEARNABLE = "learnable."
 _SAME_MODEL = "pass the open_clip model that the head was trained on"
+_SAME_COSINE = 0.999
+"""Least cosine of a class weight with that of the learned tensors on another device; precisions are equal."""
 
 
 class Head(nn.Module):
@@ -196,6 +200,7 @@ class Head(nn.Module):
 
         Raises:
             HeadError: The folder holds other files, or cannot be written.
+            NotFiniteError: A learned tensor is not finite; what was there is unchanged.
         """
         # Resolved, so that a link to a head's folder remains a link and "." has a name.
         folder = Path(os.path.realpath(folder))
@@ -210,6 +215,7 @@ class Head(nn.Module):
             weights = self.method.text_features()
         tensors = {_LEARNABLE + name: value for name, value in self.method.head_state().items()}
         tensors["class_weights"] = weights.detach().float().cpu().contiguous()
+        check_finite(tensors, f"training {self.method.name}", f"No head was saved in {folder}.")
         with _writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             staging = folder.parent / f".{folder.name[:100]}.{secrets.token_hex(8)}"
@@ -300,10 +306,11 @@ def load_head(folder: str | Path, backbone: Backbone | None = None, *, device: s
             )
         learned = {name.removeprefix(_LEARNABLE): t for name, t in tensors.items() if name.startswith(_LEARNABLE)}
         method.load_head_state(learned)
+        method = method.to(backbone.device).eval()
         _check_weights(tensors, method)
     except (VlpromptError, TypeError) as error:  # TypeError: a setting with the name of an argument
         raise HeadError(f"the head in {folder} cannot be rebuilt: {error}") from error
-    return Head(method.to(backbone.device), config.training)
+    return Head(method, config.training)
 
 
 def learned_tensors(folder: str | Path, backbone: Backbone) -> tuple[dict[str, Tensor], HeadConfig]:
@@ -341,9 +348,9 @@ def _check_backbone(backbone: Backbone, config: HeadConfig, folder: Path) -> Non
 
 
 def _check_weights(tensors: dict[str, Tensor], method: PromptMethod) -> None:
-    """Raise HeadError unless ``tensors`` are finite and exactly the state of ``method`` and the class weights.
+    """Raise HeadError unless ``tensors`` are exactly the state of ``method``, and the class weights that it gives.
 
-    Tensors are float32, except those that a method packs.
+    Tensors are float32, except those that a method packs. Class weights may be computed on another device here.
     """
     expected = [len(method.class_names), method.class_dim]
     wrong = [f"{name}: unknown" for name in tensors if name != "class_weights" and not name.startswith(_LEARNABLE)]
@@ -355,8 +362,13 @@ def _check_weights(tensors: dict[str, Tensor], method: PromptMethod) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype != types.get(name, torch.float32):
             wrong.append(f"{name}: {tensor.dtype}, expected {types.get(name, torch.float32)}")
-        elif not bool(tensor.isfinite().all()):
-            wrong.append(f"{name}: holds values that are not finite")
+    if not wrong:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            given = F.normalize(method.text_features().float().cpu(), dim=-1)
+        cosines = (F.normalize(tensors["class_weights"], dim=-1) * given).sum(dim=-1)
+        if others := int((cosines < _SAME_COSINE).sum()):
+            wrong.append(f"class_weights: {others} of {len(given)} rows are not those of the learned tensors")
     if wrong:
         raise HeadError(f"{TENSOR_FILE} does not match the head:\n  " + "\n  ".join(wrong[:12]))
 

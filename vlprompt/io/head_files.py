@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vlprompt._files import file_checksum, parse_json, read_text
+from vlprompt._finite import not_finite
 from vlprompt.config.types import MaxLen, Name, Positive, validate, validated
-from vlprompt.errors import HeadError
+from vlprompt.errors import HeadError, bulleted
 
 SCHEMA = 1
 CONFIG_FILE, TENSOR_FILE = "config.json", "head.safetensors"
@@ -119,7 +120,7 @@ def read_tensors(folder: Path, config: HeadConfig) -> dict[str, Tensor]:
     """Return the tensors of a head whose :func:`read_config` is ``config``.
 
     Raises:
-        HeadError: The file is damaged or belongs to another head.
+        HeadError: The file is damaged or belongs to another head, or a value is not finite.
     """
     path = folder / TENSOR_FILE
     try:
@@ -135,4 +136,6 @@ def read_tensors(folder: Path, config: HeadConfig) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(path)
     except Exception as error:  # the checksum is right, so this is another kind of file
         raise HeadError(f"{path} is not a safetensors file: {str(error)[:200]}") from error
+    if lines := not_finite(tensors):
+        raise HeadError(f"{path} holds values that are not finite; train the head again:\n{bulleted(lines, limit=6)}")
     return tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlprompt._files import parse_json, replacing, sha256_tensors
+from vlprompt._finite import check_finite, not_finite
 from vlprompt._random import restored_random
 from vlprompt.errors import HeadError, VlpromptError, bulleted
 from vlprompt.meta import Regulator, RegulatorSettings
@@ -23,9 +25,14 @@ SCHEMA = "vlprompt regulator 1"
 
 
 def save_regulator(regulator: Regulator, folder: Path) -> Path:
-    """Write ``folder/regulator.safetensors`` atomically and return it."""
+    """Write ``folder/regulator.safetensors`` atomically and return it.
+
+    Raises:
+        NotFiniteError: A learned value is NaN, or infinite without an infinite ``gate_bias``.
+    """
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in regulator.state_dict().items()}
     settings = {**dataclasses.asdict(regulator.settings), "gate_bias": str(regulator.settings.gate_bias)}  # or "inf"
+    check_finite(_learned(tensors, regulator.settings), "meta-training", f"No regulator was saved in {folder}.")
     metadata = {
         "schema": SCHEMA,
         "settings": json.dumps(settings),
@@ -62,6 +69,8 @@ def load_regulator(folder: str | Path, method: PromptMethod) -> Regulator:
         with restored_random():
             regulator = Regulator(shapes, int(metadata["embed_dim"]), RegulatorSettings(**settings))
         regulator.load_state_dict(tensors)
+        if lines := not_finite(_learned(tensors, regulator.settings)):
+            raise HeadError(f"{path} holds values that are not finite; meta-train again:\n{bulleted(lines, limit=6)}")
     except VlpromptError:
         raise
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -87,6 +96,12 @@ def _check_shapes(shapes: Mapping[str, Any], method: PromptMethod, path: Path) -
             f"{path} does not match the prompts of this {method.name}:\n{bulleted(wrong, limit=8)}\n"
             "Use the method and settings of the meta-training."
         )
+
+
+def _learned(tensors: Mapping[str, Tensor], settings: RegulatorSettings) -> dict[str, Tensor]:
+    """Return ``tensors`` without the biases of gates that start wide open, which are infinite."""
+    opened = math.isinf(settings.gate_bias)
+    return {name: value for name, value in tensors.items() if not (opened and name.endswith("gate.bias"))}
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -285,6 +285,11 @@ class PromptMethod(nn.Module):
         for objective in self.active:
             objective.epoch_end(epoch, epochs)
 
+    def train_end(self) -> None:
+        """Run the objectives' actions at the end of the training; a second call changes nothing."""
+        for objective in self.active:
+            objective.train_end()
+
     def rate_factors(self) -> list[tuple[list[nn.Parameter], float]]:
         """Return parameters with a separate learning rate, and its factor on the common rate: the decomposition's."""
         decomposition = self.decomposition

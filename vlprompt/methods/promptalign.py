@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from vlprompt._finite import check_finite
 from vlprompt.config.types import Count, NonNegative, Positive, validated
 from vlprompt.errors import ConfigError
 from vlprompt.methods.episodic import TunedMethod
@@ -112,7 +113,13 @@ class PromptAlign(TunedMethod):
         return self._layers(), int(positions) + self.settings.context_length, int(width)
 
     def set_source(self, mean: Tensor, variance: Tensor) -> None:
-        """Set the source statistics ``[L, T, W]``, which belong to the initial prompts."""
+        """Set the source statistics ``[L, T, W]``, which belong to the initial prompts.
+
+        Raises:
+            NotFiniteError: They are not finite.
+        """
+        fix = "Compute in full precision: --backbone.precision fp32"
+        check_finite({"mean": mean, "variance": variance}, "the source statistics", fix)
         device = self.backbone.device
         self.source_mean, self.source_variance = mean.to(device), variance.to(device)
 

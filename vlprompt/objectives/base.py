@@ -144,6 +144,9 @@ class Objective(nn.Module):
     def epoch_end(self, epoch: int, epochs: int) -> None:
         """Hook for the end of training epoch ``epoch`` (from 0) of ``epochs``, after its last step."""
 
+    def train_end(self) -> None:
+        """Hook for the end of the training, after the last :meth:`epoch_end`; a second call changes nothing."""
+
     def refuse(self, why: str) -> None:
         """Raise ConfigError: the objective does not support the method, with the reason ``why``."""
         raise ConfigError(f"objective {self.name!r} cannot go with method {self.host.name!r}: {why}")

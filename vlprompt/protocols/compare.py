@@ -10,6 +10,7 @@ from typing import Any
 from vlprompt.config.yaml import shown
 from vlprompt.errors import ConfigError
 from vlprompt.runs.folder import RESULTS, read_json
+from vlprompt.runs.results import misfits
 from vlprompt.runs.selection import is_oracle
 
 # Keys in results.json and their names. They define the data protocol: results that differ here are not comparable.
@@ -101,8 +102,8 @@ def read_results(place: str | Path) -> dict[str, Any]:
     results = read_json(path)
     if results is None:
         raise ConfigError(f"{shown(str(place))} holds no {RESULTS}; give the folder of a finished run, or that file")
-    if not isinstance(results.get("data"), dict) or not isinstance(results.get("backbone"), dict):
-        raise ConfigError(f"{shown(str(place))} is no results file of a run: it lacks 'data' or 'backbone'")
+    if problems := misfits(results):
+        raise ConfigError(f"{shown(str(place))} is no results file of a run: {'; '.join(problems[:4])}")
     return results
 
 

@@ -25,7 +25,7 @@ from vlprompt.config.types import convert, field_hints, over_defaults, refusal
 from vlprompt.config.types import validate as validate_values
 from vlprompt.config.yaml import plain, shown, yaml_text
 from vlprompt.engine.metrics import METRICS, headline
-from vlprompt.errors import ConfigError, bulleted, did_you_mean
+from vlprompt.errors import ConfigError, NotFiniteError, bulleted, did_you_mean
 from vlprompt.methods import get_method_class
 from vlprompt.prompts import get_decomposition_class
 from vlprompt.runs.folder import RESULTS, config_sha256
@@ -65,7 +65,7 @@ class Search:
         for entry in self.selection["scores"]:
             values = [yaml_text(value, flow=True) for value in entry["values"].values()]
             chosen = "chosen" if entry["values"] == self.selection["chosen"] else ""
-            table.add_row(*values, score_text(entry["score"]), chosen)
+            table.add_row(*values, score_text(entry["score"]) if entry["score"] else "failed", chosen)
         reason = f"an oracle's choice: {self.selection['reason']}" if oracle else ""
         return render(table, title, reason) + "\n\n" + self.run.table(metrics)
 
@@ -81,7 +81,8 @@ def search(
 ) -> Search:
     """Train every candidate of ``grid``, choose the best on the split ``on``, and test it.
 
-    Scored candidates are reused and unfinished runs resumed, so the same call resumes where it stopped.
+    Scored candidates are reused and unfinished runs resumed, so the same call resumes where it stopped. A candidate
+    whose training or scores are not finite has failed; it has no score and is not chosen.
 
     Args:
         config: The base configuration of the candidates.
@@ -96,7 +97,8 @@ def search(
     Raises:
         ConfigError: Keys or values cannot be searched, there are no validation images, or the selection would use
             test images without ``oracle``.
-        VlpromptError: A single run fails.
+        NotFiniteError: All candidates failed.
+        VlpromptError: A single run fails for another reason.
     """
     session = Session(config)
     config = session.config
@@ -113,15 +115,25 @@ def search(
     _keep(folder, record(verdict, grid, [], {}))  # first, so that no result of the search lacks the record
     scores = []
     for (values, _), candidate in zip(candidates, configs, strict=True):
-        if verdict.on == "val":
-            candidate_score = validate(candidate, force=force, after=session)
-        else:
-            candidate_score = run(candidate, force=force, after=session).results["results"][config.data.classes]
-        scores.append({"values": values, "score": candidate_score})
+        entry: dict[str, Any] = {"values": values, "score": None}
+        try:
+            if verdict.on == "val":
+                entry["score"] = validate(candidate, force=force, after=session)
+            else:
+                done = run(candidate, force=force, after=session)
+                entry["score"] = done.results["results"][config.data.classes]
+        except NotFiniteError as error:
+            entry["failed"] = str(error)
+        scores.append(entry)
         if report is not None and is_main_process():
             words = ", ".join(f"{name} {yaml_text(value, flow=True)}" for name, value in values.items())
-            report(f"{words}: {score_text(candidate_score)}")
-    best = max(range(len(scores)), key=lambda index: headline(scores[index]["score"]))  # the first of equals
+            result = f"failed: {entry['failed'].splitlines()[0]}" if "failed" in entry else score_text(entry["score"])
+            report(f"{words}: {result}")
+    scored = [index for index, entry in enumerate(scores) if entry["score"] is not None]
+    if not scored:
+        lines = [f"{entry['values']}: {entry['failed']}" for entry in scores]
+        raise NotFiniteError(f"all {len(scores)} candidates failed:\n{bulleted(lines, limit=4)}")
+    best = max(scored, key=lambda index: headline(scores[index]["score"]))  # the first of equals
     selection = record(verdict, grid, scores, candidates[best][0])
     _keep(folder, selection)
     done = run(configs[best], after=session)

@@ -123,9 +123,7 @@ def opened(folder: Path, config: Mapping[str, Any], inputs: dict[str, str], *, f
             _set_aside(folder)
         _check_inputs(folder, inputs)
         _sweep(folder)
-        write_text(folder / CONFIG, yaml_text(config))
-        if not (folder / ENVIRONMENT).is_file():
-            write_json(folder / ENVIRONMENT, environment(config["seed"]) | {"inputs": inputs})
+        record_inputs(folder, config, inputs)
         ready = True
         _agree()
         yield
@@ -133,6 +131,13 @@ def opened(folder: Path, config: Mapping[str, Any], inputs: dict[str, str], *, f
         if not ready:
             _agree(refused=True)
         os.close(lock_file)
+
+
+def record_inputs(folder: Path, config: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+    """Write the configuration of a run into its folder, and its environment if that is not there."""
+    write_text(folder / CONFIG, yaml_text(config))
+    if not (folder / ENVIRONMENT).is_file():
+        write_json(folder / ENVIRONMENT, environment(config["seed"]) | {"inputs": dict(inputs)})
 
 
 def _hold(file: int, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -215,9 +216,16 @@ def meta_train(config: MetaRunConfig, *, force: bool = False) -> tuple[Path, dic
     session.load()
     clusters, words = session.clusters, session.words()
     folder, method, regulator = session.folder, session.method, session.regulator
+    inputs_sha256 = sha256_json(session.inputs())
     with opened(folder, as_plain(config), session.inputs(), force=force):
         known = None if force else read_json(folder / RESULTS)
         if known is not None:
+            if known.get("inputs_sha256", inputs_sha256) != inputs_sha256 or not isinstance(known.get("last"), dict):
+                path = folder / RESULTS
+                raise ConfigError(
+                    f"{path} is damaged, or holds the results of another run.\nTo make them again, move it aside: "
+                    f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')}"
+                )
             return folder, known
         if is_main_process():
             clusters.save(folder / CLUSTERS)
@@ -228,11 +236,12 @@ def meta_train(config: MetaRunConfig, *, force: bool = False) -> tuple[Path, dic
             trainer = make_trainer(
                 dataclasses.replace(config.trainer, accumulate=accumulate), folder, meta.steps // meta.save_every
             )
-            fit(trainer, MetaModule(method, regulator, meta), session.data(), folder)
+            fit(trainer, MetaModule(method, regulator, meta), session.data(), folder, inputs_sha256)
         results = {
             "schema": SCHEMA,
             "what": RECONSTRUCTION,
             "config": as_plain(config),
+            "inputs_sha256": inputs_sha256,
             "backbone": backbone_facts(session.backbone),
             "pairs": len(session.pairs),
             "tasks": words,
@@ -241,7 +250,12 @@ def meta_train(config: MetaRunConfig, *, force: bool = False) -> tuple[Path, dic
             "train": {"seconds": round(time.monotonic() - started, 1), "peak_mb": peak.megabytes},
         }
         if is_main_process():
-            facts = {"run": folder.name, "data": {"pairs": config.pairs.source}, "what": RECONSTRUCTION}
+            facts = {
+                "run": folder.name,
+                "inputs_sha256": inputs_sha256,
+                "data": {"pairs": config.pairs.source},
+                "what": RECONSTRUCTION,
+            }
             Head(method, facts).save_pretrained(folder / HEAD)
             if regulator is not None:
                 save_regulator(regulator, folder)

@@ -12,6 +12,7 @@ import torch
 
 from vlprompt.data.transforms import Transform, test_transform
 from vlprompt.datasets.images import IMAGE_SUFFIXES, FileSource
+from vlprompt.engine.metrics import checked_logits
 from vlprompt.errors import ConfigError, DataError, bulleted
 from vlprompt.io.head import load_head
 from vlprompt.runs.provenance import backbone_of
@@ -46,6 +47,7 @@ def predict(
         ConfigError: ``top`` is below 1.
         DataError: Files are missing or are not images; the text lists them, and nothing is predicted.
         HeadError: The head cannot be loaded.
+        NotFiniteError: A score is not finite.
     """
     if top < 1:
         raise ConfigError(f"--top is {top}; accepted: 1 or more")
@@ -66,7 +68,8 @@ def predict(
             if wrong:
                 continue  # nothing is predicted; only collect further unreadable images
             images = torch.stack([image for image in loaded if isinstance(image, torch.Tensor)])
-            probabilities = head(images.to(head.backbone.device)).softmax(dim=-1).cpu()
+            logits = checked_logits(head(images.to(head.backbone.device)), head.method.name)
+            probabilities = logits.softmax(dim=-1).cpu()
             best = probabilities.topk(min(top, len(head.class_names)), dim=-1)
             for path, values, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
                 classes = [

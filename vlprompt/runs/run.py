@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 
 from vlprompt._dist import is_main_process
 from vlprompt._files import write_json
+from vlprompt._finite import check_finite
 from vlprompt.backbone import Backbone
 from vlprompt.config.run import DataConfig, RunConfig, TrainerConfig
 from vlprompt.data.tally import tally
@@ -35,17 +37,18 @@ from vlprompt.runs.folder import (
     keep_split,
     opened,
     read_json,
+    record_inputs,
     shift_record,
     versions,
 )
 from vlprompt.runs.provenance import backbone_of, check_images, with_kept_split
+from vlprompt.runs.results import is_score, misfits
 from vlprompt.runs.selection import is_oracle, own_selection, selection_of
 from vlprompt.runs.session import Session, complete, device_of, use_of_test_images
 from vlprompt.runs.source import check_initialised, source_statistics
 from vlprompt.runs.tables import harmonic_mean, results_table
 
 SCHEMA = 1
-_RESULT_PARTS = {"method", "config", "backbone", "data", "results", "zeroshot", "train"}
 
 
 @dataclass
@@ -141,16 +144,17 @@ def run_session(session: Session, *, force: bool = False) -> Run:
     session.check_selection()
     if session.trains:
         check_trainable(method, metric_of(task))
-    with opened(folder, session.plain, session.inputs(), force=force), tally() as images:
+    inputs, inputs_sha256 = session.inputs(), session.inputs_sha256()
+    with opened(folder, session.plain, inputs, force=force), tally() as images:
         keep_split(folder, session.drawn)
-        known = None if force else _finished(folder)
+        known = None if force else _finished(session, inputs_sha256)
         if known is not None:
-            _load_trained(method, folder)
+            _load_trained(method, folder, inputs_sha256)
             return Run(folder, known, reused=True)
         started = time.monotonic()
         with peak_memory(method.backbone.device) as peak:
             source = source_statistics(session)
-            trainer, selected = _trained(session)
+            trainer, selected = _trained(session, inputs_sha256)
         trained: dict[str, Any] = {
             "epochs": len(read_metrics(folder / METRICS)),
             "steps": trainer.global_step,
@@ -165,6 +169,7 @@ def run_session(session: Session, *, force: bool = False) -> Run:
             "method": config.method,
             "config": session.plain,
             "config_sha256": session.sha256,
+            "inputs_sha256": inputs_sha256,
             "backbone": backbone_facts(method.backbone),
             "data": data_record(task, method.backbone, config.data.transform) | session.order_record(),
             "versions": versions(),
@@ -177,20 +182,25 @@ def run_session(session: Session, *, force: bool = False) -> Run:
             "train": {**trained, "peak_mb": peak.megabytes},
             **source,
         }
-        facts = {"run": folder.name, "data": task.describe()}
+        facts = {"run": folder.name, "inputs_sha256": inputs_sha256, "data": task.describe()}
         if used := use_of_test_images(method):
             results["test_images"] = facts["test_images"] = used
         if chosen := own_selection(method) or selection_of(config.output):
             results["selection"] = chosen
             facts["selection"] = {"on": chosen["on"], "oracle": chosen["oracle"]}  # a head may be used without its run
         if is_main_process():
+            record_inputs(folder, session.plain, inputs)  # again, in case the folder was removed in the meantime
             Head(method, facts).save_pretrained(folder / HEAD)
             write_json(folder / RESULTS, results)  # last, because it marks the run as finished
         return Run(folder, results)
 
 
-def _trained(session: Session) -> tuple[pl.Trainer, Selected | None]:
+def _trained(session: Session, inputs_sha256: str) -> tuple[pl.Trainer, Selected | None]:
     """Train the session's method in place, resuming if possible.
+
+    Args:
+        session: The session.
+        inputs_sha256: Its :meth:`~vlprompt.runs.session.Session.inputs_sha256` before the training.
 
     Returns:
         The Trainer, for testing, and the epoch whose parameters the method has, if one was selected.
@@ -206,9 +216,10 @@ def _trained(session: Session) -> tuple[pl.Trainer, Selected | None]:
     selected = None
     if isinstance(method, FittedMethod):
         method.fit(session.shots())
+        check_finite(method.trained_state(), f"fitting {method.name}", "Change its settings: --settings.*")
     elif session.trains:
         module = PromptModule(method, config.recipe, metric_of(session.task))
-        fit(trainer, module, session.data(method, session.task), session.folder)
+        fit(trainer, module, session.data(method, session.task), session.folder, inputs_sha256)
         selected = module.selected
     method.eval()
     return trainer, selected
@@ -233,33 +244,56 @@ def validate(config: RunConfig, *, force: bool = False, after: Session | None = 
     session.check_selection()
     if session.trains:
         check_trainable(method, metric_of(task))
+    inputs_sha256 = session.inputs_sha256()
+    record = {"schema": SCHEMA, "inputs_sha256": inputs_sha256, "val_sha256": task.describe()["val_sha256"]}
     with opened(folder, session.plain, session.inputs(), force=force), tally():
         keep_split(folder, session.drawn)
         known = None if force else read_json(folder / VALIDATION)
-        if known is not None and known.get("val_sha256") == task.describe()["val_sha256"] and "val" in known:
+        if known is not None and known.items() >= record.items() and is_score(known.get("val")):
             return dict(known["val"])
         source_statistics(session)
-        trainer, _ = _trained(session)
+        trainer, _ = _trained(session, inputs_sha256)
         scores, _ = tested(session, trainer, method, task)
         if is_main_process():
-            content = {"schema": SCHEMA, "val_sha256": task.describe()["val_sha256"], "val": scores}
-            write_json(folder / VALIDATION, content)
+            write_json(folder / VALIDATION, {**record, "val": scores})
         return scores
 
 
-def _finished(folder: Path) -> dict[str, Any] | None:
-    """Return the results of a finished run, or None for an unfinished run."""
-    results = read_json(folder / RESULTS)
-    if results is not None and (results.get("schema") != SCHEMA or not _RESULT_PARTS <= results.keys()):
-        raise ConfigError(f"{folder / RESULTS} is damaged or of another version; start the run again with --force")
+def _finished(session: Session, inputs_sha256: str) -> dict[str, Any] | None:
+    """Return the results of a finished run, or None for an unfinished run.
+
+    Raises:
+        ConfigError: The results are damaged, or those of another run.
+    """
+    path = session.folder / RESULTS
+    results = read_json(path)
+    if results is None:
+        return None
+    problems = ["another version"] if results.get("schema") != SCHEMA else misfits(results)
+    own = {"inputs_sha256": inputs_sha256} if "inputs_sha256" in results else {"config_sha256": session.sha256}
+    if not problems and not results.items() >= own.items():
+        problems = ["it holds the results of another run"]
+    if problems:
+        raise ConfigError(
+            f"{path} cannot be used: {'; '.join(problems[:4])}.\nTo score the run again, move it aside: "
+            f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')}"
+        )
     return results
 
 
-def _load_trained(method: PromptMethod, folder: Path) -> None:
+def _load_trained(method: PromptMethod, folder: Path, inputs_sha256: str) -> None:
     try:
         trained = load_head(folder / HEAD, method.backbone)
+        facts = trained.training_facts
+        own = {"inputs_sha256": inputs_sha256} if "inputs_sha256" in facts else {"run": folder.name}
+        if not facts.items() >= own.items():
+            raise HeadError(f"{folder / HEAD} is the head of another run, {str(facts.get('run'))[:200]!r}")
     except HeadError as error:
-        raise HeadError(f"the run is finished but its head cannot be used; redo it with --force.\n{error}") from error
+        path = folder / RESULTS
+        raise HeadError(
+            f"the run is finished but its head cannot be used: {error}\nTo make the head again, move the results "
+            f"aside: mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')}"
+        ) from error
     method.load_trained_state(trained.method.trained_state())
 
 

@@ -171,6 +171,10 @@ class Session:
             **{name: sha256_tensors(tensors, lambda name, tensor: name) for name, tensors in state.items()},
         }
 
+    def inputs_sha256(self) -> str:
+        """Return the SHA-256 of configuration and inputs, which binds checkpoints, heads and results to the run."""
+        return sha256_json([self.sha256, self.inputs()])
+
     @cached_property
     def device(self) -> str:
         """The device of this process."""
