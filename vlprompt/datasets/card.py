@@ -14,7 +14,7 @@ from pydantic import BeforeValidator
 from vlprompt.config.ensembles import ENSEMBLES
 from vlprompt.config.texts import ENSEMBLE, DataTexts
 from vlprompt.config.types import Count, Holds, Lines, MinLen, Name, Positive, validated
-from vlprompt.datasets.options import Inside, Named, OneOrMore, ReaderOptions, SplitJsonOptions
+from vlprompt.datasets.options import FolderOptions, Inside, Named, OneOrMore, ReaderOptions, SplitJsonOptions
 from vlprompt.datasets.paths import path_problem
 from vlprompt.datasets.records import class_name_problem
 from vlprompt.errors import ConfigError, did_you_mean
@@ -260,6 +260,11 @@ class Card:
     def multilabel(self) -> bool:
         """Whether an image may have several labels."""
         return self.task == "multilabel"
+
+    @property
+    def own(self) -> bool:
+        """Whether these are images of the user: a folder, or a data set made from one (``vlprompt data new``)."""
+        return "own" in self.group or (isinstance(self.options, FolderOptions) and not self.options.splits)
 
     @property
     def tests_only(self) -> bool:

@@ -82,6 +82,8 @@ def check(
             report.error("S15", str(error))
     if lists is not None:
         _check_images(card, lists, report, decode, hash_images)
+    if text := report.passed.text():
+        report.warn("S21", text)
     problems = report.problems
     if strict:
         problems = [Problem(entry.code, entry.text, entry.warning and entry.code != "S13") for entry in problems]
@@ -149,4 +151,5 @@ def _facts(card: Card, lists: SplitLists, report: Report) -> dict[str, Any]:
         "class_names_sha256": sha256_lines(lists.class_names),
         "content_sha256": lists.content_sha256() if not report.failed else None,
         "published": report.facts.get("published"),
+        "passed_over": report.passed.counts(),
     }

@@ -10,8 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlprompt._files import sha256_bytes
 from vlprompt.datasets.card import Card
-from vlprompt.datasets.images import decode_rgb
+from vlprompt.datasets.images import PLAIN, Reading, decode_rgb
 from vlprompt.datasets.options import ShardOptions
 from vlprompt.datasets.readers.missing import missing_text
 from vlprompt.datasets.readers.rows import Row, Rows
@@ -37,10 +38,17 @@ class ParquetSource:
     column: str
     group: int
     row: int
+    reading: Reading = PLAIN
 
     def open(self) -> Image:
         """Decode the image. Raises :class:`~vlprompt.errors.DataError` that names it."""
-        name = f"{self.path}, row {self.row} of group {self.group}"
+        return decode_rgb(self._bytes(), self._name(), self.reading)
+
+    def _name(self) -> str:
+        return f"{self.path}, row {self.row} of group {self.group}"
+
+    def _bytes(self) -> bytes:
+        name = self._name()
         try:
             data = _group(self.path, self.column, self.group, self._state())[self.row].as_py()
         except (DataError, MemoryError):
@@ -50,11 +58,19 @@ class ParquetSource:
         data = data.get("bytes") if isinstance(data, dict) else data
         if not isinstance(data, bytes):
             raise DataError(f"Image {name} is not in the file, only its name. Fetch a copy that includes the images.")
-        return decode_rgb(data, name)
+        return data
 
     def stamp(self) -> str:
         """Return size and modification time of the file, and the image's position in it."""
-        return f"{self._state()}-{self.group}-{self.row}"
+        return self.reading.stamped(f"{self._state()}-{self.group}-{self.row}")
+
+    def stored_bytes(self) -> int:
+        """Return the number of bytes of the image."""
+        return len(self._bytes())
+
+    def content(self) -> str:
+        """Return the SHA-256 of the image's bytes."""
+        return self.reading.stamped(sha256_bytes(self._bytes()))
 
     def _state(self) -> str:
         try:

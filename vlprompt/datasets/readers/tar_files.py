@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlprompt._files import sha256_text, write_text
-from vlprompt.datasets.images import decode_rgb
+from vlprompt._files import sha256_bytes, sha256_text, write_text
+from vlprompt.datasets.images import IMAGE_SUFFIXES, PLAIN, Reading, decode_rgb
+from vlprompt.datasets.passed import PassedOver
 from vlprompt.datasets.paths import path_problem
 from vlprompt.datasets.report import Report
 from vlprompt.errors import DataError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 #: Endings of members that are images.
-IMAGES = ("webp", "png", "jpg", "jpeg")
+IMAGES = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 MOST_SHARDS = 100_000
 #: Largest member that is read as a label or a text, in bytes.
 LARGEST_TEXT = 2**20
@@ -51,9 +52,13 @@ class ShardSource:
     offset: int
     size: int
     key: str
+    reading: Reading = PLAIN
 
     def open(self) -> Image:
         """Decode the image. Raises :class:`~vlprompt.errors.DataError` that names it."""
+        return decode_rgb(self._bytes(), f"{self.path}:{self.key}", self.reading)
+
+    def _bytes(self) -> bytes:
         name = f"{self.path}:{self.key}"
         try:
             # Opened for every image: an open file would share its position with forked workers and threads.
@@ -64,7 +69,7 @@ class ShardSource:
             raise DataError(f"Image {name} cannot be read: {error.strerror or error}.") from error
         if len(data) < self.size:
             raise DataError(f"Image {name} cannot be read: the shard is truncated. Fetch the shard again.")
-        return decode_rgb(data, name)
+        return data
 
     def stamp(self) -> str:
         """Return size and modification time of the shard, and the image's offset."""
@@ -72,7 +77,15 @@ class ShardSource:
             status = os.stat(self.path)
         except OSError as error:
             raise DataError(f"Shard {self.path} cannot be read: {error.strerror or error}.") from error
-        return f"{status.st_size}-{status.st_mtime_ns}-{self.offset}"
+        return self.reading.stamped(f"{status.st_size}-{status.st_mtime_ns}-{self.offset}")
+
+    def stored_bytes(self) -> int:
+        """Return the number of bytes of the image."""
+        return self.size
+
+    def content(self) -> str:
+        """Return the SHA-256 of the image's bytes."""
+        return self.reading.stamped(sha256_bytes(self._bytes()))
 
 
 class Member(NamedTuple):
@@ -109,17 +122,58 @@ def members(path: Path, name: str, texts: Sequence[str], report: Report) -> Iter
                     report.error("S04", f"{name}: {text}")
                 elif problem := path_problem(member_path):
                     report.error("S04", f"{name}: {problem}")
-                elif match := _MEMBER.match(member_path):
+                elif (match := _MEMBER.match(member_path)) is None:
+                    report.passed.add(f"{name}: {member_path}" if "/" not in member_path else member_path)
+                else:
                     if member.offset_data + member.size > size:
                         report.error("S01", f"{name} ends within {member.name}")
                         continue
                     ending = match[2].lower()
-                    wanted = ending in texts and member.size <= LARGEST_TEXT
+                    wanted = ending.rpartition(".")[2] in texts and member.size <= LARGEST_TEXT
                     stream = archive.extractfile(member) if wanted else None
                     data = None if stream is None else stream.read()
                     yield Member(member_path, match[1], ending, member.offset_data, member.size, data)
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError) as error:
         report.error("S01", f"shard {name} cannot be read as a plain tar file: {str(error)[:200]}")
+
+
+def by_key(path: Path, name: str, texts: Sequence[str], report: Report) -> dict[str, dict[str, Member]]:
+    """Return the images and texts of a shard by key and kind: ``image``, or the ending of a text; in the shard's order.
+
+    The key ends at the first dot of a file name, as in webdataset. A name with several dots, such as ``v1.3 rose.png``,
+    is an image of its own if a text has the same name up to the last dot; otherwise it is a further field of another
+    key (``0001.mask.png``). Further fields and members of other endings are counted as passed over.
+
+    Args:
+        path: The shard.
+        name: Name of the shard in problem texts.
+        texts: Endings, in lower case, of the members to read.
+        report: Collects the problems, among them a key that has two images or two texts of one ending (rule S11).
+    """
+    plain: dict[str, dict[str, Member]] = {}
+    dotted: dict[str, dict[str, Member]] = {}
+    others: list[Member] = []
+
+    for member in members(path, name, texts, report):
+        middle, dot, last = member.ending.rpartition(".")
+        kind = "image" if last in IMAGES else last
+        if kind != "image" and kind not in texts:
+            others.append(member)
+            continue
+        key = member.name[: -len(last) - 1] if dot else member.key
+        of_key = (dotted if dot else plain).setdefault(key, {})
+        if kind in of_key:
+            report.error("S11", f"{name}: {key} occurs twice ({member.ending})")
+        of_key[kind] = member
+    for key, kinds in dotted.items():
+        if "image" in kinds and len(kinds) > 1:
+            plain[key] = {kind: member._replace(key=key) for kind, member in kinds.items()}
+        else:
+            others += kinds.values()
+    for member in others:
+        report.passed.add(member.name, "." + member.ending)
+    # Keys of both forms in the order of their first members.
+    return dict(sorted(plain.items(), key=lambda item: min(member.offset for member in item[1].values())))
 
 
 def kept_index(
@@ -145,14 +199,31 @@ def kept_index(
     cache = os.environ.get("VLPROMPT_CACHE") or "~/.cache/vlprompt"
     file = Path(cache).expanduser() / "shards" / f"{key}.json"
     try:
-        return check(json.loads(file.read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        stored = json.loads(file.read_bytes())
+        index, passed = check(stored), _passed(stored["passed"])
+        report.passed.merge(*passed)
+        return index
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # missing or damaged: the shards are read again
-    before = len(report.problems)
-    content = read()
+    before, of_others = len(report.problems), report.passed
+    report.passed = PassedOver()
+    try:
+        content = read()
+    finally:
+        found, report.passed = report.passed, of_others
+        report.passed.merge(found.content(), found.litter)
+    content["passed"] = {"kinds": found.content(), "litter": found.litter}
     if len(report.problems) == before:
         _store(file, content)
     return content
+
+
+def _passed(value: Any) -> tuple[dict[str, tuple[int, str]], int]:
+    """Return the stored counts of members that were passed over; raises ValueError, KeyError or TypeError."""
+    kinds = {kind: (whole(number), example) for kind, (number, example) in value["kinds"].items()}
+    if not all(isinstance(example, str) for _, example in kinds.values()):
+        raise ValueError("an example is not a text")
+    return kinds, whole(value["litter"])
 
 
 def checked_place(value: Any, shards: int) -> tuple[int, int, int, str]:
