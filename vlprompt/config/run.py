@@ -5,6 +5,7 @@ Field names are the keys of configuration files and of ``--a.b value`` overrides
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import field, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -34,6 +35,10 @@ def _names_a_run(init_from: str) -> bool:
     return bool(init_from.removeprefix(GRAM))
 
 
+def _is_background(colour: str) -> bool:
+    return colour in ("white", "black", "none") or re.fullmatch("#[0-9a-f]{6}", colour) is not None
+
+
 @validated("backbone")
 class BackboneConfig:
     """The frozen CLIP model: ``name``, ``pretrained`` and ``precision`` as in :func:`vlprompt.load_backbone`."""
@@ -56,6 +61,10 @@ class DataConfig:
     ``order``: order of the test images for methods whose scores depend on it (TDA): a random order of ``seed``, as the
     official code draws one, or that of the data set's list, which is often sorted by class. ``statistics``: files of
     source statistics for methods that align with them (:func:`vlprompt.io.statistics.read_statistics`).
+    ``orientation``: an image is turned as its orientation ``tag`` says, or the tag is ignored (``ignore``).
+    ``background``: the colour behind transparent pixels, ``white``, ``black`` or ``#rrggbb``, or ``none`` for the
+    colours that are stored there, mostly black. None is ``tag`` and ``white`` for your own images, and ``ignore`` and
+    ``none``, the reading of the published protocols, for all other data sets.
     """
 
     name: Name = "demo"
@@ -75,6 +84,10 @@ class DataConfig:
     bank: Name | None = None
     order: TestOrder = "shuffled"
     statistics: tuple[Name, ...] = ()
+    orientation: Annotated[
+        Literal["tag", "ignore"] | None, Words("'tag', 'ignore', or null for the reading that the data set has")
+    ] = None
+    background: Annotated[str, Holds(_is_background, "white, black, none, or a colour such as '#80a0ff'")] | None = None
 
     def __post_init__(self) -> None:
         if self.cached_views and self.transform == "center":

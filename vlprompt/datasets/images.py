@@ -20,8 +20,8 @@ from vlprompt.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: File name suffixes, in lower case, that readers accept as images, whatever this Pillow can decode: which files a split
-#: has must not depend on what is installed.
+#: File name suffixes, in lower case, that readers accept as images, whatever this Pillow can decode: which files a
+#: split has must not depend on what is installed.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"),
     *(".jp2", ".avif", ".heic", ".heif"),
@@ -61,6 +61,8 @@ class Reading:
         return stamp if self == PLAIN else f"{stamp} {self.orientation} {self.background}"
 
 
+#: Colours that have names; ``none`` is the plain conversion.
+COLOURS: dict[str, str | None] = {"white": "#ffffff", "black": "#000000", "none": None}
 #: Pillow's plain conversion.
 PLAIN = Reading()
 #: Pixels as viewers show them: upright, on white.
@@ -86,6 +88,19 @@ class ImageSource(Protocol):
 S = TypeVar("S", bound=ImageSource)
 
 
+def reading_of(*, own: bool, orientation: str | None = None, background: str | None = None) -> Reading:
+    """Return the reading of a data set: ``AS_SEEN`` for images of the user, else ``PLAIN``, with the values given.
+
+    Args:
+        own: Whether these are images of the user.
+        orientation: ``tag`` or ``ignore``; ``None`` for the default.
+        background: ``white``, ``black`` or ``#rrggbb``; ``none`` for the plain conversion; ``None`` for the default.
+    """
+    default = AS_SEEN if own else PLAIN
+    colour = COLOURS.get(background, background) if background is not None else default.background
+    return Reading(default.orientation if orientation is None else orientation, colour)  # type: ignore[arg-type]
+
+
 def read_as(source: S, reading: Reading) -> S:
     """Return ``source`` with another reading; images in arrays, which have neither tags nor alpha, are unchanged."""
     inner = getattr(source, "source", None)
@@ -103,7 +118,7 @@ class FileSource:
 
     def open(self) -> Image:
         """Decode the file. Raises :class:`~vlprompt.errors.DataError` that names it."""
-        return decode_rgb(self._bytes(), self.path, self.reading)
+        return decode_rgb(*self.encoded(), self.reading)
 
     def stamp(self) -> str:
         """Return size and modification time."""
@@ -116,12 +131,13 @@ class FileSource:
 
     def content(self) -> str:
         """Return the SHA-256 of the file."""
-        return self.reading.stamped(sha256_bytes(self._bytes()))
+        return self.reading.stamped(sha256_bytes(self.encoded()[0]))
 
-    def _bytes(self) -> bytes:
+    def encoded(self) -> tuple[bytes, str]:
+        """Return the bytes of the file and its name."""
         try:
             with open(self.path, "rb") as stream:
-                return stream.read()
+                return stream.read(), self.path
         except OSError as error:
             raise DataError(f"Image {self.path} cannot be read: {error.strerror or error}.") from error
 
@@ -142,12 +158,15 @@ class ZipSource:
 
     def open(self) -> Image:
         """Decode the member. Raises :class:`~vlprompt.errors.DataError` that names it."""
+        return decode_rgb(*self.encoded(), self.reading)
+
+    def encoded(self) -> tuple[bytes, str]:
+        """Return the bytes of the member and its name."""
         name = f"{self.archive}:{self.member}"
         try:
-            data = _archive(self.archive, os.getpid()).read(self.member)
+            return _archive(self.archive, os.getpid()).read(self.member), name
         except (OSError, KeyError, zipfile.BadZipFile, ValueError) as error:
             raise DataError(f"Image {name} cannot be read: {error}.") from error
-        return decode_rgb(data, name, self.reading)
 
     def stamp(self) -> str:
         """Return size and checksum from the archive's table of contents."""
@@ -211,17 +230,18 @@ def decode_rgb(data: bytes, name: str, reading: Reading = PLAIN) -> Image:
     return converted
 
 
-def tag_and_alpha(data: bytes, name: str) -> tuple[bool, bool]:
+def tag_and_alpha(source: ImageSource) -> tuple[bool, bool]:
     """Return whether an image has an orientation tag that turns or mirrors it, and whether pixels are transparent.
 
-    Args:
-        data: The content of the file.
-        name: Name of the image in error messages.
+    Images that are not encoded files have neither.
 
     Raises:
-        DataError: As :func:`decode_rgb`.
+        DataError: As ``source.open()``.
     """
-    with _opened(data, name) as image:
+    inner = getattr(source, "source", source)
+    if not hasattr(inner, "encoded"):
+        return False, False
+    with _opened(*inner.encoded()) as image:
         transparent = _has_alpha(image) and image.convert("RGBA").getextrema()[3][0] < 255
         image.load()
         return _turn(image) is not None, transparent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from vlprompt._files import file_checksum, sha256_lines
 from vlprompt.datasets.card import Card
-from vlprompt.datasets.images import FileSource, ImageSource
+from vlprompt.datasets.images import FileSource, ImageSource, reading_of, tag_and_alpha
 from vlprompt.datasets.readers import new_report, read_into
 from vlprompt.datasets.readers.images import truncated_files
 from vlprompt.datasets.records import SPLITS, Sample, SplitLists, labels_of
@@ -95,6 +95,9 @@ def _check_images(card: Card, lists: SplitLists, report: Report, decode: bool, h
     sources = {sample.id: sample.source for split in SPLITS for sample in getattr(lists, split)}
     damaged = _undecodable(sources) if decode else truncated_files(sources.items())
     report.errors("S16", [f"{name}: {text}" for name, text in damaged])
+    if decode or card.own:
+        skipped = {name for name, _ in damaged}
+        report.facts["pixels"] = _pixels(card, [source for name, source in sources.items() if name not in skipped])
     if hash_images:
         report.problems += _shared_files(lists)
     shots = Counter(label for sample in lists.train for label in labels_of(sample))
@@ -122,6 +125,26 @@ def _undecodable(sources: dict[str, ImageSource]) -> list[tuple[str, str]]:
     # Pillow releases the GIL while it decodes.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return [problem for problem in pool.map(decode, sources.items()) if problem is not None]
+
+
+def _pixels(card: Card, sources: Sequence[ImageSource]) -> dict[str, Any]:
+    """Return how many images have an orientation tag and how many transparent pixels, and how both are read."""
+
+    def look(source: ImageSource) -> tuple[bool, bool]:
+        try:
+            return tag_and_alpha(source)
+        except DataError:
+            return False, False  # S16, with --decode
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        found = list(pool.map(look, sources))
+    reading = reading_of(own=card.own)
+    return {
+        "turned": sum(turned for turned, _ in found),
+        "transparent": sum(transparent for _, transparent in found),
+        "orientation": reading.orientation,
+        "background": reading.background,
+    }
 
 
 def _shared_files(lists: SplitLists) -> list[Problem]:
@@ -152,4 +175,5 @@ def _facts(card: Card, lists: SplitLists, report: Report) -> dict[str, Any]:
         "content_sha256": lists.content_sha256() if not report.failed else None,
         "published": report.facts.get("published"),
         "passed_over": report.passed.counts(),
+        "pixels": report.facts.get("pixels"),
     }

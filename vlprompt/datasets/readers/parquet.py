@@ -42,13 +42,11 @@ class ParquetSource:
 
     def open(self) -> Image:
         """Decode the image. Raises :class:`~vlprompt.errors.DataError` that names it."""
-        return decode_rgb(self._bytes(), self._name(), self.reading)
+        return decode_rgb(*self.encoded(), self.reading)
 
-    def _name(self) -> str:
-        return f"{self.path}, row {self.row} of group {self.group}"
-
-    def _bytes(self) -> bytes:
-        name = self._name()
+    def encoded(self) -> tuple[bytes, str]:
+        """Return the bytes of the image and its name."""
+        name = f"{self.path}, row {self.row} of group {self.group}"
         try:
             data = _group(self.path, self.column, self.group, self._state())[self.row].as_py()
         except (DataError, MemoryError):
@@ -58,7 +56,7 @@ class ParquetSource:
         data = data.get("bytes") if isinstance(data, dict) else data
         if not isinstance(data, bytes):
             raise DataError(f"Image {name} is not in the file, only its name. Fetch a copy that includes the images.")
-        return data
+        return data, name
 
     def stamp(self) -> str:
         """Return size and modification time of the file, and the image's position in it."""
@@ -66,11 +64,11 @@ class ParquetSource:
 
     def stored_bytes(self) -> int:
         """Return the number of bytes of the image."""
-        return len(self._bytes())
+        return len(self.encoded()[0])
 
     def content(self) -> str:
         """Return the SHA-256 of the image's bytes."""
-        return self.reading.stamped(sha256_bytes(self._bytes()))
+        return self.reading.stamped(sha256_bytes(self.encoded()[0]))
 
     def _state(self) -> str:
         try:

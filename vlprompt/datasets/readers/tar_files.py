@@ -56,9 +56,10 @@ class ShardSource:
 
     def open(self) -> Image:
         """Decode the image. Raises :class:`~vlprompt.errors.DataError` that names it."""
-        return decode_rgb(self._bytes(), f"{self.path}:{self.key}", self.reading)
+        return decode_rgb(*self.encoded(), self.reading)
 
-    def _bytes(self) -> bytes:
+    def encoded(self) -> tuple[bytes, str]:
+        """Return the bytes of the image and its name."""
         name = f"{self.path}:{self.key}"
         try:
             # Opened for every image: an open file would share its position with forked workers and threads.
@@ -69,7 +70,7 @@ class ShardSource:
             raise DataError(f"Image {name} cannot be read: {error.strerror or error}.") from error
         if len(data) < self.size:
             raise DataError(f"Image {name} cannot be read: the shard is truncated. Fetch the shard again.")
-        return data
+        return data, name
 
     def stamp(self) -> str:
         """Return size and modification time of the shard, and the image's offset."""
@@ -85,7 +86,7 @@ class ShardSource:
 
     def content(self) -> str:
         """Return the SHA-256 of the image's bytes."""
-        return self.reading.stamped(sha256_bytes(self._bytes()))
+        return self.reading.stamped(sha256_bytes(self.encoded()[0]))
 
 
 class Member(NamedTuple):
