@@ -8,7 +8,7 @@ import io
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -39,6 +39,8 @@ _BRANDS = {
 }
 #: Largest image that is decoded, in pixels: Pillow's bound, about 89 million.
 MAX_PIXELS = 89_478_485
+#: Images of at most this many bytes together are identified by their content: reading them takes a second.
+HASHED_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class ImageSource(Protocol):
 
 
 S = TypeVar("S", bound=ImageSource)
+T = TypeVar("T")
 
 
 def reading_of(*, own: bool, orientation: str | None = None, background: str | None = None) -> Reading:
@@ -107,6 +110,41 @@ def read_as(source: S, reading: Reading) -> S:
     if inner is not None:  # a variant of another image
         return replace(source, source=read_as(inner, reading))  # type: ignore[type-var, return-value]
     return replace(source, reading=reading) if hasattr(source, "reading") else source  # type: ignore[type-var]
+
+
+def stamps_of(sources: Sequence[ImageSource], *, skip: bool = False) -> tuple[list[str], str]:
+    """Return a stamp of every image, and what the stamps follow: ``content``, or ``size and time``.
+
+    Images of at most :data:`HASHED_BYTES` together are read and hashed. For more, a file that is exchanged for another
+    of the same size and time is not noticed.
+
+    Args:
+        sources: The images.
+        skip: Give unreadable images the stamp ``unreadable`` instead of raising.
+
+    Raises:
+        DataError: An image cannot be read.
+    """
+
+    def tried(read: Callable[[], T], otherwise: T) -> T:
+        try:
+            return read()
+        except DataError:
+            if not skip:
+                raise
+            return otherwise
+
+    total = 0
+    for source in sources:
+        total += tried(source.stored_bytes, 0)
+        if total > HASHED_BYTES:
+            return [tried(source.stamp, "unreadable") for source in sources], "size and time"
+    return [tried(source.content, "unreadable") for source in sources], "content"
+
+
+def stamps_record(followed: str) -> dict[str, str]:
+    """Return the part of a feature key that says what stamps follow; empty for sizes and times, as in older keys."""
+    return {"stamps": followed} if followed == "content" else {}
 
 
 @dataclass(frozen=True)

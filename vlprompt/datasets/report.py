@@ -26,7 +26,7 @@ RULES = {
     "S07": "labels have no gaps and all occur in train",
     "S08": "labels start at 0, not at 1",
     "S09": "one usable name per label",
-    "S10": "no two labels share a name",
+    "S10": "no two labels share a name, nor names that give the same prompt",
     "S11": "no image occurs twice",
     "S12": "no identical image files in train and test (--hash-images)",
     "S13": "sizes match the card",

@@ -14,6 +14,7 @@ from vlprompt._files import file_checksum, sha256_lines
 from vlprompt.datasets.card import Card
 from vlprompt.datasets.images import FileSource, ImageSource, reading_of, tag_and_alpha
 from vlprompt.datasets.readers import new_report, read_into
+from vlprompt.datasets.readers.checks import alike
 from vlprompt.datasets.readers.images import truncated_files
 from vlprompt.datasets.records import SPLITS, Sample, SplitLists, labels_of
 from vlprompt.datasets.report import Problem, Report
@@ -107,6 +108,8 @@ def _check_images(card: Card, lists: SplitLists, report: Report, decode: bool, h
         count = "1 class has" if len(short) == 1 else f"{len(short)} classes have"
         text = f"{count} fewer than {_MOST_SHOTS} training images, the fewest {fewest}; dassl-v1 takes all of them"
         report.warn("S17", text)
+    for group in alike(lists.class_names):
+        report.warn("S10", f"{group} give the same prompt, so that text cannot tell these classes apart")
     for name in lists.class_names:
         if ("/" in name or "\\" in name) and name not in card.classes.names:
             report.warn("S19", f"class name {name!r} has a path separator; it is kept for prompts")

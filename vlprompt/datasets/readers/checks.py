@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,19 @@ def check_names(names: Sequence[str], report: Report, card: Card) -> None:
                 report.warn("S10", text)
     if card.own and (text := identifiers(names)):
         report.warn("S22", text)
+
+
+def alike(names: Sequence[str]) -> list[str]:
+    """Return the groups of names that differ only in case, underscores, spaces or Unicode form.
+
+    This is the rule of CLIP's tokenizer without the tokenizer; methods compare token rows
+    (:func:`vlprompt.prompts.words.check_distinct`).
+    """
+    groups: dict[str, dict[str, None]] = {}
+    for name in names:
+        plain = " ".join(unicodedata.normalize("NFKC", name).replace("_", " ").lower().split())
+        groups.setdefault(plain, {})[name] = None
+    return [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
 
 
 def identifiers(names: Sequence[str]) -> str:

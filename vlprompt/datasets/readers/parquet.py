@@ -63,8 +63,8 @@ class ParquetSource:
         return self.reading.stamped(f"{self._state()}-{self.group}-{self.row}")
 
     def stored_bytes(self) -> int:
-        """Return the number of bytes of the image."""
-        return len(self.encoded()[0])
+        """Return the mean number of bytes of the images in the row group."""
+        return _bytes_per_row(self.path, self.column, self.group, self._state())
 
     def content(self) -> str:
         """Return the SHA-256 of the image's bytes."""
@@ -84,6 +84,21 @@ def _group(path: str, column: str, group: int, state: str) -> Any:
     del state
     with import_module("pyarrow.parquet").ParquetFile(path) as file:
         return file.read_row_group(group, columns=[column]).column(column)
+
+
+@functools.lru_cache(maxsize=256)
+def _bytes_per_row(path: str, column: str, group: int, state: str) -> int:
+    del state
+    try:
+        with import_module("pyarrow.parquet").ParquetFile(path) as file:
+            facts = file.metadata.row_group(group)
+    except MemoryError:
+        raise
+    except Exception as error:  # Arrow's errors have no common type
+        raise DataError(f"File {path} cannot be read: {str(error)[:200]}.") from error
+    chunks = [facts.column(number) for number in range(facts.num_columns)]
+    of_images = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column]
+    return int(sum(chunk.total_uncompressed_size for chunk in of_images)) // max(1, facts.num_rows)
 
 
 def read_parquet(card: Card, options: ShardOptions, split: str, base: Path, report: Report) -> Rows:

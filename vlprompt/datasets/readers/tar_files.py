@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlprompt._files import sha256_bytes, sha256_text, write_text
-from vlprompt.datasets.images import IMAGE_SUFFIXES, PLAIN, Reading, decode_rgb
+from vlprompt._files import file_checksum, sha256_bytes, sha256_text, write_text
+from vlprompt.datasets.images import HASHED_BYTES, IMAGE_SUFFIXES, PLAIN, Reading, decode_rgb
 from vlprompt.datasets.passed import PassedOver
 from vlprompt.datasets.paths import path_problem
 from vlprompt.datasets.report import Report
@@ -189,13 +189,18 @@ def kept_index(
     An index of shards with problems is not stored.
 
     Args:
-        shards: The files; their sizes and modification times are part of the key.
+        shards: The files; their content, or for more than 256 MB their sizes and times, is part of the key.
         about: Kind of the index, as JSON values; part of the key.
         check: Returns a stored index, or raises ValueError, KeyError or TypeError if it is damaged.
         read: Reads the shards and returns their index.
         report: Collects the problems.
     """
-    status = [(str(path), stat.st_size, stat.st_mtime_ns) for path in shards for stat in [path.stat()]]
+    found = [(path, path.stat()) for path in shards]
+    hashed = sum(stat.st_size for _, stat in found) <= HASHED_BYTES
+    status = [
+        (str(path), file_checksum(path)) if hashed else (str(path), stat.st_size, stat.st_mtime_ns)
+        for path, stat in found
+    ]
     key = sha256_text(json.dumps([*about, status]))
     cache = os.environ.get("VLPROMPT_CACHE") or "~/.cache/vlprompt"
     file = Path(cache).expanduser() / "shards" / f"{key}.json"
