@@ -34,7 +34,7 @@ _BRANDS = {
     b"avis": "AVIF needs Pillow 11.3 or later: pip install -U pillow",
     **dict.fromkeys(
         (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"),
-        "HEIC needs Pillow's plugin: pip install pillow-heif",
+        "HEIC needs Pillow's plugin: pip install pillow-heif (or vlprompt[heif])",
     ),
 }
 #: Largest image that is decoded, in pixels: Pillow's bound, about 89 million.
@@ -281,7 +281,8 @@ def tag_and_alpha(source: ImageSource) -> tuple[bool, bool]:
         return False, False
     with _opened(*inner.encoded()) as image:
         transparent = _has_alpha(image) and image.convert("RGBA").getextrema()[3][0] < 255
-        image.load()
+        if image.format == "TIFF":
+            image.load()  # Pillow turns it then, and removes the tag
         return _turn(image) is not None, transparent
 
 

@@ -79,7 +79,8 @@ def check_distinct(class_names: Sequence[str], tokens: Callable[[str], Sequence[
     ]
     if alike:
         warnings.warn(
-            f"class names have the same tokens, and text cannot tell their classes apart:\n{bulleted(alike, limit=10)}\nGive the classes other names, or merge them.",
+            "class names have the same tokens, and text cannot tell their classes apart:\n"
+            f"{bulleted(alike, limit=10)}\nGive the classes other names, or merge them.",
             stacklevel=4,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,11 +94,10 @@ def check(
 
 def _check_images(card: Card, lists: SplitLists, report: Report, decode: bool, hash_images: bool) -> None:
     sources = {sample.id: sample.source for split in SPLITS for sample in getattr(lists, split)}
-    damaged = _undecodable(sources) if decode else truncated_files(sources.items())
-    report.errors("S16", [f"{name}: {text}" for name, text in damaged])
+    damaged = dict(_undecodable(sources) if decode else truncated_files(sources.items()))
     if decode or card.own:
-        skipped = {name for name, _ in damaged}
-        report.facts["pixels"] = _pixels(card, [source for name, source in sources.items() if name not in skipped])
+        report.facts["pixels"] = _pixels(card, sources, damaged)
+    report.errors("S16", [f"{name}: {text}" for name, text in damaged.items()])
     if hash_images:
         report.problems += _shared_files(lists)
     shots = Counter(label for sample in lists.train for label in labels_of(sample))
@@ -130,17 +129,23 @@ def _undecodable(sources: dict[str, ImageSource]) -> list[tuple[str, str]]:
         return [problem for problem in pool.map(decode, sources.items()) if problem is not None]
 
 
-def _pixels(card: Card, sources: Sequence[ImageSource]) -> dict[str, Any]:
-    """Return how many images have an orientation tag and how many transparent pixels, and how both are read."""
+def _pixels(card: Card, sources: Mapping[str, ImageSource], damaged: dict[str, str]) -> dict[str, Any]:
+    """Return how many images have an orientation tag and how many transparent pixels, and how both are read.
 
-    def look(source: ImageSource) -> tuple[bool, bool]:
+    Images that cannot be opened are added to ``damaged``.
+    """
+
+    def look(source: ImageSource) -> tuple[bool, bool] | str:
         try:
             return tag_and_alpha(source)
-        except DataError:
-            return False, False  # S16, with --decode
+        except DataError as error:
+            return str(error)
 
+    names = [name for name in sources if name not in damaged]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        found = list(pool.map(look, sources))
+        looked = dict(zip(names, pool.map(look, map(sources.__getitem__, names)), strict=True))
+    damaged |= {name: facts for name, facts in looked.items() if isinstance(facts, str)}
+    found = [facts for facts in looked.values() if not isinstance(facts, str)]
     reading = reading_of(own=card.own)
     return {
         "turned": sum(turned for turned, _ in found),
