@@ -80,7 +80,7 @@ def sources(folder: Path, data: bytes) -> dict[str, ImageSource]:
     folder.mkdir(exist_ok=True)
     (folder / "x.png").write_bytes(data)
     (folder / "x.zip").write_bytes(zip_of({"x.png": data}))
-    (folder / "x.tar").write_bytes(tar_of({"x.png": data}))
+    (folder / "x.tar").write_bytes(tar_of({"x.png": data}, "w"))
     return {
         "file": FileSource(str(folder / "x.png")),
         "zip": ZipSource(str(folder / "x.zip"), "x.png"),

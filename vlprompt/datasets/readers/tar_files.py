@@ -124,7 +124,7 @@ def members(path: Path, name: str, texts: Sequence[str], report: Report) -> Iter
                 elif problem := path_problem(member_path):
                     report.error("S04", f"{name}: {problem}")
                 elif (match := _MEMBER.match(member_path)) is None:
-                    report.passed.add(f"{name}: {member_path}" if "/" not in member_path else member_path)
+                    report.passed.add(member_path)
                 else:
                     if member.offset_data + member.size > size:
                         report.error("S01", f"{name} ends within {member.name}")
