@@ -316,7 +316,7 @@ def _content(name: str, what: str) -> Any:
         status = path.stat()
         if status.st_size > _LARGEST:
             raise ConfigError(f"{what}: the file holds {status.st_size:,} bytes; accepted: at most {_LARGEST:,}")
-        return _parsed(path.read_bytes())
+        return _parsed(path, status.st_mtime_ns, status.st_size)
     except OSError as error:
         beside = [other.name for other in path.parent.glob("*.json")] if path.parent.is_dir() else []
         raise ConfigError(
@@ -328,9 +328,9 @@ def _content(name: str, what: str) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def _parsed(data: bytes) -> Any:
-    """Return the JSON value of a file's content."""
-    return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_distinct)
+def _parsed(path: Path, changed: int, size: int) -> Any:
+    """Return the value in ``path``; a changed file is read again."""
+    return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_distinct)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ _PROTOCOL: Mapping[str, str] = {
     "data.transform.train": "training transform",
     "data.transform.test": "test transform",
     "data.order": "order of the test images",
+    "data.pixels": "reading of orientation tags and transparency",
 }
 _OTHER: Mapping[str, str] = {
     "method": "method",
@@ -48,7 +49,15 @@ _OTHER: Mapping[str, str] = {
     "backbone.precision": "precision of the backbone",
     "backbone.fingerprint": "content of the weights",
 }
-_OPTIONAL = ("data.source", "data.target", "data.order", "selection.", "config.decomposition", "zeroshot_classifier.")
+_OPTIONAL = (
+    "data.source",
+    "data.target",
+    "data.order",
+    "data.pixels",
+    "selection.",
+    "config.decomposition",
+    "zeroshot_classifier.",
+)
 
 
 @dataclass(frozen=True)

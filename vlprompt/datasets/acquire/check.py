@@ -65,7 +65,7 @@ def check(
     hash_images: bool = False,
     strict: bool = False,
 ) -> Checked:
-    """Read a data set and collect all its problems (rules S01 to S20).
+    """Read a data set and collect all its problems (rules S01 to S22).
 
     Args:
         card: Its card, with the split to check.
