@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlprompt.datasets.card import Card, stated_class_names
-from vlprompt.datasets.images import MAX_PIXELS, FileSource, ImageSource
+from vlprompt.datasets.images import HASHED_BYTES, MAX_PIXELS, FileSource, ImageSource
 from vlprompt.datasets.options import TorchvisionOptions
 from vlprompt.datasets.paths import check_files, path_problem
 from vlprompt.datasets.readers.checks import check_names
@@ -272,8 +272,8 @@ class TorchvisionSource:
         return f"{_state(self.dataset, self.root, self.arguments)}-{self.index}"
 
     def stored_bytes(self) -> int:
-        """Return 0: the archives are published files, and :meth:`content` reads none of them."""
-        return 0
+        """Return more than are hashed: the files of many images are followed by their sizes and times."""
+        return HASHED_BYTES + 1
 
     def content(self) -> str:
         """Return :meth:`stamp`."""
