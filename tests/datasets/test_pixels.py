@@ -184,3 +184,12 @@ def test_arrays_have_neither_and_say_so(monkeypatch: pytest.MonkeyPatch, paint: 
     monkeypatch.setattr(tasks, "read_dataset", lambda card, root: lists)
     with pytest.raises(ConfigError, match="stored as arrays"):
         load_dataset("demo", orientation="tag")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"orientation": "up"}, {"orientation": True}, {"background": "blue"}, {"background": "#FFF"}, {"background": 3}],
+)
+def test_other_readings_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"data.{next(iter(values))} is .*accepted"):
+        load_dataset("demo", shots=1, **values)

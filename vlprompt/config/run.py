@@ -27,6 +27,7 @@ from vlprompt.errors import ConfigError
 
 Classes = Literal["all", "base", "new"]
 TestOrder = Literal["shuffled", "file"]
+BACKGROUNDS = "white, black, none, or a colour such as '#80a0ff'"
 GRAM = "gram:"
 """Prefix of ``RunConfig.init_from`` for a meta-training."""
 
@@ -35,8 +36,10 @@ def _names_a_run(init_from: str) -> bool:
     return bool(init_from.removeprefix(GRAM))
 
 
-def _is_background(colour: str) -> bool:
-    return colour in ("white", "black", "none") or re.fullmatch("#[0-9a-f]{6}", colour) is not None
+def is_background(colour: str) -> bool:
+    """Return whether ``colour`` is accepted for ``data.background``."""
+    named = isinstance(colour, str) and colour in ("white", "black", "none")
+    return named or (isinstance(colour, str) and re.fullmatch("#[0-9a-f]{6}", colour) is not None)
 
 
 @validated("backbone")
@@ -87,7 +90,7 @@ class DataConfig:
     orientation: Annotated[
         Literal["tag", "ignore"] | None, Words("'tag', 'ignore', or null for the reading that the data set has")
     ] = None
-    background: Annotated[str, Holds(_is_background, "white, black, none, or a colour such as '#80a0ff'")] | None = None
+    background: Annotated[str, Holds(is_background, BACKGROUNDS)] | None = None
 
     def __post_init__(self) -> None:
         if self.cached_views and self.transform == "center":

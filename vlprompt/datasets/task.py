@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from vlprompt._files import sha256_json, sha256_lines
+from vlprompt.config.run import BACKGROUNDS, is_background
 from vlprompt.config.texts import DataTexts
 from vlprompt.datasets.card import Card, Metric, describe
 from vlprompt.datasets.catalogue import find_card
@@ -225,6 +226,10 @@ def load_dataset(
         raise ClassNameError(f"data.template is {template!r}; it must contain {{}} exactly once, for the class name.")
     if sampler is not None:
         find_sampler(sampler)
+    if orientation not in (None, "tag", "ignore"):
+        raise ConfigError(f"data.orientation is {orientation!r}; accepted: 'tag' or 'ignore', or None.")
+    if background is not None and not is_background(background):
+        raise ConfigError(f"data.background is {background!r}; accepted: {BACKGROUNDS}.")
     reading = reading_of(own=card.own, orientation=orientation, background=background)
     whole = _read_as(read_dataset(card, root), reading)
     lists = _selected(card, whole, source, target)
@@ -281,7 +286,7 @@ def _read_as(lists: SplitLists, reading: Reading) -> SplitLists:
             f"data.orientation is {reading.orientation!r} and data.background {reading.background!r}, but these images "
             "are stored as arrays, without tags and transparency; omit both"
         )
-    return replace(lists, **read)
+    return replace(lists, train=read["train"], val=read["val"], test=read["test"])
 
 
 def _selected(card: Card, whole: SplitLists, source: Sequence[str], target: Sequence[str]) -> SplitLists:

@@ -589,8 +589,10 @@ def load_task(data: DataConfig, seed: int) -> FewShotTask:
 
 def _request(data: DataConfig, seed: int) -> dict[str, Any]:
     """Return ``data`` as arguments of :func:`~vlprompt.load_dataset`."""
-    names = ("name", "root", "shots", "classes", "template", "source", "target", "split", "sampler", "shots_file")
-    names += ("orientation", "background")
+    names = (
+        *("name", "root", "shots", "classes", "template", "source", "target", "split", "sampler", "shots_file"),
+        *("orientation", "background"),
+    )
     return {**{name: getattr(data, name) for name in names}, "seed": seed}
 
 

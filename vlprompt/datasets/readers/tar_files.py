@@ -156,7 +156,7 @@ def by_key(path: Path, name: str, texts: Sequence[str], report: Report) -> dict[
     others: list[Member] = []
 
     for member in members(path, name, texts, report):
-        middle, dot, last = member.ending.rpartition(".")
+        _, dot, last = member.ending.rpartition(".")
         kind = "image" if last in IMAGES else last
         if kind != "image" and kind not in texts:
             others.append(member)
@@ -195,13 +195,7 @@ def kept_index(
         read: Reads the shards and returns their index.
         report: Collects the problems.
     """
-    found = [(path, path.stat()) for path in shards]
-    hashed = sum(stat.st_size for _, stat in found) <= HASHED_BYTES
-    status = [
-        (str(path), file_checksum(path)) if hashed else (str(path), stat.st_size, stat.st_mtime_ns)
-        for path, stat in found
-    ]
-    key = sha256_text(json.dumps([*about, status]))
+    key = sha256_text(json.dumps([*about, _states(shards)]))
     cache = os.environ.get("VLPROMPT_CACHE") or "~/.cache/vlprompt"
     file = Path(cache).expanduser() / "shards" / f"{key}.json"
     try:
@@ -211,17 +205,29 @@ def kept_index(
         return index
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # missing or damaged: the shards are read again
-    before, of_others = len(report.problems), report.passed
-    report.passed = PassedOver()
+    before, of_others, found = len(report.problems), report.passed, PassedOver()
+    report.passed = found
     try:
         content = read()
     finally:
-        found, report.passed = report.passed, of_others
+        report.passed = of_others
         report.passed.merge(found.content(), found.litter)
     content["passed"] = {"kinds": found.content(), "litter": found.litter}
     if len(report.problems) == before:
         _store(file, content)
     return content
+
+
+def _states(shards: Sequence[Path]) -> list[tuple[str, str]]:
+    """Return for each shard a text that follows its content, or its size and time if it is large or unreadable."""
+    status = [path.stat() for path in shards]
+    states = [(str(path), f"{stat.st_size}-{stat.st_mtime_ns}") for path, stat in zip(shards, status, strict=True)]
+    if sum(stat.st_size for stat in status) > HASHED_BYTES:
+        return states
+    try:
+        return [(str(path), file_checksum(path)) for path in shards]
+    except OSError:  # the reader reports the problem
+        return states
 
 
 def _passed(value: Any) -> tuple[dict[str, tuple[int, str]], int]:
