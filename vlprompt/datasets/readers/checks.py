@@ -57,7 +57,7 @@ def alike(names: Sequence[str]) -> list[str]:
     """
     groups: dict[str, dict[str, None]] = {}
     for name in names:
-        plain = " ".join(unicodedata.normalize("NFKC", name).replace("_", " ").lower().split())
+        plain = " ".join(re.split(r"[\s_]+", unicodedata.normalize("NFKC", name).lower().strip(" _")))
         groups.setdefault(plain, {})[name] = None
     return [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
 
