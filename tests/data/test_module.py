@@ -122,10 +122,24 @@ def test_cached_features(task: FewShotTask, preprocess: Any, tmp_path: Path) -> 
     assert "images" in epoch(random)[0] and "features" in next(iter(random.test_dataloader()))
     build(fingerprint="g").prepare_data()
     assert sum(calls) == 42
-    source = Path(task.test[0].source.path)  # type: ignore[attr-defined]
-    os.utime(source, ns=(1, 1))  # a replaced file has other features
+    first, second = (Path(sample.source.path) for sample in task.test[:2])  # type: ignore[attr-defined]
+    os.utime(first, ns=(1, 1))
     build().prepare_data()
-    assert sum(calls) == 49
+    assert sum(calls) == 42, "the same content has the same features"
+    contents = first.read_bytes(), second.read_bytes()
+    for path, content in zip((second, first), contents, strict=True):
+        path.write_bytes(content)
+        os.utime(path, ns=(1, 1))
+    build().prepare_data()
+    assert sum(calls) == 49, "exchanged files have other features"
+
+
+def test_keys_say_what_they_follow(task: FewShotTask, preprocess: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [FewShotData(task, preprocess).feature_key("test")]
+    monkeypatch.setattr("vlprompt.datasets.images.HASHED_BYTES", 10)
+    keys.append(FewShotData(task, preprocess).feature_key("test"))
+    assert keys[0]["stamps"] == "content" and "stamps" not in keys[1]
+    assert keys[0]["samples_sha256"] != keys[1]["samples_sha256"]
 
 
 def test_features_need_a_fingerprint_and_an_encoder(task: FewShotTask, preprocess: Any) -> None:

@@ -161,10 +161,21 @@ def test_the_index_avoids_a_second_pass(tmp_path: Path, cache: Path, monkeypatch
 ENTRIES = (
     "[0, 1, 2]", '[7, 0, 9, "a", 0]', '[0, -1, 9, "a", 0]', '[0, 1, 9, "../a", 0]', '[0, 1, 9, "a", true]', "0", "{}",
 )  # fmt: skip
-DAMAGED = [f'{{"schema": 1, "entries": [{entry}], "widths": []}}' for entry in ENTRIES]
+NONE_PASSED = '"passed": {"kinds": {}, "litter": 0}'
+DAMAGED = [f'{{"schema": 2, "entries": [{entry}], "widths": [], {NONE_PASSED}}}' for entry in ENTRIES]
+DAMAGED += [
+    f'{{"schema": 2, "entries": [], "widths": [], "passed": {passed}}}'
+    for passed in (
+        "null",
+        "[]",
+        '{"kinds": {}}',
+        '{"kinds": {".x": 1}, "litter": 0}',
+        '{"kinds": {".x": [1, 2]}, "litter": 0}',
+    )
+]
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"schema": 1}', DAMAGED[0].replace("1", "0", 1), *DAMAGED])
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"schema": 2}', DAMAGED[0].replace("2", "1", 1), *DAMAGED])
 def test_a_damaged_index_is_replaced(damage: str, tmp_path: Path, cache: Path) -> None:
     card = by_hand(tmp_path, good())
     lists = read_dataset(card, tmp_path)
@@ -355,5 +366,5 @@ def test_the_index_is_json(tmp_path: Path, cache: Path) -> None:
     """The schema number must change with the format."""
     read_dataset(by_hand(tmp_path, good(3)), tmp_path)
     content = [json.loads(path.read_text()) for path in cache.iterdir()]
-    assert {tuple(index) for index in content} == {("schema", "entries", "widths")}
-    assert shards._SCHEMA == 1 and content[0]["entries"][0][0] == 0 and len(content[0]["entries"][0]) == 5
+    assert {tuple(index) for index in content} == {("schema", "entries", "widths", "passed")}
+    assert shards._SCHEMA == 2 and content[0]["entries"][0][0] == 0 and len(content[0]["entries"][0]) == 5

@@ -24,6 +24,7 @@ from vlprompt.datasets.acquire.download import _Job
 from vlprompt.datasets.acquire.transfer import Network
 from vlprompt.datasets.card import Card, Classes, Templates
 from vlprompt.datasets.catalogue import find_card, list_datasets
+from vlprompt.datasets.images import stamps_of
 from vlprompt.datasets.options import TorchvisionOptions
 from vlprompt.datasets.readers import read_dataset
 from vlprompt.datasets.readers import torchvision as reader
@@ -361,3 +362,8 @@ def test_downloads_go_to_the_folder_that_torchvision_reads(name: str, tmp_path: 
         target = job.target(source)
         if source.unpack is None and target is not None:
             assert target.parent == card.base(tmp_path) / home
+
+
+def test_stamps_of_arrays_do_not_claim_to_follow_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [sample.source for sample in read("mnist", tmp_path, monkeypatch).test[:2]]
+    assert stamps_of(sources) == ([source.stamp() for source in sources], "size and time")

@@ -284,9 +284,11 @@ def test_one_class_and_repeated_classes_are_served(
     single = make(tiny_backbone, name, own, ["cat"])
     assert single(images).shape == (6, 1)
     assert all(bool(term.isfinite()) for term in single.losses(images, LABELS * 0).values())
-    twice = make(
-        tiny_backbone, name, {**own, "class_specific": False} if "class_specific" in own else own, ["cat", "cat"]
-    )
+    shared = {**own, "class_specific": False} if "class_specific" in own else own
+    with pytest.warns(UserWarning, match="same tokens"):
+        twice = make(tiny_backbone, name, shared, ["cat", "CAT"])
+    with pytest.raises(ClassNameError, match="'cat': classes 0, 1"):
+        make(tiny_backbone, name, shared, ["cat", "cat"])
     with torch.no_grad():
         logits = score(twice, images)
         if not twice.needs.online:  # a stream's cache holds an image under one class, whichever name it goes by

@@ -200,10 +200,9 @@ def test_shards(source: str, tmp_path: Path, cache: Path, monkeypatch: pytest.Mo
         patch.setattr(tarfile, "open", lambda *_, **__: pytest.fail("a second pass"))
         assert load_pairs(tmp_path / source) == pairs
     for index in cache.iterdir():
-        for damage in ("{", '{"schema": 1}', '{"schema": 1, "entries": [[0, 0, 9, "a.png", ""]]}', '{"schema": 0}',
-                       '{"schema": 1, "entries": [[2, 0, 9, "a.png", ["x"]]]}',
-                       '{"schema": 1, "entries": [[0, 0, 9, "a.png", [""]]]}'):  # fmt: skip
-            index.write_text(damage)
+        for damage in ("", '[0, 0, 9, "a.png", ""]', '[2, 0, 9, "a.png", ["x"]]', '[0, 0, 9, "a.png", [""]]'):
+            passed = '"passed": {"kinds": {}, "litter": 0}'
+            index.write_text(f'{{"schema": 2, "entries": [{damage}], {passed}}}' if damage else "{")
             assert load_pairs(tmp_path / source) == pairs
 
 
@@ -236,7 +235,7 @@ def test_all_problems_of_shards_are_listed(tmp_path: Path, cache: Path) -> None:
         archive.addfile(link)
     write(tmp_path, bad__tar=stream.getvalue(), zipped__tar=tar_of(FIRST), cut__tar=tar_of(FIRST, "w")[:700])
     text = refused(
-        tmp_path, "bad.tar: a has no caption (.txt or .json)", "b has no image (webp", "h occurs twice", "S04",
+        tmp_path, "bad.tar: a has no caption (.txt or .json)", "b has no image (jpg", "h occurs twice", "S04",
         "'l.jpg' is a link", "shard zipped.tar cannot be read as a plain tar file", "cut.tar",
     )  # fmt: skip
     assert "e.txt: byte 0 is not UTF-8" in text and not cache.exists()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from vlprompt.errors import ClassNameError
 from vlprompt.prompts import check_class_names, words_of
+from vlprompt.prompts.words import check_distinct
 
 
 @pytest.mark.parametrize(
@@ -69,3 +70,26 @@ def test_visible_characters_always_make_a_name(names: list[str]) -> None:
 def test_underscores_become_spaces_in_prompts_only() -> None:
     assert words_of("sea_lake__big") == "sea lake  big"
     assert check_class_names(["sea_lake"]) == ["sea_lake"]
+
+
+def spelled(text: str) -> list[int]:
+    """Stand in for a tokenizer that ignores case and runs of spaces."""
+    return [ord(letter) for letter in " ".join(text.lower().split())]
+
+
+@pytest.mark.parametrize(
+    "names", [["sea_lake", "sea lake"], ["Cat", "dog", "cat"], ["a  b", "a b"], ["missile", "x", "Missile", "missile"]]
+)
+def test_names_of_equal_tokens_are_listed(names: list[str]) -> None:
+    with pytest.warns(UserWarning, match="class names have the same tokens") as caught:
+        check_distinct(names, spelled)
+    assert (
+        f"{names[0]!r} (class 0), {names[-1]!r} (class {len(names) - 1})" in str(caught[0].message) or len(names) == 4
+    )
+
+
+@pytest.mark.parametrize("names", [["cat", "cat"], ["a", "dog", "b", "dog"]])
+def test_exact_twins_are_refused_unless_they_are_published(names: list[str]) -> None:
+    with pytest.raises(ClassNameError, match=f"{names[-1]!r}: classes"):
+        check_distinct(names, spelled)
+    check_distinct(["missile", "sunglasses", "missile", "cat", "sunglasses"], spelled)

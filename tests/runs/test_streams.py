@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from vlprompt.config.run import RunConfig
 from vlprompt.errors import ConfigError
 from vlprompt.protocols.compare import compare
 from vlprompt.runs.dry_run import dry_run
+from vlprompt.runs.predict import predict
 from vlprompt.runs.run import evaluate_head, run
 from vlprompt.runs.session import Session
 
@@ -79,3 +81,14 @@ def test_a_stream_is_not_shared_by_processes(command: Callable[[RunConfig], obje
     config = tiny("tda", SMALL["tda"], batch_size=2)
     with pytest.raises(ConfigError, match="trainer.devices is 2, but tda sees its test images one after the other"):
         command(replace(config, trainer=replace(config.trainer, devices=2)))
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_predictions_of_a_stream_say_that_the_order_counts(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    done = run(tiny(name, SMALL[name]))
+    paths = [Path(str(getattr(sample.source, "path", ""))) for sample in Session(tiny(name, SMALL[name])).task.test[:3]]
+    with pytest.warns(UserWarning, match=f"{name} adapts to the images before: these 3 images are one stream"):
+        predict(done.head_dir, paths)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predict(done.head_dir, paths[:1])

@@ -19,7 +19,8 @@ vlprompt cache prune [--all] [--older-than DAYS] [--max-size SIZE] [--dry-run]
 Image features are computed once and stored in $VLPROMPT_CACHE/features, or ~/.cache/vlprompt/features. They can always
 be recomputed.
 
-  list              show the entries, most recently used first
+  list              show the entries, most recently used first. An entry follows the content of its images, or, for
+                    more than 256 MB of images, their sizes and times
   prune             remove damaged entries, those of other versions, and files of killed processes; and also:
   --all             every entry
   --older-than D    entries not used for D days
@@ -94,7 +95,7 @@ def _list() -> int:
 
     stored = entries(default_folder())
     if stored:
-        table = Table("entry", "data set", "split", "backbone", "view", "shape", box=None, pad_edge=False)
+        table = Table("entry", "data set", "split", "backbone", "view", "shape", "follows", box=None, pad_edge=False)
         table.add_column("size", justify="right")
         table.add_column("last used")
         for entry in stored:
@@ -107,6 +108,7 @@ def _list() -> int:
                 str(entry.key.get("backbone", "-"))[:12],
                 view,
                 "x".join(map(str, entry.shape)) or "-",
+                str(entry.key.get("stamps", "size and time" if entry.key else "-")),
                 size_text(entry.size),
                 time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used)),
             )

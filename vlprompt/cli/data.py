@@ -219,11 +219,26 @@ def _check(words: list[str]) -> int:
         )
         for text in problem_lines(report.problems, _SHOWN):
             show("  - " + text.replace("\n", "\n    "))
+        if text := _pixels_in_words(report.facts.get("pixels")):
+            show(f"  {text}")
         if report.failed:
             show("  " + report.remedy)
     if any(report.failed for report in reports):
         return 2
     return 1 if strict and any(report.problems for report in reports) else 0
+
+
+def _pixels_in_words(pixels: dict[str, Any] | None) -> str:
+    """Return how turned and transparent images are read; empty if there are none."""
+    parts = []
+    if pixels and pixels["turned"]:
+        how = "they are turned" if pixels["orientation"] == "tag" else "which is ignored, as published"
+        parts.append(f"{pixels['turned']:,} with an orientation tag ({how}; data.orientation)")
+    if pixels and pixels["transparent"]:
+        colour = pixels["background"]
+        how = f"read on {colour}" if colour else "read with the stored colours, as published"
+        parts.append(f"{pixels['transparent']:,} with transparent pixels ({how}; data.background)")
+    return f"images: {', '.join(parts)}" if parts else ""
 
 
 def _present(root: str | None) -> list[Card]:

@@ -125,7 +125,8 @@ Example: vlprompt compare runs/coop/demo/RUN runs/mocoop/demo/RUN
 PREDICT_HELP = """\
 vlprompt predict RUN IMAGE... [--top 5] [--backbone.KEY VALUE ...] [--device cpu] [--workers 4] [--json]
 
-Prints the most probable classes of image files, or of all images in folders.
+Prints the most probable classes of image files, or of all images in folders. Images are turned as their orientation
+tags say, and transparent pixels are white. Files of folders that are no images are counted.
 
   RUN               a run folder or a head folder
   IMAGE...          image files or folders

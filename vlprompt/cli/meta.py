@@ -68,7 +68,7 @@ def meta_train_command(words: list[str]) -> int:
     from vlprompt.runs.meta_run import inspect, meta_train
 
     if "inspect" in line.flags:
-        show(inspect(config))
+        show(str(inspect(config)))
         return 0
     folder, results = meta_train(config, force="force" in line.flags)
     last, train = results["last"], results["train"]

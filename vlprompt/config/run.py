@@ -5,6 +5,7 @@ Field names are the keys of configuration files and of ``--a.b value`` overrides
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import field, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -26,12 +27,19 @@ from vlprompt.errors import ConfigError
 
 Classes = Literal["all", "base", "new"]
 TestOrder = Literal["shuffled", "file"]
+BACKGROUNDS = "white, black, none, or a colour such as '#80a0ff'"
 GRAM = "gram:"
 """Prefix of ``RunConfig.init_from`` for a meta-training."""
 
 
 def _names_a_run(init_from: str) -> bool:
     return bool(init_from.removeprefix(GRAM))
+
+
+def is_background(colour: str) -> bool:
+    """Return whether ``colour`` is accepted for ``data.background``."""
+    named = isinstance(colour, str) and colour in ("white", "black", "none")
+    return named or (isinstance(colour, str) and re.fullmatch("#[0-9a-f]{6}", colour) is not None)
 
 
 @validated("backbone")
@@ -56,6 +64,10 @@ class DataConfig:
     ``order``: order of the test images for methods whose scores depend on it (TDA): a random order of ``seed``, as the
     official code draws one, or that of the data set's list, which is often sorted by class. ``statistics``: files of
     source statistics for methods that align with them (:func:`vlprompt.io.statistics.read_statistics`).
+    ``orientation``: an image is turned as its orientation ``tag`` says, or the tag is ignored (``ignore``).
+    ``background``: the colour behind transparent pixels, ``white``, ``black`` or ``#rrggbb``, or ``none`` for the
+    colours that are stored there, mostly black. None is ``tag`` and ``white`` for your own images, and ``ignore`` and
+    ``none``, the reading of the published protocols, for all other data sets.
     """
 
     name: Name = "demo"
@@ -75,6 +87,10 @@ class DataConfig:
     bank: Name | None = None
     order: TestOrder = "shuffled"
     statistics: tuple[Name, ...] = ()
+    orientation: Annotated[
+        Literal["tag", "ignore"] | None, Words("'tag', 'ignore', or null for the reading that the data set has")
+    ] = None
+    background: Annotated[str, Holds(is_background, BACKGROUNDS)] | None = None
 
     def __post_init__(self) -> None:
         if self.cached_views and self.transform == "center":

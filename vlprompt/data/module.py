@@ -23,6 +23,7 @@ from vlprompt.data.samplers import EvalSampler, TrainSampler
 from vlprompt.data.tally import count_skipped
 from vlprompt.data.transforms import PreprocessLike, Transform, check_kind, describe_transform
 from vlprompt.data.view_features import MultiViewFeatures, ViewEncoder, ViewRows, rows_or_error
+from vlprompt.datasets.images import stamps_of, stamps_record
 from vlprompt.datasets.records import SPLITS, Sample
 from vlprompt.datasets.task import FewShotTask
 from vlprompt.errors import ConfigError, DataError, did_you_mean
@@ -149,6 +150,7 @@ class FewShotData(pl.LightningDataModule):
         self._views: dict[tuple[str, str, int], ViewRows] = {}
         self._caches: dict[str, PixelCache] = {}
         self._stamps: dict[str, list[str]] = {}
+        self._followed: dict[str, str] = {}  # what the stamps of a split follow
 
     def prepare_data(self) -> None:
         """Compute the required features that are not stored (Lightning calls this in one process per machine)."""
@@ -203,13 +205,15 @@ class FewShotData(pl.LightningDataModule):
             split: ``train``, ``val`` or ``test``.
             view: Number of the random view; ``None`` for the test view.
         """
+        lines = self._lines(split)
         return {
             "backbone": self.fingerprint,
             "view": describe_transform(self.preprocess, "center" if view is None else self.transform),
             "dataset": self.task.name,
             "split": split,
             "split_sha256": self.task.split_sha256,
-            "samples_sha256": sha256_lines(self._lines(split)),
+            "samples_sha256": sha256_lines(lines),
+            **stamps_record(self._followed[split]),
             **({} if view is None else {"seed": self.seed, "epoch": view}),
         }
 
@@ -285,10 +289,12 @@ class FewShotData(pl.LightningDataModule):
     def _view_rows(self, split: str, views: RandomViews | GeneratedViews) -> ViewRows:
         samples, name = self._samples(split), (split, views.transform.kind, views.count)
         if name not in self._views:
+            lines = self._lines(split)
             facts = {"backbone": self.fingerprint, "dataset": self.task.name, "split": split}
+            facts |= stamps_record(self._followed[split])
             size = self.test_batch_size
             encoder = ViewEncoder(self.store, self._encoder(), facts, size, self.device, self._workers, self.skip)
-            rows = self._views[name] = encoder.rows(samples, self._lines(split), views)
+            rows = self._views[name] = encoder.rows(samples, lines, views)
             count_skipped(split, (samples[position].id for position in rows.missing))
         return self._views[name]
 
@@ -325,16 +331,10 @@ class FewShotData(pl.LightningDataModule):
     def _lines(self, split: str) -> list[str]:
         """Return a line for every sample that changes with its id and its bytes."""
         if split not in self._stamps:
-            self._stamps[split] = [f"{sample.id}\t{self._stamp(sample)}" for sample in self._samples(split)]
+            samples = self._samples(split)
+            stamps, self._followed[split] = stamps_of([sample.source for sample in samples], skip=self.skip)
+            self._stamps[split] = [f"{sample.id}\t{stamp}" for sample, stamp in zip(samples, stamps, strict=True)]
         return self._stamps[split]
-
-    def _stamp(self, sample: Sample) -> str:
-        try:
-            return sample.source.stamp()
-        except DataError:
-            if not self.skip:
-                raise
-            return "unreadable"
 
     def _labels(self, split: str) -> Tensor:
         return labels_of(self._samples(split), len(self.task.class_names), self.task.multilabel)

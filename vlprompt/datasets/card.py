@@ -265,6 +265,11 @@ class Card:
         return self.task == "multilabel"
 
     @property
+    def own(self) -> bool:
+        """Whether these are images of the user: a folder, or a data set made from one (``vlprompt data new``)."""
+        return "own" in self.group or (isinstance(self.options, FolderOptions) and not self.options.splits)
+
+    @property
     def tests_only(self) -> bool:
         """Whether the data set has no training images."""
         splits = getattr(self.options, "splits", {})

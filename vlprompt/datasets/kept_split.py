@@ -7,9 +7,9 @@ The file has the form of CoOp's split files. Images that are added to the folder
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
+from vlprompt._files import parse_json, read_text
 from vlprompt.datasets.records import SPLITS, SplitLists, labels_of
 from vlprompt.errors import DataError
 
@@ -34,10 +34,8 @@ def read_kept(path: Path) -> dict[str, str]:
         DataError: It cannot be read, or is not a split file.
     """
     try:
-        if os.path.getsize(path) > _LARGEST_FILE:
-            raise DataError(f"The kept split {path} is larger than {_LARGEST_FILE >> 20} MB, so it is none.")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(read_text(path, _LARGEST_FILE))
+    except (OSError, ValueError) as error:
         raise DataError(f"The kept split {path} cannot be read: {str(error)[:200]}.") from error
     parts = [content.get(split) if isinstance(content, dict) else None for split in SPLITS]
     kept: dict[str, str] = {}

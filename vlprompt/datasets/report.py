@@ -1,6 +1,6 @@
 """Problems of a data set, collected while it is read, each with the code of its rule.
 
-The rules S01 to S20 are listed in :data:`RULES`. Runs and ``vlprompt data check`` share the readers: a run raises after
+The rules S01 to S22 are listed in :data:`RULES`. Runs and ``vlprompt data check`` share the readers: a run raises after
 reading if there are errors, a check shows all problems.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from vlprompt.datasets.passed import PassedOver
 from vlprompt.errors import DataError
 
 _SHOWN = 20
@@ -25,7 +26,7 @@ RULES = {
     "S07": "labels have no gaps and all occur in train",
     "S08": "labels start at 0, not at 1",
     "S09": "one usable name per label",
-    "S10": "no two labels share a name",
+    "S10": "no two labels share a name, nor names that give the same prompt",
     "S11": "no image occurs twice",
     "S12": "no identical image files in train and test (--hash-images)",
     "S13": "sizes match the card",
@@ -36,6 +37,8 @@ RULES = {
     "S18": "a few-shot list belongs to this split",
     "S19": "class names have no path separators (they are kept for prompts)",
     "S20": "classes match the card, in its order",
+    "S21": "no file is passed over",
+    "S22": "class names are words, not numbers or identifiers",
 }
 
 
@@ -44,7 +47,7 @@ class Problem:
     """One problem of a data set.
 
     Attributes:
-        code: The rule, ``S01`` to ``S20``.
+        code: The rule, ``S01`` to ``S22``.
         text: What is wrong and where.
         warning: Whether the data can still be used.
     """
@@ -68,6 +71,8 @@ class Report:
     def __init__(self, subject: str, remedy: str) -> None:
         self.subject, self.remedy = subject, remedy
         self.problems: list[Problem] = []
+        #: Files that the reader does not use.
+        self.passed = PassedOver()
         #: Facts collected while reading, for ``vlprompt data check``.
         self.facts: dict[str, object] = {}
 
@@ -96,8 +101,9 @@ class Report:
         """Raise a :class:`~vlprompt.errors.DataError` if there are errors, else issue the warnings."""
         if self.failed:
             self.stop()
-        for problem in self.problems:
-            warnings.warn(f"{self.subject}: {problem.text}", stacklevel=3)
+        for text in [*(problem.text for problem in self.problems), self.passed.text()]:
+            if text:
+                warnings.warn(f"{self.subject}: {text}", stacklevel=3)
 
     def _text(self, problems: Sequence[Problem]) -> str:
         count = "1 problem" if len(problems) == 1 else f"{len(problems):,} problems"

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from vlprompt._files import sha256_json, sha256_lines, sha256_text
+from vlprompt.config.run import BACKGROUNDS, is_background
 from vlprompt.config.texts import DataTexts
 from vlprompt.datasets.card import Card, Metric, describe
 from vlprompt.datasets.catalogue import find_card
 from vlprompt.datasets.domains import domains_of, keep_domains
+from vlprompt.datasets.images import PLAIN, Reading, read_as, reading_of
 from vlprompt.datasets.readers import read_dataset
-from vlprompt.datasets.records import Sample, SplitLists, labels_of
+from vlprompt.datasets.records import SPLITS, Sample, SplitLists, labels_of
 from vlprompt.datasets.shot_lists import read_shot_list, use_shot_list
 from vlprompt.datasets.shots import (
     WHOLE,
@@ -53,6 +55,7 @@ class FewShotTask:
         whole: The task over all classes, from the same draw; None for that task itself.
         validation: Which samples of the validation list ``val`` holds, in words.
         lists: The complete data set, before any draw.
+        reading: How orientation tags and transparency are read.
     """
 
     name: str
@@ -76,6 +79,7 @@ class FewShotTask:
     whole: FewShotTask | None = field(default=None, repr=False, compare=False)
     validation: str = WHOLE
     lists: SplitLists | None = field(default=None, repr=False, compare=False)
+    reading: Reading = PLAIN
 
     @property
     def texts(self) -> DataTexts:
@@ -147,6 +151,7 @@ class FewShotTask:
             "reader": self.card.reader,
             "split": self.card.split,
             "metric": self.metric,
+            "pixels": asdict(self.reading),
             "classes": self.classes,
             "class_count": len(self.class_names),
             "class_names_sha256": sha256_lines(self.class_names),
@@ -180,6 +185,8 @@ def load_dataset(
     split: str | None = None,
     sampler: str | None = None,
     shots_file: str | Path | None = None,
+    orientation: Literal["tag", "ignore"] | None = None,
+    background: str | None = None,
 ) -> FewShotTask:
     """Read a data set and draw its few-shot task.
 
@@ -201,6 +208,10 @@ def load_dataset(
         sampler: Name of the sampler (:data:`vlprompt.datasets.shots.SAMPLERS`); ``None`` for the data set's default.
         shots_file: A few-shot list (:mod:`vlprompt.datasets.shot_lists`) instead of a draw; it also sets ``shots`` and
             ``seed``.
+        orientation: ``tag`` to turn images as their orientation tags say, ``ignore`` for the stored pixels.
+        background: Colour behind transparent pixels, ``white``, ``black`` or ``#rrggbb``; ``none`` for the stored ones.
+            Both have defaults: ``tag`` and ``white`` for your own images, ``ignore`` and ``none``, the reading of
+            published protocols, for other data sets.
 
     Raises:
         ConfigError: If a name is unknown, a value is out of range, or the domains leave nothing to train or test on.
@@ -209,7 +220,8 @@ def load_dataset(
     """
     request = {
         "root": root, "shots": shots, "seed": seed, "classes": "all", "template": template, "source": source,
-        "target": target, "split": split, "sampler": sampler, "shots_file": shots_file,
+        "target": target, "split": split, "sampler": sampler, "shots_file": shots_file, "orientation": orientation,
+        "background": background,
     }  # fmt: skip
     card = find_card(name).with_split(split)
     check_draw(shots, seed)
@@ -219,7 +231,12 @@ def load_dataset(
         raise ClassNameError(f"data.template is {template!r}; it must contain {{}} exactly once, for the class name.")
     if sampler is not None:
         find_sampler(sampler)
-    whole = read_dataset(card, root)
+    if orientation not in (None, "tag", "ignore"):
+        raise ConfigError(f"data.orientation is {orientation!r}; accepted: 'tag' or 'ignore', or None.")
+    if background is not None and not is_background(background):
+        raise ConfigError(f"data.background is {background!r}; accepted: {BACKGROUNDS}.")
+    reading = reading_of(own=card.own, orientation=orientation, background=background)
+    whole = _read_as(read_dataset(card, root), reading)
     lists = _selected(card, whole, source, target)
     if shots_file is not None:
         chosen = read_shot_list(Path(shots_file))
@@ -253,8 +270,29 @@ def load_dataset(
         request=request,
         validation=validation,
         lists=whole,
+        reading=reading,
     )
     return task if classes == "all" else task.half(cast(Literal["base", "new"], classes))
+
+
+def _read_as(lists: SplitLists, reading: Reading) -> SplitLists:
+    """Return ``lists`` with another reading of the images.
+
+    Raises:
+        ConfigError: If it is not the plain one, and the images are in arrays, which have neither tags nor alpha.
+    """
+    if reading == PLAIN:
+        return lists
+    read = {
+        split: [replace(sample, source=read_as(sample.source, reading)) for sample in getattr(lists, split)]
+        for split in SPLITS
+    }
+    if all(read[split] == getattr(lists, split) for split in SPLITS):
+        raise ConfigError(
+            f"data.orientation is {reading.orientation!r} and data.background {reading.background!r}, but these images "
+            "are stored as arrays, without tags and transparency; omit both"
+        )
+    return replace(lists, train=read["train"], val=read["val"], test=read["test"])
 
 
 def _selected(card: Card, whole: SplitLists, source: Sequence[str], target: Sequence[str]) -> SplitLists:

@@ -65,6 +65,14 @@ class VariantSource:
         """Return the stamp of the stored image and the variant."""
         return f"{self.source.stamp()}#{self.variant}"
 
+    def stored_bytes(self) -> int:
+        """Return the size of the stored image."""
+        return self.source.stored_bytes()
+
+    def content(self) -> str:
+        """Return the SHA-256 of the stored image and the variant."""
+        return f"{self.source.content()}#{self.variant}"
+
 
 def _moved(image: Image, generator: random.Random) -> Image:
     from PIL import Image, ImageEnhance

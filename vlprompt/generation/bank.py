@@ -23,11 +23,12 @@ from vlprompt._files import (
     read_bytes,
     read_text,
     sha256_bytes,
+    sha256_text,
     write_bytes,
     write_json,
     write_text,
 )
-from vlprompt.datasets.images import MAX_BYTES, FileSource, ImageSource, decode_rgb
+from vlprompt.datasets.images import MAX_BYTES, PLAIN, FileSource, ImageSource, decode_rgb, tag_and_alpha
 from vlprompt.errors import ConfigError, DataError, bulleted
 from vlprompt.generation.recipe import TOOL, Format, Recipe, read_recipe
 
@@ -51,9 +52,12 @@ def content_sha256(source: ImageSource) -> str:
     """
     if isinstance(source, FileSource):
         try:
-            return file_checksum(source.path)
+            digest = file_checksum(source.path)
         except OSError as error:
             raise DataError(f"Image {source.path} cannot be read: {error.strerror or error}.") from error
+        # Pictures are made of the pixels as they are read.
+        differs = source.reading != PLAIN and any(tag_and_alpha(source))
+        return sha256_text(source.reading.stamped(digest)) if differs else digest
     image = source.open()
     return sha256_bytes(f"RGB {image.width} {image.height}\n".encode() + image.tobytes())
 

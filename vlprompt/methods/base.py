@@ -20,7 +20,7 @@ from vlprompt.errors import ClassNameError, ConfigError, HeadError, bulleted
 from vlprompt.needs import Needs
 from vlprompt.objectives.base import Objective, Step, create_objective, objective_settings, objectives_in
 from vlprompt.prompts.decomposed import Decomposition, check_decomposition, create_decomposition, decompositions_in
-from vlprompt.prompts.words import check_class_names, words_of
+from vlprompt.prompts.words import check_class_names, check_distinct, words_of
 
 
 class PromptMethod(nn.Module):
@@ -93,6 +93,7 @@ class PromptMethod(nn.Module):
         self.initialised = False  # whether trained tensors were loaded
         self._remembered: dict[str, tuple[tuple[object, ...], Tensor]] = {}
         self._warn_of_untrained_words()
+        check_distinct(self.class_names, backbone.text.tokens)
         self.objective_settings = objective_settings(self, objectives or {}, texts)
         self.decomposition_settings = check_decomposition(decomposition or {})
         self.objectives = nn.ModuleList()

@@ -21,7 +21,7 @@ from vlprompt.data.pixel_cache import PixelCache
 from vlprompt.data.tally import count_skipped
 from vlprompt.data.transforms import PreprocessLike, Transform, describe_transform
 from vlprompt.data.view_features import rows_or_error
-from vlprompt.datasets.images import ImageSource
+from vlprompt.datasets.images import ImageSource, stamps_of, stamps_record
 from vlprompt.datasets.records import Sample
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.pairs.load import Pair
@@ -87,8 +87,10 @@ def image_features(
                     raise
                 return Rows(torch.zeros(len(samples), 0), tuple(range(len(samples))))  # other blocks may be readable
 
-        lines = (f"{sample.id}\t{_stamp(sample.source, skip)}" for sample in samples)
-        block = rows_or_error(feature_store, {**facts, "samples_sha256": sha256_lines(lines)}, compute, samples, skip)
+        stamps, followed = stamps_of([sample.source for sample in samples], skip=skip)
+        lines = (f"{sample.id}\t{stamp}" for sample, stamp in zip(samples, stamps, strict=True))
+        key = {**facts, "samples_sha256": sha256_lines(lines), **stamps_record(followed)}
+        block = rows_or_error(feature_store, key, compute, samples, skip)
         count_skipped("train", (samples[position].id for position in block.missing))
         return block
 
@@ -164,15 +166,6 @@ def _in_blocks(items: Sequence[_Item], rows_of: Callable[[Sequence[_Item]], Rows
         return Rows(features, tuple(sorted(missing)))
     index = [place[item] for item in items]
     return Rows(features[index], tuple(position for position, row in enumerate(index) if row in missing))
-
-
-def _stamp(source: ImageSource, skip: bool) -> str:
-    try:
-        return source.stamp()
-    except DataError:
-        if not skip:
-            raise
-        return "unreadable"
 
 
 def _opened(store: FeatureStore | str | Path | None) -> FeatureStore:

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlprompt._files import parse_json, read_bytes
-from vlprompt.datasets.images import IMAGE_SUFFIXES, FileSource, ImageSource
+from vlprompt.datasets.images import IMAGE_SUFFIXES, FileSource, ImageSource, is_image
 from vlprompt.datasets.paths import check_files, path_problem
-from vlprompt.datasets.readers.folder import is_image
 from vlprompt.datasets.readers.tar_files import LARGEST_TEXT
 from vlprompt.datasets.report import Report
 
@@ -152,6 +151,7 @@ def read_sidecars(base: Path, report: Report) -> list[CaptionedImage]:
     Every non-empty line of ``a.txt`` is a caption of ``a.jpg``. Names that begin with a dot are skipped.
     """
     images: list[str] = []
+    others: list[str] = []
 
     def unreadable(error: OSError) -> None:
         report.error("S15", f"folder {error.filename} cannot be read: {error.strerror}")
@@ -163,12 +163,16 @@ def read_sidecars(base: Path, report: Report) -> list[CaptionedImage]:
         links = sorted(name for name in folders if os.path.islink(os.path.join(place, name)))
         report.errors("S05", [f"{prefix}{name}/ is a link to a folder, which is not followed" for name in links])
         images += [prefix + name for name in files if is_image(name) and not name.startswith(".")]
+        others += [prefix + name for name in files if not is_image(name) or name.startswith(".")]
     images.sort(key=os.fsencode)
     if not images:
         report.error("S02", f"there are no .tar files and no images ({', '.join(IMAGE_SUFFIXES)})")
     problems = {image: problem for image in images if (problem := path_problem(image))}
     report.errors("S04", problems.values())
     texts = {image: f"{image.rpartition('.')[0]}.txt" for image in images if image not in problems}
+    used = set(texts.values())
+    for name in sorted(set(others) - used, key=os.fsencode):
+        report.passed.add(name, ".txt without an image" if name.endswith(".txt") else "")
     missing, outside = map(set, check_files(base, dict.fromkeys([*texts, *texts.values()])))
     report.errors("S05", [f'"{path}" is reached through a link that leaves {base}' for path in sorted(outside)])
     report.errors("S15", [f"{image} is not a file" for image in texts if image in missing])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlprompt.datasets.card import Card, Classes, Templates
 from vlprompt.datasets.catalogue import find_card, list_datasets
-from vlprompt.datasets.images import ImageSource
+from vlprompt.datasets.images import AS_SEEN, ImageSource, read_as
 from vlprompt.datasets.options import PairsOptions
 from vlprompt.datasets.paths import resolve
 from vlprompt.datasets.readers.images import find_images
@@ -45,7 +45,8 @@ class Pair:
 def load_pairs(source: str | Path = "demo-pairs", *, root: str | Path | None = None) -> list[Pair]:
     """Return the image-caption pairs of a data set or of files, in order; at least one.
 
-    An image with several captions is in several pairs. ``source`` may be the path of:
+    An image with several captions is in several pairs. Images of the user's files are read as viewers show them: turned
+    as their orientation tags say, on white. ``source`` may be the path of:
 
     - a list: a ``.jsonl`` file with an object on every line, or a ``.csv`` or ``.tsv`` table with a header. The image
       is under ``image``, ``filepath`` (open_clip) or ``file_name`` (Hugging Face), the caption under ``caption``,
@@ -81,7 +82,8 @@ def load_pairs(source: str | Path = "demo-pairs", *, root: str | Path | None = N
             raise ConfigError(
                 f"root is {str(root)!r}, which is not a folder; accepted: the folder of the list's images."
             )
-        return _listed(Card(path.name, "pairs", PairsOptions("pairs"), Classes(), Templates("{}")), path, base)
+        own = Card(path.name, "pairs", PairsOptions("pairs"), Classes(), Templates("{}"))
+        return [replace(pair, source=read_as(pair.source, AS_SEEN)) for pair in _listed(own, path, base)]
     shards = find_shards(path)
     if not os.path.isdir(path) and not shards:
         near = did_you_mean(str(source), _known())
@@ -93,13 +95,16 @@ def load_pairs(source: str | Path = "demo-pairs", *, root: str | Path | None = N
     if shards:
         how = "Correct the shards, or fetch them again: plain tar files of KEY.jpg, .png or .webp and KEY.txt or .json."
         report = Report(f"Shards {path}", how)
+        for name in sorted(os.listdir(path), key=os.fsencode) if os.path.isdir(path) else ():
+            if path / name not in shards:
+                report.passed.add(name, "" if os.path.isfile(path / name) else "folders next to the shards")
         images = read_shards(shards, report)
     else:
         how = "Correct the files, or remove them. Every image needs a .txt of the same name in its folder, in UTF-8."
         report = Report(f"Folder of pairs {path}", how)
         images = read_sidecars(path, report)
     report.finish()
-    return [Pair(*image) for image in images]
+    return [Pair(image.id, image.caption, read_as(image.source, AS_SEEN)) for image in images]
 
 
 def _card(source: str | Path) -> Card | None:

@@ -15,18 +15,17 @@ from vlprompt.datasets.readers.tar_files import (
     LARGEST_TEXT,
     MOST_SHARDS,
     Index,
-    Member,
     ShardSource,
+    by_key,
     checked_place,
     kept_index,
-    members,
 )
 from vlprompt.datasets.report import Report
 from vlprompt.errors import ConfigError
 from vlprompt.pairs.files import CaptionedImage, caption_problem, captions_of
 
 _RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
-_SCHEMA = 1
+_SCHEMA = 2
 
 
 def find_shards(path: Path) -> list[Path]:
@@ -108,15 +107,8 @@ def read_shards(shards: Sequence[Path], report: Report) -> list[CaptionedImage]:
 
 def _scan(shard: Path, number: int, name: str, report: Report) -> list[tuple[int, int, int, str, list[str]]]:
     """Read one shard from start to end."""
-    files: dict[str, dict[str, Member]] = {}
-    for member in members(shard, name, ("txt", "json"), report):
-        kind = "image" if member.ending in IMAGES else member.ending
-        if kind in ("image", "txt", "json"):
-            if kind in files.setdefault(member.key, {}):
-                report.error("S11", f"{name}: {member.key} occurs twice ({member.ending})")
-            files[member.key][kind] = member
     entries = []
-    for key, members_of in files.items():
+    for key, members_of in by_key(shard, name, ("txt", "json"), report).items():
         image, text = members_of.get("image"), members_of.get("txt") or members_of.get("json")
         if image is None:
             report.error("S03", f"{name}: {key} has no image ({', '.join(IMAGES)})")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from vlprompt.errors import ClassNameError, bulleted
+
+#: Names that two classes of ImageNet share in the published lists (CoOp: classnames.txt).
+PUBLISHED_TWINS = frozenset({"missile", "sunglasses"})
 
 
 def check_class_names(class_names: Sequence[str]) -> list[str]:
@@ -38,6 +42,47 @@ def _printable(name: object) -> bool:
 def words_of(name: str) -> str:
     """Return a class name as used in prompts: underscores become spaces (CoOp: trainers/coop.py 103)."""
     return name.replace("_", " ")
+
+
+def check_distinct(class_names: Sequence[str], tokens: Callable[[str], Sequence[int]]) -> None:
+    """Warn of class names whose prompts are equal: text cannot tell these classes apart.
+
+    Names are compared as the tokenizer reads them: case, underscores, runs of spaces and Unicode forms do not
+    distinguish them.
+
+    Args:
+        class_names: Names of the C classes.
+        tokens: Byte-pair ids of a text, without truncation.
+
+    Raises:
+        ClassNameError: Two names are identical, apart from ImageNet's (:data:`PUBLISHED_TWINS`).
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for label, name in enumerate(class_names):
+        groups.setdefault(tuple(tokens(words_of(name))), []).append(label)
+    equal = [labels for labels in groups.values() if len(labels) > 1]
+    twins = [
+        f"{name!r}: classes {', '.join(map(str, places))}"
+        for labels in equal
+        for name in dict.fromkeys(class_names[label] for label in labels)
+        if name not in PUBLISHED_TWINS and len(places := [at for at in labels if class_names[at] == name]) > 1
+    ]
+    if twins:
+        raise ClassNameError(
+            "class names appear twice; their prompts would be equal, and one of the classes would never be predicted:\n"
+            + bulleted(twins, limit=10)
+        )
+    alike = [
+        ", ".join(f"{class_names[label]!r} (class {label})" for label in labels)
+        for labels in equal
+        if len({class_names[label] for label in labels}) > 1
+    ]
+    if alike:
+        warnings.warn(
+            "class names have the same tokens, and text cannot tell their classes apart:\n"
+            f"{bulleted(alike, limit=10)}\nGive the classes other names, or merge them.",
+            stacklevel=4,
+        )
 
 
 def rows_of(class_names: Sequence[str], wanted: Sequence[str]) -> list[int]:

@@ -36,6 +36,7 @@ _PROTOCOL: Mapping[str, str] = {
     "data.transform.train": "training transform",
     "data.transform.test": "test transform",
     "data.order": "order of the test images",
+    "data.pixels": "reading of orientation tags and transparency",
 }
 _OTHER: Mapping[str, str] = {
     "method": "method",
@@ -51,7 +52,7 @@ _OTHER: Mapping[str, str] = {
     "backbone.fingerprint": "content of the weights",
 }
 _OPTIONAL = (
-    *("data.place_sha256", "data.source", "data.target", "data.order"),
+    *("data.place_sha256", "data.source", "data.target", "data.order", "data.pixels"),
     *("selection.", "config.decomposition", "zeroshot_classifier."),
 )
 

@@ -77,6 +77,9 @@ def config_sha256(config: RunConfig) -> str:
     for name in ("init_from", "decomposition"):  # keys that older runs do not have
         if not plain[name]:
             del plain[name]
+    for name in ("orientation", "background"):
+        if plain["data"][name] is None:
+            del plain["data"][name]
     for name in ("steps", "drop_last", "warmup", "warmup_steps", "select"):  # nor these
         if plain["recipe"][name] == field_default(RecipeConfig, name):
             del plain["recipe"][name]

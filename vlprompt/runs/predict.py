@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 
 from vlprompt.data.transforms import Transform, test_transform
-from vlprompt.datasets.images import IMAGE_SUFFIXES, FileSource
+from vlprompt.datasets.images import AS_SEEN, IMAGE_SUFFIXES, FileSource, Reading, is_image
+from vlprompt.datasets.passed import PassedOver
 from vlprompt.engine.metrics import checked_logits
 from vlprompt.errors import ConfigError, DataError, bulleted
 from vlprompt.io.head import load_head
@@ -27,6 +29,7 @@ def predict(
     device: str = "cpu",
     workers: int = 0,
     backbone: Mapping[str, Any] | None = None,
+    reading: Reading = AS_SEEN,
 ) -> list[dict[str, Any]]:
     """Return the ``top`` classes of every image with their probabilities, best first.
 
@@ -39,6 +42,7 @@ def predict(
         workers: Threads that read images; 0 reads them in this one.
         backbone: Fields of the backbone's configuration that differ from those that the head records, such as the
             place of its weights (:func:`vlprompt.runs.provenance.backbone_of`).
+        reading: How orientation tags and transparency are read; by default as viewers show the images.
 
     Returns:
         ``[{"path": str, "classes": [{"name": str, "probability": float}, ...]}, ...]`` in the order of the images.
@@ -53,12 +57,18 @@ def predict(
         raise ConfigError(f"--top is {top}; accepted: 1 or more")
     files = image_files(paths)
     head = load_head(folder, backbone_of(folder, backbone or {}, device), device=device)
+    if head.method.needs.online and len(files) > 1:
+        warnings.warn(
+            f"{head.method.name} adapts to the images before: these {len(files):,} images are one stream, in the order "
+            "of the arguments and of the paths in folders. Another order or choice of images gives other predictions.",
+            stacklevel=2,
+        )
     transform = test_transform(head.backbone.preprocess)
     predictions: list[dict[str, Any]] = []
     wrong: list[str] = []
 
     def view(path: Path) -> torch.Tensor | DataError:
-        return _view_of(path, transform)
+        return _view_of(path, transform, reading)
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         for start in range(0, len(files), batch_size):
@@ -81,10 +91,10 @@ def predict(
     return predictions
 
 
-def _view_of(path: Path, transform: Transform) -> torch.Tensor | DataError:
+def _view_of(path: Path, transform: Transform, reading: Reading) -> torch.Tensor | DataError:
     """Return the preprocessed image ``[3, H, W]``, or the error if it cannot be read."""
     try:
-        image: torch.Tensor = transform(FileSource(str(path)).open())
+        image: torch.Tensor = transform(FileSource(str(path), reading).open())
     except DataError as error:
         return error
     return image
@@ -93,14 +103,23 @@ def _view_of(path: Path, transform: Transform) -> torch.Tensor | DataError:
 def image_files(paths: Sequence[str | Path]) -> list[Path]:
     """Return the image files in ``paths``; files of folders are in byte order of their paths.
 
+    A warning counts the files of folders that are passed over.
+
     Raises:
         DataError: A path does not exist, a folder has no images, or there are no paths.
     """
     files: list[Path] = []
     wrong = []
+    passed = PassedOver()
     for path in map(Path, paths):
         if os.path.isdir(path):  # os.path gives False for invalid names
-            inside = [p for p in path.rglob("*") if _is_image(p, path)]
+            inside = []
+            for found in path.rglob("*"):
+                if _is_image(found, path):
+                    inside.append(found)
+                elif not found.is_dir():
+                    hidden = any(part.startswith(".") for part in found.relative_to(path).parts)
+                    passed.add(".hidden" if hidden else str(found))
             files += sorted(inside, key=lambda p: p.as_posix().encode())
             if not inside:
                 wrong.append(f"{path}: a folder without images ({', '.join(IMAGE_SUFFIXES)})")
@@ -110,11 +129,14 @@ def image_files(paths: Sequence[str | Path]) -> list[Path]:
             text = str(path)
             wrong.append(f"{text if len(text) <= 150 else text[:120] + '...'}: there is no such file or folder")
     if wrong or not files:
-        raise DataError("nothing to predict:\n" + bulleted(wrong or ["no images were given"]))
+        others = [text] if (text := passed.text()) else []
+        raise DataError("nothing to predict:\n" + bulleted([*(wrong or ["no images were given"]), *others]))
+    if text := passed.text():
+        warnings.warn(f"predict: {text}", stacklevel=3)
     return files
 
 
 def _is_image(path: Path, folder: Path) -> bool:
     # As in data folders, hidden files (._x.jpg of macOS, .thumbnails/) are skipped.
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return not hidden and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    return not hidden and is_image(path.name) and path.is_file()

@@ -43,7 +43,7 @@ def backbone_of(folder: str | Path, given: Mapping[str, Any], device: str) -> Ba
     if not given:
         return None
     facts = read_config(find_head(folder)).backbone
-    values = {"name": facts.name, "pretrained": facts.pretrained, "precision": facts.precision}
+    values: dict[str, Any] = {"name": facts.name, "pretrained": facts.pretrained, "precision": facts.precision}
     if (name := str(given.get("name", ""))) in DEMOS or name.startswith(("local-dir:", "hf-hub:")):
         values["pretrained"] = None  # such a name includes its weights
     values |= given

@@ -601,7 +601,10 @@ def load_task(data: DataConfig, seed: int) -> FewShotTask:
 
 def _request(data: DataConfig, seed: int) -> dict[str, Any]:
     """Return ``data`` as arguments of :func:`~vlprompt.load_dataset`."""
-    names = ("name", "root", "shots", "classes", "template", "source", "target", "split", "sampler", "shots_file")
+    names = (
+        *("name", "root", "shots", "classes", "template", "source", "target", "split", "sampler", "shots_file"),
+        *("orientation", "background"),
+    )
     return {**{name: getattr(data, name) for name in names}, "seed": seed}
 
 
@@ -619,6 +622,8 @@ def _data_section(task: FewShotTask) -> dict[str, Any]:
         "split": task.request.get("split"),
         "sampler": task.request.get("sampler"),
         "shots_file": None if file is None else str(file),
+        "orientation": task.request.get("orientation"),
+        "background": task.request.get("background"),
     }
 
 

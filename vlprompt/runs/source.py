@@ -50,6 +50,13 @@ def source_statistics(session: Session) -> dict[str, Any]:
     return {"source": {"statistics": "measured", **kept}}
 
 
+def _reading(pixels: object) -> dict[str, Any]:
+    """Return the arguments of ``load_dataset`` for the reading in a head's record; older heads have none."""
+    if not isinstance(pixels, Mapping):
+        return {}
+    return {"orientation": pixels.get("orientation"), "background": pixels.get("background") or "none"}
+
+
 def source_task(session: Session) -> FewShotTask:
     """Return the task that the start of ``session`` was trained on, with the same training images.
 
@@ -88,6 +95,7 @@ def source_task(session: Session) -> FewShotTask:
             target=facts.get("target", ()),
             split=None if split == find_card(facts["name"]).split else split,
             sampler=facts.get("sampler"),
+            **_reading(facts.get("pixels")),
         )
     except VlpromptError as error:
         raise ConfigError(

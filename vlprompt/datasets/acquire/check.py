@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any
 
 from vlprompt._files import file_checksum, sha256_lines
 from vlprompt.datasets.card import Card
-from vlprompt.datasets.images import FileSource, ImageSource
+from vlprompt.datasets.images import FileSource, ImageSource, reading_of, tag_and_alpha
 from vlprompt.datasets.readers import new_report, read_into
+from vlprompt.datasets.readers.checks import alike
 from vlprompt.datasets.readers.images import truncated_files
 from vlprompt.datasets.records import SPLITS, Sample, SplitLists, labels_of
 from vlprompt.datasets.report import Problem, Report
@@ -64,7 +65,7 @@ def check(
     hash_images: bool = False,
     strict: bool = False,
 ) -> Checked:
-    """Read a data set and collect all its problems (rules S01 to S20).
+    """Read a data set and collect all its problems (rules S01 to S22).
 
     Args:
         card: Its card, with the split to check.
@@ -82,6 +83,8 @@ def check(
             report.error("S15", str(error))
     if lists is not None:
         _check_images(card, lists, report, decode, hash_images)
+    if text := report.passed.text():
+        report.warn("S21", text)
     problems = report.problems
     if strict:
         problems = [Problem(entry.code, entry.text, entry.warning and entry.code != "S13") for entry in problems]
@@ -91,8 +94,10 @@ def check(
 
 def _check_images(card: Card, lists: SplitLists, report: Report, decode: bool, hash_images: bool) -> None:
     sources = {sample.id: sample.source for split in SPLITS for sample in getattr(lists, split)}
-    damaged = _undecodable(sources) if decode else truncated_files(sources.items())
-    report.errors("S16", [f"{name}: {text}" for name, text in damaged])
+    damaged = dict(_undecodable(sources) if decode else truncated_files(sources.items()))
+    if decode or card.own:
+        report.facts["pixels"] = _pixels(card, sources, damaged)
+    report.errors("S16", [f"{name}: {text}" for name, text in damaged.items()])
     if hash_images:
         report.problems += _shared_files(lists)
     shots = Counter(label for sample in lists.train for label in labels_of(sample))
@@ -102,6 +107,8 @@ def _check_images(card: Card, lists: SplitLists, report: Report, decode: bool, h
         count = "1 class has" if len(short) == 1 else f"{len(short)} classes have"
         text = f"{count} fewer than {_MOST_SHOTS} training images, the fewest {fewest}; dassl-v1 takes all of them"
         report.warn("S17", text)
+    for group in alike(lists.class_names):
+        report.warn("S10", f"{group} give the same prompt, so that text cannot tell these classes apart")
     for name in lists.class_names:
         if ("/" in name or "\\" in name) and name not in card.classes.names:
             report.warn("S19", f"class name {name!r} has a path separator; it is kept for prompts")
@@ -120,6 +127,32 @@ def _undecodable(sources: dict[str, ImageSource]) -> list[tuple[str, str]]:
     # Pillow releases the GIL while it decodes.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return [problem for problem in pool.map(decode, sources.items()) if problem is not None]
+
+
+def _pixels(card: Card, sources: Mapping[str, ImageSource], damaged: dict[str, str]) -> dict[str, Any]:
+    """Return how many images have an orientation tag and how many transparent pixels, and how both are read.
+
+    Images that cannot be opened are added to ``damaged``.
+    """
+
+    def look(source: ImageSource) -> tuple[bool, bool] | str:
+        try:
+            return tag_and_alpha(source)
+        except DataError as error:
+            return str(error)
+
+    names = [name for name in sources if name not in damaged]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        looked = dict(zip(names, pool.map(look, map(sources.__getitem__, names)), strict=True))
+    damaged |= {name: facts for name, facts in looked.items() if isinstance(facts, str)}
+    found = [facts for facts in looked.values() if not isinstance(facts, str)]
+    reading = reading_of(own=card.own)
+    return {
+        "turned": sum(turned for turned, _ in found),
+        "transparent": sum(transparent for _, transparent in found),
+        "orientation": reading.orientation,
+        "background": reading.background,
+    }
 
 
 def _shared_files(lists: SplitLists) -> list[Problem]:
@@ -149,4 +182,6 @@ def _facts(card: Card, lists: SplitLists, report: Report) -> dict[str, Any]:
         "class_names_sha256": sha256_lines(lists.class_names),
         "content_sha256": lists.content_sha256() if not report.failed else None,
         "published": report.facts.get("published"),
+        "passed_over": report.passed.counts(),
+        "pixels": report.facts.get("pixels"),
     }

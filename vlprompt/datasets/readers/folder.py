@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vlprompt.datasets.card import Card, Classes, imagenet_names, stated_class_names
-from vlprompt.datasets.images import IMAGE_SUFFIXES, FileSource
+from vlprompt.datasets.images import IMAGE_SUFFIXES, FileSource, is_image
 from vlprompt.datasets.kept_split import read_kept
 from vlprompt.datasets.options import FolderOptions
 from vlprompt.datasets.paths import is_inside, links_allowed, resolve
+from vlprompt.datasets.readers.checks import check_names
 from vlprompt.datasets.readers.missing import missing_text
+from vlprompt.datasets.readers.names import NAMES_JSON, NAMES_TEXT, names_of
 from vlprompt.datasets.readers.published import compare_with_card
 from vlprompt.datasets.records import SPLITS, Sample, SplitLists, class_name_problem, counted
 from vlprompt.datasets.report import Report
 from vlprompt.errors import DataError, did_you_mean, nearest
 
 _REMEDY = "Expected: FOLDER/<class>/<image>, or FOLDER/train/<class>/<image> with test/ and optionally val/ next to it."
+_OWN_FILE = re.compile(rf"split_.*\.json|{re.escape(NAMES_JSON)}|{re.escape(NAMES_TEXT)}")
 #: Image file names by class folder.
 Listing = dict[str, list[str]]
 
@@ -33,8 +37,10 @@ def read_folder(card: Card, base: Path, report: Report) -> SplitLists:
 
     *Given split*: ``train/`` and ``test/``, and optionally ``val/``, each with one folder per class.
 
-    Class names are the folder names, with underscores, unless the card names the classes. Folders and files are sorted
-    by their UTF-8 bytes (folders by numeric value if ``sort`` is ``int``), independent of the file system.
+    Class names are the folder names, with underscores, unless the card names the classes, or a file in a folder of the
+    user does (:func:`~vlprompt.datasets.readers.names.names_of`); names do not change the cut or the order. Folders and
+    files are sorted by their UTF-8 bytes (folders by numeric value if ``sort`` is ``int``), independent of the file
+    system.
 
     Raises:
         DataError: If nothing can be read; other problems are added to ``report``.
@@ -48,13 +54,14 @@ def read_folder(card: Card, base: Path, report: Report) -> SplitLists:
     # A folder called train may also be a class (railways): then it holds images, not folders.
     is_cut = "train" in folders and bool(list_folders(base / "train"))
     if is_cut and ("test" in folders or "val" in folders):
-        return _read_cut(base, folders, report)
+        return _read_cut(card, base, folders, report)
     if not folders:
         loose = len([name for name in _visible(base) if is_image(name)])
         content = f"{counted(loose, 'image')} but no class folders" if loose else "no class folders"
         raise DataError(f"Folder {base} holds {content}.\n{_REMEDY}")
     if is_cut:
         raise DataError(f"Folder {base} holds train/ but no test/.{_near('test', folders)}\n{_REMEDY}")
+    _pass_loose(base, "", report, own=True)
     images = list_classes(base, folders, report, "", os.path.realpath(base))
     for name, files in images.items():
         if len(files) == 1:
@@ -70,7 +77,9 @@ def read_folder(card: Card, base: Path, report: Report) -> SplitLists:
                     report.error("S17", f"class {name!r} has no {split} images left of the split in {card.kept}")
     if card.kept:
         _report_changes(card, kept, [f"{name}/{file}" for name, files in images.items() for file in files], report)
-    return SplitLists(list(images), lists["train"], lists["val"], lists["test"], sampler="sorted-v1")
+    names = names_of(base, list(images), report)
+    check_names(names, report, card)
+    return SplitLists(names, lists["train"], lists["val"], lists["test"], sampler="sorted-v1")
 
 
 def cut_class(name: str, files: list[str], kept: Mapping[str, str] | None = None) -> dict[str, list[str]]:
@@ -106,15 +115,20 @@ def _report_changes(card: Card, kept: Mapping[str, str], present: list[str], rep
         report.warn("S14", f"{counted(gone, 'image')} of the split in {card.kept} are not there any more")
 
 
-def _read_cut(base: Path, folders: list[str], report: Report) -> SplitLists:
+def _read_cut(card: Card, base: Path, folders: list[str], report: Report) -> SplitLists:
     report.errors("S02", [f"{name}/ is neither train/, val/ nor test/" for name in folders if name not in SPLITS])
     if "test" not in folders:
         report.error("S02", f"test/ is missing.{_near('test', folders)}")
     listings: dict[str, Listing] = {}
+    _pass_loose(base, "", report, own=True)
     for split in (split for split in SPLITS if split in folders):
+        _pass_loose(base / split, f"{split}/", report)
         # The user may have made a split folder a link: its target counts as inside.
         roots = os.path.realpath(base), os.path.realpath(base / split)
-        listings[split] = list_classes(base / split, list_folders(base / split), report, f"{split}/: ", *roots)
+        inside = list_folders(base / split)
+        listings[split] = list_classes(
+            base / split, inside, report, f"{split}/: ", *roots, may_be_empty=split != "train"
+        )
         if not listings[split]:
             report.error("S15", f"{split}/ holds no class folders with images")
     names = list(listings["train"])
@@ -122,7 +136,11 @@ def _read_cut(base: Path, folders: list[str], report: Report) -> SplitLists:
         for name in listings.get(split, {}):
             if name not in listings["train"]:
                 report.error("S20", f"{split}/: class {name!r} is not in train/.{did_you_mean(name, names)}")
+    if untested := [name for name in names if not listings.get("test", {}).get(name)]:
+        report.warn("S17", f"{counted(len(untested), 'class')} without test images: {', '.join(untested[:5])}")
     label = {name: index for index, name in enumerate(names)}
+    names = names_of(base, names, report)
+    check_names(names, report, card)
     lists = {
         split: [
             sample
@@ -190,6 +208,8 @@ def _list_split(card: Card, base: Path, images: Path, folder: str, report: Repor
             "Sort them with the labels of the ILSVRC development kit; links are accepted."
         )
     roots = os.path.realpath(path), os.path.realpath(base)
+    # A published data set has lists and documents there.
+    _pass_loose(path, "" if folder == "." else f"{folder}/", report, only_images=True)
     where = "" if folder == "." else f"{folder}/: "
     return list_classes(path, folders, report, where, *roots, ignore=options.ignore)
 
@@ -244,8 +264,25 @@ def list_folders(path: Path) -> list[str]:
     return [name for name in _visible(path) if os.path.isdir(path / name)]
 
 
+def _pass_loose(path: Path, where: str, report: Report, *, own: bool = False, only_images: bool = False) -> None:
+    """Count the files next to the class folders; ``own``: without the files that vlprompt reads or writes there."""
+    for entry in os.scandir(path):
+        if entry.is_dir() or (own and _OWN_FILE.fullmatch(entry.name)):
+            continue
+        if is_image(entry.name) and not entry.name.startswith("."):
+            report.passed.add(where + entry.name, "images outside the class folders")
+        elif not only_images:
+            report.passed.add(where + entry.name)
+
+
 def list_classes(
-    path: Path, folders: list[str], report: Report, where: str, *real_roots: str, ignore: Sequence[str] = ()
+    path: Path,
+    folders: list[str],
+    report: Report,
+    where: str,
+    *real_roots: str,
+    ignore: Sequence[str] = (),
+    may_be_empty: bool = False,
 ) -> Listing:
     """Return the image file names of each class folder, sorted by UTF-8 bytes.
 
@@ -256,6 +293,7 @@ def list_classes(
         where: Prefix of each problem's text.
         real_roots: Resolved folders that links must not leave.
         ignore: File names to skip.
+        may_be_empty: Whether a class folder without images is no problem.
     """
     images: Listing = {}
     for name in folders:
@@ -268,14 +306,20 @@ def list_classes(
             report.error("S05", f"{where}{name}/ is a link to a place outside {path}")
             continue
         for entry in sorted(os.scandir(path / name), key=lambda entry: os.fsencode(entry.name)):
-            if entry.name.startswith(".") or entry.name in ignore:
+            if entry.name in ignore:
                 continue
-            if entry.is_symlink() and not _reached(entry.path, real_roots):
+            if entry.name.startswith("."):
+                report.passed.add(entry.name)
+            elif entry.is_symlink() and not _reached(entry.path, real_roots):
                 links += 1
             elif is_image(entry.name) and entry.is_file():
                 inside.append(entry.name)
             elif entry.is_dir():
                 others.append(entry.name + "/")
+            elif is_image(entry.name):
+                report.passed.add(f"{where}{name}/{entry.name}", "neither a file nor a link to one")
+            else:
+                report.passed.add(f"{where}{name}/{entry.name}")
         report.errors("S04", [where + text for text in (_unicode_problem(file) for file in inside) if text])
         if links:
             report.error("S05", f"{where}{name}/ has {counted(links, 'link')} to places outside {path}")
@@ -284,7 +328,7 @@ def list_classes(
             report.error(
                 "S15", f"{where}{name}/ holds folders ({shown}); images must be directly in their class folder"
             )
-        elif not inside and not links:
+        elif not inside and not links and not may_be_empty:
             report.error("S15", f"{where}{name}/ holds no images ({', '.join(IMAGE_SUFFIXES)})")
         images[name] = inside
     return images
@@ -292,11 +336,6 @@ def list_classes(
 
 def _reached(path: str | Path, real_roots: Sequence[str]) -> bool:
     return links_allowed() or any(is_inside(path, root) for root in real_roots)
-
-
-def is_image(name: str) -> bool:
-    """Return whether a file name has an image suffix."""
-    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _visible(path: Path) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vlprompt._files import open_regular
 from vlprompt.datasets.card import Card
-from vlprompt.datasets.images import ZIP_ERRORS, FileSource, ImageSource, ZipSource
+from vlprompt.datasets.images import ZIP_ERRORS, FileSource, ImageSource, ZipSource, is_image
 from vlprompt.datasets.options import SplitJsonOptions
 from vlprompt.datasets.paths import check_files, resolve
 from vlprompt.datasets.readers.missing import missing_text
@@ -40,7 +40,7 @@ def find_images(card: Card, base: Path, entries: list[str], report: Report) -> d
     outside: set[str] = set()
     if archive:
         where = base / archive  # for texts; the archives are resolved one by one
-        stored_sources = _archived(archive, base, paths, report)
+        stored_sources = _archived(archive, base, paths, report, own=card.own)
     else:
         where = resolve(base, getattr(options, "image_dir", "."), folder=True)
         if not where.is_dir():
@@ -55,6 +55,8 @@ def find_images(card: Card, base: Path, entries: list[str], report: Report) -> d
             for path, place in places.items()
             if place not in lost | linked_out
         }
+    if card.own and not archive:
+        _pass_unlisted(where, set(places.values()), report)
     missing = [path for path in paths if path not in stored_sources and path not in outside]
     note_missing(card, missing, len(paths), where, report)
     sources: dict[str, ImageSource] = {}
@@ -63,6 +65,17 @@ def find_images(card: Card, base: Path, entries: list[str], report: Report) -> d
             variant, source = entry[len(path) + 1 :], stored_sources[path]
             sources[entry] = VariantSource(source, variant, path) if variant else source
     return sources
+
+
+def _pass_unlisted(folder: Path, listed: set[str], report: Report) -> None:
+    """Count the images of the user under ``folder`` that no list names."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = os.path.relpath(place, folder)
+        prefix = "" if inside == "." else Path(inside).as_posix() + "/"
+        for name in sorted(files):
+            if is_image(name) and prefix + name not in listed:
+                report.passed.add(prefix + name, "images that no list names")
 
 
 def note_missing(card: Card, missing: list[str], total: int, folder: Path, report: Report) -> None:
@@ -105,11 +118,12 @@ def _by_basename(folder: Path, paths: list[str], report: Report) -> dict[str, st
     return {path: places[os.path.basename(path)] for path in paths if os.path.basename(path) in places}
 
 
-def _archived(archive: str, base: Path, paths: list[str], report: Report) -> dict[str, ImageSource]:
+def _archived(archive: str, base: Path, paths: list[str], report: Report, *, own: bool) -> dict[str, ImageSource]:
     """Return the archive members that ``paths`` name; with one archive per folder, members omit the folder."""
     sources: dict[str, ImageSource] = {}
     files: dict[str, str] = {}
     present: dict[str, set[str]] = {}
+    used: dict[str, set[str]] = {}
     for path in paths:
         folder, _, rest = path.partition("/")
         folder, member = (folder, rest) if "{}" in archive else ("", path)
@@ -118,6 +132,11 @@ def _archived(archive: str, base: Path, paths: list[str], report: Report) -> dic
             present[file] = _archive_names(Path(file), report)
         if member in present[files[folder]]:
             sources[path] = ZipSource(files[folder], member)
+            used.setdefault(files[folder], set()).add(member)
+    for file, members in present.items() if own else ():
+        for member in sorted(members - used.get(file, set())):
+            if is_image(member):
+                report.passed.add(member, "images that no list names")
     return sources
 
 

@@ -91,7 +91,7 @@ def _classes(card: Card, options: ListFileOptions, base: Path, report: Report) -
         )
     else:
         names = stated_class_names(card) or []
-    check_names(names, report)
+    check_names(names, report, card)
     if not names:
         report.error("S20", "there are no class names on the card or in a list")
         report.stop()

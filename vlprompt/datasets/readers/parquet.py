@@ -9,9 +9,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlprompt._files import parse_json
+from vlprompt._files import parse_json, sha256_bytes
 from vlprompt.datasets.card import Card
-from vlprompt.datasets.images import decode_rgb
+from vlprompt.datasets.images import PLAIN, Reading, decode_rgb
 from vlprompt.datasets.options import ShardOptions
 from vlprompt.datasets.paths import resolve
 from vlprompt.datasets.readers.missing import missing_text
@@ -38,9 +38,14 @@ class ParquetSource:
     column: str
     group: int
     row: int
+    reading: Reading = PLAIN
 
     def open(self) -> Image:
         """Decode the image. Raises :class:`~vlprompt.errors.DataError` that names it."""
+        return decode_rgb(*self.encoded(), self.reading)
+
+    def encoded(self) -> tuple[bytes, str]:
+        """Return the bytes of the image and its name."""
         name = f"{self.path}, row {self.row} of group {self.group}"
         try:
             data = _group(self.path, self.column, self.group, self._state())[self.row].as_py()
@@ -51,11 +56,19 @@ class ParquetSource:
         data = data.get("bytes") if isinstance(data, dict) else data
         if not isinstance(data, bytes):
             raise DataError(f"Image {name} is not in the file, only its name. Fetch a copy that includes the images.")
-        return decode_rgb(data, name)
+        return data, name
 
     def stamp(self) -> str:
         """Return size and modification time of the file, and the image's position in it."""
-        return f"{self._state()}-{self.group}-{self.row}"
+        return self.reading.stamped(f"{self._state()}-{self.group}-{self.row}")
+
+    def stored_bytes(self) -> int:
+        """Return the mean number of bytes of the images in the row group."""
+        return _bytes_per_row(self.path, self.column, self.group, self._state())
+
+    def content(self) -> str:
+        """Return the SHA-256 of the image's bytes."""
+        return self.reading.stamped(sha256_bytes(self.encoded()[0]))
 
     def _state(self) -> str:
         try:
@@ -71,6 +84,22 @@ def _group(path: str, column: str, group: int, state: str) -> Any:
     del state
     with import_module("pyarrow.parquet").ParquetFile(path) as file:
         return file.read_row_group(group, columns=[column]).column(column)
+
+
+@functools.lru_cache(maxsize=256)
+def _bytes_per_row(path: str, column: str, group: int, state: str) -> int:
+    del state
+    try:
+        with import_module("pyarrow.parquet").ParquetFile(path) as file:
+            facts = file.metadata.row_group(group)
+    except MemoryError:
+        raise
+    except Exception as error:  # Arrow's errors have no common type
+        raise DataError(f"File {path} cannot be read: {str(error)[:200]}.") from error
+    chunks = [facts.column(number) for number in range(facts.num_columns)]
+    of_images = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == column]
+    total = sum(int(chunk.total_uncompressed_size) for chunk in of_images)
+    return total // max(1, int(facts.num_rows))
 
 
 def read_parquet(card: Card, options: ShardOptions, split: str, base: Path, report: Report) -> Rows:

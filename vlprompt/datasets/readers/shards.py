@@ -27,16 +27,16 @@ from vlprompt.datasets.readers.tar_files import (
     Index,
     Member,
     ShardSource,
+    by_key,
     checked_place,
     kept_index,
-    members,
     whole,
 )
 from vlprompt.datasets.records import SPLITS, Sample, SplitLists, class_name_problem, labels_of
 from vlprompt.datasets.report import Report
 from vlprompt.errors import DataError
 
-_SCHEMA = 1
+_SCHEMA = 2
 _LARGEST_NAMES = 2**24
 
 
@@ -62,7 +62,7 @@ def read_shards(card: Card, base: Path, report: Report) -> SplitLists:
     if not names:
         report.error("S20", "there are no class names on the card or next to the shards")
         report.stop()
-    check_names(names, report)
+    check_names(names, report, card)
     samples: dict[str, list[Sample]] = {split: [] for split in SPLITS}
     excluded = set(card.excluded)
     for split, rows in rows_of.items():
@@ -177,31 +177,26 @@ def _entry(value: Any, shards: int) -> Entry:
 
 def _scan(path: Path, number: int, name: str, widths: set[int], report: Report) -> list[Entry]:
     """Read one shard from start to end."""
-    images: dict[str, tuple[int, int]] = {}
+    entries: list[Entry] = []
     labels: dict[str, int | list[int]] = {}
-    keys: dict[str, None] = {}
-    for member in members(path, name, ("cls", "npy"), report):
-        if member.ending in IMAGES:
-            if member.key in images:
-                report.error("S11", f"{name}: {member.key} occurs twice")
-            keys[member.key] = None
-            images[member.key] = member.offset, member.size
-        elif member.ending in ("cls", "npy"):
-            keys[member.key] = None
-            _take_label(member, labels, widths, name, report)
-    for key in keys:
-        if key not in images:
+    for key, kinds in by_key(path, name, ("cls", "npy"), report).items():
+        for kind in ("cls", "npy"):
+            if kind in kinds:
+                _take_label(kinds[kind], kind, labels, widths, name, report)
+        if "image" not in kinds:
             report.error("S03", f"{name}: {key} has no image ({', '.join(IMAGES)})")
-        elif key not in labels:
+        elif len(kinds) == 1:
             report.error("S03", f"{name}: {key} has no label (.cls or .npy)")
-    return [(number, *images[key], key, labels[key]) for key in keys if key in images and key in labels]
+        elif key in labels:
+            entries.append((number, kinds["image"].offset, kinds["image"].size, key, labels[key]))
+    return entries
 
 
 def _take_label(
-    member: Member, labels: dict[str, int | list[int]], widths: set[int], name: str, report: Report
+    member: Member, kind: str, labels: dict[str, int | list[int]], widths: set[int], name: str, report: Report
 ) -> None:
     data = member.data or b""
-    if member.ending == "cls":
+    if kind == "cls":
         text = data.decode("ascii", "replace").strip()
         if text.isdigit() and len(text) < 7:
             labels[member.key] = int(text)

@@ -57,7 +57,7 @@ def read_split_json(card: Card, base: Path, report: Report) -> SplitLists:
         raise DataError(missing_text(card, base, f"{path} ({note})"))
     raw = _read_bytes(path, report)
     items = _items(_parse(raw, path, report), card, options.variants, report)
-    names = _class_names(items, path, report)
+    names = _class_names(items, path, card, report)
     check_duplicates({split: [item.path for item in items[split]] for split in SPLITS}, card.same_images, report)
     entries = list(dict.fromkeys(item.path for split in SPLITS for item in items[split] if item.path is not None))
     sources = find_images(card, base, entries, report)
@@ -147,7 +147,7 @@ def _items(content: dict[str, list[Any]], card: Card, variants: bool, report: Re
     return items
 
 
-def _class_names(items: Items, path: Path, report: Report) -> list[str]:
+def _class_names(items: Items, path: Path, card: Card, report: Report) -> list[str]:
     """Rules S07 to S10: labels 0..n-1, all in train, one name per label; warn if two labels share a name."""
     seen: dict[int, dict[str, None]] = {}
     for split in SPLITS:
@@ -173,7 +173,7 @@ def _class_names(items: Items, path: Path, report: Report) -> list[str]:
             spelled = " and ".join(repr(name) for name in list(seen[label])[:4])
             report.error("S09", f"label {label} is called {spelled}")
     names = [next(iter(seen.get(label, ())), "") for label in range(last + 1)]
-    check_names(names, report)
+    check_names(names, report, card)
     return names
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlprompt.datasets.card import Card, stated_class_names
-from vlprompt.datasets.images import MAX_PIXELS, FileSource, ImageSource
+from vlprompt.datasets.images import HASHED_BYTES, MAX_PIXELS, FileSource, ImageSource
 from vlprompt.datasets.options import TorchvisionOptions
 from vlprompt.datasets.paths import check_files, path_problem
 from vlprompt.datasets.readers.checks import check_names
@@ -58,7 +58,7 @@ def read_torchvision(card: Card, base: Path, report: Report) -> SplitLists:
     if not names:
         report.error("S20", f"{options.dataset} has no class names; list them on the card: classes.names")
         report.stop()
-    check_names(names, report)
+    check_names(names, report, card)
     number = _numbers(contents, names, report)
     excluded = set(card.excluded)
     samples: dict[str, list[Sample]] = {split: [] for split in SPLITS}
@@ -270,6 +270,14 @@ class TorchvisionSource:
     def stamp(self) -> str:
         """Return sizes and modification times of the files, and the index."""
         return f"{_state(self.dataset, self.root, self.arguments)}-{self.index}"
+
+    def stored_bytes(self) -> int:
+        """Return more than are hashed: the files of many images are followed by their sizes and times."""
+        return HASHED_BYTES + 1
+
+    def content(self) -> str:
+        """Return :meth:`stamp`."""
+        return self.stamp()
 
 
 def _key(dataset: str, root: str, arguments: Arguments) -> tuple[str, str, Arguments, str]:
