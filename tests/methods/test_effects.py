@@ -1,13 +1,12 @@
 """Every setting of every method has an effect, is refused, or is named as without effect.
 
-A setting is changed in a short training of the miniature CLIP. The trace of the training holds what the method asks a run
-for, its initial and trained tensors, its losses, rates and scores.
+A setting is changed in a short training of the miniature CLIP. The trace of the training has what the method needs from
+a run, its initial and trained tensors, its losses, rates and scores.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping
@@ -37,16 +36,27 @@ SHORT: Mapping[str, dict[str, Any]] = {
     "gda": {"views": 2},
     "tfup_t": {"training": {"epochs": 3, "batch_size": 7}, "adaptation": {"warmup_epochs": 1}, "views": 2},
     "taskres": {"views": 2, "training": {"epochs": 3, "batch_size": 5, "lr": 0.2}},
-    "lp_plus_plus": {"iterations": 20},
+    "lp_plus_plus": {"iterations": 40},
     "tpt": {"crops": 7, "confidence": 0.5},
     "difftpt": {"crops": 4, "generated": 3, "confidence": 0.5},
     "promptalign": {"crops": 3, "confidence": 0.5},
     "zero": {"crops": 7, "confidence": 0.5},
     "mta": {"crops": 7},
     "visual_prompt": {"prompt_size": 8},
+    "vpt": {"image_depth": 1},
+    "upt": {"image_depth": 1},
+    "promptkd": {"image_depth": 1},
+    "ivlp": {"image_depth": 1, "text_depth": 1},
+    "promptsrc": {"image_depth": 1, "text_depth": 1},
+    "maple": {"depth": 1},
+    "restore": {"depth": 2, "shift_consistency": {"variant": "paper"}},
+    "linear_probe": {"iterations": 5},
+    "mocoop": {"templates": ("a photo-real {}.", "a drawing of a {}."), "groups": (1, 1), "top_k": 1},
+    "ramt": {"threshold": 0.0099999},
 }
-#: Settings that divide the work, with the same result.
+#: Settings that divide the work, with the same result, and those that need a tower of more blocks than the miniature's.
 WORK = {"images_at_once", "jacobian"}
+LARGE = {("clip_lora", "position")}
 
 
 def cases() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -102,7 +112,7 @@ def others(key: str, hint: Any, value: Any) -> Iterator[Any]:
     elif isinstance(value, int):
         yield from (value + 1, value - 1, 2 * value + 2, value // 2, 0)
     elif isinstance(value, float):
-        yield from (value / 2, 3 * value + 0.01, 0.0, 0.35, 20 * value)
+        yield from (value / 2, 3 * value + 0.01, 0.0, 0.35, 1.0, 20 * value)
     elif last in ("template", "templates"):
         yield ("a drawing of the {}.",) if last == "templates" else "a drawing of the {}."
     elif last == "context_init":
@@ -139,7 +149,7 @@ def shots_for(method: PromptMethod) -> FewShotFeatures:
     text, draw = method.cache.text, torch.Generator().manual_seed(4)  # type: ignore[union-attr]
 
     def around(labels: Tensor, *views: int) -> Tensor:
-        return 3 * (text[labels] + 0.2 * torch.randn(*views, len(labels), 64, generator=draw))  # type: ignore[index]
+        return 3 * (text[labels] + 2 * torch.randn(*views, len(labels), 64, generator=draw))  # type: ignore[index]
 
     labels, truth, images = torch.arange(3).repeat(4), torch.arange(21) % 3, torch.arange(60) % 3
     needs = method.needs
@@ -160,7 +170,7 @@ def inputs_of(method: PromptMethod, images: Tensor) -> Tensor:
     views = method.needs.test_views
     if views is None:
         return images
-    stack = torch.stack([images[:4].roll(shift, 0) + 0.05 * shift for shift in range(views.count)], dim=1)
+    stack = torch.stack([images[:4].roll(shift, 0) + 0.3 * shift for shift in range(views.count)], dim=1)
     return stack if method.needs.images else method.view_features(stack)  # type: ignore[operator]
 
 
@@ -168,7 +178,10 @@ def trace(backbone: Backbone, images: Tensor, name: str, settings: Any) -> list[
     """Return all that a run sees of a method with these settings."""
     torch.manual_seed(0)
     method = create_method(name, backbone, NAMES, **dataclasses.asdict(settings))
-    found: list[Any] = [repr(method.needs), method.fitted, method.trained_state(), method.zero_shot_settings()]
+    needs, start = method.needs, {} if isinstance(method, FittedMethod) else method.trained_state()
+    if needs.test_views is not None and not needs.test_views.crops:  # none to be mixed
+        needs = dataclasses.replace(needs, test_views=dataclasses.replace(needs.test_views, augmix=False))
+    found: list[Any] = [repr(needs), method.fitted, start, method.zero_shot_settings()]
     labels = torch.arange(len(images)) % 3
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -178,6 +191,8 @@ def trace(backbone: Backbone, images: Tensor, name: str, settings: Any) -> list[
             found += [method.logits(shots.val), method.logits(shots.unlabelled)]
         else:
             found += list(steps(method.train(), images, labels))
+        if isinstance(method, ViewsMethod):
+            method.measure_source([images])
         found += [method.trained_state(), method.eval()(inputs_of(method, images))]
     return found
 
@@ -202,9 +217,10 @@ def idle_keys(backbone: Backbone, images: Tensor, name: str, own: Mapping[str, A
     settings = settings_of(name, own)
     expected = trace(backbone, images, name, settings)
     named = {key.removeprefix("settings.") for key in without_effect(settings)}
+    searched = set(settings.searched()) if hasattr(settings, "searched") else set()
     still, wrong = set(), set()
     for key, hint, value in leaves(settings):
-        if key.rpartition(".")[2] in WORK:
+        if key.rpartition(".")[2] in WORK or (name, key) in LARGE:
             continue
         outcomes = []
         for other in itertools.islice(others(key, hint, value), 8):
@@ -221,7 +237,8 @@ def idle_keys(backbone: Backbone, images: Tensor, name: str, own: Mapping[str, A
             still.add(key)
         elif outcomes and key in named:
             wrong.add(key)
-    return still - {key for key in still if any(key == n or key.startswith(f"{n}.") for n in named)}, wrong
+    known = named | searched
+    return {key for key in still if not any(key == name or key.startswith(f"{name}.") for name in known)}, wrong
 
 
 def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

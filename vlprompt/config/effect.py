@@ -28,3 +28,8 @@ def without_effect(section: Any, where: str | None = None) -> dict[str, str]:
         if hasattr(type(value), "__where__") and key not in found:
             found |= without_effect(value, key)
     return found
+
+
+def switched_off(reason: str, *names: str) -> dict[str, str]:
+    """Return ``reason`` for each of the fields ``names``, as ``without_effect`` of a section returns it."""
+    return dict.fromkeys(names, reason)

@@ -37,6 +37,7 @@ from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
 from vlprompt.methods.registry import check_start, given_texts, merge_parts, resolved_templates, text_lists
 from vlprompt.objectives import get_objective_class
 from vlprompt.prompts.decomposed import get_decomposition_class
+from vlprompt.runs.effect import note, without_idle
 from vlprompt.runs.folder import config_sha256, run_folder
 from vlprompt.runs.selection import judge
 
@@ -77,7 +78,9 @@ class Session:
         self._modules: list[tuple[tuple[Any, ...], FewShotData]] = []
         if after is not None:
             self._take_over(after, config)
-        self.config = complete(config)
+        self.config, idle = without_idle(completed(config))
+        if idle:
+            warnings.warn(note(idle), stacklevel=2)
 
     @classmethod
     def given(
@@ -645,11 +648,16 @@ def complete(config: RunConfig) -> RunConfig:
 
     Settings of objectives and decompositions that the method declares move to its settings, so that equal runs have
     equal folders.
-    Templates that the data set fills stay empty.
+    Templates that the data set fills stay empty, and values without effect are the defaults.
 
     Raises:
         ConfigError: Settings are not accepted.
     """
+    return without_idle(completed(config))[0]
+
+
+def completed(config: RunConfig) -> RunConfig:
+    """Return :func:`complete` of ``config`` with its values without effect."""
     kind = get_method_class(config.method)
     settings, objectives, decomposition = merge_parts(kind, config.settings, config.objectives, config.decomposition)
     return dataclasses.replace(
