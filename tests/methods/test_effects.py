@@ -222,6 +222,8 @@ def idle_keys(backbone: Backbone, images: Tensor, name: str, own: Mapping[str, A
     for key, hint, value in leaves(settings):
         if key.rpartition(".")[2] in WORK or (name, key) in LARGE:
             continue
+        if key.startswith("search_") and settings.search:  # a grid, whose best point may stay the same
+            continue
         outcomes = []
         for other in itertools.islice(others(key, hint, value), 8):
             try:

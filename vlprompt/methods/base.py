@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, TokenLayout
 from vlprompt.config.run import RecipeConfig, RunConfig
-from vlprompt.config.texts import TEMPLATE, DataTexts, as_data_texts
+from vlprompt.config.texts import TEMPLATE, DataTexts, as_data_texts, depends_on_data
 from vlprompt.config.types import field_hints, fill_templates
 from vlprompt.errors import ClassNameError, ConfigError, HeadError, bulleted
 from vlprompt.needs import Needs
@@ -140,6 +140,19 @@ class PromptMethod(nn.Module):
         if not config.settings.get("generated"):
             off["data.bank"] = f"{cls.name} with these settings uses no generated images"
         return off
+
+    @classmethod
+    def texts_setting(cls, settings: Any) -> str | None:
+        """Return the setting with the texts of :meth:`zero_shot_settings`; None if they are those of the data set.
+
+        Args:
+            settings: An instance of :attr:`Settings`, before templates are filled in.
+        """
+        if cls.zero_shot_settings is PromptMethod.zero_shot_settings:
+            return None
+        name = "templates" if "templates" in field_hints(cls.Settings) else "template"
+        texts = getattr(settings, name)
+        return name if isinstance(texts, str) or not depends_on_data(texts) else None
 
     def build(self) -> None:
         """Create the trainable parameters (float32 ``nn.Parameter``) and the token layouts of the classes."""

@@ -112,6 +112,11 @@ class TPT(TunedMethod):
         self._remembered.clear()
         self._derivatives: Tensor | None = None
 
+    @classmethod
+    def texts_setting(cls, settings: Any) -> str | None:
+        """Return the initial words; random vectors have none."""
+        return "context_init" if settings.context_init.strip() else None
+
     def zero_shot_settings(self) -> dict[str, Any]:
         """Return the initial words as a template, ``"a photo of a {}."``; random vectors have none."""
         words = self.settings.context_init.strip()

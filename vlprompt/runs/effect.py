@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from vlprompt.config.effect import without_effect
 from vlprompt.config.keys import as_plain
@@ -12,7 +10,6 @@ from vlprompt.config.run import RunConfig
 from vlprompt.config.texts import depends_on_data
 from vlprompt.config.types import field_default, make
 from vlprompt.errors import bulleted
-from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import get_method_class, given_texts
 from vlprompt.objectives import get_objective_class
 from vlprompt.prompts.decomposed import get_decomposition_class
@@ -27,20 +24,18 @@ def idle_keys(config: RunConfig) -> dict[str, str]:
         config: A configuration with all settings (:func:`vlprompt.runs.session.complete`).
     """
     kind = get_method_class(config.method)
-    off = without_effect(make(kind.Settings, config.settings), "settings")
+    settings = make(kind.Settings, config.settings)
+    off = without_effect(settings, "settings")
     for section, find in _NAMED.items():
         for name, values in getattr(config, section).items():
             off |= without_effect(make(find(name).Settings, values), f"{section}.{name}")
     off |= without_effect(config.recipe, "recipe") | kind.idle(config)
-    given = given_texts(config.method, config.settings, config.objectives)
-    own_row = kind.zero_shot_settings is not PromptMethod.zero_shot_settings
-    if own_row and not any(map(depends_on_data, given.values())):
-        off["data.template"] = f"{config.method} takes its texts from settings.{_texts(config.settings)}"
+    own = kind.texts_setting(settings)
+    if own is not None and not any(
+        map(depends_on_data, given_texts(config.method, config.settings, config.objectives).values())
+    ):
+        off["data.template"] = f"the texts of {config.method} are settings.{own}"
     return off
-
-
-def _texts(settings: Mapping[str, Any]) -> str:
-    return "templates" if "templates" in settings else "template"
 
 
 def without_idle(config: RunConfig) -> tuple[RunConfig, list[str]]:
