@@ -38,6 +38,13 @@ def idle_keys(config: RunConfig) -> dict[str, str]:
     return off
 
 
+def searched_over(config: RunConfig) -> dict[str, str]:
+    """Return the settings that the method's own search replaces by dotted key, each with the reason."""
+    settings = make(get_method_class(config.method).Settings, config.settings)
+    found = settings.searched() if hasattr(settings, "searched") else {}
+    return {f"settings.{name}": reason for name, reason in found.items()}
+
+
 def without_idle(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """Return ``config`` with defaults for its values without effect, and a line for each value that differs.
 

@@ -305,6 +305,16 @@ class Session:
         if folder := self.config.initial_head:
             tensors, _ = learned_tensors(folder, method.backbone)
             method.start_from(tensors)
+        self.set_statistics(method)
+        return method
+
+    def set_statistics(self, method: PromptMethod) -> None:
+        """Set the source statistics of ``data.statistics``.
+
+        Raises:
+            ConfigError: The method aligns with no source.
+            DataError: A file cannot be read, or has statistics of another shape.
+        """
         if files := self.config.data.statistics:
             if not isinstance(method, ViewsMethod) or not method.aligns:
                 raise ConfigError(
@@ -312,7 +322,6 @@ class Session:
                     "omit data.statistics"
                 )
             method.set_source(*read_statistics(files, method.source_shape()))
-        return method
 
     def zero_shot_on(self, task: FewShotTask, method: PromptMethod) -> PromptMethod:
         """Return zero-shot CLIP on ``task`` with the classifier of ``method``, in evaluation mode.
