@@ -467,8 +467,8 @@ class _ConfigBuilder:
         for name, reason in getattr(settings, "searched", dict)().items():
             key = f"settings.{name}"
             if key in self.given and self.given[key].source == COMMAND_LINE:
-                text = f"{key} is {shown(getattr(settings, name))}, and {reason}; accepted: --settings.search false with it"
-                self._fail(key, f"{COMMAND_LINE}: {text}")
+                what = f"{key} is {shown(getattr(settings, name))}, and {reason}"
+                self._fail(key, f"{COMMAND_LINE}: {what}; accepted: one of the two (--settings.search false)")
 
     def _fail(self, key: str, text: str) -> None:
         self.failed.add(key)
