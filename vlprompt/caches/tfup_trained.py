@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlprompt.caches.tfup import TFUP, TFUPCacheSettings, marginal_loss
 from vlprompt.caches.training import CacheRecipe, TrainingStep, orders
+from vlprompt.config.effect import switched_off
 from vlprompt.config.types import Count, Fraction, NonNegative, validated
 
 _NAMES = ("text_residual", "image_down", "image_up")
@@ -61,6 +62,16 @@ class TFUPTrainedSettings(TFUPCacheSettings):
         epochs=30, batch_size=256, lr=0.012, eps=0.003, weight_decay=0.1, drop_last=True
     )
     adaptation: Adaptation = Adaptation()
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        off: dict[str, str] = {}
+        if not min(self.adaptation.warmup_epochs, self.training.epochs):
+            off |= switched_off("there are no warm-up epochs", "adaptation.warmup_fraction")
+        if self.adaptation.warmup_epochs >= self.training.epochs:
+            names = ("adaptation.confidence", "adaptation.marginal_weight")
+            off |= switched_off("settings.adaptation.warmup_epochs covers all epochs", *names)
+        return off
 
 
 class TFUPTrained(TFUP):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from vlprompt.config.effect import switched_off
 from vlprompt.config.types import Count, NonNegative, Positive, validated
 from vlprompt.schedule import warm_cosine
 
@@ -45,6 +46,11 @@ class CacheRecipe:
         optimizer = torch.optim.AdamW(list(parameters), lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(period, 1))
 
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        names = ("batch_size", "lr", "eps", "weight_decay", "drop_last")
+        return {} if self.epochs else switched_off("epochs is 0", *names)
+
 
 @validated("settings.training")
 class EpochRecipe(CacheRecipe):
@@ -78,6 +84,15 @@ class EpochRecipe(CacheRecipe):
             return warm_cosine(epoch, self.epochs, self.lr, self.warmup_epochs, self.warmup_lr)
 
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        off = super().without_effect()
+        if not self.epochs or not self.warmup_epochs:
+            off |= switched_off("there are no warm-up epochs", "warmup_lr")
+        elif self.warmup_epochs >= self.epochs:
+            off |= switched_off("warmup_epochs covers all epochs", "lr")
+        return off
 
 
 @dataclass(frozen=True)

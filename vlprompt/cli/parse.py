@@ -326,6 +326,7 @@ class _ConfigBuilder:
         if method is not None:
             settings = self._validated(method.Settings, tree.get("settings", {}), "settings")
             named["settings"] = {} if settings is None else as_plain(settings)
+            self._searched(settings)
         for section in ("objectives", "decomposition"):
             for name, values in tree.get(section, {}).items():
                 made = self._validated(kinds[f"{section}.{name}"], values, f"{section}.{name}")
@@ -460,6 +461,14 @@ class _ConfigBuilder:
             if not self.failed.intersection(keys):
                 self.problems.append(f"{sources(keys, self.given)}: {_with_advice(problem)}")
         return instance
+
+    def _searched(self, settings: Any) -> None:
+        """Refuse settings of the command line that the method's own search replaces."""
+        for name, reason in getattr(settings, "searched", dict)().items():
+            key = f"settings.{name}"
+            if key in self.given and self.given[key].source == COMMAND_LINE:
+                what = f"{key} is {shown(getattr(settings, name))}, and {reason}"
+                self._fail(key, f"{COMMAND_LINE}: {what}; accepted: one of the two (--settings.search false)")
 
     def _fail(self, key: str, text: str) -> None:
         self.failed.add(key)

@@ -178,6 +178,16 @@ class RecipeConfig:
         if problems:
             raise ConfigError("\n".join(problems))
 
+    def without_effect(self) -> dict[str, str]:
+        """Return the fields that others switch off, with the reason."""
+        if self.warmup_steps is not None:
+            return {"warmup_lr": "recipe.warmup_steps rise from 0"}
+        if not self.warmup_epochs:
+            return dict.fromkeys(("warmup", "warmup_lr"), "recipe.warmup_epochs is 0")
+        if self.warmup == "constant" and self.warmup_epochs == self.epochs:
+            return dict.fromkeys(("lr", "final_lr"), f"all of recipe.epochs ({self.epochs}) are warm-up epochs")
+        return {}
+
     def batches(self, images: int) -> int:
         """Return the number of batches of an epoch over ``images`` images."""
         whole = images // self.batch_size if self.drop_last else -(-images // self.batch_size)

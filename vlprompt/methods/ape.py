@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from vlprompt.caches.ape import APE, APECacheSettings
 from vlprompt.caches.search import grid
+from vlprompt.config.effect import switched_off
 from vlprompt.config.types import Count, Ge, NonNegative, OpenTemplates, Positive, validated
 from vlprompt.methods.fitted import FewShotFeatures, FittedMethod, keys_of
 from vlprompt.methods.registry import register
@@ -44,6 +45,17 @@ class APESettings(APECacheSettings):
     search_gamma: NonNegative = 0.5
     search_steps: tuple[Positive, Positive, Positive] = (200, 20, 5)
     select_on: Literal["val", "test"] = "val"
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        names = ("search_alpha", "search_beta", "search_gamma", "search_steps", "select_on")
+        return {} if self.search else switched_off("settings.search is false", *names)
+
+    def searched(self) -> dict[str, str]:
+        """Return the settings that a search replaces if there are images to search on, with the reason."""
+        return (
+            switched_off("settings.search is true, which chooses it", "alpha", "beta", "gamma") if self.search else {}
+        )
 
 
 @register("ape")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vlprompt.backbone import Added, TokenLayout
+from vlprompt.config.effect import switched_off
 from vlprompt.config.run import RecipeConfig
 from vlprompt.config.types import Ge, Le, OpenTemplates, validated
 from vlprompt.errors import ConfigError
@@ -63,6 +64,11 @@ class APTSettings:
             )
         if problems:
             raise ConfigError("\n".join(problems))
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        softmax = self.normaliser == "softmax-lambda"
+        return switched_off("settings.normaliser is 'softmax-lambda', which has no keys", "rank") if softmax else {}
 
 
 class Tokens(nn.Module):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, TokenLayout
-from vlprompt.config.run import RecipeConfig
-from vlprompt.config.texts import TEMPLATE, DataTexts, as_data_texts
-from vlprompt.config.types import fill_templates
+from vlprompt.config.run import RecipeConfig, RunConfig
+from vlprompt.config.texts import TEMPLATE, DataTexts, as_data_texts, depends_on_data
+from vlprompt.config.types import field_hints, fill_templates
 from vlprompt.errors import ClassNameError, ConfigError, HeadError, bulleted
 from vlprompt.needs import Needs
 from vlprompt.objectives.base import Objective, Step, create_objective, objective_settings, objectives_in
@@ -66,6 +66,8 @@ class PromptMethod(nn.Module):
     per_target: ClassVar[bool] = False
     """Whether nothing is learned from labelled images, so that there is no source to transfer from: protocols with
     several data sets run the method on each of them, with the values for that data set."""
+    by_recipe: ClassVar[bool] = True
+    """Whether gradient steps over the training images, by the recipe, train the method itself."""
     fitted: tuple[str, ...] = ()
     """Buffers (dotted names) that belong to the head like trainable parameters; shapes may depend on the shots."""
 
@@ -117,6 +119,41 @@ class PromptMethod(nn.Module):
     def active(self) -> list[Objective]:
         """The objectives: those of the method's settings, then those of the configuration."""
         return [objective for objective in self.objectives if isinstance(objective, Objective)]
+
+    @classmethod
+    def trained_by_recipe(cls, config: RunConfig) -> bool:
+        """Return whether a run of ``config`` takes gradient steps over the training images."""
+        return cls.by_recipe or bool(config.objectives and cls.no_objectives is None)
+
+    @classmethod
+    def idle(cls, config: RunConfig) -> dict[str, str]:
+        """Return keys of the sections ``recipe``, ``trainer`` and ``data`` without effect on the method, with reasons.
+
+        Args:
+            config: The configuration of a run of the method, with all settings.
+        """
+        off: dict[str, str] = {}
+        if not cls.trained_by_recipe(config):
+            reason = f"{cls.name} takes no gradient steps over the training images"
+            kept = ("test_batch_size", "select")
+            off |= {f"recipe.{name}": reason for name in field_hints(RecipeConfig) if name not in kept}
+            off |= dict.fromkeys(("trainer.accumulate", "data.transform", "data.cached_views"), reason)
+        if not config.settings.get("generated"):
+            off["data.bank"] = f"{cls.name} with these settings uses no generated images"
+        return off
+
+    @classmethod
+    def texts_setting(cls, settings: Any) -> str | None:
+        """Return the setting with the texts of :meth:`zero_shot_settings`; None if they are those of the data set.
+
+        Args:
+            settings: An instance of :attr:`Settings`, before templates are filled in.
+        """
+        if cls.zero_shot_settings is PromptMethod.zero_shot_settings:
+            return None
+        name = "templates" if "templates" in field_hints(cls.Settings) else "template"
+        texts = getattr(settings, name)
+        return name if isinstance(texts, str) or not depends_on_data(texts) else None
 
     def build(self) -> None:
         """Create the trainable parameters (float32 ``nn.Parameter``) and the token layouts of the classes."""

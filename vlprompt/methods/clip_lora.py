@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from torch import Tensor
 
 from vlprompt.backbone import TokenLayout
+from vlprompt.config.effect import switched_off
 from vlprompt.config.run import RecipeConfig
 from vlprompt.config.types import Above0, Below1, Count, Ge, Le, MinLen, OpenTemplates, validated
 from vlprompt.errors import ConfigError
@@ -75,6 +76,10 @@ class CLIPLoRASettings:
         """Return the blocks with updates, for a tower of ``depth`` blocks."""
         first, end = (max(depth, 12) * bound // 12 for bound in POSITIONS[self.position])
         return [block for block in self.layers or range(first, end) if block < depth]
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        return switched_off(f"settings.layers is {list(self.layers)}", "position") if self.layers else {}
 
 
 @register("clip_lora")

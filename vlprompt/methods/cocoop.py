@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vlprompt.backbone import TokenLayout
+from vlprompt.config.effect import switched_off
 from vlprompt.config.run import RecipeConfig
 from vlprompt.config.types import Ge, Le, validated
 from vlprompt.methods.base import PromptMethod
@@ -36,6 +37,11 @@ class CoCoOpSettings:
     context_length: ContextLength = 4
     context_init: str = "a photo of a"
     images_at_once: Annotated[int, Ge(1), Le(10_000)] = 16
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        reason = f"settings.context_init is {self.context_init!r}, whose words are counted"
+        return switched_off(reason, "context_length") if self.context_init else {}
 
 
 @register("cocoop")

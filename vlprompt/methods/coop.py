@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from vlprompt.backbone import TokenLayout
+from vlprompt.config.effect import switched_off
 from vlprompt.config.run import RecipeConfig
 from vlprompt.config.types import validated
 from vlprompt.errors import ClassNameError
@@ -36,6 +37,15 @@ class CoOpSettings:
     context_init: str = ""
     class_specific: bool = False
     class_token_position: Position = "end"
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        if not self.context_init:
+            return {}
+        words = repr(self.context_init)
+        return switched_off(
+            f"settings.context_init is {words}, and the vectors of words are the same for all classes", "class_specific"
+        ) | switched_off(f"settings.context_init is {words}, whose words are counted", "context_length")
 
 
 @register("coop")

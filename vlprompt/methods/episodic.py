@@ -20,6 +20,7 @@ class ViewsMethod(PromptMethod):
 
     no_objectives = "it learns nothing before it sees a test image"
     per_target = True
+    by_recipe = False
 
     def reset(self) -> None:
         """Clear the state of earlier test images, if scores depend on them."""

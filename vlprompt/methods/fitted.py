@@ -49,13 +49,15 @@ class FittedMethod(PromptMethod):
 
     Cache: ClassVar[type[FeatureClassifier]]
     no_objectives = "it is fitted on frozen features"
+    by_recipe = False
     cache: Any
 
     @property
     def needs(self) -> Needs:
         """Features of ``views`` random views, and the split for the hyperparameter search."""
         settings = self.settings
-        return Needs(fit_views=settings.views, fit_view="random-half", select_on=getattr(settings, "select_on", None))
+        select_on = getattr(settings, "select_on", None) if getattr(settings, "search", True) else None
+        return Needs(fit_views=settings.views, fit_view="random-half", select_on=select_on)
 
     def build(self) -> None:
         """Encode the templates and create the empty cache; fitting fills buffers, there are no parameters."""

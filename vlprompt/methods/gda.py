@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from vlprompt.caches.gda import GDA, GDACacheSettings
+from vlprompt.config.effect import switched_off
 from vlprompt.config.types import Count, OpenTemplates, validated
 from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
 from vlprompt.methods.registry import register
@@ -31,6 +32,14 @@ class GDASettings(GDACacheSettings):
     view: Literal["random", "random-half"] = "random-half"
     search: bool = True
     select_on: Literal["val", "test"] = "val"
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        return {} if self.search else switched_off("settings.search is false", "select_on")
+
+    def searched(self) -> dict[str, str]:
+        """Return the settings that a search replaces if there are images to search on, with the reason."""
+        return switched_off("settings.search is true, which chooses it", "alpha") if self.search else {}
 
 
 @register("gda")

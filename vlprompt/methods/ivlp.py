@@ -11,6 +11,7 @@ from typing import Annotated
 from torch import Tensor
 
 from vlprompt.backbone import TokenLayout
+from vlprompt.config.effect import switched_off
 from vlprompt.config.run import RecipeConfig
 from vlprompt.config.types import Ge, Le, Positive, validated
 from vlprompt.methods.base import PromptMethod
@@ -18,6 +19,7 @@ from vlprompt.methods.registry import register
 from vlprompt.needs import Needs
 from vlprompt.prompts import DeepContext, VisualPrompts
 from vlprompt.prompts.context import ContextLength
+from vlprompt.prompts.deep import unused_words
 
 
 @validated("settings")
@@ -37,6 +39,11 @@ class IVLPSettings:
     text_depth: Positive = 9
     image_tokens: Annotated[int, Ge(1), Le(1000)] = 4
     image_depth: Annotated[int, Ge(0), Le(1000)] = 9
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        off = unused_words(self.context_length)
+        return off if self.image_depth else off | switched_off("settings.image_depth is 0", "image_tokens")
 
 
 @register("ivlp")

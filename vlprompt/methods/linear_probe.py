@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 from vlprompt.caches.linear_probe import LinearProbe, LinearProbeCacheSettings
+from vlprompt.config.effect import switched_off
 from vlprompt.config.types import Count, OpenTemplates, validated
 from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
 from vlprompt.methods.registry import register
@@ -37,6 +38,14 @@ class LinearProbeSettings(LinearProbeCacheSettings):
     search: bool = True
     views: Count = 0
     select_on: Literal["val", "test"] = "val"
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        return {} if self.search else switched_off("settings.search is false", "select_on")
+
+    def searched(self) -> dict[str, str]:
+        """Return the settings that a search replaces if there are images to search on, with the reason."""
+        return switched_off("settings.search is true, which chooses it", "c") if self.search else {}
 
 
 @register("linear_probe")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 from vlprompt.caches.lp_plus_plus import LPPlusPlus, LPPlusPlusCacheSettings
+from vlprompt.config.effect import switched_off
 from vlprompt.config.types import Count, OpenTemplates, validated
 from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
 from vlprompt.methods.registry import register
@@ -37,6 +38,10 @@ class LPPlusPlusSettings(LPPlusPlusCacheSettings):
     views: Count = 1
     search: bool = True
     select_on: Literal["val", "test"] = "val"
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        return {} if self.search else switched_off("settings.search is false", "select_on")
 
 
 @register("lp_plus_plus")

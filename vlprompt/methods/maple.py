@@ -16,6 +16,7 @@ from vlprompt.methods.registry import register
 from vlprompt.needs import Needs
 from vlprompt.prompts import CoupledPrompts
 from vlprompt.prompts.context import ContextLength
+from vlprompt.prompts.deep import unused_words
 
 
 @validated("settings")
@@ -33,6 +34,10 @@ class MaPLeSettings:
     context_length: ContextLength = 2
     context_init: str = "a photo of a"
     depth: Positive = 9
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        return unused_words(self.context_length)
 
 
 @register("maple")

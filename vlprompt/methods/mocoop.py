@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vlprompt._dist import sum_over_processes
 from vlprompt.backbone import TokenLayout
+from vlprompt.config.effect import switched_off
 from vlprompt.config.run import RecipeConfig
 from vlprompt.config.texts import has_references, weighted
 from vlprompt.config.types import NonNegative, Positive, Templates, Texts, validated
@@ -87,6 +88,15 @@ class MoCoOpSettings:
             problems.append(f"settings.top_k is {self.top_k}; accepted: 1 to {count}, the number of settings.groups")
         if problems:
             raise ConfigError("\n".join(problems))
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        off: dict[str, str] = {}
+        if not self.text_loss_weight:
+            off |= switched_off("settings.text_loss_weight is 0", "text_temperature")
+        if not self.tune_layer_norms:
+            off |= switched_off("settings.tune_layer_norms is false", "layer_norm_lr_factor")
+        return off
 
 
 @register("mocoop")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from vlprompt.config.effect import switched_off
 from vlprompt.config.types import Above0, Count, NonNegative, OpenTemplates, validated
 from vlprompt.methods.episodic import EpisodicMethod, TemplateViewsMethod
 from vlprompt.methods.registry import register
@@ -32,6 +33,10 @@ class MTASettings:
     lambda_y: Above0 = 0.2
     crops: Count = 63
     augmix: bool = False
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        return {} if self.crops else switched_off("settings.crops is 0", "lambda_q", "lambda_y", "augmix")
 
 
 @register("mta")

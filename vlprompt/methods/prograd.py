@@ -42,6 +42,10 @@ class ProGradSettings(CoOpSettings):
         "templates": "projected_gradient.templates",
     }
 
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        return {}
+
 
 @register("prograd")
 class ProGrad(CoOp):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vlprompt._finite import check_finite
+from vlprompt.config.effect import switched_off
 from vlprompt.config.types import Count, NonNegative, Positive, validated
 from vlprompt.errors import ConfigError
 from vlprompt.methods.episodic import TunedMethod
@@ -24,6 +25,7 @@ from vlprompt.methods.registry import register
 from vlprompt.needs import Needs, TestViews
 from vlprompt.prompts import CoupledPrompts
 from vlprompt.prompts.context import ContextLength
+from vlprompt.prompts.deep import unused_words
 from vlprompt.testtime.alignment import CoupledTuner, aligned_layers, as_buffers, coupled_tokens, token_statistics
 from vlprompt.testtime.selection import ViewFraction, gather_views, most_confident
 
@@ -57,6 +59,17 @@ class PromptAlignSettings:
     crops: Count = 63
     augmix: bool = False
     images_at_once: Positive = 4
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        off = unused_words(self.context_length)
+        if not self.crops:
+            off |= switched_off("settings.crops is 0", "augmix")
+        if not self.steps:
+            off |= switched_off("settings.steps is 0", "lr", "confidence", "alignment_weight", "alignment_depth")
+        elif not self.alignment_weight:
+            off |= switched_off("settings.alignment_weight is 0", "alignment_depth")
+        return off
 
 
 @register("promptalign")

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt._random import restored_random
+from vlprompt.config.effect import switched_off
 from vlprompt.config.run import RecipeConfig
 from vlprompt.config.types import Above0, Count, NonNegative, Positive, Template, validated
 from vlprompt.errors import ClassNameError, ConfigError, VlpromptError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.methods.registry import register
-from vlprompt.methods.teacher import Teacher, load_teacher, teacher_dim
+from vlprompt.methods.teacher import Teacher, is_head, load_teacher, teacher_dim
 from vlprompt.needs import Needs
 from vlprompt.objectives.base import Step
 from vlprompt.prompts import Projector, VisualPrompts
@@ -52,6 +54,11 @@ class PromptKDSettings:
     template: Template = "a photo of a {}."
     teacher_dim: Count = 0
 
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        reason = "settings.teacher is a trained head, which has texts of its own"
+        return switched_off(reason, "template") if is_head(self.teacher) else {}
+
 
 @register("promptkd")
 class PromptKD(PromptMethod):
@@ -70,6 +77,15 @@ class PromptKD(PromptMethod):
         settings, backbone = self.settings, self.backbone
         self.visual = VisualPrompts(backbone.image, settings.image_tokens, settings.image_depth)
         self.projector = Projector(backbone.embed_dim, self.ask_teacher())
+
+    @classmethod
+    def texts_setting(cls, settings: Any) -> str | None:
+        """Return the prompt of a zero-shot teacher; a trained head has texts of its own."""
+        return None if is_head(settings.teacher) else "template"
+
+    def zero_shot_settings(self) -> dict[str, Any]:
+        """Return the prompt of a zero-shot teacher, which the student learns; else the template of the data set."""
+        return {} if is_head(self.settings.teacher) else {"templates": [self.settings.template]}
 
     # -- the teacher ----------------------------------------------------------------------------------------------
     def ask_teacher(self) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from vlprompt.config.effect import switched_off
 from vlprompt.config.types import Count, NonNegative, OpenTemplates, Positive, validated
 from vlprompt.errors import ConfigError
 from vlprompt.methods.episodic import TemplateViewsMethod
@@ -70,6 +71,17 @@ class TDASettings:
         ]
         if problems:
             raise ConfigError("\n".join(problems))
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        off: dict[str, str] = {} if self.crops else switched_off("settings.crops is 0", "confidence", "augmix")
+        for cache, more in (("positive", ()), ("negative", ("negative_entropy", "negative_mask"))):
+            names = (f"{cache}_capacity", f"{cache}_beta", *more)
+            if not getattr(self, cache):
+                off |= switched_off(f"settings.{cache} is false", f"{cache}_alpha", *names)
+            elif not getattr(self, f"{cache}_alpha"):
+                off |= switched_off(f"settings.{cache}_alpha is 0", *names)
+        return off
 
 
 @register("tda")

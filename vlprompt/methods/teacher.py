@@ -116,6 +116,11 @@ def teacher_dim(where: str) -> int:
     return shapes_only(where.partition(":")[0]).embed_dim
 
 
+def is_head(where: str) -> bool:
+    """Return whether ``where`` is a folder, of a saved head or a run, and not a backbone."""
+    return _folder(where) is not None
+
+
 def _folder(where: str) -> Path | None:
     folder = Path(where).expanduser()
     return folder if where and folder.is_dir() else None

@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from vlprompt.caches.search import grid
 from vlprompt.caches.tip_adapter import TipAdapter, TipAdapterCacheSettings
+from vlprompt.config.effect import switched_off
 from vlprompt.config.types import Count, Ge, OpenTemplates, Positive, validated
 from vlprompt.methods.fitted import FewShotFeatures, FittedMethod, keys_of
 from vlprompt.methods.registry import register
@@ -39,6 +40,18 @@ class TipAdapterSettings(TipAdapterCacheSettings):
     search_beta: Annotated[float, Ge(0.1)] = 7.0
     search_steps: tuple[Positive, Positive] = (200, 20)
     select_on: Literal["val", "test"] = "val"
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        return (
+            {}
+            if self.search
+            else switched_off("settings.search is false", "search_alpha", "search_beta", "search_steps", "select_on")
+        )
+
+    def searched(self) -> dict[str, str]:
+        """Return the settings that a search replaces if there are images to search on, with the reason."""
+        return switched_off("settings.search is true, which chooses it", "alpha", "beta") if self.search else {}
 
 
 @register("tip_adapter")

@@ -38,6 +38,10 @@ class TipAdapterFSettings(TipAdapterSettings, TipAdapterFCacheSettings):
         "weight_decay": "training.weight_decay",
     }
 
+    def searched(self) -> dict[str, str]:
+        """Return nothing: the training of the keys uses alpha and beta, before the search."""
+        return {}
+
 
 @register("tip_adapter_f")
 class TipAdapterFMethod(TipAdapterMethod):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vlprompt.backbone import TokenLayout
+from vlprompt.config.effect import switched_off
 from vlprompt.config.types import Count, NonNegative, Positive, validated
 from vlprompt.errors import ConfigError
 from vlprompt.methods.episodic import TunedMethod
@@ -63,6 +64,18 @@ class TPTSettings:
         if self.context_init.split().count(_NAME) > 1 or self.context_init.strip() == _NAME:
             raise ConfigError(f"settings.context_init is {self.context_init!r}; accepted: words, {_NAME} once or never")
 
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        off: dict[str, str] = {}
+        if self.context_init:
+            reason = f"settings.context_init is {self.context_init!r}, whose words are counted"
+            off |= switched_off(reason, "context_length")
+        if not self.crops:
+            off |= switched_off("settings.crops is 0", "augmix")
+        if not self.steps:
+            off |= switched_off("settings.steps is 0", "lr", "confidence")
+        return off
+
 
 @register("tpt")
 class TPT(TunedMethod):
@@ -98,6 +111,11 @@ class TPT(TunedMethod):
         self.layout = tuned_layout(self.backbone.text, self.class_names, self._words, length, before)
         self._remembered.clear()
         self._derivatives: Tensor | None = None
+
+    @classmethod
+    def texts_setting(cls, settings: Any) -> str | None:
+        """Return the initial words; random vectors have none."""
+        return "context_init" if settings.context_init.strip() else None
 
     def zero_shot_settings(self) -> dict[str, Any]:
         """Return the initial words as a template, ``"a photo of a {}."``; random vectors have none."""

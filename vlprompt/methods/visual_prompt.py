@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import BeforeValidator
 from torch import Tensor
 
+from vlprompt.config.effect import switched_off
 from vlprompt.config.run import RecipeConfig
 from vlprompt.config.types import OpenTemplates, Positive, validated
 from vlprompt.methods.base import PromptMethod
@@ -48,6 +49,11 @@ class VisualPromptSettings:
     prompt_size: Positive = 30
     template: TemplateOrTemplates = ("This is a photo of a {}",)
     split_hyphens: bool = True
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        texts = not all(isinstance(text, str) for text in self.template)
+        return switched_off("settings.template has sentences of classes", "split_hyphens") if texts else {}
 
 
 @register("visual_prompt")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from vlprompt.config.effect import switched_off
 from vlprompt.config.types import Count, NonNegative, OpenTemplates, validated
 from vlprompt.methods.episodic import EpisodicMethod, TemplateViewsMethod
 from vlprompt.methods.registry import register
@@ -34,6 +35,10 @@ class ZEROSettings:
     temperature: NonNegative = 0.0
     crops: Count = 63
     augmix: bool = False
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        return {} if self.crops else switched_off("settings.crops is 0", "confidence", "augmix")
 
 
 @register("zero")

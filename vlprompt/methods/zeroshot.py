@@ -47,6 +47,7 @@ class ZeroShot(PromptMethod):
     """Frozen CLIP with hand-written prompts."""
 
     per_target = True
+    by_recipe = False
     Settings = ZeroShotSettings
     settings: ZeroShotSettings
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlprompt.config.effect import switched_off
 from vlprompt.config.types import Above0, Fraction, OpenTemplates, validated
 from vlprompt.objectives.base import Host, register_objective
 from vlprompt.objectives.two_gradients import TwoGradients
@@ -24,6 +25,10 @@ class GradientDropoutSettings:
     strength: Fraction = 1.0
     temperature: Above0 = 1.0
     templates: OpenTemplates = ()
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        return {} if self.strength else switched_off("strength is 0", "temperature", "templates")
 
 
 @register_objective("gradient_dropout")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlprompt.config.effect import switched_off
 from vlprompt.config.texts import has_references
 from vlprompt.config.types import NonNegative, Positive, Templates, validated
 from vlprompt.errors import ConfigError
@@ -38,6 +39,10 @@ class GroupedTextSettings:
                 f"objectives.grouped_text.groups is {list(self.groups)}, which adds up to {sum(self.groups)}; "
                 f"objectives.grouped_text.templates holds {len(self.templates)}"
             )
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        return {} if self.weight else switched_off("weight is 0", "templates", "groups", "temperature")
 
 
 @register_objective("grouped_text")

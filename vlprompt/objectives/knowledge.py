@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlprompt.config.effect import switched_off
 from vlprompt.config.types import NonNegative, OpenTemplates, validated
 from vlprompt.objectives.base import Host, Objective, Part, Step, Terms, register_objective
 from vlprompt.prompts.zero_shot import template_features
@@ -27,6 +28,10 @@ class KnowledgeSettings:
     weight: NonNegative = 8.0
     templates: OpenTemplates = ()
     variant: Literal["code", "paper"] = "code"
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        return {} if self.weight else switched_off("weight is 0", "templates", "variant")
 
 
 @register_objective("knowledge")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlprompt.config.effect import switched_off
 from vlprompt.config.ensembles import ENSEMBLES
 from vlprompt.config.types import NonNegative, Templates, validated
 from vlprompt.objectives.base import Host, Objective, Part, Step, Terms, register_objective, unit
@@ -31,6 +32,10 @@ class SelfRegularisationSettings:
     image: NonNegative = 10.0
     logits: NonNegative = 1.0
     templates: Templates = ENSEMBLES["promptsrc"]
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        return {} if self.text or self.logits else switched_off("text and logits are 0", "templates")
 
 
 @register_objective("self_regularisation")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlprompt.config.effect import switched_off
 from vlprompt.config.types import NonNegative, OpenTemplates, Positive, validated
 from vlprompt.objectives.base import Host, Objective, Part, Step, Terms, register_objective
 from vlprompt.prompts.zero_shot import template_features
@@ -29,6 +30,12 @@ class ShiftConsistencySettings:
     weight: NonNegative = 1.0
     variant: Literal["code", "paper"] = "code"
     templates: OpenTemplates = ()
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the settings that others switch off, with the reason."""
+        if not self.weight:
+            return switched_off("weight is 0", "variant", "templates")
+        return switched_off("variant is 'code'", "templates") if self.variant == "code" else {}
 
 
 def gram_norms(prompts: list[Tensor]) -> Tensor:

@@ -10,12 +10,19 @@ from torch import Tensor, nn
 from vlprompt.backbone.image_tower import ImageTower, VisualTokens
 from vlprompt.backbone.layout import TokenLayout
 from vlprompt.backbone.text_tower import TextTower
+from vlprompt.config.effect import switched_off
 from vlprompt.errors import ConfigError
 from vlprompt.prompts.context import CONTEXT_STD, context_layout
 from vlprompt.prompts.words import words_of
 
 #: Initial words are used with up to this many vectors; with more the official code uses noise (MaPLe, PromptSRC).
 MOST_WORDS = 4
+
+
+def unused_words(length: int) -> dict[str, str]:
+    """Return the setting ``context_init`` with the reason why ``length`` vectors do not use it, if they do not."""
+    reason = f"settings.context_length is {length}, and words initialise at most {MOST_WORDS} vectors"
+    return switched_off(reason, "context_init") if length > MOST_WORDS else {}
 
 
 def _noise(count: int, *shape: int) -> nn.ParameterList:

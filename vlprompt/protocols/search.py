@@ -28,10 +28,11 @@ from vlprompt.engine.metrics import METRICS, headline
 from vlprompt.errors import ConfigError, NotFiniteError, bulleted, did_you_mean
 from vlprompt.methods import get_method_class
 from vlprompt.prompts import get_decomposition_class
+from vlprompt.runs.effect import idle_keys, searched_over, without_idle
 from vlprompt.runs.folder import RESULTS, config_sha256
 from vlprompt.runs.run import Run, run, validate
 from vlprompt.runs.selection import SELECTION, Verdict, judge, record, selection_of, stamped
-from vlprompt.runs.session import Session
+from vlprompt.runs.session import Session, completed
 from vlprompt.runs.tables import render, score_text
 
 BEST = "best.yaml"
@@ -187,9 +188,25 @@ def candidates_of(config: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[
             candidate, wrong = _candidate(config, chosen)
             candidates.append((chosen, candidate))
             problems += [f"{text} (of the candidate {chosen})" for text in wrong]
+        problems += [] if problems else _same(candidates)
     if problems:
         raise ConfigError(f"the grid cannot be searched:\n{bulleted(problems)}")
     return candidates
+
+
+def _same(candidates: Sequence[tuple[dict[str, Any], RunConfig]]) -> list[str]:
+    """Return the keys without effect on any candidate, else the first two candidates that are the same run."""
+    whole = [completed(candidate) for _, candidate in candidates]
+    off = [idle_keys(config) | searched_over(config) for config in whole]
+    if unused := [key for key in candidates[0][0] if all(key in reasons for reasons in off)]:
+        return [f"{key} has no effect: {off[0][key]}" for key in unused]
+    known: dict[str, dict[str, Any]] = {}
+    for (values, _), config in zip(candidates, whole, strict=True):
+        key = config_sha256(without_idle(config)[0])
+        if key in known:
+            return [f"the candidates {known[key]} and {values} are the same run: one value switches another one off"]
+        known[key] = values
+    return []
 
 
 def searched_keys(config: RunConfig) -> dict[str, Any]:

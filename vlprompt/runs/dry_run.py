@@ -53,6 +53,7 @@ def dry_run(config: RunConfig) -> str:
     count = sum(parameter.numel() for _, parameter in trainable)
     recipe, accumulate = config.recipe, config.trainer.accumulate
     session.check_order()
+    session.set_statistics(method)
     if "drawn" in vars(session):
         session.check_selection()
     if trainable and train_images:

@@ -37,6 +37,7 @@ from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
 from vlprompt.methods.registry import check_start, given_texts, merge_parts, resolved_templates, text_lists
 from vlprompt.objectives import get_objective_class
 from vlprompt.prompts.decomposed import get_decomposition_class
+from vlprompt.runs.effect import note, without_idle
 from vlprompt.runs.folder import config_sha256, run_folder
 from vlprompt.runs.selection import judge
 
@@ -77,7 +78,9 @@ class Session:
         self._modules: list[tuple[tuple[Any, ...], FewShotData]] = []
         if after is not None:
             self._take_over(after, config)
-        self.config = complete(config)
+        self.config, idle = without_idle(completed(config))
+        if idle:
+            warnings.warn(note(idle), stacklevel=2)
 
     @classmethod
     def given(
@@ -309,6 +312,16 @@ class Session:
         if folder := self.config.initial_head:
             tensors, _ = learned_tensors(folder, method.backbone)
             method.start_from(tensors)
+        self.set_statistics(method)
+        return method
+
+    def set_statistics(self, method: PromptMethod) -> None:
+        """Set the source statistics of ``data.statistics``.
+
+        Raises:
+            ConfigError: The method aligns with no source.
+            DataError: A file cannot be read, or has statistics of another shape.
+        """
         if files := self.config.data.statistics:
             if not isinstance(method, ViewsMethod) or not method.aligns:
                 raise ConfigError(
@@ -316,7 +329,6 @@ class Session:
                     "omit data.statistics"
                 )
             method.set_source(*read_statistics(files, method.source_shape()))
-        return method
 
     def zero_shot_on(self, task: FewShotTask, method: PromptMethod) -> PromptMethod:
         """Return zero-shot CLIP on ``task`` with the classifier of ``method``, in evaluation mode.
@@ -662,11 +674,16 @@ def complete(config: RunConfig) -> RunConfig:
 
     Settings of objectives and decompositions that the method declares move to its settings, so that equal runs have
     equal folders.
-    Templates that the data set fills stay empty.
+    Templates that the data set fills stay empty, and values without effect are the defaults.
 
     Raises:
         ConfigError: Settings are not accepted.
     """
+    return without_idle(completed(config))[0]
+
+
+def completed(config: RunConfig) -> RunConfig:
+    """Return :func:`complete` of ``config`` with its values without effect."""
     kind = get_method_class(config.method)
     settings, objectives, decomposition = merge_parts(kind, config.settings, config.objectives, config.decomposition)
     return dataclasses.replace(

@@ -1,0 +1,84 @@
+"""Values of a configuration that have no effect: named once, and recorded as their defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from vlprompt.config.effect import without_effect
+from vlprompt.config.keys import as_plain
+from vlprompt.config.run import RunConfig
+from vlprompt.config.texts import depends_on_data
+from vlprompt.config.types import field_default, make
+from vlprompt.errors import bulleted
+from vlprompt.methods.registry import get_method_class, given_texts
+from vlprompt.objectives import get_objective_class
+from vlprompt.prompts.decomposed import get_decomposition_class
+
+_NAMED = {"objectives": get_objective_class, "decomposition": get_decomposition_class}
+
+
+def idle_keys(config: RunConfig) -> dict[str, str]:
+    """Return the values of ``config`` without effect by dotted key, each with the reason; defaults are included.
+
+    Args:
+        config: A configuration with all settings (:func:`vlprompt.runs.session.complete`).
+    """
+    kind = get_method_class(config.method)
+    settings = make(kind.Settings, config.settings)
+    off = without_effect(settings, "settings")
+    for section, find in _NAMED.items():
+        for name, values in getattr(config, section).items():
+            off |= without_effect(make(find(name).Settings, values), f"{section}.{name}")
+    off |= without_effect(config.recipe, "recipe") | kind.idle(config)
+    own = kind.texts_setting(settings)
+    if own is not None and not any(
+        map(depends_on_data, given_texts(config.method, config.settings, config.objectives).values())
+    ):
+        off["data.template"] = f"the texts of {config.method} are settings.{own}"
+    return off
+
+
+def searched_over(config: RunConfig) -> dict[str, str]:
+    """Return the settings that the method's own search replaces by dotted key, each with the reason."""
+    settings = make(get_method_class(config.method).Settings, config.settings)
+    found = settings.searched() if hasattr(settings, "searched") else {}
+    return {f"settings.{name}": reason for name, reason in found.items()}
+
+
+def without_idle(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """Return ``config`` with defaults for its values without effect, and a line for each value that differs.
+
+    Args:
+        config: A configuration with all settings.
+    """
+    kind, plain = get_method_class(config.method), as_plain(config)
+    defaults = {
+        "settings": as_plain(make(kind.Settings, {})),
+        "recipe": as_plain(kind.recipe),
+        **{name: as_plain(field_default(RunConfig, name)) for name in ("data", "trainer")},
+        **{
+            section: {name: as_plain(make(find(name).Settings, {})) for name in getattr(config, section)}
+            for section, find in _NAMED.items()
+        },
+    }
+    lines = []
+    for key, reason in idle_keys(config).items():
+        *path, last = key.split(".")
+        own, default = plain, defaults
+        for name in path:
+            own, default = own[name], default[name]
+        if own[last] != default[last]:
+            lines.append(f"{key} {own[last]!r}: {reason}")
+            own[last] = default[last]
+    if not lines:
+        return config, []
+    changed = {name: plain[name] for name in ("settings", *_NAMED)}
+    sections = {name: make(type(getattr(config, name)), plain[name], name) for name in ("recipe", "data", "trainer")}
+    return dataclasses.replace(config, **changed, **sections), lines
+
+
+def note(lines: list[str]) -> str:
+    """Return the text that names values without effect."""
+    few = len(lines) == 1
+    count, them = ("a setting has", "it") if few else (f"{len(lines)} settings have", "them")
+    return f"{count} no effect, and the record of the run leaves {them} out:\n{bulleted(lines)}"
