@@ -122,7 +122,7 @@ HOLD = """
 import sys
 from vlprompt._files import lock
 with open(sys.argv[1], "w") as file:
-    lock(file)
+    lock(file.fileno())
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -134,10 +134,10 @@ def test_another_process_cannot_take_a_lock(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None and child.stdout.readline() == "held\n"
         with path.open("w") as file, pytest.raises(OSError):
-            lock(file)
+            lock(file.fileno())
         child.kill()
     with path.open("w") as file:
-        lock(file)
+        lock(file.fileno())
 
 
 def test_locks_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +151,7 @@ def test_locks_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with (tmp_path / "lock").open("w") as file:
-        module.lock(file)
+        module.lock(file.fileno())
         assert calls == [(file.fileno(), 2, 1)]
 
 

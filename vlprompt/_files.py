@@ -54,7 +54,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.chmod(temporary, mode)
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename in (None, str(temporary), temporary):
+        if error.errno is not None and error.filename in (None, str(temporary), temporary):
             error.filename, error.filename2 = str(path), None  # the name that the reader of the message knows
         raise
     finally:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -132,19 +134,19 @@ def test_a_saved_model_is_the_head_in_both_towers(
 @pytest.mark.parametrize("method", sorted(vlprompt.list_methods()))
 def test_no_export_is_half_without_a_word(method: str, demo: Backbone, plain_model: Any, tmp_path: Path) -> None:
     head = made(demo, method)
-    if head.method.in_towers:
+    refused = contextlib.nullcontext() if head.method.in_towers else pytest.raises(HeadError, match="learns prompts or")
+    with refused:
         head.save_open_clip(tmp_path / "merged")
-        return
-    with pytest.raises(HeadError, match="learns prompts or caches, which an open_clip model cannot hold"):
-        head.save_open_clip(tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+    assert (tmp_path / "merged").exists() == head.method.in_towers
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             head.attach(plain_model)
-        except HeadError:
-            return
-    assert any("its own encode_text is that of the frozen model" in str(warning.message) for warning in caught)
+            words = [str(warning.message) for warning in caught]
+        except HeadError as error:
+            words = [str(error)]
+    expected = "its own encode_text is that of the frozen model|cannot"
+    assert head.method.in_towers or any(re.search(expected, text) for text in words)
 
 
 def test_models_are_saved_into_new_folders(demo: Backbone, plain_model: Any, tmp_path: Path) -> None:

@@ -262,5 +262,5 @@ def test_every_setting_changes_something_or_is_named(
     try:
         trace(tiny_backbone, images, name, settings_of(name, own))
     except VlpromptError:
-        return  # refused
+        pytest.skip("the method refuses these settings")
     assert idle_keys(tiny_backbone, images, name, own) == (set(), set())

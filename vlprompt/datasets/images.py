@@ -290,7 +290,8 @@ def tag_and_alpha(source: ImageSource) -> tuple[bool, bool]:
     if not hasattr(inner, "encoded"):
         return False, False
     with _opened(*inner.encoded()) as image:
-        transparent = _has_alpha(image) and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+        alpha = image.convert("RGBA").getchannel("A") if _has_alpha(image) else None
+        transparent = alpha is not None and alpha.histogram()[255] < alpha.width * alpha.height
         if image.format == "TIFF":
             image.load()  # Pillow turns it then, and removes the tag
         return _turn(image) is not None, transparent

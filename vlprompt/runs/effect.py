@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from vlprompt.config.effect import without_effect
 from vlprompt.config.keys import as_plain
@@ -14,7 +16,7 @@ from vlprompt.methods.registry import get_method_class, given_texts
 from vlprompt.objectives import get_objective_class
 from vlprompt.prompts.decomposed import get_decomposition_class
 
-_NAMED = {"objectives": get_objective_class, "decomposition": get_decomposition_class}
+_NAMED: dict[str, Callable[[str], Any]] = {"objectives": get_objective_class, "decomposition": get_decomposition_class}
 
 
 def idle_keys(config: RunConfig) -> dict[str, str]:
@@ -24,7 +26,7 @@ def idle_keys(config: RunConfig) -> dict[str, str]:
         config: A configuration with all settings (:func:`vlprompt.runs.session.complete`).
     """
     kind = get_method_class(config.method)
-    settings = make(kind.Settings, config.settings)
+    settings: Any = make(kind.Settings, config.settings)
     off = without_effect(settings, "settings")
     for section, find in _NAMED.items():
         for name, values in getattr(config, section).items():
@@ -40,7 +42,7 @@ def idle_keys(config: RunConfig) -> dict[str, str]:
 
 def searched_over(config: RunConfig) -> dict[str, str]:
     """Return the settings that the method's own search replaces by dotted key, each with the reason."""
-    settings = make(get_method_class(config.method).Settings, config.settings)
+    settings: Any = make(get_method_class(config.method).Settings, config.settings)
     found = settings.searched() if hasattr(settings, "searched") else {}
     return {f"settings.{name}": reason for name, reason in found.items()}
 
@@ -64,12 +66,12 @@ def without_idle(config: RunConfig) -> tuple[RunConfig, list[str]]:
     lines = []
     for key, reason in idle_keys(config).items():
         *path, last = key.split(".")
-        own, default = plain, defaults
+        values, default = plain, defaults
         for name in path:
-            own, default = own[name], default[name]
-        if own[last] != default[last]:
-            lines.append(f"{key} {own[last]!r}: {reason}")
-            own[last] = default[last]
+            values, default = values[name], default[name]
+        if values[last] != default[last]:
+            lines.append(f"{key} {values[last]!r}: {reason}")
+            values[last] = default[last]
     if not lines:
         return config, []
     changed = {name: plain[name] for name in ("settings", *_NAMED)}
