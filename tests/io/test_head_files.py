@@ -182,7 +182,7 @@ def test_a_save_that_fails_at_any_step_keeps_the_older_head(
     assert [path.name for path in tmp_path.iterdir()] == ["head"]
 
 
-@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("failing", [1, 2, 3])
 def test_an_interrupted_first_save_is_not_a_head(
     failing: int, demo: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +199,7 @@ def test_an_interrupted_first_save_is_not_a_head(
         patch.setattr("vlprompt.io.head.os.replace", interrupt)
         with pytest.raises(KeyboardInterrupt):
             head.save_pretrained(tmp_path / "head")
-    with pytest.raises(HeadError, match="holds no head"):
+    with pytest.raises(HeadError, match="there is no folder|holds no head"):
         load_head(tmp_path / "head", demo)
     head.save_pretrained(tmp_path / "head")
     assert load_head(tmp_path / "head", demo).class_names == NAMES

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlprompt._files import canonical_json, leftovers, locked, open_regular, replacing, sha256_tensors, sha256_text
-from vlprompt._finite import check_finite
+from vlprompt._finite import check_finite, not_finite
 from vlprompt.data.batches import ImageBatches, make_loader
 from vlprompt.data.pixel_cache import PixelCache
 from vlprompt.data.samplers import Key
@@ -80,32 +80,40 @@ class FeatureStore:
         """
         return self.rows(key, lambda: Rows(compute())).features
 
-    def rows(self, key: Mapping[str, Any], compute: Callable[[], Rows], *, recompute: bool = False) -> Rows:
+    def rows(
+        self,
+        key: Mapping[str, Any],
+        compute: Callable[[], Rows],
+        *,
+        number: int | None = None,
+        recompute: bool = False,
+    ) -> Rows:
         """Return the features stored under ``key``, or compute and store them; see :meth:`get`.
 
         Args:
             key: Everything the features depend on, as JSON values.
             compute: Called if there is no valid entry.
+            number: Number of images; an entry of another number is not valid. None: any number.
             recompute: Whether to compute the features even if they are stored.
         """
         path, text = self.path(key), _canonical(key)
-        stored = None if recompute else read_entry(path, text)
+        stored = None if recompute else read_entry(path, text, number)
         if stored is not None:
             return stored
         with self._locked(path):
             # Another process may have written it while this one waited.
-            stored = None if recompute else read_entry(path, text)
+            stored = None if recompute else read_entry(path, text, number)
             if stored is not None:
                 return stored
             if path.is_file() and not recompute:
                 warnings.warn(
-                    f"The stored features {path} are damaged (their checksum differs); they are computed again.",
+                    f"The stored features {path} are damaged; they are computed again.",
                     stacklevel=1,
                 )
             computed = compute()
-            number = len(computed.features) - len(computed.missing)
-            self.encoded += number
-            count_encoded(number)
+            encoded = len(computed.features) - len(computed.missing)
+            self.encoded += encoded
+            count_encoded(encoded)
             computed = computed._replace(features=computed.features.detach().cpu().contiguous())
             check_finite(
                 {"features": computed.features}, "encoding", "Compute in full precision: --backbone.precision fp32"
@@ -148,11 +156,12 @@ def lock_of(entry: Path) -> Path:
     return entry.parent / LOCKS / f"{entry.stem}.lock"
 
 
-def read_entry(path: Path, key: str | None = None) -> Rows | None:
+def read_entry(path: Path, key: str | None = None, number: int | None = None) -> Rows | None:
     """Return an entry, memory-mapped; ``None`` if there is none, it is damaged, or its key is not ``key``.
 
-    The checksum is compared when this process first reads the file, and again after the file has changed. With a
-    ``key``, the access time is set to the current time, for :func:`~vlprompt.data.eviction.prune`.
+    An entry is damaged if its checksum or its ``number`` of images differs, or a feature is not finite. This is checked
+    when this process first reads the file, and again after the file has changed. With a ``key``, the access time is set
+    to the current time, for :func:`~vlprompt.data.eviction.prune`.
 
     Raises:
         DataError: This user may not read the file, or it is not a regular file.
@@ -178,15 +187,20 @@ def read_entry(path: Path, key: str | None = None) -> Rows | None:
         return None
     if tensors.keys() != {"features", "missing"} or key not in (None, metadata["key"]):
         return None
+    features, missing = tensors["features"], tensors["missing"].flatten().tolist()
     if _VERIFIED.get(path) != stamp:
-        if metadata["sha256"] != _sha256(tensors):
+        if metadata["sha256"] != _sha256(tensors) or not_finite(tensors):
             return None
         _VERIFIED[path] = stamp
+    if features.ndim < 2 or len(features) != (len(features) if number is None else number):
+        return None
+    if not all(isinstance(position, int) and 0 <= position < len(features) for position in missing):
+        return None
     # The modification time is part of the stamp and must not change.
     used = status.st_atime_ns if key is None else time.time_ns()
     with contextlib.suppress(OSError):
         os.utime(path, ns=(used, status.st_mtime_ns))
-    return Rows(tensors["features"], tuple(tensors["missing"].tolist()))
+    return Rows(features, tuple(missing))
 
 
 def extract(

@@ -160,10 +160,10 @@ def rows_or_error(
     Raises:
         DataError: If an image cannot be read, unless ``skip``.
     """
-    rows = store.rows(key, compute)
+    rows = store.rows(key, compute, number=len(samples))
     if rows.missing and not skip:
         # A run with skip has stored them. Opening the images raises their errors, unless they are readable now.
         for position in rows.missing:
             samples[position].source.open()
-        rows = store.rows(key, compute, recompute=True)
+        rows = store.rows(key, compute, number=len(samples), recompute=True)
     return rows

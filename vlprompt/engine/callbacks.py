@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,24 @@ def last_checkpoint_callback(folder: Path) -> ModelCheckpoint:
         save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
+
+
+class KeptSigterm(pl.Callback):
+    """Puts back the handler of SIGTERM that was set when the callback was made, if there was one.
+
+    The Trainer adds one of its own, which broadcasts to the other processes inside the handler. They may be in another
+    collective operation, or have ended, and the broadcast would not return.
+    """
+
+    def __init__(self) -> None:
+        self.handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put it back; the Trainer has set its own."""
+        if callable(self.handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.handler)
+
+    on_test_start = on_train_start
 
 
 class MetricsFile(Checkpoint):

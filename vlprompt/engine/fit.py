@@ -23,12 +23,20 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from vlprompt._dist import check_launcher
 from vlprompt.config.run import BackboneConfig, RecipeConfig, TrainerConfig
-from vlprompt.engine.callbacks import LAST_CHECKPOINT, AtomicCheckpointIO, MetricsFile, last_checkpoint_callback
+from vlprompt.engine.callbacks import (
+    LAST_CHECKPOINT,
+    AtomicCheckpointIO,
+    KeptSigterm,
+    MetricsFile,
+    last_checkpoint_callback,
+)
 from vlprompt.engine.metrics import plain_score, score
 from vlprompt.engine.module import FrozenInside, PromptModule
 from vlprompt.errors import ConfigError, HeadError
 
 METRICS = "metrics.jsonl"
+_LOGGERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
+"""The package of every logger."""
 
 
 def make_trainer(
@@ -54,7 +62,7 @@ def make_trainer(
     if config.devices > 1:
         # Every step uses all trainable parameters, and the frozen backbone has no buffers to broadcast.
         strategy = DDPStrategy(find_unused_parameters=False, broadcast_buffers=False)
-    standard: list[pl.Callback] = [MetricsFile(folder / METRICS), last_checkpoint_callback(folder)]
+    standard: list[pl.Callback] = [KeptSigterm(), MetricsFile(folder / METRICS), last_checkpoint_callback(folder)]
     if config.progress:
         standard.append(RichProgressBar(leave=False))
     with quiet():
@@ -80,7 +88,7 @@ def make_trainer(
 
 
 def check_devices(config: TrainerConfig) -> None:
-    """Raise ConfigError if this machine lacks the accelerator or the number of GPUs that ``config`` requests.
+    """Raise ConfigError if this machine lacks the accelerator, the number of GPUs or a logger that ``config`` requests.
 
     Variables that a launcher left in the environment are refused, too (:func:`vlprompt._dist.check_launcher`).
     """
@@ -96,6 +104,11 @@ def check_devices(config: TrainerConfig) -> None:
         raise ConfigError("trainer.accelerator is 'gpu' but torch sees no GPU here; use --trainer.accelerator cpu")
     if config.accelerator != "cpu" and 0 < gpus < config.devices:
         raise ConfigError(f"trainer.devices is {config.devices} but torch sees {gpus} GPU(s); accepted: 1 to {gpus}")
+    for name in config.loggers:
+        if importlib.util.find_spec(_LOGGERS[name]) is None:
+            raise ConfigError(
+                f"trainer.loggers requests {name!r}, which is not installed; run: pip install {_LOGGERS[name]}"
+            )
 
 
 def check_precision(backbone: BackboneConfig, trainer: TrainerConfig) -> None:
@@ -116,9 +129,6 @@ def check_precision(backbone: BackboneConfig, trainer: TrainerConfig) -> None:
 def _loggers(config: TrainerConfig, folder: Path) -> list[Logger]:
     loggers: list[Logger] = []
     for name in config.loggers:
-        package = {"tensorboard": "tensorboard", "wandb": "wandb"}[name]
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"trainer.loggers requests {name!r}, which is not installed; run: pip install {package}")
         if name == "tensorboard":
             from pytorch_lightning.loggers import TensorBoardLogger
 

@@ -215,7 +215,9 @@ class Head(nn.Module):
             weights = self.method.text_features()
         tensors = {_LEARNABLE + name: value for name, value in self.method.head_state().items()}
         tensors["class_weights"] = weights.detach().float().cpu().contiguous()
-        check_finite(tensors, f"training {self.method.name}", f"No head was saved in {folder}.")
+        # RAMT's head holds the signs of its learned scores, so the scores are checked, too.
+        learned = tensors | {_LEARNABLE + name: value for name, value in self.method.trained_state().items()}
+        check_finite(learned, f"training {self.method.name}", f"No head was saved in {folder}.")
         with _writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             staging = folder.parent / f".{folder.name[:100]}.{secrets.token_hex(8)}"

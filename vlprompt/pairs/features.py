@@ -140,7 +140,8 @@ def caption_features(
             return Rows(torch.cat(blocks))
 
         # As JSON, because a caption may contain line ends, which separate the lines of the hash.
-        return feature_store.rows({**facts, "texts_sha256": sha256_lines(map(json.dumps, texts))}, compute)
+        key = {**facts, "texts_sha256": sha256_lines(map(json.dumps, texts))}
+        return feature_store.rows(key, compute, number=len(texts))
 
     return _in_blocks(captions, rows, "caption").features
 

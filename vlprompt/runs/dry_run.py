@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -12,8 +13,10 @@ from vlprompt.backbone.text_tower import KEPT_WIDTHS
 from vlprompt.config.run import BackboneConfig, DataConfig, RecipeConfig, RunConfig
 from vlprompt.config.texts import DataTexts
 from vlprompt.datasets.catalogue import card_class_names, find_card
+from vlprompt.engine.fit import check_devices, check_precision
 from vlprompt.engine.module import check_warmup
-from vlprompt.errors import BackboneError, DataError
+from vlprompt.errors import BackboneError, ConfigError, DataError, HeadError
+from vlprompt.io.head_files import find_head
 from vlprompt.methods import PromptMethod
 from vlprompt.methods.registry import check_start
 from vlprompt.runs.session import Session
@@ -34,7 +37,7 @@ def dry_run(config: RunConfig) -> str:
     """Return a description of the run of ``config``.
 
     Nothing is trained or written. Missing images are replaced by the data set's card, and missing weights by random
-    weights of the same architecture; the text notes both.
+    weights of the same architecture; the text notes both, and a missing head of ``init_from``, devices and loggers.
 
     Raises:
         VlpromptError: Values are not accepted, or the card of the data set has neither class names nor their number.
@@ -42,18 +45,28 @@ def dry_run(config: RunConfig) -> str:
     check_start(config.method, config.init_from)
     session, notes = Session(config), list[str]()
     config = session.config
+    for check in (partial(check_devices, config.trainer), partial(check_precision, config.backbone, config.trainer)):
+        try:
+            check()
+        except ConfigError as error:  # the run may be planned for another machine
+            notes.append(str(error))
     facts = _facts(session, notes)
     train_images = facts.train
-    session.backbone = backbone = _backbone(config.backbone, notes)
+    stand_in, session.backbone = _backbone(config.backbone, notes)
+    backbone = session.backbone
     with torch.no_grad():
         session.method = method = session.make_method(facts, backbone)
+    if _lacks_start(config, notes) or stand_in:
+        session.set_statistics(method)
+    else:
+        session.started(method)
+        _ = session.regulator
     if "drawn" in vars(session):
         train_images = len(session.task.train)
     trainable = method.trainable_parameters()
     count = sum(parameter.numel() for _, parameter in trainable)
     recipe, accumulate = config.recipe, config.trainer.accumulate
     session.check_order()
-    session.set_statistics(method)
     if "drawn" in vars(session):
         session.check_selection()
     if trainable and train_images:
@@ -117,13 +130,26 @@ def _facts_of_card(data: DataConfig, notes: list[str], error: DataError) -> Fact
     return Facts(names, all_names, card.texts(data.template), train, test)
 
 
-def _backbone(config: BackboneConfig, notes: list[str]) -> Backbone:
+def _backbone(config: BackboneConfig, notes: list[str]) -> tuple[bool, Backbone]:
+    """Return whether random weights stand in, and the backbone."""
     try:
-        return load_backbone(config.name, config.pretrained, precision=config.precision)
+        return False, load_backbone(config.name, config.pretrained, precision=config.precision)
     except BackboneError as error:
         random_backbone = load_backbone(config.name, "random", precision=config.precision)
         notes.append(f"no weights, random ones stand in: {str(error).splitlines()[0]}")
-        return random_backbone
+        return True, random_backbone
+
+
+def _lacks_start(config: RunConfig, notes: list[str]) -> bool:
+    """Return whether ``init_from`` names a head that does not exist; a note says so."""
+    if config.initial_head is None:
+        return False
+    try:
+        find_head(config.initial_head)
+    except HeadError as error:
+        notes.append(f"no head for init_from: {str(error).splitlines()[0]}")
+        return True
+    return False
 
 
 def _shapes(trainable: list[tuple[str, torch.nn.Parameter]], limit: int = 12) -> list[str]:

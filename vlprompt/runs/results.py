@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 from vlprompt.engine.metrics import METRICS, measured
@@ -17,7 +18,8 @@ def is_score(value: Any) -> bool:
     """Return whether ``value`` is the score of a set of images: finite numbers by metric, with the headline metric."""
     if not isinstance(value, Mapping) or not isinstance(value.get("metric", "accuracy"), str):
         return False
-    if not all(isinstance(value.get(name, 0), int | float) for name in (*METRICS, "correct", "total")):
+    numbers = [value.get(name, 0) for name in (*METRICS, "correct", "total")]
+    if not all(isinstance(number, int | float) and isfinite(number) for number in numbers):
         return False
     try:
         measured(value, None)

@@ -190,6 +190,7 @@ def run_session(session: Session, *, force: bool = False) -> Run:
             facts["selection"] = {"on": chosen["on"], "oracle": chosen["oracle"]}  # a head may be used without its run
         if is_main_process():
             record_inputs(folder, session.plain, inputs)  # again, in case the folder was removed in the meantime
+            keep_split(folder, session.drawn)
             Head(method, facts).save_pretrained(folder / HEAD)
             write_json(folder / RESULTS, results)  # last, because it marks the run as finished
         return Run(folder, results)

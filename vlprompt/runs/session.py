@@ -245,7 +245,7 @@ class Session:
         check_start(self.config.method, self.config.init_from)
         self.load()
         pl.seed_everything(self.config.seed, verbose=False)
-        method = self._started(self.make_method(self.drawn, self.backbone))
+        method = self.started(self.make_method(self.drawn, self.backbone))
         _report_unknown_classes(method, self.drawn)
         return method
 
@@ -308,7 +308,12 @@ class Session:
             **self.config.settings,
         ).to(backbone.device)
 
-    def _started(self, method: PromptMethod) -> PromptMethod:
+    def started(self, method: PromptMethod) -> PromptMethod:
+        """Initialise ``method`` from ``init_from`` and ``data.statistics`` and return it.
+
+        Raises:
+            VlpromptError: One of them cannot be read or does not fit.
+        """
         if folder := self.config.initial_head:
             tensors, _ = learned_tensors(folder, method.backbone)
             method.start_from(tensors)
@@ -378,7 +383,7 @@ class Session:
         of_data = any(depends_on_data(entries) for entries in given.values())
         if not of_data or isinstance(method, FittedMethod) and not same:
             return method.with_classes(task.class_names)
-        moved = self._started(self.make_method(task, method.backbone))
+        moved = self.started(self.make_method(task, method.backbone))
         moved.load_trained_state(method.trained_state())
         return moved.train(method.training)
 
@@ -397,7 +402,7 @@ class Session:
             for task in (source, targets[0])
         )  # two class names are enough for the check
         with restored_random():
-            method = self._started(self.make_method(first, self.backbone))
+            method = self.started(self.make_method(first, self.backbone))
             try:
                 self.moved(method, second)
             except VlpromptError as error:
