@@ -155,6 +155,18 @@ def test_problems_of_the_machine_end_in_one_screen(
     assert text in printed and "The same command resumes" in printed and len(printed.splitlines()) == 1
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
+def test_a_small_address_space_is_named(
+    calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (3 * 2**30, 3 * 2**30))
+    assert main(["train", "--config", "coop/demo"]) == 0
+    assert "note: `ulimit -v` limits the addresses of this process to 3.0 GiB" in capsys.readouterr().err
+    stub(monkeypatch, "vlprompt.runs.run", "run", SystemError("error return without exception set"))
+    assert main(["train", "--config", "coop/demo"]) == 2
+    assert "error: out of memory (error return without exception set)" in capsys.readouterr().err
+
+
 def test_an_error_on_purpose_is_printed_as_it_is_and_a_bug_shows_itself(
     calls: Calls, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,8 +67,8 @@ def _failed(text: str) -> int:
 def machine_problem(error: BaseException) -> str | None:
     """Return the description and the remedy if ``error`` is a problem of the machine, else None.
 
-    These are errors of the file system, and a lack of memory, which torch reports as a RuntimeError and the loader of
-    shared libraries as an ImportError.
+    These are errors of the file system, and a lack of memory, which torch reports as a RuntimeError, the loader of
+    shared libraries as an ImportError and, under a limit of addresses, Python as a SystemError.
     """
     if isinstance(error, OSError) and error.errno in _REMEDIES:
         place = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
@@ -76,7 +76,9 @@ def machine_problem(error: BaseException) -> str | None:
         return f"{reason}. {_REMEDIES[error.errno]} Finished files are unchanged."
     text = str(error)
     memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if memory or isinstance(error, RuntimeError | ImportError) and any(part in text for part in _OUT_OF_MEMORY):
+    memory |= isinstance(error, RuntimeError | ImportError) and any(part in text for part in _OUT_OF_MEMORY)
+    memory |= isinstance(error, SystemError | ImportError) and _addresses() is not None
+    if memory:
         line = text.strip().splitlines()[0][:300] if text.strip() else "an allocation failed"
         return (
             f"out of memory ({line}). Use smaller batches (--recipe.batch_size, --recipe.test_batch_size), fewer "
@@ -177,8 +179,33 @@ def _dispatch(words: list[str]) -> int:
     if "-h" in words[1:] or "--help" in words[1:]:
         show(_load(command.help) + (_load(command.keys)(words[1:]) if command.keys else ""), end="")
         return 0
+    _note_limit()
     status: int = _load(command.call)(words[1:])
     return status
+
+
+def _note_limit() -> None:
+    """Note a small limit of the address space: torch ends a process that reaches it (abort), without an exception."""
+    if (limit := _addresses()) is not None and not local_rank():
+        show(
+            f"vlprompt: note: `ulimit -v` limits the addresses of this process to {limit / 2**30:.1f} GiB. torch "
+            f"reserves up to {_RESERVED / 2**30:.0f} and aborts (std::bad_alloc) if it gets less. If that happens: "
+            "ulimit -v unlimited",
+            error=True,
+        )
+
+
+def _addresses() -> int | None:
+    """Return the limit of the address space in bytes if torch may reach it, else None."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return limit if limit != resource.RLIM_INFINITY and limit < _RESERVED else None
+
+
+_RESERVED = 6 * 2**30
 
 
 def _overview() -> str:
