@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,8 @@ def test_wrong_values(tiny: Tiny) -> None:
 
 
 def test_what_a_run_would_lack_is_noted(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    known = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else known(name))
     text = dry_run(tiny("coop", init_from=str(tmp_path / "nowhere"), loggers=["wandb"]))
     assert f"note: no head for init_from: there is no folder {tmp_path / 'nowhere'}" in text
     assert "note: trainer.loggers requests 'wandb', which is not installed; run: pip install wandb" in text

@@ -154,7 +154,7 @@ class PromptModule(FrozenInside):
         terms = self.method.losses(inputs, labels)
         loss = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(loss):
-            values = ", ".join(f"{name} {float(term):g}" for name, term in terms.items())
+            values = ", ".join(f"{name} {float(term.detach()):g}" for name, term in terms.items())
             raise NotFiniteError(f"the loss is not finite in epoch {self.current_epoch} ({values}). {self.advice}")
         shown = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
         # ``scale`` turns the mean over processes into the mean over the global batch, for the gradient and the log.
