@@ -123,7 +123,7 @@ def test_the_types_reach_the_users_checker() -> None:
 
 
 #: The names under which packages of the extras are imported, where they are called otherwise.
-IMPORTED_AS = {"scikit-learn": "sklearn", "resvg-py": "resvg_py"}
+IMPORTED_AS = {"scikit-learn": "sklearn", "resvg-py": "resvg_py", "pillow-heif": "pillow_heif"}
 #: Packages that others need; nothing of vlprompt names them.
 NEEDED_BY_OTHERS = {"accelerate"}  # diffusers
 
@@ -158,7 +158,8 @@ def test_help_imports_no_command() -> None:
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, env=env, capture_output=True, text=True, check=True, timeout=120)
     modules = {name for name in done.stdout.splitlines()[-1].split() if name.startswith("vlprompt.")}
-    assert modules == {f"vlprompt.{name}" for name in ("_dist", "_lazy", "cli", "cli.main", "errors", "version")}
+    light = ("_dist", "_lazy", "_terminal", "cli", "cli.main", "errors", "version")
+    assert modules == {f"vlprompt.{name}" for name in light}
 
 
 def test_data_come_without_torch() -> None:

@@ -290,7 +290,7 @@ def test_a_file_names_the_class_folders(file: str, given_split: bool, tmp_path: 
         ("classes.json", '{"0": "cat", "2": "dog"}', "no class folder '2'"),
         ("classes.json", '{"0": "cat"}', "no name for class folder '1'"),
         ("classes.json", '{"0": "cat", "1": 7}', "class name 7 is not text"),
-        ("classes.json", '{"0": "cat", "0": "dog"}', "appears twice"),
+        ("classes.json", '{"0": "cat", "0": "dog"}', "is given twice"),
         ("classes.json", '["cat", "dog"]', "holds a list"),
         ("classes.json", "[" * 100_000, "not valid JSON|nested"),
         ("classes.json", '{"0": "cat", "1": "cat"}', "labels 0 and 1 are both 'cat'"),

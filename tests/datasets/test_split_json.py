@@ -85,7 +85,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "S01 not UTF-8": (b'{"train": "\xff"}', "not valid JSON"),
     "S01 cut short": (json.dumps(TOY_SPLIT)[:-20], "not valid JSON"),
     "S01 empty": (b"", "not valid JSON"),
-    "S01 repeated key": ('{"train": [], "train": []}', "key 'train' appears twice"),
+    "S01 repeated key": ('{"train": [], "train": []}', "key 'train' is given twice"),
     "S01 not a number": ('{"train": [["a.png", NaN, "a"]], "val": [], "test": []}', "NaN is not JSON"),
     "S01 too deep": ("[" * 100_000, "nested too deeply|not valid JSON"),
     "S02 a list": (b"[1, 2]", "holds a list"),

@@ -168,7 +168,7 @@ def read_entry(path: Path, key: str | None = None, number: int | None = None) ->
     """
     try:
         open_regular(path).close()  # safetensors would wait for the end of a pipe
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise DataError(
