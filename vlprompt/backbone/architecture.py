@@ -7,6 +7,7 @@ back to random weights and installs a log handler in the process.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vlprompt._random import seeded_random
-from vlprompt.errors import BackboneError
+from vlprompt.errors import BackboneError, bulleted
 
 Config = dict[str, Any]
 
@@ -24,6 +25,12 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 
 ARCHIVE_FIELDS = ("input_resolution", "context_length", "vocab_size")
 """Scalars that OpenAI's released archives hold in addition to the weights."""
+
+#: Largest number in a configuration, and most layers of a tower: larger networks would fill the memory.
+_LARGEST_SIZE, _MOST_LAYERS = 1_000_000, 1_000
+_TIMM_NAME = re.compile(r"[A-Za-z0-9_.]+")
+#: Options of open_clip's byte-pair tokenizer that name no files.
+_TOKENIZER_OPTIONS = ("clean", "reduction_mask")
 
 _OPENAI_KEYS = (
     "visual.conv1.weight",
@@ -50,6 +57,39 @@ def registered_config(name: str) -> Config | None:
         return None
     config: Config = open_clip.get_model_config(name)
     return config
+
+
+def check_config(config: Config, where: str) -> None:
+    """Check a configuration that was read from a file, which is untrusted: it must not name other files or places.
+
+    timm takes a model name such as ``hf_hub:ORG/REPO`` or ``local-dir:FOLDER`` as a place to read.
+
+    Args:
+        config: The configuration, with ``vision_cfg`` and ``text_cfg``.
+        where: The file, for the message.
+
+    Raises:
+        BackboneError: A value is not accepted.
+    """
+    problems = []
+    timm_name = config["vision_cfg"].get("timm_model_name")
+    if timm_name and not (isinstance(timm_name, str) and _TIMM_NAME.fullmatch(timm_name)):
+        problems.append(f"vision_cfg.timm_model_name is {str(timm_name)[:80]!r}; accepted: the name of a timm model")
+    options = config["text_cfg"].get("tokenizer_kwargs") or {}
+    if not isinstance(options, dict) or not all(
+        name in _TOKENIZER_OPTIONS and isinstance(value, str) for name, value in options.items()
+    ):
+        accepted = " and ".join(_TOKENIZER_OPTIONS)
+        problems.append(f"text_cfg.tokenizer_kwargs is {str(options)[:80]}; accepted: texts for {accepted}")
+    for section in ("", "vision_cfg", "text_cfg"):
+        for name, value in (config[section] if section else config).items():
+            most = _MOST_LAYERS if name == "layers" else _LARGEST_SIZE
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int | float) and not -most <= number <= most:
+                    key = f"{section}.{name}".removeprefix(".")
+                    problems.append(f"{key} is {str(number)[:40]}; accepted: numbers up to {most:,}")
+    if problems:
+        raise BackboneError(f"{where} is refused:\n{bulleted(problems)}")
 
 
 def text_problem(config: Config) -> str | None:

@@ -309,11 +309,21 @@ class Backbone(nn.Module):
 
 
 def clip_tokenizer(config: Mapping[str, Any]) -> Any:
-    """Return open_clip's byte-pair tokenizer with the context length and options of a model configuration."""
+    """Return open_clip's byte-pair tokenizer with the context length and options of a model configuration.
+
+    Raises:
+        BackboneError: An option is not accepted.
+    """
     from open_clip.tokenizer import SimpleTokenizer
 
     text = config.get("text_cfg", {})
-    return SimpleTokenizer(context_length=text.get("context_length", 77), **(text.get("tokenizer_kwargs") or {}))
+    chosen = text.get("tokenizer_kwargs") or {}
+    try:
+        return SimpleTokenizer(context_length=text.get("context_length", 77), **chosen)
+    except (TypeError, ValueError, KeyError, AssertionError) as error:
+        raise BackboneError(
+            f"open_clip's tokenizer does not accept text_cfg.tokenizer_kwargs {chosen}: {error}"
+        ) from None
 
 
 def checked_device(device: str | torch.device) -> torch.device:

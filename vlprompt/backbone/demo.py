@@ -6,17 +6,18 @@ which does not). MODEL_CARD.md in the same folder describes their training and l
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlprompt._files import parse_json, read_text
 from vlprompt.backbone.weights import read_weights
 
 DEMOS = ("demo", "demo-rn")
 _SCALE, _VOCABULARY = ".scale", 49408
+_LARGEST_SETTINGS = 2**20
 
 
 def read_demo(name: str) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
@@ -29,7 +30,7 @@ def read_demo(name: str) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
         BackboneError: The files inside the package are damaged.
     """
     with resources.as_file(resources.files("vlprompt") / "assets" / "demo_clip") as folder:
-        settings = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        settings = parse_json(read_text(folder / f"{name}.json", _LARGEST_SETTINGS))
         stored = read_weights(folder / "demo.safetensors")
         if name != "demo":  # the file holds only an image tower
             texts = {key: value for key, value in stored.items() if not key.startswith("visual.")}

@@ -17,6 +17,7 @@ from vlprompt.backbone.architecture import (
     ARCHIVE_FIELDS,
     Config,
     build_model,
+    check_config,
     check_precision,
     check_text,
     config_from_shapes,
@@ -292,6 +293,7 @@ def _checked_settings(settings: Any, path: Path) -> dict[str, Any]:
     constants = settings.get("preprocess_cfg") or {}
     if not isinstance(constants, dict):
         raise BackboneError(f"{path}: preprocess_cfg is a {type(constants).__name__}, not a table of constants")
+    check_config(model, str(path))
     return {"model_cfg": model, "preprocess_cfg": constants}
 
 

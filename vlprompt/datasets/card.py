@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from vlprompt.config.ensembles import ENSEMBLES
+from vlprompt.config.hints import REFERENCES
 from vlprompt.config.texts import ENSEMBLE, DataTexts
 from vlprompt.config.types import Count, Holds, Lines, MinLen, Name, Positive, validated
 from vlprompt.datasets.kept_split import KEPT_SPLIT
@@ -33,15 +34,16 @@ def is_word(word: str) -> bool:
 
 
 def _has_one_slot(template: str) -> bool:
-    return template.count("{}") == template.count("{") == template.count("}") == 1
+    slots = template.count("{}"), template.count("{"), template.count("}")
+    return slots == (1, 1, 1) and not template.startswith(REFERENCES)
 
 
 def _is_entry(template: str) -> bool:
     return _has_one_slot(template) or template.startswith(ENSEMBLE)
 
 
-def _is_no_file(name: str) -> bool:
-    return not name.endswith(".json")
+def _is_split(name: str) -> bool:
+    return is_word(name) and not name.endswith(".json")
 
 
 def _with_text(licence: Any) -> Any:
@@ -54,7 +56,7 @@ CardTemplate = Annotated[str, Holds(_has_one_slot, "a text with {} exactly once 
 CardEntry = Annotated[str, Holds(_is_entry, "a text with {} exactly once and no other braces, or ensemble:NAME")]
 CardTemplates = Annotated[tuple[CardEntry, ...], OneOrMore, MinLen(1)]
 SplitName = Annotated[
-    str, Holds(_is_no_file, "a name that does not end in .json, which means a split file of the user")
+    str, Holds(_is_split, "a name of letters, digits, - and _, without .json, which means a split file of the user")
 ]
 
 

@@ -11,6 +11,8 @@ from pathlib import Path, PurePosixPath
 from vlprompt.errors import DataError, has_controls
 
 _DRIVE = re.compile(r"^[A-Za-z]:")
+#: Longest path, and longest name of a file or folder, in bytes; file systems accept no longer names.
+_LONGEST, _LONGEST_NAME = 1024, 255
 
 
 def path_problem(path: object) -> str | None:
@@ -23,8 +25,10 @@ def path_problem(path: object) -> str | None:
         encoded = path.encode()
     except UnicodeEncodeError:
         return f"path {_short(path)} is not valid Unicode"
-    if len(encoded) > 1024:
-        return f"path {_short(path)} has {len(encoded)} bytes; at most 1,024 are accepted"
+    if len(encoded) > _LONGEST:
+        return f"path {_short(path)} has {len(encoded)} bytes; at most {_LONGEST:,} are accepted"
+    if _is_long(path):
+        return f"path {_short(path)} has a name of more than {_LONGEST_NAME} bytes"
     if has_controls(path):
         return f"path {_short(path)} has control characters"
     if "\\" in path:
@@ -41,7 +45,12 @@ def path_problem(path: object) -> str | None:
 def stays_inside(path: str) -> bool:
     """Return whether a path of a card stays inside the folder that it is relative to."""
     outside = path.startswith(("/", "~")) or ".." in path.split("/") or _DRIVE.match(path)
-    return not outside and "\\" not in path and not has_controls(path)
+    return not outside and "\\" not in path and not has_controls(path) and not _is_long(path)
+
+
+def _is_long(path: str) -> bool:
+    encoded = path.encode(errors="replace")
+    return len(encoded) > _LONGEST or any(len(name) > _LONGEST_NAME for name in encoded.split(b"/"))
 
 
 def is_file_name(name: str) -> bool:

@@ -324,5 +324,5 @@ def _options(settings: GenerationSettings) -> str:
 
 def _plain(config: Any) -> dict[str, Any]:
     """Return a scheduler's configuration as JSON values, without versions and paths."""
-    values: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
+    values: dict[str, Any] = parse_json(json.dumps(dict(config), default=str))
     return {key: value for key, value in values.items() if not key.startswith("_")}

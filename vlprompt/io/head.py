@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlprompt._files import file_checksum, replacing, write_json
+from vlprompt._files import file_checksum, parse_json, replacing, write_json
 from vlprompt._finite import check_finite
 from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, load_backbone
@@ -266,7 +266,7 @@ def backbone_facts(backbone: Backbone) -> dict[str, Any]:
 
 def preprocess_facts(backbone: Backbone) -> dict[str, Any]:
     """Return the preprocessing constants of a backbone as JSON values."""
-    facts: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(backbone.preprocess)))
+    facts: dict[str, Any] = parse_json(json.dumps(dataclasses.asdict(backbone.preprocess)))
     return facts
 
 

@@ -68,4 +68,8 @@ def _read(path: Path, load: object) -> object:
         return load(path)  # type: ignore[operator]
     except Exception as error:  # both libraries raise many kinds of errors
         kinds = "a safetensors file" if load is load_file else "a file of torch.save with one tensor"
-        raise ConfigError(f"data.statistics: {path} is not {kinds}: {str(error).splitlines()[0][:200]}") from error
+        raise ConfigError(f"data.statistics: {path} is not {kinds}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -120,7 +120,7 @@ def image_files(paths: Sequence[str | Path]) -> list[Path]:
                 elif not found.is_dir():
                     hidden = any(part.startswith(".") for part in found.relative_to(path).parts)
                     passed.add(".hidden" if hidden else str(found))
-            files += sorted(inside, key=lambda p: p.as_posix().encode())
+            files += sorted(inside, key=lambda p: os.fsencode(p))
             if not inside:
                 wrong.append(f"{path}: a folder without images ({', '.join(IMAGE_SUFFIXES)})")
         elif os.path.isfile(path):

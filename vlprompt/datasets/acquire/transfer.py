@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import shutil
 import sys
 import time
@@ -104,13 +105,18 @@ def _receive(response: Any, partial: Path, have: int, show: Callable[[int, int |
     free = shutil.disk_usage(partial.parent).free
     if total is not None and total - start > free:
         raise Unreachable(f"it has {total:,} bytes, and {free:,} are free on the disk of {partial.parent}")
-    with open(partial, "ab" if resumed else "wb") as stream:
+    with open(partial, "ab" if resumed else "wb", opener=_plain) as stream:
         while chunk := response.read(_CHUNK):
             stream.write(chunk)
             show(stream.tell(), total)
         size = stream.tell()
     if total is not None and size < total:
         raise http.client.IncompleteRead(b"", total - size)
+
+
+def _plain(path: str, flags: int) -> int:
+    """Open a file to write to, not the target of a link that others may have put in its place."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 @contextmanager

@@ -188,7 +188,9 @@ def _object(line: str, options: ListFileOptions) -> tuple[str, Any] | str:
 def _label(value: Any, options: ListFileOptions, keys: dict[str, int]) -> int | str:
     """Return the label of a line's label text, or the problem."""
     if options.label != "number":
-        return keys[value] if value in keys else f"unknown class {value!r}.{did_you_mean(str(value), keys)}"
+        if isinstance(value, str) and value in keys:
+            return keys[value]
+        return f"unknown class {str(value)[:80]!r}.{did_you_mean(str(value)[:80], keys)}"
     text = str(value)
     if isinstance(value, (bool, float)) or not (text.isascii() and text.isdigit() and len(text) < 7):
         return f"label {text[:40]!r}; whole numbers from {options.first_label} are expected"
@@ -227,6 +229,7 @@ def _coco(card: Card, base: Path, name: str, keys: dict[str, int], report: Repor
         files = {entry["id"]: entry["file_name"] for entry in content["images"]}
         boxes = [(entry["image_id"], entry["category_id"]) for entry in content["annotations"]]
         unknown = [category for category in categories.values() if category not in keys]
+        hash(tuple(boxes))  # TypeError if an id is a list
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         report.error(
             "S01", f"{name} does not hold COCO's instance annotations: {type(error).__name__}: {str(error)[:100]}"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import glob
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlprompt._files import parse_json, sha256_bytes
+from vlprompt._files import open_regular, parse_json, sha256_bytes
 from vlprompt.datasets.card import Card
 from vlprompt.datasets.images import PLAIN, Reading, decode_rgb
 from vlprompt.datasets.options import ShardOptions
@@ -21,6 +24,13 @@ from vlprompt.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+#: Largest row group of images, in bytes, which is in memory at once, and most rows of all files of a split. A file of a
+#: few bytes can declare any number of equal rows. (datasets writes groups of 100 MB to 1 GB.)
+_LARGEST_GROUP, _MOST_ROWS = 4 * 2**30, 20_000_000
+#: Rows that are decoded at once.
+_ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -82,15 +92,30 @@ class ParquetSource:
 def _group(path: str, column: str, group: int, state: str) -> Any:
     """Return the encoded images of a row group. They are in memory, so forked processes share them."""
     del state
-    with import_module("pyarrow.parquet").ParquetFile(path) as file:
-        return file.read_row_group(group, columns=[column]).column(column)
+    chunks: list[Any] = []
+    size = 0
+    with _parquet_file(path) as file:
+        # In parts: the stated sizes may be wrong, and a value of a dictionary may be repeated in every row.
+        for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=[column]):
+            chunks.append(batch.column(0))
+            size += chunks[-1].nbytes
+            if size > _LARGEST_GROUP:
+                raise DataError(f"{path}: group {group} has more than {_LARGEST_GROUP:,} bytes of images")
+    return import_module("pyarrow").chunked_array(chunks)
+
+
+@contextmanager
+def _parquet_file(path: str | Path) -> Iterator[Any]:
+    """Open a parquet file. Raises OSError for what is not a regular file, and Arrow's errors."""
+    with open_regular(path) as stream, import_module("pyarrow.parquet").ParquetFile(stream) as file:
+        yield file
 
 
 @functools.lru_cache(maxsize=256)
 def _bytes_per_row(path: str, column: str, group: int, state: str) -> int:
     del state
     try:
-        with import_module("pyarrow.parquet").ParquetFile(path) as file:
+        with _parquet_file(path) as file:
             facts = file.metadata.row_group(group)
     except MemoryError:
         raise
@@ -105,22 +130,26 @@ def _bytes_per_row(path: str, column: str, group: int, state: str) -> int:
 def read_parquet(card: Card, options: ShardOptions, split: str, base: Path, report: Report) -> Rows:
     """Return the rows of a split; keys are row numbers over all files of the split, sorted by name."""
     try:
-        parquet = import_module("pyarrow.parquet")
+        import_module("pyarrow.parquet")
     except ImportError as error:
         raise DataError(f"Reading {card.name} needs pyarrow, which is not installed: pip install pyarrow") from error
     files: list[Path] = []
     for pattern in options.splits[split]:
-        found = sorted(base.glob(pattern), key=os.fsencode)
-        matches = [path for match in found if (path := resolve(base, match.relative_to(base).as_posix())).is_file()]
+        found = sorted(glob.glob(pattern, root_dir=base), key=os.fsencode)
+        matches = [path for match in found if (path := resolve(base, match)).is_file()]
         if not matches:
             raise DataError(missing_text(card, base, f"{base / pattern} (does not exist)"))
         files += matches
     rows: list[Row] = []
     names: list[str] = []
+    left = _MOST_ROWS
     for path in files:
         name = path.relative_to(base).as_posix()
         try:
-            with parquet.ParquetFile(path) as file:
+            with _parquet_file(path) as file:
+                left -= file.metadata.num_rows
+                if left < 0:
+                    raise ValueError(f"more than {_MOST_ROWS:,} rows in all")
                 schema = file.schema_arrow
                 problem = _column_problem(schema, options)
                 counts = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]

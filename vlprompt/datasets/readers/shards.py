@@ -128,7 +128,11 @@ def _webdataset(card: Card, base: Path, folder: str, report: Report) -> Rows:
     count_file = resolve(place, "nshards.txt")
     if not count_file.is_file():
         raise DataError(missing_text(card, base, f"{count_file} (does not exist; it states the number of shards)"))
-    text = read_bytes(count_file, 100).decode("ascii", "replace").strip()
+    try:
+        text = read_bytes(count_file, 100).decode("ascii", "replace").strip()
+    except OSError as error:
+        report.error("S01", f"{folder}/{count_file.name} cannot be read: {error.strerror or error}")
+        report.stop()
     if not (text.isdigit() and 0 < int(text) <= MOST_SHARDS):
         report.error("S03", f"{folder}/nshards.txt holds {text[:40]!r}; the number of shards is expected")
         report.stop()

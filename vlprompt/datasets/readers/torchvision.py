@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from vlprompt.datasets.card import Card, stated_class_names
 from vlprompt.datasets.images import HASHED_BYTES, MAX_PIXELS, FileSource, ImageSource
 from vlprompt.datasets.options import TorchvisionOptions
-from vlprompt.datasets.paths import check_files, path_problem
+from vlprompt.datasets.paths import check_files, path_problem, resolve
 from vlprompt.datasets.readers.checks import check_names
 from vlprompt.datasets.readers.images import note_missing
 from vlprompt.datasets.readers.missing import missing_text
@@ -172,6 +172,8 @@ def _place(card: Card, kind: Kind, arguments: Arguments, base: Path) -> Path:
 
     missing = {place: absent(place) for place in places}
     best = min(places, key=lambda place: len(missing[place]))
+    for path in (path for pattern in patterns for path in best.glob(pattern)):
+        resolve(best, path.relative_to(best).as_posix(), folder=path.is_dir())
     if missing[best]:
         looked = ", ".join(missing[best])
         raise DataError(missing_text(card, base, f"{best} (missing there: {looked})"))
