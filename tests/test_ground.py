@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from rich.table import Table
 
-from vlprompt import _dist, _memory, _random
+from vlprompt import _dist, _memory, _random, _terminal
 from vlprompt._files import (
     LEFTOVER,
     canonical_json,
@@ -252,6 +253,17 @@ ELSEWHERE = {
     "fcntl.": {"_files.py"},
     "sysconf(": {"_memory.py"},
     'replace("_", " ")': {"prompts/words.py"},
+    "FileLock": set(),
+    "lockf(": {"_files.py"},
+    "flock(": {"_files.py"},
+    "open_lock(": {"_files.py", "runs/folder.py"},
+    "locked(": {
+        "_files.py",
+        "data/features.py",
+        "data/eviction.py",
+        "generation/bank.py",
+        "datasets/acquire/download.py",
+    },
 }
 
 
@@ -259,3 +271,68 @@ ELSEWHERE = {
 def test_nothing_is_written_twice(call: str) -> None:
     sources = [path for path in VLPROMPT.rglob("*.py") if call in path.read_text(encoding="utf-8")]
     assert {path.relative_to(VLPROMPT).as_posix() for path in sources} == ELSEWHERE[call]
+
+
+#: Calls that untrusted texts must not reach otherwise, with the modules that make them: reading without a bound, JSON
+#: with repeated keys, writing in place, and output with control characters. Packaged files and /proc are trusted.
+CALLS = {
+    "print": set(),
+    "input": set(),
+    "Console": {"_terminal.py", "cli/bank.py", "datasets/acquire/transfer.py"},  # progress bars
+    "json.load": set(),
+    "json.loads": {"_files.py"},
+    "sys.stdout.write": set(),
+    "sys.stderr.write": set(),
+    "open": {"_files.py", "_lazy.py", "datasets/acquire/transfer.py", "datasets/acquire/unpack.py"},
+    ".read_text": {"_memory.py", "engine/memory.py", "datasets/card.py", "meta/inspection.py"},
+    ".read_bytes": set(),
+    ".write_text": {"engine/memory.py", "generation/tiny.py", "io/head.py"},  # into a folder that is renamed
+    ".write_bytes": {"_files.py", "engine/callbacks.py"},
+    "torch.load": {"backbone/weights.py", "engine/callbacks.py", "io/statistics.py"},
+    "torch.jit.load": {"backbone/weights.py"},
+    "pickle.load": set(),
+    "eval": set(),
+    "exec": set(),
+}
+
+
+def _calls(path: Path) -> set[str]:
+    """The names in :data:`CALLS` that a module calls."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            found |= {call for call in CALLS if name == call or (call[0] == "." and name.endswith(call))}
+    return found
+
+
+def test_untrusted_texts_and_files_pass_through_the_ground_modules() -> None:
+    callers: dict[str, set[str]] = {call: set() for call in CALLS}
+    for path in VLPROMPT.rglob("*.py"):
+        for call in _calls(path):
+            callers[call].add(path.relative_to(VLPROMPT).as_posix())
+    assert callers == CALLS
+
+
+def test_torch_files_are_read_as_tensors_only() -> None:
+    for name in CALLS["torch.load"]:
+        for node in ast.walk(ast.parse((VLPROMPT / name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert "weights_only=True" in ast.unparse(node)
+
+
+# -- what is shown ----------------------------------------------------------------------------------------------------
+HIDDEN = "".join(map(chr, (*range(9), *range(11, 32), *range(127, 160), 0x200E, 0x2028, 0x202E, 0x2066, 0xDC80)))
+
+
+def test_nothing_shown_controls_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("name [/b]")
+    table.add_row(f"[/b] :smile: {HIDDEN}")
+    _terminal.show(f"a\tb\n{HIDDEN}")
+    _terminal.show(HIDDEN, error=True)
+    _terminal.show_json({HIDDEN: [HIDDEN, "a\tb"]})
+    _terminal.show(_terminal.text_of(table))
+    shown = capsys.readouterr()
+    assert not set(shown.out + shown.err) & set(HIDDEN)
+    assert "[/b] :smile:" in shown.out and "name [/b]" in shown.out
+    assert json.loads("[" + shown.out.split("[", 1)[1].split("]", 1)[0] + "]") == [HIDDEN, "a\tb"]

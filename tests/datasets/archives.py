@@ -20,9 +20,9 @@ def tar_of(files: Files, mode: str = "w:gz") -> bytes:
     return stream.getvalue()
 
 
-def zip_of(files: Files) -> bytes:
+def zip_of(files: Files, compression: int = zipfile.ZIP_STORED) -> bytes:
     stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as archive:
+    with zipfile.ZipFile(stream, "w", compression) as archive:
         for name, data in files.items():
             archive.writestr(name, data)
     return stream.getvalue()

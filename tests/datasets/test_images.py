@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from vlprompt.datasets import FileSource, ZipSource, decode_rgb
+from vlprompt.datasets import FileSource, ZipSource, decode_rgb, images
 from vlprompt.errors import DataError
 
 
@@ -97,3 +98,31 @@ def test_zip_sources(tmp_path: Path, paint: Callable[..., Path]) -> None:
         ZipSource(str(tmp_path / "all.zip"), "x/none.png").open()
     with pytest.raises(DataError, match="all.zip:x/none.png cannot be read"):
         ZipSource(str(tmp_path / "all.zip"), "x/none.png").stamp()
+
+
+def test_files_and_members_larger_than_any_image_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "sparse.png"
+    path.touch()
+    os.truncate(path, 20 * 2**30)
+    with pytest.raises(DataError, match="21,474,836,480 bytes; at most"):
+        FileSource(str(path)).open()
+    monkeypatch.setattr(images, "MAX_BYTES", 1000)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.png", bytes(1001))
+    with pytest.raises(DataError, match="1,001 bytes; at most 1,000"):
+        ZipSource(str(tmp_path / "a.zip"), "bomb.png").open()
+
+
+@pytest.mark.parametrize("field", ["encrypted", "method", "bytes", "checksum"])
+def test_members_that_cannot_be_read_are_errors(field: str, tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(5000))
+    data = bytearray(stream.getvalue())
+    central = data.index(b"PK\x01\x02")
+    changes = {"encrypted": [(6, 1), (central + 8, 1)], "method": [(8, 77), (central + 10, 77)]}
+    for place, value in changes.get(field, [(central + 16, 1)] if field == "checksum" else [(38, 255), (39, 255)]):
+        data[place] = value
+    (tmp_path / "a.zip").write_bytes(data)
+    with pytest.raises(DataError, match="a.zip:a.png cannot be read"):
+        ZipSource(str(tmp_path / "a.zip"), "a.png").open()

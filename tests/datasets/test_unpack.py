@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import re
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.datasets.archives import Files, tar_of, tree, zip_of
+from vlprompt.datasets.acquire import unpack as unpack_module
 from vlprompt.datasets.acquire.unpack import gunzip, unpack
 from vlprompt.errors import DataError
 
@@ -120,6 +122,62 @@ def test_limits(pack: Callable[[Files], bytes], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="bomb.gz cannot be decompressed"):
         gunzip(tmp_path / "bomb.gz", tmp_path / "bomb.idx")
     assert not (tmp_path / "bomb.idx").exists()
+
+
+BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "zip that shrank 1000 times": (lambda: zip_of({"a": bytes(2**22)}, zipfile.ZIP_DEFLATED), "more than 100 times"),
+    "tar that shrank 1000 times": (lambda: tar_of({"a": bytes(2**22)}), "more than 100 times"),
+    "extended header": (lambda: tar_of_header(tarfile.XHDTYPE), "a header of 70,000 bytes"),
+    "global header": (lambda: tar_of_header(tarfile.XGLTYPE), "a header of 70,000 bytes"),
+    "long name": (lambda: tar_of_header(tarfile.GNUTYPE_LONGNAME), "a header of 70,000 bytes"),
+    "long link": (lambda: tar_of_header(tarfile.GNUTYPE_LONGLINK), "a header of 70,000 bytes"),
+    "folders": (lambda: tar_of_folders(31), "more folders than any data set"),
+    "deep folders": (lambda: tar_of({"/".join("x" * 40): b"a"}), "more folders than any data set"),
+    "folders in a zip": (lambda: zip_of({f"{number}/": b"" for number in range(31)}), "more folders than any data set"),
+    "skipped members": (lambda: tar_of({"other/a": bytes(2**22), "top/b": b"b"}), "more than 100 times"),
+}
+
+
+def tar_of_header(kind: bytes) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as archive:
+        info = tarfile.TarInfo("a")
+        info.type, info.size = kind, 70_000
+        archive.addfile(info, io.BytesIO(bytes(info.size)))
+        archive.addfile(tarfile.TarInfo("b"))
+    return stream.getvalue()
+
+
+def tar_of_folders(count: int) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as archive:
+        for number in range(count):
+            info = tarfile.TarInfo(str(number))
+            info.type = tarfile.DIRTYPE
+            archive.addfile(info)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit, value in (("_UNSUSPICIOUS", 2**20), ("_LARGEST_HEADER", 2**16), ("_MOST_FOLDERS", 30)):
+        monkeypatch.setattr(unpack_module, limit, value)
+    make, match = BOMBS[name]
+    (tmp_path / "bomb").write_bytes(make())
+    with pytest.raises(DataError, match=match) as caught:
+        unpack(tmp_path / "bomb", tmp_path / "out", strip="top" if "skipped" in name else "")
+    assert str(caught.value).count("\n") == 0
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_disk_is_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.zip").write_bytes(zip_of({"a": bytes(10_000)}))
+    now = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(unpack_module, "_RESERVE", now.free - 5_000)
+    monkeypatch.setattr(unpack_module.shutil, "disk_usage", lambda _: now)
+    with pytest.raises(DataError, match="more bytes than are free"):
+        unpack(tmp_path / "a.zip", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_strip_and_inner_must_exist(tmp_path: Path) -> None:

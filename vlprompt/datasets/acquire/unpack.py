@@ -112,7 +112,7 @@ class _Member(tarfile.TarInfo):
         # tarfile reads these headers into memory whatever size they state.
         headers = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, *tarfile.GNU_TYPES[:2])
         if self.type in headers and self.size > _LARGEST_HEADER:
-            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+            raise DataError(f"Archive {archive.name!s} is refused: it contains a header of {self.size:,} bytes.")
         member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
         return member
 
@@ -195,10 +195,6 @@ def _is_tar(archive: Path) -> bool:
     try:
         with tarfile.open(archive, "r:*", tarinfo=_Member):
             return True
-    except tarfile.ReadError as error:
-        if "a header of" in str(error):
-            raise
-        return False
     except tarfile.TarError:
         return False
 
