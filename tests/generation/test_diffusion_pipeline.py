@@ -20,6 +20,7 @@ from vlprompt.errors import ConfigError, DataError
 from vlprompt.generation import GenerationSettings, open_bank
 from vlprompt.generation import pipeline as module
 from vlprompt.generation.bank import create_bank
+from vlprompt.generation.libraries import import_diffusers
 from vlprompt.generation.making import fill
 from vlprompt.generation.pipeline import PipelineGenerator, load_generator
 from vlprompt.generation.tiny import TINY, save_tiny
@@ -258,3 +259,53 @@ def test_from_pipeline_to_views(
     path.unlink()
     assert fill(bank, generators[name], task.test, 2, 4).remade == 1
     assert np.abs(np.asarray(Image.open(path)).astype(int) - before).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"unet": ["os", "system"]}, "unet is of the library 'os'"),
+        ({"unet": ["evil", "E"]}, "unet is of the library 'evil'"),
+        ({"unet": ["diffusers", 1]}, "expected a library and a class"),
+        ({"../unet": ["diffusers", "UNet2DConditionModel"]}, "'../unet', which is not a name"),
+        ({"_class_name": ["a", "b"]}, "does not name the pipeline's class"),
+        ({"_class_name": "../x"}, "does not name the pipeline's class"),
+        ("[" * 99_999, "nested too deeply"),
+        ('{"a": 1, "a": 2}', "'a' is given twice"),
+    ],
+)
+def test_an_index_that_names_other_code_is_refused(
+    change: Any, match: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    index = json.loads((folders["img2img"] / "model_index.json").read_text())
+    text = change if isinstance(change, str) else json.dumps({**index, **change})
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(DataError, match=match):
+        module._index(tmp_path, "p")
+
+
+@pytest.mark.parametrize("file", ["None.py", "pipeline.py", "unet/evil.py", "unet/config.json"])
+def test_a_pipeline_with_code_is_refused_and_not_run(file: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    index = (folders["img2img"] / "model_index.json").read_text()
+    (tmp_path / "model_index.json").write_text(index)
+    code = '{"auto_map": {"AutoModel": "evil.E"}}' if file.endswith("json") else "raise SystemExit('code was run')"
+    (tmp_path / file).write_text(code)
+    with pytest.raises(DataError, match=file):
+        load_generator(dataclasses.replace(FEW, pipeline=str(tmp_path)), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("version", "accepted"), [("0.30.3", False), ("0.37.1", False), ("0.38.0", True), ("1.0", True)]
+)
+def test_a_diffusers_that_runs_code_of_pipelines_is_refused(
+    version: str, accepted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+
+    monkeypatch.setattr(diffusers, "__version__", version)
+    if accepted:
+        assert import_diffusers()[0] is diffusers
+    else:
+        with pytest.raises(ConfigError, match="diffusers>=0.38"):
+            import_diffusers()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator
 from importlib import import_module
@@ -11,19 +12,31 @@ from typing import Any
 from vlprompt.errors import ConfigError
 
 
+#: Older versions run code of a pipeline's folder without asking (GHSA-98h9-4798-4q5v, GHSA-7wx4-6vff-v64p).
+_OLDEST = (0, 38)
+
+
 def import_diffusers() -> tuple[Any, Any]:
     """Return the modules diffusers and transformers.
 
     Raises:
-        ConfigError: If one of them is not installed.
+        ConfigError: If one of them is not installed, or diffusers is too old.
     """
     try:
-        return import_module("diffusers"), import_module("transformers")
+        libraries = import_module("diffusers"), import_module("transformers")
     except ImportError as error:
         raise ConfigError(
             f"Generating images needs diffusers and transformers, which cannot be imported ({error}): "
             "pip install 'vlprompt[diffusion]'"
         ) from error
+    installed = libraries[0].__version__
+    if tuple(map(int, re.findall(r"\d+", installed)[:2])) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise ConfigError(
+            f"diffusers {installed} can run code from the folder of a pipeline; accepted: {oldest} or later. "
+            f"pip install -U 'diffusers>={oldest}'"
+        )
+    return libraries
 
 
 @contextlib.contextmanager
