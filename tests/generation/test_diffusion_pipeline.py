@@ -277,7 +277,7 @@ def test_from_pipeline_to_views(
 def test_an_index_that_names_other_code_is_refused(
     change: Any, match: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    index = json.loads((folders["img2img"] / "model_index.json").read_text())
+    index = json.loads((folders["tiny"] / "model_index.json").read_text())
     text = change if isinstance(change, str) else json.dumps({**index, **change})
     (tmp_path / "model_index.json").write_text(text)
     with pytest.raises(DataError, match=match):
@@ -287,7 +287,7 @@ def test_an_index_that_names_other_code_is_refused(
 @pytest.mark.parametrize("file", ["None.py", "pipeline.py", "unet/evil.py", "unet/config.json"])
 def test_a_pipeline_with_code_is_refused_and_not_run(file: str, folders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
-    index = (folders["img2img"] / "model_index.json").read_text()
+    index = (folders["tiny"] / "model_index.json").read_text()
     (tmp_path / "model_index.json").write_text(index)
     code = '{"auto_map": {"AutoModel": "evil.E"}}' if file.endswith("json") else "raise SystemExit('code was run')"
     (tmp_path / file).write_text(code)

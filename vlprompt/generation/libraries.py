@@ -11,7 +11,6 @@ from typing import Any
 
 from vlprompt.errors import ConfigError
 
-
 #: Older versions run code of a pipeline's folder without asking (GHSA-98h9-4798-4q5v, GHSA-7wx4-6vff-v64p).
 _OLDEST = (0, 38)
 

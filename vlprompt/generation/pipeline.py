@@ -7,7 +7,6 @@ import inspect
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -275,7 +274,7 @@ def _component_problem(key: str, value: Any) -> str:
         return ""
     if not (isinstance(value, list) and len(value) == 2 and all(map(_is_identifier, value))):
         return f"model_index.json: {key} is {str(value)[:80]!r}; expected a library and a class"
-    libraries = import_module("diffusers").pipelines
+    libraries = import_diffusers()[0].pipelines
     if value[0] in ("diffusers", "transformers") or hasattr(libraries, value[0]):
         return ""
     return f"model_index.json: {key} is of the library {value[0]!r}; accepted: diffusers, transformers"
