@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import subprocess
@@ -366,3 +367,37 @@ def test_unknown_attribute_of_the_package_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         vlprompt.backbone.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "match"),
+    [
+        *(
+            ("vision_cfg", {"timm_model_name": name}, "timm_model_name is .*; accepted: the name of a timm model")
+            for name in ("hf_hub:evil/x", "hf-hub:evil/x", "local-dir:/elsewhere", "../x", "/etc", "a\x1b[2J", 7, ["a"])
+        ),
+        *(
+            ("text_cfg", {"tokenizer_kwargs": value}, "tokenizer_kwargs is ")
+            for value in (
+                {"bpe_path": "/etc/passwd"},
+                {"clean": ["lower"]},
+                {"additional_special_tokens": "x"},
+                [1],
+                "x",
+            )
+        ),
+        ("text_cfg", {"tokenizer_kwargs": {"clean": "wash"}}, "does not accept .*wash"),
+        ("text_cfg", {"layers": 10**9}, "text_cfg.layers is 1000000000; accepted: numbers up to 1,000"),
+        ("vision_cfg", {"layers": [1, 2, 10**9, 1]}, "vision_cfg.layers"),
+        ("text_cfg", {"vocab_size": 10**12}, "text_cfg.vocab_size"),
+        ("vision_cfg", {"width": float("inf")}, "vision_cfg.width"),
+        ("", {"embed_dim": 10**7}, "embed_dim"),
+        ("", {"embed_dim": float("nan")}, "embed_dim"),
+    ],
+)
+def test_a_configuration_names_no_other_places_and_no_impossible_sizes(section, change, match, tmp_path):
+    config = copy.deepcopy(CONFIG)
+    (config[section] if section else config).update(change)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    with pytest.raises(BackboneError, match=match):
+        load_backbone(f"local-dir:{tmp_path}", "random")

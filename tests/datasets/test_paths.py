@@ -6,11 +6,13 @@ Python opens is seen by an audit hook.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -18,7 +20,6 @@ import types
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -69,7 +70,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
             _seen.append(("w" if writes else "r") + os.path.realpath(os.fsdecode(path)))
 
 
-@contextmanager
+@contextlib.contextmanager
 def touching(*roots: Path) -> Iterator[list[str]]:
     """Yield a list that has, afterwards, what was read or written outside ``roots`` (and read of the installation)."""
     global _seen, _hooked
@@ -379,11 +380,10 @@ def changed_files(path: Path, change: Callable[[str], list[str]]) -> Iterator[tu
                 values = [_with(content, steps, new), *others]
                 yield steps, new, "\n".join(map(json.dumps, values)).encode()
         return
-    words = lines[0].split(" ")
-    for position, word in enumerate(words):
-        for new in change(word):
-            line = " ".join([*words[:position], new, *words[position + 1 :]])
-            yield position, new, "\n".join([line, *lines[1:]]).encode(errors="surrogatepass")
+    for position, found in enumerate(re.finditer(r"[^ ,\t]+", lines[-1])):
+        for new in change(found[0]):
+            last = lines[-1][: found.start()] + new + lines[-1][found.end() :]
+            yield position, new, "\n".join([*lines[:-1], last]).encode(errors="surrogatepass")
 
 
 def _leaves(value: Any, steps: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], str]]:
@@ -462,3 +462,53 @@ def test_no_file_that_is_a_link_leads_out(kind: str, places: Places, monkeypatch
         path.unlink()
         aside.rename(path)
     assert touched(content, places, monkeypatch) == ([], True)
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.tsv", "pairs.jsonl", "folder", "shards"])
+def test_no_text_of_captioned_images_of_the_user_leads_out(name: str, places: Places) -> None:
+    source = places.base / name
+    rows = [("images/ant.png", "an ant"), ("images/cup.png", "a cup")]
+    if name.startswith("pairs"):
+        separator = "\t" if name.endswith("tsv") else ","
+        lines = [json.dumps({"image": image, "caption": caption}) for image, caption in rows]
+        table = [separator.join(row) for row in (("image", "caption"), *rows)]
+        source.write_text("\n".join(lines if name.endswith("jsonl") else table) + "\n")
+    for image, caption in rows:
+        (places.base / image).write_bytes(encoded(".png"))
+        if name == "folder":
+            source = places.base / "images"
+            (places.base / image).with_suffix(".txt").write_text(caption)
+    if name == "shards":
+        source = places.base / "a.tar"
+        with tarfile.open(source, "w") as archive:
+            for key in ("ant", "cup"):
+                for ending, data in (("png", encoded(".png")), ("txt", b"text"), ("json", b'{"caption": "text"}')):
+                    info = tarfile.TarInfo(f"images/{key}.{ending}")
+                    info.size = len(data)
+                    if ending != "json" or key == "cup":
+                        archive.addfile(info, io.BytesIO(data))
+    shutil.copytree(places.base, places.outside)
+    for folder in (places.base, places.base / "images"):
+        (folder / "door").symlink_to(places.outside)
+
+    def touched() -> list[str]:
+        with warnings.catch_warnings(), touching(places.base, places.cache) as outside:
+            warnings.simplefilter("ignore")
+            with contextlib.suppress(VlpromptError):
+                _open(pair.source for pair in load.load_pairs(source))
+        return outside
+
+    files = [path for path in places.base.rglob("*") if path.is_file() and path.suffix != ".png"]
+    assert touched() == [] and files
+    for path in files:
+        before = path.read_bytes()
+        for where, new, data in changed_files(path, lambda old: fragments(places, old)):
+            path.write_bytes(data)
+            assert touched() == [], (path.name, where, new)
+        path.write_bytes(before)
+    for path in [path for path in places.base.rglob("*") if path.is_file() and path != source]:
+        path.rename(aside := places.cache / "aside")
+        path.symlink_to(places.outside / path.relative_to(places.base))
+        assert touched() == [], path.name
+        path.unlink()
+        aside.rename(path)
