@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from tests.fixtures.processes import run_script
+
 BENCH = Path(__file__).parents[1] / "bench" / "text_tower.py"
 
 
 def bench(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(BENCH), *options], capture_output=True, text=True, timeout=300)
+    return run_script([sys.executable, str(BENCH), *options])
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def test_the_table_ends_with_the_ratios(report: tuple[str, dict[str, Any]]) -> N
 
 @pytest.mark.parametrize("option", ["--classes", "--context", "--repeats"])
 def test_counts_below_one_are_refused(option: str) -> None:
-    done = bench(option, "0")
+    done = subprocess.run([sys.executable, str(BENCH), option, "0"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "1 or more" in done.stderr
 
 
@@ -61,7 +63,7 @@ def test_context_that_is_too_long_fails_with_a_short_message() -> None:
 
 def test_loading_images_is_timed_and_compared() -> None:
     command = [sys.executable, str(BENCH.with_name("data.py")), "--images", "30", "--workers", "0,1", "--repeats", "1"]
-    done = subprocess.run([*command, "--threads", "1", "--json"], capture_output=True, text=True, timeout=300)
+    done = run_script([*command, "--threads", "1", "--json"])
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     rows = [(view, workers) for view in ("center", "random", "random-tensor") for workers in (0, 1)]
@@ -81,9 +83,7 @@ def test_methods_are_timed_and_compared() -> None:
         "--methods",
         "cocoop,maple,mocoop",
     ]
-    done = subprocess.run(
-        [*command, "--classes", "3", "--repeats", "1", "--json"], capture_output=True, text=True, timeout=300
-    )
+    done = run_script([*command, "--classes", "3", "--repeats", "1", "--json"])
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert [(row["method"], row["classes"]) for row in rows] == [("cocoop", 3), ("maple", 3), ("mocoop", 3)]

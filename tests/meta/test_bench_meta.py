@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+
+from tests.fixtures.processes import run_script
 
 BENCH = Path(__file__).parents[2] / "bench" / "meta.py"
 
 
 def test_both_orders_are_compared_with_a_plain_training_step() -> None:
     options = ["--model", "demo", "--methods", "coop", "--pairs", "3", "--tasks", "2", "--repeats", "1", "--json"]
-    done = subprocess.run([sys.executable, str(BENCH), *options], capture_output=True, text=True, timeout=300)
+    done = run_script([sys.executable, str(BENCH), *options])
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert (row["method"], row["tasks"], row["pairs"]) == ("coop", 2, 3)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,6 +101,49 @@ datasets:
 """
 
 
+# What users type, in one process: each command of its own would import everything again.
+PROGRAM = """
+import contextlib, io, json, sys
+from pathlib import Path
+
+import pytest
+import vlprompt
+from vlprompt.cli.main import main
+from vlprompt.cli.parse import read_command_line, source_of
+
+images, suite = sys.argv[1:]
+
+def printed(*words):
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        status = main(words)
+    assert status == 0, (words, text.getvalue())
+    return text.getvalue()
+
+def trained(output, *more):
+    words = ["train", "--config", "configs/toy", "--data.name", "folder", "--data.root", images, "--data.shots", "1"]
+    words += ["--backbone.name", "demo", "--data.transform", "center", "--output", output]
+    printed(*words, "--trainer.progress", "false", "--trainer.accelerator", "cpu", *more)
+
+trained("runs")
+trained("terms", "--objectives.toy_term.weight", "0.5")
+source = source_of(read_command_line(["--config", "configs/toy"]))
+(results,) = Path("runs").rglob("results.json")
+method = vlprompt.load_head(results.parent).method
+found = {
+    "head": [method.name, list(method.shift.shape)],
+    "methods": printed("list", "methods"),
+    "help": printed("train", "--method", "toy", "--help"),
+    "objectives": printed("list", "objectives", "--names"),
+    "demo": printed("train", "--config", "configs/toy/demo.yaml", "--dry-run"),
+    "epochs": {name: source.resolve(dataset=name).recipe.epochs for name in vlprompt.list_datasets()},
+    "suite": int(pytest.main(["-p", "no:xdist", "-p", "no:cacheprovider", "-k", "toy", "-o", "pythonpath=", suite])),
+}
+with open("found.json", "w") as file:
+    json.dump(found, file)
+"""
+
+
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package by links, with one real file more."""
@@ -120,53 +164,42 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def python(house: Path, *words: str) -> str:
-    """Run Python in the house; what it printed."""
+@pytest.fixture(scope="module")
+def found(house: Path, image_folder: Path) -> dict[str, Any]:
+    """What the program found, and as ``said`` what it printed besides."""
     env = {**os.environ, "PYTHONPATH": str(house), "OMP_NUM_THREADS": "1", "VLPROMPT_CACHE": str(house / "cache")}
-    done = subprocess.run([sys.executable, *words], cwd=house, env=env, capture_output=True, text=True, timeout=600)
+    words = [sys.executable, "-c", PROGRAM, str(image_folder), str(ROOT / "tests" / "methods" / "test_every_method.py")]
+    done = subprocess.run(words, cwd=house, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    return {**json.loads((house / "found.json").read_text()), "said": done.stdout}
 
 
-def test_it_is_listed_and_documented(house: Path) -> None:
-    assert "\ntoy " in python(house, "-m", "vlprompt", "list", "methods")
-    assert "--settings.strength" in python(house, "-m", "vlprompt", "train", "--method", "toy", "--help")
+def test_it_is_listed_and_documented(found: dict[str, Any]) -> None:
+    assert "\ntoy " in found["methods"]
+    assert "--settings.strength" in found["help"]
 
 
-def test_an_objective_is_listed_and_trained(house: Path) -> None:
-    assert "toy_term" in python(house, "-m", "vlprompt", "list", "objectives", "--names").split()
-    words = "train --config configs/toy/demo.yaml --data.shots 1 --output terms --trainer.progress false"
-    python(house, "-m", "vlprompt", *words.split(), "--objectives.toy_term.weight", "0.5")
+def test_an_objective_is_listed_and_trained(found: dict[str, Any], house: Path) -> None:
+    assert "toy_term" in found["objectives"].split()
     (results,) = house.glob("terms/**/results.json")
     assert json.loads(results.read_text())["config"]["objectives"] == {"toy_term": {"weight": 0.5}}
+    (metrics,) = house.glob("terms/**/metrics.jsonl")
+    assert "train/toy" in metrics.read_text()
 
 
-def test_it_is_resolved_for_every_data_set(house: Path) -> None:
-    program = (
-        "from vlprompt.cli.parse import read_command_line, source_of\n"
-        "from vlprompt.datasets import list_datasets\n"
-        "source = source_of(read_command_line(['--config', 'configs/toy']))\n"
-        "for name in list_datasets(): print(name, source.resolve(dataset=name).recipe.epochs)\n"
-    )
-    epochs = dict(line.split() for line in python(house, "-c", program).splitlines())
-    assert len(epochs) > 40 and (epochs["imagenet"], epochs["demo-2"], epochs["dtd"]) == ("2", "2", "9")
+def test_it_is_resolved_for_every_data_set(found: dict[str, Any]) -> None:
+    epochs = found["epochs"]
+    assert len(epochs) > 40 and (epochs["imagenet"], epochs["demo-2"], epochs["dtd"]) == (2, 2, 9)
+    assert "x 2 epochs" in found["demo"]
 
 
-def test_it_is_trained_and_saved(house: Path) -> None:
-    words = "train --config configs/toy/demo.yaml --data.shots 1 --output runs --trainer.progress false"
-    python(house, "-m", "vlprompt", *words.split())
-    (folder,) = (path.parent for path in house.glob("runs/**/results.json"))
-    assert json.loads((folder / "results.json").read_text())["results"]
-    loaded = (
-        f"import vlprompt; head = vlprompt.load_head({str(folder)!r}); print(head.method.name, head.method.shift.shape)"
-    )
-    assert "toy torch.Size([" in python(house, "-c", loaded)
+def test_it_is_trained_and_saved(found: dict[str, Any], house: Path) -> None:
+    (results,) = house.glob("runs/**/results.json")
+    assert json.loads(results.read_text())["results"]
+    name, (width,) = found["head"]
+    assert name == "toy" and width > 0
 
 
-def test_it_enters_the_shared_suite(house: Path) -> None:
-    said = python(
-        house, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-k", "toy", "-o", "pythonpath=",
-        str(ROOT / "tests" / "methods" / "test_every_method.py"),
-    )  # fmt: skip
-    passed = int(said.split(" passed")[0].split()[-1])
-    assert passed > 25 and "failed" not in said
+def test_it_enters_the_shared_suite(found: dict[str, Any]) -> None:
+    passed = int(found["said"].split(" passed")[0].split()[-1])
+    assert passed > 25 and found["suite"] == 0

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from vlprompt.cli.main import main
 from vlprompt.cli.parse import parse_run
 from vlprompt.config.run import RunConfig
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.runs.dry_run import dry_run
 
-ROOT = Path(__file__).parents[2]
 Tiny = Callable[..., RunConfig]
-Command = Callable[..., "subprocess.Popen[str]"]
 
 
 def lines_of(text: str) -> dict[str, str]:
@@ -94,11 +92,18 @@ def test_own_folder_that_is_not_there(tiny: Tiny, tmp_path: Path) -> None:
         dry_run(config)
 
 
-def test_imagenet_without_images_and_weights(tmp_path: Path, command: Command) -> None:
-    nothing = {"VLPROMPT_CACHE": str(tmp_path), "VLPROMPT_DATA": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
-    process = command("tools/train.py", "--config", "configs/mocoop/imagenet.yaml", "--dry-run", **nothing)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+@pytest.fixture
+def nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without images and weights."""
+    monkeypatch.setenv("VLPROMPT_CACHE", str(tmp_path))
+    monkeypatch.setenv("VLPROMPT_DATA", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.mark.usefixtures("nothing")
+def test_imagenet_without_images_and_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--config", "configs/mocoop/imagenet.yaml", "--dry-run"]) == 0
+    output = capsys.readouterr().out
     found = lines_of(output)
     assert "500 classes (base), 8000 training" in found["data"]
     assert found["steps"] == "8000 per epoch x 10 epochs = 80000 updates"
@@ -106,13 +111,12 @@ def test_imagenet_without_images_and_weights(tmp_path: Path, command: Command) -
     assert len(output.splitlines()) <= 40 and not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_imagenet_as_typed(tmp_path: Path, command: Command) -> None:
-    nothing = {"VLPROMPT_CACHE": str(tmp_path), "VLPROMPT_DATA": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+@pytest.mark.usefixtures("nothing")
+def test_imagenet_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "runs")
-    process = command("tools/train.py", "--config", "configs/mocoop/imagenet.yaml", "--output", out, **nothing)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 2 and output == ""
-    assert len(errors.splitlines()) <= 30 and "Traceback" not in errors
+    assert main(["train", "--config", "configs/mocoop/imagenet.yaml", "--output", out]) == 2
+    output, errors = capsys.readouterr()
+    assert output == "" and len(errors.splitlines()) <= 30 and "Traceback" not in errors
     assert "two things are missing" in errors
     assert f"looked for:  {tmp_path}/imagenet" in errors and "where from:" in errors and "--data.root FOLDER" in errors
     assert "https://huggingface.co/timm/vit_base_patch16_clip_224.openai" in errors and str(tmp_path) in errors

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.fixtures.processes import run_script
+
 BENCH = Path(__file__).parents[2] / "bench" / "testtime.py"
 
 
 def bench(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(BENCH), *options], capture_output=True, text=True, timeout=300)
+    return run_script([sys.executable, str(BENCH), *options])
 
 
 def test_tpt_and_tda_are_timed_and_agree() -> None:
