@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
-import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.fixtures.runs import tiny_run
+from tests.fixtures.processes import in_group, run_script
+from tests.fixtures.runs import ROOT, tiny_run
+from vlprompt.cli.main import main
 from vlprompt.config.run import RecipeConfig, RunConfig
 from vlprompt.data import FewShotData
 from vlprompt.datasets import load_dataset
@@ -27,63 +31,34 @@ from vlprompt.errors import ConfigError
 from vlprompt.runs.run import run
 
 Tiny = Callable[..., RunConfig]
-Command = Callable[..., "subprocess.Popen[str]"]
 TOLERANCE = 1e-5
 
-# Trains every configuration of a JSON file; then a PromptModule in a Trainer of Lightning's defaults. Every process but
-# the first ends with an error if it opens a file for writing, or makes or removes anything, under the output folder.
-SCRIPT = """
-import json, os, sys
-from pathlib import Path
 
-folder = Path(sys.argv[1])
-rank = int(os.environ.get("LOCAL_RANK", 0))
+def in_one_of_two(
+    folder: Path, image_folder: Path, jobs: list[tuple[RunConfig, bool]]
+) -> tuple[list[bool], dict[str, float], list[float]]:
+    """Train every configuration, then a PromptModule in a Trainer of Lightning's defaults.
 
-def watch(event, arguments):
-    if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
-        path = str(arguments[0])
-        writing = event != "open" or isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-        if writing and path.startswith(str(folder)):
-            print(f"process {rank} touched {path}: {event}", file=sys.stderr)
-            os._exit(3)
+    Every process but the first ends if it opens a file for writing, or makes or removes anything, under ``folder``.
 
-def say(text):
-    # In one write: print() makes several of a line, and what two processes say would mix.
-    sys.stdout.flush()
-    os.write(1, f"{text}\\n".encode())
+    Returns:
+        Which of the runs were reused, and the scores and the context of the module.
+    """
+    rank = int(os.environ["LOCAL_RANK"])
 
-if rank:
-    sys.addaudithook(watch)
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+            path = str(arguments[0])
+            writing = event != "open" or (isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"))
+            if writing and path.startswith(str(folder)):
+                print(f"process {rank} touched {path}: {event}", file=sys.stderr, flush=True)
+                os._exit(3)
 
-from vlprompt.runs.run import run
-from vlprompt.cli.parse import parse_run
-
-for words, force in json.loads((folder / "runs.json").read_text()):
-    done = run(parse_run(words), force=force)
-    say(f"process {rank} {'reused' if done.reused else 'trained'} {done.folder.name}")
-
-import torch, vlprompt
-import pytorch_lightning as pl
-from vlprompt.config.run import RecipeConfig
-
-pl.seed_everything(1)
-task = vlprompt.load_dataset("folder", root=sys.argv[2], shots=2)
-backbone = vlprompt.load_backbone("demo")
-method = vlprompt.create_method("coop", backbone, task.class_names, context_init="an emoji of a")
-module = vlprompt.PromptModule(method, RecipeConfig(epochs=2, lr=0.1))
-data = vlprompt.FewShotData(task, backbone.preprocess, batch_size=4, test_batch_size=3)
-trainer = pl.Trainer(
-    accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False, enable_checkpointing=False,
-    enable_progress_bar=False, default_root_dir=folder,
-)
-trainer.fit(module, datamodule=data)
-(scores,) = trainer.test(module, datamodule=data, verbose=False)
-ctx = method.trained_state()["prompt.ctx"]
-for turn in (0, 1):  # such a long line takes several writes
-    if rank == turn:
-        say("OWN " + json.dumps({"rank": rank, "scores": scores, "ctx": ctx.tolist()}))
-    torch.distributed.barrier()
-"""
+    if rank:
+        sys.addaudithook(watch)
+    reused = [run(config, force=force).reused for config, force in jobs]
+    scores, context = own_trainer(image_folder, devices=2, strategy="ddp", default_root_dir=folder)
+    return reused, scores, context.tolist()
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -130,20 +105,7 @@ def words_of(config: RunConfig, folder: Path) -> list[str]:
     return ["--config", str(path)]
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
-    try:
-        output, errors = process.communicate(timeout=180)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        pytest.fail(f"the processes hang:\n{process.communicate()[1][-3000:]}")
-    assert process.returncode == 0, errors[-3000:]
-    return output, errors
-
-
-@pytest.mark.slow
-def test_the_command_on_two_processes(
-    tiny: Tiny, folder_of: Callable[[RunConfig], Path], tmp_path: Path, command: Command
-) -> None:
+def test_the_command_on_two_processes(tiny: Tiny, folder_of: Callable[[RunConfig], Path], tmp_path: Path) -> None:
     """CoOp and MoCoOp as published: random views, tuned layer norms, virtual classes; 9 base and 4 new test images."""
     common: dict[str, Any] = {"classes": "base", "transform": "random", "epochs": 4, "lr": 0.05, "test_batch_size": 2}
     configs = [
@@ -152,14 +114,11 @@ def test_the_command_on_two_processes(
     ]
     words = [word for config in configs for word in words_of(config, tmp_path / "configs")]
     two = tmp_path / "two"
-    output, errors = finish(
-        command(
-            *("tools/base_to_new.py", *words, "--seeds", "1", "--output", str(two)),
-            *("--trainer.devices", "2", "--trainer.accelerator", "cpu"),
-        )
-    )
-    assert "Traceback" not in errors
-    assert output.count("base-to-new accuracy") == 1 and output.count("run folder:") == 2  # one process speaks
+    words += ["--seeds", "1", "--output", str(two), "--trainer.devices", "2", "--trainer.accelerator", "cpu"]
+    done = run_script([sys.executable, str(ROOT / "tools" / "base_to_new.py"), *words])
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    # One process speaks.
+    assert done.stdout.count("base-to-new accuracy") == 1 and done.stdout.count("run folder:") == 2
     assert len(list(two.glob("base_to_new-*.json"))) == 1
     changed: list[bool] = []
     for config in configs:
@@ -175,14 +134,8 @@ def test_the_command_on_two_processes(
     assert any(changed)  # training has changed predictions, so that equal accuracies say something
 
 
-@pytest.mark.slow
 def test_switches_short_batches_and_own_trainers(
-    tiny: Tiny,
-    folder_of: Callable[[RunConfig], Path],
-    image_folder: Path,
-    validated_folder: Path,
-    tmp_path: Path,
-    command: Command,
+    tiny: Tiny, folder_of: Callable[[RunConfig], Path], image_folder: Path, validated_folder: Path, tmp_path: Path
 ) -> None:
     plain: dict[str, Any] = {"text_correction": False, "text_loss_weight": 0.0, "gate_loss_weight": 0.0, "top_k": 1}
     configs = [
@@ -202,19 +155,12 @@ def test_switches_short_batches_and_own_trainers(
     twice = [
         dataclasses.replace(c, output=str(folder), trainer=dataclasses.replace(c.trainer, devices=2)) for c in configs
     ]
-    jobs = [(words_of(config, tmp_path / "configs"), False) for config in twice]
     # Then one again, which is reused, and one with --force: no process may take up what another is about to remove.
-    jobs += [(jobs[0][0], False), (jobs[1][0], True)]
+    jobs = [*((config, False) for config in twice), (twice[0], False), (twice[1], True)]
     folder.mkdir()
-    (folder / "runs.json").write_text(json.dumps(jobs))
-    (tmp_path / "script.py").write_text(SCRIPT)
-    output, errors = finish(
-        command(str(tmp_path / "script.py"), str(folder), str(image_folder), PYTHONPATH=str(Path(__file__).parents[2]))
-    )
-    assert "touched" not in errors
-    for rank in (0, 1):
-        done = [line.split()[2] for line in output.splitlines() if line.startswith(f"process {rank} ")]
-        assert done == ["trained"] * len(configs) + ["reused", "trained"]
+    both_ranks = in_group(2, in_one_of_two, folder, image_folder, jobs)
+    for reused, _, _ in both_ranks:
+        assert reused == [False] * len(configs) + [True, False]
     for config, single in zip(twice, singles, strict=True):
         assert single.results["results"]["all"]["total"] == 13
         if config.method != "zeroshot":
@@ -225,16 +171,14 @@ def test_switches_short_batches_and_own_trainers(
         assert agree(both["train"].get("selected"), single.results["train"].get("selected"))
     assert singles[-2].results["train"]["selected"]["epoch"] < 3
 
-    own = [json.loads(line.removeprefix("OWN ")) for line in output.splitlines() if line.startswith("OWN ")]
-    assert sorted(each["rank"] for each in own) == [0, 1]
-    scores, ctx = one_process(image_folder)
-    for each in own:
-        assert agree(each["scores"], scores) and scores["test/total"] == 13
-        assert difference(torch.tensor(each["ctx"]), ctx) < TOLERANCE
+    scores, context = own_trainer(image_folder)
+    for _, own_scores, own_context in both_ranks:
+        assert agree(own_scores, scores) and scores["test/total"] == 13
+        assert difference(torch.tensor(own_context), context) < TOLERANCE
 
 
-def one_process(image_folder: Path) -> tuple[dict[str, float], torch.Tensor]:
-    """What the script's own Trainer does, on one process."""
+def own_trainer(image_folder: Path, **values: Any) -> tuple[dict[str, float], torch.Tensor]:
+    """Train and test a PromptModule in a Trainer of these values; return the scores and the context."""
     import vlprompt
 
     pl.seed_everything(1, verbose=False)
@@ -244,23 +188,27 @@ def one_process(image_folder: Path) -> tuple[dict[str, float], torch.Tensor]:
     module = PromptModule(method, RecipeConfig(epochs=2, lr=0.1))
     data = FewShotData(task, backbone.preprocess, batch_size=4, test_batch_size=3)
     trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False
+        **{"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_checkpointing": False, **values},
+        enable_progress_bar=False,
     )
     trainer.fit(module, datamodule=data)
     (scores,) = trainer.test(module, datamodule=data, verbose=False)
     return dict(scores), method.trained_state()["prompt.ctx"]
 
 
-@pytest.mark.slow
-def test_loss_that_is_not_finite_ends_all_processes(tiny: Tiny, tmp_path: Path, command: Command) -> None:
+def status_and_errors(words: list[str]) -> tuple[int, str]:
+    """Run a command in one of two processes."""
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        status = main(words)
+    return status, errors.getvalue()
+
+
+def test_loss_that_is_not_finite_ends_all_processes(tiny: Tiny, tmp_path: Path) -> None:
     words = words_of(tiny("coop", epochs=3, lr=1e38), tmp_path / "configs")
-    process = command("tools/train.py", *words, "--trainer.devices", "2", "--trainer.accelerator", "cpu")
-    try:
-        _, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode not in (0, None)
-    assert "the loss is not finite in epoch" in errors and "--recipe.lr" in errors
+    words = ["train", *words, "--trainer.devices", "2", "--trainer.accelerator", "cpu"]
+    for status, errors in in_group(2, status_and_errors, words):
+        assert status == 2
+        assert "the loss is not finite in epoch" in errors and "--recipe.lr" in errors
 
 
 def test_too_few_images_for_the_processes(tiny: Tiny) -> None:

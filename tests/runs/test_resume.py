@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-import subprocess
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.fixtures.processes import killed
+from vlprompt.cli.main import main
 from vlprompt.cli.parse import parse_run
 from vlprompt.config.run import RunConfig
 from vlprompt.engine.callbacks import read_metrics
@@ -178,10 +179,7 @@ def test_interrupted_and_run_again(
 
 
 def test_the_command_killed_from_outside(
-    image_folder: Path,
-    tmp_path: Path,
-    folder_of: FolderOf,
-    command: Callable[..., subprocess.Popen[str]],
+    image_folder: Path, tmp_path: Path, folder_of: FolderOf, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [
         "--config",
@@ -199,27 +197,23 @@ def test_the_command_killed_from_outside(
     run(config)
     whole = outcome(folder_of(config))
 
-    config = parse_run([*words, "--output", str(tmp_path / "runs")])
-    folder = folder_of(config)
-
-    def start() -> subprocess.Popen[str]:
-        return command("tools/train.py", *words, "--output", str(tmp_path / "runs"))
+    words += ["--output", str(tmp_path / "runs")]
+    folder = folder_of(parse_run(words))
 
     def lines() -> int:
         path = folder / "metrics.jsonl"
         return path.read_text().count("\n") if path.is_file() else 0
 
-    process, deadline = start(), time.monotonic() + 120
-    while lines() < 2 and process.poll() is None and time.monotonic() < deadline:
+    process, deadline = get_context("fork").Process(target=main, args=(["train", *words],)), time.monotonic() + 120
+    process.start()
+    while lines() < 2 and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.002)
     process.kill()
-    _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, errors
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (folder / "results.json").exists()
     logged, kept = epochs_kept(folder)
     assert logged - 1 <= kept <= logged and 1 <= kept < 6  # amid training
-    process = start()
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert f"run folder: {folder}" in output
+    assert main(["train", *words]) == 0
+    assert f"run folder: {folder}" in capsys.readouterr().out
     assert outcome(folder) == whole

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.fixtures.runs import tiny_run
 from vlprompt import create_method, list_methods
 from vlprompt.cli.main import main
 from vlprompt.config.run import RunConfig
@@ -30,9 +31,11 @@ Tiny = Callable[..., RunConfig]
 CROPS = {"crops": 1}
 
 
-@pytest.fixture
-def maple(tiny: Tiny) -> Run:
-    return run(tiny("maple", {"depth": 3}, epochs=1, transform="random"))
+@pytest.fixture(scope="module")
+def maple(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run, which tests read."""
+    place = tmp_path_factory.mktemp("maple")
+    return run(tiny_run(image_folder, place, "maple", {"depth": 3}, epochs=1, transform="random"))
 
 
 @pytest.fixture
