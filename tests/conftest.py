@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -31,16 +32,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # xdist keeps the order of pytest_collection_modifyitems
+        config.option.loadscopereorder = False
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what no covering design holds, unless all pairs are wanted or the command line names single ones."""
-    if config.getoption("all_pairs") or any(word.endswith("]") for word in config.args):
-        return
-    dropped = left_out(items)
+    """Leave out what no covering design holds, unless all pairs are wanted or the command line names single ones.
+
+    Workers of xdist take whole runs first. A file of few long tests that comes last would keep one worker busy alone.
+    """
+    all_wanted = config.getoption("all_pairs") or any(word.endswith("]") for word in config.args)
+    dropped = set() if all_wanted else set(left_out(items))
     if dropped:
-        config.hook.pytest_deselected(items=dropped)
-        gone = set(dropped)
-        items[:] = [item for item in items if item not in gone]
+        config.hook.pytest_deselected(items=list(dropped))
+        items[:] = [item for item in items if item not in dropped]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        tests = Counter(item.path for item in items)
+        items.sort(key=lambda item: (item.path.parent.name not in ("runs", "protocols"), -tests[item.path]))
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.fixtures.processes import run_script
 from vlprompt.cli import bank as cli_bank
 from vlprompt.cli import main as cli
 from vlprompt.cli.bank import time_text
@@ -156,12 +156,13 @@ def test_an_interrupt_names_how_to_resume(
     assert "the same command resumes it" in capsys.readouterr().err
 
 
-def test_the_tool_runs_the_command(tmp_path: Path) -> None:
-    helped = subprocess.run([sys.executable, TOOL, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert helped.stdout == cli_bank.BANK_HELP
+def test_the_tool_runs_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    helped = run_script([sys.executable, TOOL, "--help"])
+    assert helped.returncode == 0 and helped.stdout == cli_bank.BANK_HELP
     for name in cli_bank.OPTIONS + cli_bank.FLAGS:
         assert f"--{name}" in helped.stdout
-    alone = subprocess.run([sys.executable, TOOL], cwd=tmp_path, capture_output=True, text=True)
+    alone = run_script([sys.executable, TOOL])
     assert alone.returncode == 2 and "--bank is missing; accepted: the folder where pictures are kept" in alone.stderr
 
 
