@@ -117,7 +117,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLPROMPT_CACHE", str(tmp_path / "cache"))
 
 
-def told(read: Callable[[], list[str]]) -> tuple[list[str], str]:
+def notes_of(read: Callable[[], list[str]]) -> tuple[list[str], str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ids = read()
@@ -128,14 +128,14 @@ def told(read: Callable[[], list[str]]) -> tuple[list[str], str]:
 
 @pytest.mark.parametrize("reader", READERS)
 def test_every_reader_counts_what_it_passes_over(reader: str, tmp_path: Path) -> None:
-    plain, nothing = told(lambda: READERS[reader](_made(tmp_path / "plain"), []))
+    plain, nothing = notes_of(lambda: READERS[reader](_made(tmp_path / "plain"), []))
     assert nothing == ""
     root = _made(tmp_path / "others")
     chosen = [*OTHERS, *LITTER]
-    ids, text = told(lambda: READERS[reader](root, chosen))
+    ids, text = notes_of(lambda: READERS[reader](root, chosen))
     assert ids == plain
     assert "4 files are passed over" in text, text
-    assert told(lambda: READERS[reader](root, chosen)) == (ids, text)  # also from a stored index
+    assert notes_of(lambda: READERS[reader](root, chosen)) == (ids, text)  # also from a stored index
 
 
 def _made(folder: Path) -> Path:
@@ -145,18 +145,18 @@ def _made(folder: Path) -> Path:
 
 @pytest.mark.parametrize("reader", READERS)
 def test_litter_of_operating_systems_is_not_mentioned(reader: str, tmp_path: Path) -> None:
-    assert told(lambda: READERS[reader](tmp_path, list(LITTER)))[1] == ""
+    assert notes_of(lambda: READERS[reader](tmp_path, list(LITTER)))[1] == ""
 
 
 def test_kinds_and_examples_are_named(tmp_path: Path) -> None:
-    _, text = told(lambda: of_folder(tmp_path, list(OTHERS)))
+    _, text = notes_of(lambda: of_folder(tmp_path, list(OTHERS)))
     assert text.endswith(
         "1 .mp4 (cat/b.MP4), 1 .psd (cat/v1.2 x.psd), 1 .txt (cat/a.txt), 1 without suffix (cat/notes)"
     )
 
 
 def test_check_counts_them_too(tmp_path: Path) -> None:
-    told(lambda: of_folder(tmp_path, [*OTHERS, *LITTER]))
+    notes_of(lambda: of_folder(tmp_path, [*OTHERS, *LITTER]))
     files(tmp_path, "loose.png")
     (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / "cat" / "nothing.png")
     checked = check(FOLDER, tmp_path)

@@ -215,7 +215,7 @@ def test_a_head_holds_bits_and_scores_alike(tiny_backbone: Backbone, images: Ten
         assert torch.equal(head(images), method(images))
         other = head.with_classes(["sea_lake", "dog"])
         torch.testing.assert_close(other(images)[:, 0], method(images)[:, 2], rtol=1e-4, atol=1e-4)
-    # Another head starts from it: scores as far from the threshold on either side as they can be told to be.
+    # Another head starts from it: scores as far from the threshold on either side as they can get.
     follower = make(tiny_backbone, "ramt", side="both")
     follower.start_from(method.head_state())
     assert torch.equal(follower.eval()(images), method(images))

@@ -41,11 +41,11 @@ def test_it_is_the_formula(separate: int) -> None:
 
 def test_heads_are_diffusions_in_slices_of_the_width() -> None:
     own, r, x = made(heads=2), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    keys, told = own.keys(), own(r, x)
+    keys, named = own.keys(), own(r, x)
     for part in (slice(0, 4), slice(4, 8)):
         affinity = (r[..., part] @ keys[:, part].t()).relu()
         expected = x[..., part] + affinity.amax(-1, keepdim=True) * (affinity @ own.tokens[:, part])
-        torch.testing.assert_close(told[..., part], own.sigma.exp() * expected)
+        torch.testing.assert_close(named[..., part], own.sigma.exp() * expected)
 
 
 def test_no_tokens_or_tokens_of_zero_leave_the_result() -> None:

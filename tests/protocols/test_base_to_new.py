@@ -77,12 +77,12 @@ def test_two_methods_on_two_data_sets(tiny: Tiny, toy_sets: Path, tmp_path: Path
     ]
     runs: list[Run] = []
     results, table = base_to_new(configs, (1,), datasets=["plainest", "toy-styles"], report=runs.append)
-    told = [(r.results["method"], r.results["data"]["name"], r.results["data"]["template"]) for r in runs]
-    assert told == [
+    seen = [(r.results["method"], r.results["data"]["name"], r.results["data"]["template"]) for r in runs]
+    assert seen == [
         *(("coop", name, "an emoji of a {}.") for name in ("toy-plain", "toy-styles")),
         *(("mocoop", name, "a drawing of a {}.") for name in ("toy-plain", "toy-styles")),
     ]
-    assert [(cell["method"], cell["data"]) for cell in results["cells"]] == [one[:2] for one in told]
+    assert [(cell["method"], cell["data"]) for cell in results["cells"]] == [one[:2] for one in seen]
     for index, method in enumerate(("coop", "mocoop")):
         average = results["average"][index]
         assert (average["method"], average["datasets"]) == (method, ["toy-plain", "toy-styles"])

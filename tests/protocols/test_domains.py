@@ -92,8 +92,8 @@ def test_leave_one_out(styles: Tiny, tmp_path: Path) -> None:
     config = styles("coop", lr=0.2, classes="base", source=["a"], target=["a"])  # overwritten by the protocol
     runs: list[Run] = []
     results, table = domain_generalisation([config], "leave-one-out", (1, 2), report=runs.append)
-    told = [(r.results["data"]["source"], r.results["data"]["target"], r.results["data"]["seed"]) for r in runs]
-    assert told == [
+    seen = [(r.results["data"]["source"], r.results["data"]["target"], r.results["data"]["seed"]) for r in runs]
+    assert seen == [
         (source, target, seed)
         for source, target in (
             (["a", "b"], ["c", "c+noise"]),

@@ -26,8 +26,8 @@ def test_two_data_sets_two_shots_two_seeds(tiny: Tiny, toy_sets: Path, tmp_path:
     config = tiny("coop", lr=0.2, classes="base").with_data(name="folder", root=str(toy_sets))
     runs: list[Run] = []
     results, table = few_shot([config], (1, 2), (1, 2), datasets=["plainest", "toy-styles"], report=runs.append)
-    told = [(r.results["data"]["name"], r.results["data"]["shots"], r.results["data"]["seed"]) for r in runs]
-    assert told == [(n, shots, seed) for n in ("toy-plain", "toy-styles") for shots in (1, 2) for seed in (1, 2)]
+    seen = [(r.results["data"]["name"], r.results["data"]["shots"], r.results["data"]["seed"]) for r in runs]
+    assert seen == [(n, shots, seed) for n in ("toy-plain", "toy-styles") for shots in (1, 2) for seed in (1, 2)]
     assert {r.results["data"]["classes"] for r in runs} == {"all"}
     (file,) = (tmp_path / "runs").glob("few_shot-*.json")
     assert json.loads(file.read_text()) == results

@@ -55,14 +55,14 @@ def parts(paths: list[str]) -> set[str]:
 # -- on validation images -------------------------------------------------------------------------------------------
 def test_the_best_on_validation_images_is_tested(toy: Tiny, tmp_path: Path) -> None:
     config = toy("coop")
-    told: list[str] = []
-    found = search(config, GRID, report=told.append)
+    lines: list[str] = []
+    found = search(config, GRID, report=lines.append)
     scores = found.selection["scores"]
     values = [one["values"] for one in scores]
     assert values == [{"recipe.lr": lr, "recipe.epochs": epochs} for lr in (1e-6, 0.2) for epochs in (2, 3)]
     task = load_dataset("toy-styles", root=config.data.root, shots=2)
     assert all(one["score"].items() >= score(one["score"]["correct"], len(task.val)).items() for one in scores)
-    assert [len(told), told[0].split(":")[0]] == [4, "recipe.lr 1.0e-06, recipe.epochs 2"]
+    assert [len(lines), lines[0].split(":")[0]] == [4, "recipe.lr 1.0e-06, recipe.epochs 2"]
     best = max(one["score"]["correct"] for one in scores)
     first = next(one["values"] for one in scores if one["score"]["correct"] == best)
     assert found.selection["chosen"] == first and not found.selection["oracle"] and found.selection["on"] == "val"
@@ -106,12 +106,12 @@ def test_of_equals_the_first_is_chosen(toy: Tiny) -> None:
 
 def test_a_candidate_that_is_not_finite_has_failed(toy: Tiny) -> None:
     """It was ranked as 0 %, or ended the search."""
-    told: list[str] = []
-    found = search(toy("coop", epochs=3, warmup_epochs=0), {"recipe.lr": [1e38, 0.1]}, report=told.append)
+    lines: list[str] = []
+    found = search(toy("coop", epochs=3, warmup_epochs=0), {"recipe.lr": [1e38, 0.1]}, report=lines.append)
     failed, scored = found.selection["scores"]
     assert failed["score"] is None and "not finite" in failed["failed"] and scored["score"] is not None
     assert found.selection["chosen"] == {"recipe.lr": 0.1}
-    assert "failed" in told[0] and "failed" in found.table()
+    assert "failed" in lines[0] and "failed" in found.table()
     with pytest.raises(NotFiniteError, match="all 1 candidates failed"):
         search(toy("coop", epochs=3, warmup_epochs=0), {"recipe.lr": [1e38]})
 

@@ -88,7 +88,7 @@ def test_no_test_image_was_trained_on_after_files_are_removed(done: Run, picture
     for folder in pictures.iterdir():
         sorted(folder.iterdir())[0].unlink()
     moved = {name for name, part in parts(pictures).items() if part != before[name]}
-    assert moved, "the plain cut deals the files anew, which this test is about"
+    assert moved, "the plain cut cuts all files again, which this test is about"
     with pytest.warns(UserWarning, match="images of the split in .*split.json are not there any more"):
         scores = evaluate_head(done.folder, done_config(done).data)
     remaining = [name for name, part in before.items() if part == "test" and (pictures / name).is_file()]

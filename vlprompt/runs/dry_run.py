@@ -131,7 +131,7 @@ def _facts_of_card(data: DataConfig, notes: list[str], error: DataError) -> Fact
 
 
 def _backbone(config: BackboneConfig, notes: list[str]) -> tuple[bool, Backbone]:
-    """Return whether random weights stand in, and the backbone."""
+    """Return whether random weights are used, and the backbone."""
     try:
         return False, load_backbone(config.name, config.pretrained, precision=config.precision)
     except BackboneError as error:

@@ -203,7 +203,7 @@ def aside(folder: Path) -> Path:
 
 
 def _set_aside(folder: Path) -> None:
-    """Move ``folder`` and all that is in it aside, and make it anew."""
+    """Move ``folder`` and all that is in it aside and create it again."""
     if not any(folder.iterdir()):
         return
     place = aside(folder)
