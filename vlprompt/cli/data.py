@@ -24,6 +24,7 @@ from vlprompt.datasets.catalogue import (
     list_groups,
     user_card_folder,
 )
+from vlprompt.datasets.records import shots_in_words
 from vlprompt.errors import ConfigError, DataError, did_you_mean
 
 _SHOWN = 40
@@ -282,7 +283,8 @@ def _shots(words: list[str]) -> int:
     elif "print-hash" in line.flags:
         show(sha256_lines(sample.id for sample in chosen[part]))
     else:
-        show(f"{task.name}, {task.classes} classes, {task.shots} shots, seed {task.seed}, {task.sampler}")
+        shots = shots_in_words(task.shots, task.shots_per_class())
+        show(f"{task.name}, {task.classes} classes, {shots}, seed {task.seed}, {task.sampler}")
         for name, samples in chosen.items():
             show(f"  {name:<5} {len(samples):>7,} images  SHA-256 {sha256_lines(sample.id for sample in samples)}")
         if export:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlprompt._files import sha256_lines
@@ -68,6 +69,24 @@ def labels_of(sample: Sample) -> tuple[int, ...]:
 def counted(count: int, noun: str) -> str:
     """Return ``1 image`` or ``7 images``."""
     return f"{count:,} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
+
+
+def shots_in_words(shots: int, per_class: Sequence[int] | None) -> str:
+    """Return the training images of a class for headings: ``1 shot``, ``40 shots (12 a class available)``.
+
+    Args:
+        shots: The requested number; -1 for all images.
+        per_class: The least and the largest number of images of a class; None if not known (older results).
+    """
+    least, most = (shots, shots) if per_class is None else per_class
+    if not most:
+        return "no training images"
+    if shots == -1:
+        return "all training images"
+    words = counted(shots, "shot")
+    if least >= shots:
+        return words
+    return f"{words} ({least if least == most else f'{least} to {most}'} a class available)"
 
 
 def class_name_problem(name: object) -> str | None:

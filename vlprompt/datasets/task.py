@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -137,6 +138,12 @@ class FewShotTask:
         names = domains_of(self.card, self.test) if self.card.domains else []
         return {name: replace(self, test=[sample for sample in self.test if sample.domain == name]) for name in names}
 
+    def shots_per_class(self) -> list[int]:
+        """Return the least and the largest number of training images of a class; a class may have too few."""
+        count = Counter(label for sample in self.train for label in labels_of(sample))
+        counts = [count[label] for label in range(len(self.class_names))]
+        return [min(counts), max(counts)]
+
     def describe(self) -> dict[str, Any]:
         """Return the data record of a results file, as plain JSON values."""
         facts = self.card.facts
@@ -157,6 +164,7 @@ class FewShotTask:
             "class_names_sha256": sha256_lines(self.class_names),
             "template": self.template,
             "shots": self.shots,
+            "shots_per_class": self.shots_per_class(),
             "seed": self.seed,
             "sampler": self.sampler,
             "validation": self.validation if self.val else "none",

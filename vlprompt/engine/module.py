@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from vlprompt._finite import check_finite, not_finite
 from vlprompt._random import restored_random
 from vlprompt.config.run import RecipeConfig, epochs_and_steps
+from vlprompt.datasets.records import counted
 from vlprompt.engine.metrics import MULTILABEL, checked_logits, headline, make_scores, plain_score
 from vlprompt.engine.recipe import learning_rate, make_optimizer
 from vlprompt.errors import ConfigError, HeadError, NotFiniteError, bulleted
@@ -313,7 +314,7 @@ class PromptModule(FrozenInside):
             raise ConfigError(f"method {self.method.name!r} has nothing to train; evaluate it without fit")
         recipe, per_epoch = self.length(), 1
         if self._given and self.recipe.epochs is not None and recipe.epochs != self.recipe.epochs:
-            own = f"{recipe.steps} steps" if recipe.epochs is None else f"{recipe.epochs} epochs"
+            own = counted(recipe.steps or 0, "step") if recipe.epochs is None else counted(recipe.epochs, "epoch")
             warnings.warn(
                 f"recipe.epochs is {self.recipe.epochs}, and the Trainer trains for {own}; the schedule follows the "
                 "Trainer",

@@ -48,10 +48,10 @@ from vlprompt.protocols.running import Runner, check_data, place
 from vlprompt.runs.folder import TARGETS, config_sha256, data_record, read_json
 from vlprompt.runs.run import Run, tested
 from vlprompt.runs.session import Session
-from vlprompt.runs.tables import ZERO_SHOT, classifier_of, data_words, render
+from vlprompt.runs.tables import ZERO_SHOT, classifier_of, data_words, render, shots_of
 
 SCHEMA = 1
-_DRAWN = ("shots", "seed", "sampler", "train", "val", "shots_sha256", "val_sha256")
+_DRAWN = ("shots", "shots_per_class", "seed", "sampler", "train", "val", "shots_sha256", "val_sha256")
 
 
 def cross_dataset(
@@ -233,6 +233,7 @@ def _cell(
         "method": config.method,
         "data": data["name"],
         "shots": data["shots"],
+        "shots_per_class": data.get("shots_per_class"),
         "targets": targets,
         "metrics": metrics,
         "rows": rows,
@@ -260,7 +261,7 @@ def cross_tables(cells: Sequence[dict[str, Any]], name: str, seeds: Sequence[int
         rows = list(table_rows([cell for cell in cells if cell["data"] == data]))
         first = rows[0][0]
         words = METRICS[first.get("metric", "accuracy")]
-        title = f"{name}: {words} in %, trained on {data} with {_shots(first['shots'])}; {over_seeds(seeds)}"
+        title = f"{name}: {words} in %, trained on {data} with {shots_of(first)}; {over_seeds(seeds)}"
         table = Table("tested on")
         for cell, label in rows:
             table.add_column(row_name(cell, label), justify="right")
@@ -284,7 +285,3 @@ def cross_tables(cells: Sequence[dict[str, Any]], name: str, seeds: Sequence[int
             add("mean with the source", "mean_with_source")
         tables.append(render(table, title))
     return "\n\n".join(tables)
-
-
-def _shots(shots: int) -> str:
-    return "all images" if shots == -1 else f"{shots} shots"

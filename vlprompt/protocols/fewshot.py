@@ -14,6 +14,7 @@ from rich.table import Table
 
 from vlprompt.config.run import RunConfig
 from vlprompt.config.source import ConfigSource
+from vlprompt.datasets.records import counted, shots_in_words
 from vlprompt.engine.metrics import measured
 from vlprompt.errors import ConfigError
 from vlprompt.protocols.plan import Plan, make_plan
@@ -123,6 +124,9 @@ def _cell(method: str, runs: dict[int, list[Run]], metric: str | None) -> dict[s
         "method": method,
         "data": all_runs[0].results["data"]["name"],
         "rows": rows,
+        "shots_per_class": {
+            str(count): shot_runs[0].results["data"].get("shots_per_class") for count, shot_runs in runs.items()
+        },
         **marks(all_runs, metric),
     }
 
@@ -158,7 +162,7 @@ def few_shot_table(
     title = f"{name} {words} in % by images per class, {over_seeds(seeds)}"
     table = Table("data", "method")
     for count in shots:
-        table.add_column("all" if count == -1 else f"{count} shot{'s' if count > 1 else ''}", justify="right")
+        table.add_column("all" if count == -1 else counted(count, "shot"), justify="right")
     sets = len(average[0]["datasets"]) if average else 0
     for part, several in ((cells, len(seeds) > 1), (average, True)):
         for cell, label in table_rows(part):
@@ -166,5 +170,16 @@ def few_shot_table(
             table.add_row(data_words(cell["data"], cell.get("metric", "accuracy")), row_name(cell, label), *texts)
         if average:
             table.add_section()
-    caption = f"average: unweighted mean and deviation over {sets} data sets" if average else ""
-    return render(table, title, caption)
+    captions = [f"average: unweighted mean and deviation over {sets} data sets"] if average else []
+    return render(table, title, "\n".join([*captions, *_scarce(cells, shots)]))
+
+
+def _scarce(cells: Sequence[dict[str, Any]], shots: Sequence[int]) -> list[str]:
+    """Return a line for each data set that has fewer training images in a class than some of ``shots``."""
+    lines = []
+    for cell in {cell["data"]: cell for cell in cells}.values():
+        per_class = cell.get("shots_per_class", {})
+        words = [shots_in_words(count, per_class.get(str(count))) for count in shots if count > 0]
+        if scarce := [text for text in words if "available" in text]:
+            lines.append(f"{cell['data']}: {', '.join(scarce)}")
+    return lines

@@ -24,7 +24,7 @@ from vlprompt.protocols.protocol import by_metric, keep, marks, over_seeds
 from vlprompt.protocols.protocols import check_plan_metrics
 from vlprompt.protocols.running import Runner
 from vlprompt.runs.run import Run
-from vlprompt.runs.tables import ZERO_SHOT, harmonic_mean, metric_words, render
+from vlprompt.runs.tables import ZERO_SHOT, harmonic_mean, metric_words, render, shots_of
 
 SCHEMA = 1
 STARTS = ("usual start", "learned start", "learned start, regulated")
@@ -89,6 +89,7 @@ def _cell(config: RunConfig, label: str, part: str, runs: Sequence[Run], metric:
         "method": config.method,
         "data": config.data.name,
         "shots": config.data.shots,
+        "shots_per_class": runs[0].results["data"].get("shots_per_class"),
         "start": label,
         **marks(runs, metric),
         **{name: {**_mean(per_seed), "per_seed": per_seed} for name, per_seed in values.items()},
@@ -106,7 +107,8 @@ def _table(cells: Sequence[dict[str, Any]], seeds: Sequence[int]) -> str:
         table.add_column(name, justify="right")
     before = None
     for cell in cells:
-        place = (cell["method"], cell["data"], str(cell["shots"]))
+        shots = shots_of(cell).removesuffix(" shots").removesuffix(" shot")
+        place = (cell["method"], cell["data"], shots)
         if before is not None and place != before:
             table.add_section()
         shown = place if place != before else ("", "", "")

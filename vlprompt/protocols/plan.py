@@ -14,6 +14,7 @@ from vlprompt.config.source import ConfigSource, Selection, as_source
 from vlprompt.config.yaml import yaml_text
 from vlprompt.datasets import find_card
 from vlprompt.datasets.domains import DomainProtocol, DomainRound, card_rounds, domain_rounds
+from vlprompt.datasets.records import counted
 from vlprompt.errors import ConfigError, DataError
 from vlprompt.methods.registry import check_start, get_method_class, list_methods, open_templates
 from vlprompt.protocols.groups import dataset_names
@@ -86,7 +87,7 @@ class Plan:
         """
         trainings, seeds = self.trainings, ", ".join(map(str, self.seeds))
         several = f"seeds {seeds}" if len(self.seeds) > 1 else f"seed {seeds}"
-        head = f"{self.name}: {_counted(len(trainings), 'training')} with {several}"
+        head = f"{self.name}: {counted(len(trainings), 'training')} with {several}"
         rows = [("method", "data", "classes", "shots", *self._domain_heading(), "values that differ from the base")]
         targets = [target for training in trainings if training.per_target for target in training.targets]
         rows += [_row(training) for training in (*trainings, *targets)]
@@ -133,10 +134,6 @@ def _flat(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{', '.join(map(_flat, value))}]"
     return " ".join(yaml_text(value, flow=True).split())
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def make_plan(

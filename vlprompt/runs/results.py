@@ -28,6 +28,10 @@ def is_score(value: Any) -> bool:
     return value.get("metric") is not None or {"correct", "total"} <= value.keys()
 
 
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(number, int) for number in value)
+
+
 def misfits(results: Mapping[str, Any]) -> list[str]:
     """Return what in the content of a results file is missing or of a wrong type, in words."""
     wrong = [name for name in _OBJECTS if not isinstance(results.get(name), dict)]
@@ -36,7 +40,9 @@ def misfits(results: Mapping[str, Any]) -> list[str]:
     if wrong:
         return [f"{name} is missing or of a wrong type" for name in wrong]
     data = results["data"]
-    wrong += [f"data.{name}" for name in ("name", "shots", "seed") if isinstance(data.get(name, []), list | dict)]
+    wrong += [f"data.{name}" for name in ("name", "seed") if isinstance(data.get(name, []), list | dict)]
+    if not isinstance(data.get("shots"), int) or not _is_range(data.get("shots_per_class", [0, 0])):
+        wrong.append("data.shots is not a number of images")
     wrong += [f"{part} has no score" for part in ("results", "zeroshot") if not results[part].keys() & {*_HALVES}]
     for part in ("results", "zeroshot"):
         scores = {half: results[part][half] for half in _HALVES if results[part].get(half) is not None}

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from vlprompt._terminal import text_of
+from vlprompt.datasets.records import shots_in_words
 from vlprompt.engine.metrics import ERRORS, METRICS, measured
 from vlprompt.runs.selection import is_oracle, stamped
 
@@ -39,7 +40,7 @@ def results_table(runs: Sequence[dict[str, Any]], metrics: Sequence[str] = ()) -
 def _results_table(runs: Sequence[dict[str, Any]], columns: Sequence[str], metric: str) -> str:
     first = runs[0]
     data = first["data"]
-    title = f"{data['name']}: {METRICS[metric]} in %, {data['shots']} shots, seed {data['seed']}"
+    title = f"{data['name']}: {METRICS[metric]} in %, {shots_of(data)}, seed {data['seed']}"
     table = Table("method")
     for name in columns:
         table.add_column(f"{name} (correct/total)" if metric == "accuracy" else name, justify="right")
@@ -56,6 +57,11 @@ def _results_table(runs: Sequence[dict[str, Any]], columns: Sequence[str], metri
             cells.append(f"{harmonic_mean(*halves):.2f}" if len(halves) == 2 and metric not in ERRORS else "-")
         table.add_row(label, *cells)
     return render(table, title)
+
+
+def shots_of(data: Mapping[str, Any]) -> str:
+    """Return the number of shots of a data record in words, with that of the available images if they are fewer."""
+    return shots_in_words(data["shots"], data.get("shots_per_class"))
 
 
 def classifier_of(results: Mapping[str, Any]) -> str:
