@@ -44,7 +44,7 @@ class Clip:
     mean = (0.48145466, 0.4578275, 0.40821073)
     std = (0.26862954, 0.26130258, 0.27577711)
     interpolation = "bicubic"
-    resize_mode = "shortest"
+    resize_mode, fill_color = "shortest", 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1] / "vlprompt"
 #: Packages and modules of ``vlprompt``, low to high. What shares a layer does not import each other.
 LAYERS = (
     ("errors", "_lazy"),
-    ("_dist", "_files", "_finite", "_memory", "_random", "_terminal", "registry", "schedule", "version"),
+    ("_dist", "_files", "_finite", "_memory", "_random", "_shapes", "_terminal", "registry", "schedule", "version"),
     ("config",),
     ("backbone", "datasets", "needs"),
     ("prompts",),

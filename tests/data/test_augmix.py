@@ -19,7 +19,7 @@ from vlprompt.data.transforms import Transform
 
 class Preprocess:
     size, mean, std, interpolation = 60, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), "bicubic"
-    resize_mode = "shortest"
+    resize_mode, fill_color = "shortest", 0
 
 
 def noise(width: int = 60, height: int = 60) -> Image.Image:

@@ -16,7 +16,7 @@ from vlprompt.errors import ConfigError
 
 class Preprocess:
     size, mean, std, interpolation = 32, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), "bicubic"
-    resize_mode = "shortest"
+    resize_mode, fill_color = "shortest", 0
 
 
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -66,6 +66,24 @@ def test_every_resize_mode_is_open_clips(mode: str, size: tuple[int, int]) -> No
     assert torch.equal(clip_transform(Weights())(noise(*size)), expected)
 
 
+@pytest.mark.parametrize(("kind", "mode"), [("pad", "longest"), ("squash", "squash")])
+@pytest.mark.parametrize("size", [(50, 33), (20, 90), (32, 32), (7, 5)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("fill", [0, 127])
+def test_pad_and_squash_are_open_clips(
+    kind: str, mode: str, size: tuple[int, int], interpolation: str, fill: int
+) -> None:
+    class Weights(Preprocess):
+        fill_color = fill
+
+    Weights.interpolation = interpolation
+    config = PreprocessCfg(
+        32, mean=Preprocess.mean, std=Preprocess.std, interpolation=interpolation, resize_mode=mode, fill_color=fill
+    )
+    expected = image_transform_v2(config, is_train=False)(noise(*size))
+    assert torch.equal(train_transform(Weights(), kind)(noise(*size)), expected)
+
+
 def test_refused() -> None:
     with pytest.raises(ConfigError, match="transform is 'centre'. Did you mean 'center'"):
         train_transform(Preprocess(), "centre")
@@ -86,7 +104,14 @@ def test_descriptions_differ_between_transforms() -> None:
 
     texts = {describe_transform(pre, kind) for pre in (Preprocess(), Larger()) for kind in ("random", "center")}
     texts.add(describe_transform(Squashed(), "center"))
-    assert len(texts) == 5 and all("\n" not in text and "bicubic" in text for text in texts)
+    texts.add(describe_transform(Preprocess(), "pad"))
+    assert describe_transform(Preprocess(), "squash") in texts  # it is the test transform of squashed weights
+
+    class Grey(Preprocess):
+        fill_color = 127
+
+    texts.add(describe_transform(Grey(), "pad"))
+    assert len(texts) == 7 and all("\n" not in text and "bicubic" in text for text in texts)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])

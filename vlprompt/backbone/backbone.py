@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
-_RESIZE_MODES = ("shortest", "squash", "longest")
+ResizeMode = Literal["shortest", "squash", "longest"]
+_RESIZE_MODES: tuple[ResizeMode, ...] = get_args(ResizeMode)
 _NAMES_OF_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 
 
@@ -35,6 +37,7 @@ class Preprocess:
         interpolation: ``bicubic``, ``bilinear`` or ``nearest``.
         resize_mode: How a test image becomes square: ``shortest`` side to ``size`` with a centre crop; ``squash`` to
             ``size`` x ``size``; ``longest`` side to ``size`` with padding.
+        fill_color: Level of the padding, 0 (black) to 255.
     """
 
     size: int
@@ -42,6 +45,7 @@ class Preprocess:
     std: tuple[float, float, float] = OPENAI_STD
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
+    fill_color: int = 0
 
     def __post_init__(self) -> None:
         problem = None
@@ -57,6 +61,8 @@ class Preprocess:
             problem = f"interpolation {self.interpolation!r}; accepted: {', '.join(_INTERPOLATIONS)}"
         if self.resize_mode not in _RESIZE_MODES:
             problem = f"resize mode {self.resize_mode!r}; accepted: {', '.join(_RESIZE_MODES)}"
+        if isinstance(self.fill_color, bool) or self.fill_color not in range(256):
+            problem = f"fill color {self.fill_color!r}; accepted: 0 (black) to 255 (white)"
         if problem:
             raise BackboneError(f"preprocessing cannot be used: {problem}")
 
@@ -84,6 +90,7 @@ class Preprocess:
             std=triple("std", OPENAI_STD),
             interpolation=config.get("interpolation", "bicubic"),
             resize_mode=config.get("resize_mode", "shortest"),
+            fill_color=config.get("fill_color", 0),
         )
 
 
@@ -119,6 +126,7 @@ class Backbone(nn.Module):
         preprocess: The preprocessing constants of its images.
         trained_tokens: Token ids whose embeddings were trained; None for all.
         config: The architecture in open_clip's form (``model_cfg``), if it is known.
+        image_size: The image size for which position embeddings were interpolated on request, else None.
 
     Raises:
         BackboneError: The pooling of the text tower is not supported exactly.
@@ -134,6 +142,7 @@ class Backbone(nn.Module):
         preprocess: Preprocess,
         trained_tokens: frozenset[int] | None = None,
         config: Mapping[str, Any] | None = None,
+        image_size: int | None = None,
     ) -> None:
         super().__init__()
         text = getattr(model, "text", model)
@@ -142,6 +151,7 @@ class Backbone(nn.Module):
         self.pretrained = pretrained
         self.preprocess = preprocess
         self.config = config
+        self.image_size = image_size
         self.model: Any = model
         self.model.requires_grad_(False)
         self.text = TextTower(text, tokenizer)
@@ -290,6 +300,21 @@ class Backbone(nn.Module):
         return list(dict.fromkeys(word for word in words if not trained.issuperset(tokenizer.encode(word))))
 
     # -- images ---------------------------------------------------------------------------------------------------
+    def resizing(self, resize_mode: str) -> Backbone:
+        """Return a backbone with the same weights, not copied, whose images become square in another way.
+
+        Args:
+            resize_mode: As in :class:`Preprocess`: ``shortest``, ``squash`` or ``longest``.
+
+        Raises:
+            BackboneError: There is no such resize mode.
+        """
+        if resize_mode == self.preprocess.resize_mode:
+            return self
+        other = copy.copy(self)
+        other.preprocess = replace(self.preprocess, resize_mode=resize_mode)
+        return other
+
     def encode_image(
         self,
         images: Tensor,

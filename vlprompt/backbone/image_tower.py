@@ -204,18 +204,17 @@ class ImageTower:
         )
 
     def _check_images(self, images: Tensor) -> None:
-        from open_clip.transformer import VisionTransformer
-
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise BackboneError(
                 f"images are {list(images.shape)} of {images.dtype}; expected normalised floats [B, 3, H, W]"
             )
-        if isinstance(self.visual, VisionTransformer):
-            height, width = self.visual.image_size
+        if (size := getattr(self.visual, "image_size", None)) is not None:
+            height, width = size if isinstance(size, tuple | list) else (size, size)
             if tuple(images.shape[2:]) != (height, width):
                 raise BackboneError(
                     f"images are {images.shape[2]} x {images.shape[3]} pixels; {self.name} takes {height} x {width}.\n"
-                    "Build the transform from backbone.preprocess."
+                    "Build the transform from backbone.preprocess. Another size is possible by interpolated position "
+                    "embeddings: load_backbone(..., image_size=N) or --backbone.image_size N."
                 )
 
     def _check_tokens(self, tokens: VisualTokens, batch: int) -> None:

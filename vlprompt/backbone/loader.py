@@ -27,12 +27,13 @@ from vlprompt.backbone.architecture import (
 from vlprompt.backbone.backbone import Backbone, Preprocess, checked_device, clip_tokenizer
 from vlprompt.backbone.demo import DEMOS, read_demo
 from vlprompt.backbone.fetch import CONFIG_FILE, WEIGHT_FILES, find_or_fetch, find_or_fetch_repo, published
+from vlprompt.backbone.image_size import check_image_size, config_of_size, interpolated, set_input_size
 from vlprompt.backbone.weights import load_weights, prefix_advice, read_weights, split_part
 from vlprompt.errors import BackboneError, bulleted, did_you_mean, nearest
 
 FROM_FILE = "from-file"
 
-_CONSTANTS = ("mean", "std", "interpolation", "resize_mode")
+_CONSTANTS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 _WEIGHT_ENDINGS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz")
 
 
@@ -43,6 +44,7 @@ def load_backbone(
     precision: str = "fp32",
     device: str | torch.device = "cpu",
     quick_gelu: bool | None = None,
+    image_size: int | None = None,
 ) -> Backbone:
     """Load a frozen CLIP.
 
@@ -59,6 +61,8 @@ def load_backbone(
         device: Device of the backbone.
         quick_gelu: The activation of a file that does not state it. None: taken from the tag, the folder's
             configuration, the name (``ViT-B-16-quickgelu``) or OpenAI's archive fields. A contradiction is an error.
+        image_size: Side of the images in pixels. None: that of the weights. For another size, the position embeddings
+            of a vision transformer are interpolated, as with ``force_image_size`` in open_clip (bicubic, antialiased).
 
     Returns:
         The backbone, in evaluation mode, without gradients.
@@ -67,16 +71,17 @@ def load_backbone(
         BackboneError: The backbone cannot be loaded; the text states the fix.
     """
     check_precision(precision)
+    check_image_size(image_size)
     target = checked_device(device)
     pretrained = os.fspath(pretrained) if pretrained is not None else None
     if name in DEMOS:
-        backbone = _demo(name, pretrained, precision, quick_gelu)
+        backbone = _demo(name, pretrained, precision, quick_gelu, image_size)
     elif name.startswith(("local-dir:", "hf-hub:")):
-        backbone = _from_folder(name, pretrained, precision, quick_gelu)
+        backbone = _from_folder(name, pretrained, precision, quick_gelu, image_size)
     elif name == FROM_FILE:
-        backbone = _from_shapes(pretrained, precision, quick_gelu)
+        backbone = _from_shapes(pretrained, precision, quick_gelu, image_size)
     else:
-        backbone = _registered(name, pretrained, precision, quick_gelu)
+        backbone = _registered(name, pretrained, precision, quick_gelu, image_size)
     return backbone.to(target)
 
 
@@ -99,7 +104,9 @@ def _served_names() -> list[str]:
 
 
 # -- open_clip's architectures ----------------------------------------------------------------------------------------
-def _registered(name: str, pretrained: str | None, precision: str, quick_gelu: bool | None) -> Backbone:
+def _registered(
+    name: str, pretrained: str | None, precision: str, quick_gelu: bool | None, image_size: int | None
+) -> Backbone:
     config = registered_config(name)
     if config is None:
         raise BackboneError(_unknown_name(name))
@@ -114,20 +121,23 @@ def _registered(name: str, pretrained: str | None, precision: str, quick_gelu: b
         if name.endswith("-quickgelu"):
             _check_activation(quick_gelu, True, f"networks called {name}")
         active = bool(config.get("quick_gelu", False)) if quick_gelu is None else quick_gelu
-        return _assemble(config, None, _published_constants(name, active) or {}, active, name, pretrained, precision)
+        constants = _published_constants(name, active) or {}
+        return _assemble(config, None, constants, active, name, pretrained, precision, image_size)
     tag, path = _tag_and_path(name, pretrained)
     entry = _entry(name, tag) if tag else None
     if entry is None:
-        return _registered_file(name, config, Path(pretrained).expanduser(), precision, quick_gelu)
+        return _registered_file(name, config, Path(pretrained).expanduser(), precision, quick_gelu, image_size)
     trained_with = bool(entry.get("quick_gelu", False))
     _check_activation(quick_gelu, trained_with, f"the weights {tag!r} of {name}")
     path = path or find_or_fetch(published(name, str(tag), entry))
     state = read_weights(path)
     _check_archive_activation(state, trained_with, path)
-    return _assemble(config, state, entry, trained_with, name, str(tag), precision, source=str(path))
+    return _assemble(config, state, entry, trained_with, name, str(tag), precision, image_size, source=str(path))
 
 
-def _registered_file(name: str, config: Config, path: Path, precision: str, quick_gelu: bool | None) -> Backbone:
+def _registered_file(
+    name: str, config: Config, path: Path, precision: str, quick_gelu: bool | None, image_size: int | None
+) -> Backbone:
     """Load a bare file; its activation and constants come from arguments, the file's folder or published weights."""
     state = read_weights(path)
     settings = _folder_config(path.parent) if (path.parent / CONFIG_FILE).is_file() else None
@@ -153,7 +163,8 @@ def _registered_file(name: str, config: Config, path: Path, precision: str, quic
             f"For your own weights put their {CONFIG_FILE} into the folder of the file"
             + (", or set quick_gelu (True: OpenAI's activation)." if active is None else ".")
         )
-    return _assemble(config, state, constants, active, name, str(path), precision, source=str(path))
+    place = os.path.abspath(path)
+    return _assemble(config, state, constants, active, name, place, precision, image_size, source=str(path))
 
 
 def _tag_and_path(name: str, pretrained: str) -> tuple[str | None, Path | None]:
@@ -222,7 +233,9 @@ def _published_constants(name: str, quick_gelu: bool | None) -> dict[str, Any] |
 
 
 # -- names that include their weights ---------------------------------------------------------------------------------
-def _from_folder(name: str, pretrained: str | None, precision: str, quick_gelu: bool | None) -> Backbone:
+def _from_folder(
+    name: str, pretrained: str | None, precision: str, quick_gelu: bool | None, image_size: int | None
+) -> Backbone:
     kind, _, place = name.partition(":")
     if kind == "hf-hub":
         config_path, weights = find_or_fetch_repo(place)
@@ -231,6 +244,7 @@ def _from_folder(name: str, pretrained: str | None, precision: str, quick_gelu: 
         folder = Path(place).expanduser()
         if not place or not folder.is_dir():
             raise BackboneError(f"{name}: there is no folder {str(folder)!r}; use one with {CONFIG_FILE} and weights")
+        name = f"{kind}:{os.path.abspath(folder)}"  # heads record it, and are used in other directories
         weights = _weights_in(folder) if pretrained != "random" else folder
     if pretrained != weights.name:  # saved heads record the file's name as pretrained
         _check_included_weights(name, pretrained, "random")
@@ -242,13 +256,13 @@ def _from_folder(name: str, pretrained: str | None, precision: str, quick_gelu: 
         _check_activation(quick_gelu, bool(stated), f"the weights of {folder / CONFIG_FILE}")
     active = bool(stated if stated is not None else quick_gelu)
     if pretrained == "random":
-        return _assemble(config, None, settings["preprocess_cfg"], active, name, pretrained, precision)
+        return _assemble(config, None, settings["preprocess_cfg"], active, name, pretrained, precision, image_size)
     state = read_weights(weights)
     if stated is None and quick_gelu is None and _is_archive(state):
         active = True
     _check_archive_activation(state, active, weights)
     constants, source = settings["preprocess_cfg"], str(weights)
-    return _assemble(config, state, constants, active, name, weights.name, precision, source=source)
+    return _assemble(config, state, constants, active, name, weights.name, precision, image_size, source=source)
 
 
 def _weights_in(folder: Path) -> Path:
@@ -297,7 +311,7 @@ def _checked_settings(settings: Any, path: Path) -> dict[str, Any]:
     return {"model_cfg": model, "preprocess_cfg": constants}
 
 
-def _from_shapes(pretrained: str | None, precision: str, quick_gelu: bool | None) -> Backbone:
+def _from_shapes(pretrained: str | None, precision: str, quick_gelu: bool | None, image_size: int | None) -> Backbone:
     if not pretrained or pretrained in ("openai", "random"):
         raise BackboneError(
             f"{FROM_FILE} needs a file, but pretrained is {pretrained!r}; use --backbone.pretrained /path/to/weights.pt"
@@ -309,10 +323,13 @@ def _from_shapes(pretrained: str | None, precision: str, quick_gelu: bool | None
     _check_archive_activation(state, quick_gelu is not False, path)
     config = config_from_shapes(state, str(path))
     # The layout is OpenAI's; so is the activation unless the caller overrides it.
-    return _assemble(config, state, {}, quick_gelu is not False, FROM_FILE, str(path), precision, source=str(path))
+    active, place = quick_gelu is not False, os.path.abspath(path)
+    return _assemble(config, state, {}, active, FROM_FILE, place, precision, image_size, source=str(path))
 
 
-def _demo(name: str, pretrained: str | None, precision: str, quick_gelu: bool | None) -> Backbone:
+def _demo(
+    name: str, pretrained: str | None, precision: str, quick_gelu: bool | None, image_size: int | None
+) -> Backbone:
     _check_included_weights(name, pretrained, name)
     settings, state, token_ids = read_demo(name)
     settings = _checked_settings(settings, Path(f"{name}.json"))
@@ -320,7 +337,7 @@ def _demo(name: str, pretrained: str | None, precision: str, quick_gelu: bool | 
     active = bool(config["quick_gelu"])
     _check_activation(quick_gelu, active, "the demo weights")
     constants, trained = settings["preprocess_cfg"], frozenset(token_ids.tolist())
-    return _assemble(config, state, constants, active, name, name, precision, trained_tokens=trained)
+    return _assemble(config, state, constants, active, name, name, precision, image_size, trained_tokens=trained)
 
 
 def _check_included_weights(name: str, pretrained: str | None, other: str) -> None:
@@ -361,14 +378,19 @@ def _assemble(
     name: str,
     pretrained: str,
     precision: str,
+    image_size: int | None,
     *,
     source: str = "",
     trained_tokens: frozenset[int] | None = None,
 ) -> Backbone:
     """Build the network, load ``state`` (None: keep the seeded weights) and wrap it in a backbone."""
+    config = config_of_size(config, image_size, name)
     model: Any = build_model(config, quick_gelu=quick_gelu, precision=precision)
     if state is not None:
+        state = state if image_size is None else interpolated(model, state)
         load_weights(model, state, name=name, source=source or name)
+    if image_size is not None and "timm_model_name" in config["vision_cfg"]:
+        set_input_size(model, image_size, name)
     preprocess = Preprocess.from_config(constants, model.visual.image_size)
     tokenizer = clip_tokenizer(config)
     return Backbone(
@@ -379,6 +401,7 @@ def _assemble(
         preprocess=preprocess,
         trained_tokens=trained_tokens,
         config={**config, "quick_gelu": quick_gelu},
+        image_size=image_size,
     )
 
 

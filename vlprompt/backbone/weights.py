@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vlprompt._files import file_checksum, open_regular
 from vlprompt.backbone.architecture import ARCHIVE_FIELDS, same_shapes_as
+from vlprompt.backbone.image_size import other_size
 from vlprompt.errors import BackboneError, bulleted, did_you_mean
 
 #: Classes of plain values that training scripts save beside the weights. They hold attributes and run no code.
@@ -249,19 +250,22 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, name: str, so
     if missing or unexpected or shapes:
         lines = [f"missing: {key}" for key in missing[:4]] + [f"unexpected: {key}" for key in unexpected[:4]]
         lines += [f"{key}: shape {list(fitted[key].shape)}, expected {list(expected[key].shape)}" for key in shapes[:4]]
+        size = "" if missing or unexpected else other_size(model, fitted, shapes)
         raise BackboneError(
             f"{source} does not fit {name}: {len(missing)} tensors missing, {len(unexpected)} unexpected, "
-            f"{len(shapes)} with a wrong shape.\n{bulleted(lines)}\n{_remedy(state, name, source)}"
+            f"{len(shapes)} with a wrong shape.\n{bulleted(lines)}\n{_remedy(state, name, source, size)}"
         )
     model.load_state_dict(fitted)
 
 
-def _remedy(state: Mapping[str, Tensor], name: str, source: str) -> str:
+def _remedy(state: Mapping[str, Tensor], name: str, source: str, size: str) -> str:
     if advice := prefix_advice(state, source):
         return advice
     architecture = same_shapes_as(state, source)
     if architecture and architecture != name.removesuffix("-quickgelu"):
         return f"Its sizes match {architecture}: use --backbone.name {architecture}"
+    if size:
+        return size
     if name == "from-file":
         return "The file is incomplete; download it again."
     return (

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt._finite import check_finite
+from vlprompt._shapes import check_shape
 from vlprompt.caches.search import SearchResult, search_grid
 from vlprompt.caches.training import CacheRecipe, TrainingStep
 from vlprompt.config.types import NonNegative, validated
@@ -97,7 +98,15 @@ class FeatureClassifier(nn.Module):
         return self.get_buffer("logit_scale") * unit @ self.text.t()
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return logits ``[B, C]`` of raw ``features`` ``[B, D]``."""
+        """Return logits ``[B, C]`` of raw ``features`` ``[B, D]``; those of zero-shot before it is fitted.
+
+        Raises:
+            DataError: Features of another shape, or that are no floats.
+        """
+        check_shape(features, "features", ("B", self.text.shape[1]))
+        return self._scored(features)
+
+    def _scored(self, features: Tensor) -> Tensor:
         raise NotImplementedError
 
     def predict(self, features: Tensor) -> Tensor:
@@ -108,10 +117,14 @@ class FeatureClassifier(nn.Module):
         """Return the accuracy, 0 to 1, on raw ``features`` ``[B, D]`` of ``labels`` ``[B]``.
 
         Raises:
-            DataError: No images.
+            DataError: No images, or shapes that do not match.
         """
         if not len(labels):
             raise DataError("there are no images to score on; the accuracy of none is not defined")
+        if labels.shape != features.shape[:1]:
+            raise DataError(
+                f"labels have shape {list(labels.shape)} for features {list(features.shape)}; accepted: [B]"
+            )
         return float((self.predict(features) == labels.to(features.device)).double().mean())
 
     def for_classes(self, rows: Sequence[int]) -> dict[str, Tensor]:
@@ -257,10 +270,6 @@ class KeyValueCache(FeatureClassifier):
     def combine(self, zeroshot: Tensor, affinity: Tensor) -> Tensor:
         """Return the logits ``[B, C]`` of zero-shot ``[B, C]`` and of ``affinity`` ``[N, B]``."""
         return zeroshot + self.get_buffer("alpha") * self.evidence(affinity, self.get_buffer("beta")).t()
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Return logits ``[B, C]`` of raw ``features`` ``[B, D]``; zero-shot while the cache is empty."""
-        return self._scored(features)
 
     def _scored(self, features: Tensor) -> Tensor:
         unit = self.unit(features)

@@ -80,8 +80,7 @@ class GDA(RowClassifier):
         """Return the Gaussian classifier's scores ``[B, C]`` of unit features ``[B, D]``."""
         return unit @ self.get_buffer("weight").t() + self.get_buffer("bias")
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Return logits ``[B, C]`` of raw ``features`` ``[B, D]``; zero-shot before :meth:`fit`."""
+    def _scored(self, features: Tensor) -> Tensor:
         unit = self.unit(features)
         zeroshot = self.zeroshot(unit)
         return zeroshot + self.get_buffer("alpha") * self.gaussian(unit) if self.is_fitted else zeroshot

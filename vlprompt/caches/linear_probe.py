@@ -72,8 +72,7 @@ class LinearProbe(RowClassifier):
         """Return the regressors ``[..., D]`` of raw ``features`` ``[..., D]``."""
         return self.unit(features) if self.settings.normalised else features.to(self.text)
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Return logits ``[B, C]`` of raw ``features`` ``[B, D]``; zero-shot before :meth:`fit`."""
+    def _scored(self, features: Tensor) -> Tensor:
         if not self.is_fitted:
             return self.zeroshot(self.unit(features))
         return F.linear(self.rows(features), self.get_buffer("weight"), self.get_buffer("bias"))

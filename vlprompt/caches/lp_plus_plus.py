@@ -54,8 +54,7 @@ class LPPlusPlus(RowClassifier):
         self._keep("bias", text_features.new_zeros(0))
         self._keep("alpha", text_features.new_zeros(0))
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Return logits ``[B, C]`` of raw ``features`` ``[B, D]``; zero-shot before :meth:`fit`."""
+    def _scored(self, features: Tensor) -> Tensor:
         unit = self.unit(features)
         return self._blended(unit, unit @ self.text.t()) if self.is_fitted else self.zeroshot(unit)
 

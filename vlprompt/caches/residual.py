@@ -51,8 +51,7 @@ class TaskResidual(RowClassifier):
     def _adapted(self, residual: Tensor) -> Tensor:
         return F.normalize(self.get_buffer("raw_text") + self.settings.alpha * residual, dim=-1)
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Return logits ``[B, C]`` of raw ``features`` ``[B, D]``; zero-shot before :meth:`fit`."""
+    def _scored(self, features: Tensor) -> Tensor:
         return self.get_buffer("logit_scale") * self.unit(features) @ self.adapted_text().t()
 
     def fit(self, features: Tensor, labels: Tensor, *, seed: int = 1) -> TaskResidual:

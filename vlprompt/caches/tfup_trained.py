@@ -160,8 +160,7 @@ class TFUPTrained(TFUP):
         logits = self.get_buffer("logit_scale") * unit @ text.t()
         return self.combine(logits, self.affinity(unit, text)) if cache else logits
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Return logits ``[B, C]`` of raw ``features`` ``[B, D]``; zero-shot before :meth:`fit`."""
+    def _scored(self, features: Tensor) -> Tensor:
         if not self.is_fitted:
             return self.zeroshot(self.unit(features))
         return self.adapter_logits(features, cache=self.settings.adaptation.use_cache)

@@ -87,6 +87,10 @@ def _size(line: CommandLine) -> int | None:
     return int(float(match[1]) * _UNITS[unit])
 
 
+#: Kinds of transforms by a part of their description (:func:`vlprompt.data.transforms.describe_transform`).
+_VIEWS = {"random": "random", "center pad": "pad", "resize to": "squash"}
+
+
 def _list() -> int:
     from rich.table import Table
 
@@ -100,7 +104,7 @@ def _list() -> int:
         table.add_column("last used")
         for entry in stored:
             view = entry.key.get("view", "")
-            view = "random" if "random" in view else "center" if view else entry.why
+            view = next((kind for text, kind in _VIEWS.items() if text in view), "center" if view else entry.why)
             view += f", seed {entry.key['seed']}, epoch {entry.key['epoch']}" if "epoch" in entry.key else ""
             table.add_row(
                 entry.path.stem[:12],

@@ -26,6 +26,9 @@ from vlprompt.config.types import (
 from vlprompt.errors import ConfigError
 
 Classes = Literal["all", "base", "new"]
+TransformKind = Literal["random", "random-tensor", "random-half", "center", "pad", "squash"]
+WHOLE_TRANSFORMS: tuple[TransformKind, ...] = ("pad", "squash")
+"""Kinds of ``data.transform`` that are the transform of test images as well."""
 TestOrder = Literal["shuffled", "file"]
 BACKGROUNDS = "white, black, none, or a colour such as '#80a0ff'"
 GRAM = "gram:"
@@ -44,17 +47,24 @@ def is_background(colour: str) -> bool:
 
 @validated("backbone")
 class BackboneConfig:
-    """The frozen CLIP model: ``name``, ``pretrained`` and ``precision`` as in :func:`vlprompt.load_backbone`."""
+    """The frozen CLIP model: ``name``, ``pretrained``, ``precision``, ``image_size`` of :func:`vlprompt.load_backbone`.
+
+    ``image_size`` requests another size than that of the weights, by interpolated position embeddings.
+    """
 
     name: Name = "ViT-B-16"
     pretrained: Name | None = "openai"
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    image_size: Annotated[Positive | None, Words("a side in pixels, or null for that of the weights")] = None
 
 
 @validated("data")
 class DataConfig:
     """Data of a run: data set, its folder, shots per class, class subset and training transform.
 
+    ``transform``: ``random`` crops of training images (CoOp's), resized by torch (``random-tensor``) or of at least
+    half of the area (``random-half``), or the test transform (``center``). ``pad`` (longer side to the image size, then
+    a border) and ``squash`` (both sides) apply to test images as well, and the head records them.
     ``source`` and ``target`` name the training and test domains of a data set with domains; empty for all.
     ``split``, ``sampler`` and ``shots_file`` are those of :func:`vlprompt.load_dataset`.
     ``workers``: loader processes; None chooses the number (:class:`vlprompt.data.FewShotData`). ``on_bad_image``: an
@@ -74,7 +84,7 @@ class DataConfig:
     root: Name | None = None
     shots: Annotated[Literal[-1] | Positive, Words("1 or more images per class, or -1 for all of them")] = 16
     classes: Classes = "all"
-    transform: Literal["random", "random-tensor", "random-half", "center"] = "random"
+    transform: TransformKind = "random"
     template: Template | None = None
     workers: Annotated[Count | None, Words("0 or more loader processes, or null to leave the choice")] = None
     source: tuple[str, ...] = ()
@@ -93,10 +103,10 @@ class DataConfig:
     background: Annotated[str, Holds(is_background, BACKGROUNDS)] | None = None
 
     def __post_init__(self) -> None:
-        if self.cached_views and self.transform == "center":
+        if self.cached_views and self.transform in ("center", *WHOLE_TRANSFORMS):
             raise ConfigError(
-                f"data.cached_views is {self.cached_views} and data.transform is 'center', which has no random views: "
-                "features are always kept; accepted: 0 or null"
+                f"data.cached_views is {self.cached_views} and data.transform is {self.transform!r}, which has no "
+                "random views: features are always kept; accepted: 0 or null"
             )
 
 

@@ -21,7 +21,14 @@ from vlprompt.data.multi_view import GeneratedViews, ImageBank, MultiViewImages,
 from vlprompt.data.pixel_cache import KEEP_BYTES, PixelCache
 from vlprompt.data.samplers import EvalSampler, TrainSampler
 from vlprompt.data.tally import count_skipped
-from vlprompt.data.transforms import PreprocessLike, Transform, check_kind, describe_transform
+from vlprompt.data.transforms import (
+    FIXED_KINDS,
+    PreprocessLike,
+    Transform,
+    check_kind,
+    describe_transform,
+    of_test_images,
+)
 from vlprompt.data.view_features import MultiViewFeatures, ViewEncoder, ViewRows, rows_or_error
 from vlprompt.datasets.images import stamps_of, stamps_record
 from vlprompt.datasets.records import SPLITS, Sample
@@ -58,7 +65,8 @@ class FewShotData(pl.LightningDataModule):
         drop_last: Whether the last training batch is dropped if it is not full; the only batch is always kept.
         test_batch_size: Evaluation batch per process.
         transform: Kind of the training transform (:class:`~vlprompt.data.transforms.Transform`): ``random`` (CoOp's),
-            ``random-tensor``, ``random-half``, or ``center`` (the deterministic test transform).
+            ``random-tensor``, ``random-half``, or ``center`` (the test transform, without random draws). ``pad`` and
+            ``squash`` are the transform of the test images as well.
         seed: Seed of order and augmentation.
         workers: Processes per DataLoader that decode images; 0 decodes in this process. ``None`` uses 0 for fewer than
             256 images, else up to 8, with the cores shared evenly among processes.
@@ -131,7 +139,8 @@ class FewShotData(pl.LightningDataModule):
             raise ConfigError("cached_views stores features, which need an encoder: pass encode= or cached_views=0.")
         if test_views is not None and encode is None and not views_as_images:
             raise ConfigError("Features of test_views need an encoder: pass encode= or views_as_images=True.")
-        self.task, self.preprocess, self.transform = task, preprocess, check_kind(transform)
+        preprocess, transform = of_test_images(preprocess, check_kind(transform))
+        self.task, self.preprocess, self.transform = task, preprocess, transform
         self.batch_size, self.test_batch_size, self.seed, self.workers = batch_size, test_batch_size, seed, workers
         self.drop_last = drop_last
         self.encode, self.fingerprint, self.device = encode, fingerprint, device
@@ -239,7 +248,7 @@ class FewShotData(pl.LightningDataModule):
             ConfigError: If there is no encoder, the split or kind is unknown, or the count is negative.
             DataError: If an image cannot be read, unless images are skipped.
         """
-        if count < 0 or (count and kind == "center"):
+        if count < 0 or (count and kind in FIXED_KINDS):
             raise ConfigError(
                 f"{count} views of kind {kind!r}; accepted: 0 for the test view, or a random kind with 1 or more views."
             )

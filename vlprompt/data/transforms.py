@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlprompt.config.run import TransformKind
 from vlprompt.data.augmix import augmix
 from vlprompt.errors import ConfigError, did_you_mean
 
@@ -18,7 +20,11 @@ if TYPE_CHECKING:
 #: Pixels before normalisation: uint8, or float32 in 0..255 after AugMix.
 Pixels: TypeAlias = NDArray[Any]
 #: Kinds accepted for training images.
-KINDS = ("random", "random-tensor", "random-half", "center")
+KINDS: tuple[TransformKind, ...] = get_args(TransformKind)
+#: Kinds that make every image of a run square in their way, test images included: the resize mode of each.
+WHOLE_KINDS = {"pad": "longest", "squash": "squash"}
+#: Kinds without random draws.
+FIXED_KINDS = ("center", *WHOLE_KINDS)
 #: Further kinds, for test-time methods: TPT's crops of a test image, without and with AugMix.
 VIEW_KINDS = ("crop", "augmix")
 
@@ -46,15 +52,36 @@ class PreprocessLike(Protocol):
     def resize_mode(self) -> str:
         """How a test image becomes square: ``shortest``, ``squash`` or ``longest``."""
 
+    @property
+    def fill_color(self) -> int:
+        """Level, 0 to 255, of the border of ``longest``."""
 
-Kind = Literal["random", "random-tensor", "random-half", "center"]
 
-
-def check_kind(kind: str) -> Kind:
+def check_kind(kind: str) -> TransformKind:
     """Return ``kind`` or raise a :class:`~vlprompt.errors.ConfigError`."""
     if kind not in KINDS:
         raise ConfigError(f"transform is {kind!r}.{did_you_mean(str(kind), KINDS)}")
-    return kind  # type: ignore[return-value]
+    return kind
+
+
+@dataclass(frozen=True)
+class _Constants:
+    """The constants of a :class:`PreprocessLike`."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    resize_mode: str
+    fill_color: int
+
+
+def of_test_images(preprocess: PreprocessLike, kind: TransformKind) -> tuple[PreprocessLike, TransformKind]:
+    """Return the preprocessing whose test transform is ``pad`` or ``squash``, and ``center``; other kinds as given."""
+    if kind not in WHOLE_KINDS:
+        return preprocess, kind
+    values = {field.name: getattr(preprocess, field.name) for field in fields(_Constants)}
+    return _Constants(**{**values, "resize_mode": WHOLE_KINDS[kind]}), "center"
 
 
 class Transform:
@@ -64,7 +91,9 @@ class Transform:
 
     - ``center``: the backbone's test transform. CLIP's resizes the shorter side to ``size`` and takes the centre crop.
       Other weights were trained with ``squash`` (both sides to ``size``) or ``longest`` (longer side to ``size``,
-      padded with black), as in open_clip's ``image_transform``.
+      padded), as in open_clip's ``image_transform``.
+    - ``pad`` and ``squash``: open_clip's ``longest`` and ``squash``, whatever the weights were trained with. They cut
+      nothing off. In a run they are the transform of test images as well (:meth:`vlprompt.Backbone.resizing`).
     - ``random``: CoOp's training transform, a crop of 8 to 100 % of the area with aspect ratio 3/4 to 4/3, resized to
       ``size`` and mirrored with probability 0.5. Random numbers come from torch's default CPU generator.
     - ``random-tensor``: the same crops, resized by torch's 8-bit kernel instead of Pillow. More than twice as fast;
@@ -84,11 +113,11 @@ class Transform:
 
     def __init__(self, preprocess: PreprocessLike, kind: str) -> None:
         self.kind = kind if kind in VIEW_KINDS else check_kind(kind)
-        self.random, self.by_tensor, self.mixed = kind != "center", kind == "random-tensor", kind == "augmix"
+        self.random, self.by_tensor, self.mixed = kind not in FIXED_KINDS, kind == "random-tensor", kind == "augmix"
         self.size, self.mean, self.std = preprocess.size, tuple(preprocess.mean), tuple(preprocess.std)
         self._scale = _scale(kind)
         self._mode = _mode(_interpolation(preprocess, kind))
-        self._square = None if self.random else _square(preprocess, self._mode)
+        self._square = None if self.random else _square(preprocess, self._mode, _resize_mode(preprocess, kind))
 
     def __call__(self, image: Image) -> Tensor:
         """Return float32 ``[3, size, size]`` of a PIL RGB image."""
@@ -98,7 +127,7 @@ class Transform:
         """Return uint8 ``[3, size, size]`` of an RGB image; for ``augmix``, float32 in 0..255.
 
         Args:
-            image: A PIL RGB image, or its pixels ``[H, W, 3]``; for ``center`` a PIL image.
+            image: A PIL RGB image, or its pixels ``[H, W, 3]``; without random draws, a PIL image.
         """
         if self._square is not None:
             return _planar(self._square(image))
@@ -169,11 +198,12 @@ def train_transform(preprocess: PreprocessLike, kind: str = "random") -> Transfo
 def describe_transform(preprocess: PreprocessLike, kind: str) -> str:
     """Return a one-line description of a transform, for results files and keys of the feature store."""
     size, mode = preprocess.size, _interpolation(preprocess, kind)
-    if kind not in VIEW_KINDS and check_kind(kind) == "center":
+    if kind not in VIEW_KINDS and check_kind(kind) in FIXED_KINDS:
+        fill = f" with {preprocess.fill_color}" if preprocess.fill_color else ""
         steps = {
             "squash": f"resize to {size}x{size} {mode}",
-            "longest": f"resize longer side to {size} {mode}; center pad {size}",
-        }.get(preprocess.resize_mode, f"resize shorter side to {size} {mode}; center crop {size}")
+            "longest": f"resize longer side to {size} {mode}; center pad {size}{fill}",
+        }.get(_resize_mode(preprocess, kind), f"resize shorter side to {size} {mode}; center crop {size}")
     else:
         by, mixed = " by tensor" if kind == "random-tensor" else "", "; AugMix severity 1" if kind == "augmix" else ""
         steps = f"random resized crop {size} scale {_scale(kind)[0]}-1 ratio 3/4-4/3 {mode}{by}; mirror 0.5{mixed}"
@@ -184,6 +214,10 @@ def describe_transform(preprocess: PreprocessLike, kind: str) -> str:
 def _scale(kind: str) -> tuple[float, float]:
     """Return the range of a random crop's area, as fractions of the image."""
     return (0.5, 1.0) if kind == "random-half" else (0.08, 1.0)
+
+
+def _resize_mode(preprocess: PreprocessLike, kind: str) -> str:
+    return WHOLE_KINDS.get(kind, preprocess.resize_mode)
 
 
 def _interpolation(preprocess: PreprocessLike, kind: str) -> str:
@@ -207,16 +241,17 @@ def _planar(image: Any) -> Pixels:
     return pixels
 
 
-def _square(preprocess: PreprocessLike, mode: Any) -> Any:
+def _square(preprocess: PreprocessLike, mode: Any, resize_mode: str) -> Any:
     from torchvision import transforms
 
     size = preprocess.size
-    if preprocess.resize_mode == "squash":
+    if resize_mode == "squash":
         return transforms.Resize((size, size), mode, antialias=True)
-    if preprocess.resize_mode == "longest":
+    if resize_mode == "longest":
         from open_clip.transform import CenterCropOrPad, ResizeKeepRatio
 
-        steps = [ResizeKeepRatio(size, longest=1, interpolation=mode), CenterCropOrPad(size, fill=0)]
+        pad = CenterCropOrPad(size, fill=preprocess.fill_color)
+        steps = [ResizeKeepRatio(size, longest=1, interpolation=mode), pad]
     else:
         steps = [transforms.Resize(size, mode, antialias=True), transforms.CenterCrop(size)]
     return transforms.Compose(steps)

@@ -19,7 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from vlprompt._files import file_checksum, parse_json, replacing, write_json
 from vlprompt._finite import check_finite
 from vlprompt._random import restored_random
+from vlprompt._shapes import check_shape
 from vlprompt.backbone import Backbone, load_backbone
+from vlprompt.backbone.backbone import ResizeMode
 from vlprompt.config.keys import as_plain
 from vlprompt.config.types import make
 from vlprompt.errors import BackboneError, HeadError, VlpromptError
@@ -68,7 +70,11 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits ``[B, C]`` of normalised images ``[B, 3, H, W]``, or of raw image features ``[B, D]``."""
+        """Return logits ``[B, C]`` of normalised images ``[B, 3, H, W]``, or of raw image features ``[B, D]``.
+
+        Raises:
+            DataError: Inputs of another shape, or that are no floats.
+        """
         logits: Tensor = self.method(images)
         return logits
 
@@ -79,7 +85,12 @@ class Head(nn.Module):
         ``exp(logit_scale) * unit image features @ text_features().T`` are the head's logits. A mixture of prompts has
         one classifier per image: raw image ``features`` ``[B, D]`` give ``[B, C, D]``; without them it warns and
         returns the mean expert.
+
+        Raises:
+            DataError: Features of another shape, or that are no floats.
         """
+        if features is not None:
+            check_shape(features, "image features", ("B", self.backbone.embed_dim))
         return self.method.text_features(features)
 
     def class_weights(self, features: Tensor | None = None) -> Tensor:
@@ -254,19 +265,25 @@ class Head(nn.Module):
 
 
 def backbone_facts(backbone: Backbone) -> dict[str, Any]:
-    """Return the identity of a backbone: name, weights, precision, embedding size and checksum of its weights."""
+    """Return the identity of a backbone: name, weights, precision, embedding size and checksum of its weights.
+
+    A requested image size is part of it.
+    """
     return {
         "name": backbone.name,
         "pretrained": backbone.pretrained,
         "precision": backbone.precision,
         "embed_dim": backbone.embed_dim,
         "fingerprint": backbone.fingerprint,
+        **({} if backbone.image_size is None else {"image_size": backbone.image_size}),
     }
 
 
 def preprocess_facts(backbone: Backbone) -> dict[str, Any]:
     """Return the preprocessing constants of a backbone as JSON values."""
     facts: dict[str, Any] = parse_json(json.dumps(dataclasses.asdict(backbone.preprocess)))
+    if not facts["fill_color"]:  # older heads do not have it
+        del facts["fill_color"]
     return facts
 
 
@@ -288,12 +305,20 @@ def load_head(folder: str | Path, backbone: Backbone | None = None, *, device: s
     facts = config.backbone
     if backbone is None:
         try:
-            backbone = load_backbone(facts.name, facts.pretrained, precision=facts.precision, device=device)
+            backbone = load_backbone(
+                facts.name,
+                facts.pretrained,
+                precision=facts.precision,
+                device=device,
+                image_size=facts.image_size,
+            )
         except BackboneError as error:
             raise HeadError(
                 f"the backbone of {folder} cannot be loaded by its name: {error}\n"
-                "If you have it in memory, pass it: load_head(folder, backbone)."
+                "If its weights are in another place, give it: --backbone.name, --backbone.pretrained. If you have it "
+                "in memory, pass it: load_head(folder, backbone)."
             ) from error
+    backbone = _with_transform(backbone, config)
     _check_backbone(backbone, config, folder)
     try:
         with restored_random():
@@ -328,9 +353,15 @@ def learned_tensors(folder: str | Path, backbone: Backbone) -> tuple[dict[str, T
     return {name.removeprefix(_LEARNABLE): t for name, t in tensors.items() if name.startswith(_LEARNABLE)}, config
 
 
+def _with_transform(backbone: Backbone, config: HeadConfig) -> Backbone:
+    """Return ``backbone`` with images that become square as at the training of the head (``pad``, ``squash``)."""
+    mode: Any = config.preprocess.get("resize_mode")
+    return backbone.resizing(mode) if mode in get_args(ResizeMode) else backbone
+
+
 def _check_backbone(backbone: Backbone, config: HeadConfig, folder: Path) -> None:
     """Raise HeadError unless ``backbone`` has the weights, precision and image constants that ``config`` records."""
-    facts, actual = as_plain(config.backbone), backbone_facts(backbone)
+    facts, actual = as_plain(config.backbone), {"image_size": None, **backbone_facts(backbone)}
     decisive = ("precision", "embed_dim", "fingerprint")
     names = actual if any(actual[key] != facts[key] for key in decisive) else ()
     differing = [
@@ -343,9 +374,15 @@ def _check_backbone(backbone: Backbone, config: HeadConfig, folder: Path) -> Non
             differing.append(f"preprocess.{str(key)[:60]}: {text}")
     if differing:
         lines = "\n  ".join(differing[:12])
+        if not names and differing[0].startswith("preprocess.resize_mode") and len(differing) == 1:
+            raise HeadError(
+                f"{folder} was trained on images that become square in another way:\n  {lines}\n"
+                "Choose the same --data.transform: pad, squash, or one that leaves it to the weights (random, center)."
+            )
+        size = "" if facts["image_size"] is None else f", image_size={facts['image_size']}"
         raise HeadError(
             f"{folder} was trained on another backbone:\n  {lines}\nPass the one it was trained on: "
-            f"load_backbone({facts['name']!r}, {facts['pretrained']!r}, precision={facts['precision']!r})."
+            f"load_backbone({facts['name']!r}, {facts['pretrained']!r}, precision={facts['precision']!r}{size})."
         )
 
 

@@ -24,13 +24,17 @@ Short = Annotated[str, MaxLen(1024)]
 
 @validated("backbone")
 class BackboneFacts:
-    """What identifies a backbone: name, weights, precision, size of its features, checksum of its weights."""
+    """What identifies a backbone: name, weights, precision, size of its features, checksum of its weights.
+
+    ``image_size`` is the one for which position embeddings were interpolated, if any; older heads have none.
+    """
 
     name: Short
     pretrained: Short
     precision: Short
     embed_dim: Positive
     fingerprint: Short
+    image_size: Positive | None = None
 
 
 @validated("")

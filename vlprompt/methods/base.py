@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlprompt._random import restored_random
+from vlprompt._shapes import Shape, check_shape
 from vlprompt.backbone import Backbone, TokenLayout
-from vlprompt.config.run import RecipeConfig, RunConfig
+from vlprompt.config.run import WHOLE_TRANSFORMS, RecipeConfig, RunConfig
 from vlprompt.config.texts import TEMPLATE, DataTexts, as_data_texts, depends_on_data
 from vlprompt.config.types import field_hints, fill_templates
 from vlprompt.errors import ClassNameError, ConfigError, HeadError, bulleted
@@ -137,7 +138,9 @@ class PromptMethod(nn.Module):
             reason = f"{cls.name} takes no gradient steps over the training images"
             kept = ("test_batch_size", "select")
             off |= {f"recipe.{name}": reason for name in field_hints(RecipeConfig) if name not in kept}
-            off |= dict.fromkeys(("trainer.accumulate", "data.transform", "data.cached_views"), reason)
+            off |= dict.fromkeys(("trainer.accumulate", "data.cached_views"), reason)
+            if config.data.transform not in WHOLE_TRANSFORMS:
+                off["data.transform"] = reason
         if not config.settings.get("generated"):
             off["data.bank"] = f"{cls.name} with these settings uses no generated images"
         return off
@@ -238,8 +241,23 @@ class PromptMethod(nn.Module):
         """Return the logits ``[B, C]`` of unit features ``[B, D]`` and a classifier ``[C, D]``."""
         return self.backbone.logit_scale * unit_image @ text_features.t()
 
+    def input_shapes(self) -> list[Shape]:
+        """Return the shapes of accepted inputs: images, and raw image features."""
+        size = self.backbone.preprocess.size
+        return [("B", 3, size, size), ("B", self.backbone.embed_dim)]
+
+    def check_inputs(self, inputs: Tensor) -> None:
+        """Raise DataError unless ``inputs`` have one of :meth:`input_shapes`."""
+        one = "One image is a batch of one: image[None]" if getattr(inputs, "ndim", 0) == 3 else ""
+        check_shape(inputs, f"the inputs of {self.name}", *self.input_shapes(), hint=one)
+
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return logits ``[B, C]`` of images ``[B, 3, H, W]`` or of raw image features ``[B, D]``."""
+        """Return logits ``[B, C]`` of images ``[B, 3, H, W]`` or of raw image features ``[B, D]``.
+
+        Raises:
+            DataError: Inputs of another shape, or that are no floats.
+        """
+        self.check_inputs(inputs)
         return self.logits(self.image_features(inputs) if inputs.ndim == 4 else inputs)
 
     # -- training -----------------------------------------------------------------------------------------------
@@ -261,7 +279,12 @@ class PromptMethod(nn.Module):
         return terms
 
     def step(self, inputs: Tensor, labels: Tensor) -> Step:
-        """Return the features and logits of a training step."""
+        """Return the features and logits of a training step.
+
+        Raises:
+            DataError: Inputs of another shape, or that are no floats.
+        """
+        self.check_inputs(inputs)
         features = self.image_features(inputs) if inputs.ndim == 4 else inputs
         unit_image = self.unit_image(features)
         weights = self.training_text_features(unit_image, features)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlprompt._shapes import Shape
 from vlprompt.methods.base import PromptMethod
 from vlprompt.prompts.zero_shot import template_features
 
@@ -45,6 +46,11 @@ class ViewsMethod(PromptMethod):
 
     def measure_source(self, batches: Iterable[Tensor]) -> None:
         """Compute statistics of the source images, in batches ``[B, 3, H, W]``, if they are needed and missing."""
+
+    def input_shapes(self) -> list[Shape]:
+        """Return the shapes of accepted inputs: images, features, and several views of each."""
+        plain = super().input_shapes()
+        return [*plain, *(("B", "V", *shape[1:]) for shape in plain)]
 
     def view_features(self, views: Tensor) -> Tensor:
         """Return raw features ``[B, V, D]`` of ``views``: features ``[B, V, D]`` or images ``[B, V, 3, H, W]``."""
@@ -89,6 +95,7 @@ class EpisodicMethod(ViewsMethod):
             inputs: Views to adapt to, as features ``[B, V, D]`` or images ``[B, V, 3, H, W]``. A single image
                 ``[B, 3, H, W]`` or its feature ``[B, D]`` is scored without adaptation, with a warning.
         """
+        self.check_inputs(inputs)
         if inputs.ndim in (3, 5):
             return self.adapt(inputs)
         views = self.needs.test_views

@@ -189,6 +189,7 @@ class PromptKD(PromptMethod):
     # -- training -------------------------------------------------------------------------------------------------
     def step(self, inputs: Tensor, labels: Tensor) -> Step:
         """Return the results of a step: logits are ``[B, A]``, frozen features are the teacher's ``[B, E]``."""
+        self.check_inputs(inputs)
         features, text = self.image_features(inputs), self.taught_text()
         unit = F.normalize(self.projector(features, learn=self.training), dim=-1)
         return Step(labels, features, unit, text, self.score(unit, text), lambda: self.teacher.image_features(inputs))

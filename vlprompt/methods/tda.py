@@ -148,6 +148,7 @@ class TDA(TemplateViewsMethod):
             inputs: Images ``[B, 3, H, W]`` or their features ``[B, D]``; or views, ``[B, V, 3, H, W]`` or
                 ``[B, V, D]``.
         """
+        self.check_inputs(inputs)
         return self.stream(inputs if inputs.ndim in (3, 5) else inputs[:, None])
 
     def stream(self, views: Tensor) -> Tensor:

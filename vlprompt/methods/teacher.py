@@ -100,7 +100,13 @@ def load_teacher(where: str, student: Backbone, class_names: Sequence[str], temp
     if where:
         name, _, pretrained = where.partition(":")
         try:
-            backbone = load_backbone(name, pretrained or None, precision=student.precision, device=str(student.device))
+            backbone = load_backbone(
+                name,
+                pretrained or None,
+                precision=student.precision,
+                device=str(student.device),
+                image_size=student.image_size,
+            )
         except BackboneError as error:
             raise ConfigError(
                 f"settings.teacher is {where!r}, which is no folder of a head or run, nor a backbone that can be "

@@ -13,6 +13,7 @@ from vlprompt.backbone.text_tower import KEPT_WIDTHS
 from vlprompt.config.run import BackboneConfig, DataConfig, RecipeConfig, RunConfig
 from vlprompt.config.texts import DataTexts
 from vlprompt.datasets.catalogue import card_class_names, find_card
+from vlprompt.datasets.records import counted
 from vlprompt.engine.fit import check_devices, check_precision
 from vlprompt.engine.module import check_warmup
 from vlprompt.errors import BackboneError, ConfigError, DataError, HeadError
@@ -96,9 +97,9 @@ def dry_run(config: RunConfig) -> str:
 def _steps(recipe: RecipeConfig, images: int, accumulate: int) -> str:
     """Return the line about the steps; also says if the validation images choose the epoch."""
     batches, (epochs, updates) = recipe.batches(images), recipe.length(images, accumulate)
-    text = f"steps       {batches} per epoch x {epochs} epochs = {updates} updates"
+    text = f"steps       {batches} per epoch x {counted(epochs, 'epoch')} = {updates} updates"
     if recipe.steps is not None:
-        text = f"steps       {updates} updates, {batches} per epoch, in {epochs} epochs"
+        text = f"steps       {updates} updates, {batches} per epoch, in {counted(epochs, 'epoch')}"
     return text + (", the best on the validation images is kept" if recipe.select == "best_val" else "")
 
 
@@ -133,9 +134,12 @@ def _facts_of_card(data: DataConfig, notes: list[str], error: DataError) -> Fact
 def _backbone(config: BackboneConfig, notes: list[str]) -> tuple[bool, Backbone]:
     """Return whether random weights are used, and the backbone."""
     try:
-        return False, load_backbone(config.name, config.pretrained, precision=config.precision)
+        backbone = load_backbone(
+            config.name, config.pretrained, precision=config.precision, image_size=config.image_size
+        )
+        return False, backbone
     except BackboneError as error:
-        random_backbone = load_backbone(config.name, "random", precision=config.precision)
+        random_backbone = load_backbone(config.name, "random", precision=config.precision, image_size=config.image_size)
         notes.append(f"no weights, random ones stand in: {str(error).splitlines()[0]}")
         return True, random_backbone
 

@@ -80,6 +80,8 @@ def config_sha256(config: RunConfig) -> str:
     for name in ("orientation", "background"):
         if plain["data"][name] is None:
             del plain["data"][name]
+    if plain["backbone"]["image_size"] is None:
+        del plain["backbone"]["image_size"]
     for name in ("steps", "drop_last", "warmup", "warmup_steps", "select"):  # nor these
         if plain["recipe"][name] == field_default(RecipeConfig, name):
             del plain["recipe"][name]

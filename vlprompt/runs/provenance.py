@@ -34,7 +34,7 @@ def backbone_of(folder: str | Path, given: Mapping[str, Any], device: str) -> Ba
 
     Args:
         folder: A run folder or head folder.
-        given: Values of ``name``, ``pretrained`` and ``precision``; the others are those of the head.
+        given: Values of ``name``, ``pretrained``, ``precision`` and ``image_size``; the others are those of the head.
         device: Device of the backbone.
 
     Raises:
@@ -43,11 +43,12 @@ def backbone_of(folder: str | Path, given: Mapping[str, Any], device: str) -> Ba
     if not given:
         return None
     facts = read_config(find_head(folder)).backbone
-    values: dict[str, Any] = {"name": facts.name, "pretrained": facts.pretrained, "precision": facts.precision}
+    names = ("name", "pretrained", "precision", "image_size")
+    values: dict[str, Any] = {name: getattr(facts, name) for name in names}
     if (name := str(given.get("name", ""))) in DEMOS or name.startswith(("local-dir:", "hf-hub:")):
         values["pretrained"] = None  # such a name includes its weights
     values |= given
-    return load_backbone(values["name"], values["pretrained"], precision=values["precision"], device=device)
+    return load_backbone(**values, device=device)
 
 
 def with_kept_split(folder: str | Path, data: DataConfig, head: Head) -> DataConfig:

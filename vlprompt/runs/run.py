@@ -111,6 +111,7 @@ def train(
         data: A task from :func:`vlprompt.load_dataset`.
         output: Parent of the run folder.
         transform: ``random`` for crops and flips, or ``center``, with which text-only methods use cached features.
+            ``pad`` and ``squash`` are the transform of test images as well; the method gets a backbone with it.
         seed: Seed of the image order and of random transforms.
         trainer: Devices, precision and other trainer options.
         force: Start again even if the run exists.

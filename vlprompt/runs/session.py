@@ -23,6 +23,7 @@ from vlprompt.config.run import BackboneConfig, DataConfig, RecipeConfig, RunCon
 from vlprompt.config.texts import DataTexts, depends_on_data, described, has_references, unknown_classes, weighted
 from vlprompt.config.types import expanded, make, over_defaults
 from vlprompt.data import FewShotData
+from vlprompt.data.transforms import FIXED_KINDS, WHOLE_KINDS
 from vlprompt.datasets import FewShotTask, load_dataset
 from vlprompt.engine.fit import check_devices, check_precision
 from vlprompt.errors import ConfigError, VlpromptError, bulleted
@@ -104,13 +105,16 @@ class Session:
         Raises:
             ConfigError: Values are not accepted.
         """
-        backbone, transform = method.backbone, values.pop("transform", "random")
+        transform = values.pop("transform", "random") if data is None else data.transform
+        if transform in WHOLE_KINDS:
+            method.backbone = method.backbone.resizing(WHOLE_KINDS[transform])
+        backbone = method.backbone
         sections = {
             "method": method.name,
             "settings": method.settings_dict(),
             "objectives": method.objective_settings,
             "decomposition": method.decomposition_settings,
-            "backbone": {"name": backbone.name, "pretrained": backbone.pretrained, "precision": backbone.precision},
+            "backbone": {name: getattr(backbone, name) for name in ("name", "pretrained", "precision", "image_size")},
             "data": {**_data_section(task), "transform": transform} if data is None else data,
             "recipe": over_defaults(RecipeConfig, recipe or {}, method.recipe),
         }
@@ -123,8 +127,15 @@ class Session:
         """Return the session of a saved head on the test images of ``data``.
 
         Raises:
-            VlpromptError: The data cannot be used, or the head belongs to other classes.
+            VlpromptError: The data cannot be used, the head belongs to other classes, or was trained on images that
+                become square in another way.
         """
+        mode, own = WHOLE_KINDS.get(data.transform), head.backbone.preprocess.resize_mode
+        if mode not in (None, own):
+            raise ConfigError(
+                f"data.transform is {data.transform!r} (resize mode {mode}), and the head was trained on images of "
+                f"resize mode {own}; omit data.transform: test images are transformed as at the training"
+            )
         task = load_task(data, seed)
         method = head.method if task.class_names == head.class_names else head.method.with_classes(task.class_names)
         return cls.given(method.eval(), task, data=data, seed=seed, trainer=trainer)
@@ -232,7 +243,12 @@ class Session:
         Raises:
             BackboneError: It cannot be loaded.
         """
-        return configured_backbone(self.config.backbone, self.config.trainer)
+        return self._resizing(configured_backbone(self.config.backbone, self.config.trainer))
+
+    def _resizing(self, backbone: Backbone) -> Backbone:
+        """Return ``backbone`` with test images that become square as ``data.transform`` says."""
+        mode = WHOLE_KINDS.get(self.config.data.transform)
+        return backbone if mode is None else backbone.resizing(mode)
 
     # -- methods ----------------------------------------------------------------------------------------------------
     @cached_property
@@ -576,7 +592,7 @@ class Session:
                 f"data.cached_views is {views}, but {method.name} with these settings learns on the image side, so "
                 "that features cannot be kept; accepted: 0 or null"
             )
-        if views is not None or method.needs.images or config.data.transform == "center":
+        if views is not None or method.needs.images or config.data.transform in FIXED_KINDS:
             return views or 0
         epochs, _ = config.recipe.length(len(task.train), config.trainer.accumulate)
         size = len(task.train) * epochs * method.backbone.embed_dim * 4
@@ -586,7 +602,8 @@ class Session:
     def _take_over(self, other: Session, config: RunConfig) -> None:
         """Reuse the objects of ``other`` that ``config`` would load identically."""
         known, theirs, device = vars(other), other.config, device_of(config.trainer)
-        if "backbone" in known and (theirs.backbone, other.device) == (config.backbone, device):
+        modes = [WHOLE_KINDS.get(data.transform) for data in (theirs.data, config.data)]
+        if "backbone" in known and (theirs.backbone, other.device, modes[0]) == (config.backbone, device, modes[1]):
             self.backbone = other.backbone.to(device)
         if "drawn" in known and _request(theirs.data, theirs.seed) == _request(config.data, config.seed):
             self.drawn = other.drawn
@@ -650,7 +667,13 @@ def configured_backbone(config: BackboneConfig, trainer: TrainerConfig) -> Backb
     Raises:
         BackboneError: It cannot be loaded.
     """
-    return load_backbone(config.name, config.pretrained, precision=config.precision, device=device_of(trainer))
+    return load_backbone(
+        config.name,
+        config.pretrained,
+        precision=config.precision,
+        device=device_of(trainer),
+        image_size=config.image_size,
+    )
 
 
 def _report_unknown_classes(method: PromptMethod, task: FewShotTask) -> None:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlprompt._shapes import check_shape
+
 _LEAST_BANDWIDTH = 1e-12  # of squared bandwidths; avoids 0 / 0 for identical views
 
 
@@ -96,7 +98,12 @@ def mean_shift(
         neighbours: See :func:`bandwidths`.
         rounds: Number of outer rounds, and maximum number of inner rounds of either kind.
         tolerance: Change (2-norm) below which inner rounds stop.
+
+    Raises:
+        DataError: ``views`` or ``logits`` of another shape, or that are no floats.
     """
+    check_shape(views, "views", ("B", "V", "D"))
+    check_shape(logits, "logits", (*views.shape[:2], "C"))
     affinity, bandwidth = affinities(logits), bandwidths(views, neighbours)
     mode = views[:, 0]
     scores = views.new_full(views.shape[:2], 1 / views.shape[1])

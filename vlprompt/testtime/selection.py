@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlprompt._shapes import check_shape
 from vlprompt.config.types import Gt, Le, Words
 
 Variant = Literal["paper", "code"]
@@ -109,7 +110,12 @@ def filter_views(
         generated: Number of generated images, which are the last views.
         variant: ``code`` filters all views by the cosine of their logits, then by entropy. ``paper`` filters standard
             views only by entropy, and generated ones by the cosine of their features, then by entropy.
+
+    Raises:
+        DataError: ``logits`` or ``features`` of another shape, or that are no floats.
     """
+    check_shape(logits, "logits", ("B", "V", "C"))
+    check_shape(features, "features", (*logits.shape[:2], "D"))
     if variant == "code":
         similar = most_similar(logits, similarity)
         candidates = F.pad(similar, (1, 0))  # view 0 always passes the cosine filter

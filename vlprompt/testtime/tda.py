@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlprompt._shapes import check_shape
 from vlprompt.errors import HeadError
 from vlprompt.testtime.selection import gather_views, most_confident
 
@@ -84,7 +85,11 @@ def summarise(views: Tensor, text_features: Tensor, scale: Tensor | float, confi
         text_features: ``[C, D]``.
         scale: Factor of the cosines.
         confidence: Fraction of the views that are kept, at least one.
+
+    Raises:
+        DataError: ``views`` of another shape, or that are no floats.
     """
+    check_shape(views, "views", ("B", "V", text_features.shape[1]))
     logits = scale * views @ text_features.t()
     if views.shape[1] > 1:
         chosen = most_confident(logits, confidence)

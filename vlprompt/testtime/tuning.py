@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlprompt._memory import total_memory
+from vlprompt._shapes import check_shape
 from vlprompt.backbone import TokenLayout
 from vlprompt.backbone.layout import check_row_lengths, context_slot
 from vlprompt.backbone.text_tower import TextTower
@@ -111,10 +112,14 @@ class ContextTuner:
             views: Unit image features ``[B, V, D]``; view 0 is the test view.
             select: Chooses views by the logits of the initial context; later steps keep the choice.
             jacobian: Result of :meth:`jacobian` for ``start``; replaces the backward passes of the first step.
+
+        Raises:
+            DataError: ``views`` of another shape, or that are no floats.
         """
         with torch.enable_grad():
             context = start.detach().clone().requires_grad_(jacobian is None and self.steps > 0 and len(views) > 0)
             text = self.encode(self.layout, context[None])[0]  # one graph for all images
+        check_shape(views, "views", ("B", "V", text.shape[1]))
         views, fixed = views.detach().clone(), text.detach()
         with torch.no_grad():
             logits = self.scale * views @ fixed.t()

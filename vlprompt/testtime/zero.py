@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vlprompt._shapes import check_shape
 from vlprompt.testtime.selection import gather_views, most_confident
 
 
@@ -36,7 +37,11 @@ def vote(logits: Tensor, fraction: float = 0.3, temperature: float = 0.0) -> Vot
         logits: ``[B, V, C]``.
         fraction: Fraction of the V views that vote.
         temperature: Divisor of the logits; 0 for one vote per view.
+
+    Raises:
+        DataError: ``logits`` of another shape, or that are no floats.
     """
+    check_shape(logits, "logits", ("B", "V", "C"))
     selected = most_confident(logits, 1.0)
     count = most_confident(logits, fraction).shape[1]
     choices = logits.argmax(dim=-1)  # [B, V]
