@@ -309,7 +309,7 @@ def test_the_zero_shot_ensemble_has_7_templates_on_imagenet_and_8_elsewhere(tiny
 # -- the zero-shot row ----------------------------------------------------------------------------------------------
 TEXT_SCORING = [*SCORING, ("vpt", {}), ("visual_prompt", {}), ("tpt", {}), ("difftpt", {}), ("tpt", {
     "context_init": "a photo of a [CLS] there"}), ("ramt", {"side": "text"}), ("clip_lora", {"encoder": "text"}),
-    ("tpt", {"context_init": ""})]  # fmt: skip
+    ("tpt", {"context_init": ""}), ("promptkd", {})]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "own"), TEXT_SCORING, ids=[f"{name}-{own}" for name, own in TEXT_SCORING])
