@@ -2,15 +2,21 @@
 
 import importlib.util
 import logging
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from torch.utils.data import TensorDataset
 
 from vlprompt.config.run import BackboneConfig, TrainerConfig
-from vlprompt.engine.fit import check_devices, check_precision, make_trainer, quiet
-from vlprompt.errors import ConfigError
+from vlprompt.engine.fit import check_devices, check_precision, fit, make_trainer, quiet
+from vlprompt.engine.module import PromptModule
+from vlprompt.errors import ConfigError, Terminated
+from vlprompt.methods import create_method
 
 
 def test_trainer_follows_the_configuration(tmp_path: Path) -> None:
@@ -62,3 +68,28 @@ def test_quiet_restores_the_levels() -> None:
         assert logger.level == logging.ERROR
         raise ValueError("inside")
     assert logger.level == before
+
+
+def test_a_handler_of_sigterm_is_kept_and_ends_the_training(tiny_backbone: Any, tmp_path: Path) -> None:
+    """Lightning's own handler broadcasts to processes that may have ended."""
+
+    def terminate(number: int, frame: Any) -> None:
+        raise Terminated
+
+    class Sent(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            assert signal.getsignal(signal.SIGTERM) is terminate
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        trainer = make_trainer(TrainerConfig(accelerator="cpu", progress=False), tmp_path, 1, callbacks=[Sent()])
+        module = PromptModule(create_method("coop", tiny_backbone, ["cat", "dog"], context_length=2))
+        images = TensorDataset(torch.zeros(2, 3, 64, 64), torch.tensor([0, 1]))
+        with pytest.raises(Terminated):
+            fit(trainer, module, pl.LightningDataModule.from_datasets(images), tmp_path)
+        assert signal.getsignal(signal.SIGTERM) is terminate and not list(tmp_path.iterdir())
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
