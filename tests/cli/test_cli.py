@@ -144,6 +144,8 @@ def test_what_a_launcher_left_behind_is_named(
         (OSError(errno.EFBIG, "File too large", "here"), "ulimit -f"),
         (MemoryError(), "out of memory (an allocation failed). Use smaller batches"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory ("),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "--data.workers 0"),
+        (RuntimeError("gloo/transport/tcp/pair.cc:545] Connection closed by peer [::1]:1"), "another process of this"),
     ],
 )
 def test_problems_of_the_machine_end_in_one_screen(

@@ -75,6 +75,8 @@ def machine_problem(error: BaseException) -> str | None:
         reason = f"{place or 'a file, or standard output'}: {error.strerror}"
         return f"{reason}. {_REMEDIES[error.errno]} Finished files are unchanged."
     text = str(error)
+    if isinstance(error, RuntimeError) and any(part in text for part in _LOST):
+        return "another process of this command has ended, and this one lost its connection to it."
     memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     memory |= isinstance(error, RuntimeError | ImportError) and any(part in text for part in _OUT_OF_MEMORY)
     memory |= isinstance(error, SystemError | ImportError) and _addresses() is not None
@@ -100,7 +102,11 @@ _REMEDIES: dict[int | None, str] = {
     **{errno.ENOMEM: "Use --data.workers 0 or a machine with more memory.", errno.EAGAIN: "Raise `ulimit -u`."},
 }
 """Errors of the file system and the operating system that are not bugs, and what to do about them."""
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "annot allocate memory", "failed to map segment")
+_OUT_OF_MEMORY = (
+    *("out of memory", "can't allocate memory", "annot allocate memory", "failed to map segment"),
+    *("shared memory", "is killed by signal: Killed"),  # of the processes that load images
+)
+_LOST = ("Connection closed by peer", "Connection reset by peer")
 
 
 def _stopped(word: str, resumes: bool) -> str:
