@@ -90,6 +90,9 @@ def _check_sentence(value: Any) -> str:
 
 def _check_class_texts(value: Mapping[Any, Any]) -> ClassTexts:
     checked: dict[str, tuple[Sentence, ...]] = {}
+    if len(value) == 1 and f"{(name := next(iter(value)))}:" in REFERENCES:  # a data set has more than one class
+        what = "PATH" if name != "ensemble" else "NAME"
+        raise _refused(f"a mapping holds the sentences of each class, and {name!r} is no class; write '{name}:{what}'")
     for name, given in value.items():
         sentences = [given] if isinstance(given, str) else given
         if not isinstance(name, str) or not isinstance(sentences, (list, tuple)) or not sentences:

@@ -44,6 +44,8 @@ class PromptMethod(nn.Module):
         data_template: The template of the data set, with ``{}`` for the class name, or all its templates
             (``task.texts``). They are used for templates that the settings do not define, and for references such as
             ``ensemble:clip`` (:mod:`vlprompt.config.texts`).
+        moved: Whether trained tensors of other classes follow, for evaluation (:meth:`with_classes`). Objectives may
+            then lack sentences of the classes.
 
     Raises:
         ClassNameError: No classes, or names that are empty or exceed the text tower's 77 tokens.
@@ -71,6 +73,8 @@ class PromptMethod(nn.Module):
     """Whether gradient steps over the training images, by the recipe, train the method itself."""
     fitted: tuple[str, ...] = ()
     """Buffers (dotted names) that belong to the head like trainable parameters; shapes may depend on the shots."""
+    own_draws: tuple[str, ...] = ()
+    """What fitting or initial values that are not trained draw from the seed, in words (:mod:`vlprompt.runs.seeds`)."""
 
     def __init__(
         self,
@@ -81,9 +85,10 @@ class PromptMethod(nn.Module):
         objectives: Mapping[str, Mapping[str, Any]] | None = None,
         decomposition: Mapping[str, Mapping[str, Any]] | None = None,
         data_template: str | DataTexts = TEMPLATE,
+        moved: bool = False,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.moved = backbone, moved
         self.class_names = check_class_names(class_names)
         self.all_class_names = check_class_names(all_class_names) if all_class_names else self.class_names
         if self.all_class_names[: len(self.class_names)] != self.class_names:
@@ -272,9 +277,15 @@ class PromptMethod(nn.Module):
         return self.step_losses(self.step(inputs, labels))
 
     def step_losses(self, step: Step) -> dict[str, Tensor]:
-        """Return the weighted, named loss terms of ``step``: those of the method and of its objectives."""
+        """Return the weighted, named loss terms of ``step``: those of the method and of its objectives.
+
+        Raises:
+            ConfigError: The method is moved, and an objective lacks sentences of its classes.
+        """
         terms = self.terms(step)
         for objective in self.active:
+            if objective.lacking is not None:
+                raise objective.lacking
             terms = objective.add(step, terms)
         return terms
 
@@ -475,6 +486,7 @@ class PromptMethod(nn.Module):
                 self.settings,
                 objectives=self.objective_settings,
                 decomposition=self.decomposition_settings,
+                moved=True,
             )
         other.load_trained_state(self.trained_state())
         return other.to(self.backbone.device).train(self.training)

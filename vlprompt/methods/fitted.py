@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from vlprompt.caches.base import FeatureClassifier
-from vlprompt.errors import ClassNameError, HeadError
+from vlprompt.errors import ClassNameError, ConfigError, HeadError
 from vlprompt.methods.base import PromptMethod
 from vlprompt.needs import Needs
 from vlprompt.prompts.words import rows_of
@@ -38,6 +38,22 @@ class FewShotFeatures:
     unlabelled: Tensor
     unlabelled_views: Tensor
     seed: int = 1
+
+
+def check_known(method: str, source: tuple[str, Iterable[str]], target: tuple[str, Iterable[str]]) -> None:
+    """Raise ConfigError if a method fitted on the classes of one data set cannot classify those of another.
+
+    Args:
+        method: The name of the method.
+        source: The data set that it is fitted on, and the names of its classes.
+        target: The other data set, and the names of its classes.
+    """
+    known = set(source[1])
+    if new := [name for name in target[1] if name not in known]:
+        raise ConfigError(
+            f"{method} cannot be moved to other data sets: it is fitted on images of the classes of {source[0]} and "
+            f"cannot classify those of {target[0]} ({new[0]!r}, ...)"
+        )
 
 
 class FittedMethod(PromptMethod):

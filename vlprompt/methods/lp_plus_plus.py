@@ -52,6 +52,7 @@ class LPPlusPlusMethod(FittedMethod):
     Settings = LPPlusPlusSettings
     settings: LPPlusPlusSettings
     Cache = LPPlusPlus
+    own_draws = ("the initial biases",)
 
     def fit(self, shots: FewShotFeatures) -> None:
         """Train, and keep the best iteration on the validation images, if any."""

@@ -52,6 +52,7 @@ class TaskRes(FittedMethod):
     Settings = TaskResSettings
     settings: TaskResSettings
     Cache = TaskResidual
+    own_draws = ("the order of the training images",)
 
     @property
     def needs(self) -> Needs:

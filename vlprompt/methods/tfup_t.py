@@ -56,6 +56,7 @@ class TFUPTMethod(TFUPMethod):
     Settings = TFUPTSettings
     settings: TFUPTSettings
     Cache = TFUPTrained
+    own_draws = ("the initial adapters", "the order of the images")
 
     @property
     def needs(self) -> Needs:

@@ -50,6 +50,7 @@ class TipAdapterFMethod(TipAdapterMethod):
     Settings = TipAdapterFSettings
     settings: TipAdapterFSettings
     Cache = TipAdapterF
+    own_draws = ("the order of the training images",)
 
     @property
     def needs(self) -> Needs:

@@ -99,6 +99,7 @@ class TPT(TunedMethod):
         rest = settings.context_init if self._name_at is None else " ".join(word for word in words if word != _NAME)
         initial = TextContext(self.backbone.text, settings.context_length, rest)
         self._words = initial.placeholder
+        self.own_draws = () if rest else ("the initial context",)
         self.register_buffer("ctx", initial.ctx.detach().clone(), persistent=False)
         self._arrange()
 

@@ -49,6 +49,8 @@ class Host(Protocol):
     backbone: Any
     class_names: list[str]
     text_features_per: ClassVar[Literal["class", "expert", "image"]]
+    moved: bool
+    """Whether the method has trained tensors of other classes, and is for evaluation."""
 
     @property
     def needs(self) -> Needs:
@@ -108,10 +110,16 @@ class Objective(nn.Module):
         super().__init__()
         self.settings = settings
         self._host = [host]  # in a list: the method is not a submodule of its objective
+        self.lacking: ConfigError | None = None  # what training needs and a moved method lacks: sentences of classes
         for part, advice in self.needs(settings).items():
             if not _has(host, part):
                 self.refuse(f"{LACKING[part]}; {advice}" if advice else LACKING[part])
-        self.build(host)
+        try:
+            self.build(host)
+        except ConfigError as error:
+            if not host.moved:
+                raise
+            self.lacking = ConfigError(str(error))
 
     @classmethod
     def needs(cls, settings: Any) -> Mapping[Part, str]:

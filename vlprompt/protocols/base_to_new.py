@@ -22,13 +22,16 @@ from vlprompt.protocols.protocol import (
     by_metric,
     keep,
     marks,
+    named,
     over_seeds,
     result_parts,
     row_name,
+    seed_note,
     shared_marks,
     spread,
     spread_text,
     table_rows,
+    varies,
 )
 from vlprompt.protocols.running import Runner, check_data
 from vlprompt.runs.run import Run, harmonic_mean
@@ -83,8 +86,8 @@ def run_base_to_new(
 
     def build(metric: str | None) -> tuple[dict[str, Any], str]:
         cells, average = [], []
-        for group in groups:
-            on_each = [_cell(config, runs, metric) for config, runs in group]
+        for variant, group in zip(plan.variants, groups, strict=True):
+            on_each = [named(_cell(config, runs, metric), variant) for config, runs in group]
             cells += on_each
             if plan.datasets is not None:
                 average.append(average_of(on_each))
@@ -105,7 +108,8 @@ def _cell(config: RunConfig, runs: Sequence[Run], metric: str | None) -> dict[st
     first = runs[0].results["data"]
     cost = _mean_cost([run.results["train"] for run in runs])
     cell = {"method": config.method, "data": first["name"], "shots": first["shots"], "rows": rows, "train": cost}
-    return cell | marks(runs, metric)
+    reasons = [run.results["results"]["why_no_new"] for run in runs if run.results["results"].get("why_no_new")]
+    return cell | marks(runs, metric) | ({"why_no_new": reasons[0]} if reasons else {})
 
 
 def _mean_cost(trained: Sequence[dict[str, Any]]) -> dict[str, float | None]:
@@ -165,14 +169,22 @@ def base_to_new_table(
     for name in ("base", "new", "H", "seconds", "MB"):
         table.add_column(name, justify="right")
     count = len(average[0]["datasets"]) if average else 0
-    for part, several in ((cells, len(seeds) > 1), (average, count > 1)):
+    for part in (cells, average):
         for cell, label in table_rows(part):
             data = data_words(cell["data"], cell.get("metric", "accuracy"))
+            several = varies(cell, label, seeds) if part is cells else count > 1
             numbers = [*_numbers(cell["rows"][label], several), *_cost(cell, label)]
             table.add_row(data, row_name(cell, label), *numbers)
         if average:
             table.add_section()
-    return render(table, title, _caption(average, count) if average else "")
+    notes = [seed_note(table_rows(cells), seeds), *_reasons(cells), _caption(average, count) if average else ""]
+    return render(table, title, "\n".join(filter(None, notes)))
+
+
+def _reasons(cells: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a line for each method without scores on new classes, with the reason."""
+    reasons = {row_name(cell, cell["method"]): cell["why_no_new"] for cell in cells if "why_no_new" in cell}
+    return [f"{name} has no scores on new classes: {why}" for name, why in reasons.items()]
 
 
 def _caption(average: Sequence[dict[str, Any]], count: int) -> str:

@@ -37,12 +37,16 @@ from vlprompt.protocols.protocol import (
     classifier_mark,
     keep,
     marks,
+    named,
     over_seeds,
     result_parts,
     row_name,
+    seed_mark,
+    seed_note,
     spread,
     spread_text,
     table_rows,
+    varies,
 )
 from vlprompt.protocols.running import Runner, check_data, place
 from vlprompt.runs.folder import TARGETS, config_sha256, data_record, read_json
@@ -123,7 +127,10 @@ def run_cross(
         tested_runs.append((training.config, runs, scores))
 
     def build(metric: str | None) -> tuple[dict[str, Any], str]:
-        cells = [_cell(*of_training, "mean_with_source" in plan.report, metric) for of_training in tested_runs]
+        cells = [
+            named(_cell(*of_training, "mean_with_source" in plan.report, metric), variant)
+            for of_training, variant in zip(tested_runs, plan.training_variants, strict=True)
+        ]
         return {"cells": cells}, cross_tables(cells, plan.name, seeds)
 
     found, tables = by_metric(build, metrics)
@@ -142,6 +149,7 @@ def _own_run(source: Run, runner: Runner, config: RunConfig) -> dict[str, Any]:
     return {
         "data": results["data"],
         "zeroshot_classifier": results.get("zeroshot_classifier", {}),
+        "seed_draws": results.get("seed_draws"),
         **{part: results[part]["all"] for part in ("results", "zeroshot")},
         "per_class": {part: counts["all"] for part, counts in results["per_class"].items()},
     }
@@ -251,6 +259,7 @@ def _cell(
         ],
         **marks(runs, metric),
         **classifier_mark([classifier_of(found) for found in (runs[0].results, *scores[0].values())]),
+        **seed_mark([runs[0].results, *(found for found in scores[0].values() if "seed_draws" in found)]),
     }
 
 
@@ -272,7 +281,7 @@ def cross_tables(cells: Sequence[dict[str, Any]], name: str, seeds: Sequence[int
                 value = cell["rows"][method]
                 for key in keys:
                     value = value[key]
-                values.append(spread_text(value, len(seeds) > 1))
+                values.append(spread_text(value, varies(cell, method, seeds)))
             into.add_row(label, *values)
 
         add(f"{data} (source)", "source")
@@ -283,5 +292,5 @@ def cross_tables(cells: Sequence[dict[str, Any]], name: str, seeds: Sequence[int
         add(f"mean of {len(first['targets'])} targets", "mean_of_targets")
         if "mean_with_source" in first["rows"][ZERO_SHOT]:
             add("mean with the source", "mean_with_source")
-        tables.append(render(table, title))
+        tables.append(render(table, title, seed_note(rows, seeds)))
     return "\n\n".join(tables)

@@ -24,12 +24,15 @@ from vlprompt.protocols.protocol import (
     by_metric,
     keep,
     marks,
+    named,
     over_seeds,
     result_parts,
     row_name,
+    seed_note,
     spread,
     spread_text,
     table_rows,
+    varies,
 )
 from vlprompt.protocols.running import Runner
 from vlprompt.runs.run import Run
@@ -83,15 +86,15 @@ def run_domains(
     """Run a plan over domains; see :func:`domain_generalisation`."""
     runner, seeds = Runner(plan.seeds, force=force, report=report), list(plan.seeds)
     on_each = []
-    for group in plan.groups:
+    for variant, group in zip(plan.variants, plan.groups, strict=True):
         for _, on_data in itertools.groupby(group, lambda training: training.config.data.name):
             trainings = list(on_data)
             runs = [runner.runs(training.config) for training in trainings]
             rounds = [training.domains for training in trainings if training.domains is not None]
-            on_each.append((trainings[0].config, rounds, runs))
+            on_each.append((variant, (trainings[0].config, rounds, runs)))
 
     def build(metric: str | None) -> tuple[dict[str, Any], str]:
-        cells = [_cell(*on_data, metric) for on_data in on_each]
+        cells = [named(_cell(*on_data, metric), variant) for variant, on_data in on_each]
         return {"cells": cells}, domains_tables(cells, str(plan.domains), seeds)
 
     found, tables = by_metric(build, metrics)
@@ -188,8 +191,10 @@ def domains_tables(cells: Sequence[dict[str, Any]], protocol: str, seeds: Sequen
             for version, row in cell["rows"][label].items():
                 numbers = [*(row["targets"].get(target) for target in targets), row.get("mean")]
                 table.add_row(
-                    row_name(cell, label), version, *(spread_text(number, len(seeds) > 1) for number in numbers)
+                    row_name(cell, label),
+                    version,
+                    *(spread_text(number, varies(cell, label, seeds)) for number in numbers),
                 )
             table.add_section()
-        tables.append(render(table, title))
+        tables.append(render(table, title, seed_note(table_rows(data_cells), seeds)))
     return "\n\n".join(tables)

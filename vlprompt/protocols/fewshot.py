@@ -22,13 +22,16 @@ from vlprompt.protocols.protocol import (
     by_metric,
     keep,
     marks,
+    named,
     over_seeds,
     result_parts,
     row_name,
+    seed_note,
     shared_marks,
     spread,
     spread_text,
     table_rows,
+    varies,
 )
 from vlprompt.protocols.running import Runner, check_data
 from vlprompt.runs.run import Run
@@ -94,8 +97,8 @@ def run_few_shot(
 
     def build(metric: str | None) -> tuple[dict[str, Any], str]:
         cells, average = [], []
-        for group, on_data in zip(plan.groups, groups, strict=True):
-            on_each = [_cell(group[0].config.method, runs, metric) for runs in on_data]
+        for variant, group, on_data in zip(plan.variants, plan.groups, groups, strict=True):
+            on_each = [named(_cell(group[0].config.method, runs, metric), variant) for runs in on_data]
             cells += on_each
             if len(on_each) > 1:
                 average.append(_average(on_each))
@@ -164,14 +167,16 @@ def few_shot_table(
     for count in shots:
         table.add_column("all" if count == -1 else counted(count, "shot"), justify="right")
     sets = len(average[0]["datasets"]) if average else 0
-    for part, several in ((cells, len(seeds) > 1), (average, True)):
+    for part in (cells, average):
         for cell, label in table_rows(part):
+            several = varies(cell, label, seeds) if part is cells else True
             texts = [spread_text(cell["rows"][label][str(count)], several) for count in shots]
             table.add_row(data_words(cell["data"], cell.get("metric", "accuracy")), row_name(cell, label), *texts)
         if average:
             table.add_section()
     captions = [f"average: unweighted mean and deviation over {sets} data sets"] if average else []
-    return render(table, title, "\n".join([*captions, *_scarce(cells, shots)]))
+    notes = [seed_note(table_rows(cells), seeds), *captions, *_scarce(cells, shots)]
+    return render(table, title, "\n".join(filter(None, notes)))
 
 
 def _scarce(cells: Sequence[dict[str, Any]], shots: Sequence[int]) -> list[str]:

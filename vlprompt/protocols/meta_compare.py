@@ -20,7 +20,7 @@ from vlprompt.config.run import GRAM, RunConfig
 from vlprompt.config.source import ConfigSource
 from vlprompt.engine.metrics import ERRORS, measured
 from vlprompt.protocols.plan import make_plan
-from vlprompt.protocols.protocol import by_metric, keep, marks, over_seeds
+from vlprompt.protocols.protocol import by_metric, keep, marks, named, over_seeds
 from vlprompt.protocols.protocols import check_plan_metrics
 from vlprompt.protocols.running import Runner
 from vlprompt.runs.run import Run
@@ -60,18 +60,18 @@ def compare_starts(
     plan = make_plan([config for config, _ in hosts], seeds, "meta-eval", "halves", classes="base", shots=shots)
     check_plan_metrics(plan, metrics)
     runner = Runner(seeds, force=force, report=report)
-    found: list[tuple[RunConfig, str, str, list[Run]]] = []
-    for trainings, (_, folder) in zip(plan.groups, hosts, strict=True):
+    found: list[tuple[str, tuple[RunConfig, str, str, list[Run]]]] = []
+    for variant, trainings, (_, folder) in zip(plan.variants, plan.groups, hosts, strict=True):
         for config in (training.config for training in trainings):
             starts = (config, replace(config, init_from=str(folder)), replace(config, init_from=f"{GRAM}{folder}"))
             for label, started in zip(STARTS, starts, strict=True):
                 runs = runner.runs(started)
                 if label == STARTS[0]:
-                    found.append((config, ZERO_SHOT, "zeroshot", runs))
-                found.append((config, label, "results", runs))
+                    found.append((variant, (config, ZERO_SHOT, "zeroshot", runs)))
+                found.append((variant, (config, label, "results", runs)))
 
     def build(metric: str | None) -> tuple[dict[str, Any], str]:
-        cells = [_cell(*row, metric) for row in found]
+        cells = [named(_cell(*row, metric), variant) for variant, row in found]
         return {"cells": cells}, _table(cells, seeds)
 
     part, table = by_metric(build, metrics)
@@ -108,18 +108,18 @@ def _table(cells: Sequence[dict[str, Any]], seeds: Sequence[int]) -> str:
     before = None
     for cell in cells:
         shots = shots_of(cell).removesuffix(" shots").removesuffix(" shot")
-        place = (cell["method"], cell["data"], shots)
+        place = (cell.get("variant", cell["method"]), cell["data"], shots)
         if before is not None and place != before:
             table.add_section()
         shown = place if place != before else ("", "", "")
         before = place
-        table.add_row(*shown, cell["start"], *(_text(cell.get(name)) for name in _COLUMNS))
+        table.add_row(*shown, cell["start"], *(_text(cell.get(name), cell["start"] != ZERO_SHOT) for name in _COLUMNS))
     words = metric_words(cell.get("metric", "accuracy") for cell in cells)
     return render(table, f"{words} in %, {over_seeds(seeds).replace('deviation', 'standard error')}")
 
 
-def _text(value: dict[str, Any] | None) -> str:
+def _text(value: dict[str, Any] | None, varies: bool) -> str:
     if value is None:
         return "-"
-    error = value["standard_error"]
+    error = value["standard_error"] if varies else None
     return f"{value['mean']:.2f}" if error is None else f"{value['mean']:.2f} ± {error:.2f}"

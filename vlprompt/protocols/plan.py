@@ -9,19 +9,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vlprompt.config.keys import as_plain
 from vlprompt.config.run import Classes, RunConfig
 from vlprompt.config.source import ConfigSource, Selection, as_source
 from vlprompt.config.yaml import yaml_text
 from vlprompt.datasets import find_card
+from vlprompt.datasets.catalogue import card_class_names
 from vlprompt.datasets.domains import DomainProtocol, DomainRound, card_rounds, domain_rounds
 from vlprompt.datasets.records import counted
 from vlprompt.errors import ConfigError, DataError
+from vlprompt.methods.fitted import FittedMethod, check_known
 from vlprompt.methods.registry import check_start, get_method_class, list_methods, open_templates
 from vlprompt.protocols.groups import dataset_names
 from vlprompt.protocols.protocol_files import CONFIG, Part, Protocol
 
 _LONGEST = 60
 """Maximum length of a value in the text of a plan."""
+_SHOWN = 3
+"""Maximum number of values in the name of a variant."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,16 @@ class Plan:
         """The configuration of every training."""
         return [training.config for training in self.trainings]
 
+    @property
+    def variants(self) -> list[str]:
+        """The name of each group in tables: its method, with what tells it from other groups of the same method."""
+        return variant_names([group[0].config for group in self.groups])
+
+    @property
+    def training_variants(self) -> list[str]:
+        """The name of the group of each training."""
+        return [name for name, group in zip(self.variants, self.groups, strict=True) for _ in group]
+
     def text(self) -> str:
         """Return a line per run: data set, classes, shots, and the values that differ from the method's base.
 
@@ -134,6 +149,34 @@ def _flat(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return f"[{', '.join(map(_flat, value))}]"
     return " ".join(yaml_text(value, flow=True).split())
+
+
+def variant_names(configs: Sequence[RunConfig]) -> list[str]:
+    """Return different names for ``configs``: the method; its objectives and decomposition; the values that differ."""
+    names = [config.method for config in configs]
+    parts = ["+".join([config.method, *config.objectives, *config.decomposition]) for config in configs]
+    values = [_flattened(as_plain(config)) for config in configs]
+    for others in (parts, [_differing(index, values, parts) for index in range(len(configs))]):
+        names = [other if names.count(name) > 1 else name for name, other in zip(names, others, strict=True)]
+    return [f"{name} #{names[:i].count(name) + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def _differing(index: int, values: Sequence[Mapping[str, Any]], parts: Sequence[str]) -> str:
+    """Return the name of a configuration with its values that differ from those of others of the same name."""
+    own = values[index]
+    others = [other for other, part in zip(values, parts, strict=True) if part == parts[index]]
+    keys = [key for key in own if key != "output" and any(other.get(key) != own[key] for other in others)]
+    words = [f"{key.removeprefix('settings.')}={_shortened(own[key])}" for key in keys[:_SHOWN]]
+    return " ".join([parts[index], *words])
+
+
+def _flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by dotted key."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        flat |= _flattened(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+    return flat
 
 
 def make_plan(
@@ -229,6 +272,11 @@ def _targets(
     if training.per_target:
         own = (_training(source, {**request, "dataset": name}, "all") for name in names)
         return tuple(Training(target.config.with_data(**values), _without(target.values, values)) for target in own)
+    if issubclass(get_method_class(config.method), FittedMethod):
+        classes = {name: card_class_names(find_card(name)) for name in (first, *names)}
+        for name in names:  # those whose cards have no class names are checked before the training
+            if (known := classes[first]) is not None and (others := classes[name]) is not None:
+                check_known(config.method, (first, known), (name, others))
     values |= {"shots": 1, "classes": "all", "template": None}  # only test images are used
     return tuple(Training(config.with_data(name=name, **values), {}) for name in names)
 

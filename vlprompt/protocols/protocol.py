@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from vlprompt._files import sha256_json, write_json
 from vlprompt.config.run import RunConfig
 from vlprompt.runs.folder import config_sha256
 from vlprompt.runs.run import Run
+from vlprompt.runs.seeds import CROPS, ORDER
 from vlprompt.runs.selection import is_oracle, stamped
 from vlprompt.runs.tables import ZERO_SHOT, classifier_of, zero_shot_name
 
@@ -63,14 +65,27 @@ def marks(runs: Sequence[Run], metric: str | None = None) -> dict[str, Any]:
     if used := runs[0].results.get("test_images"):
         cell_marks["test_images"] = used
     cell_marks |= classifier_mark([classifier_of(runs[0].results)])
+    cell_marks |= seed_mark([runs[0].results])
     return cell_marks | ({"oracle": True} if is_oracle(run.results for run in runs) else {})
+
+
+def seed_mark(results: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return the mark of a cell with what the seeds of its runs draw; none if a run of an older version has no record.
+
+    Args:
+        results: The results of a run of each kind, such as one for each data set.
+    """
+    draws = [found.get("seed_draws") for found in results]
+    known = [names for names in draws if isinstance(names, list)]
+    return {"seed_draws": list(dict.fromkeys(itertools.chain(*known)))} if len(known) == len(draws) else {}
 
 
 def shared_marks(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the marks of the average of ``cells``: their classifiers, and every use of test images in any of them."""
     cell_marks: dict[str, Any] = {"oracle": True} if any(cell.get("oracle") for cell in cells) else {}
     used = [cell["test_images"] for cell in cells if cell.get("test_images")]
-    cell_marks |= classifier_mark([cell.get("zero_shot", "") for cell in cells])
+    cell_marks |= classifier_mark([cell.get("zero_shot", "") for cell in cells]) | seed_mark(cells)
+    cell_marks |= {name: cells[0][name] for name in ("variant",) if name in cells[0]}
     return cell_marks | ({"test_images": used[0]} if used else {})
 
 
@@ -103,7 +118,32 @@ def row_name(cell: dict[str, Any], label: str) -> str:
     """
     if label == ZERO_SHOT:
         return zero_shot_name(cell.get("zero_shot", ""))
-    return stamped(label, bool(cell.get("oracle")), cell.get("test_images"))
+    return stamped(cell.get("variant", label), bool(cell.get("oracle")), cell.get("test_images"))
+
+
+def named(cell: dict[str, Any], variant: str) -> dict[str, Any]:
+    """Return ``cell`` with its name in tables, if that is not its method (:attr:`Plan.variants`)."""
+    return cell if variant == cell["method"] else {**cell, "variant": variant}
+
+
+def varies(cell: Mapping[str, Any], label: str, seeds: Sequence[int]) -> bool:
+    """Return whether the row ``label`` of ``cell`` depends on the seed: only then a deviation has a meaning."""
+    return len(seeds) > 1 and label != ZERO_SHOT and cell.get("seed_draws") != []
+
+
+def seed_note(rows: Iterable[tuple[dict[str, Any], str]], seeds: Sequence[int]) -> str:
+    """Return a line for a table with ``rows`` (:func:`table_rows`) about those whose seeds draw little or nothing."""
+    if len(seeds) < 2:
+        return ""
+    rows = list(rows)
+    same = dict.fromkeys(row_name(cell, label) for cell, label in rows if not varies(cell, label, seeds))
+    few = {
+        row_name(cell, label): " and ".join(cell["seed_draws"])
+        for cell, label in rows
+        if varies(cell, label, seeds) and set(cell.get("seed_draws", [""])) <= {ORDER, CROPS}
+    }
+    lines = [f"no deviation: the results of {', '.join(same)} do not depend on the seed"] if same else []
+    return "\n".join([*lines, *(f"{name}: the seeds draw {words} only" for name, words in few.items())])
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

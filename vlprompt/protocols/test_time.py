@@ -22,13 +22,16 @@ from vlprompt.protocols.protocol import (
     by_metric,
     keep,
     marks,
+    named,
     over_seeds,
     result_parts,
     row_name,
+    seed_note,
     shared_marks,
     spread,
     spread_text,
     table_rows,
+    varies,
 )
 from vlprompt.protocols.running import Runner, check_data
 from vlprompt.runs.run import Run
@@ -86,8 +89,8 @@ def run_test_time(
 
     def build(metric: str | None) -> tuple[dict[str, Any], str]:
         cells, means = [], []
-        for runs in groups:
-            on_each = [_cell(of_data, metric) for of_data in runs]
+        for variant, runs in zip(plan.variants, groups, strict=True):
+            on_each = [named(_cell(of_data, metric), variant) for of_data in runs]
             cells += on_each
             if len(on_each) > 1:
                 means.append(_means(runs, on_each, metric, with_groups="mean_of_groups" in plan.report))
@@ -148,16 +151,20 @@ def datasets_table(
     cells: Sequence[dict[str, Any]], means: Sequence[dict[str, Any]], name: str, seeds: Sequence[int]
 ) -> str:
     """Return the table of data sets and their means by method, with zero-shot first."""
-    words, several = metric_words(cell.get("metric", "accuracy") for cell in cells), len(seeds) > 1
+    words = metric_words(cell.get("metric", "accuracy") for cell in cells)
     rows: dict[str, dict[str, str]] = {}
     for data in dict.fromkeys(cell["data"] for cell in cells):
         on_data = list(table_rows([cell for cell in cells if cell["data"] == data]))
-        texts = {row_name(cell, label): spread_text(cell["rows"][label], several) for cell, label in on_data}
+        texts = {
+            row_name(cell, label): spread_text(cell["rows"][label], varies(cell, label, seeds))
+            for cell, label in on_data
+        }
         rows[data_words(data, on_data[0][0].get("metric", "accuracy"))] = texts
     of_means: dict[str, dict[str, str]] = {}
     for mean, label in table_rows(means):
         for name_of_mean, value in mean["rows"][label].items():
-            of_means.setdefault(name_of_mean, {})[row_name(mean, label)] = spread_text(value, several)
+            text = spread_text(value, varies(mean, label, seeds))
+            of_means.setdefault(name_of_mean, {})[row_name(mean, label)] = text
     columns = dict.fromkeys(column for texts in rows.values() for column in texts)
     table = Table("data")
     for column in columns:
@@ -166,4 +173,4 @@ def datasets_table(
         for row, texts in part.items():
             table.add_row(row, *(texts.get(column, "-") for column in columns))
         table.add_section()
-    return render(table, f"{name}: {words} in %, {over_seeds(seeds)}")
+    return render(table, f"{name}: {words} in %, {over_seeds(seeds)}", seed_note(table_rows(cells), seeds))

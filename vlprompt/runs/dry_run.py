@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +21,7 @@ from vlprompt.errors import BackboneError, ConfigError, DataError, HeadError
 from vlprompt.io.head_files import find_head
 from vlprompt.methods import PromptMethod
 from vlprompt.methods.registry import check_start
+from vlprompt.runs.seeds import unused_draw
 from vlprompt.runs.session import Session
 
 
@@ -68,6 +70,8 @@ def dry_run(config: RunConfig) -> str:
     count = sum(parameter.numel() for _, parameter in trainable)
     recipe, accumulate = config.recipe, config.trainer.accumulate
     session.check_order()
+    if text := unused_draw(method, config):
+        warnings.warn(text, stacklevel=2)
     if "drawn" in vars(session):
         session.check_selection()
     if trainable and train_images:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ from vlprompt.runs.folder import (
 )
 from vlprompt.runs.provenance import backbone_of, check_images, with_kept_split
 from vlprompt.runs.results import is_score, misfits
+from vlprompt.runs.seeds import drawn_by_seed, unused_draw
 from vlprompt.runs.selection import is_oracle, own_selection, selection_of
 from vlprompt.runs.session import Session, complete, device_of, use_of_test_images
 from vlprompt.runs.source import check_initialised, source_statistics
@@ -90,7 +92,10 @@ def run(config: RunConfig, *, force: bool = False, after: Session | None = None)
     Raises:
         VlpromptError: Data, weights, settings or values cannot be used; everything missing is reported at once.
     """
-    return run_session(Session(config, after=after), force=force)
+    session = Session(config, after=after)
+    if text := unused_draw(session.method, session.config):
+        warnings.warn(text, stacklevel=2)
+    return run_session(session, force=force)
 
 
 def train(
@@ -174,6 +179,7 @@ def run_session(session: Session, *, force: bool = False) -> Run:
             "backbone": backbone_facts(method.backbone),
             "data": data_record(task, method.backbone, config.data.transform) | session.order_record(),
             "versions": versions(),
+            "seed_draws": drawn_by_seed(method, config),
             "results": scores,
             "zeroshot": zeroshot,
             "zeroshot_classifier": session.classifier_facts(session.zero_shot, task, method),

@@ -34,7 +34,7 @@ from vlprompt.io.statistics import read_statistics
 from vlprompt.meta import Regulator
 from vlprompt.methods import PromptMethod, create_method, get_method_class
 from vlprompt.methods.episodic import ViewsMethod
-from vlprompt.methods.fitted import FewShotFeatures, FittedMethod
+from vlprompt.methods.fitted import FewShotFeatures, FittedMethod, check_known
 from vlprompt.methods.registry import check_start, given_texts, merge_parts, resolved_templates, text_lists
 from vlprompt.objectives import get_objective_class
 from vlprompt.prompts.decomposed import get_decomposition_class
@@ -406,13 +406,8 @@ class Session:
     def check_moves(self, source: FewShotTask, targets: Sequence[FewShotTask]) -> None:
         """Raise ConfigError if trained parameters would be specific to the source's classes; call before training."""
         if issubclass(get_method_class(self.config.method), FittedMethod):
-            known = set(source.class_names)
             for target in targets:
-                if new := [name for name in target.class_names if name not in known]:
-                    raise ConfigError(
-                        f"{self.config.method} cannot be moved to other data sets: it is fitted on images of the "
-                        f"classes of {source.name} and cannot classify those of {target.name} ({new[0]!r}, ...)"
-                    )
+                check_known(self.config.method, (source.name, source.class_names), (target.name, target.class_names))
         first, second = (
             dataclasses.replace(task, class_names=task.class_names[:2], all_class_names=task.class_names[:2])
             for task in (source, targets[0])

@@ -56,7 +56,9 @@ def _results_table(runs: Sequence[dict[str, Any]], columns: Sequence[str], metri
             halves = [measured(scores[name], metric) for name in ("base", "new") if scores.get(name)]
             cells.append(f"{harmonic_mean(*halves):.2f}" if len(halves) == 2 and metric not in ERRORS else "-")
         table.add_row(label, *cells)
-    return render(table, title)
+    reasons = [(run["method"], run["results"].get("why_no_new")) for run in runs if "new" in columns]
+    notes = dict.fromkeys(f"{method} has no scores on new classes: {why}" for method, why in reasons if why)
+    return render(table, title, "\n".join(notes))
 
 
 def shots_of(data: Mapping[str, Any]) -> str:
