@@ -27,11 +27,11 @@ from vlprompt.protocols.protocol import (
     result_parts,
     row_name,
     seed_note,
+    seed_text,
     shared_marks,
     spread,
     spread_text,
     table_rows,
-    varies,
 )
 from vlprompt.protocols.running import Runner, check_data
 from vlprompt.runs.run import Run, harmonic_mean
@@ -172,8 +172,13 @@ def base_to_new_table(
     for part in (cells, average):
         for cell, label in table_rows(part):
             data = data_words(cell["data"], cell.get("metric", "accuracy"))
-            several = varies(cell, label, seeds) if part is cells else count > 1
-            numbers = [*_numbers(cell["rows"][label], several), *_cost(cell, label)]
+            row = cell["rows"][label]
+            halves = [
+                seed_text(cell, label, row.get(half), seeds) if part is cells else spread_text(row.get(half), count > 1)
+                for half in _HALVES
+            ]
+            mean = row.get("harmonic_mean")
+            numbers = [*halves, "-" if mean is None else f"{mean:.2f}", *_cost(cell, label)]
             table.add_row(data, row_name(cell, label), *numbers)
         if average:
             table.add_section()
@@ -207,9 +212,3 @@ def _cost(cell: dict[str, Any], label: str) -> list[str]:
     cost = cell.get("train", {})
     values = [cost.get(key) for key in ("seconds", "peak_mb")]
     return ["-" if value is None else f"{value:,.0f}" for value in values]
-
-
-def _numbers(row: dict[str, Any], several: bool) -> list[str]:
-    mean = row.get("harmonic_mean")
-    halves = [spread_text(row.get(half), several) for half in _HALVES]
-    return [*halves, "-" if mean is None else f"{mean:.2f}"]

@@ -43,10 +43,9 @@ from vlprompt.protocols.protocol import (
     row_name,
     seed_mark,
     seed_note,
+    seed_text,
     spread,
-    spread_text,
     table_rows,
-    varies,
 )
 from vlprompt.protocols.running import Runner, check_data, place
 from vlprompt.runs.folder import TARGETS, config_sha256, data_record, read_json
@@ -281,7 +280,7 @@ def cross_tables(cells: Sequence[dict[str, Any]], name: str, seeds: Sequence[int
                 value = cell["rows"][method]
                 for key in keys:
                     value = value[key]
-                values.append(spread_text(value, varies(cell, method, seeds)))
+                values.append(seed_text(cell, method, value, seeds))
             into.add_row(label, *values)
 
         add(f"{data} (source)", "source")

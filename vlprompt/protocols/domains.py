@@ -29,10 +29,9 @@ from vlprompt.protocols.protocol import (
     result_parts,
     row_name,
     seed_note,
+    seed_text,
     spread,
-    spread_text,
     table_rows,
-    varies,
 )
 from vlprompt.protocols.running import Runner
 from vlprompt.runs.run import Run
@@ -193,7 +192,7 @@ def domains_tables(cells: Sequence[dict[str, Any]], protocol: str, seeds: Sequen
                 table.add_row(
                     row_name(cell, label),
                     version,
-                    *(spread_text(number, varies(cell, label, seeds)) for number in numbers),
+                    *(seed_text(cell, label, number, seeds) for number in numbers),
                 )
             table.add_section()
         tables.append(render(table, title, seed_note(table_rows(data_cells), seeds)))

@@ -27,11 +27,11 @@ from vlprompt.protocols.protocol import (
     result_parts,
     row_name,
     seed_note,
+    seed_text,
     shared_marks,
     spread,
     spread_text,
     table_rows,
-    varies,
 )
 from vlprompt.protocols.running import Runner, check_data
 from vlprompt.runs.run import Run
@@ -169,8 +169,10 @@ def few_shot_table(
     sets = len(average[0]["datasets"]) if average else 0
     for part in (cells, average):
         for cell, label in table_rows(part):
-            several = varies(cell, label, seeds) if part is cells else True
-            texts = [spread_text(cell["rows"][label][str(count)], several) for count in shots]
+            values = [cell["rows"][label][str(count)] for count in shots]
+            texts = [
+                seed_text(cell, label, value, seeds) if part is cells else spread_text(value, True) for value in values
+            ]
             table.add_row(data_words(cell["data"], cell.get("metric", "accuracy")), row_name(cell, label), *texts)
         if average:
             table.add_section()

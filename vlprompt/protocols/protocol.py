@@ -127,8 +127,14 @@ def named(cell: dict[str, Any], variant: str) -> dict[str, Any]:
 
 
 def varies(cell: Mapping[str, Any], label: str, seeds: Sequence[int]) -> bool:
-    """Return whether the row ``label`` of ``cell`` depends on the seed: only then a deviation has a meaning."""
+    """Return whether there are several seeds and the row ``label`` of ``cell`` depends on them."""
     return len(seeds) > 1 and label != ZERO_SHOT and cell.get("seed_draws") != []
+
+
+def seed_text(cell: Mapping[str, Any], label: str, part: dict[str, float] | None, seeds: Sequence[int]) -> str:
+    """Return a mean over seeds as text (:func:`spread_text`), without the deviation of what no seed changes."""
+    differs = part is not None and len(seeds) > 1 and part["deviation"] > 0
+    return spread_text(part, differs or varies(cell, label, seeds))
 
 
 def seed_note(rows: Iterable[tuple[dict[str, Any], str]], seeds: Sequence[int]) -> str:

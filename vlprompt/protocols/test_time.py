@@ -27,11 +27,10 @@ from vlprompt.protocols.protocol import (
     result_parts,
     row_name,
     seed_note,
+    seed_text,
     shared_marks,
     spread,
-    spread_text,
     table_rows,
-    varies,
 )
 from vlprompt.protocols.running import Runner, check_data
 from vlprompt.runs.run import Run
@@ -155,15 +154,12 @@ def datasets_table(
     rows: dict[str, dict[str, str]] = {}
     for data in dict.fromkeys(cell["data"] for cell in cells):
         on_data = list(table_rows([cell for cell in cells if cell["data"] == data]))
-        texts = {
-            row_name(cell, label): spread_text(cell["rows"][label], varies(cell, label, seeds))
-            for cell, label in on_data
-        }
+        texts = {row_name(cell, label): seed_text(cell, label, cell["rows"][label], seeds) for cell, label in on_data}
         rows[data_words(data, on_data[0][0].get("metric", "accuracy"))] = texts
     of_means: dict[str, dict[str, str]] = {}
     for mean, label in table_rows(means):
         for name_of_mean, value in mean["rows"][label].items():
-            text = spread_text(value, varies(mean, label, seeds))
+            text = seed_text(mean, label, value, seeds)
             of_means.setdefault(name_of_mean, {})[row_name(mean, label)] = text
     columns = dict.fromkeys(column for texts in rows.values() for column in texts)
     table = Table("data")
