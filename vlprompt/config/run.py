@@ -192,11 +192,17 @@ class RecipeConfig:
         """Return the fields that others switch off, with the reason."""
         if self.warmup_steps is not None:
             return {"warmup_lr": "recipe.warmup_steps rise from 0"}
-        if not self.warmup_epochs:
-            return dict.fromkeys(("warmup", "warmup_lr"), "recipe.warmup_epochs is 0")
-        if self.warmup == "constant" and self.warmup_epochs == self.epochs:
-            return dict.fromkeys(("lr", "final_lr"), f"all of recipe.epochs ({self.epochs}) are warm-up epochs")
-        return {}
+        off: dict[str, str] = {}
+        warmup, by_epoch = self.warmup_epochs or 0, self.schedule == "epoch"
+        if self.epochs is not None and self.epochs - warmup <= (1 if by_epoch else 0):
+            off["final_lr"] = f"{self.epochs - warmup} of recipe.epochs ({self.epochs}) follow the warm-up"
+        if not warmup:
+            return off | dict.fromkeys(("warmup", "warmup_lr"), "recipe.warmup_epochs is 0")
+        if by_epoch and warmup == 1:
+            off["warmup"] = "recipe.warmup_epochs is 1, and the line begins at recipe.warmup_lr"
+        if warmup == self.epochs and (self.warmup == "constant" or "warmup" in off):
+            off["lr"] = f"all of recipe.epochs ({self.epochs}) are warm-up epochs"
+        return off
 
     def batches(self, images: int) -> int:
         """Return the number of batches of an epoch over ``images`` images."""
