@@ -17,6 +17,8 @@ The published results use the default, ``code``.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from vlprompt.config.types import Count, validated
@@ -45,6 +47,12 @@ class DiffTPTSettings(TPTSettings):
     similarity: ViewFraction = 0.8
     generated: Count = 63
     variant: Variant = "code"
+
+    filters: ClassVar[tuple[str, ...]] = ("confidence", "similarity", "variant")
+
+    def views_besides(self) -> int:
+        """Return the number of views of an image besides the test view."""
+        return self.crops + self.generated
 
 
 @register("difftpt")

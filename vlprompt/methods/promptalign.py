@@ -64,7 +64,7 @@ class PromptAlignSettings:
         """Return the settings that others switch off, with the reason."""
         off = unused_words(self.context_length)
         if not self.crops:
-            off |= switched_off("settings.crops is 0", "augmix")
+            off |= switched_off("settings.crops is 0", "augmix", "confidence")
         if not self.steps:
             off |= switched_off("settings.steps is 0", "lr", "confidence", "alignment_weight", "alignment_depth")
         elif not self.alignment_weight:

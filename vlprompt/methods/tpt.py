@@ -12,7 +12,7 @@ Its loss scaling in half precision, which can skip an image's step, is omitted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,6 +60,9 @@ class TPTSettings:
     images_at_once: Positive = 8
     jacobian: bool = False
 
+    filters: ClassVar[tuple[str, ...]] = ("confidence",)
+    """The settings that select views."""
+
     def __post_init__(self) -> None:
         if self.context_init.split().count(_NAME) > 1 or self.context_init.strip() == _NAME:
             raise ConfigError(f"settings.context_init is {self.context_init!r}; accepted: words, {_NAME} once or never")
@@ -73,8 +76,14 @@ class TPTSettings:
         if not self.crops:
             off |= switched_off("settings.crops is 0", "augmix")
         if not self.steps:
-            off |= switched_off("settings.steps is 0", "lr", "confidence")
+            off |= switched_off("settings.steps is 0", "lr", *self.filters)
+        elif not self.views_besides():
+            off |= switched_off("there is one view of an image", *self.filters)
         return off
+
+    def views_besides(self) -> int:
+        """Return the number of views of an image besides the test view."""
+        return self.crops
 
 
 @register("tpt")
