@@ -19,7 +19,9 @@ from vlprompt.datasets.catalogue import list_groups
 from vlprompt.methods import get_method_class, list_methods
 from vlprompt.methods.fitted import FittedMethod
 from vlprompt.protocols.protocol_files import find_protocol, list_protocols
+from vlprompt.runs.effect import without_idle
 from vlprompt.runs.meta_run import meta_folder
+from vlprompt.runs.session import completed
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 METHODS = list_methods()
@@ -76,7 +78,7 @@ def test_every_file_is_a_book_a_data_set_of_one_a_meta_training_or_a_composition
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_data_set_and_protocol_resolves(method: str) -> None:
-    """Values that differ in the names of data set and protocol alone are validated once."""
+    """All values have an effect. Those that differ in the names of data set and protocol alone are validated once."""
     points: list[dict[str, Any]] = [{"dataset": name} for name in list_datasets()]
     for protocol in list_protocols():
         for shots in find_protocol(protocol).train.shots or (None,):
@@ -87,7 +89,8 @@ def test_every_data_set_and_protocol_resolves(method: str) -> None:
         assert (values["method"], values.pop("data.name")) == (method, point["dataset"])
         assert point.get("shots") in (None, values.pop("data.shots", None))
         if str(sorted(values.items())) not in validated:
-            assert book(method).resolve(**point).data.name == point["dataset"]
+            config = book(method).resolve(**point)
+            assert config.data.name == point["dataset"] and without_idle(completed(config))[1] == []
             validated.add(str(sorted(values.items())))
     assert book(method).problems() == []
 
@@ -118,6 +121,7 @@ def test_the_header_names_the_paper_and_a_command_that_works(path: Path) -> None
     words = command(path, "Run:")
     assert words[:3] == ["vlprompt", "train", "--config"]
     config = parse_run(words[2:])
+    assert without_idle(completed(config))[1] == []
     if path.stem == "base":
         assert re.search(r"\(arXiv \d{4}\.\d{5}[;,)]", " ".join(header(path)))
         assert config.method == path.parent.name and config.data.name == "dtd"
