@@ -18,7 +18,7 @@ import vlprompt
 from tests.fixtures.stubs import Calls, stub
 from vlprompt.cli.main import COMMANDS, main
 from vlprompt.cli.parse import parse_run
-from vlprompt.cli.run import head_folder
+from vlprompt.cli.run import eval_command, head_folder
 from vlprompt.config.keys import to_yaml
 from vlprompt.errors import DataError, HeadError
 from vlprompt.methods import list_methods
@@ -257,6 +257,18 @@ def test_eval_uses_the_runs_own_data_with_overrides(
         assert name == "evaluate_head" and head == Path("run/head") and seed == 3
         assert (data.name, data.shots, data.classes) == ("demo", 2, "new")
         assert capsys.readouterr().out == "demo, new classes: 87.50 % (7/8 images)\n"
+
+
+def test_eval_refuses_keys_of_the_training_and_names_a_seed_without_effect(
+    calls: Calls, fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path / "run", shots="2")
+    for key, value in (("data.shots", "4"), ("data.transform", "center"), ("data.sampler", "elevater-v1")):
+        assert f"--{key} has no meaning for `vlprompt eval`" in fails("eval", "run", f"--{key}", value)
+    scores = {"correct": 1, "total": 2, "accuracy": 50.0, "seed_draws": []}
+    monkeypatch.setattr("vlprompt.runs.run.evaluate_head", lambda *_, **__: scores)
+    with pytest.warns(UserWarning, match="seed 3: nothing is drawn at random"):
+        eval_command(["run", "--seed", "3"])
 
 
 def test_eval_of_a_head_alone_needs_the_name_of_the_data(

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -115,6 +116,10 @@ def head_folder(text: str) -> Path:
     raise HeadError(f"RUN {text!r} holds neither {HEAD_FOLDER}/{HEAD_CONFIG} (a run) nor {HEAD_CONFIG} (a head)")
 
 
+_OF_TRAINING = {f"data.{name}" for name in ("shots", "transform", "cached_views", "sampler", "shots_file")}
+"""Keys without effect on the evaluation of a saved head."""
+
+
 def eval_command(words: list[str]) -> int:
     """Run ``vlprompt eval`` and return its exit status."""
     if any(word.partition("=")[0] == "--protocol" for word in words):
@@ -133,6 +138,8 @@ def eval_command(words: list[str]) -> int:
         line.problems.append(f"{COMMAND_LINE}: --config has no meaning for `vlprompt eval`: the head says what it is")
     if head is not None and not files and "data.name" not in line.overrides:
         line.problems.append(f"{COMMAND_LINE}: {str(head)!r} is a head without its run; say --data.name NAME")
+    for key in filter(_OF_TRAINING.__contains__, line.overrides):
+        line.problems.append(f"{COMMAND_LINE}: --{key} has no meaning for `vlprompt eval`: it is about training images")
     config, problems = check_run(line, files, within=("data.", "backbone.", "seed"))
     if config is None or problems or head is None:
         refuse(problems, "eval")
@@ -143,6 +150,8 @@ def eval_command(words: list[str]) -> int:
     scores = evaluate_head(
         head, config.data, config.seed, trainer=trainer, backbone=given_backbone(line, config.backbone)
     )
+    if "seed" in line.overrides and scores.get("seed_draws") == []:
+        warnings.warn(f"seed {config.seed}: nothing is drawn at random in the test of this head", stacklevel=2)
     oracle = " (oracle: its hyperparameters were chosen on test images)" if scores.get("oracle") else ""
     show(f"{config.data.name}, {config.data.classes} classes: {_in_words(scores, metrics)}{oracle}")
     return 0

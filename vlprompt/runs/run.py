@@ -44,7 +44,7 @@ from vlprompt.runs.folder import (
 )
 from vlprompt.runs.provenance import backbone_of, check_images, with_kept_split
 from vlprompt.runs.results import is_score, misfits
-from vlprompt.runs.seeds import drawn_by_seed, unused_draw
+from vlprompt.runs.seeds import CROPS, ORDER, drawn_by_seed, unused_draw
 from vlprompt.runs.selection import is_oracle, own_selection, selection_of
 from vlprompt.runs.session import Session, complete, device_of, use_of_test_images
 from vlprompt.runs.source import check_initialised, source_statistics
@@ -360,7 +360,7 @@ def evaluate_head(
     """Return the score of a saved head on the test images of ``data``, with the classes it names.
 
     A folder of images of the user has the split that the head's run kept. ``oracle`` says whether the head's
-    hyperparameters were chosen on test images.
+    hyperparameters were chosen on test images, ``seed_draws`` what the seed draws.
 
     Args:
         folder: A run folder or head folder.
@@ -383,7 +383,11 @@ def evaluate_head(
     quiet = make_trainer(trainer, Path(folder), 1, gradient=method.needs.gradient)
     with tally():  # reports skipped images
         scores, _ = tested(session, quiet, method, task)
-    return scores | {"data": task.describe() | session.order_record(), "oracle": is_oracle([head.training_facts])}
+    return scores | {
+        "data": task.describe() | session.order_record(),
+        "oracle": is_oracle([head.training_facts]),
+        "seed_draws": [what for what in drawn_by_seed(method, session.config) if what in (CROPS, ORDER)],
+    }
 
 
 __all__: Sequence[str] = [
