@@ -43,7 +43,7 @@ def test_two_methods_over_two_seeds(tiny: Tiny, tmp_path: Path) -> None:
                 assert row[half]["deviation"] == pytest.approx(statistics.pstdev(values))
             assert row["harmonic_mean"] == harmonic_mean(row["base"]["mean"], row["new"]["mean"])
             assert f"{row['base']['mean']:.2f} ± {row['base']['deviation']:.2f}" in table
-    assert table.count("zero-shot") == 1 and table.count("coop") == 2 and "seeds 1, 2" in table
+    assert table.count("zero-shot") == 2 and table.count("coop") == 2 and "seeds 1, 2" in table
 
     again: list[Run] = []
     assert base_to_new(configs, (1, 2), report=again.append) == (results, table)

@@ -209,7 +209,7 @@ def test_published_values_of_targets_are_those_of_the_target(capsys: pytest.Capt
     assert values("imagenet-domains", "tda", "crops") == {"imagenet": 0} | dict.fromkeys(
         ("imagenet_a", "imagenet_r", "imagenet_sketch", "imagenetv2"), 63
     )
-    for name in ("mta", "zero", "tpt", "promptalign"):
+    for name in ("mta", "zero", "promptalign"):
         (one,) = planned("cross-dataset", "--config", f"{name}/imagenet", *start).trainings
         assert {target.config.data.template for target in (one, *one.targets)} == {"a photo of a {}."}
     text = printed(

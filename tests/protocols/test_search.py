@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -87,13 +88,13 @@ def test_test_images_are_opened_for_the_winner_alone(
     toy: Tiny, opened: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("VLPROMPT_CACHE", str(tmp_path / "cache"))  # nothing is known yet
-    config = toy("coop", epochs=1)
+    config = toy("coop")
     validate(config)
     assert parts(opened) == {"train", "val"}
     validate(config)  # kept
     opened.clear()
     seen: list[set[str]] = []
-    search(toy("coop", epochs=1, lr=0.3), {"recipe.lr": [0.1, 0.2]}, report=lambda _: seen.append(parts(opened)))
+    search(toy("coop", lr=0.3), {"recipe.lr": [0.1, 0.2]}, report=lambda _: seen.append(parts(opened)))
     assert all("test" not in own for own in seen) and len(seen) == 2
     assert "test" in parts(opened)  # the winner's
 
@@ -173,8 +174,7 @@ def test_an_oracle_is_marked_in_every_table_it_reaches(toy: Tiny, tmp_path: Path
         versions = 3 if results["protocol"] == "leave-one-out" else 1  # rows of a cell: clean, noise, blur
         rows = [line for line in table.splitlines() if "not to be confused" not in line]
         marked = sum(bool(cell.get("oracle")) for cell in cells)
-        assert "\n".join(rows).count("coop (oracle)") == marked * versions
-        assert "zero-shot (oracle)" not in table
+        assert "\n".join(rows).count("(oracle)") == marked * versions and "zero-shot (oracle)" not in table
     assert (
         evaluate_head(found.run.head_dir, best.data)["oracle"]
         and not evaluate_head(run(plain).head_dir, best.data)["oracle"]
@@ -240,12 +240,30 @@ def test_grids_that_cannot_be_searched(grid: dict[str, Any], messages: list[str]
 
 
 def test_candidates_are_in_grid_order_and_leave_the_rest_alone(tiny: Tiny) -> None:
-    config = tiny("coop")
+    config = tiny("coop", {"context_init": ""})
     found = candidates_of(config, {"settings.context_length": [2, 4], "data.transform": ["center", "random"]})
     assert [(one.settings["context_length"], one.data.transform) for _, one in found] == [
         *((2, "center"), (2, "random"), (4, "center"), (4, "random"))
     ]
     assert all(one.recipe == config.recipe and one.seed == config.seed for _, one in found)
+
+
+def test_grids_without_effect_are_refused(tiny: Tiny) -> None:
+    wrong = {
+        "settings.context_length has no effect: settings.context_init is 'an emoji of a', whose": (
+            tiny("coop"),
+            [4, 8],
+        ),
+        "recipe.lr has no effect: tip_adapter takes no gradient steps": (tiny("tip_adapter"), [0.1, 0.2]),
+        "settings.alpha has no effect": (tiny("tip_adapter", {"search": True}), [1.0, 2.0]),
+        "data.template has no effect": (tiny("zeroshot", {"templates": ["a {}."]}), ["one {}.", "the {}."]),
+    }
+    for text, (config, values) in wrong.items():
+        with pytest.raises(ConfigError, match=re.escape(text)):
+            candidates_of(config, {text.split()[0]: values})
+    grid = {"settings.context_init": ["", "one two"], "settings.context_length": [2, 3]}
+    with pytest.raises(ConfigError, match="are the same run: one value switches another one off"):
+        candidates_of(tiny("coop"), grid)
 
 
 def test_settings_of_the_decomposition_can_be_searched(tiny: Tiny) -> None:
