@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AllowInfNan
 
+from vlprompt.config.effect import switched_off
 from vlprompt.config.run import BackboneConfig, TrainerConfig
 from vlprompt.config.types import Count, Ge, Holds, Name, NonNegative, Positive, Seed, Words, validated
 from vlprompt.errors import ConfigError
@@ -58,6 +59,10 @@ class TasksConfig:
     caption_tokens: Positive = 40
     domain_features: Literal["images", "residuals"] = "images"
 
+    def without_effect(self) -> dict[str, str]:
+        """Return the fields that others switch off, with the reason."""
+        return {} if self.labels == "clusters" else {"classes": f"tasks.labels is {self.labels!r}"}
+
     def __post_init__(self) -> None:
         if self.labels == "clusters" and self.classes > self.support:
             raise ConfigError(
@@ -94,6 +99,16 @@ class MetaConfig:
     rank: Positive = 64
     bottleneck: Positive = 8
     gate_bias: Bias = 4.0
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the fields that others switch off, with the reason."""
+        off = {} if self.inner_steps else switched_off("meta.inner_steps is 0", "inner_lr", "order")
+        unused = {
+            "none": ("sharing", "rank", "bottleneck", "gate_bias", "regulator_lr"),
+            "rescale-gate": ("bottleneck",),
+            "sigmoid-gate": ("rank",),
+        }
+        return off | switched_off(f"meta.regulator is {self.regulator!r}", *unused[self.regulator])
 
     def __post_init__(self) -> None:
         if self.steps % self.save_every:

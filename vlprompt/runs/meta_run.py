@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,7 @@ from vlprompt.methods import PromptMethod, create_method
 from vlprompt.pairs.features import caption_features, image_features
 from vlprompt.pairs.load import Pair, load_pairs
 from vlprompt.prompts import text_layout
+from vlprompt.runs.effect import note, without_idle_meta
 from vlprompt.runs.folder import HEAD, RESULTS, opened, read_json, versions
 from vlprompt.runs.session import configured_backbone, load_parts
 
@@ -52,7 +54,9 @@ class MetaSession:
     """
 
     def __init__(self, config: MetaRunConfig) -> None:
-        self.config = config
+        self.config, idle = without_idle_meta(config)
+        if idle:
+            warnings.warn(note(idle), stacklevel=2)
 
     def load(self) -> None:
         """Load pairs and backbone, and check the method before any image is encoded.
@@ -213,6 +217,7 @@ def meta_train(config: MetaRunConfig, *, force: bool = False) -> tuple[Path, dic
         VlpromptError: Pairs, weights, settings or values cannot be used.
     """
     session = MetaSession(config)
+    config = session.config
     session.load()
     clusters, words = session.clusters, session.words()
     folder, method, regulator = session.folder, session.method, session.regulator
