@@ -201,7 +201,8 @@ class RecipeConfig:
         if by_epoch and warmup == 1:
             off["warmup"] = "recipe.warmup_epochs is 1, and the line begins at recipe.warmup_lr"
         if warmup == self.epochs and (self.warmup == "constant" or "warmup" in off):
-            off["lr"] = f"all of recipe.epochs ({self.epochs}) are warm-up epochs"
+            constant = ("lr", "schedule") if self.warmup == "constant" else ("lr",)
+            off |= dict.fromkeys(constant, f"all of recipe.epochs ({self.epochs}) are warm-up epochs")
         return off
 
     def batches(self, images: int) -> int:
