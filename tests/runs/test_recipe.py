@@ -177,11 +177,12 @@ def test_runs_keep_the_folders_of_earlier_versions(tiny: Tiny) -> None:
     old = {name: value for name, value in dataclasses.asdict(config.recipe).items() if name in OLD_KEYS}
     assert set(OLD_KEYS) | set(NEW_KEYS) == set(dataclasses.asdict(config.recipe))
     assert RecipeConfig(**old) == config.recipe
-    changes: list[dict[str, Any]] = [{}, {"drop_last": False}, {"select": "best_val"}, {"warmup": "linear"}]
-    folders = [run_folder(complete(tiny("coop", **change))) for change in [*changes, {"steps": 100}]]
+    changes: list[dict[str, Any]] = [{}, {"drop_last": False}, {"select": "best_val"}]
+    folders = [run_folder(complete(tiny("coop", **change))) for change in [*changes, LINEAR, {"steps": 100}]]
     assert len(set(folders)) == 5
 
 
+LINEAR = {"warmup_epochs": 2, "warmup": "linear"}
 OLD_KEYS = ("epochs", "batch_size", "lr", "optimizer", "schedule", "final_lr", "warmup_epochs", "warmup_lr", "momentum")
 OLD_KEYS += ("weight_decay", "gradient_clip", "test_batch_size")
 NEW_KEYS = ("steps", "drop_last", "warmup", "warmup_steps", "select")
