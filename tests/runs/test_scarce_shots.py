@@ -25,7 +25,7 @@ from vlprompt.runs.tables import shots_of
         (40, [12, 12], "40 shots (12 a class available)"),
         (40, [3, 40], "40 shots (3 to 40 a class available)"),
         (1, [0, 1], "1 shot (0 to 1 a class available)"),
-        (-1, [3, 250], "all training images"),
+        (-1, [3, 250], "all images"),
         (16, [0, 0], "no training images"),
         (16, [32, 32], "16 shots"),  # classes of both halves, for methods without labels
         (16, None, "16 shots"),  # results of older versions
@@ -37,7 +37,7 @@ def test_words(shots: int, per_class: Sequence[int] | None, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shots", "words"), [(40, "40 shots (4 a class available)"), (1, "1 shot"), (-1, "all training images")]
+    ("shots", "words"), [(40, "40 shots (4 a class available)"), (1, "1 shot"), (-1, "all images")]
 )
 def test_the_table_of_a_run(shots: int, words: str, tiny: Callable[..., RunConfig]) -> None:
     done = run(tiny("zeroshot", shots=shots))

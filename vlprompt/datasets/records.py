@@ -82,7 +82,7 @@ def shots_in_words(shots: int, per_class: Sequence[int] | None) -> str:
     if not most:
         return "no training images"
     if shots == -1:
-        return "all training images"
+        return "all images"
     words = counted(shots, "shot")
     if least >= shots:
         return words

@@ -142,7 +142,7 @@ class FewShotTask:
         """Return the least and the largest number of training images of a class; a class may have too few."""
         count = Counter(label for sample in self.train for label in labels_of(sample))
         counts = [count[label] for label in range(len(self.class_names))]
-        return [min(counts), max(counts)]
+        return [min(counts, default=0), max(counts, default=0)]
 
     def describe(self) -> dict[str, Any]:
         """Return the data record of a results file, as plain JSON values."""
