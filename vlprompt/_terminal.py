@@ -37,6 +37,34 @@ def show(text: str, *, end: str = "\n", error: bool = False, flush: bool = False
         raise _lost(problem) from problem
 
 
+def show_problem(text: str) -> None:
+    """Print the text of an error or a note on the standard error, in :func:`one_screen`. Raises as :func:`show`."""
+    show(one_screen(printable(text)), error=True)
+
+
+def one_screen(text: str, rows: int = 22, columns: int = 200) -> str:
+    """Return ``text`` without the middle of very long lines, and of more lines than ``rows`` rows of ``columns`` hold.
+
+    Names in files may have any length. The first lines say what is wrong, the last ones what to do.
+    """
+
+    def height(lines: list[str]) -> int:
+        return sum(max(1, -(-len(line) // columns)) for line in lines)
+
+    def cut(line: str) -> str:
+        return line if len(line) <= 4 * columns else f"{line[: 2 * columns]} ... {line[-columns:]}"
+
+    lines = [cut(line) for line in text.split("\n")]
+    if height(lines) <= rows:
+        return "\n".join(lines)
+    first, last = 0, len(lines)
+    while height(lines[last - 1 :]) <= rows // 3:
+        last -= 1
+    while height([*lines[: first + 1], *lines[last:]]) < rows:
+        first += 1
+    return "\n".join([*lines[:first], f"  ... {last - first:,} lines are left out", *lines[last:]])
+
+
 def show_json(value: Any, indent: int = 1) -> None:
     """Print a plain value as JSON; what is not JSON is shown as text. Raises :class:`OutputError` as :func:`show`."""
     text = json.dumps(value, indent=indent, ensure_ascii=False, default=str)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlprompt._terminal import show, show_json, text_of
+from vlprompt._terminal import show, show_json, show_problem, text_of
 from vlprompt.cli.parse import COMMAND_LINE, CommandLine, read_command_line, refuse
 from vlprompt.datasets.card import Card, data_roots, describe
 from vlprompt.datasets.catalogue import (
@@ -61,7 +61,7 @@ def data(words: list[str]) -> int:
             raise ConfigError(f"there is no `vlprompt data {words[0]}`.{did_you_mean(words[0], ACTIONS)}")
         return ACTIONS[words[0]](words[1:])
     except ConfigError as error:
-        show(f"vlprompt: error: {error}", error=True)
+        show_problem(f"vlprompt: error: {error}")
         return 3
 
 

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from vlprompt._dist import check_launcher, local_rank
-from vlprompt._terminal import flush, show
+from vlprompt._terminal import flush, show, show_problem
 from vlprompt.errors import ConfigError, OutputError, Terminated, VlpromptError, did_you_mean
 from vlprompt.version import __version__
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_launcher()
     except VlpromptError as error:
-        show(f"vlprompt: error: {error}", error=True)
+        show_problem(f"vlprompt: error: {error}")
         return 2
     try:
         with _notes(), _terminable(resumes):
@@ -60,7 +60,7 @@ def _failed(text: str) -> int:
     """Print an error and return the exit status."""
     rank = local_rank()
     program = f"vlprompt (process {rank})" if rank else "vlprompt"
-    show(f"{program}: error: {text}", error=True)
+    show_problem(f"{program}: error: {text}")
     return 2
 
 
@@ -161,7 +161,7 @@ def _notes() -> Iterator[None]:
             usual(message, category, filename, *rest, **more)
         elif (text := str(message)) not in shown:
             shown.add(text)
-            show(f"vlprompt: note: {text}", error=True)
+            show_problem(f"vlprompt: note: {text}")
 
     with warnings.catch_warnings():
         warnings.showwarning = note

@@ -184,7 +184,7 @@ def _head_or_problem(line: CommandLine) -> Path | None:
 def _run_config(folder: Path) -> list[Path]:
     """Return the configuration file of a run folder, or of the run of a head folder, if it exists."""
     run_folder = folder.resolve().parent if folder.resolve().name == HEAD_FOLDER else folder
-    return [run_folder / RUN_CONFIG] if os.path.isfile(run_folder / RUN_CONFIG) else []
+    return [run_folder / RUN_CONFIG] if os.path.lexists(run_folder / RUN_CONFIG) else []
 
 
 def predict_command(words: list[str]) -> int:

@@ -42,6 +42,8 @@ class TextList:
 
 Positive: TypeAlias = Annotated[int, Ge(1)]
 Count: TypeAlias = Annotated[int, Ge(0)]
+#: Larger whole numbers are not exact as JSON numbers, and libraries in C do not take them.
+_LARGEST = 2**53
 Seed: TypeAlias = Annotated[int, Ge(0), Le(2**32 - 1)]
 NonNegative: TypeAlias = Annotated[float, Ge(0)]
 Above0: TypeAlias = Annotated[float, Gt(0)]
@@ -278,6 +280,12 @@ def _check_text(text: str, allowed: str = "") -> str:
     return text
 
 
+def _check_size(number: int) -> int:
+    if abs(number) > _LARGEST:
+        raise _refused(f"it is beyond {_LARGEST:,}")
+    return number
+
+
 def _check_lines(text: str) -> str:
     return _check_text(text, "\n\t")
 
@@ -314,7 +322,9 @@ def strict(hint: Any) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if hint is str:
         return Annotated[str, Strict(), AfterValidator(_check_text)]
-    if hint in (int, float, bool):
+    if hint is int:
+        return Annotated[int, Strict(), AfterValidator(_check_size)]
+    if hint in (float, bool):
         return Annotated[hint, Strict()]
     if origin is Literal:
         return Annotated[hint, BeforeValidator(functools.partial(_check_literal, args))]

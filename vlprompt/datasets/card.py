@@ -324,7 +324,7 @@ class Card:
                 options = replace(self.options, split_file=name)
             return replace(self, reader="split_json", options=options, split=name, classes=Classes())
         if name not in self.splits and self.keeps_split:
-            if os.path.isfile(kept := os.path.join(Path(name).expanduser(), KEPT_SPLIT)):
+            if os.path.lexists(kept := os.path.join(Path(name).expanduser(), KEPT_SPLIT)):
                 return replace(self, kept=kept)
             raise ConfigError(
                 f"data.split is {name!r}; {self.name} has no splits. Accepted: the folder of a run on it, which holds "

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from vlprompt._files import parse_json, read_text
+from vlprompt.datasets.paths import path_problem
 from vlprompt.datasets.records import SPLITS, SplitLists, labels_of
 from vlprompt.errors import DataError
 
@@ -41,7 +42,7 @@ def read_kept(path: Path) -> dict[str, str]:
     kept: dict[str, str] = {}
     for split, items in zip(SPLITS, parts, strict=True):
         for item in items if isinstance(items, list) else [None]:
-            if not isinstance(item, list) or len(item) != 3 or not isinstance(item[0], str):
+            if not isinstance(item, list) or len(item) != 3 or path_problem(item[0]):
                 raise DataError(f"The kept split {path} is damaged: {split} is not a list of [path, label, name].")
             if (other := kept.setdefault(item[0], split)) != split:
                 raise DataError(f"The kept split {path} is damaged: {item[0][:100]!r} is in {other} and in {split}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import threading
 from pathlib import Path
@@ -127,7 +128,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError: A line is not a JSON object with an epoch.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return []
     lines = []
     try:

@@ -160,7 +160,7 @@ def fit(
         HeadError: The checkpoint is damaged, not finite, or that of another training.
     """
     last = folder / LAST_CHECKPOINT
-    if last.exists() and not last.is_file():
+    if os.path.lexists(last) and not last.is_file():
         raise HeadError(f"{last} is no file; move it aside: mv {shlex.quote(str(last))} {shlex.quote(f'{last}.old')}")
     module.inputs_sha256 = inputs_sha256
     with quiet(), _interruptible(trainer), _restoring(last):

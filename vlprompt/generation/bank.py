@@ -11,6 +11,7 @@ Several processes may read and fill a bank at once.
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -167,8 +168,10 @@ class DiffusionBank:
         return data if sha256_bytes(data) == record[number] else None
 
     def _command(self, count: int) -> str:
-        options = self.recipe.about.get("options", "")
-        return f"{TOOL} --bank {self.folder.parent} --count {count}{options and ' '}{options} --data.name NAME"
+        # The options are not part of the id, so that others may have changed them: nothing of them is run by a shell.
+        options = shlex.split(self.recipe.about.get("options", ""))
+        words = ["--bank", str(self.folder.parent), "--count", str(count), *options]
+        return f"{TOOL} {shlex.join(words)} --data.name NAME"
 
 
 def open_bank(path: Path) -> DiffusionBank:

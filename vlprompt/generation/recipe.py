@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -116,6 +117,9 @@ def read_recipe(text: str, name: str) -> Recipe:
         recipe = Recipe(content["facts"], content["about"])
         if content["schema"] != SCHEMA:
             raise DataError(f"{name} has schema {content['schema']!r}; this version of vlprompt reads {SCHEMA!r}.")
+        if not isinstance(recipe.about, dict) or not isinstance(recipe.about.get("options", ""), str):
+            raise ValueError("about.options is not a text")
+        shlex.split(recipe.about.get("options", ""))  # ValueError if quotation marks do not match
         if recipe.id != content["id"] or recipe.format not in ("png", "webp", "jpeg"):
             raise DataError(f"{name} was changed after images were generated. Make a new bank: {TOOL} --bank FOLDER")
     except (ValueError, KeyError, TypeError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from vlprompt.datasets.report import Report
 #: Accepted column names, in any case: vlprompt's, open_clip's and those of Hugging Face's imagefolder.
 _IMAGE_NAMES, _CAPTION_NAMES = ("image", "filepath", "file_name"), ("caption", "title", "text")
 _LONGEST_CAPTION = 2000
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _LARGEST_LIST = 2**30
 
 
@@ -42,7 +44,7 @@ def caption_problem(caption: object) -> str | None:
         caption.encode()
     except UnicodeEncodeError:
         return f"the caption {caption[:40]!r} is not valid Unicode"
-    return None
+    return f"the caption {caption[:40]!r} has control characters" if _CONTROLS.search(caption) else None
 
 
 # -- lists ------------------------------------------------------------------------------------------------------------

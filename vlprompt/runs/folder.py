@@ -141,7 +141,7 @@ def opened(folder: Path, config: Mapping[str, Any], inputs: dict[str, str], *, f
 def record_inputs(folder: Path, config: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
     """Write the configuration of a run into its folder, and its environment if that is not there."""
     write_text(folder / CONFIG, yaml_text(config))
-    if not (folder / ENVIRONMENT).is_file():
+    if not os.path.lexists(folder / ENVIRONMENT):
         write_json(folder / ENVIRONMENT, environment(config["seed"]) | {"inputs": dict(inputs)})
 
 
@@ -221,12 +221,12 @@ def _set_aside(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in ``path``, or None if there is no such file.
+    """Return the JSON object in ``path``, or None if there is nothing.
 
     Raises:
-        ConfigError: The file is not a JSON object.
+        ConfigError: It is not a file that holds a JSON object.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
         value = parse_json(read_text(path, MOST_BYTES))
@@ -280,7 +280,7 @@ def keep_split(folder: Path, task: FewShotTask) -> None:
     ``eval`` takes it from there, and ``data.split`` for other runs: images that come later join it.
     """
     lists, path = task.lists, folder / KEPT_SPLIT
-    if is_main_process() and lists is not None and task.card.keeps_split and not path.is_file():
+    if is_main_process() and lists is not None and task.card.keeps_split and not os.path.lexists(path):
         write_text(path, split_text(lists))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,7 +61,7 @@ def with_kept_split(folder: str | Path, data: DataConfig, head: Head) -> DataCon
         head: The head.
     """
     run, facts = run_of(folder), _data_facts(head)
-    if data.split is not None or not (run / KEPT_SPLIT).is_file() or facts.get("name") != data.name:
+    if data.split is not None or not os.path.lexists(run / KEPT_SPLIT) or facts.get("name") != data.name:
         return data
     if not find_card(data.name).keeps_split:
         return data
@@ -134,7 +135,7 @@ def _data_facts(head: Head) -> Mapping[str, Any]:
 def _training_ids(folder: str | Path, facts: Mapping[str, Any], task: FewShotTask) -> set[str] | None:
     """Return the ids of the images that a head was trained and selected on; None if they cannot be found."""
     kept = run_of(folder) / KEPT_SPLIT
-    if kept.is_file():
+    if os.path.lexists(kept):
         return {name for name, split in read_kept(kept).items() if split != "test"}
     split = facts.get("split")
     try:

@@ -150,6 +150,7 @@ def run_session(session: Session, *, force: bool = False) -> Run:
     session.check_selection()
     if session.trains:
         check_trainable(method, metric_of(task))
+    chosen = own_selection(method) or selection_of(config.output)
     inputs, inputs_sha256 = session.inputs(), session.inputs_sha256()
     with opened(folder, session.plain, inputs, force=force), tally() as images:
         keep_split(folder, session.drawn)
@@ -161,8 +162,11 @@ def run_session(session: Session, *, force: bool = False) -> Run:
         with peak_memory(method.backbone.device) as peak:
             source = source_statistics(session)
             trainer, selected = _trained(session, inputs_sha256)
+        lines = len(read_metrics(folder / METRICS))
+        if lines < trainer.current_epoch:
+            warnings.warn(f"{folder / METRICS} lacks {trainer.current_epoch - lines} of the epochs", stacklevel=2)
         trained: dict[str, Any] = {
-            "epochs": len(read_metrics(folder / METRICS)),
+            "epochs": max(lines, trainer.current_epoch),
             "steps": trainer.global_step,
             "seconds": round(time.monotonic() - started, 1),
         }
@@ -192,7 +196,7 @@ def run_session(session: Session, *, force: bool = False) -> Run:
         facts = {"run": folder.name, "inputs_sha256": inputs_sha256, "data": task.describe()}
         if used := use_of_test_images(method):
             results["test_images"] = facts["test_images"] = used
-        if chosen := own_selection(method) or selection_of(config.output):
+        if chosen:
             results["selection"] = chosen
             facts["selection"] = {"on": chosen["on"], "oracle": chosen["oracle"]}  # a head may be used without its run
         if is_main_process():

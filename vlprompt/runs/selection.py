@@ -7,6 +7,7 @@ search inside a method) calls :func:`judge` first and saves the result of :func:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def selection_of(output: str | Path) -> dict[str, Any] | None:
         ConfigError: The file is not a valid record.
     """
     path = Path(output) / SELECTION
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
         selection = parse_json(read_text(path, _LARGEST))

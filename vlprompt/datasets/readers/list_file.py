@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from vlprompt.datasets.options import ListFileOptions
 from vlprompt.datasets.paths import path_problem, resolve
 from vlprompt.datasets.readers.checks import check_duplicates, check_names
 from vlprompt.datasets.readers.images import find_images
-from vlprompt.datasets.readers.missing import missing_text
+from vlprompt.datasets.readers.missing import missing_text, remark
 from vlprompt.datasets.readers.published import compare_with_card
 from vlprompt.datasets.records import SPLITS, Label, Sample, SplitLists, class_name_problem
 from vlprompt.datasets.report import Report
@@ -45,7 +46,7 @@ def read_list_file(card: Card, base: Path, report: Report) -> SplitLists:
     rows = {split: list(_rows(card, options, base, split, keys, report)) for split in SPLITS}
     for split in options.splits:
         if not rows[split] and split != "val":
-            report.error("S02", f"the lists of {split} name no images")
+            report.error("S02", f"the lists of {split} ({', '.join(options.splits[split])}) name no images")
     check_duplicates({split: [row.path for row in rows[split]] for split in SPLITS}, card.same_images, report)
     entries = dict.fromkeys(row.path for split in SPLITS for row in rows[split])
     if not entries:
@@ -89,11 +90,15 @@ def _classes(card: Card, options: ListFileOptions, base: Path, report: Report) -
                 for name in sorted({n for n in names if names.count(n) > 1})
             ],
         )
+        if names and card.classes.count not in (None, len(names)):
+            text = f"{options.names_file} has {len(names):,} names; {card.name} has {card.classes.count:,} classes"
+            report.error("S20", text)
+            report.stop()
     else:
         names = stated_class_names(card) or []
     check_names(names, report, card)
     if not names:
-        report.error("S20", "there are no class names on the card or in a list")
+        report.error("S20", f"there are no class names on the card or in {options.names_file or 'a list of names'}")
         report.stop()
     keys = card.classes.keys or tuple(names)
     return names, {key: label for label, key in enumerate(keys)}
@@ -103,9 +108,9 @@ def _classes(card: Card, options: ListFileOptions, base: Path, report: Report) -
 def _open(card: Card, base: Path, name: str, report: Report) -> str:
     path = resolve(base, name)
     if not path.is_file():
-        raise DataError(missing_text(card, base, f"{path} (does not exist)"))
+        raise DataError(missing_text(card, base, f"{path} ({remark(path)})"))
     try:
-        return read_text(path, _LARGEST_FILE)
+        return read_text(path, _LARGEST_FILE, "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         report.error("S01", f"list {path} cannot be read: {error}")
         report.stop()
@@ -239,6 +244,15 @@ def _coco(card: Card, base: Path, name: str, keys: dict[str, int], report: Repor
     report.errors("S20", texts)
     if unknown:
         report.stop()
+    for image, file in files.items():
+        if problem := path_problem(file):
+            report.error("S04", f"{name}: image {str(image)[:40]!r}: {problem}")
+    for key in ("categories", "images"):
+        ids = [entry["id"] for entry in content[key]]
+        twice = [one for one, number in Counter(ids).items() if number > 1]
+        report.errors("S11", [f"{name}: the id {str(one)[:40]!r} of {key} is given twice" for one in twice])
+    if report.failed:
+        report.stop()
     labels: dict[Any, set[int]] = {image: set() for image in files}
     for image, category in boxes:
         if image not in labels or category not in categories:
@@ -248,5 +262,5 @@ def _coco(card: Card, base: Path, name: str, keys: dict[str, int], report: Repor
             continue
         labels[image].add(keys[categories[category]])
     return [
-        Row(f"{name}: image {image!r}", str(files[image]), tuple(sorted(members))) for image, members in labels.items()
+        Row(f"{name}: image {image!r}", files[image], tuple(sorted(members))) for image, members in labels.items()
     ]

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from vlprompt.datasets.card import Card
 from vlprompt.datasets.options import FolderOptions
+
+
+def remark(path: Path) -> str:
+    """Return what is wrong with a ``path`` that is not a file."""
+    if path.is_dir():
+        return "is a folder, not a file"
+    return "is a link to nothing, a pipe or a device, not a file" if os.path.lexists(path) else "does not exist"
 
 
 def missing_text(card: Card, base: Path, looked_for: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def names_of(base: Path, folders: Sequence[str], report: Report) -> list[str]:
         folders: Names of the class folders.
         report: Collects the problems (rules S01, S09 and S20).
     """
-    files = [resolve(base, name) for name in (NAMES_JSON, NAMES_TEXT) if (base / name).is_file()]
+    files = [resolve(base, name) for name in (NAMES_JSON, NAMES_TEXT) if os.path.lexists(base / name)]
     if not files:
         return list(folders)
     if len(files) > 1:

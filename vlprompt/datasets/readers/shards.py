@@ -16,7 +16,7 @@ from vlprompt.datasets.card import Card, stated_class_names
 from vlprompt.datasets.options import ShardOptions
 from vlprompt.datasets.paths import resolve
 from vlprompt.datasets.readers.checks import check_duplicates, check_names
-from vlprompt.datasets.readers.missing import missing_text
+from vlprompt.datasets.readers.missing import missing_text, remark
 from vlprompt.datasets.readers.parquet import read_parquet
 from vlprompt.datasets.readers.published import compare_with_card
 from vlprompt.datasets.readers.rows import Row, Rows
@@ -38,6 +38,8 @@ from vlprompt.errors import DataError
 
 _SCHEMA = 2
 _LARGEST_NAMES = 2**24
+#: Class names by label, next to the shards.
+NAMES_FILE = "classnames.txt"
 
 
 def read_shards(card: Card, base: Path, report: Report) -> SplitLists:
@@ -55,12 +57,16 @@ def read_shards(card: Card, base: Path, report: Report) -> SplitLists:
         prefix[split] = next(name for name, other in options.splits.items() if other == paths)
         rows_of[split] = rows_of.get(prefix[split]) or _rows(card, options, split, base, report)
     stored_names = next((rows.names for rows in rows_of.values() if rows.names), [])
-    names = stated_class_names(card) or stored_names or _class_names(base)
-    report.errors(
-        "S09", [f"label {label}: {text}" for label, name in enumerate(names) if (text := class_name_problem(name))]
-    )
+    names = stated_class_names(card) or stored_names
+    where = "" if names else f"{NAMES_FILE}: "
+    names = names or _class_names(base)
+    problems = enumerate(map(class_name_problem, names))
+    report.errors("S09", [f"{where}label {label}: {text}" for label, text in problems if text])
+    if where and names and card.classes.count not in (None, len(names)):
+        report.error("S20", f"{where}{len(names):,} names; {card.name} has {card.classes.count:,} classes")
+        report.stop()
     if not names:
-        report.error("S20", "there are no class names on the card or next to the shards")
+        report.error("S20", f"there are no class names on the card or next to the shards, in {base / NAMES_FILE}")
         report.stop()
     check_names(names, report, card)
     samples: dict[str, list[Sample]] = {split: [] for split in SPLITS}
@@ -70,7 +76,7 @@ def read_shards(card: Card, base: Path, report: Report) -> SplitLists:
         ids = ((f"{prefix[split]}:{row.key}", row) for row in rows.rows)
         samples[split] = [Sample(name, row.label, row.source) for name, row in ids if name not in excluded]
         if not rows.rows and split != "val":
-            report.error("S02", f"the shards of {split} contain no images")
+            report.error("S02", f"the shards of {split} ({', '.join(options.splits[split])}) contain no images")
     shared = "val" in prefix and prefix["val"] == prefix.get("test")
     ids_of = {split: [] if split == "val" and shared else [sample.id for sample in samples[split]] for split in SPLITS}
     check_duplicates(ids_of, card.same_images, report)
@@ -109,11 +115,11 @@ def _check_labels(split: str, rows: Rows, count: int, report: Report) -> None:
 
 def _class_names(base: Path) -> list[str]:
     try:
-        text = read_text(resolve(base, "classnames.txt"), _LARGEST_NAMES)
+        text = read_text(resolve(base, NAMES_FILE), _LARGEST_NAMES, "utf-8-sig")
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{base / 'classnames.txt'} cannot be read: {error}. Fetch it again.") from error
+        raise DataError(f"{base / NAMES_FILE} cannot be read: {error}. Fetch it again.") from error
     # One line per label, including empty lines: dropping a line would shift all following names.
     return [line.strip() for line in text.rstrip("\n").split("\n")]
 
@@ -127,7 +133,8 @@ def _webdataset(card: Card, base: Path, folder: str, report: Report) -> Rows:
     place = resolve(base, folder, folder=True)
     count_file = resolve(place, "nshards.txt")
     if not count_file.is_file():
-        raise DataError(missing_text(card, base, f"{count_file} (does not exist; it states the number of shards)"))
+        looked_for = f"{count_file} ({remark(count_file)}; it states the number of shards)"
+        raise DataError(missing_text(card, base, looked_for))
     try:
         text = read_bytes(count_file, 100).decode("ascii", "replace").strip()
     except OSError as error:
