@@ -336,3 +336,20 @@ def test_nothing_shown_controls_a_terminal(capsys: pytest.CaptureFixture[str]) -
     assert not set(shown.out + shown.err) & set(HIDDEN)
     assert "[/b] :smile:" in shown.out and "name [/b]" in shown.out
     assert json.loads("[" + shown.out.split("[", 1)[1].split("]", 1)[0] + "]") == [HIDDEN, "a\tb"]
+
+
+@pytest.mark.parametrize(
+    "lines", [["x" * 100_000], [f"line {n}" for n in range(1000)], ["y" * 3000] * 50, ["first", "z" * 99_999, "last"]]
+)
+def test_errors_fit_one_screen(lines: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    _terminal.show_problem("\n".join(lines))
+    shown = capsys.readouterr().err.splitlines()
+    assert sum(max(1, -(-len(line) // 200)) for line in shown) <= 24
+    assert shown[0][:300] == lines[0][:300] and shown[-1][-100:] == lines[-1][-100:]
+    assert len(lines) <= len(shown) or any("lines are left out" in line for line in shown)
+
+
+def test_errors_of_one_screen_are_shown_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "\n".join(f"  - problem {number}" for number in range(22))
+    _terminal.show_problem(text)
+    assert capsys.readouterr().err == text + "\n"

@@ -392,6 +392,7 @@ def test_unknown_attribute_of_the_package_is_an_attribute_error():
         ("text_cfg", {"vocab_size": 10**12}, "text_cfg.vocab_size"),
         ("vision_cfg", {"width": float("inf")}, "vision_cfg.width"),
         ("", {"embed_dim": 10**7}, "embed_dim"),
+        *(("", {"quick_gelu": value}, "quick_gelu is .*; accepted: true or false") for value in (2, {"a": 1}, "no")),
         ("", {"embed_dim": float("nan")}, "embed_dim"),
     ],
 )

@@ -114,8 +114,7 @@ CARD: dict[str, Any] = {
     ),
     "valid": ("reader_options.splits.* left out",),
     "refused": ("sources.0.what left out",),
-    "names": (".yaml", "is not there", "Unknown data set", "own-", "File name too long"),
-    "excluded": ("splits = {'': {}}",),
+    "names": (".yaml", "is not there", "Unknown data set", "own-"),
 }
 KINDS: dict[str, Kind] = {
     # configurations

@@ -138,6 +138,28 @@ def test_coco_annotations(base: Path) -> None:
         read_dataset(many, base.parent)
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            {"images": [{"id": 1, "file_name": "0.png"}, {"id": 1, "file_name": "1.png"}]},
+            "id .1. of images is given twice",
+        ),
+        ({"categories": [{"id": 17, "name": "cat"}, {"id": 17, "name": "sea lion"}]}, "of categories is given twice"),
+        ({"images": [{"id": 1, "file_name": 7}]}, "image .1.: path 7 is not text"),
+        ({"images": [{"id": 1, "file_name": "../0.png"}]}, "leaves the image folder"),
+        ({"annotations": [{"image_id": [1], "category_id": 17}]}, "does not hold COCO's instance annotations"),
+    ],
+)
+def test_coco_ids_and_names_are_checked(base: Path, change: dict[str, Any], match: str) -> None:
+    content = json.loads(coco({1: "0.png", 2: "1.png"}, [(1, 17)])) | change
+    (base / "train.json").write_text(json.dumps(content))
+    (base / "val.json").write_text(coco({7: "5.png"}, [(7, 90)]))
+    options = ListFileOptions({"train": ("train.json",), "test": ("val.json",)}, "images", format="coco")
+    with pytest.raises(DataError, match=match):
+        read_dataset(card(options, task="multilabel", metric="map"), base.parent)
+
+
 def test_json_lines(base: Path) -> None:
     splits = {"train": ("train.txt",), "test": ("test.txt",)}
     options = ListFileOptions(splits, "images", format="jsonl", image_key="img")

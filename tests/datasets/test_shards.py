@@ -100,7 +100,7 @@ def test_class_names_next_to_the_shards(tmp_path: Path) -> None:
     (tmp_path / "toy" / "classnames.txt").write_text("cat\ndog\neel\n\n\n")
     assert read_dataset(a_card(()), tmp_path).class_names == ["cat", "dog", "eel"]
     (tmp_path / "toy" / "classnames.txt").write_text("cat\n\neel\n")  # an empty line does not shift the names
-    refused(a_card(()), tmp_path, "S09 label 1: the class name is empty")
+    refused(a_card(()), tmp_path, "S09 classnames.txt: label 1: the class name is empty")
     (tmp_path / "toy" / "classnames.txt").unlink()
     refused(a_card(()), tmp_path, "S20 there are no class names")
 
@@ -225,7 +225,7 @@ def test_labels_and_keys_over_all_shards(tmp_path: Path) -> None:
     tar(tmp_path / "toy" / "train" / "1.tar", good(3))
     (tmp_path / "toy" / "train" / "nshards.txt").write_text("2")
     refused(card, tmp_path, "S11 s0 is twice in train: in 0.tar and 1.tar")
-    refused(by_hand(tmp_path, good(), []), tmp_path, "S02 the shards of test contain no images")
+    refused(by_hand(tmp_path, good(), []), tmp_path, "S02 the shards of test (test) contain no images")
 
 
 def test_validation_may_share_the_test_shards(tmp_path: Path) -> None:

@@ -305,3 +305,21 @@ def test_settings_are_difftpts_and_are_checked() -> None:
         assert sum(text.startswith(f"{name} is ") for text in texts) == 1
     with pytest.raises(ConfigError, match="leaves none of 4 steps; accepted: 0.25 or more"):
         GenerationSettings(steps=4, strength=0.2)
+
+
+@pytest.mark.parametrize(
+    "about", [7, None, ["--steps 1"], {"options": 7}, {"options": None}, {"options": "--prompt 'a"}]
+)
+def test_a_recipe_with_other_options_than_a_text_is_refused(bank: DiffusionBank, about: Any) -> None:
+    path = bank.folder / "recipe.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"about": about}))
+    with pytest.raises(DataError, match="is not the recipe of a bank"):
+        open_bank(bank.folder)
+
+
+def test_options_of_a_recipe_are_quoted_in_the_advised_command(bank: DiffusionBank, samples: list[Sample]) -> None:
+    path = bank.folder / "recipe.json"  # the options are not part of the id: others may have changed them
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"about": {"options": "--steps 1; touch x $(touch y)"}}))
+    with pytest.raises(DataError) as error:
+        open_bank(bank.folder).images(samples[0].source, 1)
+    assert "--steps '1;' touch x '$(touch' 'y)' --data.name NAME" in str(error.value)

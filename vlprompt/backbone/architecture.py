@@ -75,6 +75,8 @@ def check_config(config: Config, where: str) -> None:
     timm_name = config["vision_cfg"].get("timm_model_name")
     if timm_name and not (isinstance(timm_name, str) and _TIMM_NAME.fullmatch(timm_name)):
         problems.append(f"vision_cfg.timm_model_name is {str(timm_name)[:80]!r}; accepted: the name of a timm model")
+    if not isinstance(config.get("quick_gelu"), bool | None):
+        problems.append(f"quick_gelu is {str(config['quick_gelu'])[:80]}; accepted: true or false")
     options = config["text_cfg"].get("tokenizer_kwargs") or {}
     if not isinstance(options, dict) or not all(
         name in _TOKENIZER_OPTIONS and isinstance(value, str) for name, value in options.items()
