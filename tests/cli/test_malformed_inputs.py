@@ -138,6 +138,57 @@ def test_odd_words_are_refused_by_every_command(name: str, words: str, place: tu
     assert_refused(result, ("command line", "there is no `vlprompt", "no data set matches", "'list "))
 
 
+GRIDS = (
+    *(
+        "",
+        "=",
+        "recipe.lr",
+        "recipe.lr=",
+        "=0.1",
+        "recipe.lr=,",
+        "recipe.lr=a,b",
+        "recipe.lr=0.1,0.1",
+        "recipe.lr=[0.1",
+        ".=",
+    ),
+    *(
+        "recipe.lr=.nan,1",
+        "recipe.lr=-1,1",
+        "recipe.epochs=0,1",
+        "recipe.epochs=1.5,2",
+        f"recipe.epochs={10**30},1",
+        "seed=1,2",
+    ),
+    *(
+        "settings.context_length=0,1",
+        "settings.colour=1,2",
+        "data.name=a,b",
+        "recipe.lr=\x1b[2J,1",
+        f"recipe.lr={'1,' * 2000}2",
+    ),
+    *("settings.context_length={a: 1},2", f"settings.{'x' * 10_000}=1,2"),
+)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: ascii(grid[:30])[1:-1])
+def test_a_grid_that_cannot_be_searched_is_refused(grid: str, place: tuple[Path, Path]) -> None:
+    before = everything_in(place[0])
+    result = command(["search", "--config", "recipe.yaml", "--grid", grid])
+    assert everything_in(place[0]) == before and not result.out
+    assert_refused(result, ("--grid", "grid cannot be searched"))
+
+
+@pytest.mark.parametrize("form", malformed.BYTES)
+def test_damaged_features_are_listed_as_damaged(form: str, place: tuple[Path, Path]) -> None:
+    path = min((place[0] / "cache/features").glob("*.safetensors"))
+    valid, before = path.read_bytes(), command(["cache", "list"])
+    path.write_bytes(malformed.BYTES[form](valid))
+    status, out, err = command(["cache", "list"])
+    path.write_bytes(valid)
+    assert status == 0 and out.count("damaged") == before.out.count("damaged") + 1
+    assert not CONTROLS.search(out + err)
+
+
 PLACES_OF: dict[str, list[str]] = {
     "VLPROMPT_DATA": ["data", "shots", "own-lines"],
     "VLPROMPT_CARDS": ["data", "shots", "own-lines"],

@@ -366,5 +366,5 @@ def test_the_index_is_json(tmp_path: Path, cache: Path) -> None:
     """The schema number must change with the format."""
     read_dataset(by_hand(tmp_path, good(3)), tmp_path)
     content = [json.loads(path.read_text()) for path in cache.iterdir()]
-    assert {tuple(index) for index in content} == {("schema", "entries", "widths", "passed")}
+    assert {tuple(index) for index in content} == {("schema", "entries", "widths", "passed", "sha256")}
     assert shards._SCHEMA == 2 and content[0]["entries"][0][0] == 0 and len(content[0]["entries"][0]) == 5

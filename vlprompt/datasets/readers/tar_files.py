@@ -16,7 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlprompt._files import file_checksum, open_regular, parse_json, read_bytes, sha256_bytes, sha256_text, write_text
+from vlprompt._files import (
+    file_checksum,
+    open_regular,
+    parse_json,
+    read_bytes,
+    sha256_bytes,
+    sha256_json,
+    sha256_text,
+    write_text,
+)
 from vlprompt.datasets.images import HASHED_BYTES, IMAGE_SUFFIXES, MAX_BYTES, PLAIN, Reading, decode_rgb
 from vlprompt.datasets.passed import PassedOver
 from vlprompt.datasets.paths import path_problem
@@ -203,6 +212,8 @@ def kept_index(
     file = Path(cache).expanduser() / "shards" / f"{key}.json"
     try:
         stored = parse_json(read_bytes(file, _LARGEST_INDEX))
+        if stored.pop("sha256") != sha256_json(stored):
+            raise ValueError("it was changed")
         index, passed = check(stored), _passed(stored["passed"])
         report.passed.merge(*passed)
         return index
@@ -217,7 +228,7 @@ def kept_index(
         report.passed.merge(found.content(), found.litter)
     content["passed"] = {"kinds": found.content(), "litter": found.litter}
     if len(report.problems) == before:
-        _store(file, content)
+        _store(file, {**content, "sha256": sha256_json(content)})
     return content
 
 
