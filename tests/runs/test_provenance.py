@@ -119,7 +119,7 @@ def test_a_split_that_trains_on_test_images_is_refused(done: Run, tiny: Tiny, pi
     kept["train"], kept["test"] = kept["test"], kept["train"]
     (pictures / "swapped.json").write_text(json.dumps(kept), encoding="utf-8")
     data = done_config(done).with_data(split="swapped.json").data
-    match = r"(\d+) of the \1 test images of folder are images that the head was trained on"
+    match = r"\d+ of the \d+ test images of folder are images that the head in .* was trained on.*: omit data.split"
     with pytest.raises(ConfigError, match=match):
         evaluate_head(done.folder, data)
     plain = run(tiny("zeroshot").with_data(root=str(pictures)))
@@ -155,6 +155,127 @@ def test_only_runs_on_folders_can_be_named_as_split(pictures: Path, tmp_path: Pa
         load_dataset("folder", root=pictures, split=str(tmp_path / "none"))
 
 
+def move(path: Path, place: Path) -> None:
+    place.parent.mkdir(exist_ok=True)
+    path.rename(place)
+
+
+@pytest.fixture
+def given(image_folder: Path, tmp_path: Path) -> Path:
+    """A folder with train/ and test/ that may be changed."""
+    shutil.copytree(image_folder, tmp_path / "given")
+    return tmp_path / "given"
+
+
+@pytest.mark.parametrize("how", ["moved", "copied", "renamed", "other place"])
+def test_pictures_that_come_to_the_test_images_are_known_by_their_content(how: str, tiny: Tiny, given: Path) -> None:
+    config = tiny("coop", epochs=1, shots=-1).with_data(root=str(given))
+    done = run(config)
+    before = evaluate_head(done.folder, config.data)["total"]
+    name = sorted(path.name for path in (given / "train").iterdir())[0]
+    first, place = given / "train" / name / "0.png", given / "test" / name / "x.png"
+    if how in ("moved", "other place"):
+        move(first, place)
+    elif how == "copied":
+        shutil.copy(first, place)
+    else:
+        (given / "train" / name).rename(given / "aside")
+        (given / "test" / name).rename(given / "train" / name)
+        (given / "aside").rename(given / "test" / name)
+    data = config.data
+    if how == "other place":
+        shutil.move(given, given.with_name("elsewhere"))
+        data = config.with_data(root=str(given.with_name("elsewhere"))).data
+    match = rf"test/{name}/.*' \('train/{name}/.*' at the training\): scores on them would be too high. Move them back"
+    with pytest.raises(ConfigError, match=match):
+        evaluate_head(done.folder, data)
+    if how == "copied":
+        place.unlink()
+        assert evaluate_head(done.folder, data)["total"] == before
+
+
+def test_the_same_file_in_train_and_test_is_named_once_and_not_refused(tiny: Tiny, given: Path) -> None:
+    config = tiny("coop", epochs=1, shots=-1).with_data(root=str(given))
+    name = sorted(path.name for path in (given / "train").iterdir())[0]
+    shutil.copy(given / "train" / name / "0.png", given / "test" / name / "0.png")
+    with pytest.warns(UserWarning, match=f"1 of the 13 test images are the same files.*first 'test/{name}/0.png'"):
+        done = run(config)
+    assert evaluate_head(done.folder, config.data)["total"] == 13
+
+
+def test_large_sets_are_compared_by_their_ids(tiny: Tiny, given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlprompt.datasets.images.HASHED_BYTES", 0)
+    config = tiny("coop", epochs=1, shots=-1).with_data(root=str(given))
+    done = run(config)
+    split = {"train": [], "val": [], "test": []}
+    for path in sorted((given / "train").rglob("*.png")):
+        split["test" if path.stem == "0" else "train"].append([f"train/{path.parent.name}/{path.name}", 0, "a"])
+    for items in split.values():
+        names = sorted({item[0].split("/")[1] for item in items})
+        items[:] = [[item[0], names.index(item[0].split("/")[1]), item[0].split("/")[1]] for item in items]
+    (given / "other.json").write_text(json.dumps(split), encoding="utf-8")
+    with pytest.raises(ConfigError, match="5 of the 5 test images of folder are images that the head in"):
+        evaluate_head(done.folder, config.with_data(split="other.json").data)
+
+
+def test_pictures_replaced_under_their_names_are_other_inputs(tiny: Tiny, given: Path) -> None:
+    config = tiny("coop", epochs=1).with_data(root=str(given))
+    run(config)
+    pictures = sorted((given / "train").rglob("*.png"))
+    pictures[0].write_bytes(pictures[1].read_bytes())
+    with pytest.raises(ConfigError, match="was started from another images;.*another --output"):
+        run(config)
+
+
+def test_another_reading_is_named(tiny: Tiny, given: Path) -> None:
+    config = tiny("coop", epochs=1).with_data(root=str(given))
+    done = run(config)
+    with pytest.warns(UserWarning, match="read with orientation tag and background none, those of the head's.*#ffffff"):
+        evaluate_head(done.folder, config.with_data(background="none").data)
+
+
+@pytest.mark.parametrize("key", ["init_from", "settings.teacher"])
+def test_starts_that_were_trained_on_test_images_are_refused(key: str, done: Run, tiny: Tiny, pictures: Path) -> None:
+    kept = json.loads((done.folder / KEPT_SPLIT).read_text(encoding="utf-8"))
+    kept["train"], kept["test"] = kept["test"], kept["train"]
+    (pictures / "swapped.json").write_text(json.dumps(kept), encoding="utf-8")
+    if key == "init_from":
+        config = tiny("coop", epochs=1, init_from=str(done.folder))
+    else:
+        config = tiny("promptkd", {"teacher": str(done.folder)}, epochs=1)
+    swapped = config.with_data(root=str(pictures), split="swapped.json")
+    with pytest.raises(ConfigError, match=f"scores on them would be too high. Omit {key}, or name a run that"):
+        run(swapped)
+    same = run(config.with_data(root=str(pictures)))
+    assert same.head().training_facts["starts"][0]["split_sha256"] == done.results["data"]["split_sha256"]
+    if key == "init_from":  # what its start was trained on is refused as well
+        (same.folder / "images.json").rename(same.folder / "kept.json")
+        with pytest.raises(ConfigError, match="are images that the head in .* was trained on"):
+            evaluate_head(same.folder, swapped.data)
+        (same.folder / "kept.json").rename(same.folder / "images.json")
+        with pytest.raises(ConfigError, match="are images that the head in .* was trained on"):
+            evaluate_head(same.folder, swapped.data)
+
+
+def test_a_start_of_other_classes_is_refused_if_its_tensors_are_theirs(tiny: Tiny, given: Path) -> None:
+    config = tiny("coop", {"class_specific": True, "context_init": "", "context_length": 2}, epochs=1)
+    done = run(config.with_data(root=str(given)))
+    first = sorted(path.name for path in (given / "train").iterdir())[0]
+    for part in ("train", "test"):
+        (given / part / first).rename(given / part / "zebra")
+    from dataclasses import replace
+
+    with pytest.raises(ConfigError, match="init_from is .*a head of other classes or in another order"):
+        run(replace(config, init_from=str(done.folder)).with_data(root=str(given)))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"trained": {}, "tested": {"a": 1}, "starts": {}}', b"\xff"])
+def test_damaged_kept_images_are_refused(content: bytes, done: Run) -> None:
+    (done.folder / "images.json").write_bytes(content)
+    with pytest.raises(DataError, match="The kept images .*images.json (cannot be read|are damaged)"):
+        evaluate_head(done.folder, done_config(done).data)
+
+
 def test_compare_tells_folders_apart(done: Run, tiny: Tiny, pictures: Path, tmp_path: Path) -> None:
     shutil.copytree(pictures, tmp_path / "copy")
     other = run(tiny("coop", epochs=1).with_data(root=str(tmp_path / "copy")))
@@ -162,7 +283,7 @@ def test_compare_tells_folders_apart(done: Run, tiny: Tiny, pictures: Path, tmp_
     assert any(line.startswith("folder of the images") for line in compare(done.folder, other.folder).data)
 
 
-@pytest.mark.parametrize("name", ["split", "choice of shots", "backbone", "class names", "preprocessing"])
+@pytest.mark.parametrize("name", ["split", "choice of shots", "backbone", "class names", "preprocessing", "images"])
 def test_runs_are_not_resumed_from_other_inputs(name: str, done: Run) -> None:
     path = done.folder / "env.json"
     recorded = json.loads(path.read_text(encoding="utf-8"))
@@ -175,7 +296,8 @@ def test_runs_are_not_resumed_from_other_inputs(name: str, done: Run) -> None:
 def test_runs_of_older_versions_are_reused(done: Run) -> None:
     path = done.folder / "env.json"
     recorded = json.loads(path.read_text(encoding="utf-8"))
-    del recorded["inputs"]["class names"], recorded["inputs"]["preprocessing"]
+    for name in ("class names", "preprocessing", "images"):
+        del recorded["inputs"][name]
     path.write_text(json.dumps(recorded), encoding="utf-8")
     assert run(done_config(done)).reused
 

@@ -32,7 +32,7 @@ from vlprompt.runs.folder import config_sha256
 from vlprompt.runs.run import Run, complete, evaluate_head, harmonic_mean, run
 
 Tiny = Callable[..., RunConfig]
-FILES = {"config.yaml", "env.json", "split.json", "metrics.jsonl", "last.ckpt", "head", "results.json"}
+FILES = {"config.yaml", "env.json", "split.json", "images.json", "metrics.jsonl", "last.ckpt", "head", "results.json"}
 
 
 def one_screen(error: BaseException) -> str:

@@ -123,10 +123,12 @@ recipe, backbone and versions. The status is 0 if the data protocol is the same 
 Example: vlprompt compare runs/coop/demo/RUN runs/mocoop/demo/RUN
 """
 PREDICT_HELP = """\
-vlprompt predict RUN IMAGE... [--top 5] [--backbone.KEY VALUE ...] [--device cpu] [--workers 4] [--json]
+vlprompt predict RUN IMAGE... [--top 5] [--backbone.KEY VALUE ...] [--data.orientation tag|ignore]
+                 [--data.background COLOUR] [--device cpu] [--workers 4] [--json]
 
 Prints the most probable classes of image files, or of all images in folders. Images are turned as their orientation
-tags say, and transparent pixels are white. Files of folders that are no images are counted.
+tags say, and transparent pixels are white, unless the head was trained on your own images read in another way. Files of
+folders that are no images are counted.
 
   RUN               a run folder or a head folder
   IMAGE...          image files or folders
@@ -134,6 +136,10 @@ tags say, and transparent pixels are white. Files of folders that are no images 
   --backbone.KEY VALUE
                     name, pretrained or precision of the backbone, if its weights are in another place than the head
                     says: --backbone.name local-dir:/models/mine; their content must be that of the training
+  --data.orientation tag|ignore
+                    turn images as their orientation tags say, or ignore the tags
+  --data.background COLOUR
+                    white, black or '#rrggbb' behind transparent pixels, or none for the colours that are stored there
   --device D        auto (a GPU if there is one, the default), cpu or cuda
   --workers N       threads that read images (default 0: none besides the program)
   --json            print [{"path": ..., "classes": [{"name": ..., "probability": ...}]}]

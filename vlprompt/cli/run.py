@@ -190,7 +190,7 @@ def _run_config(folder: Path) -> list[Path]:
 def predict_command(words: list[str]) -> int:
     """Run ``vlprompt predict`` and return its exit status."""
     line = read_command_line(words, "predict", flags=("json",), options=("top", *MACHINE_OPTIONS), operands=True)
-    backbone, problems = check_run(line, [], within=("backbone.",))
+    config, problems = check_run(line, [], within=("backbone.", "data.orientation", "data.background"))
     line.problems += [text for text in problems if text not in line.problems]
     if line.configs:
         line.refuse("config", ())
@@ -204,7 +204,7 @@ def predict_command(words: list[str]) -> int:
     if len(line.operands) < 2:
         missing = "IMAGE, at least one file or folder" if line.operands else "RUN and IMAGE"
         line.problems.append(f"{COMMAND_LINE}: missing {missing}: vlprompt predict RUN IMAGE...")
-    if line.problems or head is None or backbone is None:
+    if line.problems or head is None or config is None:
         refuse(line.problems, "predict")
     from vlprompt.runs.predict import predict
     from vlprompt.runs.session import device_of
@@ -215,7 +215,9 @@ def predict_command(words: list[str]) -> int:
         int(top),
         device=device_of(TrainerConfig(accelerator=DEVICES[device])),
         workers=int(workers),
-        backbone=given_backbone(line, backbone.backbone),
+        backbone=given_backbone(line, config.backbone),
+        orientation=config.data.orientation,
+        background=config.data.background,
     )
     if "json" in line.flags:
         show_json(predictions, indent=2)

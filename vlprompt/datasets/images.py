@@ -17,7 +17,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from vlprompt._files import open_regular, read_bytes, sha256_bytes
-from vlprompt.errors import DataError
+from vlprompt.config.run import BACKGROUNDS, is_background
+from vlprompt.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,7 +106,14 @@ def reading_of(*, own: bool, orientation: str | None = None, background: str | N
         own: Whether these are images of the user.
         orientation: ``tag`` or ``ignore``; ``None`` for the default.
         background: ``white``, ``black`` or ``#rrggbb``; ``none`` for the plain conversion; ``None`` for the default.
+
+    Raises:
+        ConfigError: If a value is not accepted.
     """
+    if orientation not in (None, "tag", "ignore"):
+        raise ConfigError(f"data.orientation is {orientation!r}; accepted: 'tag' or 'ignore', or None.")
+    if background is not None and not is_background(background):
+        raise ConfigError(f"data.background is {background!r}; accepted: {BACKGROUNDS}.")
     default = AS_SEEN if own else PLAIN
     colour = COLOURS.get(background, background) if background is not None else default.background
     return Reading(default.orientation if orientation is None else orientation, colour)  # type: ignore[arg-type]
@@ -147,6 +155,15 @@ def stamps_of(sources: Sequence[ImageSource], *, skip: bool = False) -> tuple[li
         if total > HASHED_BYTES:
             return [tried(source.stamp, "unreadable") for source in sources], "size and time"
     return [tried(source.content, "unreadable") for source in sources], "content"
+
+
+def contents_of(sources: Sequence[ImageSource]) -> list[str | None] | None:
+    """Return the SHA-256 of the stored bytes of every image, whatever its reading; None for an unreadable image.
+
+    The list itself is None if the images have more than :data:`HASHED_BYTES` together.
+    """
+    stamps, follow = stamps_of([read_as(source, PLAIN) for source in sources], skip=True)
+    return [None if stamp == "unreadable" else stamp for stamp in stamps] if follow == "content" else None
 
 
 def stamps_record(followed: str) -> dict[str, str]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from vlprompt._files import sha256_json, sha256_lines, sha256_text
-from vlprompt.config.run import BACKGROUNDS, is_background
 from vlprompt.config.texts import DataTexts
 from vlprompt.datasets.card import Card, Metric, describe
 from vlprompt.datasets.catalogue import find_card
@@ -239,10 +238,6 @@ def load_dataset(
         raise ClassNameError(f"data.template is {template!r}; it must contain {{}} exactly once, for the class name.")
     if sampler is not None:
         find_sampler(sampler)
-    if orientation not in (None, "tag", "ignore"):
-        raise ConfigError(f"data.orientation is {orientation!r}; accepted: 'tag' or 'ignore', or None.")
-    if background is not None and not is_background(background):
-        raise ConfigError(f"data.background is {background!r}; accepted: {BACKGROUNDS}.")
     reading = reading_of(own=card.own, orientation=orientation, background=background)
     whole = _read_as(read_dataset(card, root), reading)
     lists = _selected(card, whole, source, target)

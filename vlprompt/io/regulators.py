@@ -17,6 +17,7 @@ from vlprompt._files import parse_json, replacing, sha256_tensors
 from vlprompt._finite import check_finite, not_finite
 from vlprompt._random import restored_random
 from vlprompt.errors import HeadError, VlpromptError, bulleted
+from vlprompt.io.head_files import find_head, read_config
 from vlprompt.meta import Regulator, RegulatorSettings
 from vlprompt.methods import PromptMethod
 
@@ -24,8 +25,13 @@ REGULATOR_FILE = "regulator.safetensors"
 SCHEMA = "vlprompt regulator 1"
 
 
-def save_regulator(regulator: Regulator, folder: Path) -> Path:
+def save_regulator(regulator: Regulator, folder: Path, inputs_sha256: str) -> Path:
     """Write ``folder/regulator.safetensors`` atomically and return it.
+
+    Args:
+        regulator: The regulator.
+        folder: The folder of its meta-training.
+        inputs_sha256: Hash of the inputs of the meta-training, which its head records, too.
 
     Raises:
         NotFiniteError: A learned value is NaN, or infinite without an infinite ``gate_bias``.
@@ -38,6 +44,7 @@ def save_regulator(regulator: Regulator, folder: Path) -> Path:
         "settings": json.dumps(settings),
         "shapes": json.dumps(regulator.shapes),
         "embed_dim": str(regulator.embed_dim),
+        "inputs_sha256": inputs_sha256,
         "sha256": _sha256(tensors),
     }
     with replacing(folder / REGULATOR_FILE) as temporary:
@@ -49,7 +56,8 @@ def load_regulator(folder: str | Path, method: PromptMethod) -> Regulator:
     """Return the regulator that a meta-training saved in ``folder``, for the prompts of ``method``.
 
     Raises:
-        HeadError: The file is missing, damaged or foreign, or belongs to other prompts.
+        HeadError: The file is missing, damaged or foreign, or belongs to other prompts, or to another
+            meta-training than the head in ``folder``.
     """
     path = Path(folder) / REGULATOR_FILE
     if not path.is_file():
@@ -63,6 +71,9 @@ def load_regulator(folder: str | Path, method: PromptMethod) -> Regulator:
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}
         if metadata.get("schema") != SCHEMA or metadata.get("sha256") != _sha256(tensors):
             raise HeadError(f"{path} is damaged, or not a regulator of vlprompt; meta-train again")
+        own = read_config(find_head(folder)).training.get("inputs_sha256")
+        if own is not None and metadata.get("inputs_sha256", own) != own:
+            raise HeadError(f"{path} is of another meta-training than the head in {folder}; meta-train again")
         settings, shapes = parse_json(metadata["settings"]), parse_json(metadata["shapes"])
         settings["gate_bias"] = float(settings["gate_bias"])  # may be infinite
         _check_shapes(shapes, method, path)

@@ -36,6 +36,8 @@ _PROTOCOL: Mapping[str, str] = {
     "data.transform.train": "training transform",
     "data.transform.test": "test transform",
     "data.order": "order of the test images",
+    "data.images_sha256": "content of the images",
+    "data.bank": "recipe of the generated images",
     "data.pixels": "reading of orientation tags and transparency",
 }
 _OTHER: Mapping[str, str] = {
@@ -52,7 +54,8 @@ _OTHER: Mapping[str, str] = {
     "backbone.fingerprint": "content of the weights",
 }
 _OPTIONAL = (
-    *("data.place_sha256", "data.source", "data.target", "data.order", "data.pixels"),
+    *("data.place_sha256", "data.images_sha256", "data.bank", "data.source", "data.target", "data.order"),
+    "data.pixels",
     *("selection.", "config.decomposition", "zeroshot_classifier."),
 )
 

@@ -26,6 +26,7 @@ from vlprompt.config.run import RunConfig
 from vlprompt.config.source import ConfigSource
 from vlprompt.config.texts import identified
 from vlprompt.datasets import FewShotTask
+from vlprompt.datasets.kept_images import contents_by_id
 from vlprompt.engine.fit import make_trainer
 from vlprompt.engine.metrics import METRICS, measured
 from vlprompt.errors import ConfigError
@@ -54,6 +55,7 @@ from vlprompt.runs.session import Session
 from vlprompt.runs.tables import ZERO_SHOT, classifier_of, data_words, render, shots_of
 
 SCHEMA = 1
+_TESTED = ("name", "class_names_sha256", "template", "split_sha256", "test", "pixels")
 _DRAWN = ("shots", "shots_per_class", "seed", "sampler", "train", "val", "shots_sha256", "val_sha256")
 
 
@@ -157,14 +159,15 @@ def _own_run(source: Run, runner: Runner, config: RunConfig) -> dict[str, Any]:
 def _target(done: Run, session: Session, task: FewShotTask, force: bool) -> dict[str, Any]:
     """Return the scores of the run's head and of zero-shot on ``task``'s test images, saved ones if they exist."""
     head_facts = read_json(done.head_dir / CONFIG_FILE) or {}
-    data = task.describe()
+    data, contents = task.describe(), contents_by_id(task.test) if task.card.own else {}
+    images = {"images_sha256": sha256_json(sorted(contents.items()))} if contents else {}
     # Everything these scores depend on: trained tensors, weights, classes, images and transforms.
     key = {
         "schema": SCHEMA,
         "head": head_facts.get("tensors_sha256"),
         "settings": head_facts.get("settings"),
         "backbone": done.results["backbone"]["fingerprint"],
-        "data": {name: data[name] for name in ("name", "class_names_sha256", "template", "split_sha256", "test")},
+        "data": {name: data[name] for name in _TESTED} | images,
         "preprocess": head_facts.get("preprocess"),
         "texts": sha256_json([identified(session.plain["settings"]), task.texts.ensembles]),
     }

@@ -20,6 +20,7 @@ from vlprompt._files import sha256_json, write_json, write_text
 from vlprompt.backbone import Backbone
 from vlprompt.config.keys import as_plain
 from vlprompt.config.meta import MetaRunConfig
+from vlprompt.datasets.images import contents_of
 from vlprompt.datasets.records import Sample
 from vlprompt.engine.callbacks import read_metrics
 from vlprompt.engine.fit import METRICS, check_devices, check_precision, fit, make_trainer
@@ -27,7 +28,7 @@ from vlprompt.engine.memory import peak_memory
 from vlprompt.engine.meta_data import MetaData
 from vlprompt.engine.meta_module import MetaModule
 from vlprompt.errors import ConfigError
-from vlprompt.io.head import Head, backbone_facts
+from vlprompt.io.head import Head, backbone_facts, preprocess_facts
 from vlprompt.io.regulators import REGULATOR_FILE, save_regulator
 from vlprompt.meta import Regulator, RegulatorSettings
 from vlprompt.meta.clustering import Clusters, cluster, without_caption
@@ -189,10 +190,13 @@ class MetaSession:
         if not plain["decomposition"]:  # a key that older meta-trainings do not have
             del plain["decomposition"]
         captioned = zip(self.pairs, self.captions, strict=True)
+        contents = contents_of([pair.source for pair in self.pairs])
         return {
             "configuration": sha256_json([plain, self.config.trainer.precision]),
             "set of pairs": sha256_json([[pair.id, caption] for pair, caption in captioned]),
             "backbone": self.backbone.fingerprint,
+            "preprocessing": sha256_json(preprocess_facts(self.backbone)),
+            **({} if contents is None else {"images": sha256_json(contents)}),
         }
 
 
@@ -263,7 +267,7 @@ def meta_train(config: MetaRunConfig, *, force: bool = False) -> tuple[Path, dic
             }
             Head(method, facts).save_pretrained(folder / HEAD)
             if regulator is not None:
-                save_regulator(regulator, folder)
+                save_regulator(regulator, folder, inputs_sha256)
             write_json(folder / RESULTS, results)  # last, because it marks the run as finished
         return folder, results
 

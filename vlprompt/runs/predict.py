@@ -7,16 +7,25 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from vlprompt.data.transforms import Transform, test_transform
-from vlprompt.datasets.images import AS_SEEN, IMAGE_SUFFIXES, FileSource, Reading, is_image
+from vlprompt.datasets.images import (
+    AS_SEEN,
+    IMAGE_SUFFIXES,
+    PLAIN,
+    FileSource,
+    Reading,
+    is_image,
+    reading_of,
+    tag_and_alpha,
+)
 from vlprompt.datasets.passed import PassedOver
 from vlprompt.engine.metrics import checked_logits
-from vlprompt.errors import ConfigError, DataError, bulleted
-from vlprompt.io.head import load_head
+from vlprompt.errors import ConfigError, DataError, HeadError, bulleted
+from vlprompt.io.head import Head, load_head
 from vlprompt.runs.provenance import backbone_of
 
 
@@ -29,7 +38,8 @@ def predict(
     device: str = "cpu",
     workers: int = 0,
     backbone: Mapping[str, Any] | None = None,
-    reading: Reading = AS_SEEN,
+    orientation: Literal["tag", "ignore"] | None = None,
+    background: str | None = None,
 ) -> list[dict[str, Any]]:
     """Return the ``top`` classes of every image with their probabilities, best first.
 
@@ -42,13 +52,16 @@ def predict(
         workers: Threads that read images; 0 reads them in this one.
         backbone: Fields of the backbone's configuration that differ from those that the head records, such as the
             place of its weights (:func:`vlprompt.runs.provenance.backbone_of`).
-        reading: How orientation tags and transparency are read; by default as viewers show the images.
+        orientation: ``tag`` to turn images as their orientation tags say, ``ignore`` for the stored pixels.
+        background: Colour behind transparent pixels, ``white``, ``black`` or ``#rrggbb``; ``none`` for the stored ones.
+            Both are by default those of the head's training if it was on images of the user, else ``tag`` and
+            ``white``. A warning counts the images that the head's training would have read in another way.
 
     Returns:
         ``[{"path": str, "classes": [{"name": str, "probability": float}, ...]}, ...]`` in the order of the images.
 
     Raises:
-        ConfigError: ``top`` is below 1.
+        ConfigError: ``top`` is below 1, or a value is not accepted.
         DataError: Files are missing or are not images; the text lists them, and nothing is predicted.
         HeadError: The head cannot be loaded.
         NotFiniteError: A score is not finite.
@@ -63,6 +76,13 @@ def predict(
             "of the arguments and of the paths in folders. Another order or choice of images gives other predictions.",
             stacklevel=2,
         )
+    trained = trained_reading(head)
+    base = trained if trained is not None and (trained != PLAIN or _of_user(head)) else AS_SEEN
+    given = reading_of(own=True, orientation=orientation, background=background)
+    reading = Reading(
+        base.orientation if orientation is None else given.orientation,
+        base.background if background is None else given.background,
+    )
     transform = test_transform(head.backbone.preprocess)
     predictions: list[dict[str, Any]] = []
     wrong: list[str] = []
@@ -88,7 +108,45 @@ def predict(
                 predictions.append({"path": str(path), "classes": classes})
     if wrong:
         raise DataError(wrong[0] if len(wrong) == 1 else "images that cannot be used:\n" + bulleted(wrong, limit=8))
+    if trained is not None and trained != reading:
+        _report_pixels(files, reading, trained)
     return predictions
+
+
+def _of_user(head: Head) -> bool:
+    """Return whether the head was trained on a folder of images of the user."""
+    facts = head.training_facts.get("data")
+    return isinstance(facts, Mapping) and not {"place_sha256", "images_sha256"}.isdisjoint(facts)
+
+
+def trained_reading(head: Head) -> Reading | None:
+    """Return how the images of the head's training were read; None if it does not say so."""
+    facts = head.training_facts.get("data")
+    pixels = facts.get("pixels") if isinstance(facts, Mapping) else None
+    if not isinstance(pixels, Mapping):
+        return None
+    try:
+        background = pixels.get("background")
+        return reading_of(own=False, orientation=pixels.get("orientation"), background=background or "none")
+    except ConfigError as error:
+        raise HeadError(f"the head's record of its images is damaged: {error}") from error
+
+
+def _report_pixels(files: Sequence[Path], reading: Reading, trained: Reading) -> None:
+    """Warn of the images that the head's training would have read in another way."""
+    found = [tag_and_alpha(FileSource(str(path))) for path in files]
+    turned = sum(tag for tag, _ in found) if reading.orientation != trained.orientation else 0
+    transparent = sum(alpha for _, alpha in found) if reading.background != trained.background else 0
+    parts = [f"{turned:,} with an orientation tag"] if turned else []
+    parts += [f"{transparent:,} with transparent pixels"] if transparent else []
+    if parts:
+        warnings.warn(
+            f"{' and '.join(parts)} of {len(files):,} images: they are read with orientation {reading.orientation} and "
+            f"background {reading.background or 'none'}, the images of the head's training were read with orientation "
+            f"{trained.orientation} and background {trained.background or 'none'} (--data.orientation, "
+            "--data.background)",
+            stacklevel=3,
+        )
 
 
 def _view_of(path: Path, transform: Transform, reading: Reading) -> torch.Tensor | DataError:

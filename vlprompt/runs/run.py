@@ -42,7 +42,7 @@ from vlprompt.runs.folder import (
     shift_record,
     versions,
 )
-from vlprompt.runs.provenance import backbone_of, check_images, with_kept_split
+from vlprompt.runs.provenance import backbone_of, check_bank, check_images, check_starts, keep_images, with_kept_split
 from vlprompt.runs.results import is_score, misfits
 from vlprompt.runs.seeds import CROPS, ORDER, drawn_by_seed, unused_draw
 from vlprompt.runs.selection import is_oracle, own_selection, selection_of
@@ -151,9 +151,10 @@ def run_session(session: Session, *, force: bool = False) -> Run:
     if session.trains:
         check_trainable(method, metric_of(task))
     chosen = own_selection(method) or selection_of(config.output)
+    starts = check_starts(session.heads, session.drawn)
     inputs, inputs_sha256 = session.inputs(), session.inputs_sha256()
     with opened(folder, session.plain, inputs, force=force), tally() as images:
-        keep_split(folder, session.drawn)
+        _keep(session)
         known = None if force else _finished(session, inputs_sha256)
         if known is not None:
             _load_trained(method, folder, inputs_sha256)
@@ -181,7 +182,9 @@ def run_session(session: Session, *, force: bool = False) -> Run:
             "config_sha256": session.sha256,
             "inputs_sha256": inputs_sha256,
             "backbone": backbone_facts(method.backbone),
-            "data": data_record(task, method.backbone, config.data.transform) | session.order_record(),
+            "data": data_record(task, method.backbone, config.data.transform)
+            | session.data_facts()
+            | session.order_record(),
             "versions": versions(),
             "seed_draws": drawn_by_seed(method, config),
             "results": scores,
@@ -193,7 +196,8 @@ def run_session(session: Session, *, force: bool = False) -> Run:
             "train": {**trained, "peak_mb": peak.megabytes},
             **source,
         }
-        facts = {"run": folder.name, "inputs_sha256": inputs_sha256, "data": task.describe()}
+        facts: dict[str, Any] = {"run": folder.name, "inputs_sha256": inputs_sha256}
+        facts |= {"data": task.describe() | session.data_facts(), **({"starts": starts} if starts else {})}
         if used := use_of_test_images(method):
             results["test_images"] = facts["test_images"] = used
         if chosen:
@@ -205,6 +209,14 @@ def run_session(session: Session, *, force: bool = False) -> Run:
             Head(method, facts).save_pretrained(folder / HEAD)
             write_json(folder / RESULTS, results)  # last, because it marks the run as finished
         return Run(folder, results)
+
+
+def _keep(session: Session) -> None:
+    """Write the split of a folder of the user, and the contents of images of the user, into the run folder."""
+    keep_split(session.folder, session.drawn)
+    learns = session.trains or isinstance(session.method, FittedMethod)
+    starts = [folder for _, folder in session.heads]
+    keep_images(session.folder, session.task, starts, session.contents, learns=learns)
 
 
 def _trained(session: Session, inputs_sha256: str) -> tuple[pl.Trainer, Selected | None]:
@@ -256,10 +268,11 @@ def validate(config: RunConfig, *, force: bool = False, after: Session | None = 
     session.check_selection()
     if session.trains:
         check_trainable(method, metric_of(task))
+    check_starts(session.heads, session.drawn)
     inputs_sha256 = session.inputs_sha256()
     record = {"schema": SCHEMA, "inputs_sha256": inputs_sha256, "val_sha256": task.describe()["val_sha256"]}
     with opened(folder, session.plain, session.inputs(), force=force), tally():
-        keep_split(folder, session.drawn)
+        _keep(session)
         known = None if force else read_json(folder / VALIDATION)
         if known is not None and known.items() >= record.items() and is_score(known.get("val")):
             return dict(known["val"])
@@ -383,6 +396,7 @@ def evaluate_head(
     session = Session.of_head(head, with_kept_split(folder, data, head), seed=seed, trainer=trainer)
     session.check_order()
     check_images(folder, head, session.drawn, trains=session.trains)
+    check_bank(head, session.bank_id)
     method, task = session.method, session.task
     quiet = make_trainer(trainer, Path(folder), 1, gradient=method.needs.gradient)
     with tally():  # reports skipped images

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt._dist import local_rank
-from vlprompt._files import sha256_json, sha256_lines, sha256_tensors
+from vlprompt._files import file_checksum, sha256_json, sha256_lines, sha256_tensors
 from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.config.keys import as_plain
@@ -25,10 +25,11 @@ from vlprompt.config.types import expanded, make, over_defaults
 from vlprompt.data import FewShotData
 from vlprompt.data.transforms import FIXED_KINDS, WHOLE_KINDS
 from vlprompt.datasets import FewShotTask, load_dataset
+from vlprompt.datasets.kept_images import Contents, contents_by_id
 from vlprompt.engine.fit import check_devices, check_precision
-from vlprompt.errors import ConfigError, VlpromptError, bulleted
+from vlprompt.errors import ClassNameError, ConfigError, VlpromptError, bulleted
 from vlprompt.generation import open_bank
-from vlprompt.io.head import Head, learned_tensors, preprocess_facts
+from vlprompt.io.head import Head, learned_tensors, load_head, preprocess_facts
 from vlprompt.io.regulators import load_regulator
 from vlprompt.io.statistics import read_statistics
 from vlprompt.meta import Regulator
@@ -36,6 +37,7 @@ from vlprompt.methods import PromptMethod, create_method, get_method_class
 from vlprompt.methods.episodic import ViewsMethod
 from vlprompt.methods.fitted import FewShotFeatures, FittedMethod, check_known
 from vlprompt.methods.registry import check_start, given_texts, merge_parts, resolved_templates, text_lists
+from vlprompt.methods.teacher import is_head
 from vlprompt.objectives import get_objective_class
 from vlprompt.prompts.decomposed import get_decomposition_class
 from vlprompt.runs.effect import note, without_idle
@@ -169,10 +171,11 @@ class Session:
 
     def inputs(self) -> dict[str, str]:
         """Return the checksums of the inputs of the run."""
+        config, images = self.config, self.images_sha256
         state = {"initial prompts": self.method.trained_state()}
         if self.regulator is not None:
             state["gradient regulator"] = self.regulator.state_dict()
-        named = (self.config.method, self.config.settings, self.config.objectives)
+        named = (config.method, config.settings, config.objectives)
         refers = any(map(has_references, given_texts(*named).values()))  # to a card or list, which may change
         return {
             **({"templates": sha256_json(resolved_templates(*named, self.drawn.texts))} if refers else {}),
@@ -181,8 +184,47 @@ class Session:
             "backbone": self.backbone.fingerprint,
             "class names": sha256_lines(self.task.class_names),
             "preprocessing": sha256_json(preprocess_facts(self.backbone)),
-            **({"bank": self._bank(self.method).recipe_id} if self.config.data.bank and self._generates() else {}),
+            **({} if images is None else {"images": images}),
+            **({} if self.bank_id is None else {"bank": self.bank_id}),
+            **({"source statistics": files_sha256(config.data.statistics)} if config.data.statistics else {}),
             **{name: sha256_tensors(tensors, lambda name, tensor: name) for name, tensors in state.items()},
+        }
+
+    @cached_property
+    def contents(self) -> Contents:
+        """The SHA-256 of every image of the user's data set by id; empty for other data sets, and for large ones."""
+        lists = self.drawn.lists
+        if lists is None or not self.drawn.card.own:
+            return {}
+        return contents_by_id([*lists.train, *lists.val, *lists.test])
+
+    @cached_property
+    def images_sha256(self) -> str | None:
+        """The SHA-256 of the images of the user, or of their sizes if they are many; None for other data sets."""
+        lists = self.drawn.lists
+        if lists is None or not self.drawn.card.own:
+            return None
+        if self.contents:
+            return sha256_json(sorted(self.contents.items()))
+        samples = [*lists.train, *lists.val, *lists.test]
+        return sha256_json(sorted([sample.id, sample.source.stored_bytes()] for sample in samples))
+
+    @cached_property
+    def bank_id(self) -> str | None:
+        """The id of the recipe of ``data.bank``; None if the method uses no generated images."""
+        return self._bank(self.method).recipe_id if self.config.data.bank and self._generates() else None
+
+    @property
+    def heads(self) -> list[tuple[str, str]]:
+        """The settings that name heads which the method starts from, or learns from, and their folders."""
+        named = [("init_from", self.config.initial_head), ("settings.teacher", self.config.settings.get("teacher"))]
+        return [(key, folder) for key, folder in named if folder and is_head(folder)]
+
+    def data_facts(self) -> dict[str, Any]:
+        """Return facts about the data for the records of results and heads, besides those of the task."""
+        return {
+            **({} if self.images_sha256 is None else {"images_sha256": self.images_sha256}),
+            **({} if self.bank_id is None else {"bank": self.bank_id}),
         }
 
     def inputs_sha256(self) -> str:
@@ -331,10 +373,22 @@ class Session:
             VlpromptError: One of them cannot be read or does not fit.
         """
         if folder := self.config.initial_head:
-            tensors, _ = learned_tensors(folder, method.backbone)
-            method.start_from(tensors)
+            method.start_from(self._initial_tensors(folder, method))
         self.set_statistics(method)
         return method
+
+    def _initial_tensors(self, folder: str, method: PromptMethod) -> dict[str, Tensor]:
+        """Return the learned tensors of ``init_from``, in the order of the classes of ``method``."""
+        tensors, head = learned_tensors(folder, method.backbone)
+        names = list(head.class_names)
+        if head.method != method.name or names == method.class_names or len(names) != len(method.class_names):
+            return tensors  # tensors of classes have another shape if their number differs
+        try:
+            return load_head(folder, method.backbone).method.with_classes(method.class_names).head_state()
+        except ClassNameError as error:
+            raise ConfigError(
+                f"init_from is {folder!r}, a head of other classes or in another order: {error}"
+            ) from error
 
     def set_statistics(self, method: PromptMethod) -> None:
         """Set the source statistics of ``data.statistics``.
@@ -602,6 +656,8 @@ class Session:
             self.backbone = other.backbone.to(device)
         if "drawn" in known and _request(theirs.data, theirs.seed) == _request(config.data, config.seed):
             self.drawn = other.drawn
+            if "contents" in known:
+                self.contents = other.contents
 
 
 # -- loading functions ------------------------------------------------------------------------------------------------
@@ -621,6 +677,11 @@ def load_parts(session: object, *names: str) -> None:
         raise missing[0]
     if missing:
         raise ConfigError(f"two things are missing.\n\n1. {missing[0]}\n\n2. {missing[1]}")
+
+
+def files_sha256(paths: Sequence[str]) -> str:
+    """Return the SHA-256 of the contents of files, in their order."""
+    return sha256_json([file_checksum(Path(path).expanduser()) for path in paths])
 
 
 def load_task(data: DataConfig, seed: int) -> FewShotTask:
