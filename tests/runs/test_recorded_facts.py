@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from open_clip import CLIP
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
 import vlprompt
@@ -65,6 +65,8 @@ class World:
 def made(validated_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     place = tmp_path_factory.mktemp("world")
     shutil.copytree(validated_folder, place / "pictures")
+    for path in (place / "pictures" / "val").rglob("*.png"):  # some are test images, too
+        ImageOps.flip(Image.open(path)).save(path)
     (place / "weights").mkdir()
     settings = {"model_cfg": {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}, "preprocess_cfg": {}}
     (place / "weights" / "open_clip_config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -100,7 +102,7 @@ def world(made: World, tmp_path: Path) -> Iterator[World]:
 
 #: Warnings of other packages are not looked at.
 PLACES = (str(Path(__file__)), str(Path(vlprompt.__file__).parent))
-GRID = {"recipe.lr": [0.002, 0.02]}
+GRID = {"recipe.batch_size": [4, 8]}
 
 
 def teaching(config: RunConfig, done: Run) -> RunConfig:

@@ -272,8 +272,8 @@ def keep_images(folder: Path, task: FewShotTask, starts: Sequence[str], contents
     twice = [(name, known_contents[text]) for name, text in kept.tested.items() if text in known_contents]
     if twice:
         warnings.warn(
-            f"{len(twice)} of the {len(lists.test)} test images are the same files as training images, first "
-            f"{twice[0][0]!r} and {twice[0][1]!r}: scores on them are too high",
+            f"{len(twice)} of the {len(lists.test)} test images are the same files as training or validation images, "
+            f"first {twice[0][0]!r} and {twice[0][1]!r}: scores on them are too high",
             stacklevel=2,
         )
     write_kept_images(path, kept)
