@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 from vlprompt.cli.bank import bank
 from vlprompt.config.run import RunConfig
 from vlprompt.errors import ConfigError, VlpromptError
-from vlprompt.runs.run import run
+from vlprompt.generation.recipe import Recipe, read_recipe
+from vlprompt.runs.run import evaluate_head, run
 
 Tiny = Callable[..., RunConfig]
 
@@ -45,6 +47,19 @@ def test_without_a_bank_or_with_too_small_a_one(tiny: Tiny, folder: Path, tmp_pa
         run(configured(tiny, folder, 3))
     with pytest.raises(VlpromptError, match="nowhere"):
         run(configured(tiny, tmp_path / "nowhere", 2))
+
+
+def test_a_bank_of_another_recipe_is_not_taken_for_the_run_s(tiny: Tiny, folder: Path, tmp_path: Path) -> None:
+    (own,) = folder.glob("*/recipe.json")
+    shutil.copytree(own.parent, tmp_path / "other")
+    recipe = read_recipe(own.read_text(encoding="utf-8"), str(own))
+    text = Recipe({**recipe.facts, "seed": 7}, recipe.about).text()
+    (tmp_path / "other" / "recipe.json").write_text(text, encoding="utf-8")
+    done, config = run(configured(tiny, folder, 2)), configured(tiny, tmp_path / "other", 2)
+    with pytest.raises(ConfigError, match="was started from another bank;.*another --output"):
+        run(config)
+    with pytest.warns(UserWarning, match=f"images of the recipe .*the head's run were of {recipe.id[:16]}"):
+        evaluate_head(done.folder, config.data)
 
 
 def test_without_generated_images_no_bank_is_needed(tiny: Tiny) -> None:

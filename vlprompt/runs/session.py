@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt._dist import local_rank
-from vlprompt._files import file_checksum, sha256_json, sha256_lines, sha256_tensors
+from vlprompt._files import sha256_json, sha256_lines, sha256_tensors
 from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.config.keys import as_plain
@@ -186,7 +186,6 @@ class Session:
             "preprocessing": sha256_json(preprocess_facts(self.backbone)),
             **({} if images is None else {"images": images}),
             **({} if self.bank_id is None else {"bank": self.bank_id}),
-            **({"source statistics": files_sha256(config.data.statistics)} if config.data.statistics else {}),
             **{name: sha256_tensors(tensors, lambda name, tensor: name) for name, tensors in state.items()},
         }
 
@@ -677,11 +676,6 @@ def load_parts(session: object, *names: str) -> None:
         raise missing[0]
     if missing:
         raise ConfigError(f"two things are missing.\n\n1. {missing[0]}\n\n2. {missing[1]}")
-
-
-def files_sha256(paths: Sequence[str]) -> str:
-    """Return the SHA-256 of the contents of files, in their order."""
-    return sha256_json([file_checksum(Path(path).expanduser()) for path in paths])
 
 
 def load_task(data: DataConfig, seed: int) -> FewShotTask:
