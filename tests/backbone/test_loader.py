@@ -297,7 +297,7 @@ def test_folder_refuses_other_weights_and_another_activation(folder):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{not json", "is not JSON"),
+        ("{not json", "cannot be read as JSON"),
         ("[]", "lacks model_cfg"),
         ('{"model_cfg": {"embed_dim": 3}}', "lacks model_cfg"),
         (json.dumps({"model_cfg": CONFIG, "preprocess_cfg": [1]}), "not a table"),

@@ -73,7 +73,8 @@ def test_folder_holds_what_is_promised(finished: tuple[RunConfig, Run], tmp_path
     environment = json.loads((folder / "env.json").read_text())
     assert environment["seeds"] == {"run": 1, "shots": 1}
     assert {"vlprompt", "torch", "open_clip_torch", "pytorch-lightning", "python"} <= environment["versions"].keys()
-    assert set(environment["inputs"]) == {"split", "choice of shots", "backbone", "initial prompts"}
+    own = {"class names", "preprocessing", "images"}
+    assert set(environment["inputs"]) == {"split", "choice of shots", "backbone", "initial prompts"} | own
     assert {"command", "git", "machine"} <= environment.keys()
 
     results = json.loads((folder / "results.json").read_text())
@@ -174,10 +175,10 @@ def test_other_images_are_refused(tiny: Tiny, image_folder: Path, tmp_path: Path
     config = tiny("coop").with_data(root=str(other))
     assert config_sha256(config) != config_sha256(tiny("coop"))  # a folder of images is named by its place
     done = run(config)
-    before = stamps(done.folder)
     link = tmp_path / "link"
     link.symlink_to(other)
     assert run(config.with_data(root=str(link))).reused  # the same folder by another name
+    before = stamps(done.folder)
     next((other / "train").rglob("*.png")).rename(next((other / "train").iterdir()) / "another name.png")
     with pytest.raises(ConfigError, match="was started from another split.*another --output.*--force") as caught:
         run(config)
