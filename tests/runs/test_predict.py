@@ -143,3 +143,24 @@ def test_an_unfinished_run_says_so_on_the_command_line(
     assert main(["predict", str(tmp_path), str(photos / "B.png")]) == 2
     out, err = capsys.readouterr()
     assert out == "" and "the run is not finished" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_reading_is_that_of_the_training_on_own_images_unless_it_is_given(
+    own: bool, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"pixels": {"orientation": "ignore", "background": None}} | ({"place_sha256": "x"} if own else {})
+    Head(load_head(run_folder).method, {"data": data}).save_pretrained(tmp_path / "head")
+    path = tmp_path / "clear.png"
+    Image.new("RGBA", (64, 64), (200, 30, 30, 40)).save(path)
+    words = ["predict", str(tmp_path), str(path), "--json"]
+    said: dict[str, tuple[Any, str]] = {}
+    for background in ("", "none", "white"):
+        assert main([*words, *(["--data.background", background] if background else [])]) == 0
+        shown = capsys.readouterr()
+        said[background] = json.loads(shown.out), shown.err
+    assert said[""][0] == said["none" if own else "white"][0] != said["white" if own else "none"][0]
+    assert said["none"][1] == "" and "note: 1 with transparent pixels of 1 images: they are read" in said["white"][1]
+    assert main([*words, "--data.orientation", "up"]) == 2 and "'tag', 'ignore'" in capsys.readouterr().err
+    assert main([*words, "--data.shots", "2"]) == 2
+    assert "Accepted:" in (error := capsys.readouterr().err) and "--data.background" in error
