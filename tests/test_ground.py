@@ -21,6 +21,7 @@ from vlprompt._files import (
     LEFTOVER,
     canonical_json,
     file_checksum,
+    home_path,
     leftovers,
     lock,
     replacing,
@@ -33,6 +34,7 @@ from vlprompt._files import (
     write_json,
     write_text,
 )
+from vlprompt.errors import ConfigError
 
 VLPROMPT = Path(_dist.__file__).parent
 
@@ -81,6 +83,12 @@ def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+def test_an_unknown_home_folder_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert home_path("~/a") == Path.home() / "a" and home_path("a/~") == Path("a/~")
+    with pytest.raises(ConfigError, match="'~nobody-here/a' is not known. .*export HOME=FOLDER"):
+        home_path("~nobody-here/a")
 
 
 def test_json_is_written_indented_with_a_final_newline(tmp_path: Path) -> None:
@@ -254,6 +262,7 @@ ELSEWHERE = {
     "sysconf(": {"_memory.py"},
     'replace("_", " ")': {"prompts/words.py"},
     "FileLock": set(),
+    "expanduser(": {"_files.py"},
     "lockf(": {"_files.py"},
     "flock(": {"_files.py"},
     "open_lock(": {"_files.py", "runs/folder.py"},

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from vlprompt.errors import ConfigError
+
 if sys.platform == "win32":
     import msvcrt
 else:
@@ -30,6 +32,21 @@ if TYPE_CHECKING:
 _PREFIX = ".writing-"
 #: The name of a temporary file; the group is what it was to become, without its suffix.
 LEFTOVER = re.compile(rf"{re.escape(_PREFIX)}(.+)-[^-]+-[^-]+\.tmp")
+
+
+def home_path(path: str | Path) -> Path:
+    """Return ``path`` with the home folder in place of a leading ``~`` or ``~user``.
+
+    Raises:
+        ConfigError: That user or home folder is not known.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"the home folder in {str(path)!r} is not known. Write the whole path, or say where it is: "
+            "export HOME=FOLDER"
+        ) from None
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

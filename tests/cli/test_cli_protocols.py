@@ -156,7 +156,9 @@ def test_compare_says_by_its_status_whether_the_data_differ(
         data |= {"seed": seed, "transform": {"train": "t", "test": "t"}}  # type: ignore[dict-item]
         backbone = dict.fromkeys(("name", "pretrained", "precision", "fingerprint"), "x")
         config = {"settings": {}, "recipe": {}}
-        return json.dumps({"data": data, "backbone": backbone, "config": config, "method": method})
+        scores = {"all": {"accuracy": 50.0, "correct": 1, "total": 2}}
+        runs = {"results": scores, "zeroshot": scores, "train": {}}
+        return json.dumps({"data": data, "backbone": backbone, "config": config, "method": method, **runs})
 
     monkeypatch.chdir(tmp_path)
     for name, text in (("a", results(1, "coop")), ("b", results(1, "mocoop")), ("c", results(2, "coop"))):

@@ -47,7 +47,7 @@ def paint(path: Path, mode: str = "RGB") -> Path:
 
 # -- configurations ---------------------------------------------------------------------------------------------------
 CONFIGS: dict[str, tuple[str | bytes, str]] = {
-    "larger than any": ("# " + "x" * 1_000_100 + "\nmethod: coop\n", "bad.yaml holds 1,000,"),
+    "larger than any": ("# " + "x" * 1_000_100 + "\nmethod: coop\n", "bad.yaml cannot be read: it has 1,000,"),
     "a bomb of aliases": ("a: &a [x, x]\nb: &b [*a, *a]\nmethod: *b\n", "aliases (*name) are not accepted"),
     "nested without end": ("method: " + "[" * 3000 + "\n", "bad.yaml"),
     "tabs": ("data:\n\tshots: 4\n", "bad.yaml, line 2"),
@@ -143,7 +143,7 @@ SPLITS: dict[str, tuple[Prepare, str]] = {
     "byte order mark": (with_split(b"\xef\xbb\xbf{}"), "split_zhou_Caltech101.json is not valid JSON"),
     "not UTF-8": (with_split(b'{"train": "\xff"}'), "split_zhou_Caltech101.json is not valid JSON"),
     "NaN": (with_split(b'{"train": NaN, "val": [], "test": []}'), "NaN is not JSON"),
-    "nested without end": (with_split(b"[" * 100_000), "split_zhou_Caltech101.json is nested too deeply"),
+    "nested without end": (with_split(b"[" * 100_000), "split_zhou_Caltech101.json is not valid JSON: it is nested too deeply"),
     "a part as a table": (with_split({**FULL, "test": {"a": 1}}), "'test' is a dict"),
     "nothing to train on": (with_split({**FULL, "train": []}), "'train' is empty"),
     "item as a text": (with_split(first("0/train.jpg")), "train[0]: expected [path, label, class name], got a str"),
@@ -326,7 +326,7 @@ def test_it_ends_in_one_screen_that_names_the_culprit(
     # from, and may be resumed; nothing else is ever left, least of all something half-written.
     left = {path for path in everything_in(tmp_path) - before if not path.startswith("cache/")} - {"cache"}
     files = {Path(path).name for path in left if (tmp_path / path).is_file() and not path.endswith(".lock")}
-    assert files <= ({"config.yaml", "env.json"} if "decode" in text or "8 bits" in text else set())
+    assert files <= ({"config.yaml", "env.json", "split.json"} if "decode" in text or "8 bits" in text else set())
 
 
 def test_many_of_every_kind() -> None:

@@ -423,7 +423,7 @@ BAD_FILES: dict[str, tuple[str | bytes, str]] = {
     "two documents": ("seed: 1\n---\nseed: 2\n", r"^bad.yaml, line 2: not valid YAML"),
     "not UTF-8": (b"seed: 1\noutput: \xff\n", r"^bad.yaml, line 2: not UTF-8 text \(byte 0xff\)$"),
     "NUL byte": (b"seed: 1\noutput: a\x00b\n", r"^bad.yaml, not valid YAML: unacceptable character"),
-    "too large": ("#" * MAX_CONFIG_BYTES + "\nseed: 1\n", r"^bad.yaml holds 1,000,009 bytes; .* at most 1,000,000$"),
+    "too large": ("#" * MAX_CONFIG_BYTES + "\nseed: 1\n", r"^bad.yaml cannot be read: it has 1,000,009 bytes; at most 1,000,000 are read$"),
     "deep nesting": ("seed: " + "[" * 20000, r"^bad.yaml, not usable YAML: nested too deeply$"),
     "alias bomb": ("output: &a [x, x]\nseed: [*a, *a]\n", r"^bad.yaml, line 2: not valid YAML: aliases"),
     "python tag": ("seed: !!python/object/apply:os.system [ls]\n", r"^bad.yaml, line 1: .* tags \(tag:.*os.system\)"),
@@ -533,10 +533,10 @@ def test_a_configuration_that_is_not_there_is_named_with_the_nearest(toys: Path,
 def test_an_unreadable_file_says_so(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (toys / "bad.yaml").write_text("seed: 1\n")
 
-    def deny(self: Path) -> bytes:
+    def deny(*_: Any) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", deny)
+    monkeypatch.setattr("vlprompt.config.yaml.read_bytes", deny)
     assert refused("--config", "bad.yaml") == ["bad.yaml cannot be read: Permission denied"]
 
 
@@ -578,6 +578,7 @@ def test_overrides_outside_of_what_a_command_takes_are_refused(toys: Path) -> No
         "command line: '--recipe.epochs' is not an option of `vlprompt eval`. "
         "Accepted: --data.name, --data.root, --data.shots, --data.classes, --data.transform, --data.template, "
         "--data.workers, --data.source, --data.target, --data.split, --data.sampler, --data.shots_file, "
-        "--data.on_bad_image, --data.cached_views, --data.bank, --data.order, --data.statistics, --seed."
+        "--data.on_bad_image, --data.cached_views, --data.bank, --data.order, --data.statistics, --data.orientation, "
+        "--data.background, --seed."
     ]
     assert config is not None and (config.recipe.epochs, config.data.shots) == (3, 2)

@@ -11,10 +11,8 @@ import copy
 import dataclasses
 import io
 import json
-import os
 import re
 import shutil
-import sys
 import tarfile
 import types
 import warnings
@@ -26,8 +24,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 import pytest
 
-import vlprompt
 from tests.datasets.layouts import encoded, write_layout
+from tests.fixtures.audit import touching
 from vlprompt.config.run import RunConfig
 from vlprompt.config.types import field_hints, literals
 from vlprompt.datasets import card_files
@@ -41,54 +39,6 @@ from vlprompt.datasets.records import SPLITS
 from vlprompt.errors import ConfigError, VlpromptError
 from vlprompt.pairs import load
 from vlprompt.runs.folder import run_folder
-
-# -- what a process touches -------------------------------------------------------------------------------------------
-#: Audit events of files, with the positions of the paths that are opened or changed.
-_EVENTS = {
-    "open": (0,), "os.listdir": (0,), "os.scandir": (0,), "os.mkdir": (0,), "os.rmdir": (0,), "os.remove": (0,),
-    "os.rename": (0, 1), "os.link": (0, 1), "os.symlink": (1,), "os.truncate": (0,), "os.chmod": (0,), "os.utime": (0,),
-}  # fmt: skip
-_NEVER = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.", "pickle.find_class")
-_READABLE = tuple(
-    os.path.realpath(place)
-    for place in (sys.prefix, sys.base_prefix, Path(vlprompt.__file__).parents[1], "/proc", "/sys", "/dev/null")
-)
-_seen: list[str] | None = None
-_hooked = False
-
-
-def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if _seen is None:
-        return
-    if event.startswith(_NEVER):
-        _seen.append(event)
-    for position in _EVENTS.get(event, ()):
-        if isinstance(path := arguments[position], str | bytes | os.PathLike):
-            writes = event not in ("open", "os.listdir", "os.scandir") or (
-                event == "open" and bool((arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-            )
-            _seen.append(("w" if writes else "r") + os.path.realpath(os.fsdecode(path)))
-
-
-@contextlib.contextmanager
-def touching(*roots: Path) -> Iterator[list[str]]:
-    """Yield a list that has, afterwards, what was read or written outside ``roots`` (and read of the installation)."""
-    global _seen, _hooked
-    if not _hooked:
-        sys.addaudithook(_hook)  # it cannot be removed
-        _hooked = True
-    inside = tuple(map(os.path.realpath, roots))
-    outside: list[str] = []
-    _seen = []
-    try:
-        yield outside
-    finally:
-        found, _seen = _seen, None
-        for entry in dict.fromkeys(found):
-            allowed = inside if entry[0] == "w" else (*inside, *_READABLE)
-            if not any(entry[1:] == root or entry[1:].startswith(root + os.sep) for root in allowed):
-                outside.append(entry)
-
 
 # -- texts of an option class -----------------------------------------------------------------------------------------
 Steps = tuple[str | type, ...]

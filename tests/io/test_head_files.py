@@ -7,8 +7,9 @@ import json
 import os
 import re
 import shutil
+import stat
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import vlprompt
+from tests.fixtures.audit import touching
 from vlprompt.backbone import Backbone
 from vlprompt.errors import HeadError
 from vlprompt.io import Head, load_head
@@ -345,3 +347,61 @@ def test_saving_the_same_head_twice_gives_the_same_bytes(demo: Backbone, tmp_pat
     first, second = made(demo).save_pretrained(tmp_path / "a"), made(demo).save_pretrained(tmp_path / "b")
     for name in ("config.json", "head.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+# -- untrusted heads --------------------------------------------------------------------------------------------------
+def _leaves(value: Any, steps: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The steps to every text of a JSON value; of a list only the first item."""
+    if isinstance(value, str):
+        yield steps
+    items = value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else ()
+    for step, inner in items:
+        yield from _leaves(inner, (*steps, step))
+
+
+def test_no_text_of_a_head_reads_a_file_elsewhere(demo: Backbone, tmp_path: Path) -> None:
+    made(demo, "mocoop").save_pretrained(tmp_path / "head")
+    path, secret = tmp_path / "head" / "config.json", tmp_path / "secret.json"
+    secret.write_text(json.dumps({name: ["a secret {}."] for name in NAMES}))
+    config = json.loads(path.read_text())
+    steps_of = list(_leaves(config))
+    assert ("settings", "templates", 0) in steps_of
+    for *steps, last in steps_of:
+        for text in (f"file:{secret}", f"descriptors:{secret}", str(secret), "../secret.json", f"local-dir:{tmp_path}"):
+            changed = json.loads(json.dumps(config))
+            place = changed
+            for step in steps:
+                place = place[step]
+            place[last] = text
+            path.write_text(json.dumps(changed))
+            with touching(tmp_path / "head") as outside, contextlib.suppress(HeadError):
+                load_head(tmp_path / "head", demo)
+            assert outside == [], (steps, last, text)
+
+
+def test_a_head_whose_configuration_repeats_a_key_or_names_a_file_is_refused(demo: Backbone, tmp_path: Path) -> None:
+    made(demo).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    text = path.read_text()
+    for changed, match in (
+        (text.replace('"schema": 1', '"schema": 1, "schema": 1'), "'schema' is given twice"),
+        (
+            text.replace('"objectives": {}', '"objectives": {"x": {"y": ["file:/etc/passwd"]}}'),
+            "names a file, 'file:/etc",
+        ),
+    ):
+        assert changed != text
+        path.write_text(changed)
+        with pytest.raises(HeadError, match=match):
+            load_head(tmp_path, demo)
+
+
+def test_modes_of_a_head_follow_the_umask(demo: Backbone, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        made(demo).save_pretrained(tmp_path / "head")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "head").iterdir()}
+    assert modes == {"config.json": 0o640, "head.safetensors": 0o640}
+    assert stat.S_IMODE((tmp_path / "head").stat().st_mode) == 0o750

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlprompt._files import home_path
 from vlprompt.errors import BackboneError
 
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -40,8 +41,8 @@ def cache_folder() -> Path:
     """Return vlprompt's cache folder: ``$VLPROMPT_CACHE``, else ``vlprompt`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     folder = os.environ.get("VLPROMPT_CACHE")
     if folder:
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vlprompt"
+        return home_path(folder)
+    return home_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vlprompt"
 
 
 def published(name: str, tag: str, config: dict[str, Any]) -> Published:
@@ -71,7 +72,7 @@ def find_or_fetch(source: Published) -> Path:
     for file in source.files:
         if source.repo and (path := _in_hub_cache(source.repo, file)):
             return path
-    old = Path("~/.cache/clip").expanduser() / source.url.rpartition("/")[2]
+    old = home_path("~/.cache/clip") / source.url.rpartition("/")[2]
     if "openaipublic" in source.url and old.is_file():
         return old
     if not source.repo:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlprompt._files import parse_json, read_text
+from vlprompt._files import home_path, parse_json, read_text
 from vlprompt.backbone.architecture import (
     ARCHIVE_FIELDS,
     Config,
@@ -126,7 +126,7 @@ def _registered(
     tag, path = _tag_and_path(name, pretrained)
     entry = _entry(name, tag) if tag else None
     if entry is None:
-        return _registered_file(name, config, Path(pretrained).expanduser(), precision, quick_gelu, image_size)
+        return _registered_file(name, config, home_path(pretrained), precision, quick_gelu, image_size)
     trained_with = bool(entry.get("quick_gelu", False))
     _check_activation(quick_gelu, trained_with, f"the weights {tag!r} of {name}")
     path = path or find_or_fetch(published(name, str(tag), entry))
@@ -175,11 +175,11 @@ def _tag_and_path(name: str, pretrained: str) -> tuple[str | None, Path | None]:
     """
     pair = re.fullmatch(r"([\w.-]+)=(.+)", pretrained)
     if pair and _entry(name, pair[1]):
-        return _tag_spelling(pair[1]), Path(pair[2]).expanduser()
+        return _tag_spelling(pair[1]), home_path(pair[2])
     tag = pair[1] if pair and not Path(pretrained).exists() else pretrained
     if _entry(name, pretrained):
         return _tag_spelling(pretrained), None
-    path, _ = split_part(Path(pretrained).expanduser())
+    path, _ = split_part(home_path(pretrained))
     if tag == pretrained and (path.exists() or os.sep in pretrained or path.suffix in _WEIGHT_ENDINGS):
         return None, None
     from open_clip.pretrained import list_pretrained_tags_by_model
@@ -241,7 +241,7 @@ def _from_folder(
         config_path, weights = find_or_fetch_repo(place)
         folder = config_path.parent
     else:
-        folder = Path(place).expanduser()
+        folder = home_path(place)
         if not place or not folder.is_dir():
             raise BackboneError(f"{name}: there is no folder {str(folder)!r}; use one with {CONFIG_FILE} and weights")
         name = f"{kind}:{os.path.abspath(folder)}"  # heads record it, and are used in other directories
@@ -316,7 +316,7 @@ def _from_shapes(pretrained: str | None, precision: str, quick_gelu: bool | None
         raise BackboneError(
             f"{FROM_FILE} needs a file, but pretrained is {pretrained!r}; use --backbone.pretrained /path/to/weights.pt"
         )
-    path = Path(pretrained).expanduser()
+    path = home_path(pretrained)
     state = read_weights(path)
     if advice := prefix_advice(state, str(path)):
         raise BackboneError(f"{path} is not an OpenAI-format CLIP state dict: {advice}")

@@ -7,12 +7,12 @@ torch.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vlprompt._files import home_path
 from vlprompt._terminal import show, show_json, show_problem, text_of
 from vlprompt.cli.parse import COMMAND_LINE, CommandLine, read_command_line, refuse
 from vlprompt.datasets.card import Card, data_roots, describe
@@ -351,7 +351,7 @@ def _get(words: list[str]) -> int:
 
     card = find_card(line.operands[0])
     source = line.options.get("from")
-    file = None if source is None else Path(os.path.expanduser(source))
+    file = None if source is None else home_path(source)
     try:
         left = get(card, _root(line), source_file=file, report=print)
     except DataError:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
-from vlprompt._files import parse_json, read_text, sha256_json
+from vlprompt._files import home_path, parse_json, read_text, sha256_json
 from vlprompt.config.ensembles import ENSEMBLES
 from vlprompt.config.hints import REFERENCES, ClassTexts, Sentence, Texts, checked_texts
 from vlprompt.errors import ConfigError, bulleted, did_you_mean, nearest
@@ -219,7 +219,7 @@ def located(value: Any, folder: Path) -> Any:
     if not isinstance(value, str) or not value.startswith((FILE, DESCRIPTORS)):
         return value
     kind, _, name = value.partition(":")
-    path = folder / Path(name).expanduser()
+    path = folder / home_path(name)
     return f"{kind}:{path}" if path.is_file() else value
 
 
@@ -310,7 +310,7 @@ def _content(name: str, what: str) -> Any:
     Raises:
         ConfigError: The file is missing, too large or no JSON, or a key occurs twice.
     """
-    path = Path(name).expanduser()
+    path = home_path(name)
     try:
         status = path.stat()
         return _parsed(path, status.st_mtime_ns, status.st_size)

@@ -15,7 +15,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlprompt._files import canonical_json, leftovers, locked, open_regular, replacing, sha256_tensors, sha256_text
+from vlprompt._files import (
+    canonical_json,
+    home_path,
+    leftovers,
+    locked,
+    open_regular,
+    replacing,
+    sha256_tensors,
+    sha256_text,
+)
 from vlprompt._finite import check_finite, not_finite
 from vlprompt.data.batches import ImageBatches, make_loader
 from vlprompt.data.pixel_cache import PixelCache
@@ -33,7 +42,7 @@ _VERIFIED: dict[Path, tuple[int, int, int]] = {}
 
 def default_folder() -> Path:
     """Return the default folder: ``features`` under ``$VLPROMPT_CACHE`` or ``~/.cache/vlprompt``."""
-    return Path(os.environ.get("VLPROMPT_CACHE") or "~/.cache/vlprompt").expanduser() / "features"
+    return home_path(os.environ.get("VLPROMPT_CACHE") or "~/.cache/vlprompt") / "features"
 
 
 class Rows(NamedTuple):
@@ -57,7 +66,7 @@ class FeatureStore:
 
     def __init__(self, folder: str | Path) -> None:
         """Store features in ``folder``, which is created with the first entry."""
-        self.folder = Path(folder).expanduser()
+        self.folder = home_path(folder)
         self.encoded = 0
 
     def path(self, key: Mapping[str, Any]) -> Path:

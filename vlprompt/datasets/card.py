@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
+from vlprompt._files import home_path
 from vlprompt.config.ensembles import ENSEMBLES
 from vlprompt.config.hints import REFERENCES
 from vlprompt.config.texts import ENSEMBLE, DataTexts
@@ -324,7 +325,7 @@ class Card:
                 options = replace(self.options, split_file=name)
             return replace(self, reader="split_json", options=options, split=name, classes=Classes())
         if name not in self.splits and self.keeps_split:
-            if os.path.lexists(kept := os.path.join(Path(name).expanduser(), KEPT_SPLIT)):
+            if os.path.lexists(kept := os.path.join(home_path(name), KEPT_SPLIT)):
                 return replace(self, kept=kept)
             raise ConfigError(
                 f"data.split is {name!r}; {self.name} has no splits. Accepted: the folder of a run on it, which holds "
@@ -350,7 +351,7 @@ def data_roots(root: str | Path | None = None) -> list[Path]:
     """Return all absolute data roots: ``root``, else the folders in ``VLPROMPT_DATA``, else ``data``."""
     listed = os.environ.get("VLPROMPT_DATA", "").split(os.pathsep)
     folders = [root] if root is not None else [folder for folder in listed if folder]
-    return [Path(os.path.abspath(Path(folder).expanduser())) for folder in folders or ["data"]]
+    return [Path(os.path.abspath(home_path(folder))) for folder in folders or ["data"]]
 
 
 @functools.lru_cache(maxsize=1)

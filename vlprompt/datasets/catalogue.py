@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlprompt._files import home_path
 from vlprompt.datasets.card import _PACKAGE, ASSETS, Card, stated_class_names
 from vlprompt.datasets.card_files import read_card
 from vlprompt.datasets.readers import read_dataset
@@ -30,7 +31,7 @@ def user_card_folder() -> Path:
     """Return the folder of the user's cards: ``$VLPROMPT_CARDS``, else ``~/.config/vlprompt/datasets``."""
     home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
     named = os.environ.get("VLPROMPT_CARDS")
-    return Path(os.path.abspath(Path(named or f"{home}/vlprompt/datasets").expanduser()))
+    return Path(os.path.abspath(home_path(named or f"{home}/vlprompt/datasets")))
 
 
 def list_datasets(pattern: str = "*") -> list[str]:

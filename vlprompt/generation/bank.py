@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from vlprompt._files import (
     file_checksum,
+    home_path,
     leftovers,
     locked,
     parse_json,
@@ -198,7 +199,7 @@ def create_bank(root: Path, recipe: Recipe) -> DiffusionBank:
     Raises:
         DataError: If it cannot be written, or its recipe is damaged.
     """
-    folder = root.expanduser() / recipe.id[:16]
+    folder = home_path(root) / recipe.id[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / ".lock"):

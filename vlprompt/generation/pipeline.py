@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlprompt._files import file_checksum, parse_json, read_text, sha256_text
+from vlprompt._files import file_checksum, home_path, parse_json, read_text, sha256_text
 from vlprompt.errors import ConfigError, DataError, bulleted, did_you_mean
 from vlprompt.generation.libraries import import_diffusers, quiet
 from vlprompt.generation.recipe import OFFICIAL, GenerationSettings, Recipe
@@ -201,7 +201,7 @@ def _unreadable(settings: GenerationSettings, error: Exception) -> DataError:
 def _folder(settings: GenerationSettings, offline: bool) -> Iterator[Path]:
     """Yield the folder of the pipeline's files."""
     name = settings.pipeline
-    local = Path(name).expanduser()
+    local = home_path(name)
     if name in TINY:
         with tempfile.TemporaryDirectory() as folder:
             yield save_tiny(Path(folder), name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from vlprompt._files import file_checksum, parse_json, read_text
 from vlprompt._finite import not_finite
+from vlprompt.config.texts import DESCRIPTORS, FILE
 from vlprompt.config.types import MaxLen, Name, Positive, validate, validated
 from vlprompt.errors import HeadError, bulleted
 
@@ -117,7 +119,19 @@ def read_config(folder: Path) -> HeadConfig:
     if checked is None:
         lines = "\n  ".join(problem.text[:200] for problem in problems[:20])
         raise HeadError(f"{path} is not a head's configuration:\n  {lines}")
+    for text in _texts([checked.settings, checked.objectives, checked.decomposition]):
+        if text.startswith((FILE, DESCRIPTORS)):
+            raise HeadError(f"{path} names a file, {text[:80]!r}; a head holds its texts themselves. Save it again.")
     return checked
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a plain value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inner)
 
 
 def read_tensors(folder: Path, config: HeadConfig) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vlprompt._files import home_path
 from vlprompt.errors import ConfigError
 
 MEAN, VARIANCE = "source_mean", "source_variance"
@@ -29,7 +30,7 @@ def read_statistics(paths: Sequence[str | Path], shape: tuple[int, int, int]) ->
     Raises:
         ConfigError: A file is missing, holds anything but such tensors, or they do not fit.
     """
-    files = [Path(path).expanduser() for path in paths]
+    files = [home_path(path) for path in paths]
     if len(files) == 1:
         tensors = _read(files[0], load_file)
         found = [tensors.get(name) if isinstance(tensors, dict) else None for name in (MEAN, VARIANCE)]

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vlprompt._files import home_path
 from vlprompt._lazy import provider
 from vlprompt.backbone import Backbone, load_backbone, shapes_only
 from vlprompt.errors import BackboneError, ConfigError
@@ -128,7 +129,7 @@ def is_head(where: str) -> bool:
 
 
 def _folder(where: str) -> Path | None:
-    folder = Path(where).expanduser()
+    folder = home_path(where)
     return folder if where and folder.is_dir() else None
 
 

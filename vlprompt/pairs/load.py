@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vlprompt._files import home_path
 from vlprompt.datasets.card import Card, Classes, Templates
 from vlprompt.datasets.catalogue import find_card, list_datasets
 from vlprompt.datasets.images import AS_SEEN, ImageSource, read_as
@@ -75,9 +76,9 @@ def load_pairs(source: str | Path = "demo-pairs", *, root: str | Path | None = N
         if not path.is_file():
             raise DataError(missing_text(card, base, f"{path} (does not exist)"))
         return _listed(card, path, base)
-    path = Path(os.path.abspath(os.path.expanduser(source)))
+    path = Path(os.path.abspath(home_path(source)))
     if path.suffix.lower() in _LISTS and os.path.isfile(path):
-        base = path.parent if root is None else Path(os.path.abspath(os.path.expanduser(root)))
+        base = path.parent if root is None else Path(os.path.abspath(home_path(root)))
         if not base.is_dir():
             raise ConfigError(
                 f"root is {str(root)!r}, which is not a folder; accepted: the folder of the list's images."

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlprompt._dist import local_rank
-from vlprompt._files import sha256_json, sha256_lines, sha256_tensors
+from vlprompt._files import home_path, sha256_json, sha256_lines, sha256_tensors
 from vlprompt._random import restored_random
 from vlprompt.backbone import Backbone, load_backbone
 from vlprompt.config.keys import as_plain
@@ -627,7 +627,7 @@ class Session:
                 "each test image, and data.bank does not say where they are. Make them with `vlprompt bank` "
                 "and give --data.bank FOLDER, or do without: --settings.generated 0"
             )
-        return open_bank(Path(self.config.data.bank).expanduser())
+        return open_bank(home_path(self.config.data.bank))
 
     def _cached_views(self, method: PromptMethod, task: FewShotTask) -> int:
         """Return the number of random transforms per training image with cached features, by default one per epoch.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlprompt._files import file_checksum, locked, parse_json, read_bytes, replacing, write_json
+from vlprompt._files import file_checksum, home_path, locked, parse_json, read_bytes, replacing, write_json
 from vlprompt._terminal import show
 from vlprompt.datasets.acquire.transfer import Log, Network, Unreachable, download
 from vlprompt.datasets.acquire.unpack import gunzip, unpack
@@ -62,7 +62,7 @@ def get(
     job = _Job(card, base, "" if root is None else f" --root {root}", report, network)
     if source_file is not None:
         with _locked(base, card.name):
-            job.take(Path(source_file).expanduser())
+            job.take(home_path(source_file))
     elif _is_complete(card, root):
         report(f"{card.name} is complete and can be read.")
     elif fetchable := [source for source in card.sources if job.fetchable(source)]:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vlprompt._files import sha256_text, write_text
+from vlprompt._files import home_path, sha256_text, write_text
 from vlprompt.config.yaml import yaml_text
 from vlprompt.datasets.card import Card, Classes, Templates
 from vlprompt.datasets.catalogue import find_card, list_datasets, user_card_folder
@@ -47,7 +47,7 @@ def new_card(name: str, folder: str | Path, template: str = "a photo of a {}.") 
         raise ConfigError(f"a data set {name!r} exists already; choose another name")
     if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
         raise ConfigError(f"--template is {template!r}; it must contain {{}} exactly once, for the class name")
-    base = Path(os.path.abspath(Path(folder).expanduser()))
+    base = Path(os.path.abspath(home_path(folder)))
     lists = _read(base)
     split_file, card_file = base / f"split_{name}.json", user_card_folder() / f"{name}.yaml"
     for path in (split_file, card_file):

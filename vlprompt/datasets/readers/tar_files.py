@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlprompt._files import (
     file_checksum,
+    home_path,
     open_regular,
     parse_json,
     read_bytes,
@@ -209,7 +210,7 @@ def kept_index(
     """
     key = sha256_text(json.dumps([*about, _states(shards)]))
     cache = os.environ.get("VLPROMPT_CACHE") or "~/.cache/vlprompt"
-    file = Path(cache).expanduser() / "shards" / f"{key}.json"
+    file = home_path(cache) / "shards" / f"{key}.json"
     try:
         stored = parse_json(read_bytes(file, _LARGEST_INDEX))
         if stored.pop("sha256") != sha256_json(stored):
