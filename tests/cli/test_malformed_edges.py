@@ -143,7 +143,10 @@ SPLITS: dict[str, tuple[Prepare, str]] = {
     "byte order mark": (with_split(b"\xef\xbb\xbf{}"), "split_zhou_Caltech101.json is not valid JSON"),
     "not UTF-8": (with_split(b'{"train": "\xff"}'), "split_zhou_Caltech101.json is not valid JSON"),
     "NaN": (with_split(b'{"train": NaN, "val": [], "test": []}'), "NaN is not JSON"),
-    "nested without end": (with_split(b"[" * 100_000), "split_zhou_Caltech101.json is not valid JSON: it is nested too deeply"),
+    "nested without end": (
+        with_split(b"[" * 100_000),
+        "split_zhou_Caltech101.json is not valid JSON: it is nested too deeply",
+    ),
     "a part as a table": (with_split({**FULL, "test": {"a": 1}}), "'test' is a dict"),
     "nothing to train on": (with_split({**FULL, "train": []}), "'train' is empty"),
     "item as a text": (with_split(first("0/train.jpg")), "train[0]: expected [path, label, class name], got a str"),

@@ -423,7 +423,7 @@ BAD_FILES: dict[str, tuple[str | bytes, str]] = {
     "two documents": ("seed: 1\n---\nseed: 2\n", r"^bad.yaml, line 2: not valid YAML"),
     "not UTF-8": (b"seed: 1\noutput: \xff\n", r"^bad.yaml, line 2: not UTF-8 text \(byte 0xff\)$"),
     "NUL byte": (b"seed: 1\noutput: a\x00b\n", r"^bad.yaml, not valid YAML: unacceptable character"),
-    "too large": ("#" * MAX_CONFIG_BYTES + "\nseed: 1\n", r"^bad.yaml cannot be read: it has 1,000,009 bytes; at most 1,000,000 are read$"),
+    "too large": ("#" * MAX_CONFIG_BYTES + "\nseed: 1\n", r"^bad.yaml cannot be read: it has 1,000,009 bytes; at most"),
     "deep nesting": ("seed: " + "[" * 20000, r"^bad.yaml, not usable YAML: nested too deeply$"),
     "alias bomb": ("output: &a [x, x]\nseed: [*a, *a]\n", r"^bad.yaml, line 2: not valid YAML: aliases"),
     "python tag": ("seed: !!python/object/apply:os.system [ls]\n", r"^bad.yaml, line 1: .* tags \(tag:.*os.system\)"),
