@@ -192,3 +192,19 @@ def test_arbitrary_lists_give_our_error_only(base: Path, options: ListFileOption
         (base / f"{name}.txt").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(DataError):
         read_dataset(card(options), base.parent)
+
+
+@pytest.mark.parametrize("value", [[1], {"a": 1}, None, 10**30])
+def test_ids_and_labels_of_any_json_value(base: Path, value: Any) -> None:
+    many = card(ListFileOptions(NUMBERS.splits, "images", format="coco"), task="multilabel", metric="map")
+    good = json.loads(coco({1: "0.png"}, [(1, 17)]))
+    for part in ("images", "annotations", "categories"):
+        for key in good[part][0]:
+            text = json.dumps({**good, part: [{**good[part][0], key: value}]})
+            write(base, train=text, test=text)
+            with pytest.raises(DataError, match="S0|S15|S20"):
+                read_dataset(many, base.parent)
+    named = card(ListFileOptions(NUMBERS.splits, "images", format="jsonl", label="name"))
+    write(base, train=json.dumps({"path": "0.png", "label": value}), test='{"path": "2.png", "label": "cat"}')
+    with pytest.raises(DataError, match="train.txt:1: unknown class"):
+        read_dataset(named, base.parent)

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from tests.datasets.layouts import Expected, encoded, write_layout
 from vlprompt.datasets.card import Card, Classes, Templates
 from vlprompt.datasets.options import ShardOptions
+from vlprompt.datasets.readers import parquet as parquet_module
 from vlprompt.datasets.readers import read_dataset, shards
 from vlprompt.datasets.records import Sample, SplitLists
 from vlprompt.errors import DataError
@@ -368,3 +369,24 @@ def test_the_index_is_json(tmp_path: Path, cache: Path) -> None:
     content = [json.loads(path.read_text()) for path in cache.iterdir()]
     assert {tuple(index) for index in content} == {("schema", "entries", "widths", "passed", "sha256")}
     assert shards._SCHEMA == 2 and content[0]["entries"][0][0] == 0 and len(content[0]["entries"][0]) == 5
+
+
+def test_parquet_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, lists = built(tmp_path, **PARQUET)
+    monkeypatch.setattr(parquet_module, "_LARGEST_GROUP", 100)
+    parquet_module._group.cache_clear()
+    with pytest.raises(DataError, match="group 0 has more than 100 bytes of images"):
+        lists.train[0].source.open()
+    monkeypatch.setattr(parquet_module, "_MOST_ROWS", 8)
+    refused(expected.card, tmp_path, "cannot be read as a parquet file: more than 8 rows in all")
+
+
+def test_pipes_among_parquet_files_and_patterns_of_folders(tmp_path: Path) -> None:
+    expected, _ = built(tmp_path, **PARQUET)
+    for path in (tmp_path / "toy" / "data").iterdir():
+        path.unlink()
+        os.mkfifo(path)
+    refused(expected.card, tmp_path, "train-*.parquet (does not exist)")
+    for pattern in (".", "", "data", "**", "data/***"):
+        splits = {"train": (pattern,), "test": (pattern,)}
+        refused(a_card(format="parquet", splits=splits), tmp_path, "(does not exist)")
