@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from vlprompt.data import FewShotData, view_features
+from vlprompt.data import features as store_module
 from vlprompt.data.multi_view import MultiViewImages, RandomViews
 from vlprompt.data.tally import tally
 from vlprompt.data.transforms import Transform
@@ -289,3 +292,16 @@ def test_more_views_than_a_batch(task: FewShotTask, preprocess: Any, tmp_path: P
     raw = images.__getitems__([(0, 3)])["images"]
     assert torch.equal(torch.get_rng_state(), before)
     torch.testing.assert_close(views[:, 3], Encoder()(Transform(preprocess, "crop").finish(raw[0])))
+
+
+def test_an_entry_of_another_number_of_views_is_computed_again(
+    task: FewShotTask, preprocess: Any, tmp_path: Path
+) -> None:
+    expected = build(task, preprocess, tmp_path).view_features("test", 4, "crop").clone()
+    for path in (tmp_path / "store").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        if tensors["features"].ndim == 3:
+            tensors["features"] = tensors["features"][:, :2].contiguous()
+            save_file(tensors, path, {**metadata, "sha256": store_module._sha256(tensors)})
+    assert torch.equal(build(task, preprocess, tmp_path).view_features("test", 4, "crop"), expected)

@@ -117,7 +117,10 @@ class ViewEncoder:
         for start in range(0, len(samples), size):
             block = samples[start : start + size]
             key = {**self.facts, **stored.facts(), "samples_sha256": sha256_lines(stamps[start : start + size])}
-            rows = rows_or_error(self.store, key, partial(self._compute, block, stored), block, self.skip)
+            compute = partial(self._compute, block, stored)
+            rows = rows_or_error(self.store, key, compute, block, self.skip)
+            if rows.features.shape[1:2] != (stored.count,):  # not written by vlprompt
+                rows = self.store.rows(key, compute, number=len(block), recompute=True)
             blocks.append(rows.features)
             missing += [start + position for position in rows.missing]
         width = max((block.shape[-1] for block in blocks), default=0)
