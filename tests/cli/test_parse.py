@@ -452,7 +452,7 @@ BAD_FILES: dict[str, tuple[str | bytes, str]] = {
     "mapping for text": ("output: {a: 1}\n", r"line 1: output is \{'a': 1\}; accepted: a text that is not empty$"),
     "number in quotes in a list": ("settings: {pair: [1, '2']}\n", r"pair\[1\] is '2'; accepted: a whole number$"),
     "inner duplicate in a value": ("settings: {pair: {a: 1, a: 2}}\n", r"line 1: 'settings.pair.a' is given twice"),
-    "misspelled choice": ("data: {transform: centre}\n", r"'centre'; accepted: 'random', .* 'center'\. Did you mean"),
+    "misspelled choice": ("data: {transform: centre}\n", r"'centre'; accepted: 'random', .*\. Did you mean 'center'"),
     "out of range": ("recipe:\n  epochs: 0\n", r"^bad.yaml, line 2: recipe.epochs is 0; accepted: .* of 1 or more, or"),
     "unknown data set": ("data:\n  name: dmo\n", r"^bad.yaml, line 2: data.name is 'dmo', .*Did you mean 'demo'"),
     "unknown setting": ("settings: {lenth: 3}\n", r"no key 'settings.lenth'\. Did you mean 'settings.length'"),

@@ -227,7 +227,7 @@ def test_no_validation_images(tiny: Tiny, tmp_path: Path) -> None:
         ({"settings.context_length": [0]}, ["settings.context_length is 0; accepted: a whole number from 1 to 74"]),
         (
             {"data.transform": ["centre"]},
-            ["data.transform is 'centre'; accepted: 'random', 'random-tensor', 'random-half' or 'center'"],
+            ["data.transform is 'centre'; accepted: 'random', 'random-tensor', 'random-half', 'center', 'pad' or"],
         ),
         ({"recipe.epochs": list(range(1, 1002))}, ["the grid has 1,001 candidates; accepted: at most 1,000"]),
     ],
