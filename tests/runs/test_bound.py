@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from vlprompt.config.run import RunConfig
+from vlprompt.engine.module import PromptModule
 from vlprompt.errors import VlpromptError
-from vlprompt.runs.run import Run, run
+from vlprompt.runs.folder import run_folder
+from vlprompt.runs.run import Run, complete, run
 
 Tiny = Callable[..., RunConfig]
 
@@ -80,3 +82,21 @@ def test_results_of_a_wrong_type_are_refused(change: dict[str, object], two: tup
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(VlpromptError, match="results.json cannot be used"):
         run(config)
+
+
+def test_a_folder_removed_during_the_training_is_whole_at_the_end(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, ended = tiny("coop", epochs=3), PromptModule.on_train_epoch_end
+
+    def removed(module: PromptModule) -> None:
+        ended(module)
+        if module.current_epoch == 1:
+            shutil.rmtree(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptModule, "on_train_epoch_end", removed)
+        folder = run_folder(complete(config))
+        first = run(config)
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.yaml", "env.json", "head", "last.ckpt", "metrics.jsonl", "results.json", "split.json")
+    }
+    assert first.results["train"]["epochs"] == 3 and run(config).reused
