@@ -22,7 +22,8 @@ from vlprompt.config.keys import to_yaml
 from vlprompt.config.meta import MetaConfig, MetaRunConfig, TasksConfig
 from vlprompt.config.run import BackboneConfig, RunConfig, TrainerConfig
 from vlprompt.engine.callbacks import read_metrics
-from vlprompt.errors import ConfigError, HeadError, VlpromptError
+from vlprompt.engine.meta_module import MetaModule
+from vlprompt.errors import ConfigError, HeadError, NotFiniteError, VlpromptError
 from vlprompt.io.regulators import REGULATOR_FILE
 from vlprompt.runs.meta_run import CLUSTERS, host, meta_folder, meta_train
 from vlprompt.runs.run import run
@@ -104,6 +105,26 @@ def test_every_host_by_the_same_code(method: str, order: str, tmp_path: Path, ti
     assert all(not torch.equal(learned[f"learnable.{name}"], value) for name, value in start.prompt_tensors())
     done = run(tiny(method, HOSTS[method], transform="random", epochs=1, init_from=f"gram:{folder}"))
     assert done.results["config"]["init_from"] == f"gram:{folder}"
+
+
+@pytest.mark.parametrize(("part", "bias"), [("prompt.ctx", 1.0), ("gate.weight", math.inf), ("gate.bias", 1.0)])
+def test_a_value_that_is_not_finite_ends_a_meta_training(
+    part: str, bias: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, check = meta_config(tmp_path, gate_bias=bias), MetaModule.on_train_epoch_end
+
+    def spoiled(module: MetaModule) -> None:
+        if module.current_epoch == 1:
+            value = next(value for name, value in module.named_parameters() if part in name)
+            value.data.view(-1)[0] = torch.nan
+        check(module)
+
+    monkeypatch.setattr(MetaModule, "on_train_epoch_end", spoiled)
+    with pytest.raises(NotFiniteError, match=rf"epoch 1 of coop .*\n  - .*{part}: 1 of"):
+        meta_train(config)
+    kept = torch.load(meta_folder(config) / "last.ckpt", weights_only=True)
+    assert kept["epoch"] == 0 and not any(bool(value.isnan().any()) for value in kept["state_dict"].values())
+    assert not (meta_folder(config) / "head").exists() and not (meta_folder(config) / REGULATOR_FILE).exists()
 
 
 def test_it_learns_and_is_reused(learned: Path, tmp_path: Path) -> None:

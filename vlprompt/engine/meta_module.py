@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytorch_lightning as pl
@@ -40,8 +41,9 @@ class MetaModule(FrozenInside):
         return super().learned() | {f"regulator.{name}": value for name, value in state.items()}
 
     def may_be_infinite(self, name: str) -> bool:
-        """Return whether ``name`` is the bias of a gate, which is infinite in a regulator that starts open."""
-        return name.startswith("regulator.") and name.endswith("gate.bias")
+        """Return whether ``name`` is the bias of a gate of a regulator that starts open, where it is infinite."""
+        opened = self.regulator is not None and math.isinf(self.regulator.settings.gate_bias)
+        return opened and name.startswith("regulator.") and name.endswith("gate.bias")
 
     def on_train_epoch_end(self) -> None:
         """Check what is learned; the checkpoint is written afterwards."""
