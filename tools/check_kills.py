@@ -2,10 +2,10 @@
 
 Run: python tools/check_kills.py --folder /tmp/kills [--kills 30] [--first 0] [--seed 1] [--kinds train,bank]
 
-A training, base-to-new, a meta-training, a bank of generated images and a fitted cache (feature store) on the demo take
-turns. Each runs once as a whole. Then it is started, sent SIGKILL, SIGTERM or SIGINT after a random part of that time,
-and started again. Kill N draws from ``--seed`` and N alone, so ``--first 10 --kills 10`` goes on where ``--kills 10``
-ended; whole runs in ``--folder`` are used again.
+A training, base-to-new, a meta-training, a bank of generated images and a fitted cache (feature store) on a few images
+of the demo take turns. Each runs once as a whole. Then it is started, sent SIGKILL, SIGTERM or SIGINT after a random
+part of that time, and started again. Kill N draws from ``--seed`` and N alone, so ``--first 10 --kills 10`` goes on
+where ``--kills 10`` ended; inputs and whole runs in ``--folder`` are used again.
 
 Heads, regulators, stored features, metrics and generated images are compared byte by byte, but for the order of the
 metadata of safetensors files; JSON records without times, memory, counts of encoded images and the place of the folder.
@@ -22,27 +22,56 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402  (the clone must be on the path first)
+
+import vlprompt  # noqa: E402
+import vlprompt.cli.bank  # noqa: E402, F401
+import vlprompt.cli.meta  # noqa: E402, F401
+import vlprompt.cli.protocols  # noqa: E402, F401
+import vlprompt.cli.run  # noqa: E402, F401
+import vlprompt.generation.making  # noqa: E402, F401
+import vlprompt.generation.pipeline  # noqa: E402, F401
+import vlprompt.protocols.base_to_new  # noqa: E402, F401
+import vlprompt.runs.meta_run  # noqa: E402, F401
+from vlprompt.cli.main import main as command_line  # noqa: E402
+
 FAST = ["--trainer.progress", "false", "--trainer.accelerator", "cpu"]
-SHORT = ["--data.shots", "1", "--recipe.epochs", "4"]
-RUNS = ["--output", "{place}/runs"]
+IMAGES = ["--data.name", "folder", "--data.root", "{inputs}/images"]
+SHORT = [
+    *IMAGES,
+    "--backbone.name",
+    "demo",
+    "--backbone.pretrained",
+    "null",
+    "--data.shots",
+    "4",
+    "--recipe.batch_size",
+    "16",
+    *FAST,
+    "--output",
+    "{place}/runs",
+]
 KINDS = {
-    "train": ["train", "--config", "mocoop/demo", *FAST, *SHORT, *RUNS],
-    "base-to-new": ["base-to-new", "--config", "coop/demo", "--seeds", "1,2", *FAST, *SHORT, *RUNS],
+    "train": ["train", "--config", "mocoop/demo", "--recipe.epochs", "8", *SHORT],
+    "base-to-new": ["base-to-new", "--config", "coop/demo", "--seeds", "1,2", "--recipe.epochs", "10", *SHORT],
     "meta-train": [
-        *("meta-train", "--config", "gram/coop-demo", *FAST, *RUNS),
-        *("--meta.steps", "16", "--meta.save_every", "4", "--meta.tasks_per_step", "2", "--meta.inner_steps", "2"),
+        *("meta-train", "--config", "gram/coop-demo", "--pairs.source", "{inputs}/pairs", *FAST),
+        *("--tasks.topics", "4", "--tasks.domains", "2", "--tasks.least", "6", "--tasks.support", "4"),
+        *("--tasks.query", "4", "--meta.steps", "40", "--meta.save_every", "4", "--output", "{place}/runs"),
     ],
     "bank": [
-        *("bank", "--bank", "{place}/bank", "--data.name", "demo", "--data.shots", "1", "--split", "train"),
-        *("--pipeline", "tiny", "--steps", "2", "--device", "cpu", "--count", "1", "--batch-size", "4"),
+        *("bank", "--bank", "{place}/bank", *IMAGES, "--pipeline", "tiny", "--steps", "2", "--device", "cpu"),
+        *("--count", "2", "--batch-size", "4"),
     ],
-    "store": ["train", "--config", "tip_adapter_f/demo", "--data.shots", "1", *FAST, *RUNS],
+    "store": ["train", "--config", "tip_adapter_f/demo", *SHORT],
 }
 # A process that has not set its handlers yet ends by the signal itself, which a shell shows as 128 and its number.
 SIGNALS = {
@@ -53,6 +82,24 @@ SIGNALS = {
 BYTES = ("metrics.jsonl", "*.png", "*.yaml", "*.md")
 JSON = ("results.json", "validation.json", "selection.json", "split.json", "base_to_new-*.json", "recipe.json")
 PASSING = ("seconds", "peak_mb", "encoded")
+
+
+def write_inputs(folder: Path) -> None:
+    """Write the images of eight classes and 160 captioned images, unless they are there."""
+    if folder.is_dir():
+        return
+    demo, draft = vlprompt.load_dataset("demo", shots=4), folder.with_suffix(".draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    for split, samples, most in (("train", demo.train, 4), ("val", demo.val, 2), ("test", demo.test, 6)):
+        for label, name in enumerate(demo.class_names[:8]):
+            (draft / "images" / split / name).mkdir(parents=True)
+            for number, sample in enumerate([sample for sample in samples if sample.label == label][:most]):
+                sample.source.open().save(draft / "images" / split / name / f"{number}.png")
+    (draft / "pairs").mkdir()
+    for number, pair in enumerate(vlprompt.load_pairs("demo-pairs")[:160]):
+        pair.source.open().save(draft / "pairs" / f"{number}.png")
+        (draft / "pairs" / f"{number}.txt").write_text(pair.caption)
+    draft.rename(folder)
 
 
 def lasting(value: Any) -> Any:
@@ -84,14 +131,32 @@ def outcome(place: Path) -> dict[str, str]:
     return found
 
 
-def start(words: list[str], place: Path) -> subprocess.Popen[bytes]:
-    """Start a command with its output and its cache in ``place``; its messages go to ``place``.log."""
-    environment = {**os.environ, "VLPROMPT_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "vlprompt", *(word.format(place=place) for word in words)]
-    with place.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log
-        )
+def start(words: list[str], place: Path) -> int:
+    """Run a command in a forked process with its output and its cache in ``place``; return the process.
+
+    Everything is imported already, so that signals hit the work and not the start. Messages go to ``place``.log.
+    """
+    log = os.open(place.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    process = os.fork()
+    if process == 0:
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ["VLPROMPT_CACHE"] = str(place / "cache")
+        status = 1
+        try:
+            status = command_line([word.format(place=place, inputs=place.parent / "inputs") for word in words])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(log)
+    return process
+
+
+def ended(process: int) -> int:
+    """Wait for a process and return its status, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def emptied(place: Path) -> Path:
@@ -108,7 +173,7 @@ def whole(name: str, folder: Path) -> tuple[float, dict[str, str]]:
     record = place / "seconds"
     if not record.is_file():
         began = time.monotonic()
-        if status := start(KINDS[name], emptied(place)).wait():
+        if status := ended(start(KINDS[name], emptied(place))):
             raise SystemExit(f"{name} ends with {status}: {place.with_suffix('.log').read_text()[-2000:]}")
         record.write_text(str(time.monotonic() - began))
     return float(record.read_text()), outcome(place)
@@ -122,10 +187,10 @@ def kill(number: int, name: str, seed: int, folder: Path) -> bool:
     place = emptied(folder / f"kill-{number}")
     process = start(KINDS[name], place)
     time.sleep(after)
-    hit = process.poll() is None
-    process.send_signal(how)
-    status, found = process.wait(), len(outcome(place))
-    again = start(KINDS[name], place).wait()
+    hit = os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    os.kill(process, how)
+    status, found = ended(process), len(outcome(place))
+    again = ended(start(KINDS[name], place))
     after_all = outcome(place)
     wrong = sorted(path for path in expected.keys() | after_all.keys() if expected.get(path) != after_all.get(path))
     problems = [f"{path} differs" for path in wrong[:3]]
@@ -149,12 +214,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"of {', '.join(KINDS)}")
     given = parser.parse_args()
+    torch.set_num_threads(1)
     # A shell starts background commands with SIGINT ignored, which the commands would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     kinds = given.kinds.split(",")
     if unknown := [name for name in kinds if name not in KINDS]:
         parser.error(f"unknown kinds: {', '.join(unknown)}; accepted: {', '.join(KINDS)}")
     numbers = range(given.first, given.first + given.kills)
+    vlprompt.load_backbone("demo")  # imports what commands import when they need it
+    given.folder.mkdir(parents=True, exist_ok=True)
+    write_inputs(given.folder / "inputs")
     well = [kill(number, kinds[number % len(kinds)], given.seed, given.folder.absolute()) for number in numbers]
     print(f"{len(well)} kills, {well.count(False)} wrong")
     return int(not all(well))
