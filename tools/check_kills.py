@@ -65,11 +65,12 @@ KINDS = {
     "meta-train": [
         *("meta-train", "--config", "gram/coop-demo", "--pairs.source", "{inputs}/pairs", *FAST),
         *("--tasks.topics", "4", "--tasks.domains", "2", "--tasks.least", "6", "--tasks.support", "4"),
-        *("--tasks.query", "4", "--meta.steps", "40", "--meta.save_every", "4", "--output", "{place}/runs"),
+        *("--tasks.query", "4", "--meta.steps", "10", "--meta.save_every", "2", "--meta.tasks_per_step", "2"),
+        *("--output", "{place}/runs"),
     ],
     "bank": [
         *("bank", "--bank", "{place}/bank", *IMAGES, "--pipeline", "tiny", "--steps", "2", "--device", "cpu"),
-        *("--count", "2", "--batch-size", "4"),
+        *("--split", "val", "--count", "2", "--batch-size", "4"),
     ],
     "store": ["train", "--config", "tip_adapter_f/demo", *SHORT],
 }
@@ -80,7 +81,16 @@ SIGNALS = {
     signal.SIGINT: (130, -signal.SIGINT),
 }
 BYTES = ("metrics.jsonl", "*.png", "*.yaml", "*.md")
-JSON = ("results.json", "validation.json", "selection.json", "split.json", "base_to_new-*.json", "recipe.json")
+JSON = (
+    "results.json",
+    "validation.json",
+    "selection.json",
+    "split.json",
+    "config.json",
+    "pictures.json",
+    "recipe.json",
+    "base_to_new-*.json",
+)
 PASSING = ("seconds", "peak_mb", "encoded")
 
 
