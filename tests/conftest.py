@@ -41,7 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what no covering design holds, unless all pairs are wanted or the command line names single ones.
 
-    Workers of xdist take whole runs first. A file of few long tests that comes last would keep one worker busy alone.
+    Workers of xdist take whole runs and commands first. A file of few long tests that comes last would keep one worker
+    busy alone.
     """
     all_wanted = config.getoption("all_pairs") or any(word.endswith("]") for word in config.args)
     dropped = set() if all_wanted else set(left_out(items))
@@ -50,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in dropped]
     if "PYTEST_XDIST_WORKER" in os.environ:
         tests = Counter(item.path for item in items)
-        items.sort(key=lambda item: (item.path.parent.name not in ("runs", "protocols"), -tests[item.path]))
+        items.sort(key=lambda item: (item.path.parent.name not in ("runs", "protocols", "tests"), -tests[item.path]))
 
 
 @pytest.fixture(scope="session")

@@ -151,21 +151,27 @@ def test_outer_gradients_match_finite_differences(
     outer.replay = order == "first"
     generator = torch.Generator().manual_seed(11)
     names = [*outer.tensors(), *(key for key, _ in outer.regulator.named_parameters())]
-    checked = 0
+    # Prompts and tensors of the regulator one by one, all others (norms, a router) in one direction.
+    others = set(outer.tensors()) - {key for key, _ in outer.method.prompt_tensors()}
+    groups: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for label, tensor, gradient in zip(names, learned, gradients, strict=True):
-        if gradient is None:
-            continue
-        direction = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        if gradient is not None:
+            direction = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            groups.setdefault("others" if label in others else label, []).append((tensor, gradient, direction))
+    checked = 0
+    for label, group in groups.items():
         values = []
         for sign in (1, -1):
             with torch.no_grad():
-                tensor += sign * 1e-6 * direction
+                for tensor, _, direction in group:
+                    tensor += sign * 1e-6 * direction
             outer.kept = {key: list(values) for key, values in kept.items()}
             values.append(float(outer.loss().detach()))
             with torch.no_grad():
-                tensor -= sign * 1e-6 * direction
+                for tensor, _, direction in group:
+                    tensor -= sign * 1e-6 * direction
         difference = (values[0] - values[1]) / 2e-6
-        analytic = float((gradient * direction).sum())
+        analytic = sum(float((gradient * direction).sum()) for _, gradient, direction in group)
         assert analytic == pytest.approx(difference, rel=2e-4, abs=1e-8), label
         checked += abs(difference) > 1e-8
     assert checked >= 3  # prompts and both kinds of tensors of the regulator
