@@ -322,6 +322,10 @@ for _name, (_words, _culprit) in COMMANDS.items():
     case(f"command: {_name}", _culprit)(lambda _, words=_words: list(words))
 
 
+#: What a run folder says about the inputs of the run.
+INPUTS = {"config.yaml", "env.json", "images.json", "split.json"}
+
+
 def files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
@@ -336,10 +340,9 @@ def test_a_malformed_input_ends_in_one_screen_that_names_it(
     text = screen(capsys, words)
     assert culprit in text
     assert "Traceback" not in text and len(text.splitlines()) <= 30 and max(map(len, text.splitlines())) <= 400
-    # A run that could not end may be resumed: its configuration and its split stay, but nothing half-written, no head,
-    # no results.
+    # A run that could not end may be resumed: its inputs stay, but nothing half-written, no head, no results.
     left = {path for path in files_in(tmp_path) - before if not path.startswith("cache/")}
-    assert {Path(path).name for path in left if not path.endswith(".lock")} <= {"config.yaml", "env.json", "split.json"}
+    assert {Path(path).name for path in left if not path.endswith(".lock")} <= INPUTS
 
 
 def test_there_are_sixty_and_more_of_every_kind() -> None:

@@ -329,7 +329,9 @@ def test_it_ends_in_one_screen_that_names_the_culprit(
     # from, and may be resumed; nothing else is ever left, least of all something half-written.
     left = {path for path in everything_in(tmp_path) - before if not path.startswith("cache/")} - {"cache"}
     files = {Path(path).name for path in left if (tmp_path / path).is_file() and not path.endswith(".lock")}
-    assert files <= ({"config.yaml", "env.json", "split.json"} if "decode" in text or "8 bits" in text else set())
+    assert files <= (
+        {"config.yaml", "env.json", "images.json", "split.json"} if "decode" in text or "8 bits" in text else set()
+    )
 
 
 def test_many_of_every_kind() -> None:
