@@ -62,7 +62,8 @@ vlprompt eval --protocol NAME --config FILE [--config FILE2 ...] [--seeds 1,2,3]
 The first form evaluates a saved head on the test images of the run's data set, or of the one in --data.*.
 
   RUN               a run folder, or a head folder (then --data.name is needed); a folder of images has the split that
-                    the run kept in split.json: later images join it, and no test image has been trained on
+                    the run kept in split.json, and later images join it; test images that the head was trained on are
+                    refused, known by their content for up to 256 MB of your own images
   --backbone.KEY VALUE
                     name, pretrained or precision of the backbone, if its weights are in another place than the head
                     says; their content must be that of the training
@@ -115,8 +116,9 @@ Example: vlprompt search --config coop/demo --grid recipe.lr=0.002,0.02 --grid r
 COMPARE_HELP = """\
 vlprompt compare A B
 
-Prints the differences between two runs: split, class names, template, images drawn, transforms, and also method,
-recipe, backbone and versions. The status is 0 if the data protocol is the same and 1 if it differs.
+Prints the differences between two runs: folder and content of your own images, split, class names, template, images
+drawn, transforms, and also method, recipe, backbone and versions. The status is 0 if the data protocol is the same and
+1 if it differs.
 
   A, B              run folders, or their results.json
 

@@ -246,7 +246,7 @@ def _data_facts(training: Mapping[str, Any]) -> Mapping[str, Any]:
 def keep_images(folder: Path, task: FewShotTask, starts: Sequence[str], contents: Contents, *, learns: bool) -> None:
     """Write the contents of the images of the user in ``task`` into the run folder, if they are not there yet.
 
-    A warning counts test images that are the same files as training images.
+    A warning counts test images that are the same files as training or validation images.
 
     Args:
         folder: The run folder.
