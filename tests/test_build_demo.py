@@ -6,7 +6,6 @@ import importlib
 import json
 import random
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -16,6 +15,7 @@ import open_clip
 import pytest
 import torch
 
+from tests.fixtures.processes import run_script
 from vlprompt.backbone import Backbone
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -42,7 +42,7 @@ def tool(monkeypatch, tmp_path):
 
 
 def test_check_passes_on_the_shipped_files():
-    done = subprocess.run([sys.executable, str(TOOLS / "build_demo.py"), "--check"], capture_output=True, text=True)
+    done = run_script([sys.executable, str(TOOLS / "build_demo.py"), "--check"])
     assert done.returncode == 0 and done.stdout.strip().endswith("0 problems"), done.stdout + done.stderr
 
 
