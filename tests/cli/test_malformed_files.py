@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.fixtures import malformed
 from tests.fixtures.malformed import CONTROLS, assert_refused, everything_in, remove
@@ -32,6 +34,7 @@ from tests.fixtures.valid_files import (
     command,
     place,
 )
+from vlprompt._files import file_checksum
 from vlprompt.protocols.compare import _OPTIONAL, _OTHER, _PROTOCOL
 
 __all__ = ["place"]
@@ -292,6 +295,7 @@ KINDS: dict[str, Kind] = {
         "weights.safetensors",
         [*ZEROSHOT, "--backbone.name", "from-file", "--backbone.pretrained", "weights.safetensors"],
         "weights.safetensors",
+        "token embeddings",
     ),
     "weights of torch": binary(
         "weights.pt", [*ZEROSHOT, "--backbone.name", "from-file", "--backbone.pretrained", "weights.pt"], "weights.pt"
@@ -433,3 +437,51 @@ def test_compare_shows_or_refuses_every_damaged_field_that_it_compares(place: tu
     finally:
         path.write_bytes(valid)
     assert len(texts) > 200
+
+
+# -- tensors ----------------------------------------------------------------------------------------------------------
+TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "fewer rows": lambda tensor: tensor[:-1],
+    "one more dimension": lambda tensor: tensor[None],
+    "one row": lambda tensor: tensor[0],
+    "a scalar": lambda tensor: tensor.sum(),
+    "nothing": lambda tensor: tensor[:0],
+    "whole numbers": lambda tensor: tensor.long(),
+    "booleans": lambda tensor: tensor > 0,
+    "complex numbers": lambda tensor: tensor.to(torch.complex64),
+    "a NaN": lambda tensor: torch.where(torch.arange(tensor.numel()).reshape(tensor.shape) == 0, torch.nan, tensor),
+    "all infinite": lambda tensor: tensor / 0,
+}
+OF_TENSORS: dict[str, tuple[str, ...]] = {
+    "tensors of a head": ("learnable.prompt.ctx", "class_weights"),
+    "weights": ("visual.conv1.weight", "token_embedding.weight", "transformer.resblocks.1.mlp.c_fc.bias"),
+    "weights in a folder": ("visual.proj", "positional_embedding", "ln_final.weight"),
+}
+
+
+@pytest.mark.parametrize("form", [*TENSORS, "left out", "another name"])
+@pytest.mark.parametrize(("name", "tensor"), [(name, tensor) for name in OF_TENSORS for tensor in OF_TENSORS[name]])
+def test_tensors_of_another_form_are_refused(name: str, tensor: str, form: str, place: tuple[Path, Path]) -> None:
+    folder, kind = place[0], KINDS[name]
+    path = folder / kind.file
+    config = path.with_name("config.json")
+    moved = {one: folder / f"moved-{one.name}" for one in (path, config) if one.exists()}
+    for original, hidden in moved.items():
+        original.rename(hidden)
+    try:
+        tensors = load_file(moved[path])
+        value = tensors.pop(tensor)
+        if form != "left out":
+            change = TENSORS.get(form, torch.clone)
+            tensors["other" if form == "another name" else tensor] = change(value).contiguous()
+        save_file(tensors, path)
+        if config in moved:
+            config.write_text(json.dumps(read(moved[config]) | {"tensors_sha256": file_checksum(path)}))
+        before = everything_in(folder)
+        result = command(kind.words)
+        assert everything_in(folder) == before and not result.out
+        assert_refused(result, (tensor, tensor.removeprefix("learnable."), *kind.names))
+    finally:
+        for original, hidden in moved.items():
+            remove(original)
+            hidden.rename(original)

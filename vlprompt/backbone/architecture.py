@@ -184,7 +184,7 @@ def config_from_shapes(state: Mapping[str, Tensor], source: str) -> Config:
         embed_dim = state["text_projection"].shape[1]
     except (IndexError, KeyError, ValueError) as error:
         raise BackboneError(f"{source} has the names of a CLIP but not its shapes: {error}") from None
-    if width % 64 or vision["width"] % 64 or not text["layers"] or not vision["layers"]:
+    if width % 64 or vision["width"] % 64 or not all((*text.values(), *vision.values(), embed_dim)):
         raise BackboneError(
             f"{source} has the names of a CLIP but not its shapes: text width {width}, {text['layers']} layers; image "
             f"width {vision['width']}, {vision['layers']} layers; widths must be multiples of 64"

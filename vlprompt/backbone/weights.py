@@ -231,7 +231,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, name: str, so
     """Copy ``state`` into ``model``; names and shapes must match exactly.
 
     Raises:
-        BackboneError: Missing or unexpected names, or wrong shapes; the network is unchanged in that case.
+        BackboneError: Missing or unexpected names, wrong shapes, or whole numbers in place of floating-point ones; the
+            network is unchanged in that case.
     """
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
@@ -244,6 +245,13 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, name: str, so
     for scalar in ("logit_scale", "logit_bias"):  # stored as [] or as [1]
         if scalar in fitted and scalar in expected and fitted[scalar].numel() == expected[scalar].numel():
             fitted[scalar] = fitted[scalar].reshape(expected[scalar].shape)
+    wrong = [key for key in expected if key in fitted and _kind_of(fitted[key]) != _kind_of(expected[key])]
+    if wrong:
+        lines = [f"{key}: {fitted[key].dtype}, expected {expected[key].dtype}" for key in wrong]
+        raise BackboneError(
+            f"{source} does not fit {name}: {len(wrong)} tensors hold other numbers.\n{bulleted(lines, limit=4)}\n"
+            "Quantised weights are not supported; use those in float32, float16 or bfloat16."
+        )
     missing = [key for key in expected if key not in fitted]
     unexpected = [key for key in fitted if key not in expected]
     shapes = [key for key in expected if key in fitted and expected[key].shape != fitted[key].shape]
@@ -256,6 +264,10 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, name: str, so
             f"{len(shapes)} with a wrong shape.\n{bulleted(lines)}\n{_remedy(state, name, source, size)}"
         )
     model.load_state_dict(fitted)
+
+
+def _kind_of(tensor: Tensor) -> str:
+    return "float" if tensor.is_floating_point() else "int" if tensor.dtype != torch.bool else "bool"
 
 
 def _remedy(state: Mapping[str, Tensor], name: str, source: str, size: str) -> str:
