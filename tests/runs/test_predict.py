@@ -14,6 +14,7 @@ from PIL import Image
 
 import vlprompt
 from vlprompt.cli.main import main
+from vlprompt.data.transforms import test_transform as test_view
 from vlprompt.datasets import load_dataset
 from vlprompt.errors import ConfigError, DataError, HeadError
 from vlprompt.io import Head, load_head
@@ -71,14 +72,135 @@ def test_every_mode_gets_probabilities_that_add_up(run_folder: Path, photos: Pat
 
 
 def test_the_numbers_are_those_of_the_head(run_folder: Path, photos: Path) -> None:
-    from vlprompt.data.transforms import test_transform
-
     head = load_head(run_folder)
-    image = test_transform(head.backbone.preprocess)(Image.open(photos / "a" / "alpha.png").convert("RGB"))
+    image = test_view(head.backbone.preprocess)(Image.open(photos / "a" / "alpha.png").convert("RGB"))
     expected = head(image[None]).softmax(-1)[0]
     (entry,) = predict(run_folder / "head", [photos / "a" / "alpha.png"], top=2)
     assert [guess["name"] for guess in entry["classes"]] == [NAMES[i] for i in expected.topk(2).indices.tolist()]
     assert [guess["probability"] for guess in entry["classes"]] == pytest.approx(expected.topk(2).values.tolist())
+
+
+# -- cosines and unknown images ---------------------------------------------------------------------------------------
+def scores_of(found: list[dict[str, Any]], name: str = "probability") -> list[float]:
+    return [entry["classes"][0][name] for entry in found]
+
+
+def test_cosines_are_those_of_image_and_class(run_folder: Path, photos: Path) -> None:
+    head = load_head(run_folder)
+    found = predict(run_folder, [photos], top=99, scores="cosine")
+    plain = predict(run_folder, [photos], top=99)
+    scale = float(head.backbone.logit_scale)
+    for entry, other in zip(found, plain, strict=True):
+        assert [guess["name"] for guess in entry["classes"]] == [guess["name"] for guess in other["classes"]]
+        cosines = torch.tensor([guess["cosine"] for guess in entry["classes"]])
+        assert bool((cosines.abs() <= 1).all()) and "unknown" not in entry
+        expected = [guess["probability"] for guess in other["classes"]]
+        assert (scale * cosines).softmax(-1).tolist() == pytest.approx(expected, rel=1e-3)
+    image = test_view(head.backbone.preprocess)(Image.open(photos / "B.png").convert("RGB"))[None]
+    unit = head.method.unit_image(head.method.image_features(image))
+    expected = (unit @ head.text_features().t()).max()
+    (entry,) = predict(run_folder, [photos / "B.png"], top=1, scores="cosine")
+    assert entry["classes"][0]["cosine"] == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "scale"),
+    [("clip_lora", {"logit_scale": 30.0}, 30.0), ("zeroshot", {}, None), ("tip_adapter", {}, 0), ("tda", {}, 0)],
+)
+def test_methods_say_how_their_scores_are_made_of_cosines(
+    method: str, settings: dict[str, Any], scale: float | None
+) -> None:
+    made = vlprompt.create_method(method, vlprompt.load_backbone("demo"), NAMES, **settings)
+    expected = float(made.backbone.logit_scale) if scale is None else scale
+    assert made.cosine_scale == (expected or None)
+
+
+@pytest.mark.parametrize("scores", ["probability", "cosine"])
+def test_images_below_the_threshold_are_unknown(scores: Any, run_folder: Path, photos: Path) -> None:
+    best = scores_of(predict(run_folder, [photos], scores=scores), scores)
+    threshold = sorted(best)[len(best) // 2]
+    found = predict(run_folder, [photos], scores=scores, unknown=threshold)
+    assert [entry["unknown"] for entry in found] == [value < threshold for value in best]
+    assert {entry["unknown"] for entry in found} == {True, False}  # the threshold itself is known
+    assert scores_of(found, scores) == pytest.approx(best)
+    lowest = 0 if scores == "probability" else -1
+    assert not any(entry["unknown"] for entry in predict(run_folder, [photos], scores=scores, unknown=lowest))
+    assert all(entry["unknown"] for entry in predict(run_folder, [photos], scores=scores, unknown=1) if best[0] < 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--unknown", "nan"], "--unknown is 'nan'; accepted: a number from 0 to 1, or from -1 to 1 with --scores"),
+        (["--unknown", "inf"], "--unknown is 'inf'; accepted: a number"),
+        (["--unknown", "50%"], "--unknown is '50%'; accepted: a number"),
+        (["--unknown", "1.01"], "--unknown is 1.01; accepted: a probability from 0 to 1"),
+        (["--unknown", "-0.1"], "--unknown is -0.1; accepted: a probability from 0 to 1"),
+        (["--unknown", "-1.1", "--scores", "cosine"], "--unknown is -1.1; accepted: a cosine from -1 to 1"),
+        (["--unknown"], "--unknown has no value"),
+        (["--scores", "cosin"], "--scores is 'cosin'; accepted: probability or cosine. Did you mean 'cosine'?"),
+    ],
+)
+def test_scores_and_thresholds_that_are_refused(
+    words: list[str], message: str, run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", str(run_folder), str(photos), *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in " ".join(err.split())
+
+
+@pytest.mark.parametrize("unknown", [float("nan"), float("inf"), -0.01, 1.01])
+def test_thresholds_that_are_refused_in_python(unknown: float, run_folder: Path, photos: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--unknown is .*; accepted: a probability from 0 to 1"):
+        predict(run_folder, [photos], unknown=unknown)
+
+
+@pytest.mark.parametrize(
+    ("names", "data", "message"),
+    [
+        (NAMES[:1], {}, "the head has a single class, whose probability is always 1"),
+        (NAMES, {"name": "voc2007", "metric": "map_11point"}, "images of voc2007 have several labels, which share"),
+    ],
+)
+def test_probabilities_without_a_meaningful_threshold(
+    names: list[str], data: dict[str, Any], message: str, tmp_path: Path, photos: Path
+) -> None:
+    method = vlprompt.create_method("zeroshot", vlprompt.load_backbone("demo"), names)
+    Head(method, {"data": data}).save_pretrained(tmp_path / "head")
+    with pytest.raises(ConfigError, match=f"{message}.*; accepted: a cosine, with --scores cosine"):
+        predict(tmp_path, [photos / "B.png"], unknown=0.5)
+    (entry,) = predict(tmp_path, [photos / "B.png"], scores="cosine", unknown=1.0)
+    assert entry["unknown"] is True
+
+
+def test_caches_have_no_cosines(tmp_path: Path, photos: Path) -> None:
+    method = vlprompt.create_method("tip_adapter", vlprompt.load_backbone("demo"), NAMES)
+    Head(method).save_pretrained(tmp_path / "head")
+    with pytest.raises(ConfigError, match="the scores of tip_adapter are more than cosines .*; accepted: probability"):
+        predict(tmp_path, [photos / "B.png"], scores="cosine")
+
+
+def test_unknown_images_in_table_and_json(run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best = scores_of(predict(run_folder, [photos], top=2))
+    words = ["predict", str(run_folder), str(photos), "--top", "2", "--unknown", f"{sorted(best)[3]:.17g}"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(entry["unknown"] for entry in found) == 3 and len(found) == len(best)
+    assert main(words) == 0
+    title, *rows = capsys.readouterr().out.splitlines()
+    assert title.split() == ["image", "answer", "class", "probability"]
+    for entry, row in zip(found, rows[::2], strict=True):
+        name = entry["classes"][0]["name"]
+        assert row.split(entry["path"])[1].split() == [
+            *("unknown" if entry["unknown"] else name).split(),
+            *name.split(),
+            f"{100 * entry['classes'][0]['probability']:.1f}",
+            "%",
+        ]
+    assert main(["predict", str(run_folder), str(photos / "B.png"), "--scores", "cosine", "--top", "1"]) == 0
+    title, row = capsys.readouterr().out.splitlines()
+    (entry,) = predict(run_folder, [photos / "B.png"], top=1, scores="cosine")
+    assert title.split() == ["image", "class", "cosine"] and row.split()[-1] == f"{entry['classes'][0]['cosine']:.4f}"
 
 
 def test_batches_make_no_difference(run_folder: Path, photos: Path) -> None:

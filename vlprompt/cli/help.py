@@ -125,8 +125,8 @@ drawn, transforms, and also method, recipe, backbone and versions. The status is
 Example: vlprompt compare runs/coop/demo/RUN runs/mocoop/demo/RUN
 """
 PREDICT_HELP = """\
-vlprompt predict RUN IMAGE... [--top 5] [--backbone.KEY VALUE ...] [--data.orientation tag|ignore]
-                 [--data.background COLOUR] [--device cpu] [--workers 4] [--json]
+vlprompt predict RUN IMAGE... [--top 5] [--scores probability|cosine] [--unknown T] [--backbone.KEY VALUE ...]
+                 [--data.orientation tag|ignore] [--data.background COLOUR] [--device cpu] [--workers 4] [--json]
 
 Prints the most probable classes of image files, or of all images in folders. Images are turned as their orientation
 tags say, and transparent pixels are white, unless the head was trained on your own images read in another way. Files of
@@ -135,6 +135,11 @@ folders that are no images are counted.
   RUN               a run folder or a head folder
   IMAGE...          image files or folders
   --top K           classes to show per image (default 5)
+  --scores S        probability (default): a softmax over the classes of the head, which says which of them fits best;
+                    cosine: that of image and class, which depends on no other class (with CLIP often 0.2 to 0.4 for
+                    a class that fits); not for caches, whose scores are more than cosines
+  --unknown T       the answer is "unknown" for images with a best score below T, 0 to 1 (cosines: -1 to 1); a column
+                    "answer" shows it, and --json adds "unknown": true or false to every image
   --backbone.KEY VALUE
                     name, pretrained or precision of the backbone, if its weights are in another place than the head
                     says: --backbone.name local-dir:/models/mine; their content must be that of the training
@@ -144,7 +149,7 @@ folders that are no images are counted.
                     white, black or '#rrggbb' behind transparent pixels, or none for the colours that are stored there
   --device D        auto (a GPU if there is one, the default), cpu or cuda
   --workers N       threads that read images (default 0: none besides the program)
-  --json            print [{"path": ..., "classes": [{"name": ..., "probability": ...}]}]
+  --json            print [{"path": ..., "classes": [{"name": ..., "probability": ...}]}], or "cosine": ...
 """
 LIST_HELP = """\
 vlprompt list methods|objectives|decompositions|datasets|backbones|protocols [PATTERN] [--names] [--markdown]

@@ -18,10 +18,14 @@ from vlprompt.config.keys import to_yaml
 from vlprompt.config.run import BackboneConfig, TrainerConfig
 from vlprompt.config.source import origin_of
 from vlprompt.config.yaml import shown
-from vlprompt.errors import HeadError
+from vlprompt.errors import ConfigError, HeadError
 
 RUN_CONFIG = "config.yaml"
 HEAD_FOLDER, HEAD_CONFIG = "head", "config.json"
+UNKNOWN = "unknown"
+"""The answer in the table of predictions for an image below the threshold."""
+
+
 # -- training -----------------------------------------------------------------------------------------------------
 TRAIN_FLAGS, TRAIN_OPTIONS = ("print-config", "dry-run", "force"), ("metrics",)
 
@@ -189,7 +193,8 @@ def _run_config(folder: Path) -> list[Path]:
 
 def predict_command(words: list[str]) -> int:
     """Run ``vlprompt predict`` and return its exit status."""
-    line = read_command_line(words, "predict", flags=("json",), options=("top", *MACHINE_OPTIONS), operands=True)
+    options = ("top", "scores", "unknown", *MACHINE_OPTIONS)
+    line = read_command_line(words, "predict", flags=("json",), options=options, operands=True)
     config, problems = check_run(line, [], within=("backbone.", "data.orientation", "data.background"))
     line.problems += [text for text in problems if text not in line.problems]
     if line.configs:
@@ -200,6 +205,7 @@ def predict_command(words: list[str]) -> int:
     top = line.options.get("top", "5")
     if not re.fullmatch(r"[1-9][0-9]{0,5}", top):
         line.problems.append(f"{COMMAND_LINE}: --top is {top!r}; accepted: a whole number of classes, 1 or more")
+    scores, unknown = _scores(line)
     head = _head_or_problem(line) if line.operands else None
     if len(line.operands) < 2:
         missing = "IMAGE, at least one file or folder" if line.operands else "RUN and IMAGE"
@@ -218,6 +224,8 @@ def predict_command(words: list[str]) -> int:
         backbone=given_backbone(line, config.backbone),
         orientation=config.data.orientation,
         background=config.data.background,
+        scores=scores,
+        unknown=unknown,
     )
     if "json" in line.flags:
         show_json(predictions, indent=2)
@@ -226,12 +234,38 @@ def predict_command(words: list[str]) -> int:
     return 0
 
 
+def _scores(line: CommandLine) -> tuple[Any, float | None]:
+    """Return ``--scores`` and ``--unknown``; what is not accepted becomes a problem of ``line``."""
+    scores, text = line.options.get("scores", "probability"), line.options.get("unknown")
+    if not line.options.keys() & {"scores", "unknown"}:
+        return scores, None
+    from vlprompt.runs.predict import check_scores
+
+    number = text is None or re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?", text)
+    if text is not None and not number:
+        line.problems.append(
+            f"{COMMAND_LINE}: --unknown is {shown(text)}; accepted: a number from 0 to 1, or from -1 to 1 with "
+            "--scores cosine"
+        )
+    unknown = float(text) if text is not None and number else None
+    try:
+        check_scores(scores, unknown)
+    except ConfigError as error:
+        line.problems.append(f"{COMMAND_LINE}: {error}")
+    return scores, unknown
+
+
 def _print_predictions(predictions: Sequence[Mapping[str, Any]]) -> None:
     from rich.table import Table
 
-    table = Table("image", "class", box=None, pad_edge=False)
-    table.add_column("probability", justify="right")
+    score = next(name for name in ("probability", "cosine") if name in predictions[0]["classes"][0])
+    answers = ["answer"] if "unknown" in predictions[0] else []
+    table = Table("image", *answers, "class", box=None, pad_edge=False)
+    table.add_column(score, justify="right")
     for entry in predictions:
         for rank, guess in enumerate(entry["classes"]):
-            table.add_row("" if rank else str(entry["path"]), guess["name"], f"{100 * guess['probability']:.1f} %")
+            value = guess[score]
+            first = [str(entry["path"]), *(UNKNOWN if entry["unknown"] else guess["name"] for _ in answers)]
+            text = f"{100 * value:.1f} %" if score == "probability" else f"{value:.4f}"
+            table.add_row(*(["" for _ in first] if rank else first), guess["name"], text)
     show(text_of(table, shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000))

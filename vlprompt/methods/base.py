@@ -141,7 +141,7 @@ class PromptMethod(nn.Module):
         off: dict[str, str] = {}
         if not cls.trained_by_recipe(config):
             reason = f"{cls.name} takes no gradient steps over the training images"
-            kept = ("test_batch_size", "select")
+            kept = ("test_batch_size", "select", "validate_every")  # the last two are refused
             off |= {f"recipe.{name}": reason for name in field_hints(RecipeConfig) if name not in kept}
             off |= dict.fromkeys(("trainer.accumulate", "data.cached_views"), reason)
             if config.data.transform not in WHOLE_TRANSFORMS:
@@ -225,6 +225,11 @@ class PromptMethod(nn.Module):
         The zero-shot row of the method's results uses it. Empty: the template of the data set.
         """
         return {}
+
+    @property
+    def cosine_scale(self) -> float | None:
+        """The factor of the cosines of image and class in the logits; None if logits are more than scaled cosines."""
+        return float(self.backbone.logit_scale)
 
     def unit_image(self, features: Tensor) -> Tensor:
         """Return unit image features ``[B, D]`` of raw ``features`` ``[B, D]``, adapted by the objectives."""

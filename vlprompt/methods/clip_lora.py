@@ -147,6 +147,12 @@ class CLIPLoRA(PromptMethod):
         added = self.base_model.added("")
         return self.once("classes", lambda: self.unit_text(text.encode(self.layout, added=added)[0]))
 
+    @property
+    def cosine_scale(self) -> float | None:
+        """The factor of the cosines in the logits."""
+        scale = self.settings.logit_scale
+        return super().cosine_scale if scale is None else scale
+
     def score(self, unit_image: Tensor, text_features: Tensor) -> Tensor:
         """Return the logits ``[B, C]``."""
         scale = self.settings.logit_scale

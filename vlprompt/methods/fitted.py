@@ -99,6 +99,11 @@ class FittedMethod(PromptMethod):
         logits: Tensor = self.cache.logits(features.float())
         return logits
 
+    @property
+    def cosine_scale(self) -> float | None:
+        """None: the logits are sums with a cache or another classifier."""
+        return None
+
     def text_features(self, features: Tensor | None = None) -> Tensor:
         """Return the zero-shot classifier ``[C, D]``; a fitted method warns that its scores use more."""
         if self.cache.is_fitted:

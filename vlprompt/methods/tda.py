@@ -141,6 +141,11 @@ class TDA(TemplateViewsMethod):
         """
         self.caches.load_state(state)
 
+    @property
+    def cosine_scale(self) -> float | None:
+        """None: the logits are sums with the caches."""
+        return None
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits ``[B, C]`` of the next B images of the stream, in their order.
 

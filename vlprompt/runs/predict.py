@@ -23,10 +23,14 @@ from vlprompt.datasets.images import (
     tag_and_alpha,
 )
 from vlprompt.datasets.passed import PassedOver
-from vlprompt.engine.metrics import checked_logits
-from vlprompt.errors import ConfigError, DataError, HeadError, bulleted
+from vlprompt.engine.metrics import MULTILABEL, checked_logits
+from vlprompt.errors import ConfigError, DataError, HeadError, bulleted, did_you_mean
 from vlprompt.io.head import Head, load_head
 from vlprompt.runs.provenance import backbone_of
+
+Score = Literal["probability", "cosine"]
+LOWEST: Mapping[str, float] = {"probability": 0.0, "cosine": -1.0}
+"""The lowest value of each score; the highest is 1."""
 
 
 def predict(
@@ -40,8 +44,14 @@ def predict(
     backbone: Mapping[str, Any] | None = None,
     orientation: Literal["tag", "ignore"] | None = None,
     background: str | None = None,
+    scores: Score = "probability",
+    unknown: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the ``top`` classes of every image with their probabilities, best first.
+    """Return the ``top`` classes of every image with their scores, best first.
+
+    A probability is a softmax over the classes of the head: it says which of them fits best, and an image of none of
+    them may have a high one. A cosine is that of image and class, before the logit scale and the softmax, and depends
+    on no other class; with CLIP, those of fitting classes are often between 0.2 and 0.4.
 
     Args:
         folder: A head folder or a run folder.
@@ -56,20 +66,28 @@ def predict(
         background: Colour behind transparent pixels, ``white``, ``black`` or ``#rrggbb``; ``none`` for the stored ones.
             Both are by default those of the head's training if it was on images of the user, else ``tag`` and
             ``white``. A warning counts the images that the head's training would have read in another way.
+        scores: ``probability`` or ``cosine``.
+        unknown: Images with a best score below this threshold are unknown; None: no image is.
 
     Returns:
-        ``[{"path": str, "classes": [{"name": str, "probability": float}, ...]}, ...]`` in the order of the images.
+        ``[{"path": str, "classes": [{"name": str, "probability": float}, ...]}, ...]`` in the order of the images;
+        with cosines, ``"cosine"`` in place of ``"probability"``. With a threshold, every image also has
+        ``"unknown": bool``.
 
     Raises:
-        ConfigError: ``top`` is below 1, or a value is not accepted.
+        ConfigError: ``top`` is below 1; ``scores`` or ``unknown`` are not accepted, or make no sense with the head:
+            scores that are more than cosines (caches), and a threshold on the probability of a single class or of
+            classes that occur together.
         DataError: Files are missing or are not images; the text lists them, and nothing is predicted.
         HeadError: The head cannot be loaded.
         NotFiniteError: A score is not finite.
     """
     if top < 1:
         raise ConfigError(f"--top is {top}; accepted: 1 or more")
+    check_scores(scores, unknown)
     files = image_files(paths)
     head = load_head(folder, backbone_of(folder, backbone or {}, device), device=device)
+    _check_head(head, scores, unknown)
     if head.method.needs.online and len(files) > 1:
         warnings.warn(
             f"{head.method.name} adapts to the images before: these {len(files):,} images are one stream, in the order "
@@ -99,13 +117,12 @@ def predict(
                 continue  # nothing is predicted; only collect further unreadable images
             images = torch.stack([image for image in loaded if isinstance(image, torch.Tensor)])
             logits = checked_logits(head(images.to(head.backbone.device)), head.method.name)
-            probabilities = logits.softmax(dim=-1).cpu()
-            best = probabilities.topk(min(top, len(head.class_names)), dim=-1)
+            shown = logits.softmax(dim=-1) if scores == "probability" else _cosines(logits, head)
+            best = shown.cpu().topk(min(top, len(head.class_names)), dim=-1)
             for path, values, indices in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
-                classes = [
-                    {"name": head.class_names[i], "probability": p} for p, i in zip(values, indices, strict=True)
-                ]
-                predictions.append({"path": str(path), "classes": classes})
+                classes = [{"name": head.class_names[i], scores: x} for x, i in zip(values, indices, strict=True)]
+                entry: dict[str, Any] = {"path": str(path), "classes": classes}
+                predictions.append(entry if unknown is None else entry | {"unknown": values[0] < unknown})
     if wrong:
         raise DataError(wrong[0] if len(wrong) == 1 else "images that cannot be used:\n" + bulleted(wrong, limit=8))
     if trained is not None and trained != reading:
@@ -147,6 +164,39 @@ def _report_pixels(files: Sequence[Path], reading: Reading, trained: Reading) ->
             "--data.background)",
             stacklevel=3,
         )
+
+
+def check_scores(scores: str, unknown: float | None) -> None:
+    """Raise ConfigError if ``scores`` is no score, or ``unknown`` no value of it."""
+    if scores not in LOWEST:
+        raise ConfigError(f"--scores is {scores!r}; accepted: probability or cosine.{did_you_mean(scores, LOWEST)}")
+    if unknown is not None and not LOWEST[scores] <= unknown <= 1:  # also false for NaN
+        raise ConfigError(f"--unknown is {unknown}; accepted: a {scores} from {LOWEST[scores]:g} to 1")
+
+
+def _check_head(head: Head, scores: str, unknown: float | None) -> None:
+    """Raise ConfigError if the head has no such scores, or a threshold on them makes no sense."""
+    method, data = head.method, head.training_facts.get("data")
+    if scores == "cosine" and method.cosine_scale is None:
+        raise ConfigError(
+            f"--scores is 'cosine', but the scores of {method.name} are more than cosines of image and class; "
+            "accepted: probability"
+        )
+    if scores == "cosine" or unknown is None:
+        return
+    why = ""
+    if len(head.class_names) == 1:
+        why = "the head has a single class, whose probability is always 1"
+    elif isinstance(data, Mapping) and data.get("metric") in MULTILABEL:
+        why = f"images of {data.get('name')} have several labels, which share the sum of the probabilities"
+    if why:
+        raise ConfigError(f"--unknown is {unknown}, but {why}; accepted: a cosine, with --scores cosine")
+
+
+def _cosines(logits: torch.Tensor, head: Head) -> torch.Tensor:
+    """Return the cosines ``[B, C]`` of images and classes."""
+    assert head.method.cosine_scale is not None  # _check_head
+    return logits.float() / head.method.cosine_scale
 
 
 def _view_of(path: Path, transform: Transform, reading: Reading) -> torch.Tensor | DataError:
