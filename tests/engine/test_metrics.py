@@ -11,21 +11,32 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+    multiclass_precision,
+    multiclass_recall,
+)
 
 from tests.fixtures.processes import in_group
 from vlprompt.engine.metrics import (
     METRICS,
     OF_ONE_LABEL,
+    OF_SEVERAL_LABELS,
+    ClassCounts,
     MulticlassScores,
     MultilabelScores,
     check_metrics,
+    counts_of,
     eleven_point,
     headline,
     make_scores,
     measured,
     metric_of,
     plain_score,
+    pooled,
     values_of,
 )
 from vlprompt.errors import ConfigError
@@ -37,6 +48,8 @@ LABELS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
 EXPECTED = {
     "map": 100 * ((1 / 2 + 1 / 2 * 2 / 3) + (1 / 2 + 2 / 3 + 3 / 4) / 3) / 2,
     "map_11point": 100 * ((6 * 1 + 5 * 2 / 3) / 11 + 3 / 4) / 2,
+    "cp": 100 * (1 / 2 + 2 / 3) / 2,  # 1 of the 2 images given class 0, 2 of the 3 given class 1
+    "cr": 100 * (1 / 2 + 2 / 3) / 2,  # 1 of the 2 images of class 0, 2 of the 3 of class 1
     "cf1": 100 * (2 * 1 / (2 + 2) + 2 * 2 / (3 + 3)) / 2,  # 2 tp / (given + true) of each class
     "of1": 100 * 2 * 3 / (5 + 5),
     "total": 4.0,
@@ -47,8 +60,8 @@ def of_several(logits: torch.Tensor, labels: torch.Tensor, batch: int = 3) -> di
     scores = MultilabelScores(logits.shape[1])
     for start in range(0, len(logits), batch):
         scores.update(logits[start : start + batch], labels[start : start + batch])
-    values, per_class = scores.score()
-    assert per_class == {}
+    values, counts = scores.score()
+    assert counts.total == labels.sum(dim=0).tolist() and counts.mistakes is None
     return {name: float(value) for name, value in values.items()}
 
 
@@ -86,7 +99,7 @@ def test_a_class_without_positives_is_skipped_in_the_means() -> None:
     )
     assert values["cf1"] == pytest.approx(EXPECTED["cf1"] * 2 / 3)  # MULTI-LANE counts it as 0
     nothing = of_several(LOGITS, torch.zeros(4, 2))
-    assert nothing == {"map": 0.0, "map_11point": 0.0, "cf1": 0.0, "of1": 0.0, "total": 4.0}
+    assert nothing == {**dict.fromkeys(("map", "map_11point", "cp", "cr", "cf1", "of1"), 0.0), "total": 4.0}
 
 
 def naive(scores: list[int], positive: list[int]) -> tuple[Fraction, Fraction]:
@@ -130,19 +143,22 @@ def score_a_share(shares: list[slice]) -> list[dict[str, Any]]:
     if len(LOGITS[rows]):
         multilabel.update(LOGITS[rows], LABELS[rows])
         multiclass.update(LOGITS[rows], LABELS[rows, 0].long())
-    (values, _), (counts, per_class) = multilabel.score(), multiclass.score()
-    return [*({name: float(value) for name, value in scores.items()} for scores in (values, counts)), per_class]
+    (values, several), (scores, one) = multilabel.score(), multiclass.score()
+    plain = [{name: float(value) for name, value in found.items()} for found in (values, scores)]
+    return [*plain, *({**vars(counts), "mistakes": list((counts.mistakes or {}).items())} for counts in (several, one))]
 
 
 @pytest.mark.parametrize("shares", [[slice(0, 3), slice(3, 4)], [slice(0, 4), slice(4, 4)]], ids=["uneven", "all"])
 def test_two_processes_measure_the_same_as_one(shares: list[slice]) -> None:
     first, second = in_group(2, score_a_share, shares)
     assert first == second
-    values, scores, per_class = first
+    values, scores, several, one = first
     assert values == pytest.approx(EXPECTED, rel=1e-6)
+    assert several == {"correct": [1, 2], "total": [2, 3], "answers": [2, 3], "mistakes": []}
     # The guesses are 0, 0, 1, 1; the labels 1, 0, 1, 0.
-    assert per_class == {"correct": [1, 1], "total": [2, 2]}
-    assert (scores["correct"], scores["total"]) == (2, 4)
+    mistakes = [((0, 1), 1), ((1, 0), 1)]
+    assert one == {"correct": [1, 1], "total": [2, 2], "answers": [2, 2], "mistakes": mistakes}
+    assert (scores["correct"], scores["total"], scores["precision"], scores["f1"]) == (2, 4, 50, 50)
 
 
 # -- one label per image --------------------------------------------------------------------------------------------
@@ -150,12 +166,12 @@ def test_counts_per_class_and_their_mean() -> None:
     scores = MulticlassScores(4)
     guesses, labels = torch.tensor([0, 0, 1, 1, 1, 2]), torch.tensor([0, 1, 1, 1, 1, 2])
     scores.update(torch.nn.functional.one_hot(guesses, 4).float(), labels)
-    values, per_class = scores.score()
-    assert per_class == {"correct": [1, 3, 1, 0], "total": [1, 4, 1, 0]}
+    values, counts = scores.score()
+    assert counts == ClassCounts([1, 3, 1, 0], [1, 4, 1, 0], [2, 3, 1, 0], {(1, 0): 1})
     plain = {name: float(value) for name, value in values.items()}
     expected = {"accuracy": 100 * 5 / 6, "correct": 5, "total": 6, "mean_per_class": 100 * (1 + 3 / 4 + 1) / 3}
     assert {name: plain[name] for name in expected} == pytest.approx(expected)
-    assert set(plain_score("accuracy", plain)) == {*expected, "top5", "ece"}
+    assert set(plain_score("accuracy", plain)) == {*OF_ONE_LABEL, "correct", "total"}
     named = plain_score("mean_per_class", plain)
     assert named["metric"] == "mean_per_class" and headline(named) == pytest.approx(plain["mean_per_class"])
     assert headline(plain_score("accuracy", plain)) == 100 * 5 / 6
@@ -164,8 +180,45 @@ def test_counts_per_class_and_their_mean() -> None:
 def test_a_single_class_is_supported() -> None:
     scores = MulticlassScores(1)
     scores.update(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))
-    values, per_class = scores.score()
-    assert per_class == {"correct": [3], "total": [3]} and (float(values["top5"]), float(values["ece"])) == (100, 0)
+    values, counts = scores.score()
+    assert counts == ClassCounts([3], [3], [3], {}) and (float(values["top5"]), float(values["ece"])) == (100, 0)
+    assert float(values["precision"]) == float(values["recall"]) == float(values["f1"]) == 100
+
+
+def test_precision_recall_and_confusions_are_those_of_torchmetrics() -> None:
+    """Classes 7 and 8 have no images; class 7 is an answer, and class 8 is not."""
+    draw = torch.Generator().manual_seed(5)
+    logits, labels = torch.randn(300, 9, generator=draw), torch.randint(0, 7, (300,), generator=draw)
+    logits[:, 8] = -9
+    scores = MulticlassScores(9)
+    for rows in torch.arange(300).split(64):
+        scores.update(logits[rows], labels[rows])
+    values, counts = scores.score()
+    macro = {"precision": multiclass_precision, "recall": multiclass_recall, "f1": multiclass_f1_score}
+    for name, function in macro.items():
+        expected = 100 * function(logits, labels, 9, average="macro")
+        assert float(values[name]) == pytest.approx(float(expected), rel=1e-6)
+        by_class = 100 * function(logits, labels, 9, average=None)
+        rows = [0.0 if row is None else row[name] for row in counts.scores()]
+        assert rows == pytest.approx(by_class.tolist(), rel=1e-6)
+    assert len({round(float(values[name]), 2) for name in macro}) == 3
+    assert counts.scores()[8] is None and counts.scores()[7] == {"precision": 0, "recall": 0, "f1": 0}
+    assert counts.answers[7] > 0
+    table = torch.diag(torch.tensor(counts.correct))
+    for (label, answer), images in (counts.mistakes or {}).items():
+        table[label, answer] = images
+    assert torch.equal(table, multiclass_confusion_matrix(logits, labels, 9))
+
+
+def test_parts_of_one_class_and_one_mistake_are_pooled() -> None:
+    parts = []
+    for classes in (1, 2):
+        scores = MulticlassScores(classes)
+        scores.update(torch.eye(classes)[:1], torch.tensor([classes - 1]))
+        scores.score()
+        parts.append(scores.sums)
+    assert counts_of(pooled([parts[0], parts[0]])) == ClassCounts([2], [2], [2], {})
+    assert counts_of(pooled([parts[1], parts[1]])) == ClassCounts([0, 0], [0, 2], [2, 0], {(1, 0): 2})
 
 
 def test_the_top_five_are_those_of_torchmetrics() -> None:
@@ -211,9 +264,10 @@ def test_sums_over_parts_give_the_scores_of_all_images() -> None:
         part.reset()
         parts.append(part.sums)
         whole.update(logits[rows], labels[rows])
-    pooled = values_of({name: torch.stack([sums[name] for sums in parts]).sum(dim=0) for name in parts[0]})
-    expected = whole.score()[0]
-    assert {name: float(value) for name, value in pooled.items()} == pytest.approx(
+    sums = pooled(parts)
+    expected, counts = whole.score()
+    assert counts_of(sums) == counts
+    assert {name: float(value) for name, value in values_of(sums).items()} == pytest.approx(
         {name: float(value) for name, value in expected.items()}
     )
 
@@ -222,7 +276,7 @@ def test_sums_over_parts_give_the_scores_of_all_images() -> None:
 def test_a_multilabel_score_names_its_headline() -> None:
     result = plain_score("map_11point", EXPECTED)
     assert headline(result) == EXPECTED["map_11point"] and result["total"] == 4
-    assert set(result) == {"metric", "map", "map_11point", "cf1", "of1", "total"}
+    assert set(result) == {"metric", *OF_SEVERAL_LABELS, "total"}
 
 
 @pytest.mark.parametrize(
@@ -258,8 +312,8 @@ def test_a_metric_for_another_kind_of_labels_is_refused(facts: dict[str, Any], m
     [
         (["top_5"], "'top_5' is no metric. Did you mean 'top5'"),
         (["ece", "ece"], "'ece' is named twice"),
-        (["map", "ece"], "toy has one label per image and no map; accepted: accuracy, mean_per_class, top5, ece.*"
-         "voc has several labels per image and no ece; accepted: map, map_11point, cf1, of1"),
+        (["map", "ece"], "toy has one label per image and no map; accepted: accuracy, mean_per_class, top5, ece, "
+         "precision, recall, f1.*voc has several labels per image and no ece; accepted: map, map_11point, cp, cr, cf1"),
     ],
 )  # fmt: skip
 def test_metrics_that_cannot_be_shown_are_refused(metrics: list[str], message: str) -> None:

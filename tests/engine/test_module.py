@@ -227,9 +227,9 @@ def test_mean_per_class_counts_every_class_once(make_method: Make, user_trainer:
     data = FewShotData(task, method.backbone.preprocess, test_batch_size=4)
     module = vlprompt.PromptModule(method, metric="mean_per_class")
     (scores,) = user_trainer().test(module, datamodule=data, verbose=False)
-    assert sum(module.per_class["correct"]) == scores["test/correct"]
-    assert module.per_class["total"] == [3, 3, 3, 3, 3, 2]  # the last class has one image less
-    accuracies = [a / b for a, b in zip(*module.per_class.values(), strict=True)]
+    assert sum(module.per_class.correct) == scores["test/correct"]
+    assert module.per_class.total == [3, 3, 3, 3, 3, 2]  # the last class has one image less
+    accuracies = [a / b for a, b in zip(module.per_class.correct, module.per_class.total, strict=True)]
     assert scores["test/mean_per_class"] == pytest.approx(100 * sum(accuracies) / 6)
 
 

@@ -74,6 +74,7 @@ def test_a_checkpoint_with_an_odd_part_is_refused(part: str, two: tuple[RunConfi
         {"selection": "x"},
         {"versions": [1]},
         {"zeroshot": {"all": {"accuracy": "x"}}},
+        {"train": {"selected": "x"}},
     ],
 )
 def test_results_of_a_wrong_type_are_refused(change: dict[str, object], two: tuple[RunConfig, Run, Run]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import vlprompt
 from vlprompt.config.run import RunConfig, TrainerConfig
 from vlprompt.datasets import FewShotTask, load_dataset
+from vlprompt.engine.metrics import OF_SEVERAL_LABELS
 from vlprompt.errors import ConfigError
 from vlprompt.protocols.base_to_new import base_to_new_table, summary
 from vlprompt.protocols.search import search
@@ -51,7 +53,13 @@ def trained(name: str, task: FewShotTask, folder: Path) -> vlprompt.Run:
 def test_zero_shot_on_several_labels(several: FewShotTask, tmp_path: Path) -> None:
     done = trained("zeroshot", several, tmp_path)
     found = done.results["results"]["all"]
-    assert set(found) == {"metric", "map", "map_11point", "cf1", "of1", "total"}
+    assert set(found) == {"metric", *OF_SEVERAL_LABELS, "total"}
+    (table,) = done.class_tables
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert [row["scores"] for row in rows] == ["results"] * 6 + ["zeroshot"] * 6
+    assert sum(int(row["images"]) for row in rows[:6]) == 2 * len(several.test)
+    for column, metric in (("precision", "cp"), ("recall", "cr"), ("f1", "cf1")):
+        assert sum(float(row[column] or 0) for row in rows[:6]) / 6 == pytest.approx(found[metric], abs=1e-3)
     assert found["metric"] == done.results["data"]["metric"] == "map_11point" and found["total"] == len(several.test)
     assert 0 < found["map"] <= 100 and found["map"] != found["map_11point"]
     assert "11-point mAP in %" in done.table() and f"{found['map_11point']:.2f}" in done.table()
@@ -86,9 +94,11 @@ def test_mean_per_class_is_shown_and_averaged(tiny: Tiny, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(sessions, "load_dataset", by_class)
     done = run(tiny("coop", lr=0.1))
-    found, per_class = done.results["results"]["all"], done.results["per_class"]["results"]["all"]
-    assert per_class["total"] == [3, 2, 4, 3, 1] and sum(per_class["correct"]) == found["correct"]
-    each = [a / b for a, b in zip(per_class["correct"], per_class["total"], strict=True)]
+    found = done.results["results"]["all"]
+    rows = list(csv.DictReader((done.folder / "per_class.csv").read_text().splitlines()))[:5]
+    correct, total = ([int(row[name]) for row in rows] for name in ("correct", "images"))
+    assert total == [3, 2, 4, 3, 1] and sum(correct) == found["correct"]
+    each = [a / b for a, b in zip(correct, total, strict=True)]
     assert found["mean_per_class"] == pytest.approx(100 * sum(each) / 5) != pytest.approx(found["accuracy"])
     assert "mean per-class accuracy in %" in done.table() and f"{found['mean_per_class']:.2f}" in done.table()
 

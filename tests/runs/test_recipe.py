@@ -16,6 +16,7 @@ import torch
 import vlprompt
 from tests.fixtures.processes import killed
 from tests.fixtures.runs import tiny_run
+from vlprompt.cli.main import main
 from vlprompt.cli.parse import parse_run
 from vlprompt.config.run import RecipeConfig, RunConfig
 from vlprompt.data import FewShotData
@@ -29,6 +30,7 @@ from vlprompt.protocols.search import candidates_of
 from vlprompt.runs.dry_run import dry_run
 from vlprompt.runs.folder import run_folder
 from vlprompt.runs.run import complete, run, train, validate
+from vlprompt.runs.tables import validation_text
 
 Tiny = Callable[..., RunConfig]
 STEPS = {"steps": 5, "batch_size": 4, "lr": 0.1, "schedule": "step", "warmup_steps": 2}
@@ -177,15 +179,16 @@ def test_runs_keep_the_folders_of_earlier_versions(tiny: Tiny) -> None:
     old = {name: value for name, value in dataclasses.asdict(config.recipe).items() if name in OLD_KEYS}
     assert set(OLD_KEYS) | set(NEW_KEYS) == set(dataclasses.asdict(config.recipe))
     assert RecipeConfig(**old) == config.recipe
-    changes: list[dict[str, Any]] = [{}, {"drop_last": False}, {"select": "best_val"}]
-    folders = [run_folder(complete(tiny("coop", **change))) for change in [*changes, LINEAR, {"steps": 100}]]
-    assert len(set(folders)) == 5
+    changes: list[dict[str, Any]] = [{}, {"drop_last": False}, {"select": "best_val"}, LINEAR]
+    changes += [{"steps": 100}, {"validate_every": 1}]
+    folders = [run_folder(complete(tiny("coop", **change))) for change in changes]
+    assert len(set(folders)) == 6
 
 
 LINEAR = {"warmup_epochs": 2, "warmup": "linear"}
 OLD_KEYS = ("epochs", "batch_size", "lr", "optimizer", "schedule", "final_lr", "warmup_epochs", "warmup_lr", "momentum")
 OLD_KEYS += ("weight_decay", "gradient_clip", "test_batch_size")
-NEW_KEYS = ("steps", "drop_last", "warmup", "warmup_steps", "select")
+NEW_KEYS = ("steps", "drop_last", "warmup", "warmup_steps", "select", "validate_every")
 
 
 # -- the epoch that the validation images choose ----------------------------------------------------------------------
@@ -266,6 +269,58 @@ def test_steps_may_end_in_an_epoch_that_is_scored(chosen: Tiny) -> None:
     assert done.results["train"]["selected"]["epoch"] in (0, 1)
 
 
+@pytest.mark.parametrize("select", ["last", "best_val"])
+@pytest.mark.parametrize(("every", "scored"), [(1, [0, 1, 2, 3, 4]), (2, [1, 3, 4]), (9, [4])])
+def test_epochs_are_scored_on_request(
+    select: str, every: int, scored: list[int], chosen: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = chosen(select=select, epochs=5, validate_every=every)
+    done = run(config)
+    values = done.validation()
+    assert list(values) == scored and len(read_metrics(done.folder / "metrics.jsonl")) == 5
+    best = max(values, key=lambda epoch: values[epoch])
+    assert (done.selected is None) == (select == "last")
+    if done.selected is not None:
+        assert done.selected["epoch"] == best
+        assert done.selected["scores"]["accuracy"] == pytest.approx(values[best])
+    assert "validation images scored every" in dry_run(config)
+    assert main(["train", "--config", str(done.folder / "config.yaml")]) == 0
+    text = capsys.readouterr().out
+    assert "validation: accuracy in % after epoch " + ", ".join(f"{at}: {values[at]:.2f}" for at in scored) in text
+    kept = "the last epoch" if select == "last" else f"epoch {best} (recipe.select best_val)"
+    assert f"best {values[best]:.2f} after epoch {best}; kept is {kept}" in text
+
+
+def test_scores_by_epoch_do_not_change_the_training(chosen: Tiny) -> None:
+    plain, scored = run(chosen(select="last")), run(chosen(select="last", validate_every=1))
+    assert plain.validation() == {} and plain.folder != scored.folder
+    torch.testing.assert_close(
+        plain.head().method.trained_state(), scored.head().method.trained_state(), rtol=0, atol=0
+    )
+
+
+def test_few_scores_of_many_epochs_are_printed() -> None:
+    values = {epoch: 50 + epoch / 10 - (epoch > 90) for epoch in range(100)}
+    text = validation_text(values, "mean_per_class", {"epoch": 90})
+    assert text.startswith("validation: mean per-class accuracy in % after epoch 0: 50.00, 14: 51.40, ")
+    assert ", 99: 58.90 (8 of 100; all are in metrics.jsonl)\n" in text
+    assert text.endswith("best 59.00 after epoch 90; kept is epoch 90 (recipe.select best_val)")
+    assert len(max(text.splitlines(), key=len)) < 200
+
+
+def test_a_training_that_ends_before_its_first_validation_is_scored_at_the_end(chosen: Tiny) -> None:
+    end = PromptModule.on_train_epoch_end
+
+    def stop(module: PromptModule) -> None:
+        end(module)
+        module.trainer.should_stop = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PromptModule, "on_train_epoch_end", stop)
+        done = run(chosen(validate_every=3))
+    assert done.selected is not None and done.selected["epoch"] == 0
+
+
 def test_a_selection_without_validation_images_is_refused(tiny: Tiny, chosen: Tiny) -> None:
     for act in (run, dry_run):
         with pytest.raises(
@@ -274,6 +329,12 @@ def test_a_selection_without_validation_images_is_refused(tiny: Tiny, chosen: Ti
             act(tiny("coop", select="best_val"))
         with pytest.raises(ConfigError, match="'best_val', but zeroshot takes no gradient steps over images"):
             act(chosen("zeroshot"))
+        with pytest.raises(
+            ConfigError, match="recipe.validate_every is 2, but .* no validation images; accepted: null"
+        ):
+            act(tiny("coop", validate_every=2))
+        with pytest.raises(ConfigError, match="validate_every is 1, but zeroshot takes no gradient steps over images"):
+            act(chosen("zeroshot", select="last", validate_every=1))
 
 
 def test_a_selection_on_test_images_is_refused(chosen: Tiny) -> None:
@@ -285,12 +346,13 @@ def test_a_selection_on_test_images_is_refused(chosen: Tiny) -> None:
         session.check_selection()
 
 
-def test_a_training_without_a_data_module_is_refused(image_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("values", "accepted"), [({"select": "best_val"}, "last"), ({"validate_every": 1}, "null")])
+def test_a_training_without_a_data_module_is_refused(values: dict[str, Any], accepted: str, image_folder: Path) -> None:
     task = load_dataset("folder", root=image_folder, shots=1)
     method = vlprompt.create_method("coop", vlprompt.load_backbone("demo"), task.class_names)
     data = FewShotData(task, method.backbone.preprocess, batch_size=4)
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
-    with pytest.raises(ConfigError, match="no data module with validation images; accepted: last"):
-        trainer.fit(PromptModule(method, RecipeConfig(epochs=1, select="best_val")), data.train_dataloader())
+    with pytest.raises(ConfigError, match=f"no data module with validation images; accepted: {accepted}"):
+        trainer.fit(PromptModule(method, RecipeConfig(epochs=1, **values)), data.train_dataloader())

@@ -41,6 +41,9 @@ def one_screen(error: BaseException) -> str:
     return text
 
 
+FILES |= {"per_class.csv", "confusion.csv"}
+
+
 def stamps(folder: Path) -> dict[str, int]:
     """When each file was last put in place; the configuration may be written again."""
     return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != "config.yaml"}

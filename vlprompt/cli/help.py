@@ -8,7 +8,8 @@ unfinished run and shows a finished one.
 
   --config FILE     a method's recipes (mocoop, mocoop/dtd) or a file of yours; several, or A+B: later files win
   --a.b VALUE       overrides a key of the files, in any position; lists as '[1, 2]', no value as null
-  --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
+  --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece, precision, recall, f1; with
+                    several labels per image: map, map_11point, cp, cr, cf1, of1
   --print-config    print every value with its source and stop
   --dry-run         print shapes, parameters, memory and steps and stop
   --force           train again even if the run is finished; the earlier run is moved to FOLDER.old-1
@@ -27,7 +28,8 @@ and zero-shot. Several --config files are compared side by side; the overrides a
                     average: its H is the harmonic mean of the averages, as in published tables
   --seeds 1,2,3     the seeds (default 1,2,3)
   --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
-  --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
+  --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece, precision, recall, f1; with
+                    several labels per image: map, map_11point, cp, cr, cf1, of1
   --dry-run         print the plan, a line per training with the values that differ, and stop; needs no data
   --print-config    print the resolved configurations and stop
   --force           run finished runs again; the earlier ones are moved to FOLDER.old-1
@@ -48,7 +50,8 @@ side by side; the overrides apply to all of them. Chosen domains for one run: vl
                     single-source: once per domain, trained on it alone and tested on all the others
   --seeds 1,2,3     the seeds (default 1,2,3)
   --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
-  --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
+  --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece, precision, recall, f1; with
+                    several labels per image: map, map_11point, cp, cr, cf1, of1
   --dry-run         print the plan, a line per training with the values that differ, and stop; needs no data
   --print-config    print the resolved configurations and stop
   --force           run finished runs again; the earlier ones are moved to FOLDER.old-1
@@ -84,7 +87,8 @@ Finished runs are reused; the same command resumes where it stopped. Several --c
   --shots 1,2,4     training images per class; several only for few-shot
   --seeds 1,2,3     the seeds (default: the protocol's)
   --a.b VALUE       overrides a key; `vlprompt train --help` lists the keys
-  --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
+  --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece, precision, recall, f1; with
+                    several labels per image: map, map_11point, cp, cr, cf1, of1
   --dry-run         print the plan, a line per training with the values that differ, and stop; needs no data
   --print-config    print the resolved configurations and stop
   --force           run finished runs again; the earlier ones are moved to FOLDER.old-1

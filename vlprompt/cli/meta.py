@@ -38,7 +38,8 @@ mean, together with zero-shot and with standard errors over the seeds.
   RUN               the folder of a meta-training, one for each --config, in the same order
   --config FILE     a training of the same method and settings, such as coop/demo
   --shots, --seeds  numbers of training images per class (default 1,2,4) and seeds (default 1,2,3,4,5)
-  --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece; or map, map_11point, cf1, of1
+  --metrics A,B     show these metrics, a table each: accuracy, mean_per_class, top5, ece, precision, recall, f1; with
+                    several labels per image: map, map_11point, cp, cr, cf1, of1
   --a.b VALUE       overrides a key in all configurations
   --force           train finished runs again; the earlier ones are moved to FOLDER.old-1
 

@@ -154,8 +154,10 @@ def _print_configs(configs: Sequence[RunConfig]) -> int:
 
 
 def print_run(run: Any) -> None:
-    """Print the folder of a finished run."""
+    """Print the folder of a finished run, and the epoch that was chosen, if any."""
     show(f"run folder: {run.folder}")
+    if run.selected:
+        show(f"            kept is epoch {run.selected.get('epoch')} (recipe.select best_val)")
 
 
 def _names(line: CommandLine, option: str) -> list[str] | None:

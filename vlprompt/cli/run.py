@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlprompt._terminal import show, show_json, text_of
 from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_run, key_table, read_command_line, refuse, source_of
@@ -19,6 +19,9 @@ from vlprompt.config.run import BackboneConfig, TrainerConfig
 from vlprompt.config.source import origin_of
 from vlprompt.config.yaml import shown
 from vlprompt.errors import ConfigError, HeadError
+
+if TYPE_CHECKING:
+    from vlprompt.runs.run import Run
 
 RUN_CONFIG = "config.yaml"
 HEAD_FOLDER, HEAD_CONFIG = "head", "config.json"
@@ -50,8 +53,22 @@ def train_command(words: list[str]) -> int:
     from vlprompt.runs.run import run
 
     result = run(config, force="force" in line.flags)
-    say(f"{result.table(metrics)}\nhead:       {result.head_dir}\nrun folder: {result.folder}")
+    lines = [result.table(metrics), *_validation(result), f"head:       {result.head_dir}"]
+    lines += [f"by class:   {path}" for path in result.class_tables]
+    say("\n".join([*lines, f"run folder: {result.folder}"]))
     return 0
+
+
+def _validation(result: Run) -> list[str]:
+    """Return the lines about scores on validation images, if there are any."""
+    from vlprompt.runs.tables import validation_text
+
+    try:
+        values = result.validation()
+    except ConfigError as error:
+        return [f"validation: {error}"]
+    metric = str(result.results["data"].get("metric", "accuracy"))
+    return [validation_text(values, metric, result.selected)] if values else []
 
 
 def train_keys_help(words: list[str]) -> str:

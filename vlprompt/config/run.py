@@ -126,7 +126,9 @@ class RecipeConfig:
     ``lr``, and the cosine runs over the rest of the steps (VP: hjbahng/visual_prompting, utils.py).
 
     ``select``: the parameters after the ``last`` epoch, or ``best_val``: those after the first of the epochs with the
-    best score on the validation images (Dassl: TEST.FINAL_MODEL).
+    best score on the validation images (Dassl: TEST.FINAL_MODEL). ``validate_every``: the validation images are scored
+    after so many epochs each and after the last one; an epoch is chosen among these. None: after every epoch if one
+    of them is chosen, else never. The scores are in ``metrics.jsonl``.
 
     A value given for ``epochs`` or ``steps`` replaces a default of the other one, and so do ``warmup_epochs`` and
     ``warmup_steps``.
@@ -149,6 +151,7 @@ class RecipeConfig:
     gradient_clip: Annotated[Above0 | None, Words("a norm above 0, or null for none")] = None
     test_batch_size: Positive = 100
     select: Literal["last", "best_val"] = "last"
+    validate_every: Annotated[Positive | None, Words("1 or more epochs, or null to leave the choice")] = None
 
     implied: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "epochs": {"steps": None},
@@ -204,6 +207,11 @@ class RecipeConfig:
             constant = ("lr", "schedule") if self.warmup == "constant" else ("lr",)
             off |= dict.fromkeys(constant, f"all of recipe.epochs ({self.epochs}) are warm-up epochs")
         return off
+
+    def validates(self, epoch: int, last: bool) -> bool:
+        """Return whether the validation images are scored after ``epoch``, counted from 0; ``last``: it is the last."""
+        every = self.validate_every or (1 if self.select == "best_val" else None)
+        return every is not None and (last or (epoch + 1) % every == 0)
 
     def batches(self, images: int) -> int:
         """Return the number of batches of an epoch over ``images`` images."""

@@ -112,8 +112,11 @@ class MetricsFile(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add this epoch's line."""
+        # The Trainer keeps the scores of earlier epochs until there are others.
+        scored = getattr(pl_module, "scored_epoch", trainer.current_epoch) == trainer.current_epoch
+        kinds = ("train/", "val/") if scored else ("train/",)
         logged = trainer.callback_metrics.items()
-        metrics = {name: float(value) for name, value in logged if name.startswith(("train/", "val/"))}
+        metrics = {name: float(value) for name, value in logged if name.startswith(kinds)}
         self.lines.append({"epoch": trainer.current_epoch, "lr": self.lr, **metrics})
         if trainer.is_global_zero:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))

@@ -1,26 +1,34 @@
-"""Evaluation metrics: accuracies and calibration for one label per image, ranking and F1 for several labels.
+"""Evaluation metrics: accuracies, F1 and calibration for one label per image, ranking and F1 for several labels.
 
 Values are in percent. One label per image: ``accuracy``; ``mean_per_class``, the mean accuracy of the classes with
-images; ``top5``, the images with their label among the 5 largest logits (among all if there are fewer classes); and
+images; ``top5``, the images with their label among the 5 largest logits (among all if there are fewer classes);
 ``ece``, the expected calibration error of the softmax probabilities in 15 bins of equal width, each open below and
-closed above (Guo et al., ICML 2017; arXiv 1706.04599, eq. 3).
+closed above (Guo et al., ICML 2017; arXiv 1706.04599, eq. 3); and ``precision``, ``recall`` and ``f1``, the macro
+averages of torchmetrics: means over the classes that are the label or the answer of an image, where a class that is
+never the answer has precision 0.
 
 Several labels per image: ``map`` is the mean area under the classes' precision-recall curves. ``map_11point`` is the
 mean of VOC2007's 11-point average precision, the best precision at recall 0, 0.1, ... 1. Both means skip classes
-without a positive image. ``cf1`` is the mean F1 of the classes and ``of1`` the F1 of all decisions together; a label is
-assigned if its probability is above 0.8.
+without a positive image. ``cp``, ``cr`` and ``cf1`` are the mean precision, recall and F1 of the classes and ``of1``
+the F1 of all decisions together; a label is assigned if its probability is above 0.8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassStatScores
-from torchmetrics.functional.classification import binary_average_precision, multilabel_f1_score
+from torchmetrics.functional.classification import (
+    binary_average_precision,
+    multilabel_f1_score,
+    multilabel_precision,
+    multilabel_recall,
+)
 
 from vlprompt.errors import ConfigError, NotFiniteError, did_you_mean
 
@@ -28,8 +36,15 @@ MULTICLASS: Mapping[str, str] = {"accuracy": "accuracy", "mean_per_class": "mean
 MULTILABEL: Mapping[str, str] = {"map": "mAP", "map_11point": "11-point mAP"}
 HEADLINES: Mapping[str, str] = {**MULTICLASS, **MULTILABEL}
 """Headline metrics accepted in cards, with their names in tables."""
-OF_ONE_LABEL: Mapping[str, str] = {**MULTICLASS, "top5": "top-5 accuracy", "ece": "expected calibration error"}
-OF_SEVERAL_LABELS: Mapping[str, str] = {**MULTILABEL, "cf1": "CF1", "of1": "OF1"}
+OF_ONE_LABEL: Mapping[str, str] = {
+    **MULTICLASS,
+    "top5": "top-5 accuracy",
+    "ece": "expected calibration error",
+    "precision": "macro precision",
+    "recall": "macro recall",
+    "f1": "macro F1",
+}
+OF_SEVERAL_LABELS: Mapping[str, str] = {**MULTILABEL, "cp": "CP", "cr": "CR", "cf1": "CF1", "of1": "OF1"}
 METRICS: Mapping[str, str] = {**OF_ONE_LABEL, **OF_SEVERAL_LABELS}
 """All metrics in results, with their names in tables."""
 ERRORS = ("ece",)
@@ -97,6 +112,36 @@ def check_metrics(metrics: Sequence[str], multilabel: Mapping[str, bool]) -> Non
         raise ConfigError(f"metrics: {' '.join(problems)}")
 
 
+@dataclass(frozen=True)
+class ClassCounts:
+    """Numbers of images by class, over all processes.
+
+    Attributes:
+        correct: Images of the class with the class as answer, C numbers.
+        total: Images of the class.
+        answers: Images with the class as answer.
+        mistakes: Images by label and another class as answer, those above 0; None with several labels per image.
+    """
+
+    correct: list[int]
+    total: list[int]
+    answers: list[int]
+    mistakes: dict[tuple[int, int], int] | None = None
+
+    def scores(self) -> list[dict[str, float] | None]:
+        """Return ``precision``, ``recall`` and ``f1`` in percent by class; None for neither an image nor an answer."""
+        correct, total, answers = (torch.tensor(counts) for counts in (self.correct, self.total, self.answers))
+        values = {name: value.tolist() for name, value in _by_class(correct, total, answers).items()}
+        seen = ((total + answers) > 0).tolist()
+        return [{name: values[name][row] for name in values} if seen[row] else None for row in range(len(seen))]
+
+
+def _by_class(correct: Tensor, total: Tensor, answers: Tensor) -> dict[str, Tensor]:
+    """Return precision, recall and F1 in percent, float64 ``[C]``, from counts ``[C]``; 0 for 0 divided by 0."""
+    parts = {"precision": (correct, answers), "recall": (correct, total), "f1": (2 * correct, answers + total)}
+    return {name: 100 * part.double() / whole.clamp(min=1) for name, (part, whole) in parts.items()}
+
+
 class MulticlassScores(MulticlassStatScores):
     """Counts of images per class, and calibration, of one label per image; sums over all processes.
 
@@ -106,18 +151,22 @@ class MulticlassScores(MulticlassStatScores):
 
     in_top: Tensor
     binned: Tensor
+    mistakes: list[Tensor]
 
     def __init__(self, classes: int) -> None:
         super().__init__(num_classes=max(2, classes), average=None)
         self.classes = classes
         self.add_state("in_top", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("binned", torch.zeros(2, BINS, dtype=torch.float64), dist_reduce_fx="sum")
+        # A table of C x C images would be large for many classes; the mistakes are at most as many as the images.
+        self.add_state("mistakes", default=[], dist_reduce_fx="cat")
         self.sums: dict[str, Tensor] = {}  # of the last score(); they can be added to those of other images
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add logits ``[B, C]`` and labels ``[B]``."""
         guesses = preds.argmax(dim=-1)
         super().update(guesses, target)
+        self.mistakes.append((target * self.classes + guesses)[guesses != target])
         highest = preds.topk(min(TOP, preds.shape[-1]), dim=-1).indices
         self.in_top += (highest == target[:, None]).any(dim=-1).sum()
         confidence = preds.double().softmax(dim=-1).gather(1, guesses[:, None])[:, 0]
@@ -128,26 +177,40 @@ class MulticlassScores(MulticlassStatScores):
     def compute(self) -> dict[str, Tensor]:  # type: ignore[override]
         """Return sums over images.
 
-        ``correct`` and ``total`` are int64 ``[C]``. ``in_top`` is an int64 scalar. ``binned`` is float64 ``[2, 15]``,
-        the correct images and the sum of confidences of each bin.
+        ``correct``, ``total`` and ``answers`` are int64 ``[C]``, as in :class:`ClassCounts`. ``in_top`` is an int64
+        scalar. ``binned`` is float64 ``[2, 15]``, the correct images and the sum of confidences of each bin.
+        ``mistakes`` has ``label * C + answer`` of each image with a wrong answer, int64, in any order.
         """
         counts = super().compute()[: self.classes]
+        correct, wrong, _, _, total = counts.unbind(dim=1)
+        mistakes = torch.cat(list(self.mistakes)) if isinstance(self.mistakes, list) else self.mistakes
         return {
-            "correct": counts[:, 0], "total": counts[:, 4], "in_top": self.in_top.clone(), "binned": self.binned.clone()
-        }  # fmt: skip
+            **{"correct": correct, "total": total, "answers": correct + wrong},
+            **{"in_top": self.in_top.clone(), "binned": self.binned.clone(), "mistakes": mistakes},
+        }
 
-    def score(self) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-        """Return the scores as float64 scalars, and the counts per class."""
+    def score(self) -> tuple[dict[str, Tensor], ClassCounts]:
+        """Return the scores as float64 scalars, and the counts by class."""
+        if not self.mistakes:  # a process without images still takes part in the reduction
+            self.mistakes.append(torch.zeros(0, dtype=torch.int64, device=self.device))
         self.sums = self.compute()
-        for name in ("correct", "total"):  # torchmetrics makes the count of a single class a scalar
+        for name in ("correct", "total", "answers", "mistakes"):  # torchmetrics makes a single element a scalar
             self.sums[name] = self.sums[name].reshape(-1)
-        return values_of(self.sums), per_class_of(self.sums)
+        return values_of(self.sums), counts_of(self.sums)
+
+
+def pooled(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the sums over the images of all ``parts``, which are sums over different images."""
+    by_name = {name: [sums[name] for sums in parts] for name in parts[0]}
+    joined = {"mistakes": torch.cat(by_name.pop("mistakes"))}
+    return {name: torch.stack(values).sum(dim=0) for name, values in by_name.items()} | joined
 
 
 def values_of(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the scores of images with one label from the ``sums`` over them (:meth:`MulticlassScores.compute`)."""
-    correct, total = sums["correct"], sums["total"]
+    correct, total, answers = sums["correct"], sums["total"], sums["answers"]
     shown, images = total > 0, total.sum()
+    by_class = _by_class(correct, total, answers)
     right, confidence = sums["binned"]
     return {
         "accuracy": 100 * correct.sum().double() / images,
@@ -156,12 +219,16 @@ def values_of(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "mean_per_class": 100 * (correct[shown].double() / total[shown]).mean(),
         "top5": 100 * sums["in_top"].double() / images,
         "ece": 100 * (right - confidence).abs().sum() / images,
+        **{name: value[total + answers > 0].mean() for name, value in by_class.items()},
     }
 
 
-def per_class_of(sums: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Return the numbers of correct and of all images of every class."""
-    return {name: sums[name].tolist() for name in ("correct", "total")}
+def counts_of(sums: Mapping[str, Tensor]) -> ClassCounts:
+    """Return the counts by class of images with one label from the ``sums`` over them."""
+    classes = len(sums["correct"])
+    codes, images = (found.tolist() for found in torch.unique(sums["mistakes"], return_counts=True))
+    mistakes = {divmod(code, classes): count for code, count in zip(codes, images, strict=True)}
+    return ClassCounts(sums["correct"].tolist(), sums["total"].tolist(), sums["answers"].tolist(), mistakes)
 
 
 class MultilabelScores(Metric):
@@ -187,7 +254,7 @@ class MultilabelScores(Metric):
         self.labels.append(target.to(torch.int64))
 
     def compute(self) -> dict[str, Tensor]:
-        """Return ``map``, ``map_11point``, ``cf1``, ``of1`` and ``total`` as float64 scalars."""
+        """Return the metrics and ``total`` as float64 scalars, and counts by class, int64 ``[C]``."""
         logits, labels = (torch.cat(list(x)) if isinstance(x, list) else x for x in (self.logits, self.labels))
         # Classes without a positive image would make the mean NaN.
         columns = [
@@ -201,22 +268,23 @@ class MultilabelScores(Metric):
             values["map_11point"] = torch.stack([eleven_point(*column) for column in columns]).mean()
         assigned = (logits.sigmoid() > F1_THRESHOLD).long()
         # Without validation, because torchmetrics refuses a single class.
-        values["cf1"] = multilabel_f1_score(
-            assigned, labels, self.classes, average="macro", validate_args=False
-        ).double()
+        for name, measure in (("cp", multilabel_precision), ("cr", multilabel_recall), ("cf1", multilabel_f1_score)):
+            values[name] = measure(assigned, labels, self.classes, average="macro", validate_args=False).double()
         values["of1"] = multilabel_f1_score(
             assigned, labels, self.classes, average="micro", validate_args=False
         ).double()
-        return {name: 100 * value for name, value in values.items()} | {
-            "total": torch.tensor(len(labels), dtype=torch.float64, device=logits.device)
-        }
+        counts = {"correct": (assigned * labels).sum(0), "labels": labels.sum(0), "answers": assigned.sum(0)}
+        total = torch.tensor(len(labels), dtype=torch.float64, device=logits.device)
+        return {name: 100 * value for name, value in values.items()} | {"total": total} | counts
 
-    def score(self) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-        """Return the scores as float64 scalars, and no counts per class."""
+    def score(self) -> tuple[dict[str, Tensor], ClassCounts]:
+        """Return the scores as float64 scalars, and the counts by class."""
         if not self.logits:  # a process without images still takes part in the reduction
             nothing = torch.zeros(0, self.classes, device=self.device)
             self.update(nothing, nothing)
-        return self.compute(), {}
+        values = dict(self.compute())
+        correct, total, answers = (values.pop(name).reshape(-1).tolist() for name in ("correct", "labels", "answers"))
+        return values, ClassCounts(correct, total, answers)
 
 
 def _ranks(logits: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from vlprompt._finite import check_finite, not_finite
 from vlprompt._random import restored_random
 from vlprompt.config.run import RecipeConfig, epochs_and_steps
 from vlprompt.datasets.records import counted
-from vlprompt.engine.metrics import MULTILABEL, checked_logits, headline, make_scores, plain_score
+from vlprompt.engine.metrics import MULTILABEL, ClassCounts, checked_logits, headline, make_scores, plain_score
 from vlprompt.engine.recipe import learning_rate, make_optimizer
 from vlprompt.errors import ConfigError, HeadError, NotFiniteError, bulleted
 from vlprompt.methods import PromptMethod
@@ -138,8 +138,9 @@ class PromptModule(FrozenInside):
         self._given = recipe is not None
         self.recipe = recipe or RecipeConfig()
         self.scores = make_scores(metric, len(method.class_names))
-        self.per_class: dict[str, list[int]] = {}  # of the last evaluation: correct and total, [C] each
+        self.per_class = ClassCounts([], [], [])  # of the last evaluation
         self.selected: Selected | None = None
+        self.scored_epoch: int | None = None  # the last one after which the validation images were scored
         self._ended = False
         self._validation: Any = None
 
@@ -205,7 +206,7 @@ class PromptModule(FrozenInside):
         return replace(recipe, epochs=max(epochs, 1))
 
     def on_train_epoch_end(self) -> None:
-        """Call the method's objectives between epochs, then score the validation images if an epoch is selected.
+        """Call the method's objectives between epochs, then score the validation images if the recipe says so.
 
         The checkpoint of the epoch is written afterwards.
         """
@@ -213,12 +214,14 @@ class PromptModule(FrozenInside):
         length = self.length()
         epochs = length.epochs or epochs_and_steps(length, self._steps_per_epoch())[0]
         self.method.epoch_end(self.current_epoch, epochs)
-        if self.current_epoch == epochs - 1:
+        last = self.current_epoch == epochs - 1
+        if last:
             self._end()
-        if self.recipe.select == "best_val":
-            scores = self._validated()
+        if self.recipe.validates(self.current_epoch, last):
+            scores, self.scored_epoch = self._validated(), self.current_epoch
             self.log(f"val/{self.metric}", headline(scores), rank_zero_only=False)
-            self._select(self.current_epoch, scores)
+            if self.recipe.select == "best_val":
+                self._select(self.current_epoch, scores)
 
     def on_fit_end(self) -> None:
         """Finish a training that was stopped early, and restore the parameters of the selected epoch."""
@@ -228,6 +231,8 @@ class PromptModule(FrozenInside):
             after = self.method.trained_state()
             if self.selected is not None and any(not torch.equal(before[name], after[name]) for name in after):
                 self._select(self.current_epoch - 1, self._validated())
+        if self.selected is None and self.recipe.select == "best_val":  # it ended before the first validation
+            self._select(self.current_epoch - 1, self._validated())
         if self.selected is not None:
             self.method.load_trained_state(self.selected.state)
 
@@ -275,9 +280,11 @@ class PromptModule(FrozenInside):
         if self._validation is None:
             loader = None if data is None else data.val_dataloader()
             if not isinstance(loader, DataLoader):
+                chosen = self.recipe.select == "best_val"
+                what = "select is 'best_val'" if chosen else f"validate_every is {self.recipe.validate_every}"
                 raise ConfigError(
-                    "recipe.select is 'best_val', but the training has no data module with validation images; "
-                    "accepted: last"
+                    f"recipe.{what}, but the training has no data module with validation images; "
+                    f"accepted: {'last' if chosen else 'null'}"
                 )
             self._validation = loader
         scores, training = make_scores(self.metric, len(self.method.class_names)).to(self.device), self.method.training
@@ -361,12 +368,13 @@ class PromptModule(FrozenInside):
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/accuracy`` in percent and the other measured values."""
+        self.scored_epoch = self.current_epoch
         self._finish("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log ``test/correct``, ``test/total`` and, in percent, ``accuracy``, ``mean_per_class``, ``top5`` and ``ece``.
+        """Log ``test/correct``, ``test/total`` and, in percent, ``test/accuracy`` and the other metrics of one label.
 
-        With several labels per image: ``test/map``, ``test/map_11point``, ``test/cf1``, ``test/of1``, ``test/total``.
+        With several labels per image: ``test/total`` and their metrics, ``test/map`` etc.
         """
         self._finish("test")
 

@@ -49,6 +49,7 @@ from vlprompt.protocols.protocol import (
     table_rows,
 )
 from vlprompt.protocols.running import Runner, check_data, place
+from vlprompt.runs.class_tables import NamedCounts, write_class_tables
 from vlprompt.runs.folder import TARGETS, config_sha256, data_record, read_json
 from vlprompt.runs.run import Run, tested
 from vlprompt.runs.session import Session
@@ -152,7 +153,6 @@ def _own_run(source: Run, runner: Runner, config: RunConfig) -> dict[str, Any]:
         "zeroshot_classifier": results.get("zeroshot_classifier", {}),
         "seed_draws": results.get("seed_draws"),
         **{part: results[part]["all"] for part in ("results", "zeroshot")},
-        "per_class": {part: counts["all"] for part, counts in results["per_class"].items()},
     }
 
 
@@ -171,13 +171,16 @@ def _target(done: Run, session: Session, task: FewShotTask, force: bool) -> dict
         "preprocess": head_facts.get("preprocess"),
         "texts": sha256_json([identified(session.plain["settings"]), task.texts.ensembles]),
     }
-    path = done.folder / TARGETS / f"{task.name}-{sha256_json(key)[:16]}.json"
+    stem = f"{task.name}-{sha256_json(key)[:16]}"
+    path = done.folder / TARGETS / f"{stem}.json"
     known = None if force else _kept(path, key)
     if known is not None:
         return known
-    scores = {"key": key, **_test(session, done.head(session.backbone), task, done.folder)}
+    tested_scores, counts = _test(session, done.head(session.backbone), task, done.folder)
+    scores = {"key": key, **tested_scores}
     if is_main_process():
-        write_json(path, scores)
+        write_class_tables(path.parent, counts, f"{stem}-")
+        write_json(path, scores)  # last, because it marks the target as tested
     return scores
 
 
@@ -192,20 +195,23 @@ def _kept(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     return scores if complete else None
 
 
-def _test(session: Session, head: Head, task: FewShotTask, folder: Path) -> dict[str, Any]:
-    """Return the scores of the head and of zero-shot on a target."""
+def _test(
+    session: Session, head: Head, task: FewShotTask, folder: Path
+) -> tuple[dict[str, Any], dict[str, dict[str, NamedCounts]]]:
+    """Return the scores of the head and of zero-shot on a target, and their counts by class."""
     quiet = replace(session.config.trainer, loggers=())
     data = data_record(task, head.backbone, session.config.data.transform)
     # No shots were drawn from a target.
     scores: dict[str, Any] = {"data": {name: value for name, value in data.items() if name not in _DRAWN}}
-    per_class = {}
     moved = session.moved(head.method, task).eval()
     zero_shot = session.zero_shot_on(task, moved)
     scores["zeroshot_classifier"] = session.classifier_facts(zero_shot, task, moved)
+    counts: dict[str, dict[str, NamedCounts]] = {}
     for part, method in (("results", moved), ("zeroshot", zero_shot)):
         trainer = make_trainer(quiet, folder, 1, gradient=method.needs.gradient)
-        scores[part], per_class[part] = tested(session, trainer, method, task)
-    return scores | {"per_class": per_class}
+        scores[part], named = tested(session, trainer, method, task)
+        counts[part] = {task.classes: named}
+    return scores, counts
 
 
 def _cell(
@@ -253,7 +259,7 @@ def _cell(
                 "folder": str(run.folder),
                 "source": {part: run.results[part]["all"] for part in ("results", "zeroshot")},
                 "targets": {
-                    target: {part: found[part] for part in ("results", "zeroshot", "zeroshot_classifier", "per_class")}
+                    target: {part: found[part] for part in ("results", "zeroshot", "zeroshot_classifier")}
                     for target, found in of_seed.items()
                 },
             }

@@ -104,6 +104,8 @@ def _steps(recipe: RecipeConfig, images: int, accumulate: int) -> str:
     text = f"steps       {batches} per epoch x {counted(epochs, 'epoch')} = {updates} updates"
     if recipe.steps is not None:
         text = f"steps       {updates} updates, {batches} per epoch, in {counted(epochs, 'epoch')}"
+    if recipe.validate_every is not None:
+        text += f", validation images scored every {counted(recipe.validate_every, 'epoch')}"
     return text + (", the best on the validation images is kept" if recipe.select == "best_val" else "")
 
 

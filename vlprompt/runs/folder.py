@@ -82,7 +82,7 @@ def config_sha256(config: RunConfig) -> str:
             del plain["data"][name]
     if plain["backbone"]["image_size"] is None:
         del plain["backbone"]["image_size"]
-    for name in ("steps", "drop_last", "warmup", "warmup_steps", "select"):  # nor these
+    for name in ("steps", "drop_last", "warmup", "warmup_steps", "select", "validate_every"):  # nor these
         if plain["recipe"][name] == field_default(RecipeConfig, name):
             del plain["recipe"][name]
     return sha256_json(plain)

@@ -43,6 +43,7 @@ def misfits(results: Mapping[str, Any]) -> list[str]:
     wrong += [f"data.{name}" for name in ("name", "seed") if isinstance(data.get(name, []), list | dict)]
     if not isinstance(data.get("shots"), int) or not _is_range(data.get("shots_per_class", [0, 0])):
         wrong.append("data.shots is not a number of images")
+    wrong += [] if isinstance(results["train"].get("selected", {}), dict) else ["train.selected"]
     wrong += [f"{part} has no score" for part in ("results", "zeroshot") if not results[part].keys() & {*_HALVES}]
     for part in ("results", "zeroshot"):
         scores = {half: results[part][half] for half in _HALVES if results[part].get(half) is not None}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 
 from vlprompt._dist import is_main_process
 from vlprompt._files import write_json
@@ -24,12 +23,21 @@ from vlprompt.engine.callbacks import read_metrics
 from vlprompt.engine.fit import METRICS, fit, make_trainer, test
 from vlprompt.engine.memory import peak_memory
 from vlprompt.engine.meta_module import GradientRegulation
-from vlprompt.engine.metrics import MulticlassScores, headline, metric_of, per_class_of, plain_score, values_of
+from vlprompt.engine.metrics import (
+    MulticlassScores,
+    counts_of,
+    headline,
+    metric_of,
+    plain_score,
+    pooled,
+    values_of,
+)
 from vlprompt.engine.module import PromptModule, Selected, check_trainable
 from vlprompt.errors import ConfigError, HeadError, VlpromptError
 from vlprompt.io.head import Head, backbone_facts, load_head
 from vlprompt.methods import PromptMethod
 from vlprompt.methods.fitted import FittedMethod
+from vlprompt.runs.class_tables import NamedCounts, class_tables, write_class_tables
 from vlprompt.runs.folder import (
     HEAD,
     RESULTS,
@@ -58,7 +66,8 @@ class Run:
     """A finished run.
 
     Attributes:
-        folder: The run folder: config.yaml, env.json, metrics.jsonl, last.ckpt, head/, results.json.
+        folder: The run folder: config.yaml, env.json, metrics.jsonl, last.ckpt, head/, results.json, per_class.csv,
+            confusion.csv (:mod:`vlprompt.runs.class_tables`).
         results: The content of ``results.json``.
         reused: Whether the run was already finished.
     """
@@ -72,6 +81,11 @@ class Run:
         """The folder of the saved head."""
         return self.folder / HEAD
 
+    @property
+    def class_tables(self) -> list[Path]:
+        """The CSV files with scores and counts by class; runs of older versions have none."""
+        return class_tables(self.folder)
+
     def head(self, backbone: Backbone | None = None) -> Head:
         """Return the trained head."""
         return load_head(self.head_dir, backbone)
@@ -79,6 +93,22 @@ class Run:
     def table(self, metrics: Sequence[str] = ()) -> str:
         """Return a printable table of the accuracies and those of zero-shot, or one for each of ``metrics``."""
         return results_table([self.results], metrics)
+
+    @property
+    def selected(self) -> dict[str, Any] | None:
+        """The epoch, from 0, that the validation images chose, and its scores; None if the last one is kept."""
+        selected: dict[str, Any] | None = self.results["train"].get("selected")
+        return selected
+
+    def validation(self) -> dict[int, float]:
+        """Return the headline score on the validation images by epoch, from 0; empty if they were not scored.
+
+        Raises:
+            ConfigError: ``metrics.jsonl`` is damaged.
+        """
+        name = f"val/{self.results['data'].get('metric', 'accuracy')}"
+        lines = read_metrics(self.folder / METRICS)
+        return {line["epoch"]: line[name] for line in lines if isinstance(line.get(name), int | float)}
 
 
 def run(config: RunConfig, *, force: bool = False, after: Session | None = None) -> Run:
@@ -173,8 +203,8 @@ def run_session(session: Session, *, force: bool = False) -> Run:
         }
         if selected is not None:
             trained["selected"] = {"on": "val", "epoch": selected.epoch, "scores": selected.scores}
-        scores, per_class = _evaluate(session, trainer, method)
-        zeroshot, zeroshot_per_class = _evaluate(session, trainer, session.zero_shot)
+        scores, counts = _evaluate(session, trainer, method)
+        zeroshot, zeroshot_counts = _evaluate(session, trainer, session.zero_shot)
         results = {
             "schema": SCHEMA,
             "method": config.method,
@@ -190,7 +220,6 @@ def run_session(session: Session, *, force: bool = False) -> Run:
             "results": scores,
             "zeroshot": zeroshot,
             "zeroshot_classifier": session.classifier_facts(session.zero_shot, task, method),
-            "per_class": {"results": per_class, "zeroshot": zeroshot_per_class},
             "images": images.facts(),
             "feature_shift": shift_record(method, task),
             "train": {**trained, "peak_mb": peak.megabytes},
@@ -207,6 +236,7 @@ def run_session(session: Session, *, force: bool = False) -> Run:
             record_inputs(folder, session.plain, inputs)  # again, in case the folder was removed in the meantime
             keep_split(folder, session.drawn)
             Head(method, facts).save_pretrained(folder / HEAD)
+            write_class_tables(folder, {"results": counts, "zeroshot": zeroshot_counts})
             write_json(folder / RESULTS, results)  # last, because it marks the run as finished
         return Run(folder, results)
 
@@ -324,10 +354,10 @@ def _load_trained(method: PromptMethod, folder: Path, inputs_sha256: str) -> Non
 
 def tested(
     session: Session, trainer: pl.Trainer, method: PromptMethod, task: FewShotTask
-) -> tuple[dict[str, Any], dict[str, list[int]]]:
-    """Return the score on the task's test images, and the correct and total counts per class."""
+) -> tuple[dict[str, Any], NamedCounts]:
+    """Return the score on the task's test images, and its class names with the counts by class."""
     scores, module = _tested(session, trainer, method, task)
-    return scores, module.per_class
+    return scores, (task.class_names, module.per_class)
 
 
 def _tested(
@@ -337,21 +367,23 @@ def _tested(
     return test(trainer, module, session.data(method, task)), module
 
 
-def _evaluate(session: Session, trainer: pl.Trainer, method: PromptMethod) -> tuple[dict[str, Any], dict[str, Any]]:
+def _evaluate(
+    session: Session, trainer: pl.Trainer, method: PromptMethod
+) -> tuple[dict[str, Any], dict[str, NamedCounts]]:
     """Return the scores on the task's test images, pooled and by domain if there are domains, and the class counts.
 
     For a base task the new classes are scored too, pooled.
     """
     task = session.task
     scores: dict[str, Any] = {}
-    counts: dict[str, Any] = {}
+    counts: dict[str, NamedCounts] = {}
     domains = {name: _tested(session, trainer, method, domain) for name, domain in session.domains.items()}
     sums = [module.scores.sums for _, module in domains.values() if isinstance(module.scores, MulticlassScores)]
     if sums:
         # Every image is in exactly one domain, so the pooled sums are those of all images, and none is tested twice.
-        pooled = {name: torch.stack([of_domain[name] for of_domain in sums]).sum(dim=0) for name in sums[0]}
-        values = {name: float(value) for name, value in values_of(pooled).items()}
-        scores[task.classes], counts[task.classes] = plain_score(metric_of(task), values), per_class_of(pooled)
+        whole = pooled(sums)
+        scores[task.classes] = plain_score(metric_of(task), {name: float(x) for name, x in values_of(whole).items()})
+        counts[task.classes] = (task.class_names, counts_of(whole))
     else:
         scores[task.classes], counts[task.classes] = tested(session, trainer, method, task)
     if domains:

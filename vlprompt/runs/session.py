@@ -580,11 +580,13 @@ class Session:
         return {"order": {"kind": order, **({"seed": self.config.seed} if order == "shuffled" else {})}}
 
     def check_selection(self) -> None:
-        """Raise ConfigError if ``recipe.select`` needs validation images, apart from the test images, and lacks them.
+        """Raise ConfigError if the recipe needs validation images, apart from the test images, and lacks them.
 
-        A method that takes no gradient steps has no epochs to select from.
+        A method that takes no gradient steps has no epochs to select from or to score.
         """
-        if self.config.recipe.select == "last":
+        recipe = self.config.recipe
+        key, accepted = ("select", "last") if recipe.select != "last" else ("validate_every", "null")
+        if (value := getattr(recipe, key)) is None:
             return
         task, why = self.drawn, ""
         if not self.trains:
@@ -594,7 +596,7 @@ class Session:
         elif common := len({sample.id for sample in task.val} & {sample.id for sample in task.test}):
             why = f"{common} of {task.name}'s {len(task.val)} validation images are test images, too"
         if why:
-            raise ConfigError(f"recipe.select is {self.config.recipe.select!r}, but {why}; accepted: last")
+            raise ConfigError(f"recipe.{key} is {value!r}, but {why}; accepted: {accepted}")
 
     def _encode(self, images: Tensor) -> Tensor:
         return self.backbone.encode_image(images.to(self.backbone.device))  # the Trainer moves the backbone

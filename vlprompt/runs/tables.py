@@ -16,6 +16,9 @@ ZERO_SHOT = "zero-shot"
 """Name of the row of the template on a data set's card; other classifiers are named after it."""
 
 
+_EPOCHS = 8
+
+
 def render(table: Table, title: str = "", caption: str = "") -> str:
     """Return a rich table as text of at most 120 columns.
 
@@ -64,6 +67,27 @@ def _results_table(runs: Sequence[dict[str, Any]], columns: Sequence[str], metri
 def shots_of(data: Mapping[str, Any]) -> str:
     """Return the number of shots of a data record in words, with that of the available images if they are fewer."""
     return shots_in_words(data["shots"], data.get("shots_per_class"))
+
+
+def validation_text(values: Mapping[int, float], metric: str, selected: Mapping[str, Any] | None) -> str:
+    """Return the scores on the validation images by epoch as text: the first, the last, some between and the best.
+
+    Args:
+        values: Scores by epoch, from 0.
+        metric: Their metric.
+        selected: The record of the epoch that was chosen, ``train.selected`` of the results, if any.
+    """
+    epochs, few = sorted(values), min(len(values), _EPOCHS)
+    chosen = [epochs[round(at * (len(epochs) - 1) / max(few - 1, 1))] for at in range(few)]
+    scores = ", ".join(f"{epoch}: {values[epoch]:.2f}" for epoch in chosen)
+    text = f"validation: {METRICS.get(metric, metric)} in % after epoch {scores}"
+    more = "" if few == len(epochs) else f" ({few} of {len(epochs)}; all are in metrics.jsonl)"
+    best = max(epochs, key=lambda epoch: values[epoch])  # the first of equals
+    if selected is None:
+        kept = "kept is the last epoch (recipe.select best_val keeps the best)"
+    else:
+        kept = f"kept is epoch {selected.get('epoch')} (recipe.select best_val)"
+    return f"{text}{more}\n            best {values[best]:.2f} after epoch {best}; {kept}"
 
 
 def classifier_of(results: Mapping[str, Any]) -> str:
