@@ -31,7 +31,13 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     """Stands in for what the commands call: notes name and arguments, returns small results."""
     noted: Calls = []
     folder = Path("runs/toy")
-    run = types.SimpleNamespace(folder=folder, head_dir=folder / "head", table=lambda metrics: "the table")
+    run = types.SimpleNamespace(
+        folder=folder,
+        head_dir=folder / "head",
+        table=lambda metrics: "the table",
+        validation=dict,
+        class_tables=[folder / "per_class.csv"],
+    )
     predictions = [
         {
             "path": "a [b] :cat:.png",
@@ -68,7 +74,9 @@ def test_train_runs_the_configuration_and_says_where_things_are(
     assert main(["train", "--data.shots", "4", "--config", "mocoop/demo"]) == 0
     expected = parse_run(["--config", "mocoop/demo", "--data.shots", "4"])
     assert calls == [("run", (expected, {"force": False}))]
-    assert capsys.readouterr().out == "the table\nhead:       runs/toy/head\nrun folder: runs/toy\n"
+    assert capsys.readouterr().out == (
+        "the table\nhead:       runs/toy/head\nby class:   runs/toy/per_class.csv\nrun folder: runs/toy\n"
+    )
 
 
 def test_train_force_is_handed_on(calls: Calls) -> None:
@@ -189,8 +197,10 @@ def test_base_to_new_takes_several_configurations_and_seeds(calls: Calls, capsys
     assert [(config.method, config.recipe.epochs) for config in plan.configs] == [("coop", 2), ("mocoop", 2)]
     assert {config.data.classes for config in plan.configs} == {"base"} and plan.datasets is None
     assert capsys.readouterr().out == "the table\n"
-    options["report"](types.SimpleNamespace(folder="runs/one"))
+    options["report"](types.SimpleNamespace(folder="runs/one", selected=None))
     assert capsys.readouterr().out == "run folder: runs/one\n"
+    options["report"](types.SimpleNamespace(folder="runs/one", selected={"epoch": 3}))
+    assert capsys.readouterr().out.splitlines()[1:] == ["            kept is epoch 3 (recipe.select best_val)"]
 
 
 def test_base_to_new_runs_three_seeds_by_default_and_without_a_file(calls: Calls) -> None:
@@ -231,8 +241,10 @@ def test_domains_takes_a_protocol_configurations_and_seeds(
         *(("coop", 2), ("mocoop", 2))
     ]
     assert capsys.readouterr().out == "the table\n"
-    options["report"](types.SimpleNamespace(folder="runs/one"))
+    options["report"](types.SimpleNamespace(folder="runs/one", selected=None))
     assert capsys.readouterr().out == "run folder: runs/one\n"
+    options["report"](types.SimpleNamespace(folder="runs/one", selected={"epoch": 3}))
+    assert capsys.readouterr().out.splitlines()[1:] == ["            kept is epoch 3 (recipe.select best_val)"]
     assert main(["domains", *words, "--print-config"]) == 0 and len(calls) == 1
     assert len(capsys.readouterr().out.split("---\n")) == 2 * 6
 
@@ -289,6 +301,7 @@ def test_predict_prints_a_table_that_keeps_brackets_and_colons(
     words = ["predict", "run", "--top", "2", "a.png", "folder", "--device", "cpu", "--workers", "3"]
     assert main([*words, "--backbone.name", "local-dir:/models/mine"]) == 0
     options = {"device": "cpu", "workers": 3, "backbone": {"name": "local-dir:/models/mine"}}
+    options |= {"orientation": None, "background": None, "scores": "probability", "unknown": None}
     assert calls == [("predict", (Path("run/head"), [Path("a.png"), Path("folder")], 2, options))]
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[1:] == [["a", "[b]", ":cat:.png", "fox", "75.0", "%"], ["owl", "20.0", "%"]]

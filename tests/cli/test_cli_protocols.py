@@ -47,7 +47,7 @@ def test_a_protocol_takes_configurations_and_overrides(
         (method, 2, name, shots) for method in ("coop", "mocoop") for name in ("demo", "food101") for shots in (1, -1)
     ]
     assert capsys.readouterr().out == "the table\n"
-    options["report"](SimpleNamespace(folder="runs/one"))
+    options["report"](SimpleNamespace(folder="runs/one", selected=None))
     assert capsys.readouterr().out == "run folder: runs/one\n"
 
 

@@ -41,9 +41,6 @@ def test_a_run_records_what_explains_it(results: dict[str, Any]) -> None:
     } <= data.keys()
     assert data["transform"]["train"] == data["transform"]["test"] and "center crop" in data["transform"]["test"]
     assert {"vlprompt", "torch", "torchvision", "pillow", "python"} <= results["versions"].keys()
-    for part in ("results", "zeroshot"):
-        counts = results["per_class"][part]["all"]
-        assert counts["total"] == [3, 2, 4, 3, 1] and sum(counts["correct"]) == results[part]["all"]["correct"]
 
 
 def test_two_methods_on_the_same_data(tiny: Tiny) -> None:

@@ -24,7 +24,10 @@ def coop(tiny: Tiny) -> Run:
 def test_tpt_without_steps_scores_like_the_head_it_starts_from(tiny: Tiny, coop: Run, place: str) -> None:
     start = str(coop.folder if place == "run" else coop.head_dir)
     done = run(tiny("tpt", settings={"crops": 3, "steps": 0}, init_from=start))
-    assert done.results["per_class"]["results"] == coop.results["per_class"]["results"]
+    found, expected = ((each.folder / "confusion.csv").read_text().splitlines() for each in (done, coop))
+    assert [row for row in found if row.startswith("results,")] == [
+        row for row in expected if row.startswith("results,")
+    ]
     assert done.results["config"]["init_from"] == start
     context = done.head().method.trained_state()["ctx"]
     assert torch.equal(context, coop.head().method.trained_state()["prompt.ctx"])

@@ -67,8 +67,9 @@ def _validation(result: Run) -> list[str]:
         values = result.validation()
     except ConfigError as error:
         return [f"validation: {error}"]
-    metric = str(result.results["data"].get("metric", "accuracy"))
-    return [validation_text(values, metric, result.selected)] if values else []
+    if not values:
+        return []
+    return [validation_text(values, str(result.results["data"].get("metric", "accuracy")), result.selected)]
 
 
 def train_keys_help(words: list[str]) -> str:
