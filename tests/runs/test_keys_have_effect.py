@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.runs.test_every_run import configured
 from vlprompt import list_methods
 from vlprompt.config.keys import RUN_KEYS, as_plain, merged, nest
-from vlprompt.config.run import RunConfig
+from vlprompt.config.run import WHOLE_TRANSFORMS, RunConfig, TransformKind
 from vlprompt.config.types import make
 from vlprompt.errors import VlpromptError
 from vlprompt.runs.effect import idle_keys, without_idle
@@ -59,6 +59,7 @@ OTHERS: dict[str, Any] = {
     "data.orientation": "ignore",
     "data.background": "black",
     "backbone.precision": "bf16",
+    "backbone.image_size": 96,
     "seed": 2,
 }
 #: Keys that name the run, its place or its machine, or change results by rounding at most.
@@ -127,6 +128,14 @@ CASES = [(name, key) for name in list_methods() for key in OTHERS]
 
 def test_every_key_of_a_run_is_tried_or_known_to_be_neutral() -> None:
     assert {*OTHERS, *NEUTRAL} == {*RUN_KEYS, *NEUTRAL} and not OTHERS.keys() & NEUTRAL
+
+
+@pytest.mark.parametrize("name", list_methods())
+@pytest.mark.parametrize("transform", WHOLE_TRANSFORMS)
+def test_transforms_of_test_images_are_recorded_for_every_method(
+    name: str, transform: TransformKind, tiny: Callable[..., RunConfig]
+) -> None:
+    assert complete(tiny(name, transform=transform)).data.transform == transform
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -15,7 +15,7 @@ from vlprompt._terminal import show, show_json, text_of
 from vlprompt.cli.parse import COMMAND_LINE, CommandLine, check_run, key_table, read_command_line, refuse, source_of
 from vlprompt.cli.protocols import metrics_on, need_config, protocol_command, say
 from vlprompt.config.keys import to_yaml
-from vlprompt.config.run import BackboneConfig, TrainerConfig
+from vlprompt.config.run import WHOLE_TRANSFORMS, BackboneConfig, TrainerConfig
 from vlprompt.config.source import origin_of
 from vlprompt.config.yaml import shown
 from vlprompt.errors import ConfigError, HeadError
@@ -161,6 +161,8 @@ def eval_command(words: list[str]) -> int:
     if head is not None and not files and "data.name" not in line.overrides:
         line.problems.append(f"{COMMAND_LINE}: {str(head)!r} is a head without its run; say --data.name NAME")
     for key in filter(_OF_TRAINING.__contains__, line.overrides):
+        if line.overrides[key] in WHOLE_TRANSFORMS:  # they apply to test images
+            continue
         line.problems.append(f"{COMMAND_LINE}: --{key} has no meaning for `vlprompt eval`: it is about training images")
     config, problems = check_run(line, files, within=("data.", "backbone.", "seed"))
     if config is None or problems or head is None:
