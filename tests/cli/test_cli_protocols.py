@@ -153,7 +153,7 @@ def test_compare_says_by_its_status_whether_the_data_differ(
 ) -> None:
     def results(seed: int, method: str) -> str:
         data = {key.removeprefix("data."): "x" for key in comparing._PROTOCOL if key.count(".") == 1}
-        data |= {"seed": seed, "transform": {"train": "t", "test": "t"}}  # type: ignore[dict-item]
+        data |= {"seed": seed, "shots": 1, "transform": {"train": "t", "test": "t"}}  # type: ignore[dict-item]
         backbone = dict.fromkeys(("name", "pretrained", "precision", "fingerprint"), "x")
         config = {"settings": {}, "recipe": {}}
         scores = {"all": {"accuracy": 50.0, "correct": 1, "total": 2}}

@@ -55,8 +55,8 @@ def spoiled_head(method: PromptMethod, folder: Path, value: float) -> Path:
 def spoiled_regulator(method: PromptMethod, folder: Path, value: float) -> Path:
     shapes = {name: tuple(prompt.shape) for name, prompt in method.prompt_tensors()}
     regulator = Regulator(shapes, method.backbone.embed_dim, RegulatorSettings("rescale-gate", gate_bias=1.0))
-    folder.mkdir()
-    spoil(regulators.save_regulator(regulator, folder), value)
+    Head(method).save_pretrained(folder)
+    spoil(regulators.save_regulator(regulator, folder, "0" * 64), value)
     return folder
 
 
@@ -91,7 +91,7 @@ def test_no_regulator_is_saved(kind: str, method: PromptMethod, tmp_path: Path) 
     with torch.no_grad():
         next(iter(regulator.parameters())).view(-1)[0] = torch.nan
     with pytest.raises(NotFiniteError, match="meta-training gave values that are not finite"):
-        regulators.save_regulator(regulator, tmp_path)
+        regulators.save_regulator(regulator, tmp_path, "0" * 64)
     assert not list(tmp_path.iterdir())
 
 

@@ -215,7 +215,5 @@ def test_each_source_has_its_table_and_an_oracle_its_mark() -> None:
         for data in ("one", "two") for method in ("coop", "mocoop")
     ]  # fmt: skip
     first, second = cross_tables(cells, "mine", [1, 2]).split("\n\n")
-    assert (
-        first.startswith("mine: accuracy in %, trained on one with all training images") and "trained on two" in second
-    )
+    assert first.startswith("mine: accuracy in %, trained on one with all images") and "trained on two" in second
     assert "mocoop (oracle)" in first and "q (mAP)" in first and first.count("70.00 ± 1.00") == 4 * 3

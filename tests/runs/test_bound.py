@@ -98,6 +98,7 @@ def test_a_folder_removed_during_the_training_is_whole_at_the_end(tiny: Tiny, mo
         folder = run_folder(complete(config))
         first = run(config)
     assert {path.name for path in folder.iterdir()} == {
-        *("config.yaml", "env.json", "head", "last.ckpt", "metrics.jsonl", "results.json", "split.json")
+        *("config.yaml", "env.json", "head", "last.ckpt", "metrics.jsonl", "results.json", "split.json"),
+        *("per_class.csv", "confusion.csv"),
     }
     assert first.results["train"]["epochs"] == 3 and run(config).reused

@@ -62,12 +62,12 @@ OTHERS: dict[str, Any] = {
     "backbone.image_size": 96,
     "seed": 2,
 }
-#: Keys that name the run, its place or its machine, or change results by rounding at most.
+#: Keys that name the run, its place, its machine or its log, or change results by rounding at most.
 NEUTRAL = {
     *("method", "output", "init_from", "settings", "objectives", "decomposition"),
     *("data.name", "data.root", "data.workers", "data.on_bad_image", "backbone.name", "backbone.pretrained"),
     *("recipe.test_batch_size", "trainer.devices", "trainer.accelerator", "trainer.precision", "trainer.progress"),
-    "trainer.loggers",
+    *("trainer.loggers", "recipe.validate_every"),
 }
 DRAWS = ("seed", "data.shots", "data.sampler", "data.shots_file")
 
@@ -94,18 +94,13 @@ def outcome(config: RunConfig) -> dict[str, Any]:
     head = load_file(done.head_dir / "head.safetensors")
     steps = done.folder / "metrics.jsonl"
     rows = [json.loads(line) for line in steps.read_text().splitlines()] if steps.exists() else []
-    draw = (
-        "shots",
-        "seed",
-        "sampler",
-        "train",
-        "val",
-        "transform",
-    )  # they echo the configuration, or describe the draw
+    # What echoes the configuration, or describes the draw.
+    draw = ("shots", "seed", "sampler", "train", "val", "transform")
     return {
         "head": {name: value.tolist() for name, value in head.items()},
         "losses": [{name: value for name, value in row.items() if name not in ("seconds", "time")} for row in rows],
-        "scores": [done.results[part] for part in ("per_class", "results", "zeroshot")],
+        "scores": [done.results[part] for part in ("results", "zeroshot")],
+        "confusion": (done.folder / "confusion.csv").read_text(),
         "data": {name: value for name, value in done.results["data"].items() if not name.startswith(draw)},
         "backbone": done.results["backbone"],
         "classifier": done.results["zeroshot_classifier"],

@@ -135,7 +135,8 @@ def test_killed_and_run_again(
     assert outcome(folder) == expected(kind)
     assert [line["epoch"] for line in read_metrics(folder / "metrics.jsonl")] == list(range(EPOCHS))
     assert {entry.name for entry in folder.iterdir()} == {
-        *("config.yaml", "env.json", "split.json", "images.json", "metrics.jsonl", "last.ckpt", "head", "results.json")
+        *("config.yaml", "env.json", "split.json", "images.json", "metrics.jsonl", "last.ckpt", "head", "results.json"),
+        *("per_class.csv", "confusion.csv"),
     }
 
 

@@ -32,16 +32,16 @@ from vlprompt.runs.folder import config_sha256
 from vlprompt.runs.run import Run, complete, evaluate_head, harmonic_mean, run
 
 Tiny = Callable[..., RunConfig]
-FILES = {"config.yaml", "env.json", "split.json", "images.json", "metrics.jsonl", "last.ckpt", "head", "results.json"}
+FILES = {
+    *("config.yaml", "env.json", "split.json", "images.json", "metrics.jsonl", "last.ckpt", "head", "results.json"),
+    *("per_class.csv", "confusion.csv"),
+}
 
 
 def one_screen(error: BaseException) -> str:
     text = str(error)
     assert 0 < len(text.splitlines()) <= 25 and "Traceback" not in text
     return text
-
-
-FILES |= {"per_class.csv", "confusion.csv"}
 
 
 def stamps(folder: Path) -> dict[str, int]:

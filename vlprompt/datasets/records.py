@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vlprompt._files import sha256_lines
-from vlprompt.datasets.images import ImageSource
+
+if TYPE_CHECKING:
+    from vlprompt.datasets.images import ImageSource
 
 SPLITS = ("train", "val", "test")
 Label = int | tuple[int, ...]

@@ -46,7 +46,7 @@ _PACKAGES = (
     *("pytorch-lightning", "torchmetrics", "numpy", "pillow"),
 )
 #: Inputs that older runs do not record.
-_LATER_INPUTS = ("class names", "preprocessing", "images", "bank")
+_LATER_INPUTS = ("class names", "preprocessing", "content of the images", "bank")
 # Sections and keys that cannot change a result: locations, numbers of processes, progress output.
 _INDIFFERENT: dict[str, tuple[str, ...] | None] = {
     "output": None,

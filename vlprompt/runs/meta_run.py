@@ -196,7 +196,7 @@ class MetaSession:
             "set of pairs": sha256_json([[pair.id, caption] for pair, caption in captioned]),
             "backbone": self.backbone.fingerprint,
             "preprocessing": sha256_json(preprocess_facts(self.backbone)),
-            **({} if contents is None else {"images": sha256_json(contents)}),
+            **({} if contents is None else {"content of the images": sha256_json(contents)}),
         }
 
 

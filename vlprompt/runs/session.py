@@ -184,7 +184,7 @@ class Session:
             "backbone": self.backbone.fingerprint,
             "class names": sha256_lines(self.task.class_names),
             "preprocessing": sha256_json(preprocess_facts(self.backbone)),
-            **({} if images is None else {"images": images}),
+            **({} if images is None else {"content of the images": images}),
             **({} if self.bank_id is None else {"bank": self.bank_id}),
             **{name: sha256_tensors(tensors, lambda name, tensor: name) for name, tensors in state.items()},
         }
