@@ -226,7 +226,7 @@ def test_pictures_replaced_under_their_names_are_other_inputs(tiny: Tiny, given:
     run(config)
     pictures = sorted((given / "train").rglob("*.png"))
     pictures[0].write_bytes(pictures[1].read_bytes())
-    with pytest.raises(ConfigError, match="was started from another images;.*another --output"):
+    with pytest.raises(ConfigError, match="was started from another content of the images;.*another --output"):
         run(config)
 
 
@@ -286,7 +286,9 @@ def test_compare_tells_folders_apart(done: Run, tiny: Tiny, pictures: Path, tmp_
     assert any(line.startswith("folder of the images") for line in compare(done.folder, other.folder).data)
 
 
-@pytest.mark.parametrize("name", ["split", "choice of shots", "backbone", "class names", "preprocessing", "images"])
+@pytest.mark.parametrize(
+    "name", ["split", "choice of shots", "backbone", "class names", "preprocessing", "content of the images"]
+)
 def test_runs_are_not_resumed_from_other_inputs(name: str, done: Run) -> None:
     path = done.folder / "env.json"
     recorded = json.loads(path.read_text(encoding="utf-8"))
@@ -299,7 +301,7 @@ def test_runs_are_not_resumed_from_other_inputs(name: str, done: Run) -> None:
 def test_runs_of_older_versions_are_reused(done: Run) -> None:
     path = done.folder / "env.json"
     recorded = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("class names", "preprocessing", "images"):
+    for name in ("class names", "preprocessing", "content of the images"):
         del recorded["inputs"][name]
     path.write_text(json.dumps(recorded), encoding="utf-8")
     assert run(done_config(done)).reused

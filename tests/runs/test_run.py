@@ -76,7 +76,7 @@ def test_folder_holds_what_is_promised(finished: tuple[RunConfig, Run], tmp_path
     environment = json.loads((folder / "env.json").read_text())
     assert environment["seeds"] == {"run": 1, "shots": 1}
     assert {"vlprompt", "torch", "open_clip_torch", "pytorch-lightning", "python"} <= environment["versions"].keys()
-    own = {"class names", "preprocessing", "images"}
+    own = {"class names", "preprocessing", "content of the images"}
     assert set(environment["inputs"]) == {"split", "choice of shots", "backbone", "initial prompts"} | own
     assert {"command", "git", "machine"} <= environment.keys()
 
