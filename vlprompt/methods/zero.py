@@ -38,7 +38,7 @@ class ZEROSettings:
 
     def without_effect(self) -> dict[str, str]:
         """Return the settings that others switch off, with the reason."""
-        return {} if self.crops else switched_off("settings.crops is 0", "confidence", "augmix")
+        return {} if self.crops else switched_off("settings.crops is 0", "confidence", "temperature", "augmix")
 
 
 @register("zero")
