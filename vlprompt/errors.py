@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 #: Characters that a terminal obeys instead of showing them: C0 and C1 controls, line and paragraph separators, marks
-#: that change the direction of text; and lone surrogates, which stand for bytes of file names that are not UTF-8.
+#: that change the direction of text; and lone surrogates, which represent bytes of file names that are not UTF-8.
 _HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

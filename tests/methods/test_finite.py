@@ -66,13 +66,19 @@ def trained(method: PromptMethod, images: torch.Tensor, folder: Path, lr: float,
     Head(method).save_pretrained(folder / "head")
 
 
+def learner(backbone: Backbone, name: str, own: Mapping[str, Any]) -> PromptMethod:
+    """The method ``name``; the test is skipped if it takes no gradient steps."""
+    method = make(backbone, name, own)
+    if not method.parameter_groups(0.01):
+        pytest.skip(f"{name} takes no gradient steps")
+    return method
+
+
 @every_method
 def test_the_last_finite_epoch_of_a_training_is_kept(
     tiny_backbone: Backbone, name: str, own: Mapping[str, Any], images: torch.Tensor, tmp_path: Path
 ) -> None:
-    method = make(tiny_backbone, name, own)
-    if not method.parameter_groups(0.01):
-        pytest.skip(f"{name} takes no gradient steps")
+    method = learner(tiny_backbone, name, own)
     culprit = method.trainable_parameters()[-1][0]
     with pytest.raises(NotFiniteError, match=rf"epoch 1 of {name} .*not finite") as caught:
         trained(method, images, tmp_path, 0.01, Spoil())
@@ -86,9 +92,7 @@ def test_the_last_finite_epoch_of_a_training_is_kept(
 def test_a_training_that_diverges_saves_nothing_that_is_not_finite(
     tiny_backbone: Backbone, name: str, own: Mapping[str, Any], images: torch.Tensor, tmp_path: Path
 ) -> None:
-    method = make(tiny_backbone, name, own)
-    if not method.parameter_groups(0.01):
-        pytest.skip(f"{name} takes no gradient steps")
+    method = learner(tiny_backbone, name, own)
     try:
         trained(method, images, tmp_path, 1e38)
     except NotFiniteError as error:

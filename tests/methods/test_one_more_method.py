@@ -166,7 +166,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(house: Path, image_folder: Path) -> dict[str, Any]:
-    """What the program found, and as ``said`` what it printed besides."""
+    """What the program found, and in ``said`` what it printed otherwise."""
     env = {**os.environ, "PYTHONPATH": str(house), "OMP_NUM_THREADS": "1", "VLPROMPT_CACHE": str(house / "cache")}
     words = [sys.executable, "-c", PROGRAM, str(image_folder), str(ROOT / "tests" / "methods" / "test_every_method.py")]
     done = subprocess.run(words, cwd=house, env=env, capture_output=True, text=True, timeout=600)

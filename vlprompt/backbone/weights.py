@@ -20,7 +20,7 @@ from vlprompt.backbone.architecture import ARCHIVE_FIELDS, same_shapes_as
 from vlprompt.backbone.image_size import other_size
 from vlprompt.errors import BackboneError, bulleted, did_you_mean
 
-#: Classes of plain values that training scripts save beside the weights. They hold attributes and run no code.
+#: Classes of plain values that training scripts save with the weights. They hold attributes and run no code.
 _PLAIN = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
 #: Separates a file from one of its state dicts: ``last.pt::ema``.
 PART = "::"

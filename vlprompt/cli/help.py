@@ -152,7 +152,7 @@ folders that are no images are counted.
   --data.background COLOUR
                     white, black or '#rrggbb' behind transparent pixels, or none for the colours that are stored there
   --device D        auto (a GPU if there is one, the default), cpu or cuda
-  --workers N       threads that read images (default 0: none besides the program)
+  --workers N       threads that read images (default 0: the program itself)
   --json            print [{"path": ..., "classes": [{"name": ..., "probability": ...}]}], or "cosine": ...
 """
 LIST_HELP = """\

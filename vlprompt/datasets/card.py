@@ -30,7 +30,7 @@ NamesFrom = Literal["split", "folders", "file", "list", "wnids"]
 
 
 def is_word(word: str) -> bool:
-    """Return whether a name can stand in lists of names with commas, and in names of files."""
+    """Return whether a name can be part of lists separated by commas and of file names."""
     return is_file_name(word) and word.isprintable() and "," not in word and word == word.strip()
 
 

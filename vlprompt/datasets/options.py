@@ -29,7 +29,7 @@ def _is_archive(name: str) -> bool:
 Inside = Annotated[str, Holds(stays_inside, "a path inside the data root")]
 """A path that stays inside the folder that it is relative to."""
 Archive = Annotated[str, Holds(_is_archive, "a path inside the data root, with {} or no braces")]
-"""An archive's path; ``{}`` stands for a folder."""
+"""An archive's path; ``{}`` is replaced by a folder."""
 OneOrMore = BeforeValidator(_listed)
 """Metadata of a list of texts: a single text is accepted."""
 Named = BeforeValidator(_named)

@@ -235,7 +235,7 @@ def _fetched(settings: GenerationSettings, offline: bool) -> Path:
 def _index(folder: Path, name: str) -> dict[str, Any]:
     """Return the checked index of a pipeline's folder.
 
-    Diffusers imports the modules that an index and the files beside it name. Only diffusers and transformers are
+    Diffusers imports the modules that an index and the files in its folder name. Only diffusers and transformers are
     accepted, whatever version is installed, and folders with code are refused.
 
     Raises:

@@ -51,7 +51,7 @@ class DiffTPTSettings(TPTSettings):
     filters: ClassVar[tuple[str, ...]] = ("confidence", "similarity", "variant")
 
     def views_besides(self) -> int:
-        """Return the number of views of an image besides the test view."""
+        """Return the number of views of an image in addition to the test view."""
         return self.crops + self.generated
 
 

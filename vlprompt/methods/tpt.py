@@ -82,7 +82,7 @@ class TPTSettings:
         return off
 
     def views_besides(self) -> int:
-        """Return the number of views of an image besides the test view."""
+        """Return the number of views of an image in addition to the test view."""
         return self.crops
 
 
